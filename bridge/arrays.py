@@ -1,0 +1,68 @@
+"""Named arrays that are read one at a time, and the float types that cross the bridge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
+"""The element types that are carried, each bit for bit."""
+
+ALIGNMENT = 64
+"""Bytes. JAX on CPU adopts a numpy buffer aligned to this without copying it."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor: what it is, without its data, and how to read that."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class LazyTensors(Mapping[str, np.ndarray]):
+    """A mapping from name to array in which every look-up reads the array anew.
+
+    Nothing is kept, so a caller that drops each array before it takes the next holds one at a time.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self.entries = dict(entries)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray]) -> LazyTensors:
+        """Arrays in memory under the same interface; lazy tensors are returned as they are."""
+        if isinstance(tensors, LazyTensors):
+            return tensors
+        arrays = {name: np.asarray(array) for name, array in tensors.items()}
+        return cls({name: TensorEntry(a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()})
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        total = sum(entry.nbytes for entry in self.entries.values())
+        return f"<{len(self)} tensors, {total:,} bytes, read on demand>"
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """`np.empty` on an `ALIGNMENT`-byte boundary, so that JAX on CPU can take the buffer over."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)

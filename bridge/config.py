@@ -1,0 +1,257 @@
+"""What the mathematics of a GPT-2 needs to know, and nothing else.
+
+`GPT2Config` is shared by both backends. It holds no dtypes, devices, meshes or training fields.
+Reading somebody else's `config.json` fails closed: see `GPT2Config.from_hf`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from bridge.errors import ConfigError, bullet_list, quoted
+
+ACTIVATIONS = (
+    "gelu_new",
+    "gelu",
+    "gelu_fast",
+    "gelu_pytorch_tanh",
+    "quick_gelu",
+    "relu",
+    "silu",
+    "swish",
+    "tanh",
+)
+"""Names as in Hugging Face's `activation_function`; each backend's `model.py` gives the formulas."""
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes and switches of one GPT-2. The defaults are OpenAI's 124M model.
+
+    Field names are those of Hugging Face's `config.json`. Raises `ConfigError` on construction,
+    naming every field that is out of range.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and
+    `transformers.GPT2Config` for the switches added since.
+    """
+
+    vocab_size: int = 50257
+    """V: rows of the token embedding."""
+    n_positions: int = 1024
+    """P: longest sequence; rows of the learned position embedding."""
+    n_embd: int = 768
+    """D: width of the residual stream."""
+    n_layer: int = 12
+    """L: number of layers."""
+    n_head: int = 12
+    """H: attention heads per layer; divides `n_embd`."""
+    n_inner: int | None = None
+    """F: width of the feed-forward layer; None means 4 * n_embd."""
+    activation_function: str = "gelu_new"
+    """One of `bridge.config.ACTIVATIONS`; `gelu_new` is the tanh form."""
+    layer_norm_epsilon: float = 1e-5
+    """Added to the variance in every LayerNorm, the final one too."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights; residual projections get it over sqrt(2 L)."""
+    embd_pdrop: float = 0.0
+    """Dropout rate after the embeddings; this and the next two act in training only."""
+    attn_pdrop: float = 0.0
+    """Dropout rate of the attention weights."""
+    resid_pdrop: float = 0.0
+    """Dropout rate of what each sub-layer adds to the residual stream."""
+    scale_attn_weights: bool = True
+    """Divide attention scores by sqrt(K)."""
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Also divide them by the layer's number, counted from 1 (stanford-crfm/mistral)."""
+    reorder_and_upcast_attn: bool = False
+    """Compute attention scores in float32 whatever the compute dtype (stanford-crfm/mistral)."""
+    tie_word_embeddings: bool = True
+    """The output head is the token embedding."""
+    bias: bool = True
+    """Projections and LayerNorms have biases; False is nanoGPT's `bias=False`."""
+
+    def __post_init__(self) -> None:
+        problems = [*_wrong_types(self)]
+        if not problems:
+            problems = [*_out_of_range(self)]
+        if problems:
+            raise ConfigError("this is not a GPT-2 configuration:\n" + bullet_list(problems))
+
+    @property
+    def head_size(self) -> int:
+        """K: width of one attention head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def feed_forward_size(self) -> int:
+        """F: width of the feed-forward layer, `n_inner` or its default."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> GPT2Config:
+        """The configuration that a Hugging Face `config.json` describes.
+
+        Fails closed: a field that changes the mathematics in a way this project does not
+        implement raises `ConfigError` with its name. So does an unknown field whose name speaks of
+        the model's mathematics, because ignoring it would convert to a different function.
+        Fields absent from the file take transformers' defaults (dropout 0.1, for one).
+        """
+        if not isinstance(hf, Mapping):
+            raise ConfigError(f"config.json must hold an object, not {type(hf).__name__}")
+        problems = [*_foreign_model(hf), *_unsupported_fields(hf)]
+        values: dict[str, Any] = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+        for field in _HF_FIELDS:
+            given = {name: hf[name] for name in (field, *_HF_ALIASES.get(field, ())) if name in hf}
+            if any(value != next(iter(given.values())) for value in given.values()):
+                spelled = ", ".join(f"{name}={quoted(value)}" for name, value in given.items())
+                problems.append(f"{spelled}: these are one setting and disagree")
+            elif given:
+                values[field] = next(iter(given.values()))
+        if problems:
+            raise ConfigError("config.json describes a model that is not supported:\n" + bullet_list(problems))
+        return cls(**values)
+
+    def to_hf(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The `config.json` fields that make transformers build this same function.
+
+        `extra`: fields to carry along, as `harmless_fields` gives them; fields of this
+        configuration win. Raises `ConfigError` for `bias=False`, which Hugging Face cannot say.
+        """
+        if not self.bias:
+            raise ConfigError(
+                "bias=False: Hugging Face's GPT-2 always has biases; set them to zero and bias=True to export"
+            )
+        own = {name: getattr(self, name) for name in _HF_FIELDS}
+        return {**(extra or {}), "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **own}
+
+
+def harmless_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `config.json` that `GPT2Config` does not hold, to survive a round trip."""
+    return {name: value for name, value in hf.items() if name not in _KNOWN and name not in ("model_type", "architectures")}
+
+
+# The small print of validation and of other people's config.json files.
+
+_HF_FIELDS = tuple(field.name for field in fields(GPT2Config) if field.name != "bias")
+
+# transformers maps the generic names onto GPT-2's own (GPT2Config.attribute_map); n_ctx is the
+# pre-2021 second name of n_positions.
+_HF_ALIASES = {
+    "n_positions": ("max_position_embeddings", "n_ctx"),
+    "n_embd": ("hidden_size",),
+    "n_head": ("num_attention_heads",),
+    "n_layer": ("num_hidden_layers",),
+}
+
+_KNOWN = {*_HF_FIELDS, *(alias for names in _HF_ALIASES.values() for alias in names)}
+
+# Fields that transformers' GPT-2 (4.x or 5.x) or the loading machinery obeys and this project does
+# not implement, with the value that leaves the mathematics alone.
+_MUST_BE = {
+    "add_cross_attention": False,
+    "cross_attention_hidden_size": None,
+    "pruned_heads": {},
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "tie_encoder_decoder": False,
+    "position_embedding_type": "absolute",
+    "quantization_config": None,
+    "auto_map": None,
+}
+
+# Fields known to leave GPT-2's logits alone although their names sound as if they did not.
+_HARMLESS = re.compile(
+    r"summary_.*|_?(output_)?attn_implementation(_(internal|autoset))?|output_attentions"
+    r"|output_hidden_states|classifier_dropout|num_labels|tokenizer_.*|keys_to_ignore_at_inference"
+)
+_MATHEMATICAL = re.compile(
+    r"attn|attention|norm|activation|positi|rotary|rope|alibi|emb|scal|bias|head|layer|expert"
+    r"|moe|quant|window|softcap|residual|drop|hidden|inner|ffn|mlp|vocab|tied?_|kv|query|parallel"
+    r"|lora|adapter|prun|sparse",
+    re.IGNORECASE,
+)
+
+
+def _foreign_model(hf: Mapping[str, Any]) -> list[str]:
+    """Problems that show that this is some other architecture's configuration."""
+    architectures = hf.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        return [f"architectures={quoted(architectures)}: must be a list of names"]
+    if "model_type" in hf:
+        if hf["model_type"] == "gpt2":
+            return []
+        return [f"model_type={quoted(hf['model_type'])}: only 'gpt2' is supported"]
+    if any(name.startswith("GPT2") for name in architectures):
+        return []
+    return ["model_type is missing: add \"model_type\": \"gpt2\" if this is a GPT-2"]
+
+
+def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, value in hf.items():
+        if name in _KNOWN or value is None:
+            continue
+        if name in _MUST_BE:
+            if value != _MUST_BE[name]:
+                problems.append(f"{name}={quoted(value)}: not supported; only {_MUST_BE[name]!r} is")
+        elif _MATHEMATICAL.search(name) and not _HARMLESS.fullmatch(name) and value not in ({}, []):
+            problems.append(
+                f"{quoted(name)}={quoted(value)}: unknown, and its name suggests that it changes the "
+                "mathematics; remove it from config.json if it does not"
+            )
+    return problems
+
+
+_LARGEST_SIZE = 2**31 - 1  # sizes index arrays with int32 ids
+_MOST_LAYERS = 10_000  # ten times the deepest published transformer; a typo must not build 10^9 names
+
+
+def _wrong_types(config: GPT2Config) -> list[str]:
+    """Type problems; a bool is not an int here, and an int is a float."""
+    problems = []
+    for field in fields(GPT2Config):
+        value = getattr(config, field.name)
+        expected = {"int": int, "int | None": int, "float": float, "bool": bool, "str": str}[str(field.type)]
+        if value is None and field.type == "int | None":
+            continue
+        if expected is float and type(value) is int:
+            continue
+        if type(value) is not expected:
+            problems.append(f"{field.name}={quoted(value)}: must be {field.type}, not {type(value).__name__}")
+    return problems
+
+
+def _out_of_range(config: GPT2Config) -> list[str]:
+    problems = []
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+        value = getattr(config, name)
+        most = _MOST_LAYERS if name == "n_layer" else _LARGEST_SIZE
+        if value is not None and not 1 <= value <= most:
+            problems.append(f"{name}={value}: must be between 1 and {most}")
+    if not problems and config.n_embd % config.n_head:
+        problems.append(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
+    if config.activation_function not in ACTIVATIONS:
+        problems.append(
+            f"activation_function={quoted(config.activation_function)}: must be one of {', '.join(ACTIVATIONS)}"
+        )
+    for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            problems.append(f"{name}={getattr(config, name)}: must be at least 0 and below 1")
+    for name in ("layer_norm_epsilon", "initializer_range"):
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            problems.append(f"{name}={value}: must be positive and finite")
+    return problems
+
+
+GPT2_SIZES: Mapping[str, GPT2Config] = {
+    "gpt2": GPT2Config(),  # 124,439,808 parameters
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),  # 354,823,168
+    "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),  # 774,030,080
+    "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25),  # 1,557,611,200
+}
+"""The four models that OpenAI released, under their names on the Hugging Face hub."""

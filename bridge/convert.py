@@ -1,0 +1,245 @@
+"""Canonical PyTorch names <-> Flax tree, both ways, derived from the table in `bridge.params`.
+
+Canonical names and layouts are OpenAI's: no prefix, projections `[in, out]`. Crossing renames and
+reshapes views; nothing is transposed, cast or, unless layers are stacked or rows padded, copied.
+Conversion is total: every missing, extra, duplicate or misshapen tensor is listed in one
+`ConversionError`, and there is no way to let the rest through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from bridge.arrays import FLOAT_DTYPES, LazyTensors, TensorEntry, aligned_empty
+from bridge.config import GPT2Config
+from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.params import Parameter, padded_vocab_size, parameters
+
+FlaxTree = dict[str, Any]
+"""Nested dictionaries with arrays as leaves: what Flax calls `params`."""
+
+STACK = "h"
+"""The Flax name under which stacked layers live; single layers are `h_0`, `h_1`, ..."""
+
+# Wrappers that write themselves into names: torch DDP and torch.compile, at any depth.
+_WRAPPERS = {"module", "_orig_mod"}
+# Causal-mask buffers that old versions of transformers saved beside the weights.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> the name it has in `names`, with wrappers' prefixes and mask buffers gone.
+
+    `transformer.h.0.attn.c_attn.weight` and `module._orig_mod.h.0.attn.c_attn.weight` both become
+    `h.0.attn.c_attn.weight`; if both are there, `ConversionError` names them.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if parts[0] == "transformer":
+            parts = parts[1:]
+        canonical = ".".join(parts)
+        if not _BUFFER.fullmatch(canonical):
+            found.setdefault(canonical, []).append(name)
+    clashes = [
+        f"{quoted(canonical)} is there {len(given)} times: {', '.join(map(quoted, given))}"
+        for canonical, given in found.items()
+        if len(given) > 1
+    ]
+    if clashes:
+        raise ConversionError("tensors that are the same once prefixes are gone:\n" + bullet_list(clashes))
+    return {canonical: given[0] for canonical, given in found.items()}
+
+
+def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensors:
+    """Any PyTorch state_dict of this model under its canonical names, in the table's order.
+
+    A tied head that is stored beside the embedding is compared with it and left out. Raises
+    `ConversionError` unless the tensors are exactly those of the model that `config` describes.
+    """
+    stored = LazyTensors.of(tensors)
+    entries = {canonical: stored.entries[name] for canonical, name in canonical_names(stored).items()}
+    if config.tie_word_embeddings and "wte.weight" in entries and "lm_head.weight" in entries:
+        head, embedding = entries.pop("lm_head.weight").read(), entries["wte.weight"].read()
+        if not _same_bytes(head, embedding):
+            raise ConversionError(
+                "lm_head.weight differs from wte.weight although the configuration ties them "
+                "(tie_word_embeddings); set it to false to keep both"
+            )
+    expected = parameters(config)
+    problems = _differences(
+        {p.torch_name: p.torch_shape for p in expected}, {name: entry.shape for name, entry in entries.items()}
+    )
+    problems += _unusable_dtypes(entries)
+    if problems:
+        raise ConversionError("these are not the tensors of the configured GPT-2:\n" + bullet_list(problems))
+    return LazyTensors({p.torch_name: entries[p.torch_name] for p in expected})
+
+
+def to_flax(
+    tensors: Mapping[str, np.ndarray], config: GPT2Config, *, stacked: bool = False, vocab_multiple: int = 1
+) -> FlaxTree:
+    """A PyTorch state_dict as the Flax parameter tree of `gpt2_jax.GPT2`.
+
+    Args:
+        tensors: name -> array; prefixes, buffers and a tied head are dealt with as in `canonicalize`.
+        stacked: one `h` with a leading layer axis (for `nn.scan`) in place of `h_0 ... h_{L-1}`.
+        vocab_multiple: pad the rows of the embedding (and head) with zeros up to this multiple.
+
+    Leaves are views of the arrays in `tensors` except where stacked or padded.
+    """
+    canonical = canonicalize(tensors, config)
+    rows = padded_vocab_size(config.vocab_size, vocab_multiple)
+    if stacked:
+        _require_one_dtype_per_stack(canonical, config)
+    tree: FlaxTree = {}
+    for parameter in parameters(config):
+        array = canonical[parameter.torch_name].reshape(parameter.flax_shape)
+        if _has_vocabulary_rows(parameter):
+            array = _with_rows(array, rows)
+        if stacked and parameter.layer is not None:
+            path = (STACK, *parameter.flax_path[1:])
+            if parameter.layer == 0:
+                _insert(tree, path, aligned_empty((config.n_layer, *array.shape), array.dtype))
+            _leaf(tree, path)[parameter.layer] = array
+        else:
+            _insert(tree, parameter.flax_path, array)
+    return tree
+
+
+def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: int = 1) -> dict[str, np.ndarray]:
+    """A Flax parameter tree, per layer or stacked, as a PyTorch state_dict with canonical names.
+
+    Args:
+        params: the tree, with numpy or (fetched as needed) JAX leaves.
+        vocab_multiple: the multiple that the vocabulary was padded to; the padding is cut off.
+    """
+    if set(params) == {"params"}:
+        raise ConversionError('pass the parameter tree itself: variables["params"], not variables')
+    leaves = flatten(unstack_layers(params) if STACK in params else params)
+    rows = padded_vocab_size(config.vocab_size, vocab_multiple)
+    expected = parameters(config)
+    shapes = {
+        "/".join(p.flax_path): (rows, *p.flax_shape[1:]) if _has_vocabulary_rows(p) else p.flax_shape for p in expected
+    }
+    problems = _differences(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
+    if problems:
+        raise ConversionError("this is not the parameter tree of the configured GPT-2:\n" + bullet_list(problems))
+    state = {}
+    for p in expected:
+        array = np.asarray(leaves["/".join(p.flax_path)])
+        state[p.torch_name] = (array[: config.vocab_size] if _has_vocabulary_rows(p) else array).reshape(p.torch_shape)
+    return state
+
+
+def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
+    """The tree with `h_0 ... h_{L-1}` joined into one `h` whose leaves have a leading layer axis."""
+    tree = {name: subtree for name, subtree in params.items() if not re.fullmatch(r"h_\d+", name)}
+    names = [f"{STACK}_{i}" for i in range(len(params) - len(tree))]
+    if not names or any(name not in params for name in names):
+        raise ConversionError(f"layers must be h_0, h_1, ... without gaps; this tree has {sorted(params)}")
+    layers = [flatten(params[name]) for name in names]
+    for path in layers[0]:
+        leaves = [layer[path] for layer in layers]
+        if len({leaf.dtype for leaf in leaves}) > 1:
+            raise ConversionError(f"{path} has different dtypes in different layers and cannot be stacked")
+        _insert(tree, (STACK, *path.split("/")), np.stack(leaves))
+    return tree
+
+
+def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
+    """The tree with its one stacked `h` taken apart into `h_0 ... h_{L-1}`; leaves are views."""
+    tree = {name: subtree for name, subtree in params.items() if name != STACK}
+    for path, leaf in flatten(params[STACK]).items():
+        for i in range(leaf.shape[0]):
+            _insert(tree, (f"{STACK}_{i}", *path.split("/")), leaf[i])
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> `{"h_0/attn/c_attn/kernel": leaf, ...}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}/"))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> FlaxTree:
+    """`{"h_0/attn/c_attn/kernel": leaf, ...}` -> nested dictionaries."""
+    tree: FlaxTree = {}
+    for path, leaf in flat.items():
+        _insert(tree, tuple(path.split("/")), leaf)
+    return tree
+
+
+def _insert(tree: FlaxTree, path: tuple[str, ...], leaf: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf
+
+
+def _leaf(tree: FlaxTree, path: tuple[str, ...]) -> np.ndarray:
+    node: Any = tree
+    for name in path:
+        node = node[name]
+    return node
+
+
+def _has_vocabulary_rows(parameter: Parameter) -> bool:
+    return parameter.torch_name in ("wte.weight", "lm_head.weight")
+
+
+def _with_rows(array_VD: np.ndarray, rows: int) -> np.ndarray:
+    if rows == len(array_VD):
+        return array_VD
+    padded = aligned_empty((rows, *array_VD.shape[1:]), array_VD.dtype)
+    padded[: len(array_VD)] = array_VD
+    padded[len(array_VD) :] = 0
+    return padded
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    """Bit for bit: NaN equals itself here, and 0.0 does not equal -0.0."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = f"u{a.dtype.itemsize}"
+    return np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))
+
+
+def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing, misshapen or too much, a line each."""
+    missing = [f"{name} is missing (shape {shape})" for name, shape in expected.items() if name not in found]
+    misshapen = [
+        f"{name} has shape {found[name]}, the configuration says {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    extra = [f"{quoted(name)} is not a parameter of this model" for name in found if name not in expected]
+    return missing + misshapen + extra
+
+
+def _unusable_dtypes(entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    for name, entry in entries.items():
+        if entry.dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(map(str, FLOAT_DTYPES))
+            yield f"{quoted(name)} holds {entry.dtype}; weights must be one of {allowed}"
+
+
+def _require_one_dtype_per_stack(tensors: LazyTensors, config: GPT2Config) -> None:
+    dtypes: dict[tuple[str, ...], np.dtype] = {}
+    for p in parameters(config):
+        if p.layer is None:
+            continue
+        dtype = tensors.entries[p.torch_name].dtype
+        if dtypes.setdefault(p.flax_path[1:], dtype) != dtype:
+            raise ConversionError(
+                f"{p.torch_name} holds {dtype} and its like in another layer {dtypes[p.flax_path[1:]]}; "
+                "layers of different dtypes cannot be stacked: keep them per layer, or cast first"
+            )

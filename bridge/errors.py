@@ -1,0 +1,45 @@
+"""One family of errors: whatever a checkpoint has wrong with it arrives as a `BridgeError`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class BridgeError(ValueError):
+    """Something about a checkpoint, its configuration or its tokenizer cannot be used.
+
+    The message names what is wrong, where, and what to do about it.
+    """
+
+
+class ConfigError(BridgeError):
+    """A configuration is malformed, or asks for mathematics that is not implemented."""
+
+
+class CheckpointError(BridgeError):
+    """A file or directory is missing, damaged, or not a checkpoint this project reads."""
+
+
+class ConversionError(BridgeError):
+    """The tensors are not the tensors of the model that the configuration describes."""
+
+
+class TokenizerError(BridgeError):
+    """A checkpoint's tokenizer is missing or unusable."""
+
+
+def quoted(text: object, limit: int = 80) -> str:
+    """Untrusted text made fit for a message: quoted, control characters escaped, cut at `limit`."""
+    shown = str(text)
+    if len(shown) > limit:
+        shown = shown[: limit - 3] + "..."
+    return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) + "'"
+
+
+def bullet_list(problems: Iterable[str], limit: int = 40) -> str:
+    """Many problems in one message, a line each; all are counted, at most `limit` are spelled out."""
+    lines = list(problems)
+    shown = lines[:limit]
+    if len(lines) > limit:
+        shown.append(f"... and {len(lines) - limit} more")
+    return "\n".join(f"  - {line}" for line in shown)

@@ -1,0 +1,69 @@
+"""Writing that is all or nothing: beside the target, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bridge.errors import CheckpointError, quoted
+
+
+@contextmanager
+def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which takes the name `target` only when the block ends without an error.
+
+    Until then it stands beside `target` under a hidden name, and on an error it is removed.
+    Raises `CheckpointError` where `target` exists and is not an empty directory, unless
+    `overwrite`, in which case the old one gives way only to the complete new one.
+    """
+    # resolve() follows a link to where the data really is, so that the rename replaces that.
+    target = Path(target).resolve()
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{quoted(target)} exists; choose another name, remove it, or ask to overwrite it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+        beside.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror}") from error
+    try:
+        yield beside
+        for path in beside.rglob("*"):
+            flush_to_disk(path)
+        flush_to_disk(beside)
+        _take_the_name(beside, target)
+        flush_to_disk(target.parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or the list of names that a directory is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _take_the_name(beside: Path, target: Path) -> None:
+    if not target.exists():
+        beside.rename(target)
+        return
+    retired = beside.with_suffix(".retired")
+    target.rename(retired)
+    try:
+        beside.rename(target)
+    except OSError:
+        retired.rename(target)
+        raise
+    if retired.is_dir():
+        shutil.rmtree(retired)
+    else:
+        retired.unlink()

@@ -1,0 +1,45 @@
+"""What formats that are a directory with a `config.json` have in common."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.checkpoint import Checkpoint
+from bridge.errors import CheckpointError, quoted
+from bridge.tokenizer import TOKENIZER_FILES
+
+CONFIG = "config.json"
+_MOST_JSON_BYTES = 16 * 2**20  # an index of 10,000 layers is 10 MB
+_CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `CheckpointError` if it is anything else."""
+    try:
+        if path.stat().st_size > _MOST_JSON_BYTES:
+            raise CheckpointError(f"{quoted(path)} is larger than {_MOST_JSON_BYTES} bytes; that is not a {path.name}")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{quoted(path)} is not valid JSON: {quoted(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{quoted(path)} must hold an object, not {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
+    """Copy the tokenizer and generation settings that stood beside the weights."""
+    if checkpoint.path is None:
+        return
+    for name in _CARRIED_FILES:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, directory / name)

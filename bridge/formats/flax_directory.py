@@ -1,0 +1,66 @@
+"""This project's own directory: `config.json` and the Flax tree in one safetensors file.
+
+Tensor names are the tree's paths (`h_0/attn/c_attn/kernel`), shapes are Flax's, one layer at a time;
+`unflatten` of `safetensors.flax.load_file` gives the parameter tree without this project.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from bridge.arrays import LazyTensors, TensorEntry
+from bridge.checkpoint import Checkpoint
+from bridge.config import GPT2Config, harmless_fields
+from bridge.convert import canonicalize
+from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
+from bridge.params import parameters
+from bridge.safetensors_file import read_file, write_file
+
+NAME = "flax"
+WEIGHTS = "flax_model.safetensors"
+
+
+def sniff(path: Path) -> bool:
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def read(path: Path) -> Checkpoint:
+    fields = read_json(path / CONFIG)
+    has_bias = fields.pop("bias", True)  # the one setting that Hugging Face's GPT-2 does not have
+    config = replace(GPT2Config.from_hf(fields), bias=has_bias)
+    stored = read_file(path / WEIGHTS)[0].entries
+    expected = {"/".join(p.flax_path): p for p in parameters(config)}
+    wrong = [f"{quoted(name)} is not in the parameter tree" for name in stored if name not in expected]
+    wrong += [
+        f"{name} has shape {stored[name].shape}, the configuration says {p.flax_shape}"
+        for name, p in expected.items()
+        if name in stored and stored[name].shape != p.flax_shape
+    ]
+    if wrong:
+        raise ConversionError(f"{quoted(path / WEIGHTS)}:\n" + bullet_list(wrong))
+    entries = {expected[n].torch_name: _reshaped(e, expected[n].torch_shape) for n, e in stored.items()}
+    return Checkpoint(config, canonicalize(LazyTensors(entries), config), NAME, path, harmless_fields(fields))
+
+
+def write(checkpoint: Checkpoint, directory: Path) -> None:
+    config = checkpoint.config
+    fields = replace(config, bias=True).to_hf(checkpoint.extra)
+    write_json(directory / CONFIG, fields if config.bias else {**fields, "bias": False})
+    entries = {
+        "/".join(p.flax_path): _reshaped(checkpoint.tensors.entries[p.torch_name], p.flax_shape)
+        for p in parameters(config)
+    }
+    write_file(directory / WEIGHTS, LazyTensors(entries), {"format": "flax"})
+    carry_files(checkpoint, directory)
+
+
+def _reshaped(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
+    def read(inner: Callable[[], np.ndarray] = entry.read) -> np.ndarray:
+        return inner().reshape(shape)
+
+    return TensorEntry(entry.dtype, shape, read)

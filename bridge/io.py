@@ -1,0 +1,74 @@
+"""`load` recognises a checkpoint and `save` writes one; the formats themselves live in `bridge.formats`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from bridge.checkpoint import Checkpoint
+from bridge.errors import CheckpointError, quoted
+from bridge.files import new_directory
+from bridge.formats import FORMATS
+from bridge.tokenizer import TOKENIZER_FILES
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def load(source: str | Path) -> Checkpoint:
+    """The checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`.
+
+    Only names, shapes and the configuration are read; a tensor is read when it is looked up.
+    Raises a child of `BridgeError` naming what is wrong with the source and what to do.
+    """
+    path = Path(source)
+    if not path.exists():
+        if not _HUB_ID.fullmatch(str(source)):
+            raise CheckpointError(f"{quoted(source)} does not exist")
+        path = _from_hub(str(source))
+    for module in FORMATS.values():
+        if module.sniff(path):
+            return module.read(path)
+    raise CheckpointError(f"{quoted(path)} is not a checkpoint that is read: {_what_it_lacks(path)}")
+
+
+def save(checkpoint: Checkpoint, target: str | Path, *, format: str, overwrite: bool = False, **options: Any) -> None:
+    """Write `checkpoint` as a new directory; it appears under its name complete, or not at all.
+
+    Args:
+        format: a name in `bridge.formats.FORMATS`.
+        overwrite: replace what is at `target`; without it, an existing target is an error.
+        options: the format's own, for example `max_shard_bytes` for "huggingface".
+    """
+    if format not in FORMATS:
+        raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(FORMATS)}")
+    with new_directory(target, overwrite=overwrite) as directory:
+        FORMATS[format].write(checkpoint, directory, **options)
+
+
+def _what_it_lacks(path: Path) -> str:
+    if not path.is_dir():
+        return "it is a file; name the directory that holds config.json and the weights"
+    if not (path / "config.json").exists():
+        return "it has no config.json"
+    if list(path.glob("pytorch_model*.bin*")):
+        return "its weights are a pickle (.bin); load it with transformers and save_pretrained to get safetensors"
+    return "it has a config.json and no model.safetensors, model.safetensors.index.json or flax_model.safetensors"
+
+
+def _from_hub(repo_id: str) -> Path:
+    missing = f"{quoted(repo_id)} is not a path here"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise CheckpointError(
+            f"{missing}; to load it from the Hugging Face hub, pip install 'gpt2-bridge[hub]'"
+        ) from None
+    wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
+        raise CheckpointError(
+            f"{missing}, and the Hugging Face hub did not give it ({type(error).__name__}); check the name and the "
+            "connection, or download it elsewhere and give the directory"
+        ) from error

@@ -1,0 +1,201 @@
+"""The safetensors container, read one tensor at a time and written as a stream.
+
+The `safetensors` package maps the file or takes all tensors at once; a conversion here may hold
+two of the largest tensors and no more, so the container is read and written with plain file
+calls. (Its numpy writer also stores wrong data for arrays that are not C-contiguous, upstream
+issue 825.) The tests hold both directions against the package.
+
+Format: 8 bytes little-endian header length, the header as JSON, then the data without holes.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from bridge.arrays import LazyTensors, TensorEntry, aligned_empty
+from bridge.errors import CheckpointError, quoted
+
+# Every type that the format defines and numpy holds. Which of them may be weights is decided where
+# weights are checked: mask buffers of old checkpoints are uint8 or bool.
+DTYPES: Mapping[str, np.dtype] = {
+    name: np.dtype(t)
+    for name, t in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_MOST_HEADER_BYTES = 16 * 2**20  # a GPT-2 XL's header is 60 kB; parsing must stay within 64 MiB
+_MOST_RANK = 16  # Flax's deepest leaf has 5 axes; a header can claim 10,000
+
+
+def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
+    """The tensors of a safetensors file, each read when it is looked up, and its metadata.
+
+    Raises `CheckpointError` for anything that is not a complete, well-formed file; what the header
+    declares is checked against the bytes that are there before any of it is allocated.
+    """
+    path = Path(path)
+    header, data_start, data_size = _read_header(path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{quoted(path)}: __metadata__ must map names to strings")
+    entries = {}
+    spans = []
+    for name, described in header.items():
+        dtype, shape, begin, end = _described(path, name, described, data_size)
+        spans.append((begin, end, name))
+        entries[name] = TensorEntry(dtype, shape, _reader(path, dtype, shape, data_start + begin))
+    _require_no_holes(path, spans, data_size)
+    return LazyTensors(entries), metadata
+
+
+def write_file(path: str | Path, tensors: LazyTensors, metadata: Mapping[str, str]) -> None:
+    """Write `tensors` one after the other; never more than one of them is in memory."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, entry in tensors.entries.items():
+        if entry.dtype not in _NAMES:
+            raise CheckpointError(f"{quoted(name)}: safetensors cannot hold {entry.dtype}")
+        offsets = [position, position + entry.nbytes]
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        position = offsets[1]
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    with open(path, "xb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name, entry in tensors.entries.items():
+            _write_array(file, name, entry)
+
+
+def _write_array(file: BinaryIO, name: str, entry: TensorEntry) -> None:
+    array = entry.read()
+    if array.dtype != entry.dtype or array.shape != entry.shape:
+        raise CheckpointError(f"{quoted(name)} changed while it was being written")
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data starts, and how many bytes of data there are."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{quoted(path)} is not a regular file")
+        with open(path, "rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > status.st_size - 8:
+                raise CheckpointError(f"{quoted(path)}: {_not_safetensors(start + file.read(32), status.st_size)}")
+            if length > _MOST_HEADER_BYTES:
+                raise CheckpointError(f"{quoted(path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{quoted(path)}: the header is not valid JSON: {quoted(error)}") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{quoted(path)}: the header must be an object, not {type(header).__name__}")
+    return header, 8 + length, status.st_size - 8 - length
+
+
+def _not_safetensors(start: bytes, size: int) -> str:
+    """What a file that fails the first test most likely is."""
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a git-LFS pointer, not the weights; run `git lfs pull` where it came from"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "this is an HTML page, not weights; the download went wrong"
+    if size < 8:
+        return f"only {size} bytes; the file is empty or cut off"
+    return "not a safetensors file, or cut off: its header would be longer than the file"
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {quoted(twice)} appears twice")
+    return result
+
+
+def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end of one tensor, as far as they can be believed."""
+
+    def refuse(why: str) -> CheckpointError:
+        return CheckpointError(f"{quoted(path)}: tensor {quoted(name)}: {why}")
+
+    if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("must have exactly dtype, shape and data_offsets")
+    if not isinstance(described["dtype"], str) or described["dtype"] not in DTYPES:
+        raise refuse(f"dtype {quoted(described['dtype'])} is not one of {', '.join(DTYPES)}")
+    dtype = DTYPES[described["dtype"]]
+    shape, offsets = described["shape"], described["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > _MOST_RANK:
+        raise refuse(f"shape {quoted(shape)} is not a list of at most {_MOST_RANK} sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
+        raise refuse(f"data_offsets {quoted(offsets)} do not lie in the file's {data_size} bytes of data")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes != offsets[1] - offsets[0]:
+        raise refuse(f"shape {shape} of {dtype} needs {quoted(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}")
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _require_no_holes(path: Path, spans: list[tuple[int, int, str]], data_size: int) -> None:
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise CheckpointError(f"{quoted(path)}: tensor {quoted(name)} {what}")
+        position = end
+    if position != data_size:
+        raise CheckpointError(f"{quoted(path)}: {data_size - position} bytes after the last tensor; the file is damaged")
+
+
+def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
+    def read() -> np.ndarray:
+        # Plain reads, not a memory map: a file that shrinks under a map kills the process, and
+        # mapped pages count as this process's memory long after they were copied out.
+        array = aligned_empty(shape, dtype)
+        view = memoryview(array.reshape(-1).view(np.uint8))
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(offset)
+                while view:
+                    count = file.readinto(view)
+                    if not count:
+                        raise CheckpointError(f"{quoted(path)} became shorter while it was read")
+                    view = view[count:]
+        except OSError as error:
+            raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
+        return array
+
+    return read

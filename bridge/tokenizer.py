@@ -1,0 +1,148 @@
+"""A checkpoint directory's tokenizer as a `tiktoken.Encoding`.
+
+GPT-2's tokenizer is byte-level BPE (Radford et al. 2019, section 2.2). It is stored as `vocab.json`
+and `merges.txt`, or inside `tokenizer.json`; both spell bytes as printable characters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.errors import TokenizerError, quoted
+
+if TYPE_CHECKING:
+    import tiktoken
+
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""What travels with a checkpoint so that its tokenizer does."""
+
+OPENAI_VOCAB_SIZE = 50257
+"""A model of exactly this vocabulary uses OpenAI's tokenizer, which tiktoken calls "gpt2"."""
+
+# How GPT-2 cuts text into words before BPE; the same pattern in OpenAI's encoder.py and tiktoken.
+_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
+    """The tokenizer saved in `directory`, or OpenAI's where the vocabulary has its size.
+
+    Raises `TokenizerError` where there is none, where it is not GPT-2's kind of byte-level BPE, or
+    where it has ids that the model's vocabulary does not.
+    """
+    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
+        vocab = _read_json(directory / "vocab.json")
+        merges = _read_merges(directory / "merges.txt")
+        encoding = _byte_level_bpe(directory, vocab, merges, special={})
+    elif (directory / "tokenizer.json").exists():
+        encoding = _from_tokenizer_json(directory / "tokenizer.json")
+    elif vocab_size == OPENAI_VOCAB_SIZE:
+        encoding = openai_tokenizer()
+    else:
+        raise TokenizerError(
+            f"{quoted(directory)} has no tokenizer: neither vocab.json with merges.txt nor tokenizer.json, and a "
+            f"vocabulary of {vocab_size} is not OpenAI's; put the files there, or work with token ids"
+        )
+    if encoding.max_token_value >= vocab_size:
+        raise TokenizerError(
+            f"the tokenizer of {quoted(directory)} has ids up to {encoding.max_token_value}, "
+            f"the model's vocabulary only {vocab_size}; they do not belong together"
+        )
+    return encoding
+
+
+def openai_tokenizer() -> tiktoken.Encoding:
+    """GPT-2's own tokenizer, from tiktoken's cache or by download."""
+    import tiktoken
+
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the HTTP client of the day raises
+        raise TokenizerError(
+            f"tiktoken could not get GPT-2's vocabulary ({type(error).__name__}); connect once, set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it, or put vocab.json and merges.txt beside the weights"
+        ) from error
+
+
+def _from_tokenizer_json(path: Path) -> tiktoken.Encoding:
+    stored = _read_json(path)
+    model = stored.get("model") or {}
+    if model.get("type", "BPE") != "BPE" or not _is_byte_level(stored.get("pre_tokenizer")):
+        raise TokenizerError(f"{quoted(path)} is not GPT-2's byte-level BPE, the only kind that is read")
+    if stored.get("normalizer"):
+        raise TokenizerError(f"{quoted(path)} normalises text before encoding, which GPT-2 does not")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
+    special = {token["content"]: token["id"] for token in stored.get("added_tokens", [])}
+    return _byte_level_bpe(path.parent, model.get("vocab", {}), merges, special)
+
+
+def _is_byte_level(pre_tokenizer: Any) -> bool:
+    return (
+        isinstance(pre_tokenizer, dict)
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and not pre_tokenizer.get("add_prefix_space")
+        and pre_tokenizer.get("use_regex", True)
+    )
+
+
+def _byte_level_bpe(
+    directory: Path, vocab: Mapping[str, int], merges: list[tuple[str, ...]], special: Mapping[str, int]
+) -> tiktoken.Encoding:
+    """tiktoken ranks merges by the id of what they make, so ids must rise in the order of the merges."""
+    import tiktoken
+
+    byte_of = _printable_bytes()
+    merged = ["".join(pair) for pair in merges]
+    missing = [token for token in merged if token not in vocab]
+    if missing or any(len(pair) != 2 for pair in merges):
+        raise TokenizerError(f"{quoted(directory)}: the merges make {quoted(missing[:1])}, which has no id")
+    ids = [vocab[token] for token in merged]
+    if any(later <= earlier for earlier, later in zip(ids, ids[1:], strict=False)):
+        raise TokenizerError(f"{quoted(directory)}: token ids do not follow the order of the merges; tiktoken needs that")
+    ordinary = set(merged) | set(byte_of)
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
+    if len([token for token in ranks if len(token) == 1]) != 256:
+        raise TokenizerError(f"{quoted(directory)}: some of the 256 bytes have no token, so not every text can be encoded")
+    special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
+    return tiktoken.Encoding(name=directory.name, pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _printable_bytes() -> dict[str, int]:
+    """The character that stands for each byte: itself where it prints, else the next unused above 255.
+
+    Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py; restated.
+    """
+    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
+
+
+def _read_merges(path: Path) -> list[tuple[str, ...]]:
+    lines = _read_text(path).split("\n")
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{quoted(path)} is not valid JSON: {quoted(error)}") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{quoted(path)} must hold an object, not {type(value).__name__}")
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"cannot read {quoted(path)}: {quoted(error)}") from None

@@ -1,0 +1,298 @@
+"""GPT-2 in Flax (Linen): the same classes as `gpt2_torch.model`, in the same order.
+
+Axis letters, the same in both backends: B batch, T query length, S key length, D n_embd, H heads,
+K head size, F feed-forward, V vocabulary, P positions, L layers.
+
+Calls are pure: parameters go in, logits come out, nothing is kept in mutable collections. Parameters
+have `param_dtype`, the computation has `dtype`; statistics of norms and attention scores are in
+float32 at least. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
+section 2.3, and the code released with it (gpt-2/src/model.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from bridge import GPT2Config, padded_vocab_size
+from gpt2_jax.attention import attention
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "gelu": lambda x: nn.gelu(x, approximate=False),  # the exact form, with erf
+    "gelu_fast": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608 * x * (1.0 + 0.044715 * x * x))),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def residual_std(config: GPT2Config) -> float:
+    """Initial weights of projections into the residual stream, which 2 L of them add to (section 2.3)."""
+    return config.initializer_range / math.sqrt(2 * config.n_layer)
+
+
+class QKVProjection(nn.Module):
+    """`c_attn`: the query, key and value projections side by side, split by head: `[D, 3, H, K]`."""
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, query: Float[Array, "B T D"], key: Float[Array, "B S D"], value: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B S H K"], Float[Array, "B S H K"]]:
+        c = self.config
+        shape = (3, c.n_head, c.head_size)
+        kernel = self.param("kernel", nn.initializers.normal(c.initializer_range), (c.n_embd, *shape), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if c.bias else jnp.zeros(shape)
+        kernel_D3HK, bias_3HK = kernel.astype(self.dtype), bias.astype(self.dtype)
+        if query is key and key is value:  # self-attention: one product
+            qkv = jnp.einsum("BTD,DCHK->BTCHK", query.astype(self.dtype), kernel_D3HK) + bias_3HK
+            return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q_BTHK, k_BSHK, v_BSHK = (
+            jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel_D3HK[:, i]) + bias_3HK[i]
+            for i, x in enumerate((query, key, value))
+        )
+        return q_BTHK, k_BSHK, v_BSHK
+
+
+class MultiHeadAttention(nn.Module):
+    """Scaled dot-product attention over several heads (Vaswani et al. 2017, section 3.2.2).
+
+    Self-attention where query, key and value are one and the same array, cross-attention otherwise.
+    """
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.c_attn = QKVProjection(self.config, self.dtype, self.param_dtype)
+        self.c_proj = nn.DenseGeneral(
+            self.config.n_embd,
+            axis=(-2, -1),
+            use_bias=self.config.bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(residual_std(self.config)),
+        )
+
+    def __call__(
+        self,
+        query: Float[Array, "B T D"],
+        key: Float[Array, "B S D"],
+        value: Float[Array, "B S D"],
+        mask: Bool[Array, "#B #H #T S"] | None = None,
+        *,
+        is_causal: bool = False,
+        layer_index: int | Int[Array, ""] = 0,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """
+        Args:
+            mask: True where a query may see a key; None lets it see all. A query that may see no
+                key attends to all of them evenly, so padding stays finite.
+            is_causal: besides, hide every key that comes after the query; needs T == S.
+            layer_index: counted from 0; used by `scale_attn_by_inverse_layer_idx`.
+            deterministic: False drops attention weights at `attn_pdrop`, with the "dropout" rng.
+        """
+        q_BTHK, k_BSHK, v_BSHK = self.c_attn(query, key, value)
+        scale: float | Array = 1.0
+        if self.config.scale_attn_weights:
+            scale = scale / math.sqrt(self.config.head_size)
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale = scale / (layer_index + 1)
+        drops = not deterministic and self.config.attn_pdrop > 0.0
+        context_BTHK = attention(
+            q_BTHK,
+            k_BSHK,
+            v_BSHK,
+            mask,
+            is_causal=is_causal,
+            scale=scale,
+            dropout_rate=self.config.attn_pdrop if drops else 0.0,
+            dropout_key=self.make_rng("dropout") if drops else None,
+        )
+        return self.c_proj(context_BTHK)
+
+
+class FeedForward(nn.Module):
+    """Two projections with the configured activation between (Vaswani et al. 2017, section 3.3)."""
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        self.c_fc = nn.Dense(
+            c.feed_forward_size,
+            use_bias=c.bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(c.initializer_range),
+        )
+        self.c_proj = nn.Dense(
+            c.n_embd,
+            use_bias=c.bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=nn.initializers.normal(residual_std(c)),
+        )
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
+
+
+class GPT2Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3)."""
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        self.ln_1 = layer_norm(self.config, self.dtype, self.param_dtype)
+        self.attn = MultiHeadAttention(self.config, self.dtype, self.param_dtype)
+        self.ln_2 = layer_norm(self.config, self.dtype, self.param_dtype)
+        self.mlp = FeedForward(self.config, self.dtype, self.param_dtype)
+        self.drop = nn.Dropout(self.config.resid_pdrop)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "#B #H #T S"] | None = None,
+        *,
+        is_causal: bool = True,
+        layer_index: int | Int[Array, ""] = 0,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        normed = self.ln_1(x)
+        attended = self.attn(
+            normed, normed, normed, mask, is_causal=is_causal, layer_index=layer_index, deterministic=deterministic
+        )
+        x = x + self.drop(attended, deterministic=deterministic)
+        return x + self.drop(self.mlp(self.ln_2(x)), deterministic=deterministic)
+
+
+class GPT2(nn.Module):
+    """Token and position embeddings, L layers, a final norm, and the output head.
+
+    The parameter tree is that of `bridge.to_flax`, with the same `stacked` and `vocab_multiple`.
+
+    Attributes:
+        dtype: of the computation and the logits.
+        param_dtype: of the parameters that `init` makes.
+        scan: run the layers as one `nn.scan` over stacked parameters, which compiles L times less
+            code, instead of as a loop over `h_0 ... h_{L-1}`.
+        vocab_multiple: the vocabulary's rows are padded to a multiple of this in the parameters;
+            logits have `vocab_size` columns all the same.
+    """
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    scan: bool = False
+    vocab_multiple: int = 1
+
+    def setup(self) -> None:
+        c = self.config
+        rows = padded_vocab_size(c.vocab_size, self.vocab_multiple)
+        self.wte = self._embedding(rows)
+        self.wpe = self._embedding(c.n_positions)
+        self.drop = nn.Dropout(c.embd_pdrop)
+        if self.scan:
+            self.h = GPT2Layer(c, self.dtype, self.param_dtype)
+        else:
+            self.h = [GPT2Layer(c, self.dtype, self.param_dtype) for _ in range(c.n_layer)]
+        self.ln_f = layer_norm(c, self.dtype, self.param_dtype)
+        self.lm_head = None if c.tie_word_embeddings else self._embedding(rows)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token after each position.
+
+        Args:
+            input_ids: token ids, each below `vocab_size`.
+            attention_mask: 1 for tokens, 0 for padding, left or right. Positions count tokens
+                only. What comes out at padding is finite and means nothing.
+            deterministic: False applies dropout at the configured rates; pass
+                `rngs={"dropout": key}` to `apply` then.
+
+        Raises:
+            ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
+            IndexError: for an id outside the vocabulary. Inside `jit` values cannot be looked at:
+                there such an id (a negative one counts from the end) makes its row's logits NaN.
+        """
+        _check_inputs(self.config, input_ids, attention_mask)
+        mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
+        x = self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask))
+        x = self.drop(x, deterministic=deterministic)
+        x = self._scan_layers(x, mask, deterministic) if self.scan else self._loop_layers(x, mask, deterministic)
+        head = self.wte if self.lm_head is None else self.lm_head
+        return head.attend(self.ln_f(x))[..., : self.config.vocab_size]
+
+    def _loop_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+        for i, layer in enumerate(self.h):
+            x = layer(x, mask, layer_index=i, deterministic=deterministic)
+        return x
+
+    def _scan_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+        def apply_layer(layer: GPT2Layer, x: Array, layer_index: Array) -> tuple[Array, None]:
+            return layer(x, mask, layer_index=layer_index, deterministic=deterministic), None
+
+        scan = nn.scan(apply_layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+        return scan(self.h, x, jnp.arange(self.config.n_layer))[0]
+
+    def _embedding(self, rows: int) -> nn.Embed:
+        init = nn.initializers.normal(self.config.initializer_range)
+        return nn.Embed(rows, self.config.n_embd, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init)
+
+
+def positions(
+    input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None
+) -> Int[Array, "#B T"]:
+    """Which row of `wpe` each token takes: the number of tokens before it, padding not counted."""
+    if attention_mask is None:
+        return jnp.arange(input_ids.shape[1])[None]
+    return jnp.clip(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, min=0)
+
+
+def layer_norm(config: GPT2Config, dtype: DTypeLike, param_dtype: DTypeLike) -> nn.LayerNorm:
+    """Flax's own defaults are another epsilon and a variance that cancels: E[x^2] - E[x]^2."""
+    return nn.LayerNorm(
+        epsilon=config.layer_norm_epsilon,
+        use_fast_variance=False,
+        use_bias=config.bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+    )
+
+
+def _check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be [batch, length], not of shape {input_ids.shape}")
+    if input_ids.shape[1] > config.n_positions:
+        raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask is {attention_mask.shape}, input_ids {input_ids.shape}")
+    if not isinstance(input_ids, jax.core.Tracer) and input_ids.size:
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= config.vocab_size:
+            raise IndexError(f"token ids from {low} to {high}; the vocabulary is 0 to {config.vocab_size - 1}")

@@ -1,0 +1,70 @@
+"""From a checkpoint to a model and its parameters on the device, and back to a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+import bridge
+from bridge import Checkpoint
+from gpt2_jax.model import GPT2
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    scan: bool = False,
+    vocab_multiple: int = 1,
+) -> tuple[GPT2, dict[str, Any]]:
+    """The model of a checkpoint directory or Hugging Face id, and its parameters on the device.
+
+    Args:
+        dtype: of the computation.
+        param_dtype: cast the parameters to this; None keeps them as they are stored.
+        scan, vocab_multiple: as in `GPT2`.
+
+    Raises a child of `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
+    """
+    checkpoint = bridge.load(source)
+    return model_from_checkpoint(
+        checkpoint, dtype=dtype, param_dtype=param_dtype, scan=scan, vocab_multiple=vocab_multiple
+    )
+
+
+def model_from_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    scan: bool = False,
+    vocab_multiple: int = 1,
+) -> tuple[GPT2, dict[str, Any]]:
+    """As `from_pretrained`, from a checkpoint that is already open."""
+    tree = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=scan, vocab_multiple=vocab_multiple)
+    params = jax.tree.map(lambda array: to_device(array, param_dtype), tree)
+    stored = params["wte"]["embedding"].dtype
+    return GPT2(checkpoint.config, jnp.dtype(dtype), stored, scan, vocab_multiple), params
+
+
+def checkpoint_from_params(model: GPT2, params: Mapping[str, Any]) -> Checkpoint:
+    """The parameters as a checkpoint that `bridge.save` writes."""
+    return Checkpoint.of(bridge.to_torch(params, model.config, vocab_multiple=model.vocab_multiple), model.config)
+
+
+def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
+    """One array on the default device; on CPU it is adopted, not copied, where dtype and alignment allow."""
+    if dtype is not None:
+        array = array.astype(jnp.dtype(dtype), copy=False)
+    if array.dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise bridge.ConversionError(
+            "the weights are float64, which JAX would cut to float32; set JAX_ENABLE_X64=1 or pass param_dtype"
+        )
+    return jax.device_put(array, may_alias=True)

@@ -1,0 +1,18 @@
+"""GPT-2 in PyTorch: the reference. Needs no JAX."""
+
+from bridge import GPT2_SIZES, GPT2Config
+from gpt2_torch.arrays import checkpoint_from_model, model_from_checkpoint
+from gpt2_torch.generate import generate
+from gpt2_torch.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
+
+__all__ = [
+    "GPT2",
+    "GPT2_SIZES",
+    "FeedForward",
+    "GPT2Config",
+    "GPT2Layer",
+    "MultiHeadAttention",
+    "checkpoint_from_model",
+    "generate",
+    "model_from_checkpoint",
+]
