@@ -1,0 +1,40 @@
+"""Small random models for tests: sizes pairwise different, every parameter random.
+
+A zero bias or a LayerNorm scale of one would hide a wrong row, and equal sizes a wrong turn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import bridge
+from bridge import Checkpoint, GPT2Config
+
+TINY = GPT2Config(vocab_size=257, n_positions=40, n_embd=48, n_layer=5, n_head=3, n_inner=100)
+
+
+def random_state(config: GPT2Config, dtype: np.dtype | type = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+    """A canonical state_dict with weights large enough that every mistake shows in the logits."""
+    rng = np.random.default_rng(seed)
+    state = {}
+    for p in bridge.parameters(config):
+        values = rng.normal(scale=0.2, size=p.torch_shape)
+        is_norm = ".ln_" in f".{p.torch_name}" and p.torch_name.endswith("weight")
+        state[p.torch_name] = (values + 1.0 if is_norm else values).astype(dtype)
+    return state
+
+
+def random_checkpoint(config: GPT2Config = TINY, dtype: np.dtype | type = np.float32, seed: int = 0) -> Checkpoint:
+    return Checkpoint.of(random_state(config, dtype, seed), config)
+
+
+def huggingface_directory(path: Path, config: GPT2Config = TINY, **kwargs: object) -> Path:
+    """A random model of this configuration, written to `path` by this project."""
+    bridge.save(random_checkpoint(config, **kwargs), path, format="huggingface")  # type: ignore[arg-type]
+    return path
+
+
+def random_ids(config: GPT2Config, batch: int = 2, length: int = 17, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length))
