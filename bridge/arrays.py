@@ -24,6 +24,10 @@ class TensorEntry:
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
 
+    @classmethod
+    def of(cls, array: np.ndarray) -> TensorEntry:
+        return cls(array.dtype, array.shape, lambda: array)
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
@@ -43,8 +47,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
         """Arrays in memory under the same interface; lazy tensors are returned as they are."""
         if isinstance(tensors, LazyTensors):
             return tensors
-        arrays = {name: np.asarray(array) for name, array in tensors.items()}
-        return cls({name: TensorEntry(a.dtype, a.shape, lambda a=a: a) for name, a in arrays.items()})
+        return cls({name: TensorEntry.of(np.asarray(array)) for name, array in tensors.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.entries[name].read()

@@ -42,5 +42,7 @@ class Checkpoint:
     def tokenizer(self) -> tiktoken.Encoding:
         """The tokenizer that was saved with the weights; raises `TokenizerError` if there is none."""
         if self.path is None:
-            raise TokenizerError("a checkpoint in memory has no tokenizer; load one from a directory that has its files")
+            raise TokenizerError(
+                "a checkpoint in memory has no tokenizer; load one from a directory that has its files"
+            )
         return load_tokenizer(self.path, self.config.vocab_size)

@@ -131,7 +131,9 @@ class GPT2Config:
 
 def harmless_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `config.json` that `GPT2Config` does not hold, to survive a round trip."""
-    return {name: value for name, value in hf.items() if name not in _KNOWN and name not in ("model_type", "architectures")}
+    return {
+        name: value for name, value in hf.items() if name not in _KNOWN and name not in ("model_type", "architectures")
+    }
 
 
 # The small print of validation and of other people's config.json files.
@@ -151,7 +153,7 @@ _KNOWN = {*_HF_FIELDS, *(alias for names in _HF_ALIASES.values() for alias in na
 
 # Fields that transformers' GPT-2 (4.x or 5.x) or the loading machinery obeys and this project does
 # not implement, with the value that leaves the mathematics alone.
-_MUST_BE = {
+_MUST_BE: Mapping[str, Any] = {
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
     "pruned_heads": {},
@@ -187,7 +189,7 @@ def _foreign_model(hf: Mapping[str, Any]) -> list[str]:
         return [f"model_type={quoted(hf['model_type'])}: only 'gpt2' is supported"]
     if any(name.startswith("GPT2") for name in architectures):
         return []
-    return ["model_type is missing: add \"model_type\": \"gpt2\" if this is a GPT-2"]
+    return ['model_type is missing: add "model_type": "gpt2" if this is a GPT-2']
 
 
 def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:

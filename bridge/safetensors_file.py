@@ -95,7 +95,7 @@ def _write_array(file: BinaryIO, name: str, entry: TensorEntry) -> None:
     array = entry.read()
     if array.dtype != entry.dtype or array.shape != entry.shape:
         raise CheckpointError(f"{quoted(name)} changed while it was being written")
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -110,7 +110,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             if len(start) < 8 or length > status.st_size - 8:
                 raise CheckpointError(f"{quoted(path)}: {_not_safetensors(start + file.read(32), status.st_size)}")
             if length > _MOST_HEADER_BYTES:
-                raise CheckpointError(f"{quoted(path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")
+                raise CheckpointError(
+                    f"{quoted(path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read"
+                )
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
@@ -161,7 +163,9 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
         raise refuse(f"data_offsets {quoted(offsets)} do not lie in the file's {data_size} bytes of data")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
-        raise refuse(f"shape {shape} of {dtype} needs {quoted(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}")
+        raise refuse(
+            f"shape {shape} of {dtype} needs {quoted(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}"
+        )
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
@@ -177,7 +181,9 @@ def _require_no_holes(path: Path, spans: list[tuple[int, int, str]], data_size: 
             raise CheckpointError(f"{quoted(path)}: tensor {quoted(name)} {what}")
         position = end
     if position != data_size:
-        raise CheckpointError(f"{quoted(path)}: {data_size - position} bytes after the last tensor; the file is damaged")
+        raise CheckpointError(
+            f"{quoted(path)}: {data_size - position} bytes after the last tensor; the file is damaged"
+        )
 
 
 def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
@@ -185,7 +191,7 @@ def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
         # Plain reads, not a memory map: a file that shrinks under a map kills the process, and
         # mapped pages count as this process's memory long after they were copied out.
         array = aligned_empty(shape, dtype)
-        view = memoryview(array.reshape(-1).view(np.uint8))
+        view = array.reshape(-1).view(np.uint8).data
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(offset)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,12 +107,16 @@ def _byte_level_bpe(
     if missing or any(len(pair) != 2 for pair in merges):
         raise TokenizerError(f"{quoted(directory)}: the merges make {quoted(missing[:1])}, which has no id")
     ids = [vocab[token] for token in merged]
-    if any(later <= earlier for earlier, later in zip(ids, ids[1:], strict=False)):
-        raise TokenizerError(f"{quoted(directory)}: token ids do not follow the order of the merges; tiktoken needs that")
+    if any(later <= earlier for earlier, later in pairwise(ids)):
+        raise TokenizerError(
+            f"{quoted(directory)}: token ids do not follow the order of the merges; tiktoken needs that"
+        )
     ordinary = set(merged) | set(byte_of)
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
     if len([token for token in ranks if len(token) == 1]) != 256:
-        raise TokenizerError(f"{quoted(directory)}: some of the 256 bytes have no token, so not every text can be encoded")
+        raise TokenizerError(
+            f"{quoted(directory)}: some of the 256 bytes have no token, so not every text can be encoded"
+        )
     special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
     return tiktoken.Encoding(name=directory.name, pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
 

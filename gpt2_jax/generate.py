@@ -60,7 +60,8 @@ def _fill(
     key: PRNGKeyArray,
 ) -> Int[Array, "B T"]:
     def add_token(n: Int[Array, ""], ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        logits_BV = model.apply({"params": params}, ids_BT)[:, n - 1]
+        logits_BTV: Any = model.apply({"params": params}, ids_BT)
+        logits_BV = logits_BTV[:, n - 1]
         if greedy:
             next_ids = logits_BV.argmax(axis=-1)
         else:

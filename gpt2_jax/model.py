@@ -11,8 +11,10 @@ section 2.3, and the code released with it (gpt-2/src/model.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -212,10 +214,8 @@ class GPT2(nn.Module):
         self.wte = self._embedding(rows)
         self.wpe = self._embedding(c.n_positions)
         self.drop = nn.Dropout(c.embd_pdrop)
-        if self.scan:
-            self.h = GPT2Layer(c, self.dtype, self.param_dtype)
-        else:
-            self.h = [GPT2Layer(c, self.dtype, self.param_dtype) for _ in range(c.n_layer)]
+        layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype)
+        self.h: Any = layer() if self.scan else [layer() for _ in range(c.n_layer)]
         self.ln_f = layer_norm(c, self.dtype, self.param_dtype)
         self.lm_head = None if c.tie_word_embeddings else self._embedding(rows)
 
@@ -265,9 +265,7 @@ class GPT2(nn.Module):
         return nn.Embed(rows, self.config.n_embd, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init)
 
 
-def positions(
-    input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None
-) -> Int[Array, "#B T"]:
+def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:
     """Which row of `wpe` each token takes: the number of tokens before it, padding not counted."""
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]

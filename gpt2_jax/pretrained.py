@@ -63,7 +63,7 @@ def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
     """One array on the default device; on CPU it is adopted, not copied, where dtype and alignment allow."""
     if dtype is not None:
         array = array.astype(jnp.dtype(dtype), copy=False)
-    if array.dtype == np.float64 and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise bridge.ConversionError(
             "the weights are float64, which JAX would cut to float32; set JAX_ENABLE_X64=1 or pass param_dtype"
         )

@@ -43,7 +43,7 @@ def generate(
 
 def _sample(
     logits_BV: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator
-) -> Int[Tensor, "B"]:
+) -> Int[Tensor, B]:
     if temperature == 0.0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() / temperature

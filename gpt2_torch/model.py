@@ -68,9 +68,7 @@ class QKVProjection(Projection):
         else:
             weights = self.weight.chunk(3, dim=-1)
             biases = (None, None, None) if self.bias is None else self.bias.chunk(3)
-            q, k, v = (
-                F.linear(x, w.T, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
-            )
+            q, k, v = (F.linear(x, w.T, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
         q_BTHK, k_BSHK, v_BSHK = (x.unflatten(-1, self.head_shape) for x in (q, k, v))
         return q_BTHK, k_BSHK, v_BSHK
 
@@ -254,9 +252,7 @@ class GPT2(nn.Module):
         return model_from_checkpoint(bridge.load(source))
 
 
-def positions(
-    input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None
-) -> Int[Tensor, "#B T"]:
+def positions(input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None) -> Int[Tensor, "#B T"]:
     """Which row of `wpe` each token takes: the number of tokens before it, padding not counted."""
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
