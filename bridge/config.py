@@ -6,8 +6,8 @@ Reading somebody else's `config.json` fails closed: see `GPT2Config.from_hf`.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -75,10 +75,9 @@ class GPT2Config:
     """Projections and LayerNorms have biases; False is nanoGPT's `bias=False`."""
 
     def __post_init__(self) -> None:
-        problems = [*_wrong_types(self)]
-        if not problems:
-            problems = [*_out_of_range(self)]
-        if problems:
+        wrong_types = _wrong_types(self)
+        well_typed = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in wrong_types}
+        if problems := [*wrong_types.values(), *_out_of_range(well_typed)]:
             raise ConfigError("this is not a GPT-2 configuration:\n" + bullet_list(problems))
 
     @property
@@ -212,9 +211,9 @@ _LARGEST_SIZE = 2**31 - 1  # sizes index arrays with int32 ids
 _MOST_LAYERS = 10_000  # ten times the deepest published transformer; a typo must not build 10^9 names
 
 
-def _wrong_types(config: GPT2Config) -> list[str]:
-    """Type problems; a bool is not an int here, and an int is a float."""
-    problems = []
+def _wrong_types(config: GPT2Config) -> dict[str, str]:
+    """Field -> what is wrong with its type; a bool is not an int here, and an int is a float."""
+    problems = {}
     for field in fields(GPT2Config):
         value = getattr(config, field.name)
         expected = {"int": int, "int | None": int, "float": float, "bool": bool, "str": str}[str(field.type)]
@@ -223,30 +222,31 @@ def _wrong_types(config: GPT2Config) -> list[str]:
         if expected is float and type(value) is int:
             continue
         if type(value) is not expected:
-            problems.append(f"{field.name}={quoted(value)}: must be {field.type}, not {type(value).__name__}")
+            problems[field.name] = f"{field.name}={quoted(value)}: must be {field.type}, not {type(value).__name__}"
     return problems
 
 
-def _out_of_range(config: GPT2Config) -> list[str]:
+def _out_of_range(values: Mapping[str, Any]) -> list[str]:
+    """Problems of the fields in `values`, each of the right type; the others are left alone."""
     problems = []
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-        value = getattr(config, name)
+        value = values.get(name)
         most = _MOST_LAYERS if name == "n_layer" else _LARGEST_SIZE
         if value is not None and not 1 <= value <= most:
-            problems.append(f"{name}={value}: must be between 1 and {most}")
-    if not problems and config.n_embd % config.n_head:
-        problems.append(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
-    if config.activation_function not in ACTIVATIONS:
-        problems.append(
-            f"activation_function={quoted(config.activation_function)}: must be one of {', '.join(ACTIVATIONS)}"
-        )
+            problems.append(f"{name}={quoted(value)}: must be between 1 and {most}")
+    width, heads = values.get("n_embd", 0), values.get("n_head", 0)
+    if min(width, heads) > 0 and width % heads:
+        problems.append(f"n_embd={quoted(width)} is not divisible by n_head={quoted(heads)}")
+    activation = values.get("activation_function", ACTIVATIONS[0])
+    if activation not in ACTIVATIONS:
+        problems.append(f"activation_function={quoted(activation)}: must be one of {', '.join(ACTIVATIONS)}")
     for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            problems.append(f"{name}={getattr(config, name)}: must be at least 0 and below 1")
+        if not 0 <= values.get(name, 0) < 1:
+            problems.append(f"{name}={quoted(values[name])}: must be at least 0 and below 1")
     for name in ("layer_norm_epsilon", "initializer_range"):
-        value = getattr(config, name)
-        if not (math.isfinite(value) and value > 0):
-            problems.append(f"{name}={value}: must be positive and finite")
+        # The bound also catches infinity, and whole numbers that no float can hold.
+        if not 0 < values.get(name, 1) <= sys.float_info.max:
+            problems.append(f"{name}={quoted(values[name])}: must be positive and finite")
     return problems
 
 
