@@ -1,0 +1,204 @@
+"""The reference, the port in both its forms, and transformers compute one and the same function."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from implementations import (
+    jax_gradients,
+    jax_logits,
+    largest_divergence,
+    relative_error,
+    relative_l2,
+    torch_gradients,
+    torch_logits,
+    torch_model,
+    transformers_logits,
+    transformers_model,
+)
+from models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
+
+import gpt2_jax
+import gpt2_torch
+from bridge import Checkpoint, GPT2Config
+from bridge.config import ACTIVATIONS
+
+FP64_RELATIVE = 1e-10  # rounding gives 1e-14; any difference in the mathematics gives 1e-7 or more
+FP32_ABSOLUTE = 1e-5  # logits here are of order 1, where float32 steps are 1e-7 and five layers add some up
+FP32_DIVERGENCE = 1e-9  # nats; half the square of FP32_ABSOLUTE, with room
+FP32_GRADIENT = 1e-5  # relative L2 of one parameter's gradient
+
+SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings")
+GRID = [
+    replace(TINY, activation_function=activation, n_inner=n_inner, **dict(zip(SWITCHES, switches, strict=True)))
+    for activation in ACTIVATIONS
+    for switches in itertools.product((True, False), repeat=len(SWITCHES))
+    for n_inner in (TINY.n_inner, None)
+]
+"""Every activation with every combination of switches: 288 models."""
+
+_WORDS = ("-----", "---++", "--+-+", "-+--+", "+---+", "--++-", "-+-+-", "+--+-", "-++--")
+_OPPOSITE = str.maketrans("+-", "-+")
+COVERING = [
+    replace(
+        TINY,
+        activation_function=activation,
+        n_inner=TINY.n_inner if bits[-1] == "+" else None,
+        **{switch: bit == "+" for switch, bit in zip(SWITCHES, bits, strict=False)},
+    )
+    for activation, word in zip(ACTIVATIONS, _WORDS, strict=True)
+    for bits in (word, word.translate(_OPPOSITE))
+]
+"""18 of them in which each pair of values, of two switches or of a switch and an activation, occurs."""
+
+
+def name_of(config: GPT2Config) -> str:
+    on = [switch.replace("_attn", "") for switch in SWITCHES if getattr(config, switch)]
+    return "-".join([config.activation_function, *on, f"n_inner={config.n_inner}"])
+
+
+def float32_checkpoint(config: GPT2Config) -> Checkpoint:
+    """Weights of half the size, std 0.1; GPT-2's own are about 0.14.
+
+    At `random_state`'s 0.2 with scores not divided by sqrt(K), attention is so sharp that rounding alone
+    moves logits by 1.1e-5 between any two float32 implementations.
+    """
+    state = random_state(config)
+    return Checkpoint.of({name: w if w.mean() > 0.5 else w / 2 for name, w in state.items()}, config)
+
+
+def pairwise(answers: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    return [(f"{a} and {b}", answers[a], answers[b]) for a, b in itertools.combinations(answers, 2)]
+
+
+def test_the_covering_selection_covers_every_pair():
+    fields = ("activation_function", "n_inner", *SWITCHES)
+    for a, b in itertools.combinations(fields, 2):
+        wanted = {(getattr(c, a), getattr(c, b)) for c in GRID}
+        assert {(getattr(c, a), getattr(c, b)) for c in COVERING} == wanted, (a, b)
+
+
+@pytest.mark.parametrize("config", GRID, ids=name_of)
+def test_logits_agree_in_float64(config: GPT2Config, x64: None):
+    checkpoint, ids = random_checkpoint(config, np.float64), random_ids(config)
+    answers = {
+        "gpt2_torch": torch_logits(checkpoint, ids),
+        "gpt2_jax": jax_logits(checkpoint, ids),
+        "transformers": transformers_logits(checkpoint, ids),
+    }
+    for pair, a, b in pairwise(answers):
+        assert relative_error(a, b) <= FP64_RELATIVE, pair
+
+
+@pytest.mark.parametrize("config", COVERING, ids=name_of)
+def test_logits_of_the_scanned_form_agree_in_float64(config: GPT2Config, x64: None):
+    checkpoint, ids = random_checkpoint(config, np.float64), random_ids(config)
+    assert relative_error(jax_logits(checkpoint, ids, scan=True), torch_logits(checkpoint, ids)) <= FP64_RELATIVE
+
+
+@pytest.mark.parametrize("config", COVERING, ids=name_of)
+def test_logits_agree_in_float32(config: GPT2Config):
+    checkpoint, ids = float32_checkpoint(config), random_ids(config)
+    answers = {
+        "gpt2_torch": torch_logits(checkpoint, ids),
+        "gpt2_jax": jax_logits(checkpoint, ids),
+        "gpt2_jax scanned": jax_logits(checkpoint, ids, scan=True),
+        "transformers": transformers_logits(checkpoint, ids),
+    }
+    for pair, a, b in pairwise(answers):
+        assert np.abs(a - b).max() <= FP32_ABSOLUTE, pair
+        assert largest_divergence(a, b) <= FP32_DIVERGENCE, pair
+
+
+@pytest.mark.parametrize("config", [TINY, *COVERING[6:10]], ids=name_of)
+def test_a_directory_loads_into_all_of_them_and_they_agree(config: GPT2Config, tmp_path: Path):
+    directory, ids = huggingface_directory(tmp_path / "model", config), random_ids(config)
+    peer, report = transformers.GPT2LMHeadModel.from_pretrained(
+        directory, attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model, params = gpt2_jax.from_pretrained(directory)
+    scanned, stacked = gpt2_jax.from_pretrained(directory, scan=True)
+    with torch.no_grad():
+        answers = {
+            "gpt2_torch": gpt2_torch.GPT2.from_pretrained(directory)(torch.from_numpy(ids)).numpy(),
+            "gpt2_jax": np.asarray(model.apply({"params": params}, ids)),
+            "gpt2_jax scanned": np.asarray(scanned.apply({"params": stacked}, ids)),
+            "transformers": peer(torch.from_numpy(ids)).logits.numpy(),
+        }
+    for pair, a, b in pairwise(answers):
+        assert np.abs(a - b).max() <= FP32_ABSOLUTE, pair
+
+
+def gradients(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
+    ours, peer = torch_model(checkpoint), transformers_model(checkpoint)
+    peer_gradients = torch_gradients(peer, peer(torch.from_numpy(ids)).logits, ids)
+    return {
+        "gpt2_torch": torch_gradients(ours, ours(torch.from_numpy(ids)), ids),
+        "gpt2_jax": jax_gradients(checkpoint, ids),
+        "transformers": peer_gradients,
+    }
+
+
+def largest_gradient_error(answers: dict[str, dict[str, np.ndarray]]) -> float:
+    """Each parameter is judged whole: the key bias, a third of c_attn.bias, has a true gradient of zero."""
+    names = set(answers["gpt2_torch"])
+    assert all(set(answer) == names for answer in answers.values())
+    return max(
+        relative_l2(answers[a][name], answers[b][name])
+        for a, b in itertools.combinations(answers, 2)
+        for name in sorted(names)
+    )
+
+
+@pytest.mark.parametrize("config", COVERING, ids=name_of)
+def test_gradients_of_every_parameter_agree_in_float64(config: GPT2Config, x64: None):
+    answers = gradients(random_checkpoint(config, np.float64), random_ids(config))
+    assert largest_gradient_error(answers) <= FP64_RELATIVE
+
+
+@pytest.mark.parametrize("config", COVERING[::3], ids=name_of)
+def test_gradients_of_the_scanned_form_agree_in_float64(config: GPT2Config, x64: None):
+    checkpoint, ids = random_checkpoint(config, np.float64), random_ids(config)
+    ours = torch_model(checkpoint)
+    reference = torch_gradients(ours, ours(torch.from_numpy(ids)), ids)
+    scanned = jax_gradients(checkpoint, ids, scan=True)
+    assert largest_gradient_error({"gpt2_torch": reference, "gpt2_jax scanned": scanned}) <= FP64_RELATIVE
+
+
+@pytest.mark.parametrize("config", COVERING, ids=name_of)
+def test_gradients_of_every_parameter_agree_in_float32(config: GPT2Config):
+    assert largest_gradient_error(gradients(float32_checkpoint(config), random_ids(config))) <= FP32_GRADIENT
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_model_without_biases_equals_one_whose_biases_are_zero(tied: bool, x64: None):
+    config = replace(TINY, bias=False, tie_word_embeddings=tied)
+    checkpoint, ids = random_checkpoint(config, np.float64), random_ids(config)
+    with_biases = replace(config, bias=True)
+    zeros = {name: np.zeros_like(array) for name, array in random_state(with_biases, np.float64).items()}
+    peer = Checkpoint.of(zeros | dict(checkpoint.tensors), with_biases)
+    answers = {
+        "gpt2_torch": torch_logits(checkpoint, ids),
+        "gpt2_jax": jax_logits(checkpoint, ids),
+        "gpt2_jax scanned": jax_logits(checkpoint, ids, scan=True),
+        "transformers": transformers_logits(peer, ids),
+    }
+    for pair, a, b in pairwise(answers):
+        assert relative_error(a, b) <= FP64_RELATIVE, pair
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+def test_padding_the_vocabulary_leaves_the_logits_alone(scan: bool, tied: bool, x64: None):
+    config = replace(TINY, tie_word_embeddings=tied)
+    checkpoint, ids = random_checkpoint(config, np.float64), random_ids(config)
+    padded = jax_logits(checkpoint, ids, scan=scan, vocab_multiple=64)
+    assert padded.shape[-1] == config.vocab_size
+    assert relative_error(padded, jax_logits(checkpoint, ids, scan=scan)) <= FP64_RELATIVE
