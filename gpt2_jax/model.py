@@ -238,9 +238,10 @@ class GPT2(nn.Module):
         Raises:
             ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
             IndexError: for an id outside the vocabulary. Inside `jit` values cannot be looked at:
-                there such an id (a negative one counts from the end) makes its row's logits NaN.
+                there such an id makes its row's logits NaN, unless it is negative, which counts
+                from the end, or one of the rows that `vocab_multiple` adds.
         """
-        _check_inputs(self.config, input_ids, attention_mask)
+        check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         x = self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask))
         x = self.drop(x, deterministic=deterministic)
@@ -283,7 +284,8 @@ def layer_norm(config: GPT2Config, dtype: DTypeLike, param_dtype: DTypeLike) -> 
     )
 
 
-def _check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None) -> None:
+def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None = None) -> None:
+    """Raise what `GPT2.__call__` documents."""
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [batch, length], not of shape {input_ids.shape}")
     if input_ids.shape[1] > config.n_positions:

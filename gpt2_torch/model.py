@@ -10,6 +10,7 @@ Learners", section 2.3, and the code released with it (gpt-2/src/model.py).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,7 +135,7 @@ def attention(
 ) -> Float[Tensor, "B T H K"]:
     """softmax(scale q k^T) v, each query over the keys it may see, through torch's fused kernels.
 
-    `upcast` computes it in float32 at least, whatever the dtype of q, k and v.
+    `upcast` computes it in float32 at least, whatever the dtype of q, k and v, under autocast too.
     """
     T, S, dtype = q_BTHK.shape[1], k_BSHK.shape[1], v_BSHK.dtype
     if is_causal and T != S:
@@ -149,15 +150,17 @@ def attention(
         # The most negative number and not -inf: a row of -inf would be NaN after softmax.
         added = torch.zeros(mask.shape, dtype=q_BTHK.dtype, device=mask.device)
         added = added.masked_fill(~mask, torch.finfo(q_BTHK.dtype).min)
-    context_BHTK = F.scaled_dot_product_attention(
-        q_BTHK.transpose(1, 2),
-        k_BSHK.transpose(1, 2),
-        v_BSHK.transpose(1, 2),
-        attn_mask=added,
-        dropout_p=dropout_rate,
-        is_causal=is_causal and mask is None,
-        scale=scale,
-    )
+    # Autocast would narrow again what was just widened.
+    with torch.autocast(q_BTHK.device.type, enabled=False) if upcast else contextlib.nullcontext():
+        context_BHTK = F.scaled_dot_product_attention(
+            q_BTHK.transpose(1, 2),
+            k_BSHK.transpose(1, 2),
+            v_BSHK.transpose(1, 2),
+            attn_mask=added,
+            dropout_p=dropout_rate,
+            is_causal=is_causal and mask is None,
+            scale=scale,
+        )
     return context_BHTK.transpose(1, 2).to(dtype)
 
 
@@ -167,12 +170,12 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         D, F_ = config.n_embd, config.feed_forward_size
+        self.config = config
         self.c_fc = Projection(D, F_, bias=config.bias, std=config.initializer_range)
-        self.activation = ACTIVATIONS[config.activation_function]
         self.c_proj = Projection(F_, D, bias=config.bias, std=residual_std(config))
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        return self.c_proj(self.activation(self.c_fc(x)))
+        return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
 
 
 class GPT2Layer(nn.Module):
@@ -233,7 +236,7 @@ class GPT2(nn.Module):
             ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
             IndexError: for an id outside the vocabulary (on CPU; a GPU asserts by itself).
         """
-        _check_inputs(self.config, input_ids, attention_mask)
+        check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         x = self.drop(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)))
         for i, layer in enumerate(self.h):
@@ -265,7 +268,8 @@ def _embedding(rows: int, width: int, std: float) -> nn.Embedding:
     return embedding
 
 
-def _check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Raise what `GPT2.forward` documents."""
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [batch, length], not of shape {tuple(input_ids.shape)}")
     if input_ids.shape[1] > config.n_positions:
