@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from gpt2_jax.model import GPT2
+from gpt2_jax.model import GPT2, check_inputs
 
 SHORTEST_BUCKET = 32
 
@@ -32,10 +32,14 @@ def generate(
         top_k: sample among this many likeliest tokens only.
         seed: the same seed gives the same tokens.
 
-    Raises `ValueError` where prompt and new tokens together exceed `n_positions`. Compiles once per
-    power of two of the total length.
+    Raises `ValueError` where prompt and new tokens together exceed `n_positions` or a prompt is
+    empty, and `IndexError` for an id outside the vocabulary. Compiles once per power of two of the
+    total length.
     """
     input_ids = jnp.asarray(input_ids, jnp.int32)
+    check_inputs(model.config, input_ids)
+    if not input_ids.shape[1]:
+        raise ValueError("the prompt is empty; give at least one token to go on from")
     start, total = input_ids.shape[1], input_ids.shape[1] + max_new_tokens
     if total > model.config.n_positions:
         raise ValueError(f"{total} tokens with the prompt; the model has n_positions={model.config.n_positions}")

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from gpt2_torch.model import GPT2
+from gpt2_torch.model import GPT2, check_inputs
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a model can be trained on the ids that come out
 def generate(
     model: GPT2,
     input_ids: Int[Tensor, "B T"],
@@ -26,18 +26,24 @@ def generate(
         top_k: sample among this many likeliest tokens only.
         seed: the same seed gives the same tokens.
 
-    Raises `ValueError` where prompt and new tokens together exceed `n_positions`.
+    Raises `ValueError` where prompt and new tokens together exceed `n_positions` or a prompt is
+    empty, and `IndexError` for an id outside the vocabulary.
     """
+    check_inputs(model.config, input_ids)
+    if not input_ids.shape[1]:
+        raise ValueError("the prompt is empty; give at least one token to go on from")
     total = input_ids.shape[1] + max_new_tokens
     if total > model.config.n_positions:
         raise ValueError(f"{total} tokens with the prompt; the model has n_positions={model.config.n_positions}")
     generator = torch.Generator(input_ids.device).manual_seed(seed)
     was_training = model.training
     model.eval()
-    for _ in range(max_new_tokens):
-        next_ids = _sample(model(input_ids)[:, -1], temperature, top_k, generator)
-        input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
-    model.train(was_training)
+    try:
+        for _ in range(max_new_tokens):
+            next_ids = _sample(model(input_ids)[:, -1], temperature, top_k, generator)
+            input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
+    finally:
+        model.train(was_training)
     return input_ids
 
 
