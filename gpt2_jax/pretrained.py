@@ -60,11 +60,16 @@ def checkpoint_from_params(model: GPT2, params: Mapping[str, Any]) -> Checkpoint
 
 
 def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
-    """One array on the default device; on CPU it is adopted, not copied, where dtype and alignment allow."""
+    """One array on the default device.
+
+    On CPU a fresh array, as a file's tensors are, is adopted and not copied; one that somebody else
+    holds is read-only (`TensorEntry.of`) and is copied.
+    """
     if dtype is not None:
         array = array.astype(jnp.dtype(dtype), copy=False)
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         raise bridge.ConversionError(
             "the weights are float64, which JAX would cut to float32; set JAX_ENABLE_X64=1 or pass param_dtype"
         )
-    return jax.device_put(array, may_alias=True)
+    # device_put adopts with may_alias=False too (JAX 0.10); jnp.array copies.
+    return jax.device_put(array) if array.flags.writeable else jnp.array(array)
