@@ -5,6 +5,7 @@ from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, TokenizerError
 from bridge.io import load, save
+from bridge.oddities import find_oddities
 from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "TokenizerError",
     "canonical_names",
     "canonicalize",
+    "find_oddities",
     "load",
     "num_parameters",
     "padded_vocab_size",

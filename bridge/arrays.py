@@ -26,7 +26,10 @@ class TensorEntry:
 
     @classmethod
     def of(cls, array: np.ndarray) -> TensorEntry:
-        return cls(array.dtype, array.shape, lambda: array)
+        """An array in memory, seen read-only: whoever trains on it must not change its owner's copy."""
+        view = array.view()
+        view.flags.writeable = False
+        return cls(view.dtype, view.shape, lambda: view)
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +54,9 @@ class LazyTensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.entries[name].read()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # Mapping's own would read the array to find out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

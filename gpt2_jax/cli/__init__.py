@@ -1,0 +1,32 @@
+"""The `gpt2` command: one file per verb."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from bridge import BridgeError
+from gpt2_jax.cli.convert import convert
+from gpt2_jax.cli.demo import demo
+from gpt2_jax.cli.generate import generate
+from gpt2_jax.cli.inspect import inspect
+from gpt2_jax.cli.verify import verify
+
+BAD_INPUT = 2
+
+VERBS = {"inspect": inspect, "convert": convert, "verify": verify, "generate": generate, "demo": demo}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one verb; bad input ends with exit code 2 and its message, never with a traceback."""
+    try:
+        code = tyro.extras.subcommand_cli_from_dict(
+            VERBS, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
+        )
+    except BridgeError as error:
+        print(f"gpt2: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    except KeyboardInterrupt:
+        code = 130  # as a shell reports a process ended by SIGINT
+    sys.exit(code or 0)

@@ -1,0 +1,47 @@
+"""`gpt2 convert`: any format to any format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+import bridge
+from gpt2_jax.cli.output import console, write_json
+
+
+def convert(
+    source: Positional[str],
+    target: Positional[Path],
+    /,
+    *,
+    to: Literal["huggingface", "flax"],
+    max_shard_bytes: int | None = None,
+    overwrite: bool = False,
+    json: Path | None = None,
+) -> None:
+    """Write a checkpoint in another format, every tensor bit for bit, as one new directory or not at all.
+
+    Example: gpt2 convert ./my-gpt2 ./my-gpt2-flax --to flax
+
+    Args:
+        source: a checkpoint directory or a Hugging Face id.
+        target: the directory to make.
+        to: the format to write.
+        max_shard_bytes: for huggingface: begin a new file before one grows past this (default 5 GB).
+        overwrite: replace what is at the target.
+        json: also write what was done to this file.
+    """
+    options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
+    if options and to != "huggingface":
+        raise bridge.BridgeError(f"--max-shard-bytes is for --to huggingface; {to} is one file")
+    checkpoint = bridge.load(source)
+    bridge.save(checkpoint, target, format=to, overwrite=overwrite, **options)
+    total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
+    done = {"source": str(source), "from": checkpoint.format, "target": str(target), "to": to, "bytes": total}
+    write_json(json, {**done, "tensors": len(checkpoint.tensors)})
+    out = console()
+    out.print(
+        f"{target}: {len(checkpoint.tensors)} tensors, {total:,} bytes, {checkpoint.format} -> {to}", highlight=False
+    )

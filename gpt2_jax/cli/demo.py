@@ -1,0 +1,72 @@
+"""`gpt2 demo`: the whole journey on a model of real size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import bridge
+from bridge import GPT2_SIZES, BridgeError, Checkpoint
+from gpt2_jax.cli.output import console, require_torch
+from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
+
+
+def demo(
+    *,
+    out: Path = Path("demo-output"),
+    size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2",
+    length: int = 128,
+    overwrite: bool = True,
+) -> int:
+    """Write a GPT-2 of real size with random weights, convert it, verify it, and export it back.
+
+    Example: gpt2 demo --out demo-output
+
+    Args:
+        out: where to put the three checkpoints and the report; they take 1.5 GB for gpt2.
+        size: which of OpenAI's four models to build.
+        length: tokens per sequence in the verification.
+        overwrite: replace what an earlier demo left there.
+    """
+    require_torch("gpt2 demo")
+    original, converted, exported = out / "huggingface", out / "flax", out / "exported"
+    say = console().print
+    say(f"1. a {size} with random weights, as Hugging Face stores it: {original}", highlight=False)
+    bridge.save(_random_checkpoint(size), original, format="huggingface", overwrite=overwrite)
+    say(f"2. the same in Flax: {converted}", highlight=False)
+    bridge.save(bridge.load(original), converted, format="flax", overwrite=overwrite)
+    say(f"3. and back: {exported}", highlight=False)
+    bridge.save(bridge.load(converted), exported, format="huggingface", overwrite=overwrite)
+    _require_equal(bridge.load(original), bridge.load(exported))
+    say("   every tensor of the export equals the original's byte for byte", highlight=False)
+    say("4. both backends, from the Flax directory", highlight=False)
+    from gpt2_jax.parity import verify
+
+    with progress_bar(ALL_CHECKS) as progress:
+        report = verify(bridge.load(converted), source=str(converted), length=length, untrained=True, progress=progress)
+    code = finish(report, out / "report.json")
+    say(f"report: {out / 'report.json'}", highlight=False)
+    return code
+
+
+def _random_checkpoint(size: str) -> Checkpoint:
+    """GPT-2's own initialisation, then biases and norm scales made random: zeros and ones hide mistakes."""
+    import torch
+
+    import gpt2_torch
+
+    torch.manual_seed(0)
+    model = gpt2_torch.GPT2(GPT2_SIZES[size])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
+            elif "ln_" in name:
+                parameter.normal_(mean=1.0, std=0.1)
+    return gpt2_torch.checkpoint_from_model(model)
+
+
+def _require_equal(a: Checkpoint, b: Checkpoint) -> None:
+    changed = [name for name in a.tensors if a.tensors[name].tobytes() != b.tensors[name].tobytes()]
+    if changed or a.config != b.config:
+        raise BridgeError(f"the export differs from the original: {changed or 'config.json'}")

@@ -1,0 +1,77 @@
+"""`gpt2 inspect`: what a checkpoint is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+import bridge
+from bridge import Checkpoint, GPT2Config
+from gpt2_jax.cli.output import console, write_json
+
+
+def inspect(source: Positional[str], /, *, tensors: bool = False, json: Path | None = None) -> None:
+    """Show what a checkpoint is: format, configuration, tensors, dtypes, and what is odd about it.
+
+    Example: gpt2 inspect ./my-gpt2 --tensors
+
+    Args:
+        source: a checkpoint directory or a Hugging Face id.
+        tensors: list every tensor too.
+        json: also write it to this file.
+    """
+    checkpoint = bridge.load(source)
+    facts = _facts(checkpoint)
+    write_json(json, facts)
+    _show(console(), checkpoint, facts, tensors)
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    entries = checkpoint.tensors.entries
+    dtypes = Counter(str(entry.dtype) for entry in entries.values())
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "parameters": bridge.num_parameters(checkpoint.config),
+        "bytes": sum(entry.nbytes for entry in entries.values()),
+        "config": asdict(checkpoint.config),
+        "extra": dict(checkpoint.extra),
+        "dtypes": dict(dtypes),
+        "oddities": bridge.find_oddities(checkpoint),
+        "tensors": {name: {"dtype": str(e.dtype), "shape": list(e.shape)} for name, e in entries.items()},
+    }
+
+
+def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: bool) -> None:
+    summary = Table(show_header=False, box=None, pad_edge=False)
+    summary.add_column(style="bold")
+    summary.add_column()
+    summary.add_row("path", facts["path"])
+    summary.add_row("format", facts["format"])
+    summary.add_row("parameters", f"{facts['parameters']:,}{_known_size(checkpoint.config)}")
+    summary.add_row("tensors", f"{len(facts['tensors'])}, {facts['bytes']:,} bytes")
+    summary.add_row("dtypes", ", ".join(f"{dtype} x {count}" for dtype, count in facts["dtypes"].items()))
+    for name, value in facts["config"].items():
+        summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
+    for k, oddity in enumerate(facts["oddities"] or ["nothing"]):
+        summary.add_row("odd" if k == 0 else "", oddity, style="yellow" if facts["oddities"] else "")
+    out.print(summary, highlight=False)
+    if tensors:
+        listing = Table("tensor", "dtype", "shape", box=None, pad_edge=False)
+        for name, entry in checkpoint.tensors.entries.items():
+            listing.add_row(name, str(entry.dtype), str(list(entry.shape)))
+        out.print(listing, highlight=False)
+
+
+def _known_size(config: GPT2Config) -> str:
+    return next((f" ({name})" for name, size in bridge.GPT2_SIZES.items() if _same_sizes(size, config)), "")
+
+
+def _same_sizes(a: GPT2Config, b: GPT2Config) -> bool:
+    return bridge.parameters(a) == bridge.parameters(b)

@@ -1,0 +1,103 @@
+"""`gpt2 verify`: the proof that both backends are the same function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tyro.conf import Positional
+
+import bridge
+from gpt2_jax.cli.output import console, progress_console, require_torch, write_json
+
+if TYPE_CHECKING:
+    from gpt2_jax.parity import Report
+
+CheckName = Literal[
+    "logits", "hidden-states", "gradients", "training", "padding", "round-trip", "prediction", "transformers"
+]
+ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defined]
+
+
+def verify(
+    source: Positional[str],
+    /,
+    *,
+    text: str | None = None,
+    text_file: Path | None = None,
+    batch: int = 2,
+    length: int = 256,
+    seed: int = 0,
+    untrained: bool = False,
+    checks: tuple[CheckName, ...] = ALL_CHECKS,
+    json: Path | None = None,
+) -> int:
+    """Prove that PyTorch and JAX compute the same from this checkpoint; exit code 0 only if all checks hold.
+
+    Example: gpt2 verify ./my-gpt2 --json report.json
+
+    Args:
+        source: a checkpoint directory or a Hugging Face id.
+        text: what to run the models on, in place of the built-in text.
+        text_file: the same, from a UTF-8 file.
+        batch: sequences in the batch.
+        length: tokens in each; at most n_positions are used.
+        seed: for the token ids, where the checkpoint has no tokenizer.
+        untrained: the weights are random, so do not expect them to predict text.
+        checks: run only these.
+        json: also write the report to this file.
+    """
+    require_torch("gpt2 verify")
+    if batch < 1 or length < 2:
+        raise bridge.BridgeError("--batch must be at least 1 and --length at least 2")
+    if text_file is not None:
+        text = _read_text(text_file)
+    checkpoint = bridge.load(source)
+    from gpt2_jax.parity import verify as run
+
+    with progress_bar(checks) as progress:
+        report = run(
+            checkpoint,
+            source=source,
+            text=text,
+            batch=batch,
+            length=length,
+            seed=seed,
+            untrained=untrained,
+            checks=checks,
+            progress=progress,
+        )
+    return finish(report, json)
+
+
+@contextmanager
+def progress_bar(checks: Iterable[str]) -> Iterator[Callable[[str], None]]:
+    """A bar over the checks; call what it gives with the name of each before it starts."""
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=progress_console(), transient=True) as bar:
+        task = bar.add_task("", total=len(list(checks)))
+        started = 0
+
+        def begin(name: str) -> None:
+            nonlocal started
+            bar.update(task, description=name, completed=started)
+            started += 1
+
+        yield begin
+
+
+def finish(report: Report, json: Path | None) -> int:
+    """Show the report, write it where asked, and give the exit code."""
+    write_json(json, report.to_json())
+    report.show(console())
+    return 0 if report.holds else 1
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise bridge.BridgeError(f"cannot read {file}: {error}") from error

@@ -1,0 +1,320 @@
+"""The eight questions, each a function from a subject to a `Check`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+import bridge
+from bridge import Checkpoint
+from gpt2_jax.parity import port, reference, third_opinion, tolerances
+from gpt2_jax.parity.report import Check, Measurement
+from gpt2_jax.parity.sites import distances
+from gpt2_jax.parity.training import AdamW
+
+TRAIN_STEPS = 10
+TRAIN_LENGTH = 64
+"""Tokens per sequence of the training check: what it tests does not depend on length, its time does."""
+
+FP64_TRAIN_BYTES = 2 * 2**30
+"""Ten steps are also run in float64 where weights, gradients and both moments fit in this."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is examined: one checkpoint, on the same tokens everywhere."""
+
+    checkpoint: Checkpoint
+    ids: np.ndarray
+    """[B, T] token ids."""
+    is_text: bool
+    """Whether the ids are text in the checkpoint's own tokens, so that a trained model predicts them."""
+    untrained: bool = False
+    """Whether the weights are known to be random, so that predicting nothing is no fault."""
+
+    @property
+    def n_layer(self) -> int:
+        return self.checkpoint.config.n_layer
+
+
+def logits(subject: Subject) -> Check:
+    """The same logits in float64, float32 and bfloat16."""
+    exact = reference.logits(subject.checkpoint, subject.ids, None, "float64")
+    largest = float(np.abs(exact).max())
+    measurements = [_fp64_logits(exact, port.logits(subject.checkpoint, subject.ids, None, "float64"))]
+    for dtype in ("float32", "bfloat16"):
+        theirs = reference.logits(subject.checkpoint, subject.ids, None, dtype)
+        ours = port.logits(subject.checkpoint, subject.ids, None, dtype)
+        if dtype == "float32":
+            measurements += _fp32_logits(theirs, ours, largest, subject.n_layer)
+            measurements += _error_ratio("fp32", exact, theirs, ours, tolerances.ERROR_RATIO_FP32, "FP32")
+        else:
+            measurements += _difference("bf16", theirs, ours)
+            measurements += _error_ratio("bf16", exact, theirs, ours, tolerances.ERROR_RATIO_BF16, "BF16")
+    check = Check("logits", tuple(measurements), note=f"largest logit {largest:.3g}")
+    return check if check.holds else _located(check, subject)
+
+
+def hidden_states(subject: Subject) -> Check:
+    """The same hidden state after every layer and inside it, in float64."""
+    everywhere = np.ones(subject.ids.shape, bool)
+    far = _distances(subject, subject.ids, None, everywhere)
+    worst = max(far, key=lambda site: far[site])
+    measurements = (
+        Measurement(f"fp64 largest difference, {len(far)} places", far[worst], tolerances.HIDDEN_FP64, worst),
+    )
+    return Check("hidden states", measurements, departs_at=_first_departure(far))
+
+
+def gradients(subject: Subject) -> Check:
+    """The same gradient of the loss for every parameter, in float64 and float32."""
+    limits = {"float64": tolerances.GRADIENT_FP64, "float32": tolerances.GRADIENT_FP32}
+    return _compared_gradients("gradients", subject, reference, limits)
+
+
+def training(subject: Subject) -> Check:
+    """Ten AdamW steps, torch.optim against optax: the same losses, and the same weights at the end."""
+    batches = _train_batches(subject)
+    dtypes = ["float32"]
+    if bridge.num_parameters(subject.checkpoint.config) * 4 * 8 <= FP64_TRAIN_BYTES:
+        dtypes.insert(0, "float64")
+    measurements = []
+    for dtype in dtypes:
+        their_losses, their_weights = reference.train(subject.checkpoint, batches, dtype, AdamW())
+        our_losses, our_weights = port.train(subject.checkpoint, batches, dtype, AdamW())
+        loss = float(np.abs(np.subtract(their_losses, our_losses)).max())
+        per_parameter, overall = _update_distances(subject.checkpoint, their_weights, our_weights)
+        short = "fp64" if dtype == "float64" else "fp32"
+        loss_limit = tolerances.TRAIN_LOSS_FP64 if dtype == "float64" else tolerances.TRAIN_LOSS
+        measurements.append(
+            Measurement(f"{short} losses of {len(batches)} steps, largest difference", loss, loss_limit)
+        )
+        if dtype == "float64":
+            worst = max(per_parameter, key=lambda name: per_parameter[name])
+            what = "fp64 weights after, largest relative distance of the change"
+            measurements.append(Measurement(what, per_parameter[worst], tolerances.TRAIN_UPDATE_FP64, worst))
+        else:
+            what = "fp32 weights after, relative distance of the change"
+            measurements.append(Measurement(what, overall, tolerances.TRAIN_UPDATE_FP32))
+    note = "" if "float64" in dtypes else "fp64 left out: it would need more than 2 GiB a side"
+    return Check("training", tuple(measurements), note)
+
+
+def padding(subject: Subject) -> Check:
+    """Rows of different length in one batch, padded left or right, each equal to the row alone."""
+    T = subject.ids.shape[1]
+    lengths = [max(1, T * (i + 1) // 4) for i in range(4)]
+    rows = [subject.ids[i % len(subject.ids), :n] for i, n in enumerate(lengths)]
+    alone = [reference.logits(subject.checkpoint, row[None], None, "float64")[0] for row in rows]
+    largest = max(float(np.abs(a).max()) for a in alone)
+    measurements = []
+    departs_at = ""
+    for side in ("left", "right"):
+        ids, mask = _padded(rows, side)
+        for backend in (reference, port):
+            batch = backend.logits(subject.checkpoint, ids, mask, "float64")
+            far = [float(np.abs(batch[i][mask[i] == 1] - a).max()) / largest for i, a in enumerate(alone)]
+            far = [math.inf if math.isnan(f) else f for f in far]
+            worst = int(np.argmax(far))
+            what = f"{backend.NAME}, padded {side}, against the row alone"
+            measurements.append(Measurement(what, far[worst], tolerances.PADDING_FP64, f"row of {lengths[worst]}"))
+        if not measurements[-1].holds and not departs_at:
+            departs_at = _first_departure(_distances(subject, ids, mask, mask == 1))
+    return Check("padding", tuple(measurements), departs_at=departs_at)
+
+
+def round_trip(subject: Subject) -> Check:
+    """To the Flax tree and back, per layer and stacked: every tensor byte for byte."""
+    checkpoint = subject.checkpoint
+    measurements = []
+    for stacked in (False, True):
+        back = bridge.to_torch(
+            bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=stacked), checkpoint.config
+        )
+        changed = [name for name in checkpoint.tensors if not _same_bytes(checkpoint.tensors[name], back.get(name))]
+        form = "stacked" if stacked else "per layer"
+        what = f"tensors that come back changed, {form}, of {len(checkpoint.tensors)}"
+        measurements.append(Measurement(what, len(changed), 0, ", ".join(changed[:3])))
+    return Check("round trip", tuple(measurements))
+
+
+def prediction(subject: Subject) -> Check:
+    """The loss on text beside ln(V): a checkpoint laid out wrongly agrees with itself and predicts nothing."""
+    if not subject.is_text:
+        return Check("prediction", note="it needs text, and the checkpoint has no tokenizer")
+    uniform = math.log(subject.checkpoint.config.vocab_size)
+    limit = None if subject.untrained else tolerances.PREDICTS
+    measurements = []
+    for backend in (reference, port):
+        values = backend.logits(subject.checkpoint, subject.ids, None, "float32")
+        loss = _mean_loss(values, subject.ids)
+        what = f"{backend.NAME} loss {loss:.4f} nats per token, over ln(V) = {uniform:.4f}"
+        measurements.append(Measurement(what, loss / uniform, limit))
+    check = Check("prediction", tuple(measurements))
+    if not check.holds:
+        note = "worse than guessing: the weights are laid out wrongly, or were never trained (--untrained)"
+        return Check(check.name, check.measurements, note)
+    return check
+
+
+def transformers(subject: Subject) -> Check:
+    """transformers' own model as a third opinion on logits and gradients."""
+    name = "transformers"
+    if not third_opinion.is_installed():
+        return Check(name, note="it is not installed")
+    if not subject.checkpoint.config.bias:
+        return Check(name, note="its GPT-2 always has biases, this one has none")
+    exact = third_opinion.logits(subject.checkpoint, subject.ids, None, "float64")
+    measurements = [_fp64_logits(exact, port.logits(subject.checkpoint, subject.ids, None, "float64"))]
+    theirs = third_opinion.logits(subject.checkpoint, subject.ids, None, "float32")
+    ours = port.logits(subject.checkpoint, subject.ids, None, "float32")
+    measurements += _fp32_logits(theirs, ours, float(np.abs(exact).max()), subject.n_layer)
+    compared = _compared_gradients(name, subject, third_opinion, {"float32": tolerances.GRADIENT_FP32})
+    return Check(name, (*measurements, *compared.measurements), departs_at=compared.departs_at)
+
+
+CHECKS: Mapping[str, Callable[[Subject], Check]] = {
+    "logits": logits,
+    "hidden-states": hidden_states,
+    "gradients": gradients,
+    "training": training,
+    "padding": padding,
+    "round-trip": round_trip,
+    "prediction": prediction,
+    "transformers": transformers,
+}
+"""In the order of the report; the names are those of `gpt2 verify --checks`."""
+
+
+def _fp64_logits(expected: np.ndarray, found: np.ndarray) -> Measurement:
+    relative = float(np.abs(expected - found).max() / np.abs(expected).max())
+    return Measurement("fp64 logits, largest difference over largest logit", relative, tolerances.LOGITS_FP64)
+
+
+def _fp32_logits(theirs: np.ndarray, ours: np.ndarray, largest: float, n_layer: int) -> list[Measurement]:
+    difference, *rest = _difference("fp32", theirs, ours)
+    limit = tolerances.logits_fp32(largest, n_layer)
+    kl = max(_largest_kl(a, b) for a, b in zip(theirs, ours, strict=True))
+    return [
+        Measurement(difference.what, difference.value, limit),
+        *rest,
+        Measurement("fp32 largest KL per token, nats", kl, tolerances.KL_FP32),
+    ]
+
+
+def _difference(short: str, theirs: np.ndarray, ours: np.ndarray) -> list[Measurement]:
+    difference = np.abs(theirs - ours)
+    agree = float((theirs.argmax(-1) == ours.argmax(-1)).mean())
+    return [
+        Measurement(f"{short} logits, largest difference", float(difference.max())),
+        Measurement(f"{short} logits, mean difference", float(difference.mean())),
+        Measurement(f"{short} share of tokens with the same top-1", agree),
+    ]
+
+
+def _error_ratio(
+    short: str, exact: np.ndarray, theirs: np.ndarray, ours: np.ndarray, limit: float, floor: str
+) -> list[Measurement]:
+    """Root-mean-square errors against float64, each over the other; see the tolerances for the floor."""
+    least = getattr(tolerances, f"ERROR_FLOOR_{floor}") * float(np.abs(exact).max())
+    their_error, our_error = (max(_rms(x - exact), least) for x in (theirs, ours))
+    return [Measurement(f"{short} error against fp64, port over reference", our_error / their_error, limit)]
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x))))
+
+
+def _largest_kl(a_TV: np.ndarray, b_TV: np.ndarray) -> float:
+    """max over tokens of KL(softmax a || softmax b), in float64."""
+    log_a, log_b = (x - _logsumexp(x)[:, None] for x in (a_TV, b_TV))
+    return float((np.exp(log_a) * (log_a - log_b)).sum(-1).max())
+
+
+def _logsumexp(x_TV: np.ndarray) -> np.ndarray:
+    top = x_TV.max(-1)
+    return top + np.log(np.exp(x_TV - top[:, None]).sum(-1))
+
+
+def _mean_loss(logits_BTV: np.ndarray, ids_BT: np.ndarray) -> float:
+    per_row = [
+        (_logsumexp(row[:-1]) - np.take_along_axis(row[:-1], ids[1:, None], 1)[:, 0]).mean()
+        for row, ids in zip(logits_BTV, ids_BT, strict=True)
+    ]
+    return float(np.mean(per_row))
+
+
+def _compared_gradients(name: str, subject: Subject, theirs: ModuleType, limits: Mapping[str, float]) -> Check:
+    measurements = []
+    for dtype, limit in limits.items():
+        expected = theirs.gradients(subject.checkpoint, subject.ids, dtype)
+        found = port.gradients(subject.checkpoint, subject.ids, dtype)
+        far = {n: _relative_l2(found[n], expected[n]) for n in expected}
+        worst = max(far, key=lambda n: far[n])
+        short = "fp64" if dtype == "float64" else "fp32"
+        what = f"{short} gradients, largest relative distance of {len(far)}"
+        measurements.append(Measurement(what, far[worst], limit, worst))
+    check = Check(name, tuple(measurements))
+    return check if check.holds else _located(check, subject)
+
+
+def _relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
+    found, expected = (x.astype(np.float64, copy=False) for x in (found, expected))
+    distance = float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), np.finfo(np.float64).tiny))
+    return math.inf if math.isnan(distance) else distance
+
+
+def _update_distances(
+    checkpoint: Checkpoint, theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]
+) -> tuple[dict[str, float], float]:
+    """How far apart the changes of the weights are, over how large they are: per parameter, and of all."""
+    far, squares, total = {}, 0.0, 0.0
+    for name in checkpoint.tensors:
+        start = checkpoint.tensors[name].astype(np.float64)
+        their_change, our_change = theirs[name] - start, ours[name] - start
+        far[name] = _relative_l2(our_change, their_change)
+        squares += float(np.sum(np.square(our_change - their_change)))
+        total += float(np.sum(np.square(their_change)))
+    return far, math.sqrt(squares / total)
+
+
+def _train_batches(subject: Subject) -> np.ndarray:
+    """[steps, B, T]: the subject's tokens, begun at another place for every step."""
+    B, T = subject.ids.shape
+    length = min(T, TRAIN_LENGTH)
+    stream = subject.ids.reshape(-1)
+    starts = [step * len(stream) // TRAIN_STEPS for step in range(TRAIN_STEPS)]
+    return np.stack([np.resize(np.roll(stream, -start), (B, length)) for start in starts])
+
+
+def _padded(rows: list[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
+    """[B, T] ids and mask; padding has an id of its own choosing, 0, which must not matter."""
+    T = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
+    for i, row in enumerate(rows):
+        where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray | None) -> bool:
+    return b is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _distances(subject: Subject, ids: np.ndarray, mask: np.ndarray | None, real: np.ndarray) -> dict[str, float]:
+    expected = reference.trace(subject.checkpoint, ids, mask)
+    return distances(expected, port.trace(subject.checkpoint, ids, mask), real)
+
+
+def _first_departure(far: Mapping[str, float]) -> str:
+    return next((site for site, distance in far.items() if not distance <= tolerances.HIDDEN_FP64), "")
+
+
+def _located(check: Check, subject: Subject) -> Check:
+    """The check with the first place of the forward pass at which the port departs, if there is one."""
+    far = _distances(subject, subject.ids, None, np.ones(subject.ids.shape, bool))
+    return Check(check.name, check.measurements, check.note, _first_departure(far))

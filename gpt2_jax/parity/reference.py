@@ -1,0 +1,90 @@
+"""What the reference, `gpt2_torch`, computes: the first of two sides with the same verbs.
+
+Every verb takes and gives numpy, float64 where figures are compared, and keeps no model afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bridge import Checkpoint
+from gpt2_jax.parity.sites import HEAD, Trace, input_site, is_output_site
+from gpt2_jax.parity.training import AdamW
+from gpt2_torch import GPT2, model_from_checkpoint
+from gpt2_torch.arrays import array_from_tensor
+from gpt2_torch.loss import next_token_loss
+
+NAME = "gpt2_torch"
+
+
+def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
+    with torch.inference_mode():
+        return _model(checkpoint, dtype)(_tensor(ids), _tensor(mask)).double().numpy()
+
+
+def trace(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Trace:
+    model = _model(checkpoint, "float64")
+    values: Trace = {}
+
+    def keep_input(site: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+            values[site] = args[0].numpy()
+
+        return hook
+
+    def keep_output(site: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            values[site] = np.stack([x.numpy() for x in output]) if isinstance(output, tuple) else output.numpy()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if site := input_site(name):
+            module.register_forward_pre_hook(keep_input(site))
+        if is_output_site(name):
+            module.register_forward_hook(keep_output(name))
+    with torch.inference_mode():
+        values[HEAD] = model(_tensor(ids), _tensor(mask)).numpy()
+    return values
+
+
+def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """Of the loss on `ids`, per canonical name, in `dtype`."""
+    model = _model(checkpoint, dtype)
+    next_token_loss(model(_tensor(ids)), _tensor(ids)).backward()
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def train(
+    checkpoint: Checkpoint, batches: np.ndarray, dtype: str, adamw: AdamW
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The loss before each step, and the weights after the last."""
+    model = _model(checkpoint, dtype)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=adamw.learning_rate,
+        betas=(adamw.beta1, adamw.beta2),
+        eps=adamw.epsilon,
+        weight_decay=adamw.weight_decay,
+    )
+    losses = []
+    for ids in batches:
+        optimizer.zero_grad()
+        loss = next_token_loss(model(_tensor(ids)), _tensor(ids))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: array_from_tensor(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _model(checkpoint: Checkpoint, dtype: str) -> GPT2:
+    return model_from_checkpoint(checkpoint).to(getattr(torch, dtype))
+
+
+def _tensor(array: Any) -> Any:
+    return None if array is None else torch.from_numpy(np.asarray(array, np.int64))

@@ -1,0 +1,46 @@
+"""What transformers' GPT2LMHeadModel computes, where it is installed: logits and gradients."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridge import Checkpoint
+from gpt2_torch.arrays import tensor_from_array
+from gpt2_torch.loss import next_token_loss
+
+NAME = "transformers"
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("transformers") is not None
+
+
+def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
+    with torch.inference_mode():
+        return _model(checkpoint, dtype)(torch.from_numpy(ids)).logits.double().numpy()
+
+
+def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    model, tokens = _model(checkpoint, dtype), torch.from_numpy(ids)
+    next_token_loss(model(tokens).logits, tokens).backward()
+    return {name.removeprefix("transformer."): p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def _model(checkpoint: Checkpoint, dtype: str) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    # Eager attention: the fused kinds ignore reorder_and_upcast_attn.
+    fields = {**checkpoint.config.to_hf(checkpoint.extra), "attn_implementation": "eager"}
+    config = GPT2Config(**fields)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    state = {f"transformer.{name}": tensor_from_array(array) for name, array in checkpoint.tensors.items()}
+    head = "transformer.lm_head.weight"
+    state["lm_head.weight"] = state.pop(head) if head in state else state["transformer.wte.weight"]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model.to(getattr(torch, dtype)).eval()
