@@ -9,7 +9,7 @@ Conversion is total: every missing, extra, duplicate or misshapen tensor is list
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for name in names:
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
-        if parts[0] == "transformer":
+        if parts[:1] == ["transformer"]:
             parts = parts[1:]
         canonical = ".".join(parts)
         if not _BUFFER.fullmatch(canonical):
@@ -63,18 +63,17 @@ def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyT
     """
     stored = LazyTensors.of(tensors)
     entries = {canonical: stored.entries[name] for canonical, name in canonical_names(stored).items()}
-    if config.tie_word_embeddings and "wte.weight" in entries and "lm_head.weight" in entries:
-        head, embedding = entries.pop("lm_head.weight").read(), entries["wte.weight"].read()
-        if not _same_bytes(head, embedding):
-            raise ConversionError(
+    expected = parameters(config)
+    problems = []
+    head, embedding = entries.get("lm_head.weight"), entries.get("wte.weight")
+    if config.tie_word_embeddings and head and embedding:
+        del entries["lm_head.weight"]
+        if embedding.dtype in FLOAT_DTYPES and not _same_bytes(head, embedding):
+            problems.append(
                 "lm_head.weight differs from wte.weight although the configuration ties them "
                 "(tie_word_embeddings); set it to false to keep both"
             )
-    expected = parameters(config)
-    problems = _differences(
-        {p.torch_name: p.torch_shape for p in expected}, {name: entry.shape for name, entry in entries.items()}
-    )
-    problems += _unusable_dtypes(entries)
+    problems += differences({p.torch_name: p.torch_shape for p in expected}, entries)
     if problems:
         raise ConversionError("these are not the tensors of the configured GPT-2:\n" + bullet_list(problems))
     return LazyTensors({p.torch_name: entries[p.torch_name] for p in expected})
@@ -126,8 +125,7 @@ def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: i
     shapes = {
         "/".join(p.flax_path): (rows, *p.flax_shape[1:]) if _has_vocabulary_rows(p) else p.flax_shape for p in expected
     }
-    problems = _differences(shapes, {path: tuple(leaf.shape) for path, leaf in leaves.items()})
-    if problems:
+    if problems := differences(shapes, leaves):
         raise ConversionError("this is not the parameter tree of the configured GPT-2:\n" + bullet_list(problems))
     state = {}
     for p in expected:
@@ -143,21 +141,51 @@ def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
     if not names or any(name not in params for name in names):
         raise ConversionError(f"layers must be h_0, h_1, ... without gaps; this tree has {sorted(params)}")
     layers = [flatten(params[name]) for name in names]
+    unlike = [
+        f"{name}/{path} is not an array of the same shape and dtype as h_0's"
+        for name, layer in zip(names, layers, strict=True)
+        for path in {**layers[0], **layer}
+        if path not in layer or path not in layers[0] or not _stackable(layer[path], layers[0][path])
+    ]
+    if unlike:
+        raise ConversionError("layers that differ cannot be stacked:\n" + bullet_list(unlike))
     for path in layers[0]:
-        leaves = [layer[path] for layer in layers]
-        if len({leaf.dtype for leaf in leaves}) > 1:
-            raise ConversionError(f"{path} has different dtypes in different layers and cannot be stacked")
-        _insert(tree, (STACK, *path.split("/")), np.stack(leaves))
+        _insert(tree, (STACK, *path.split("/")), np.stack([layer[path] for layer in layers]))
     return tree
 
 
 def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
     """The tree with its one stacked `h` taken apart into `h_0 ... h_{L-1}`; leaves are views."""
     tree = {name: subtree for name, subtree in params.items() if name != STACK}
+    if STACK not in params or any(re.fullmatch(r"h_\d+", name) for name in tree):
+        raise ConversionError(f"stacked layers are one h and no h_0, h_1, ...; this tree has {sorted(params)}")
     for path, leaf in flatten(params[STACK]).items():
         for i in range(leaf.shape[0]):
             _insert(tree, (f"{STACK}_{i}", *path.split("/")), leaf[i])
     return tree
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> list[str]:
+    """What is missing, misshapen, too much or not of a float type, a line each.
+
+    Args:
+        expected: name -> shape.
+        found: name -> array, or anything else that has a shape and a dtype.
+    """
+    missing = [f"{name} is missing (shape {shape})" for name, shape in expected.items() if name not in found]
+    misshapen = [
+        f"{name} has shape {found[name].shape}, the configuration says {shape}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    extra = [f"{quoted(name)} is not a parameter of this model" for name in found if name not in expected]
+    allowed = ", ".join(map(str, FLOAT_DTYPES))
+    unusable = [
+        f"{quoted(name)} holds {array.dtype}; weights must be one of {allowed}"
+        for name, array in found.items()
+        if array.dtype not in FLOAT_DTYPES
+    ]
+    return missing + misshapen + extra + unusable
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -205,31 +233,17 @@ def _with_rows(array_VD: np.ndarray, rows: int) -> np.ndarray:
     return padded
 
 
-def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+def _same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
     """Bit for bit: NaN equals itself here, and 0.0 does not equal -0.0."""
-    if a.dtype != b.dtype or a.shape != b.shape:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    bits = f"u{a.dtype.itemsize}"
-    return np.array_equal(np.ascontiguousarray(a).view(bits), np.ascontiguousarray(b).view(bits))
+    bits, block = f"u{a.dtype.itemsize}", 4096  # by blocks: comparing at once would hold a third array
+    x, y = (np.ascontiguousarray(entry.read()).view(bits) for entry in (a, b))
+    return all(np.array_equal(x[i : i + block], y[i : i + block]) for i in range(0, len(x), block))
 
 
-def _differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is missing, misshapen or too much, a line each."""
-    missing = [f"{name} is missing (shape {shape})" for name, shape in expected.items() if name not in found]
-    misshapen = [
-        f"{name} has shape {found[name]}, the configuration says {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    extra = [f"{quoted(name)} is not a parameter of this model" for name in found if name not in expected]
-    return missing + misshapen + extra
-
-
-def _unusable_dtypes(entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    for name, entry in entries.items():
-        if entry.dtype not in FLOAT_DTYPES:
-            allowed = ", ".join(map(str, FLOAT_DTYPES))
-            yield f"{quoted(name)} holds {entry.dtype}; weights must be one of {allowed}"
+def _stackable(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _require_one_dtype_per_stack(tensors: LazyTensors, config: GPT2Config) -> None:

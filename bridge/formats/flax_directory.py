@@ -15,7 +15,7 @@ import numpy as np
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config, harmless_fields
-from bridge.convert import canonicalize
+from bridge.convert import differences
 from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
 from bridge.params import parameters
@@ -35,16 +35,10 @@ def read(path: Path) -> Checkpoint:
     config = replace(GPT2Config.from_hf(fields), bias=has_bias)
     stored = read_file(path / WEIGHTS)[0].entries
     expected = {"/".join(p.flax_path): p for p in parameters(config)}
-    wrong = [f"{quoted(name)} is not in the parameter tree" for name in stored if name not in expected]
-    wrong += [
-        f"{name} has shape {stored[name].shape}, the configuration says {p.flax_shape}"
-        for name, p in expected.items()
-        if name in stored and stored[name].shape != p.flax_shape
-    ]
-    if wrong:
-        raise ConversionError(f"{quoted(path / WEIGHTS)}:\n" + bullet_list(wrong))
-    entries = {expected[n].torch_name: _reshaped(e, expected[n].torch_shape) for n, e in stored.items()}
-    return Checkpoint(config, canonicalize(LazyTensors(entries), config), NAME, path, harmless_fields(fields))
+    if problems := differences({path: p.flax_shape for path, p in expected.items()}, stored):
+        raise ConversionError(f"{quoted(path / WEIGHTS)}:\n" + bullet_list(problems))
+    tensors = {p.torch_name: _reshaped(stored[name], p.torch_shape) for name, p in expected.items()}
+    return Checkpoint(config, LazyTensors(tensors), NAME, path, harmless_fields(fields))
 
 
 def write(checkpoint: Checkpoint, directory: Path) -> None:
