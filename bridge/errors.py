@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import PurePath
 
 
 class BridgeError(ValueError):
@@ -29,9 +30,12 @@ class TokenizerError(BridgeError):
 
 
 def quoted(text: object, limit: int = 80) -> str:
-    """Untrusted text made fit for a message: quoted, control characters escaped, cut at `limit`."""
+    """Untrusted text made fit for a message: quoted, control characters escaped, cut to `limit`.
+
+    A path is not cut: the message has to name the file, and a file's name comes last.
+    """
     shown = str(text)
-    if len(shown) > limit:
+    if len(shown) > limit and not isinstance(text, PurePath):
         shown = shown[: limit - 3] + "..."
     return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) + "'"
 

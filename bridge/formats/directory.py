@@ -13,7 +13,7 @@ from bridge.errors import CheckpointError, quoted
 from bridge.tokenizer import TOKENIZER_FILES
 
 CONFIG = "config.json"
-_MOST_JSON_BYTES = 16 * 2**20  # an index of 10,000 layers is 10 MB
+_MOST_JSON_BYTES = 2**20  # a GPT-2 XL's index is 50 kB; parsed, hostile JSON takes 33 times its size
 _CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 

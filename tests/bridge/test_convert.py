@@ -150,8 +150,10 @@ def test_jax_leaves_are_taken_too() -> None:
 
 @pytest.mark.parametrize(
     "prefix",
-    ["", "transformer.", "module.", "_orig_mod.", "module.transformer.", "module._orig_mod.transformer."]
-    + ["_orig_mod.module._orig_mod.module.", "transformer.module._orig_mod."],
+    [
+        *("", "transformer.", "module.", "_orig_mod.", "module.transformer.", "module._orig_mod.transformer."),
+        *("_orig_mod.module._orig_mod.module.", "transformer.module._orig_mod."),
+    ],
 )
 def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
     state = random_state(UNTIED)
@@ -256,7 +258,7 @@ def test_weights_that_are_not_floats_are_refused(dtype: Any, config: GPT2Config)
     state["lm_head.weight"] = state["wte.weight"]
     for name in ("wte.weight", "lm_head.weight", "h.1.ln_1.bias"):
         state[name] = np.zeros(state[name].shape, dtype)
-    with pytest.raises(ConversionError, match="'h.1.ln_1.bias' holds ") as caught:
+    with pytest.raises(ConversionError, match=r"'h\.1\.ln_1\.bias' holds ") as caught:
         bridge.to_flax(state, config)
     assert "'wte.weight' holds" in str(caught.value)
 
