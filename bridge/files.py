@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bridge.errors import CheckpointError, quoted
@@ -22,9 +22,10 @@ def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """
     # resolve() follows a link to where the data really is, so that the rename replaces that.
     target = Path(target).resolve()
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointError(f"{quoted(target)} exists; choose another name, remove it, or ask to overwrite it")
     try:
+        if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+            raise CheckpointError(f"{quoted(target)} exists; choose another name, remove it, or ask to overwrite it")
+        made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
         beside.mkdir()
@@ -35,12 +36,15 @@ def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         for path in beside.rglob("*"):
             flush_to_disk(path)
         flush_to_disk(beside)
-        _take_the_name(beside, target)
+        _take_the_name(beside, target, overwrite)
         flush_to_disk(target.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds the target: keep it
+                parent.rmdir()
 
 
 def flush_to_disk(path: Path) -> None:
@@ -52,9 +56,9 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _take_the_name(beside: Path, target: Path) -> None:
-    if not target.exists():
-        beside.rename(target)
+def _take_the_name(beside: Path, target: Path, overwrite: bool) -> None:
+    if not overwrite or not target.exists():
+        beside.rename(target)  # replaces an empty directory; fails if somebody has filled it meanwhile
         return
     retired = beside.with_suffix(".retired")
     target.rename(retired)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def load(source: str | Path) -> Checkpoint:
     Raises a child of `BridgeError` naming what is wrong with the source and what to do.
     """
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, False also for a name too long to exist
         if not _HUB_ID.fullmatch(str(source)):
             raise CheckpointError(f"{quoted(source)} does not exist")
         path = _from_hub(str(source))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bridge.arrays import LazyTensors, TensorEntry
@@ -83,8 +84,11 @@ def _read_shards(path: Path) -> LazyTensors:
         if file in ("", ".", "..") or any(c in file for c in "/\\\0:"):
             problems.append(f"{quoted(file)} is not a plain file name")
             continue
-        if not (path / file).is_file():
+        if not os.path.isfile(path / file):  # unlike Path.is_file, False also for a name too long to exist
             problems.append(f"{quoted(file)} is missing; download it, or copy it beside the index")
+            continue
+        if not _stays_inside(path, file):
+            problems.append(f"{quoted(file)} is a link that leads out of the directory")
             continue
         shard = read_file(path / file)[0].entries
         listed = {name for name, where in weight_map.items() if where == file}
@@ -101,6 +105,13 @@ def _read_shards(path: Path) -> LazyTensors:
     if problems:
         raise CheckpointError(f"{quoted(path / INDEX)} and the shards disagree:\n" + bullet_list(sorted(problems)))
     return LazyTensors(entries)
+
+
+def _stays_inside(path: Path, file: str) -> bool:
+    """Whether a shard lies in its directory, or in the blobs of the Hugging Face cache that this is part of."""
+    home, shard = path.resolve(), (path / file).resolve()
+    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    return shard.parent in (home, *blobs)
 
 
 def _oddities(stored: LazyTensors, config: GPT2Config) -> tuple[str, ...]:

@@ -1,0 +1,189 @@
+"""`load` and `save`: what is recognised, what is said of the rest, and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from models import TINY, huggingface_directory, random_checkpoint
+
+import bridge
+from bridge import BridgeError, CheckpointError, TokenizerError
+from bridge.formats import FORMATS
+
+
+def message(source: str | Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        bridge.load(source)
+    assert "\n" not in str(caught.value), "one clear line"
+    return str(caught.value)
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    "source", ["./no-such-dir", "no/such/dir", "/no/such", "no such", "no\0such", "a\nb", "x" * 300 + "/."]
+)
+def test_a_path_that_does_not_exist_is_named(source: str) -> None:
+    assert message(source).endswith("does not exist")
+
+
+def test_an_unknown_path_object_is_named(tmp_path: Path) -> None:
+    assert message(tmp_path / "gone") == f"'{tmp_path / 'gone'}' does not exist"
+
+
+def test_a_plain_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert "it is a file; name the directory that holds config.json" in message(tmp_path / "model.safetensors")
+
+
+def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    (path / "config.json").unlink()
+    assert message(path).endswith("it has no config.json")
+
+
+def test_a_directory_with_only_a_pickle_says_what_to_do(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"):
+        path = tmp_path / name
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(TINY.to_hf()))
+        (path / name).write_bytes(b"\x80\x02}q\x00.")
+        assert "its weights are a pickle (.bin); load it with transformers and save_pretrained" in message(path)
+
+
+def test_a_directory_without_weights_names_what_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    assert "no model.safetensors, model.safetensors.index.json or flax_model.safetensors" in message(tmp_path)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "flax_model.safetensors", "."])
+def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path: Path, name: str) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    if name == ".":
+        path = tmp_path / "fifo"
+        os.mkfifo(path)
+    else:
+        (path / name).unlink(missing_ok=True)
+        os.mkfifo(path / name)
+        (path / "model.safetensors").unlink(missing_ok=True)
+    message(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_recognised_by_what_it_wrote(tmp_path: Path, format: str) -> None:
+    bridge.save(random_checkpoint(), tmp_path / "out", format=format)
+    assert bridge.load(tmp_path / "out").format == format
+    assert bridge.load(str(tmp_path / "out")).path == tmp_path / "out"
+
+
+def test_no_sniff_raises_whatever_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "gone", tmp_path / "file", Path("/dev/null"), Path("a\0b")):
+        assert not any(module.sniff(path) for module in FORMATS.values())
+
+
+def test_loading_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = huggingface_directory(tmp_path / "model")
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr("bridge.safetensors_file.aligned_empty", refuse)
+    checkpoint = bridge.load(path)
+    with pytest.raises(AssertionError, match="was read"):
+        checkpoint.tensors["wpe.weight"]
+
+
+# The Hugging Face hub
+
+
+def test_a_hub_id_offline_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> str:
+        raise ConnectionError("Max retries exceeded\nwith url: ...")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    said = message("someone/tiny-gpt2")
+    assert "'someone/tiny-gpt2' is not a path here" in said
+    assert "(ConnectionError); check the name and the connection" in said
+
+
+@pytest.mark.parametrize("source", ["gpt2", "someone/tiny-gpt2"])
+def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert "pip install 'gpt2-bridge[hub]'" in message(source)
+
+
+def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.update(options, repo_id=repo_id)
+        return str(huggingface_directory(tmp_path / "snapshot"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = bridge.load("someone/tiny-gpt2")
+    assert checkpoint.config == TINY
+    assert checkpoint.path == tmp_path / "snapshot"
+    assert asked["repo_id"] == "someone/tiny-gpt2"
+    assert {"config.json", "*.safetensors", "tokenizer.json", "vocab.json", "merges.txt"} <= set(
+        asked["allow_patterns"]
+    )
+    assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
+
+
+def test_a_directory_here_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    huggingface_directory(tmp_path / "gpt2")
+    assert bridge.load("gpt2").config == TINY
+
+
+# Saving
+
+
+def test_an_unknown_format_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"format 'onnx' is not one of {', '.join(FORMATS)}"):
+        bridge.save(random_checkpoint(), tmp_path / "out", format="onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tokenizer_and_generation_files_travel(tmp_path: Path, format: str) -> None:
+    source = huggingface_directory(tmp_path / "source")
+    carried = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    carried += ["added_tokens.json", "generation_config.json"]
+    for name in [*carried, "modeling_evil.py", "training_args.bin"]:
+        (source / name).write_text(f"contents of {name}\r\n")
+    bridge.save(bridge.load(source), tmp_path / "out", format=format)
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= set(carried)
+    assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in carried)
+    assert not (tmp_path / "out" / "modeling_evil.py").exists()
+    assert not (tmp_path / "out" / "training_args.bin").exists()
+
+
+def test_a_checkpoint_can_overwrite_the_directory_it_is_read_from(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    bridge.save(bridge.load(path), path, format="flax", overwrite=True)
+    back = bridge.load(path)
+    assert back.format == "flax"
+    assert all((array == random_checkpoint().tensors[name]).all() for name, array in back.tensors.items())
+
+
+def test_a_checkpoint_in_memory_has_no_tokenizer() -> None:
+    with pytest.raises(TokenizerError, match="in memory has no tokenizer"):
+        random_checkpoint().tokenizer()
+
+
+def test_every_error_is_a_bridge_error_and_a_value_error() -> None:
+    for error in (CheckpointError, TokenizerError, bridge.ConfigError, bridge.ConversionError):
+        assert issubclass(error, BridgeError) and issubclass(error, ValueError)
