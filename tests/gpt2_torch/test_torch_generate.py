@@ -1,0 +1,77 @@
+"""Sampling from the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import TINY, random_checkpoint, random_ids
+
+from gpt2_torch import GPT2, generate, model_from_checkpoint
+
+PROMPTS = torch.from_numpy(random_ids(TINY, batch=3, length=4))
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT2:
+    return model_from_checkpoint(random_checkpoint())
+
+
+def test_greedy_tokens_are_the_likeliest_ones(model: GPT2):
+    ids = generate(model, PROMPTS, max_new_tokens=9)
+    assert ids.shape == (3, 13)
+    assert torch.equal(ids[:, :4], PROMPTS)
+    assert torch.equal(ids[:, 4:], model(ids)[:, 3:-1].argmax(dim=-1))
+
+
+def test_the_seed_decides_the_tokens(model: GPT2):
+    first = generate(model, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1)
+    assert torch.equal(first, generate(model, PROMPTS, max_new_tokens=9, temperature=1.0, seed=1))
+    assert not torch.equal(first, generate(model, PROMPTS, max_new_tokens=9, temperature=1.0, seed=2))
+
+
+def test_sampling_leaves_torchs_own_generator_alone(model: GPT2):
+    state = torch.get_rng_state()
+    generate(model, PROMPTS, max_new_tokens=3, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_candidate_is_greedy(model: GPT2):
+    sampled = generate(model, PROMPTS, max_new_tokens=9, temperature=5.0, top_k=1)
+    assert torch.equal(sampled, generate(model, PROMPTS, max_new_tokens=9))
+
+
+def test_only_the_likeliest_k_are_sampled(model: GPT2):
+    ids = generate(model, PROMPTS, max_new_tokens=20, temperature=9.0, top_k=3)
+    candidates = model(ids)[:, 3:-1].topk(3).indices
+    assert (candidates == ids[:, 4:, None]).any(dim=-1).all()
+    assert not torch.equal(candidates[..., 0], ids[:, 4:])
+
+
+def test_more_than_the_positions_is_refused(model: GPT2):
+    assert generate(model, PROMPTS, max_new_tokens=36).shape == (3, TINY.n_positions)
+    with pytest.raises(ValueError, match=r"41 tokens.*n_positions=40"):
+        generate(model, PROMPTS, max_new_tokens=37)
+
+
+def test_prompts_that_cannot_be_continued_are_refused(model: GPT2):
+    with pytest.raises(ValueError, match="empty"):
+        generate(model, PROMPTS[:, :0], max_new_tokens=1)
+    with pytest.raises(IndexError, match="vocabulary"):
+        generate(model, PROMPTS + TINY.vocab_size, max_new_tokens=1)
+
+
+def test_the_model_is_in_the_mode_it_was_in(model: GPT2, monkeypatch: pytest.MonkeyPatch):
+    model.train()
+    generate(model, PROMPTS, max_new_tokens=1)
+    assert model.training
+    monkeypatch.setattr(GPT2, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, PROMPTS, max_new_tokens=1)
+    assert model.training
+    model.eval()
+
+
+def test_a_model_can_be_trained_on_the_ids_that_come_out(model: GPT2):
+    ids = generate(model, PROMPTS, max_new_tokens=3)
+    model(ids).mean().backward()
+    assert model.wte.weight.grad is not None
