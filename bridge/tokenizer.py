@@ -40,11 +40,12 @@ def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
     Raises `TokenizerError` where there is none, where it is not GPT-2's kind of byte-level BPE, or
     where it has ids that the model's vocabulary does not.
     """
-    if (directory / "vocab.json").exists() and (directory / "merges.txt").exists():
+    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         vocab = _read_json(directory / "vocab.json")
         merges = _read_merges(directory / "merges.txt")
-        encoding = _byte_level_bpe(directory, vocab, merges, special={})
-    elif (directory / "tokenizer.json").exists():
+        added = directory / "added_tokens.json"
+        encoding = _byte_level_bpe(directory, vocab, merges, special=_read_json(added) if added.is_file() else {})
+    elif (directory / "tokenizer.json").is_file():
         encoding = _from_tokenizer_json(directory / "tokenizer.json")
     elif vocab_size == OPENAI_VOCAB_SIZE:
         encoding = openai_tokenizer()
@@ -76,14 +77,22 @@ def openai_tokenizer() -> tiktoken.Encoding:
 
 def _from_tokenizer_json(path: Path) -> tiktoken.Encoding:
     stored = _read_json(path)
-    model = stored.get("model") or {}
-    if model.get("type", "BPE") != "BPE" or not _is_byte_level(stored.get("pre_tokenizer")):
+    model = stored.get("model")
+    if (
+        not isinstance(model, dict)
+        or model.get("type", "BPE") != "BPE"
+        or not _is_byte_level(stored.get("pre_tokenizer"))
+    ):
         raise TokenizerError(f"{quoted(path)} is not GPT-2's byte-level BPE, the only kind that is read")
     if stored.get("normalizer"):
         raise TokenizerError(f"{quoted(path)} normalises text before encoding, which GPT-2 does not")
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges", [])]
-    special = {token["content"]: token["id"] for token in stored.get("added_tokens", [])}
-    return _byte_level_bpe(path.parent, model.get("vocab", {}), merges, special)
+    try:
+        vocab = dict(model["vocab"])
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        special = {token["content"]: token["id"] for token in stored.get("added_tokens") or []}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"{quoted(path)} is not laid out as a tokenizer.json: {quoted(repr(error))}") from None
+    return _byte_level_bpe(path.parent, vocab, merges, special)
 
 
 def _is_byte_level(pre_tokenizer: Any) -> bool:
@@ -102,23 +111,45 @@ def _byte_level_bpe(
     import tiktoken
 
     byte_of = _printable_bytes()
+    _require_pairs(directory, merges)
     merged = ["".join(pair) for pair in merges]
-    missing = [token for token in merged if token not in vocab]
-    if missing or any(len(pair) != 2 for pair in merges):
-        raise TokenizerError(f"{quoted(directory)}: the merges make {quoted(missing[:1])}, which has no id")
+    ordinary = set(merged) | set(byte_of)
+    for pair in merges:
+        if unknown := [token for token in (*pair, "".join(pair)) if token not in ordinary or token not in vocab]:
+            raise TokenizerError(
+                f"{quoted(directory)}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
+                "or is made of neither bytes nor merges; only byte-level BPE is read"
+            )
+    _require_distinct_ids(directory, {**vocab, **special})
+    special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
     ids = [vocab[token] for token in merged]
     if any(later <= earlier for earlier, later in pairwise(ids)):
         raise TokenizerError(
             f"{quoted(directory)}: token ids do not follow the order of the merges; tiktoken needs that"
         )
-    ordinary = set(merged) | set(byte_of)
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
     if len([token for token in ranks if len(token) == 1]) != 256:
         raise TokenizerError(
             f"{quoted(directory)}: some of the 256 bytes have no token, so not every text can be encoded"
         )
-    special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
     return tiktoken.Encoding(name=directory.name, pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def _require_pairs(directory: Path, merges: list[tuple[str, ...]]) -> None:
+    for pair in merges:
+        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise TokenizerError(f"{quoted(directory)}: the merge {quoted(pair)} is not a pair of tokens")
+
+
+def _require_distinct_ids(directory: Path, tokens: Mapping[str, int]) -> None:
+    """tiktoken ends the process on what this refuses."""
+    seen: dict[int, str] = {}
+    for token, i in tokens.items():
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise TokenizerError(f"{quoted(directory)}: the id of {quoted(token)} is {quoted(i)}, not a whole number")
+        if i in seen:
+            raise TokenizerError(f"{quoted(directory)}: {quoted(seen[i])} and {quoted(token)} have one id, {i}")
+        seen[i] = token
 
 
 def _printable_bytes() -> dict[str, int]:

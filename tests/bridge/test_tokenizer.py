@@ -1,0 +1,321 @@
+"""The tokenizer of a checkpoint, held against Hugging Face's `tokenizers` on the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiktoken
+import tokenizers
+from models import TINY, huggingface_directory
+
+import bridge
+from bridge import TokenizerError
+from bridge.tokenizer import load_tokenizer
+
+VOCAB_SIZE = 400
+END = "<|endoftext|>"
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, and the dog doesn't mind; they'll say it's 12 o'clock.",
+    "def forward(self, x):\n    return self.c_proj(torch.relu(self.c_fc(x)))\n\n\n",
+    "naïve café — déjà vu, Ελληνικά και ελληνικά, привет привет, 日本語日本語",
+] * 5
+TEXTS = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\r\n\t \u00a0\u2003",
+    "the",
+    " the",
+    "the quick  brown   fox",
+    "   leading and trailing   ",
+    "don't they'll we've I'm he'd it's 'quoted' DON'T",
+    "line one\nline two\n\n\nline five\n   indented\n",
+    "a1b22c333 3.14159 1,000,000 x²³ Ⅳ ١٢٣",
+    "naïve café déjà ELLHNIKÁ Ελληνικά привет 日本語 한국어 עברית العربية हिन्दी",
+    "e\u0301 vs \u00e9, ﬁ ligature, ß, İ, \u200b zero width \ufeff bom",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 emoji\U0001f9ff",
+    "!!! ... ??? <html>&amp;</html> {}[]() #version: 0.2",
+    "".join(map(chr, range(0x180))),
+    "\x00\x01\x7f control",
+    "x" * 500 + " " * 500,
+    "the quick brown fox jumps over the lazy dog " * 20,
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokenizer, Path]:
+    """A byte-level BPE trained here, and the directory with its three files."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[END],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    theirs.train_from_iterator(CORPUS, trainer)
+    assert theirs.get_vocab_size() > 300, "the corpus must give merges to test"
+    path = tmp_path_factory.mktemp("tokenizer")
+    theirs.model.save(str(path))
+    theirs.save(str(path / "tokenizer.json"))
+    return theirs, path
+
+
+FORMS = pytest.mark.parametrize("files", [("vocab.json", "merges.txt"), ("tokenizer.json",)], ids="+".join)
+
+
+def directory_with(files: tuple[str, ...], source: Path, target: Path) -> Path:
+    for file in files:
+        shutil.copy(source / file, target)
+    return target
+
+
+@FORMS
+def test_ids_are_those_of_tokenizers(
+    trained: tuple[tokenizers.Tokenizer, Path], files: tuple[str, ...], tmp_path: Path
+) -> None:
+    theirs, path = trained
+    ours = load_tokenizer(directory_with(files, path, tmp_path), VOCAB_SIZE)
+    for text in [*TEXTS, *CORPUS]:
+        ids = ours.encode(text)
+        assert ids == theirs.encode(text).ids, text
+        assert ours.decode(ids) == text
+    assert max(map(len, map(ours.decode_single_token_bytes, ours.encode(CORPUS[0])))) > 2, "merges were used"
+
+
+@FORMS
+def test_the_special_token_is_one_id_and_only_when_asked_for(
+    trained: tuple[tokenizers.Tokenizer, Path], files: tuple[str, ...], tmp_path: Path
+) -> None:
+    theirs, path = trained
+    ours = load_tokenizer(directory_with(files, path, tmp_path), VOCAB_SIZE)
+    assert ours.special_tokens_set == {END}
+    text = f"the dog{END} the fox{END}"
+    assert ours.encode(text, allowed_special="all") == theirs.encode(text).ids
+    assert ours.encode(END, allowed_special="all") == [theirs.token_to_id(END)]
+    assert ours.decode([theirs.token_to_id(END)]) == END
+    assert theirs.token_to_id(END) not in ours.encode(END, disallowed_special=())
+    with pytest.raises(ValueError, match="disallowed special token"):
+        ours.encode(END)
+
+
+def test_a_loaded_checkpoint_gives_the_tokenizer_that_lies_beside_it(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path
+) -> None:
+    theirs, path = trained
+    model = huggingface_directory(tmp_path / "model", replace(TINY, vocab_size=VOCAB_SIZE))
+    directory_with(("tokenizer.json",), path, model)
+    bridge.save(bridge.load(model), tmp_path / "flax", format="flax")
+    ours = bridge.load(tmp_path / "flax").tokenizer()
+    assert ours.encode("the quick fox") == theirs.encode("the quick fox").ids
+
+
+def test_merges_in_the_newer_form_of_pairs_give_the_same_ids(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path
+) -> None:
+    theirs, path = trained
+    stored = json.loads((path / "tokenizer.json").read_text())
+    for form in (str, list):
+        merges = [m.split(" ") if isinstance(m, str) else m for m in stored["model"]["merges"]]
+        stored["model"]["merges"] = [" ".join(m) for m in merges] if form is str else merges
+        (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+        assert load_tokenizer(tmp_path, VOCAB_SIZE).encode(CORPUS[1]) == theirs.encode(CORPUS[1]).ids
+
+
+def test_tokens_added_after_training_are_special(trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path) -> None:
+    theirs, path = trained
+    directory_with(("vocab.json", "merges.txt"), path, tmp_path)
+    size = theirs.get_vocab_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|user|>": size, "<|pad|>": size + 1}))
+    ours = load_tokenizer(tmp_path, size + 2)
+    assert ours.special_tokens_set == {END, "<|user|>", "<|pad|>"}
+    assert ours.encode("<|pad|>", allowed_special="all") == [size + 1]
+    with pytest.raises(TokenizerError, match=f"has ids up to {size + 1}, the model's vocabulary only {size}"):
+        load_tokenizer(tmp_path, size)
+
+
+@FORMS
+def test_ids_beyond_the_vocabulary_are_refused(
+    trained: tuple[tokenizers.Tokenizer, Path], files: tuple[str, ...], tmp_path: Path
+) -> None:
+    theirs, path = trained
+    directory_with(files, path, tmp_path)
+    size = theirs.get_vocab_size()
+    assert load_tokenizer(tmp_path, size).n_vocab == size
+    with pytest.raises(TokenizerError, match=f"has ids up to {size - 1}, the model's vocabulary only {size - 1}"):
+        load_tokenizer(tmp_path, size - 1)
+
+
+# Wrong kinds and damaged files
+
+
+def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    stored = json.loads((source / "tokenizer.json").read_text())
+    edit(stored)
+    (target / "tokenizer.json").write_text(json.dumps(stored))
+    return target
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: t["model"].update(type="WordPiece"),
+        lambda t: t["model"].update(type="Unigram", vocab=[["a", 0.0]]),
+        lambda t: t.update(model=None),
+        lambda t: t.update(model=[]),
+        lambda t: t.update(pre_tokenizer=None),
+        lambda t: t.update(pre_tokenizer=[]),
+        lambda t: t["pre_tokenizer"].update(type="Whitespace"),
+        lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+        lambda t: t["pre_tokenizer"].update(use_regex=False),
+    ],
+)
+def test_another_kind_of_tokenizer_is_refused(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json' is not GPT-2's byte-level BPE"):
+        load_tokenizer(edited(trained[1], tmp_path, edit), VOCAB_SIZE)
+
+
+def test_a_normalizer_is_refused(trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path) -> None:
+    path = edited(trained[1], tmp_path, lambda t: t.update(normalizer={"type": "Lowercase"}))
+    with pytest.raises(TokenizerError, match="normalises text"):
+        load_tokenizer(path, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: t["model"].pop("vocab"),
+        lambda t: t["model"].pop("merges"),
+        lambda t: t["model"].update(vocab=3),
+        lambda t: t["model"].update(merges=7),
+        lambda t: t["model"].update(merges=[7]),
+        lambda t: t.update(added_tokens=[{"id": 3}]),
+        lambda t: t.update(added_tokens=["<pad>"]),
+        lambda t: t.update(added_tokens=3),
+    ],
+)
+def test_a_file_of_another_layout_is_refused(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    with pytest.raises(TokenizerError, match="is not laid out as a tokenizer"):
+        load_tokenizer(edited(trained[1], tmp_path, edit), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda v, m: v.update(the="7"), "the id of 'the' is '7', not a whole number"),
+        (lambda v, m: v.update(the=True), "the id of 'the' is 'True'"),
+        (lambda v, m: v.update(the=-1), "the id of 'the' is '-1'"),
+        (lambda v, m: v.update(a=2**40), "the id of 'a' is"),
+        (lambda v, m: v.update(a=v["b"]), "have one id"),
+        (lambda v, m: v.update({END: v["b"]}), "have one id"),
+        (lambda v, m: v.pop("a"), "uses 'a', which has no id"),
+        (lambda v, m: v.pop("~"), "some of the 256 bytes have no token"),
+        (lambda v, m: m.append("qq zz"), "uses 'qq', which has no id"),
+        (lambda v, m: m.append("e r</w>"), "uses 'r</w>', which has no id"),
+        (lambda v, m: m.append("▁ a"), "uses '▁'"),
+        (lambda v, m: m.append("a"), "is not a pair of tokens"),
+        (lambda v, m: m.append("a b c"), "is not a pair of tokens"),
+        (lambda v, m: m.insert(0, m.pop()), "token ids do not follow the order of the merges"),
+        (lambda v, m: m.append(m[0]), "token ids do not follow the order of the merges"),
+    ],
+)
+def test_a_vocabulary_and_merges_that_do_not_fit_are_refused(
+    trained: tuple[tokenizers.Tokenizer, Path],
+    tmp_path: Path,
+    edit: Callable[[dict[str, Any], list[str]], object],
+    says: str,
+) -> None:
+    vocab = json.loads((trained[1] / "vocab.json").read_text())
+    merges = (trained[1] / "merges.txt").read_text().splitlines()[1:]
+    edit(vocab, merges)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    with pytest.raises(TokenizerError, match=says):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "list", "cut", "bytes", "deep"]
+)
+@pytest.mark.parametrize("file", ["vocab.json", "tokenizer.json", "added_tokens.json"])
+def test_a_damaged_file_is_refused_by_name(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, file: str, content: bytes
+) -> None:
+    files = ("tokenizer.json",) if file == "tokenizer.json" else ("vocab.json", "merges.txt")
+    directory_with(files, trained[1], tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(TokenizerError, match=file.replace(".", r"\.")):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(TokenizerError, match="has no tokenizer"):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+def test_no_tokenizer_and_another_vocabulary_than_openais_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"a vocabulary of 257 is not OpenAI's; put the files there") as caught:
+        load_tokenizer(tmp_path, 257)
+    assert str(tmp_path) in str(caught.value)
+
+
+# OpenAI's own
+
+
+def test_without_network_or_cache_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(_: str) -> tiktoken.Encoding:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(TokenizerError, match=r"\(ConnectionError\); connect once, set TIKTOKEN_CACHE_DIR"):
+        load_tokenizer(tmp_path, 50257)
+
+
+CACHE = Path(__file__).parents[3] / "shared" / "tiktoken-cache"
+
+
+@pytest.mark.skipif(
+    not CACHE.is_dir(), reason="needs tiktoken's cache of the gpt2 vocabulary in ../shared/tiktoken-cache"
+)
+def test_a_vocabulary_of_openais_size_without_files_is_openais(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    ours = load_tokenizer(tmp_path, 50257)
+    assert ours is tiktoken.get_encoding("gpt2")
+    assert ours.encode("Hello, world") == [15496, 11, 995]
+
+
+@pytest.mark.skipif(
+    not CACHE.is_dir(), reason="needs tiktoken's cache of the gpt2 vocabulary in ../shared/tiktoken-cache"
+)
+def test_openais_vocabulary_read_from_files_gives_the_same_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50,000 real merges: tiktoken's are ranked by id, the files' by their order."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    theirs = tiktoken.get_encoding("gpt2")
+    cached = [path for path in CACHE.iterdir() if path.read_bytes()[:8] == b"#version"]
+    vocab = [path for path in CACHE.iterdir() if path.read_bytes()[:1] == b"{"]
+    if not (cached and vocab):
+        pytest.skip("tiktoken's cache does not hold OpenAI's vocab.bpe and encoder.json")
+    shutil.copy(cached[0], tmp_path / "merges.txt")
+    shutil.copy(vocab[0], tmp_path / "vocab.json")
+    ours = load_tokenizer(tmp_path, 50257)
+    assert ours.n_vocab == theirs.n_vocab == 50257
+    for text in [*TEXTS, *CORPUS]:
+        assert ours.encode(text) == theirs.encode(text), text
+    assert ours.encode(END, allowed_special="all") == [50256]
