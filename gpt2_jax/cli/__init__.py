@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -15,11 +17,18 @@ from gpt2_jax.cli.verify import verify
 
 BAD_INPUT = 2
 
-VERBS = {"inspect": inspect, "convert": convert, "verify": verify, "generate": generate, "demo": demo}
+VERBS: dict[str, Callable[..., Any]] = {
+    "inspect": inspect,
+    "convert": convert,
+    "verify": verify,
+    "generate": generate,
+    "demo": demo,
+}
 
 
 def main(args: list[str] | None = None) -> None:
     """Run one verb; bad input ends with exit code 2 and its message, never with a traceback."""
+    code: int | None
     try:
         code = tyro.extras.subcommand_cli_from_dict(
             VERBS, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args

@@ -39,9 +39,7 @@ def convert(
     checkpoint = bridge.load(source)
     bridge.save(checkpoint, target, format=to, overwrite=overwrite, **options)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
-    done = {"source": str(source), "from": checkpoint.format, "target": str(target), "to": to, "bytes": total}
-    write_json(json, {**done, "tensors": len(checkpoint.tensors)})
-    out = console()
-    out.print(
-        f"{target}: {len(checkpoint.tensors)} tensors, {total:,} bytes, {checkpoint.format} -> {to}", highlight=False
-    )
+    count = len(checkpoint.tensors)
+    done = {"source": source, "from": checkpoint.format, "target": str(target), "to": to}
+    write_json(json, {**done, "tensors": count, "bytes": total})
+    console().print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}", highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -41,38 +41,30 @@ def generate(
     tokenizer = checkpoint.tokenizer()
     ids = tokenizer.encode_ordinary(prompt)
     _require_sensible(checkpoint, len(ids), max_new_tokens, temperature, top_k)
-    if backend == "torch":
-        require_torch("--backend torch")
-        import torch
-
-        import gpt2_torch
-
-        new = gpt2_torch.generate(
-            gpt2_torch.model_from_checkpoint(checkpoint),
-            torch.tensor([ids]),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-        )
-    else:
-        import jax.numpy as jnp
-
-        import gpt2_jax
-
-        model, params = gpt2_jax.model_from_checkpoint(checkpoint)
-        new = gpt2_jax.generate(
-            model,
-            params,
-            jnp.asarray([ids]),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-        )
-    text = tokenizer.decode(new[0].tolist())
-    write_json(json, {"source": source, "backend": backend, "prompt": prompt, "text": text, "ids": new[0].tolist()})
+    run = _with_torch if backend == "torch" else _with_jax
+    new = run(checkpoint, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    text = tokenizer.decode(new)
+    write_json(json, {"source": source, "backend": backend, "prompt": prompt, "text": text, "ids": new})
     console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _with_torch(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:
+    require_torch("--backend torch")
+    import torch
+
+    import gpt2_torch
+
+    model = gpt2_torch.model_from_checkpoint(checkpoint)
+    return gpt2_torch.generate(model, torch.tensor([ids]), **sampling)[0].tolist()
+
+
+def _with_jax(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:
+    import jax.numpy as jnp
+
+    import gpt2_jax
+
+    model, params = gpt2_jax.model_from_checkpoint(checkpoint)
+    return gpt2_jax.generate(model, params, jnp.asarray([ids]), **sampling)[0].tolist()
 
 
 def _require_sensible(

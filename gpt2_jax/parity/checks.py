@@ -16,6 +16,8 @@ from gpt2_jax.parity.report import Check, Measurement
 from gpt2_jax.parity.sites import distances
 from gpt2_jax.parity.training import AdamW
 
+SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+
 TRAIN_STEPS = 10
 TRAIN_LENGTH = 64
 """Tokens per sequence of the training check: what it tests does not depend on length, its time does."""
@@ -78,30 +80,12 @@ def gradients(subject: Subject) -> Check:
 
 def training(subject: Subject) -> Check:
     """Ten AdamW steps, torch.optim against optax: the same losses, and the same weights at the end."""
-    batches = _train_batches(subject)
-    dtypes = ["float32"]
-    if bridge.num_parameters(subject.checkpoint.config) * 4 * 8 <= FP64_TRAIN_BYTES:
-        dtypes.insert(0, "float64")
-    measurements = []
-    for dtype in dtypes:
-        their_losses, their_weights = reference.train(subject.checkpoint, batches, dtype, AdamW())
-        our_losses, our_weights = port.train(subject.checkpoint, batches, dtype, AdamW())
-        loss = float(np.abs(np.subtract(their_losses, our_losses)).max())
-        per_parameter, overall = _update_distances(subject.checkpoint, their_weights, our_weights)
-        short = "fp64" if dtype == "float64" else "fp32"
-        loss_limit = tolerances.TRAIN_LOSS_FP64 if dtype == "float64" else tolerances.TRAIN_LOSS
-        measurements.append(
-            Measurement(f"{short} losses of {len(batches)} steps, largest difference", loss, loss_limit)
-        )
-        if dtype == "float64":
-            worst = max(per_parameter, key=lambda name: per_parameter[name])
-            what = "fp64 weights after, largest relative distance of the change"
-            measurements.append(Measurement(what, per_parameter[worst], tolerances.TRAIN_UPDATE_FP64, worst))
-        else:
-            what = "fp32 weights after, relative distance of the change"
-            measurements.append(Measurement(what, overall, tolerances.TRAIN_UPDATE_FP32))
-    note = "" if "float64" in dtypes else "fp64 left out: it would need more than 2 GiB a side"
-    return Check("training", tuple(measurements), note)
+    measurements = _trained(subject, "float32", tolerances.TRAIN_LOSS, tolerances.TRAIN_UPDATE_FP32)
+    # Weights, gradients and two moments, of 8 bytes each.
+    if bridge.num_parameters(subject.checkpoint.config) * 4 * 8 > FP64_TRAIN_BYTES:
+        return Check("training", measurements, note="fp64 left out: it would need more than 2 GiB a side")
+    exact = _trained(subject, "float64", tolerances.TRAIN_LOSS_FP64, tolerances.TRAIN_UPDATE_FP64)
+    return Check("training", (*exact, *measurements))
 
 
 def padding(subject: Subject) -> Check:
@@ -255,8 +239,7 @@ def _compared_gradients(name: str, subject: Subject, theirs: ModuleType, limits:
         found = port.gradients(subject.checkpoint, subject.ids, dtype)
         far = {n: _relative_l2(found[n], expected[n]) for n in expected}
         worst = max(far, key=lambda n: far[n])
-        short = "fp64" if dtype == "float64" else "fp32"
-        what = f"{short} gradients, largest relative distance of {len(far)}"
+        what = f"{SHORT[dtype]} gradients, largest relative distance of {len(far)}"
         measurements.append(Measurement(what, far[worst], limit, worst))
     check = Check(name, tuple(measurements))
     return check if check.holds else _located(check, subject)
@@ -268,18 +251,28 @@ def _relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
     return math.inf if math.isnan(distance) else distance
 
 
-def _update_distances(
+def _trained(subject: Subject, dtype: str, loss_limit: float, update_limit: float) -> tuple[Measurement, ...]:
+    batches = _train_batches(subject)
+    their_losses, theirs = reference.train(subject.checkpoint, batches, dtype, AdamW())
+    our_losses, ours = port.train(subject.checkpoint, batches, dtype, AdamW())
+    loss = float(np.abs(np.subtract(their_losses, our_losses)).max())
+    far = _update_distance(subject.checkpoint, theirs, ours)
+    short = SHORT[dtype]
+    return (
+        Measurement(f"{short} losses of {len(batches)} steps, largest difference", loss, loss_limit),
+        Measurement(f"{short} weights after, relative distance of the change", far, update_limit),
+    )
+
+
+def _update_distance(
     checkpoint: Checkpoint, theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]
-) -> tuple[dict[str, float], float]:
-    """How far apart the changes of the weights are, over how large they are: per parameter, and of all."""
-    far, squares, total = {}, 0.0, 0.0
-    for name in checkpoint.tensors:
-        start = checkpoint.tensors[name].astype(np.float64)
-        their_change, our_change = theirs[name] - start, ours[name] - start
-        far[name] = _relative_l2(our_change, their_change)
-        squares += float(np.sum(np.square(our_change - their_change)))
-        total += float(np.sum(np.square(their_change)))
-    return far, math.sqrt(squares / total)
+) -> float:
+    """How far apart the changes of the weights are, over how large they are, of all weights together."""
+    apart = total = 0.0
+    for name, start in checkpoint.tensors.items():
+        apart += float(np.sum(np.square(ours[name].astype(np.float64) - theirs[name])))
+        total += float(np.sum(np.square(theirs[name].astype(np.float64) - start)))
+    return math.sqrt(apart / total)
 
 
 def _train_batches(subject: Subject) -> np.ndarray:

@@ -43,7 +43,7 @@ def torch_name(flax_path: tuple[str, ...]) -> str:
 def distances(reference: Mapping[str, np.ndarray], port: Trace, real: np.ndarray) -> dict[str, float]:
     """Per site, the largest difference over the largest value, at the tokens where `real` is True.
 
-    A site that the port never reached, or reached in another shape, is infinitely far.
+    A site that the port never reached, or reached in another shape or as NaN, is infinitely far.
     """
     result = {}
     for site, expected in reference.items():
@@ -52,7 +52,8 @@ def distances(reference: Mapping[str, np.ndarray], port: Trace, real: np.ndarray
             result[site] = float("inf")
             continue
         a, b = (_at_tokens(x, real) for x in (expected, found))
-        result[site] = float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float64).tiny))
+        far = float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float64).tiny))
+        result[site] = float("inf") if np.isnan(far) else far
     return result
 
 

@@ -39,14 +39,14 @@ TRAIN_LOSS = 1e-5
 TRAIN_LOSS_FP64 = 1e-11
 """The same in float64."""
 
-TRAIN_UPDATE_FP64 = 1e-6
-"""Relative L2 distance of what ten steps changed, per parameter. Adam divides a gradient by its own
-size, so where the true gradient is 0 (the bias of the keys) rounding noise moves the weight by
+TRAIN_UPDATE_FP64 = 1e-7
+"""Relative L2 distance of what ten steps changed, over all parameters. Adam divides a gradient by its
+own size, so where the true gradient is 0 (the bias of the keys) rounding noise moves the weight by
 noise / epsilon = 1e-17 / 1e-8 of a step."""
 
 TRAIN_UPDATE_FP32 = 2e-2
-"""The same over all parameters together. In float32 noise of 1e-8 is as large as Adam's epsilon, so
-weights whose gradient is that small go their own way; the losses are the sharper test here."""
+"""The same in float32, where noise of 1e-9 is a tenth of Adam's epsilon: weights whose gradient is
+that small go their own way. The losses are the sharper test here."""
 
 PADDING_FP64 = 1e-10
 """Largest difference over the largest logit between a padded row and the row alone."""

@@ -1,0 +1,152 @@
+"""The `gpt2` command as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import TINY, huggingface_directory
+from tokenizers_for_tests import write_byte_tokenizer
+
+import bridge
+from gpt2_jax.cli import VERBS, main
+
+CONFIG = replace(TINY, vocab_size=256, n_layer=2)
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = huggingface_directory(tmp_path / "model", CONFIG)
+    write_byte_tokenizer(path)
+    return path
+
+
+def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", model, "--tensors", "--json", tmp_path / "facts.json") == 0
+    shown = capsys.readouterr().out
+    for expected in ("huggingface", "float32 x 28", "h.1.attn.c_attn.weight", "[48, 144]", "nothing"):
+        assert expected in shown
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["parameters"] == bridge.num_parameters(CONFIG)
+    assert facts["config"]["n_head"] == 3
+    assert facts["tensors"]["wte.weight"] == {"dtype": "float32", "shape": [256, 48]}
+
+
+def test_inspect_says_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(CONFIG, activation_function="relu", tie_word_embeddings=False)
+    run("inspect", huggingface_directory(tmp_path / "odd", config))
+    shown = capsys.readouterr().out
+    assert "activation relu" in shown
+    assert "head is not tied" in shown
+
+
+def test_convert_there_and_back_changes_no_byte(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("convert", model, tmp_path / "flax", "--to", "flax", "--json", tmp_path / "done.json") == 0
+    assert run("convert", tmp_path / "flax", tmp_path / "back", "--to", "huggingface") == 0
+    for name in ("model.safetensors", "vocab.json", "merges.txt"):
+        assert (tmp_path / "back" / name).read_bytes() == (model / name).read_bytes()
+    assert json.loads((tmp_path / "done.json").read_text())["tensors"] == 28
+    assert "huggingface -> flax" in capsys.readouterr().out
+
+
+def test_convert_splits_into_shards_on_request(model: Path, tmp_path: Path) -> None:
+    assert run("convert", model, tmp_path / "out", "--to", "huggingface", "--max-shard-bytes", 100_000) == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert run("convert", model, tmp_path / "no", "--to", "flax", "--max-shard-bytes", 100_000) == 2
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_generate_continues_the_prompt(
+    model: Path, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("generate", model, "We", "--backend", backend, "--max-new-tokens", 5, "--json", tmp_path / "g.json")
+    assert run(*arguments) == 0
+    made = json.loads((tmp_path / "g.json").read_text())
+    assert made["text"].startswith("We")
+    assert len(made["ids"]) == 2 + 5
+    assert capsys.readouterr().out.startswith("We")
+
+
+def test_both_backends_generate_the_same_greedy_text(model: Path, tmp_path: Path) -> None:
+    ids = []
+    for backend in ("jax", "torch"):
+        run("generate", model, "We hold", "--backend", backend, "--max-new-tokens", 12, "--json", tmp_path / "g.json")
+        ids.append(json.loads((tmp_path / "g.json").read_text())["ids"])
+    assert ids[0] == ids[1]
+
+
+def test_a_seed_gives_the_same_sample_and_another_seed_another(model: Path, tmp_path: Path) -> None:
+    def sample(backend: str, seed: int) -> list[int]:
+        sampling = ("--temperature", 1.0, "--top-k", 40, "--seed", seed, "--json", tmp_path / "g.json")
+        run("generate", model, "We hold", "--backend", backend, "--max-new-tokens", 12, *sampling)
+        return json.loads((tmp_path / "g.json").read_text())["ids"]
+
+    for backend in ("jax", "torch"):
+        assert sample(backend, 1) == sample(backend, 1) != sample(backend, 2)
+
+
+BAD = {
+    "no such path": ("inspect", "{tmp}/nowhere"),
+    "not a checkpoint": ("inspect", "{tmp}"),
+    "unknown format": ("convert", "{model}", "{tmp}/out", "--to", "onnx"),
+    "target in the way": ("convert", "{model}", "{model}", "--to", "flax"),
+    "prompt empty": ("generate", "{model}", ""),
+    "too many tokens": ("generate", "{model}", "We", "--max-new-tokens", "39"),
+    "negative temperature": ("generate", "{model}", "We", "--temperature", "-1"),
+    "no tokens to rank": ("generate", "{model}", "We", "--top-k", "0"),
+    "no sequence": ("verify", "{model}", "--batch", "0"),
+    "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
+    "unwritable json": ("inspect", "{model}", "--json", "{tmp}/nowhere/facts.json"),
+    "unknown verb": ("transmogrify",),
+    "missing argument": ("convert", "{model}"),
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
+def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
+    arguments: tuple[str, ...], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*(a.format(tmp=tmp_path, model=model) for a in arguments)) == 2
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).strip()
+    assert "Traceback" not in printed.out + printed.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--help") == 0
+    assert f"Example: gpt2 {verb}" in capsys.readouterr().out
+
+
+def test_the_installed_command_runs(model: Path) -> None:
+    command = Path(sys.executable).with_name("gpt2")
+    done = subprocess.run([command, "inspect", model], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "parameters" in done.stdout
+    failed = subprocess.run([command, "inspect", model / "nowhere"], capture_output=True, text=True, timeout=60)
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+
+
+def test_verify_without_torch_says_how_to_get_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("verify", model) == 2
+    assert "pip install 'gpt2-bridge[torch]'" in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""The report of `verify`: what it asks, what it says, and what it exits with."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, huggingface_directory, random_checkpoint
+from rich.console import Console
+from tokenizers_for_tests import write_byte_tokenizer
+
+import bridge
+import gpt2_torch
+from bridge import Checkpoint
+from gpt2_jax.cli import main
+from gpt2_jax.parity import CHECKS, Check, Measurement, Report, third_opinion, verify
+from gpt2_jax.parity.verify import BUILT_IN_TEXT
+from gpt2_torch.loss import next_token_loss
+
+CONFIG = replace(TINY, n_layer=2, vocab_size=263)
+
+
+def test_every_check_holds_on_a_random_model() -> None:
+    report = verify(random_checkpoint(CONFIG), length=20)
+    assert report.holds, [m for c in report.checks for m in c.measurements if not m.holds]
+    assert [check.name.replace(" ", "-") for check in report.checks] == list(CHECKS)
+    assert [check.name for check in report.checks if not check.was_run] == ["prediction"]
+
+
+def test_it_covers_untied_bias_free_and_switched_models() -> None:
+    config = replace(CONFIG, tie_word_embeddings=False, bias=False, activation_function="relu", n_layer=1)
+    report = verify(
+        random_checkpoint(config), length=9, checks=("logits", "hidden-states", "gradients", "transformers")
+    )
+    assert report.holds
+    assert "no biases" in report.checks[-1].note.replace("has none", "no biases")
+
+
+def test_transformers_is_left_out_with_a_word_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(third_opinion, "is_installed", lambda: False)
+    (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), length=5).checks
+    assert not check.was_run
+    assert "not installed" in check.note
+
+
+def test_nothing_checked_is_not_a_proof() -> None:
+    assert not Report("x", {}, []).holds
+    assert not Report("x", {}, [Check("prediction", note="no tokenizer")]).holds
+
+
+def test_nan_holds_nowhere() -> None:
+    assert not Measurement("difference", math.nan, 1.0).holds
+
+
+def test_nan_in_the_weights_is_not_called_equal() -> None:
+    checkpoint = random_checkpoint(CONFIG)
+    state = {name: np.array(array) for name, array in checkpoint.tensors.items()}
+    state["h.1.ln_2.bias"][0] = np.nan
+    with np.errstate(invalid="ignore"):
+        report = verify(Checkpoint.of(state, CONFIG), length=9, checks=("logits", "hidden-states", "padding"))
+    assert [check.holds for check in report.checks] == [False, False, False]
+
+
+def test_the_report_is_read_by_machines_and_by_people() -> None:
+    report = verify(random_checkpoint(CONFIG), length=9, checks=("hidden-states", "round-trip"), source="tiny")
+    parsed = json.loads(json.dumps(report.to_json()))
+    assert parsed["holds"] is True
+    assert parsed["source"] == "tiny"
+    assert [check["name"] for check in parsed["checks"]] == ["hidden states", "round trip"]
+    assert all(m["holds"] and m["value"] <= m["limit"] for check in parsed["checks"] for m in check["measurements"])
+    out = io.StringIO()
+    report.show(Console(file=out, width=120))
+    assert "All 2 checks hold: the two backends are the same function." in out.getvalue()
+
+
+def test_a_failed_report_says_so_and_where() -> None:
+    bad = Check("logits", (Measurement("fp64 difference", 2.0, 1.0),), departs_at="h.3.mlp")
+    out = io.StringIO()
+    Report("x", {}, [bad]).show(Console(file=out, width=120))
+    assert "NOT the same: logits." in out.getvalue()
+    assert "departs at h.3.mlp" in out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level model that learned the built-in text well enough to beat guessing."""
+    path = tmp_path_factory.mktemp("trained")
+    torch.manual_seed(0)
+    model = gpt2_torch.GPT2(replace(CONFIG, vocab_size=256))
+    ids = torch.tensor(list(BUILT_IN_TEXT.encode()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        starts = np.random.default_rng(step).integers(0, len(ids) - 40, 8)
+        batch = torch.stack([ids[s : s + 40] for s in starts])
+        optimizer.zero_grad()
+        next_token_loss(model(batch), batch).backward()
+        optimizer.step()
+    bridge.save(gpt2_torch.checkpoint_from_model(model), path, format="huggingface")
+    write_byte_tokenizer(path)
+    return path
+
+
+def test_a_trained_model_predicts_text(trained: Path) -> None:
+    (check,) = verify(bridge.load(trained), checks=("prediction",)).checks
+    assert check.was_run
+    assert check.holds
+    assert all(m.value < 0.8 for m in check.measurements)  # it learned 150 steps: far below, not just below
+
+
+def test_a_checkpoint_laid_out_wrongly_agrees_with_itself_and_predicts_nothing(trained: Path) -> None:
+    right = bridge.load(trained)
+    state = {name: np.array(array) for name, array in right.tensors.items()}
+    for name in [n for n in state if n.endswith("attn.c_proj.weight")]:
+        state[name] = np.ascontiguousarray(state[name].T)
+    for name in [n for n in state if n.endswith("c_attn.weight")]:
+        D = CONFIG.n_embd
+        state[name] = np.ascontiguousarray(state[name].reshape(D, 3, D).transpose(2, 1, 0).reshape(D, 3 * D))
+    state["wpe.weight"] = state["wpe.weight"][::-1].copy()
+    state["wte.weight"] = np.roll(state["wte.weight"], 7, axis=0)
+    wrong = replace(right, tensors=Checkpoint.of(state, right.config).tensors)
+    agreement, prediction = verify(wrong, checks=("hidden-states", "prediction"), length=40).checks
+    assert agreement.holds
+    assert not prediction.holds
+    assert "laid out wrongly" in prediction.note
+
+
+def test_random_weights_are_excused_on_request(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "random", replace(CONFIG, vocab_size=256))
+    write_byte_tokenizer(path)
+    for untrained in (False, True):
+        (check,) = verify(bridge.load(path), checks=("prediction",), untrained=untrained, length=40).checks
+        assert check.was_run
+        assert check.holds is untrained
+
+
+def test_a_given_text_is_used_and_needs_a_tokenizer(trained: Path) -> None:
+    report = verify(bridge.load(trained), text="We hold these truths", checks=("prediction",))
+    assert report.about["tokens"] == "2 x 40, the given text"
+    with pytest.raises(bridge.TokenizerError, match="tokenizer"):
+        verify(random_checkpoint(CONFIG), text="We hold these truths", checks=("prediction",))
+    with pytest.raises(bridge.TokenizerError, match="empty"):
+        verify(bridge.load(trained), text="", checks=("prediction",))
+
+
+def test_the_command_exits_with_0_only_if_all_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = huggingface_directory(tmp_path / "model", CONFIG)
+    arguments = ["verify", str(path), "--length", "9", "--checks", "hidden-states", "round-trip"]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json", str(tmp_path / "report.json")])
+    assert ended.value.code == 0
+    assert json.loads((tmp_path / "report.json").read_text())["holds"] is True
+    assert "All 2 checks hold" in capsys.readouterr().out
+
+    right = bridge.to_torch
+    monkeypatch.setattr(bridge, "to_torch", lambda *a, **k: {n: t * 2 for n, t in right(*a, **k).items()})
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    assert "NOT the same: round trip." in capsys.readouterr().out
