@@ -1,0 +1,161 @@
+"""Peak memory at 124M, in child processes: one tensor at a time is a promise, so it is measured.
+
+The peak of a child (`ru_maxrss`, which on Linux only rises) is compared with that of a child that
+imports the same modules and does nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bridge
+from bridge import GPT2_SIZES, Checkpoint
+from bridge.arrays import LazyTensors, TensorEntry
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+
+MIB = 2**20
+CONFIG = GPT2_SIZES["gpt2"]
+TENSOR_BYTES = 4 * bridge.num_parameters(CONFIG)
+LARGEST_TENSOR = 4 * CONFIG.vocab_size * CONFIG.n_embd  # wte in float32
+MOST_TO_LOAD = 1.15 * TENSOR_BYTES
+"""All tensors once; the rest is for what Python and malloc add."""
+MOST_TO_CONVERT = 2 * LARGEST_TENSOR + 64 * MIB
+"""Reading one tensor while the one before it is still being written."""
+MOST_TO_REFUSE = 64 * MIB
+"""To find out that a file is not a checkpoint."""
+
+SEEN = 0.95
+"""At least this much of what must be held has to show, or nothing was measured; the idle child's own
+peak varies by a MiB or two."""
+
+# exec starts the child's peak at its parent's, so the test's own process must not be the parent of
+# what is measured: `sh` is small, and stands between them.
+IMPORTS = "import resource, sys; import numpy, ml_dtypes, json; import bridge, bridge.safetensors_file"
+REPORT = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def peak_bytes(code: str, *arguments: Path) -> int:
+    program = f"{IMPORTS}\n{code}\n{REPORT}"
+    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return 1024 * int(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def idle() -> int:
+    return peak_bytes("")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("gpt2-124m")
+    yield path
+    shutil.rmtree(path)  # 500 MB a copy: pytest would keep three runs of them
+
+
+@pytest.fixture(scope="module")
+def huggingface(folder: Path) -> Path:
+    """A model of 124M in Hugging Face's form; a tensor is made when it is asked for."""
+    entries = {
+        p.torch_name: TensorEntry(np.dtype("f4"), p.torch_shape, partial(np.full, p.torch_shape, np.float32(0.25)))
+        for p in bridge.parameters(CONFIG)
+    }
+    bridge.save(Checkpoint(CONFIG, LazyTensors(entries), "memory"), folder / "huggingface", format="huggingface")
+    return folder / "huggingface"
+
+
+@pytest.fixture(scope="module")
+def flax(folder: Path, huggingface: Path) -> Path:
+    bridge.save(bridge.load(huggingface), folder / "flax", format="flax")
+    return folder / "flax"
+
+
+def test_a_child_that_holds_memory_is_seen_to_hold_it(idle: int) -> None:
+    """The measurement itself: 200 MiB held by the child show, and what the parent holds does not."""
+    held_here = np.ones(400 * MIB, np.uint8)
+    used = peak_bytes("held = numpy.ones(200 * 2**20, numpy.uint8)") - idle
+    assert 195 * MIB < used < 210 * MIB
+    assert held_here.all()
+
+
+def test_loading_as_flax_takes_the_tensors_once(huggingface: Path, idle: int) -> None:
+    code = """
+checkpoint = bridge.load(sys.argv[1])
+params = bridge.to_flax(checkpoint.tensors, checkpoint.config)
+assert params["h_11"]["mlp"]["c_proj"]["kernel"][-1, -1] == 0.25
+"""
+    used = peak_bytes(code, huggingface) - idle
+    print(f"load + to_flax: {used / MIB:.0f} MiB, {used / TENSOR_BYTES:.3f} x the tensors")
+    assert SEEN * TENSOR_BYTES < used <= MOST_TO_LOAD
+
+
+@pytest.mark.parametrize("target", ["flax", "huggingface"])
+@pytest.mark.parametrize("source", ["huggingface", "flax"])
+def test_converting_holds_no_more_than_two_tensors(
+    request: pytest.FixtureRequest, tmp_path: Path, source: str, target: str, idle: int
+) -> None:
+    code = "bridge.save(bridge.load(sys.argv[1]), sys.argv[2], format=sys.argv[3])"
+    try:
+        used = peak_bytes(code, request.getfixturevalue(source), tmp_path / "out", Path(target)) - idle
+    finally:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    print(f"{source} -> {target}: {used / MIB:.0f} MiB, {used / LARGEST_TENSOR:.2f} x the largest tensor")
+    assert SEEN * LARGEST_TENSOR < used <= MOST_TO_CONVERT
+
+
+def test_a_stored_tied_head_costs_no_third_tensor(tmp_path: Path, huggingface: Path, idle: int) -> None:
+    """Comparing it with the embedding is the one place where two tensors are needed at once."""
+    head_beside = """
+from bridge.safetensors_file import read_file, write_file
+tensors, _ = read_file(sys.argv[1] + "/model.safetensors")
+tensors.entries["lm_head.weight"] = tensors.entries["transformer.wte.weight"]
+write_file(sys.argv[2] + "/model.safetensors", tensors, {})
+"""
+    path = tmp_path / "with-head"
+    path.mkdir()
+    shutil.copy(huggingface / "config.json", path)
+    try:
+        assert peak_bytes(head_beside, huggingface, path) - idle <= MOST_TO_CONVERT
+        used = peak_bytes("assert len(bridge.load(sys.argv[1]).oddities) == 1", path) - idle
+    finally:
+        shutil.rmtree(path)
+    print(f"load with a stored tied head: {used / MIB:.0f} MiB")
+    assert SEEN * 2 * LARGEST_TENSOR < used <= MOST_TO_CONVERT
+
+
+HOSTILE = {
+    "lists": b'{"w":[' + b"[]," * 349_000 + b"[]]}",
+    "objects": b'{"w":[' + b"{}," * 349_000 + b"{}]}",
+    "names": b"{" + b",".join(b'"%x":{}' % i for i in range(100_000)) + b"}",
+    "numbers": b'{"w":[' + b"1e5," * 260_000 + b"1]}",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_refusing_a_hostile_file_is_cheap(tmp_path: Path, idle: int, kind: str) -> None:
+    """The costliest header and config.json that are still short enough to be parsed."""
+    text = HOSTILE[kind]
+    assert 0.9 * MIB < len(text) <= MIB
+    (tmp_path / "f.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    (tmp_path / "config.json").write_bytes(text)
+    (tmp_path / "model.safetensors").touch()
+    refused = """
+try:
+    bridge.safetensors_file.read_file(sys.argv[1]) if sys.argv[1].endswith("s") else bridge.load(sys.argv[1])
+except bridge.BridgeError:
+    pass
+else:
+    raise SystemExit("it was accepted")
+"""
+    used = [peak_bytes(refused, path) - idle for path in (tmp_path / "f.safetensors", tmp_path)]
+    assert max(used) <= MOST_TO_REFUSE

@@ -1,0 +1,110 @@
+"""The floors: what must run without which framework, proved in child processes that cannot import it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import huggingface_directory
+
+ROOT = Path(__file__).parents[1]
+
+BLOCKER = """
+import sys
+
+class Blocked(ModuleNotFoundError):
+    pass
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise Blocked(f"{name} is blocked here", name=name)
+
+BLOCKED = set(sys.argv[1].split(","))
+assert not BLOCKED & set(sys.modules), "blocked too late"
+sys.meta_path.insert(0, Blocker())
+"""
+
+JAX = ("jax", "jaxlib", "flax", "optax")
+TORCH = ("torch", "transformers")
+OTHER = ("safetensors", "huggingface_hub", "tiktoken", "rich", "tyro")
+
+
+def run_without(blocked: tuple[str, ...], code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new process in which importing a blocked package raises ModuleNotFoundError."""
+    command = [sys.executable, "-W", "error", "-c", BLOCKER + code, ",".join(blocked), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+
+
+def assert_runs_without(blocked: tuple[str, ...], code: str, *arguments: Path) -> None:
+    done = run_without(blocked, code + "\nassert not BLOCKED & set(sys.modules)\nprint('reached the end')", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("reached the end\n")
+
+
+def test_a_conversion_there_and_back_runs_with_neither_framework(tmp_path: Path) -> None:
+    code = """
+import bridge
+source, target = sys.argv[2:4]
+checkpoint = bridge.load(source)
+params = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=True, vocab_multiple=64)
+state = bridge.to_torch(params, checkpoint.config, vocab_multiple=64)
+bridge.save(bridge.Checkpoint.of(state, checkpoint.config), target + "/flax", format="flax")
+bridge.save(bridge.load(target + "/flax"), target + "/huggingface", format="huggingface")
+back = bridge.load(target + "/huggingface").tensors
+assert all((back[name] == array).all() for name, array in checkpoint.tensors.items())
+"""
+    assert_runs_without((*TORCH, *JAX, *OTHER), code, huggingface_directory(tmp_path / "source"), tmp_path)
+
+
+def test_the_reference_computes_logits_without_jax(tmp_path: Path) -> None:
+    code = """
+import torch
+import gpt2_torch
+model = gpt2_torch.GPT2.from_pretrained(sys.argv[2])
+logits = model(torch.arange(34).reshape(2, 17))
+assert logits.shape == (2, 17, 257) and logits.isfinite().all()
+"""
+    assert_runs_without((*JAX, "transformers"), code, huggingface_directory(tmp_path / "source"))
+
+
+def test_the_port_computes_logits_without_torch(tmp_path: Path) -> None:
+    code = """
+import numpy as np
+import gpt2_jax
+model, params = gpt2_jax.from_pretrained(sys.argv[2])
+logits = model.apply({"params": params}, np.arange(34).reshape(2, 17))
+assert logits.shape == (2, 17, 257) and np.isfinite(logits).all()
+"""
+    assert_runs_without((*TORCH, "gpt2_torch"), code, huggingface_directory(tmp_path / "source"))
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import torch",
+        "from torch.nn import functional",
+        "import importlib; importlib.import_module('torch.utils')",
+        "def later():\n    import torch\nlater()",
+    ],
+)
+def test_the_check_fails_where_a_blocked_package_is_imported(imports: str) -> None:
+    done = run_without(TORCH, f"import bridge\n{imports}\nprint('reached the end')")
+    assert done.returncode == 1
+    assert "torch is blocked here" in done.stderr
+    assert "reached the end" not in done.stdout
+    with pytest.raises(AssertionError, match="torch is blocked here"):
+        assert_runs_without(TORCH, imports)
+
+
+def test_the_check_fails_where_the_upper_floor_needs_the_blocked_package() -> None:
+    assert "torch is blocked here" in run_without(TORCH, "import gpt2_torch").stderr
+    assert "jax is blocked here" in run_without(JAX, "import gpt2_jax").stderr
+
+
+def test_an_import_that_is_blocked_and_caught_can_fall_back() -> None:
+    """Optional imports see the ordinary ModuleNotFoundError, with the name that is missing."""
+    code = "try:\n    import torch\nexcept ModuleNotFoundError as error:\n    assert error.name == 'torch'"
+    assert_runs_without(TORCH, code)
