@@ -182,7 +182,7 @@ def _fp64_logits(expected: np.ndarray, found: np.ndarray) -> Measurement:
 def _fp32_logits(theirs: np.ndarray, ours: np.ndarray, largest: float, n_layer: int) -> list[Measurement]:
     difference, *rest = _difference("fp32", theirs, ours)
     limit = tolerances.logits_fp32(largest, n_layer)
-    kl = max(_largest_kl(a, b) for a, b in zip(theirs, ours, strict=True))
+    kl = max(largest_kl(a, b) for a, b in zip(theirs, ours, strict=True))
     return [
         Measurement(difference.what, difference.value, limit),
         *rest,
@@ -205,15 +205,15 @@ def _error_ratio(
 ) -> list[Measurement]:
     """Root-mean-square errors against float64, each over the other; see the tolerances for the floor."""
     least = getattr(tolerances, f"ERROR_FLOOR_{floor}") * float(np.abs(exact).max())
-    their_error, our_error = (max(_rms(x - exact), least) for x in (theirs, ours))
+    their_error, our_error = (max(rms(x - exact), least) for x in (theirs, ours))
     return [Measurement(f"{short} error against fp64, port over reference", our_error / their_error, limit)]
 
 
-def _rms(x: np.ndarray) -> float:
+def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-def _largest_kl(a_TV: np.ndarray, b_TV: np.ndarray) -> float:
+def largest_kl(a_TV: np.ndarray, b_TV: np.ndarray) -> float:
     """max over tokens of KL(softmax a || softmax b), in float64."""
     log_a, log_b = (x - _logsumexp(x)[:, None] for x in (a_TV, b_TV))
     return float((np.exp(log_a) * (log_a - log_b)).sum(-1).max())

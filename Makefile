@@ -1,0 +1,34 @@
+# Everything installs into .venv, made on first use from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow test-gpu check bench clean
+
+demo: $(INSTALLED)  ## write a 124M GPT-2, convert it, verify it, export it back
+	$(BIN)/gpt2 demo --out demo-output
+
+test: $(INSTALLED)  ## the tests that need minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## the tests at 124M parameters
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: $(INSTALLED)  ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(INSTALLED)  ## the figures of the README's tables
+	$(BIN)/python -m tests.benchmarks.load
+
+clean:
+	rm -rf .venv demo-output
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
