@@ -85,10 +85,13 @@ def test_the_stacked_tree_has_one_h_with_a_leading_layer_axis() -> None:
 
 
 def test_the_query_key_and_value_of_a_head_are_where_attention_looks_for_them() -> None:
-    state = random_state(TINY)
-    kernel_D3HK = bridge.to_flax(state, TINY)["h_2"]["attn"]["c_attn"]["kernel"]
-    value_of_head_1 = state["h.2.attn.c_attn.weight"][:, 2 * 48 + 1 * 16 : 2 * 48 + 2 * 16]
-    assert np.array_equal(kernel_D3HK[:, 2, 1], value_of_head_1)
+    config = replace(TINY, n_head=4)  # three of them could not be told from query, key and value
+    state = random_state(config)
+    layer = bridge.to_flax(state, config)["h_2"]["attn"]
+    value_of_head_1 = slice(2 * 48 + 1 * 12, 2 * 48 + 2 * 12)
+    assert np.array_equal(layer["c_attn"]["kernel"][:, 2, 1], state["h.2.attn.c_attn.weight"][:, value_of_head_1])
+    assert np.array_equal(layer["c_attn"]["bias"][2, 1], state["h.2.attn.c_attn.bias"][value_of_head_1])
+    assert np.array_equal(layer["c_proj"]["kernel"][1], state["h.2.attn.c_proj.weight"][12:24])
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])

@@ -41,10 +41,11 @@ def test_every_flax_path_is_used_once_and_splits_only_the_heads() -> None:
 
 
 def test_the_split_shapes_are_query_key_value_heads_and_head_size() -> None:
-    shapes = {"/".join(p.flax_path): p.flax_shape for p in bridge.parameters(TINY)}
-    assert shapes["h_4/attn/c_attn/kernel"] == (48, 3, 3, 16)
-    assert shapes["h_4/attn/c_attn/bias"] == (3, 3, 16)
-    assert shapes["h_4/attn/c_proj/kernel"] == (3, 16, 48)
+    four_heads = replace(TINY, n_head=4)  # three of them could not be told from query, key and value
+    shapes = {"/".join(p.flax_path): p.flax_shape for p in bridge.parameters(four_heads)}
+    assert shapes["h_4/attn/c_attn/kernel"] == (48, 3, 4, 12)
+    assert shapes["h_4/attn/c_attn/bias"] == (3, 4, 12)
+    assert shapes["h_4/attn/c_proj/kernel"] == (4, 12, 48)
 
 
 @pytest.mark.parametrize("tied", [True, False])
