@@ -172,7 +172,7 @@ def test_gradients_of_the_scanned_form_agree_in_float64(config: GPT2Config, x64:
     assert largest_gradient_error({"gpt2_torch": reference, "gpt2_jax scanned": scanned}) <= FP64_RELATIVE
 
 
-@pytest.mark.parametrize("config", COVERING, ids=name_of)
+@pytest.mark.parametrize("config", COVERING[::2], ids=name_of)
 def test_gradients_of_every_parameter_agree_in_float32(config: GPT2Config):
     assert largest_gradient_error(gradients(float32_checkpoint(config), random_ids(config))) <= FP32_GRADIENT
 

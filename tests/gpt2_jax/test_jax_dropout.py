@@ -1,0 +1,111 @@
+"""Dropout in the port: where it acts, that keys decide it, and that it is fair."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from implementations import jax_model
+from models import TINY, random_checkpoint, random_ids
+
+from bridge import GPT2Config
+from gpt2_jax import GPT2
+from gpt2_jax.attention import attention
+
+STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; keys are fixed besides
+
+SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
+IDS = random_ids(SMALL, batch=4)
+PLACES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+each_place = pytest.mark.parametrize("place", PLACES)
+each_form = pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+
+
+def random_key(seed: int) -> jax.Array:
+    """Of the generator that compiles in half the time of JAX's default."""
+    return jax.random.key(seed, impl="rbg")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def dropped(model: GPT2, params: dict[str, Any], seed: int) -> jax.Array:
+    return model.apply({"params": params}, IDS, deterministic=False, rngs={"dropout": random_key(seed)})
+
+
+@each_form
+def test_it_is_off_by_default(scan: bool):
+    assert [getattr(GPT2Config(), place) for place in PLACES] == [0.0, 0.0, 0.0]
+    plain, params = jax_model(random_checkpoint(SMALL), scan=scan)
+    expected = plain.apply({"params": params}, IDS)
+    model = GPT2(replace(SMALL, **dict.fromkeys(PLACES, 0.3)), scan=scan)
+    np.testing.assert_array_equal(model.apply({"params": params}, IDS), expected)
+    without_key = plain.apply({"params": params}, IDS, deterministic=False)
+    np.testing.assert_array_equal(without_key, expected)
+
+
+@each_form
+@each_place
+def test_each_place_alone_acts_and_its_key_decides(place: str, scan: bool):
+    plain, params = jax_model(random_checkpoint(SMALL), scan=scan)
+    model = GPT2(replace(SMALL, **{place: 0.3}), scan=scan)
+    first = dropped(model, params, seed=1)
+    np.testing.assert_array_equal(dropped(model, params, seed=1), first)
+    assert not np.allclose(dropped(model, params, seed=2), first)
+    assert not np.allclose(plain.apply({"params": params}, IDS), first)
+
+
+@each_form
+@each_place
+def test_a_missing_key_is_a_clear_error(place: str, scan: bool):
+    _, params = jax_model(random_checkpoint(SMALL), scan=scan)
+    model = GPT2(replace(SMALL, **{place: 0.3}), scan=scan)
+    with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+        model.apply({"params": params}, IDS, deterministic=False)
+
+
+def test_attention_by_itself_asks_for_its_key():
+    ones = jnp.ones((1, 2, 1, 1))
+    with pytest.raises(ValueError, match=r'rngs=\{"dropout": key\}'):
+        attention(ones, ones, ones, None, is_causal=False, scale=1.0, dropout_rate=0.1)
+
+
+def test_attention_dropout_keeps_the_mean_and_drops_at_its_rate():
+    rate, queries = 0.2, 20_000
+    ones = jnp.ones((queries, 1, 1, 1))
+    # One key, so one weight of 1: what comes out is 0 or 1 / (1 - rate).
+    out = attention(ones, ones, ones, None, is_causal=False, scale=1.0, dropout_rate=rate, dropout_key=random_key(3))
+    hidden = out == 0
+    np.testing.assert_allclose(out[~hidden], 1 / (1 - rate), rtol=1e-6)  # one float32 division
+    error = math.sqrt(rate * (1 - rate) / queries)
+    assert abs(hidden.mean() - rate) <= STANDARD_ERRORS * error
+    assert abs(out.mean() - 1) <= STANDARD_ERRORS * error / (1 - rate)
+
+
+@each_form
+def test_every_sublayer_of_every_layer_draws_its_own_mask(scan: bool):
+    """Sub-layers that add 1 everywhere: dropped at 1/2, the sum over them is twice a binomial variable.
+
+    Were masks shared by the two layers, the number of kept ones would always be even.
+    """
+    config = replace(SMALL, resid_pdrop=0.5)
+    model = GPT2(config, scan=scan)
+    shapes = jax.eval_shape(model.init, random_key(0), IDS)["params"]
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf + 1 if [k.key for k in path][-2:] == ["c_proj", "bias"] else leaf, params
+    )
+    x = jnp.zeros((20, 10, config.n_embd))
+    run = GPT2._scan_layers if scan else GPT2._loop_layers
+    apply = jax.jit(functools.partial(model.apply, method=run), static_argnums=(2, 3))
+    out = apply({"params": params}, x, None, False, rngs={"dropout": random_key(5)})
+    kept = np.asarray(out / 2).astype(int)
+    frequencies = np.bincount(kept.ravel(), minlength=5) / kept.size
+    binomial = np.array([math.comb(4, n) / 16 for n in range(5)])
+    errors = np.sqrt(binomial * (1 - binomial) / kept.size)
+    assert (np.abs(frequencies - binomial) <= STANDARD_ERRORS * errors).all(), frequencies
