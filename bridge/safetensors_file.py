@@ -24,6 +24,7 @@ import numpy as np
 
 from bridge.arrays import LazyTensors, TensorEntry, aligned_empty
 from bridge.errors import CheckpointError, quoted
+from bridge.json_text import parse_object
 
 # Every type that the format defines and numpy holds. Which of them may be weights is decided where
 # weights are checked: mask buffers of old checkpoints are uint8 or bool.
@@ -59,7 +60,7 @@ def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
     Raises `CheckpointError` for anything that is not a complete, well-formed file; what the header
     declares is checked against the bytes that are there before any of it is allocated.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # tensors are read later, perhaps from another working directory
     header, data_start, data_size = _read_header(path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -120,12 +121,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{quoted(path)}: the header is not valid JSON: {quoted(error)}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{quoted(path)}: the header must be an object, not {type(header).__name__}")
+    header = parse_object(text, f"{quoted(path)}: the header", CheckpointError)
     return header, 8 + length, status.st_size - 8 - length
 
 
@@ -138,15 +134,6 @@ def _not_safetensors(start: bytes, size: int) -> str:
     if size < 8:
         return f"only {size} bytes; the file is empty or cut off"
     return "not a safetensors file, or cut off: its header would be longer than the file"
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {quoted(twice)} appears twice")
-    return result
 
 
 def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[np.dtype, tuple[int, ...], int, int]:

@@ -6,13 +6,13 @@ and `merges.txt`, or inside `tokenizer.json`; both spell bytes as printable char
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import TokenizerError, quoted
+from bridge.json_text import parse_object
 
 if TYPE_CHECKING:
     import tiktoken
@@ -163,22 +163,19 @@ def _printable_bytes() -> dict[str, int]:
 
 
 def _read_merges(path: Path) -> list[tuple[str, ...]]:
-    lines = _read_text(path).split("\n")
+    try:
+        lines = _read_bytes(path).decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{quoted(path)} is not UTF-8: {quoted(error)}") from None
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{quoted(path)} is not valid JSON: {quoted(error)}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{quoted(path)} must hold an object, not {type(value).__name__}")
-    return value
+    return parse_object(_read_bytes(path), quoted(path), TokenizerError)
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"cannot read {quoted(path)}: {quoted(error)}") from None
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"cannot read {quoted(path)}: {error.strerror}") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 from bridge.checkpoint import Checkpoint
 from bridge.errors import CheckpointError, quoted
+from bridge.json_text import parse_object
 from bridge.tokenizer import TOKENIZER_FILES
 
 CONFIG = "config.json"
@@ -22,14 +23,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
             raise CheckpointError(f"{quoted(path)} is larger than {_MOST_JSON_BYTES} bytes; that is not a {path.name}")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{quoted(path)} is not valid JSON: {quoted(error)}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{quoted(path)} must hold an object, not {type(value).__name__}")
-    return value
+    return parse_object(text, quoted(path), CheckpointError)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -187,3 +187,18 @@ def test_a_checkpoint_in_memory_has_no_tokenizer() -> None:
 def test_every_error_is_a_bridge_error_and_a_value_error() -> None:
     for error in (CheckpointError, TokenizerError, bridge.ConfigError, bridge.ConversionError):
         assert issubclass(error, BridgeError) and issubclass(error, ValueError)
+
+
+def test_tensors_are_still_read_after_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    huggingface_directory(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = bridge.load("model")
+    monkeypatch.chdir("/")
+    assert checkpoint.tensors["wpe.weight"].shape == (40, 48)
+
+
+def test_a_setting_given_twice_is_refused(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    (path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 5, "n_layer": 6}')
+    with pytest.raises(CheckpointError, match="'n_layer' appears twice"):
+        bridge.load(path)
