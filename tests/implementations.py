@@ -48,10 +48,13 @@ def torch_logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | Non
         return torch_model(checkpoint)(torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask)).numpy()
 
 
-def jax_logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None = None, **kwargs: Any) -> np.ndarray:
-    """Not under jit: compiling costs more than it saves for one call of a tiny model."""
+def jax_logits(
+    checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None = None, *, jit: bool = False, **kwargs: Any
+) -> np.ndarray:
+    """Under jit only if asked: call by call costs less where many models take ids of one shape."""
     model, params = jax_model(checkpoint, **kwargs)
-    return np.asarray(model.apply({"params": params}, ids, mask))
+    apply = jax.jit(model.apply) if jit else model.apply
+    return np.asarray(apply({"params": params}, ids, mask))
 
 
 def transformers_logits(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:

@@ -20,13 +20,13 @@ FP64_ABSOLUTE = 1e-12  # logits of order 1; a batch is summed in another order t
 FP64_GRADIENT = 1e-10  # relative L2 of one parameter's gradient
 
 LENGTHS = (5, 13, 9)
-CONFIG = replace(TINY, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False)
+CONFIG = replace(TINY, n_layer=2, scale_attn_by_inverse_layer_idx=True, tie_word_embeddings=False)
 
 Logits = Callable[..., np.ndarray]
 BACKENDS: dict[str, Logits] = {
     "gpt2_torch": torch_logits,
-    "gpt2_jax": jax_logits,
-    "gpt2_jax scanned": lambda *args: jax_logits(*args, scan=True),
+    "gpt2_jax": lambda *args: jax_logits(*args, jit=True),
+    "gpt2_jax scanned": lambda *args: jax_logits(*args, jit=True, scan=True),
 }
 each_backend = pytest.mark.parametrize("logits", BACKENDS.values(), ids=BACKENDS)
 each_side = pytest.mark.parametrize("side", ["left", "right"])
@@ -113,7 +113,7 @@ def jax_padded_gradients(
         chosen = jnp.take_along_axis(log_probabilities, jnp.asarray(ids)[:, 1:, None], axis=-1)[..., 0]
         return -(chosen * loss_weights(mask)).sum()
 
-    return bridge.to_torch(jax.grad(loss)(params), CONFIG)
+    return bridge.to_torch(jax.jit(jax.grad(loss))(params), CONFIG)
 
 
 @each_side
