@@ -19,8 +19,9 @@ from gpt2_jax.parity.training import AdamW
 SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
 
 TRAIN_STEPS = 10
-TRAIN_LENGTH = 64
-"""Tokens per sequence of the training check: what it tests does not depend on length, its time does."""
+SHORT_LENGTH = 64
+"""Most tokens per sequence of the training and padding checks: what they test does not depend on length,
+their time does."""
 
 FP64_TRAIN_BYTES = 2 * 2**30
 """Ten steps are also run in float64 where weights, gradients and both moments fit in this."""
@@ -90,7 +91,7 @@ def training(subject: Subject) -> Check:
 
 def padding(subject: Subject) -> Check:
     """Rows of different length in one batch, padded left or right, each equal to the row alone."""
-    T = subject.ids.shape[1]
+    T = min(subject.ids.shape[1], SHORT_LENGTH)
     lengths = [max(1, T * (i + 1) // 4) for i in range(4)]
     rows = [subject.ids[i % len(subject.ids), :n] for i, n in enumerate(lengths)]
     alone = [reference.logits(subject.checkpoint, row[None], None, "float64")[0] for row in rows]
@@ -264,9 +265,7 @@ def _trained(subject: Subject, dtype: str, loss_limit: float, update_limit: floa
     )
 
 
-def _update_distance(
-    checkpoint: Checkpoint, theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]
-) -> float:
+def _update_distance(checkpoint: Checkpoint, theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray]) -> float:
     """How far apart the changes of the weights are, over how large they are, of all weights together."""
     apart = total = 0.0
     for name, start in checkpoint.tensors.items():
@@ -278,7 +277,7 @@ def _update_distance(
 def _train_batches(subject: Subject) -> np.ndarray:
     """[steps, B, T]: the subject's tokens, begun at another place for every step."""
     B, T = subject.ids.shape
-    length = min(T, TRAIN_LENGTH)
+    length = min(T, SHORT_LENGTH)
     stream = subject.ids.reshape(-1)
     starts = [step * len(stream) // TRAIN_STEPS for step in range(TRAIN_STEPS)]
     return np.stack([np.resize(np.roll(stream, -start), (B, length)) for start in starts])

@@ -33,8 +33,11 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, 
 def _model(checkpoint: Checkpoint, dtype: str) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    # Eager attention: the fused kinds ignore reorder_and_upcast_attn.
+    # Eager attention: the fused kinds ignore reorder_and_upcast_attn. In float64 the switch is left
+    # off: what transformers calls an upcast would cut to float32 there.
     fields = {**checkpoint.config.to_hf(checkpoint.extra), "attn_implementation": "eager"}
+    if dtype == "float64":
+        fields["reorder_and_upcast_attn"] = False
     config = GPT2Config(**fields)
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)

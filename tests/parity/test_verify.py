@@ -42,6 +42,12 @@ def test_it_covers_untied_bias_free_and_switched_models() -> None:
     assert report.checks[-1].note == "its GPT-2 always has biases, this one has none"
 
 
+def test_it_covers_the_attention_switches_of_other_trainers() -> None:
+    config = replace(CONFIG, reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=50)
+    report = verify(random_checkpoint(config), length=9, checks=("logits", "gradients", "transformers"))
+    assert report.holds, [m for check in report.checks for m in check.measurements if not m.holds]
+
+
 def test_transformers_is_left_out_with_a_word_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(third_opinion, "is_installed", lambda: False)
     (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), length=5).checks
