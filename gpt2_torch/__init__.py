@@ -1,9 +1,9 @@
 """GPT-2 in PyTorch: the reference. Needs no JAX."""
 
 from bridge import GPT2_SIZES, GPT2Config
-from gpt2_torch.arrays import checkpoint_from_model, model_from_checkpoint
 from gpt2_torch.generate import generate
 from gpt2_torch.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
+from gpt2_torch.pretrained import checkpoint_from_model, model_from_checkpoint
 
 __all__ = [
     "GPT2",
