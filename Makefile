@@ -6,9 +6,9 @@ INSTALLED := .venv/.installed
 .PHONY: demo test test-slow test-gpu check bench clean
 
 demo: $(INSTALLED)  ## write a 124M GPT-2, convert it, verify it, export it back
-	$(BIN)/gpt2 demo --out demo-output
+	$(BIN)/gpt2 demo --out demo-output --overwrite
 
-test: $(INSTALLED)  ## the tests that need minutes
+test: $(INSTALLED)  ## everything but the marked tests
 	$(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)  ## the tests at 124M parameters

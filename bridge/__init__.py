@@ -3,7 +3,7 @@
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
-from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, TokenizerError
+from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.io import load, save
 from bridge.oddities import find_oddities
 from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
@@ -17,6 +17,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "GPT2Config",
+    "NoTokenizerError",
     "TokenizerError",
     "canonical_names",
     "canonicalize",

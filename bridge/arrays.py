@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from bridge.errors import ConversionError, quoted
 
 FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
 """The element types that are carried, each bit for bit."""
@@ -50,7 +53,7 @@ class LazyTensors(Mapping[str, np.ndarray]):
         """Arrays in memory under the same interface; lazy tensors are returned as they are."""
         if isinstance(tensors, LazyTensors):
             return tensors
-        return cls({name: TensorEntry.of(np.asarray(array)) for name, array in tensors.items()})
+        return cls({name: TensorEntry.of(_as_array(name, array)) for name, array in tensors.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.entries[name].read()
@@ -67,6 +70,16 @@ class LazyTensors(Mapping[str, np.ndarray]):
     def __repr__(self) -> str:
         total = sum(entry.nbytes for entry in self.entries.values())
         return f"<{len(self)} tensors, {total:,} bytes, read on demand>"
+
+
+def _as_array(name: str, array: Any) -> np.ndarray:
+    try:
+        return np.asarray(array)
+    except (TypeError, RuntimeError) as error:  # torch: bfloat16, a tensor that requires grad or is on a GPU
+        raise ConversionError(
+            f"{quoted(name)} is not a numpy array and does not become one ({error}); for a PyTorch model use "
+            "gpt2_torch.checkpoint_from_model"
+        ) from error
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

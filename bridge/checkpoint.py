@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.arrays import LazyTensors
 from bridge.config import GPT2Config
-from bridge.errors import TokenizerError
+from bridge.convert import canonicalize
+from bridge.errors import NoTokenizerError
 from bridge.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,23 +27,25 @@ class Checkpoint:
     format: str
     """Name of the format it was read from, or "memory"."""
     path: Path | None = None
-    """The directory it was read from."""
+    """The directory it was read from, where its tokenizer is."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of its `config.json` that do not change the mathematics, kept for a round trip."""
     oddities: tuple[str, ...] = ()
     """What is unusual about how it was stored, a sentence each."""
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Any], config: GPT2Config) -> Checkpoint:
-        """A checkpoint from arrays in memory; checks them as `bridge.canonicalize` does."""
-        from bridge.convert import canonicalize
+    def of(cls, tensors: Mapping[str, Any], config: GPT2Config, like: Checkpoint | None = None) -> Checkpoint:
+        """A checkpoint from arrays in memory; checks them as `bridge.canonicalize` does.
 
-        return cls(config, canonicalize(tensors, config), format="memory")
+        `like`: where they came from, whose tokenizer and harmless fields go along.
+        """
+        path, extra = (like.path, like.extra) if like else (None, {})
+        return cls(config, canonicalize(tensors, config), "memory", path, extra)
 
     def tokenizer(self) -> tiktoken.Encoding:
         """The tokenizer that was saved with the weights; raises `TokenizerError` if there is none."""
         if self.path is None:
-            raise TokenizerError(
+            raise NoTokenizerError(
                 "a checkpoint in memory has no tokenizer; load one from a directory that has its files"
             )
         return load_tokenizer(self.path, self.config.vocab_size)

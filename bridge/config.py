@@ -6,6 +6,7 @@ Reading somebody else's `config.json` fails closed: see `GPT2Config.from_hf`.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -90,6 +91,14 @@ class GPT2Config:
         """F: width of the feed-forward layer, `n_inner` or its default."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
+    @property
+    def residual_std(self) -> float:
+        """Initial weights of projections into the residual stream, which 2 L of them add to.
+
+        Source: Radford et al. 2019, section 2.3.
+        """
+        return self.initializer_range / math.sqrt(2 * self.n_layer)
+
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> GPT2Config:
         """The configuration that a Hugging Face `config.json` describes.
@@ -101,7 +110,9 @@ class GPT2Config:
         """
         if not isinstance(hf, Mapping):
             raise ConfigError(f"config.json must hold an object, not {type(hf).__name__}")
-        problems = [*_foreign_model(hf), *_unsupported_fields(hf)]
+        if foreign := _foreign_model(hf):  # of whose fields nothing is said: they are right for it
+            raise ConfigError("config.json describes another kind of model:\n" + bullet_list(foreign))
+        problems = _unsupported_fields(hf)
         values: dict[str, Any] = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
         for field in _HF_FIELDS:
             given = {name: hf[name] for name in (field, *_HF_ALIASES.get(field, ())) if name in hf}
@@ -168,11 +179,13 @@ _MUST_BE: Mapping[str, Any] = {
 _HARMLESS = re.compile(
     r"summary_.*|_?(output_)?attn_implementation(_(internal|autoset))?|output_attentions"
     r"|output_hidden_states|classifier_dropout|num_labels|tokenizer_.*|keys_to_ignore_at_inference"
+    r"|temperature|renormalize_logits|output_logits"
 )
 _MATHEMATICAL = re.compile(
     r"attn|attention|norm|activation|positi|rotary|rope|alibi|emb|scal|bias|head|layer|expert"
-    r"|moe|quant|window|softcap|residual|drop|hidden|inner|ffn|mlp|vocab|tied?_|kv|query|parallel"
-    r"|lora|adapter|prun|sparse",
+    r"|moe|quant|window|soft_?(cap|max)|residual|drop|hidden|inner|intermediate|ffn|feed_?forward|mlp"
+    r"|vocab|tied?_|kv|query|parallel|lora|adapter|prun|sparse|causal|direction|gate|multipl|logit"
+    r"|(^|_)(\w*glu|rms|ln|act|qk|temp|temperature|d)(_|$)",
     re.IGNORECASE,
 )
 

@@ -85,7 +85,8 @@ def to_flax(
     """A PyTorch state_dict as the Flax parameter tree of `gpt2_jax.GPT2`.
 
     Args:
-        tensors: name -> array; prefixes, buffers and a tied head are dealt with as in `canonicalize`.
+        tensors: name -> numpy array (`gpt2_torch.checkpoint_from_model(model).tensors` has them for a
+            PyTorch model); prefixes, buffers and a tied head are dealt with as in `canonicalize`.
         stacked: one `h` with a leading layer axis (for `nn.scan`) in place of `h_0 ... h_{L-1}`.
         vocab_multiple: pad the rows of the embedding (and head) with zeros up to this multiple.
 
@@ -138,7 +139,7 @@ def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
     """The tree with `h_0 ... h_{L-1}` joined into one `h` whose leaves have a leading layer axis."""
     tree = {name: subtree for name, subtree in params.items() if not re.fullmatch(r"h_\d+", name)}
     names = [f"{STACK}_{i}" for i in range(len(params) - len(tree))]
-    if not names or any(name not in params for name in names):
+    if not names or STACK in params or any(name not in params for name in names):
         raise ConversionError(f"layers must be h_0, h_1, ... without gaps; this tree has {sorted(params)}")
     layers = [flatten(params[name]) for name in names]
     unlike = [
@@ -160,6 +161,8 @@ def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
     if STACK not in params or any(re.fullmatch(r"h_\d+", name) for name in tree):
         raise ConversionError(f"stacked layers are one h and no h_0, h_1, ...; this tree has {sorted(params)}")
     for path, leaf in flatten(params[STACK]).items():
+        if not leaf.ndim:
+            raise ConversionError(f"{STACK}/{path} has no layer axis")
         for i in range(leaf.shape[0]):
             _insert(tree, (f"{STACK}_{i}", *path.split("/")), leaf[i])
     return tree

@@ -29,6 +29,10 @@ class TokenizerError(BridgeError):
     """A checkpoint's tokenizer is missing or unusable."""
 
 
+class NoTokenizerError(TokenizerError):
+    """A checkpoint has no tokenizer, or it is one that cannot be got at here; nothing is damaged."""
+
+
 def quoted(text: object, limit: int = 80) -> str:
     """Untrusted text made fit for a message: quoted, control characters escaped, cut to `limit`.
 

@@ -20,17 +20,22 @@ def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     Raises `CheckpointError` where `target` exists and is not an empty directory, unless
     `overwrite`, in which case the old one gives way only to the complete new one.
     """
-    # resolve() follows a link to where the data really is, so that the rename replaces that.
-    target = Path(target).resolve()
     try:
+        # resolve() follows a link to where the data really is, so that the rename replaces that.
+        target = Path(target).resolve()
         if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-            raise CheckpointError(f"{quoted(target)} exists; choose another name, remove it, or ask to overwrite it")
+            raise CheckpointError(
+                f"{quoted(target)} exists; choose another name, remove it, or overwrite it "
+                "(--overwrite, or overwrite=True)"
+            )
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
         beside.mkdir()
     except OSError as error:
         raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror}") from error
+    except RuntimeError as error:  # what resolve() raises for links in a circle, up to Python 3.12
+        raise CheckpointError(f"cannot write {quoted(target)}: {error}") from error
     try:
         yield beside
         for path in beside.rglob("*"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bridge.checkpoint import Checkpoint
@@ -22,15 +23,17 @@ def load(source: str | Path) -> Checkpoint:
     Only names, shapes and the configuration are read; a tensor is read when it is looked up.
     Raises a child of `BridgeError` naming what is wrong with the source and what to do.
     """
-    path = Path(source)
+    if not str(source):
+        raise CheckpointError("the source is empty; give a directory or a Hugging Face id")
+    path = Path(source).absolute()  # it is read later, perhaps from another working directory
     if not os.path.exists(path):  # unlike Path.exists, False also for a name too long to exist
         if not _HUB_ID.fullmatch(str(source)):
             raise CheckpointError(f"{quoted(source)} does not exist")
         path = _from_hub(str(source))
-    for module in FORMATS.values():
-        if module.sniff(path):
-            return module.read(path)
-    raise CheckpointError(f"{quoted(path)} is not a checkpoint that is read: {_what_it_lacks(path)}")
+    module = _recognized(path)
+    if module is not None:
+        return module.read(path)
+    raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
 
 
 def save(checkpoint: Checkpoint, target: str | Path, *, format: str, overwrite: bool = False, **options: Any) -> None:
@@ -38,13 +41,27 @@ def save(checkpoint: Checkpoint, target: str | Path, *, format: str, overwrite: 
 
     Args:
         format: a name in `bridge.formats.FORMATS`.
-        overwrite: replace what is at `target`; without it, an existing target is an error.
+        overwrite: replace the checkpoint that is at `target`. Without it an existing target is an
+            error; with it, one that is anything else than a checkpoint still is.
         options: the format's own, for example `max_shard_bytes` for "huggingface".
     """
     if format not in FORMATS:
         raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(FORMATS)}")
+    if overwrite and os.path.lexists(target) and not _may_be_replaced(Path(target)):
+        raise CheckpointError(f"{quoted(target)} is not a checkpoint; it is not overwritten: choose another name")
     with new_directory(target, overwrite=overwrite) as directory:
         FORMATS[format].write(checkpoint, directory, **options)
+
+
+def _recognized(path: Path) -> ModuleType | None:
+    try:
+        return next((module for module in FORMATS.values() if module.sniff(path)), None)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
+
+
+def _may_be_replaced(target: Path) -> bool:
+    return target.is_dir() and (not any(target.iterdir()) or _recognized(target) is not None)
 
 
 def _what_it_lacks(path: Path) -> str:
@@ -63,7 +80,7 @@ def _from_hub(repo_id: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"{missing}; to load it from the Hugging Face hub, pip install 'gpt2-bridge[hub]'"
+            f"{missing}; to load it from the Hugging Face hub, install its extra: pip install '.[hub]'"
         ) from None
     wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:

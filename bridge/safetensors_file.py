@@ -61,7 +61,7 @@ def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
     declares is checked against the bytes that are there before any of it is allocated.
     """
     path = Path(path).absolute()  # tensors are read later, perhaps from another working directory
-    header, data_start, data_size = _read_header(path)
+    header, data_start, data_size, identity = _read_header(path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{quoted(path)}: __metadata__ must map names to strings")
@@ -70,7 +70,7 @@ def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
     for name, described in header.items():
         dtype, shape, begin, end = _described(path, name, described, data_size)
         spans.append((begin, end, name))
-        entries[name] = TensorEntry(dtype, shape, _reader(path, dtype, shape, data_start + begin))
+        entries[name] = TensorEntry(dtype, shape, _reader(path, identity, dtype, shape, data_start + begin))
     _require_no_holes(path, spans, data_size)
     return LazyTensors(entries), metadata
 
@@ -103,13 +103,13 @@ def _write_array(file: BinaryIO, name: str, entry: TensorEntry) -> None:
     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where the data starts, and how many bytes of data there are."""
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int, tuple[int, ...]]:
+    """The header, where the data starts, how many bytes of data there are, and which file that was."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # before open, which would wait at a pipe
             raise CheckpointError(f"{quoted(path)} is not a regular file")
         with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > status.st_size - 8:
@@ -122,7 +122,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
     header = parse_object(text, f"{quoted(path)}: the header", CheckpointError)
-    return header, 8 + length, status.st_size - 8 - length
+    return header, 8 + length, status.st_size - 8 - length, _identity(status)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _not_safetensors(start: bytes, size: int) -> str:
@@ -177,7 +182,9 @@ def _require_no_holes(path: Path, spans: list[tuple[int, int, str]], data_size: 
         )
 
 
-def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> Callable[[], np.ndarray]:
+def _reader(
+    path: Path, identity: tuple[int, ...], dtype: np.dtype, shape: tuple[int, ...], offset: int
+) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         # Plain reads, not a memory map: a file that shrinks under a map kills the process, and
         # mapped pages count as this process's memory long after they were copied out.
@@ -185,6 +192,8 @@ def _reader(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) ->
         view = array.reshape(-1).view(np.uint8).data
         try:
             with open(path, "rb", buffering=0) as file:
+                if _identity(os.fstat(file.fileno())) != identity:
+                    raise CheckpointError(f"{quoted(path)} changed since it was opened; load it again")
                 file.seek(offset)
                 while view:
                     count = file.readinto(view)

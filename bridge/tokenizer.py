@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge.errors import TokenizerError, quoted
+from bridge.errors import NoTokenizerError, TokenizerError, quoted
 from bridge.json_text import parse_object
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
     elif vocab_size == OPENAI_VOCAB_SIZE:
         encoding = openai_tokenizer()
     else:
-        raise TokenizerError(
+        raise NoTokenizerError(
             f"{quoted(directory)} has no tokenizer: neither vocab.json with merges.txt nor tokenizer.json, and a "
             f"vocabulary of {vocab_size} is not OpenAI's; put the files there, or work with token ids"
         )
@@ -69,7 +69,7 @@ def openai_tokenizer() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the HTTP client of the day raises
-        raise TokenizerError(
+        raise NoTokenizerError(
             f"tiktoken could not get GPT-2's vocabulary ({type(error).__name__}); connect once, set "
             "TIKTOKEN_CACHE_DIR to a folder that has it, or put vocab.json and merges.txt beside the weights"
         ) from error
@@ -145,6 +145,8 @@ def _require_distinct_ids(directory: Path, tokens: Mapping[str, int]) -> None:
     """tiktoken ends the process on what this refuses."""
     seen: dict[int, str] = {}
     for token, i in tokens.items():
+        if not isinstance(token, str):
+            raise TokenizerError(f"{quoted(directory)}: the token {quoted(token)} is not a text")
         if type(i) is not int or not 0 <= i < 2**31:
             raise TokenizerError(f"{quoted(directory)}: the id of {quoted(token)} is {quoted(i)}, not a whole number")
         if i in seen:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from bridge.sampling import GREEDY_BELOW, check_request
 from gpt2_jax.model import GPT2, check_inputs
 
 SHORTEST_BUCKET = 32
@@ -32,21 +33,17 @@ def generate(
         top_k: sample among this many likeliest tokens only.
         seed: the same seed gives the same tokens.
 
-    Raises `ValueError` where prompt and new tokens together exceed `n_positions` or a prompt is
-    empty, and `IndexError` for an id outside the vocabulary. Compiles once per power of two of the
-    total length.
+    Raises `ValueError` for a request that cannot be honoured (`bridge.sampling`), and `IndexError`
+    for an id outside the vocabulary. Compiles once per power of two of the total length.
     """
-    input_ids = jnp.asarray(input_ids, jnp.int32)
     check_inputs(model.config, input_ids)
-    if not input_ids.shape[1]:
-        raise ValueError("the prompt is empty; give at least one token to go on from")
+    check_request(model.config, input_ids.shape[1], max_new_tokens, temperature, top_k, seed)
+    input_ids = jnp.asarray(input_ids, jnp.int32)
     start, total = input_ids.shape[1], input_ids.shape[1] + max_new_tokens
-    if total > model.config.n_positions:
-        raise ValueError(f"{total} tokens with the prompt; the model has n_positions={model.config.n_positions}")
     # What stands to the right of a position cannot change its logits, so the unfilled rest may be anything.
     length = min(max(SHORTEST_BUCKET, 1 << (total - 1).bit_length()), model.config.n_positions)
     ids_BT = jnp.pad(input_ids, ((0, 0), (0, length - start)))
-    greedy, key = temperature == 0.0, jax.random.key(seed)
+    greedy, key = temperature < GREEDY_BELOW, jax.random.key(seed)
     ids_BT = _fill(model, greedy, top_k, params, ids_BT, start, total, temperature, key)
     return ids_BT[:, :total]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -36,11 +37,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "swish": nn.silu,
     "tanh": jnp.tanh,
 }
-
-
-def residual_std(config: GPT2Config) -> float:
-    """Initial weights of projections into the residual stream, which 2 L of them add to (section 2.3)."""
-    return config.initializer_range / math.sqrt(2 * config.n_layer)
 
 
 class QKVProjection(nn.Module):
@@ -72,7 +68,8 @@ class QKVProjection(nn.Module):
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention over several heads (Vaswani et al. 2017, section 3.2.2).
 
-    Self-attention where query, key and value are one and the same array, cross-attention otherwise.
+    Where query, key and value are one and the same object they are projected in one product;
+    cross-attention, and equal arrays that are different objects, take three.
     """
 
     config: GPT2Config
@@ -87,7 +84,7 @@ class MultiHeadAttention(nn.Module):
             use_bias=self.config.bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(residual_std(self.config)),
+            kernel_init=nn.initializers.normal(self.config.residual_std),
         )
 
     def __call__(
@@ -150,7 +147,7 @@ class FeedForward(nn.Module):
             use_bias=c.bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(residual_std(c)),
+            kernel_init=nn.initializers.normal(c.residual_std),
         )
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -158,7 +155,10 @@ class FeedForward(nn.Module):
 
 
 class GPT2Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3)."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3).
+
+    Causal unless asked otherwise; `mask` is as in `MultiHeadAttention`.
+    """
 
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
@@ -270,7 +270,7 @@ def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | 
     """Which row of `wpe` each token takes: the number of tokens before it, padding not counted."""
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
-    return jnp.clip(jnp.cumsum(attention_mask.astype(jnp.int32), axis=1) - 1, min=0)
+    return jnp.clip(jnp.cumsum(attention_mask.astype(bool), axis=1, dtype=jnp.int32) - 1, min=0)
 
 
 def layer_norm(config: GPT2Config, dtype: DTypeLike, param_dtype: DTypeLike) -> nn.LayerNorm:
@@ -286,13 +286,18 @@ def layer_norm(config: GPT2Config, dtype: DTypeLike, param_dtype: DTypeLike) -> 
 
 def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None = None) -> None:
     """Raise what `GPT2.__call__` documents."""
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [batch, length], not of shape {input_ids.shape}")
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"input_ids must be integers [batch, length], not {input_ids.dtype} of shape {input_ids.shape}"
+        )
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {attention_mask.shape}, input_ids {input_ids.shape}")
-    if not isinstance(input_ids, jax.core.Tracer) and input_ids.size:
-        low, high = int(input_ids.min()), int(input_ids.max())
+    if isinstance(input_ids, jax.core.Tracer) or not input_ids.size:
+        return
+    if getattr(input_ids, "is_fully_addressable", True):  # ids spread over hosts cannot be looked at either
+        ids = np.asarray(input_ids)  # numpy, because inside a trace jax.numpy would trace
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
             raise IndexError(f"token ids from {low} to {high}; the vocabulary is 0 to {config.vocab_size - 1}")

@@ -54,9 +54,13 @@ def model_from_checkpoint(
     return GPT2(checkpoint.config, jnp.dtype(dtype), stored, scan, vocab_multiple), params
 
 
-def checkpoint_from_params(model: GPT2, params: Mapping[str, Any]) -> Checkpoint:
-    """The parameters as a checkpoint that `bridge.save` writes."""
-    return Checkpoint.of(bridge.to_torch(params, model.config, vocab_multiple=model.vocab_multiple), model.config)
+def checkpoint_from_params(model: GPT2, params: Mapping[str, Any], like: Checkpoint | None = None) -> Checkpoint:
+    """The parameters as a checkpoint that `bridge.save` writes.
+
+    `like`: the checkpoint that they were made from, whose tokenizer and harmless fields go along.
+    """
+    state = bridge.to_torch(params, model.config, vocab_multiple=model.vocab_multiple)
+    return Checkpoint.of(state, model.config, like)
 
 
 def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bridge.sampling import GREEDY_BELOW, check_request
 from gpt2_torch.model import GPT2, check_inputs
 
 
@@ -26,15 +27,11 @@ def generate(
         top_k: sample among this many likeliest tokens only.
         seed: the same seed gives the same tokens.
 
-    Raises `ValueError` where prompt and new tokens together exceed `n_positions` or a prompt is
-    empty, and `IndexError` for an id outside the vocabulary.
+    Raises `ValueError` for a request that cannot be honoured (`bridge.sampling`), and `IndexError`
+    for an id outside the vocabulary.
     """
     check_inputs(model.config, input_ids)
-    if not input_ids.shape[1]:
-        raise ValueError("the prompt is empty; give at least one token to go on from")
-    total = input_ids.shape[1] + max_new_tokens
-    if total > model.config.n_positions:
-        raise ValueError(f"{total} tokens with the prompt; the model has n_positions={model.config.n_positions}")
+    check_request(model.config, input_ids.shape[1], max_new_tokens, temperature, top_k, seed)
     generator = torch.Generator(input_ids.device).manual_seed(seed)
     was_training = model.training
     model.eval()
@@ -49,8 +46,8 @@ def generate(
 
 def _sample(
     logits_BV: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator
-) -> Int[Tensor, B]:
-    if temperature == 0.0:
+) -> Int[Tensor, " B"]:
+    if temperature < GREEDY_BELOW:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() / temperature
     if top_k is not None and top_k < logits_BV.shape[-1]:

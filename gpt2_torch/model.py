@@ -37,11 +37,6 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def residual_std(config: GPT2Config) -> float:
-    """Initial weights of projections into the residual stream, which 2 L of them add to (section 2.3)."""
-    return config.initializer_range / math.sqrt(2 * config.n_layer)
-
-
 class Projection(nn.Module):
     """x W + b with W stored `[in, out]`, as OpenAI stores it ("Conv1D" in Hugging Face)."""
 
@@ -77,14 +72,15 @@ class QKVProjection(Projection):
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention over several heads (Vaswani et al. 2017, section 3.2.2).
 
-    Self-attention where query, key and value are one and the same tensor, cross-attention otherwise.
+    Where query, key and value are one and the same object they are projected in one product;
+    cross-attention, and equal tensors that are different objects, take three.
     """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
         self.c_attn = QKVProjection(config)
-        self.c_proj = Projection(config.n_embd, config.n_embd, bias=config.bias, std=residual_std(config))
+        self.c_proj = Projection(config.n_embd, config.n_embd, bias=config.bias, std=config.residual_std)
 
     def forward(
         self,
@@ -172,14 +168,17 @@ class FeedForward(nn.Module):
         D, F_ = config.n_embd, config.feed_forward_size
         self.config = config
         self.c_fc = Projection(D, F_, bias=config.bias, std=config.initializer_range)
-        self.c_proj = Projection(F_, D, bias=config.bias, std=residual_std(config))
+        self.c_proj = Projection(F_, D, bias=config.bias, std=config.residual_std)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
 
 
 class GPT2Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3)."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3).
+
+    Causal unless asked otherwise; `mask` is as in `MultiHeadAttention`.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -259,7 +258,7 @@ def positions(input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] 
     """Which row of `wpe` each token takes: the number of tokens before it, padding not counted."""
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return (attention_mask.bool().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def _embedding(rows: int, width: int, std: float) -> nn.Embedding:
@@ -270,8 +269,10 @@ def _embedding(rows: int, width: int, std: float) -> nn.Embedding:
 
 def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
     """Raise what `GPT2.forward` documents."""
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids must be [batch, length], not of shape {tuple(input_ids.shape)}")
+    if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
+        raise ValueError(
+            f"input_ids must be integers [batch, length], not {input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        )
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -283,13 +284,18 @@ def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor |
             raise IndexError(f"token ids from {low} to {high}; the vocabulary is 0 to {config.vocab_size - 1}")
 
 
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, so that NaN equals itself."""
+    return a.dtype == b.dtype and torch.equal(*(x.detach().contiguous().view(torch.uint8) for x in (a, b)))
+
+
 def _canonicalize_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before loading: rename in place what is this model's, drop what the model does not hold."""
     own = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
     renamed = {name: state_dict[own[given]] for name, given in bridge.canonical_names(own).items()}
     head, embedding = renamed.get("lm_head.weight"), renamed.get("wte.weight")
     if getattr(module, "lm_head", None) is None and head is not None and embedding is not None:
-        if torch.equal(head, embedding):  # a different head stays, to be reported as unexpected
+        if _same_bytes(head, embedding):  # a different head stays, to be reported as unexpected
             del renamed["lm_head.weight"]
     for name in own.values():
         del state_dict[name]

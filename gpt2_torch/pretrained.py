@@ -18,7 +18,10 @@ def model_from_checkpoint(checkpoint: Checkpoint) -> GPT2:
     return model.eval()
 
 
-def checkpoint_from_model(model: GPT2) -> Checkpoint:
-    """The model as a checkpoint that `bridge.save` writes; shares the model's memory."""
+def checkpoint_from_model(model: GPT2, like: Checkpoint | None = None) -> Checkpoint:
+    """The model as a checkpoint that `bridge.save` writes; shares the model's memory.
+
+    `like`: the checkpoint that it was made from, whose tokenizer and harmless fields go along.
+    """
     state = {name: array_from_tensor(tensor) for name, tensor in model.state_dict().items()}
-    return Checkpoint.of(state, model.config)
+    return Checkpoint.of(state, model.config, like)

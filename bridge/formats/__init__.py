@@ -1,6 +1,6 @@
 """One file per checkpoint format, all with the same three verbs. To add one, write it and add a row.
 
-sniff(path) -> bool                       is this path a checkpoint of this format? cheap, never raises
+sniff(path) -> bool                       is this path a checkpoint of this format? cheap, reads no weights
 read(path) -> Checkpoint                  canonical names, tensors read lazily
 write(checkpoint, directory, **options)   fill an empty directory; the caller makes it atomic
 """

@@ -38,6 +38,8 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
         max_shard_bytes: start a new file before one grows past this; a single larger tensor has
             a file to itself.
     """
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
     write_json(directory / CONFIG, checkpoint.config.to_hf(checkpoint.extra))
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
     shards = _split(entries, max_shard_bytes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import tyro
@@ -28,6 +30,12 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 def main(args: list[str] | None = None) -> None:
     """Run one verb; bad input ends with exit code 2 and its message, never with a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
+    if (sys.argv[1:] if args is None else args) == ["--version"]:
+        print(f"gpt2-bridge {version('gpt2-bridge')}")
+        sys.exit(0)
     code: int | None
     try:
         code = tyro.extras.subcommand_cli_from_dict(

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 import bridge
-from gpt2_jax.cli.output import console, write_json
+from gpt2_jax.cli.arguments import JsonFile, Source
+from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 
 def convert(
-    source: Positional[str],
-    target: Positional[Path],
+    source: Source,
+    target: Annotated[Positional[Path], arg(metavar="DST")],
     /,
     *,
     to: Literal["huggingface", "flax"],
-    max_shard_bytes: int | None = None,
+    max_shard_bytes: Annotated[int | None, arg(metavar="BYTES")] = None,
     overwrite: bool = False,
-    json: Path | None = None,
+    json: JsonFile = None,
 ) -> None:
     """Write a checkpoint in another format, every tensor bit for bit, as one new directory or not at all.
 
@@ -36,10 +37,12 @@ def convert(
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     if options and to != "huggingface":
         raise bridge.BridgeError(f"--max-shard-bytes is for --to huggingface; {to} is one file")
+    write_json = json_writer(json)
     checkpoint = bridge.load(source)
-    bridge.save(checkpoint, target, format=to, overwrite=overwrite, **options)
+    with reading_bar(checkpoint, f"writing {to}") as watched:
+        bridge.save(watched, target, format=to, overwrite=overwrite, **options)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
     count = len(checkpoint.tensors)
     done = {"source": source, "from": checkpoint.format, "target": str(target), "to": to}
-    write_json(json, {**done, "tensors": count, "bytes": total})
-    console().print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}", highlight=False)
+    write_json({**done, "tensors": count, "bytes": total})
+    console().print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import bridge
 from bridge import GPT2_SIZES, BridgeError, Checkpoint
-from gpt2_jax.cli.output import console, require_torch
+from gpt2_jax.cli.output import console, json_writer, reading_bar, require_torch
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
 
 
@@ -16,7 +16,7 @@ def demo(
     out: Path = Path("demo-output"),
     size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2",
     length: int = 128,
-    overwrite: bool = True,
+    overwrite: bool = False,
 ) -> int:
     """Write a GPT-2 of real size with random weights, convert it, verify it, and export it back.
 
@@ -26,26 +26,26 @@ def demo(
         out: where to put the three checkpoints and the report; they take 1.5 GB for gpt2.
         size: which of OpenAI's four models to build.
         length: tokens per sequence in the verification.
-        overwrite: replace what an earlier demo left there.
+        overwrite: replace the checkpoints that an earlier demo left there.
     """
     require_torch("gpt2 demo")
     original, converted, exported = out / "huggingface", out / "flax", out / "exported"
     say = console().print
-    say(f"1. a {size} with random weights, as Hugging Face stores it: {original}", highlight=False)
-    bridge.save(_random_checkpoint(size), original, format="huggingface", overwrite=overwrite)
-    say(f"2. the same in Flax: {converted}", highlight=False)
-    bridge.save(bridge.load(original), converted, format="flax", overwrite=overwrite)
-    say(f"3. and back: {exported}", highlight=False)
-    bridge.save(bridge.load(converted), exported, format="huggingface", overwrite=overwrite)
+    say(f"1. a {size} with random weights, as Hugging Face stores it: {original}")
+    _save(_random_checkpoint(size), original, "huggingface", overwrite)
+    say(f"2. the same in Flax: {converted}")
+    _save(bridge.load(original), converted, "flax", overwrite)
+    say(f"3. and back: {exported}")
+    _save(bridge.load(converted), exported, "huggingface", overwrite)
     _require_equal(bridge.load(original), bridge.load(exported))
-    say("   every tensor of the export equals the original's byte for byte", highlight=False)
-    say("4. both backends, from the Flax directory", highlight=False)
+    say("   every tensor of the export equals the original's byte for byte")
+    say("4. both backends, from the Flax directory")
     from gpt2_jax.parity import verify
 
     with progress_bar(ALL_CHECKS) as progress:
         report = verify(bridge.load(converted), source=str(converted), length=length, untrained=True, progress=progress)
-    code = finish(report, out / "report.json")
-    say(f"report: {out / 'report.json'}", highlight=False)
+    code = finish(report, json_writer(out / "report.json"))
+    say(f"report: {out / 'report.json'}")
     return code
 
 
@@ -64,6 +64,11 @@ def _random_checkpoint(size: str) -> Checkpoint:
             elif "ln_" in name:
                 parameter.normal_(mean=1.0, std=0.1)
     return gpt2_torch.checkpoint_from_model(model)
+
+
+def _save(checkpoint: Checkpoint, target: Path, format: str, overwrite: bool) -> None:
+    with reading_bar(checkpoint, f"writing {format}") as watched:
+        bridge.save(watched, target, format=format, overwrite=overwrite)
 
 
 def _require_equal(a: Checkpoint, b: Checkpoint) -> None:

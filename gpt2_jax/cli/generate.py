@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 import bridge
-from gpt2_jax.cli.output import console, require_torch, write_json
+from bridge.sampling import check_request
+from gpt2_jax.cli.arguments import JsonFile, Source
+from gpt2_jax.cli.output import console, json_writer, require_torch
 
 
 def generate(
-    source: Positional[str],
-    prompt: Positional[str],
+    source: Source,
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")],
     /,
     *,
     backend: Literal["jax", "torch"] = "jax",
     max_new_tokens: int = 50,
     temperature: float = 0.0,
-    top_k: int | None = None,
+    top_k: Annotated[int | None, arg(metavar="INT")] = None,
     seed: int = 0,
-    json: Path | None = None,
+    json: JsonFile = None,
 ) -> None:
     """Continue a prompt.
 
@@ -33,19 +34,20 @@ def generate(
         backend: which implementation runs.
         max_new_tokens: how many tokens to add.
         temperature: 0 takes the likeliest token, 1 samples as the model predicts.
-        top_k: sample among this many likeliest tokens only.
-        seed: the same seed gives the same text.
+        top_k: with a temperature: sample among this many likeliest tokens only.
+        seed: the same seed gives the same text on the same backend.
         json: also write prompt, text and ids to this file.
     """
+    write_json = json_writer(json)
     checkpoint = bridge.load(source)
     tokenizer = checkpoint.tokenizer()
     ids = tokenizer.encode_ordinary(prompt)
-    _require_sensible(checkpoint, len(ids), max_new_tokens, temperature, top_k)
+    check_request(checkpoint.config, len(ids), max_new_tokens, temperature, top_k, seed)
     run = _with_torch if backend == "torch" else _with_jax
     new = run(checkpoint, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
     text = tokenizer.decode(new)
-    write_json(json, {"source": source, "backend": backend, "prompt": prompt, "text": text, "ids": new})
-    console().print(text, markup=False, highlight=False, soft_wrap=True)
+    write_json({"source": source, "backend": backend, "prompt": prompt, "text": text, "ids": new})
+    console().print(text, soft_wrap=True)
 
 
 def _with_torch(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:
@@ -59,23 +61,12 @@ def _with_torch(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) 
 
 
 def _with_jax(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:
+    import jax
     import jax.numpy as jnp
 
     import gpt2_jax
 
-    model, params = gpt2_jax.model_from_checkpoint(checkpoint)
-    return gpt2_jax.generate(model, params, jnp.asarray([ids]), **sampling)[0].tolist()
-
-
-def _require_sensible(
-    checkpoint: bridge.Checkpoint, n_prompt: int, n_new: int, temperature: float, top_k: int | None
-) -> None:
-    limit = checkpoint.config.n_positions
-    if n_prompt == 0:
-        raise bridge.BridgeError("the prompt is empty; give at least one token")
-    if n_new < 1 or n_prompt + n_new > limit:
-        raise bridge.BridgeError(
-            f"--max-new-tokens {n_new} after a prompt of {n_prompt}: it must be at least 1, and at most {limit} in all"
-        )
-    if not temperature >= 0 or (top_k is not None and top_k < 1):
-        raise bridge.BridgeError("--temperature must not be negative, and --top-k at least 1")
+    wide = any(entry.dtype == "float64" for entry in checkpoint.tensors.entries.values())
+    with jax.enable_x64(wide):
+        model, params = gpt2_jax.model_from_checkpoint(checkpoint, dtype=jnp.float64 if wide else jnp.float32)
+        return gpt2_jax.generate(model, params, jnp.asarray([ids]), **sampling)[0].tolist()

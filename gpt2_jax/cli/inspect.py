@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from gpt2_jax.cli.output import console, write_json
+from gpt2_jax.cli.arguments import JsonFile, Source
+from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 
-def inspect(source: Positional[str], /, *, tensors: bool = False, json: Path | None = None) -> None:
+def inspect(source: Source, /, *, tensors: bool = False, json: JsonFile = None) -> None:
     """Show what a checkpoint is: format, configuration, tensors, dtypes, and what is odd about it.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
@@ -26,9 +25,11 @@ def inspect(source: Positional[str], /, *, tensors: bool = False, json: Path | N
         tensors: list every tensor too.
         json: also write it to this file.
     """
+    write_json = json_writer(json)
     checkpoint = bridge.load(source)
-    facts = _facts(checkpoint)
-    write_json(json, facts)
+    with reading_bar(checkpoint, "reading") as watched:
+        facts = _facts(watched)
+    write_json(facts)
     _show(console(), checkpoint, facts, tensors)
 
 
@@ -59,14 +60,14 @@ def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: 
     summary.add_row("dtypes", ", ".join(f"{dtype} x {count}" for dtype, count in facts["dtypes"].items()))
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
-    for k, oddity in enumerate(facts["oddities"] or ["nothing"]):
+    for k, oddity in enumerate(facts["oddities"] or ["nothing found"]):
         summary.add_row("odd" if k == 0 else "", oddity, style="yellow" if facts["oddities"] else "")
-    out.print(summary, highlight=False)
+    out.print(summary)
     if tensors:
         listing = Table("tensor", "dtype", "shape", box=None, pad_edge=False)
         for name, entry in checkpoint.tensors.entries.items():
             listing.add_row(name, str(entry.dtype), str(list(entry.shape)))
-        out.print(listing, highlight=False)
+        out.print(listing)
 
 
 def _known_size(config: GPT2Config) -> str:

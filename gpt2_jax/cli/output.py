@@ -1,42 +1,77 @@
-"""What the verbs share: consoles, JSON files, and the one message for a missing extra."""
+"""What the verbs share: consoles, progress bars, JSON files, and the message for a missing extra."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from bridge import BridgeError
+from bridge import BridgeError, Checkpoint
+from bridge.arrays import LazyTensors, TensorEntry
 
 REPORT_WIDTH = 120
 """Columns where the output is no terminal; tables need more than the customary 80."""
 
 
 def console() -> Console:
-    """Standard output, for what was asked for."""
-    return Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
+    """Standard output, for what was asked for. Paths and names are printed as they are, never as markup."""
+    return Console(width=None if sys.stdout.isatty() else REPORT_WIDTH, markup=False, highlight=False)
 
 
-def progress_console() -> Console:
-    """Standard error, for what only a person watching wants."""
-    return Console(stderr=True)
+def progress(*columns: ProgressColumn) -> Progress:
+    """A bar on standard error, and only where a person is watching."""
+    watched = Console(stderr=True, markup=False)
+    return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
 
 
-def write_json(file: Path | None, value: dict[str, Any]) -> None:
-    """`--json FILE`; nothing where it was not given."""
-    if file is None:
-        return
-    try:
-        file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BridgeError(f"cannot write {file}: {error.strerror}") from error
+@contextmanager
+def reading_bar(checkpoint: Checkpoint, doing: str) -> Iterator[Checkpoint]:
+    """The same checkpoint, with a bar on standard error that moves as its tensors are read."""
+    entries = checkpoint.tensors.entries
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
+        task = bar.add_task(doing, total=sum(entry.nbytes for entry in entries.values()))
+
+        def watched(entry: TensorEntry) -> TensorEntry:
+            def read() -> np.ndarray:
+                array = entry.read()
+                bar.advance(task, entry.nbytes)
+                return array
+
+            return replace(entry, read=read)
+
+        yield replace(checkpoint, tensors=LazyTensors({name: watched(entry) for name, entry in entries.items()}))
+
+
+def json_writer(file: Path | None) -> Callable[[dict[str, Any]], None]:
+    """What writes `--json FILE`, or nothing where it was not given.
+
+    Made before the work begins, so that a file that cannot be written is found before and not after.
+    """
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        raise BridgeError(f"cannot write {file}; give a file in a directory that exists and can be written to")
+
+    def write(value: dict[str, Any]) -> None:
+        if file is not None:
+            try:
+                file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise BridgeError(f"cannot write {file}: {error.strerror}") from error
+
+    return write
 
 
 def require_torch(what: str) -> None:
     """Raise the message that a newcomer needs, before an import error does."""
     if importlib.util.find_spec("torch") is None:
-        raise BridgeError(f"{what} needs PyTorch: pip install 'gpt2-bridge[torch]'")
+        raise BridgeError(f"{what} needs PyTorch; install it, or this project's extra: pip install '.[torch]'")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tyro.conf import Positional
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from tyro.conf import arg
 
 import bridge
-from gpt2_jax.cli.output import console, progress_console, require_torch, write_json
+from gpt2_jax.cli.arguments import JsonFile, Source
+from gpt2_jax.cli.output import console, json_writer, progress, require_torch
 
 if TYPE_CHECKING:
     from gpt2_jax.parity import Report
@@ -23,17 +24,17 @@ ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defi
 
 
 def verify(
-    source: Positional[str],
+    source: Source,
     /,
     *,
-    text: str | None = None,
-    text_file: Path | None = None,
+    text: Annotated[str | None, arg(metavar="TEXT")] = None,
+    text_file: Annotated[Path | None, arg(metavar="FILE")] = None,
     batch: int = 2,
     length: int = 256,
     seed: int = 0,
     untrained: bool = False,
     checks: tuple[CheckName, ...] = ALL_CHECKS,
-    json: Path | None = None,
+    json: JsonFile = None,
 ) -> int:
     """Prove that PyTorch and JAX compute the same from this checkpoint; exit code 0 only if all checks hold.
 
@@ -51,8 +52,11 @@ def verify(
         json: also write the report to this file.
     """
     require_torch("gpt2 verify")
-    if batch < 1 or length < 2:
-        raise bridge.BridgeError("--batch must be at least 1 and --length at least 2")
+    write_json = json_writer(json)
+    if not checks:
+        raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
+    if text is not None and text_file is not None:
+        raise bridge.BridgeError("--text and --text-file are two texts; give one")
     if text_file is not None:
         text = _read_text(text_file)
     checkpoint = bridge.load(source)
@@ -70,14 +74,14 @@ def verify(
             checks=checks,
             progress=progress,
         )
-    return finish(report, json)
+    return finish(report, write_json)
 
 
 @contextmanager
 def progress_bar(checks: Iterable[str]) -> Iterator[Callable[[str], None]]:
     """A bar over the checks; call what it gives with the name of each before it starts."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=progress_console(), transient=True) as bar:
+    with progress(*columns) as bar:
         task = bar.add_task("", total=len(list(checks)))
         started = 0
 
@@ -89,10 +93,10 @@ def progress_bar(checks: Iterable[str]) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
-def finish(report: Report, json: Path | None) -> int:
+def finish(report: Report, write_json: Callable[[dict[str, Any]], None]) -> int:
     """Show the report, write it where asked, and give the exit code."""
-    write_json(json, report.to_json())
     report.show(console())
+    write_json(report.to_json())
     return 0 if report.holds else 1
 
 

@@ -7,8 +7,9 @@ afterwards. Matrix products run at the highest precision: GPUs and TPUs round fl
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +27,22 @@ from gpt2_jax.pretrained import to_device
 
 NAME = "gpt2_jax"
 
-F = TypeVar("F", bound=Callable[..., Any])
+
+@contextmanager
+def exactly(dtype: str) -> Iterator[None]:
+    """float64 available and matrix products unrounded, for this block only; float64 runs on the CPU."""
+    device = jax.devices("cpu")[0] if dtype == "float64" else None
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"), jax.default_device(device):
+        yield
 
 
-def exactly(function: F) -> F:
-    """Run with float64 available and matrix products unrounded, without changing JAX for others."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-            return function(*args, **kwargs)
-
-    return run  # type: ignore[return-value]
-
-
-@exactly
 def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
-    model, params = _model(checkpoint, dtype)
-    return np.asarray(jax.jit(model.apply)({"params": params}, _array(ids), _array(mask))).astype(np.float64)
+    with exactly(dtype):
+        model, params = _model(checkpoint, dtype)
+        values = jax.jit(model.apply)({"params": params}, _array(ids), _array(mask))
+        return np.asarray(values).astype(np.float64)
 
 
-@exactly
 def trace(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Trace:
     values: Trace = {}
 
@@ -59,46 +55,48 @@ def trace(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> T
             values[name] = np.stack(output) if isinstance(output, tuple) else np.asarray(output)
         return output
 
-    model, params = _model(checkpoint, "float64")
-    with nn.intercept_methods(keep):
+    with exactly("float64"), nn.intercept_methods(keep):
+        model, params = _model(checkpoint, "float64")
         values[HEAD] = np.asarray(model.apply({"params": params}, _array(ids), _array(mask)))
     return values
 
 
-@exactly
 def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     """Of the loss on `ids`, per canonical name, in `dtype`."""
-    model, params = _model(checkpoint, dtype)
-    return bridge.to_torch(jax.jit(jax.grad(_loss(model)))(params, _array(ids)), checkpoint.config)
+    with exactly(dtype):
+        model, params = _model(checkpoint, dtype)
+        return bridge.to_torch(jax.jit(jax.grad(_loss(model)))(params, _array(ids)), checkpoint.config)
 
 
-@exactly
 def train(
     checkpoint: Checkpoint, batches: np.ndarray, dtype: str, adamw: AdamW
 ) -> tuple[list[float], dict[str, np.ndarray]]:
     """The loss before each step, and the weights after the last."""
-    model, params = _model(checkpoint, dtype, scan=True)
     optimizer = optax.adamw(
         adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.epsilon, weight_decay=adamw.weight_decay
     )
+    with exactly(dtype):
+        model, params = _model(checkpoint, dtype, scan=True)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
-        loss, grads = jax.value_and_grad(_loss(model))(params, ids)
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
+            loss, grads = jax.value_and_grad(_loss(model))(params, ids)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
 
-    state = jax.jit(optimizer.init)(params)
-    losses = []
-    for ids in batches:
-        params, state, loss = step(params, state, _array(ids))
-        losses.append(float(loss))
-    return losses, bridge.to_torch(params, checkpoint.config)
+        state = jax.jit(optimizer.init)(params)
+        losses = []
+        for ids in batches:
+            params, state, loss = step(params, state, _array(ids))
+            losses.append(float(loss))
+        return losses, bridge.to_torch(params, checkpoint.config)
 
 
 def _model(checkpoint: Checkpoint, dtype: str, scan: bool = False) -> tuple[GPT2, Any]:
-    tree = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=scan)
-    params = jax.tree.map(lambda array: to_device(array, dtype), tree)
+    tree = bridge.to_flax(checkpoint.tensors, checkpoint.config)
+    # Cast before stacking: layers may be stored in different dtypes.
+    tree = jax.tree.map(lambda array: array.astype(jnp.dtype(dtype), copy=False), tree)
+    params = jax.tree.map(to_device, bridge.stack_layers(tree) if scan else tree)
     return GPT2(checkpoint.config, jnp.dtype(dtype), jnp.dtype(dtype), scan), params
 
 

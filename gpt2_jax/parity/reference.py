@@ -57,7 +57,7 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, 
     """Of the loss on `ids`, per canonical name, in `dtype`."""
     model = _model(checkpoint, dtype)
     next_token_loss(model(_tensor(ids)), _tensor(ids)).backward()
-    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: _gradient(name, p) for name, p in model.named_parameters()}
 
 
 def train(
@@ -80,6 +80,12 @@ def train(
         optimizer.step()
         losses.append(loss.item())
     return losses, {name: array_from_tensor(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _gradient(name: str, parameter: torch.nn.Parameter) -> np.ndarray:
+    if parameter.grad is None:
+        raise AssertionError(f"the reference does not use {name}")
+    return parameter.grad.numpy()
 
 
 def _model(checkpoint: Checkpoint, dtype: str) -> GPT2:

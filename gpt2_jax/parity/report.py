@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+PROOF = {"logits", "hidden states", "gradients"}
+"""The checks without which nothing is said of the backends being the same function."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,8 @@ class Report:
     """The answer of `verify`."""
 
     source: str
-    about: dict[str, Any]
-    checks: list[Check] = field(default_factory=list)
+    about: Mapping[str, Any]
+    checks: tuple[Check, ...]
 
     @property
     def holds(self) -> bool:
@@ -57,16 +62,20 @@ class Report:
         return any(c.was_run for c in self.checks) and all(c.holds for c in self.checks)
 
     def to_json(self) -> dict[str, Any]:
+        """For machines; a value that is not finite, which JSON cannot say, is null."""
         checks = [
             {
                 **asdict(check),
                 "holds": check.holds,
                 "was_run": check.was_run,
-                "measurements": [{**asdict(m), "holds": m.holds} for m in check.measurements],
+                "measurements": [
+                    {**asdict(m), "value": m.value if math.isfinite(m.value) else None, "holds": m.holds}
+                    for m in check.measurements
+                ],
             }
             for check in self.checks
         ]
-        return {"source": self.source, "about": self.about, "holds": self.holds, "checks": checks}
+        return {"source": self.source, "about": dict(self.about), "holds": self.holds, "checks": checks}
 
     def show(self, console: Console) -> None:
         console.print(Text.assemble(("Parity of ", "bold"), (self.source, "bold cyan")))
@@ -82,12 +91,12 @@ class Report:
         for check in self.checks:
             for k, m in enumerate(check.measurements):
                 table.add_row(
-                    _mark(m.holds),
+                    _mark(m),
                     check.name if k == 0 else "",
                     m.what,
-                    f"{m.value:.3g}",
-                    "" if m.limit is None else f"{m.limit:.3g}",
-                    m.where,
+                    f"{m.value:.4g}",
+                    "" if m.limit is None else f"{m.limit:.4g}",
+                    Text(m.where),
                 )
             if not check.was_run:
                 table.add_row(Text("-", style="yellow"), check.name, Text(f"not run: {check.note}", style="yellow"))
@@ -100,12 +109,21 @@ class Report:
         console.print(self._verdict())
 
     def _verdict(self) -> Text:
-        run = [check for check in self.checks if check.was_run]
-        if self.holds:
-            return Text(f"All {len(run)} checks hold: the two backends are the same function.", style="bold green")
-        failed = ", ".join(check.name for check in run if not check.holds)
-        return Text(f"NOT the same: {failed or 'nothing was checked'}.", style="bold red")
+        run = {check.name for check in self.checks if check.was_run}
+        left_out = ", ".join(check.name for check in self.checks if not check.was_run)
+        besides = f" Not run: {left_out}." if left_out else ""
+        failed = [check.name for check in self.checks if not check.holds]
+        if failed:
+            different = "" if failed == ["prediction"] else "NOT the same function. "
+            return Text(f"{different}Failed: {', '.join(failed)}.{besides}", style="bold red")
+        if not run:
+            return Text(f"Nothing was checked.{besides}", style="bold red")
+        holds = f"{len(run)} checks hold" if len(run) > 1 else "1 check holds"
+        claim = ": the two backends are the same function." if run >= PROOF else "."
+        return Text(f"{holds}{claim}{besides}", style="bold green")
 
 
-def _mark(holds: bool) -> Text:
-    return Text("✓", style="green") if holds else Text("✗", style="bold red")
+def _mark(measurement: Measurement) -> Text:
+    if measurement.limit is None:
+        return Text("")
+    return Text("✓", style="green") if measurement.holds else Text("✗", style="bold red")

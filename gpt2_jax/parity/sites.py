@@ -51,10 +51,20 @@ def distances(reference: Mapping[str, np.ndarray], port: Trace, real: np.ndarray
         if found is None or found.shape != expected.shape:
             result[site] = float("inf")
             continue
-        a, b = (_at_tokens(x, real) for x in (expected, found))
-        far = float(np.abs(a - b).max() / max(np.abs(a).max(), np.finfo(np.float64).tiny))
-        result[site] = float("inf") if np.isnan(far) else far
+        result[site] = relative_distance(_at_tokens(found, real), _at_tokens(expected, real))
     return result
+
+
+def relative_distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference over the largest value expected."""
+    return relative(float(np.abs(found - expected).max()), float(np.abs(expected).max()))
+
+
+def relative(difference: float, scale: float) -> float:
+    """Their quotient; 0 where nothing differs, infinity where a NaN does."""
+    if np.isnan(difference) or np.isnan(scale):
+        return float("inf")
+    return difference / max(scale, float(np.finfo(np.float64).tiny))
 
 
 def _at_tokens(x: np.ndarray, real_BT: np.ndarray) -> np.ndarray:

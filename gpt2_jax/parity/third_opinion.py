@@ -19,7 +19,7 @@ def is_installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
+def logits(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> np.ndarray:
     with torch.inference_mode():
         return _model(checkpoint, dtype)(torch.from_numpy(ids)).logits.double().numpy()
 
@@ -35,7 +35,7 @@ def _model(checkpoint: Checkpoint, dtype: str) -> Any:
 
     # Eager attention: the fused kinds ignore reorder_and_upcast_attn. In float64 the switch is left
     # off: what transformers calls an upcast would cut to float32 there.
-    fields = {**checkpoint.config.to_hf(checkpoint.extra), "attn_implementation": "eager"}
+    fields = {**checkpoint.config.to_hf(), "attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None}
     if dtype == "float64":
         fields["reorder_and_upcast_attn"] = False
     config = GPT2Config(**fields)

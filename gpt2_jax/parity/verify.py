@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import bridge
-from bridge import Checkpoint, TokenizerError
+from bridge import BridgeError, Checkpoint, NoTokenizerError, TokenizerError
 from gpt2_jax.parity.checks import CHECKS, Subject
 from gpt2_jax.parity.report import Report
 
@@ -41,7 +41,7 @@ def verify(
     checks: Iterable[str] = tuple(CHECKS),
     progress: Callable[[str], None] = lambda name: None,
 ) -> Report:
-    """Run the checks and report. Needs torch; float64 runs on the CPU whatever the device.
+    """Run the checks and report. Needs torch; float64 runs on the CPU, the rest on JAX's default device.
 
     Args:
         source: what to call the checkpoint in the report.
@@ -52,21 +52,24 @@ def verify(
         checks: names from `gpt2_jax.parity.CHECKS`.
         progress: called with the name of each check before it starts.
 
-    Raises `TokenizerError` if `text` is given and the checkpoint has no tokenizer for it.
+    Raises `TokenizerError` if the checkpoint's tokenizer is damaged, or missing for a `text` that is
+    given, and `BridgeError` if there are fewer than two tokens to a sequence.
     """
     config = checkpoint.config
     shape = (batch, min(length, config.n_positions))
+    if shape[0] < 1 or shape[1] < 2 or seed < 0:
+        raise BridgeError(f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: a prediction takes two tokens")
     ids, origin = _tokens(checkpoint, text, shape, seed)
     subject = Subject(checkpoint, ids, is_text=origin != _FROM_SEED, untrained=untrained)
     about: dict[str, Any] = {
         "model": f"{bridge.num_parameters(config):,} parameters, {config.n_layer} layers, width {config.n_embd}",
         "tokens": f"{shape[0]} x {shape[1]}, {origin if origin != _FROM_SEED else f'{origin} {seed}'}",
     }
-    report = Report(source or str(checkpoint.path or checkpoint.format), about)
+    results = []
     for name in checks:
         progress(name)
-        report.checks.append(CHECKS[name](subject))
-    return report
+        results.append(CHECKS[name](subject))
+    return Report(source or str(checkpoint.path or checkpoint.format), about, tuple(results))
 
 
 _FROM_SEED = "random ids from seed"
@@ -76,7 +79,7 @@ def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], se
     """[B, T] ids and where they come from; a text too short is repeated."""
     try:
         tokens = checkpoint.tokenizer().encode_ordinary(BUILT_IN_TEXT if text is None else text)
-    except TokenizerError:
+    except NoTokenizerError:
         if text is not None:
             raise
         return np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, shape), _FROM_SEED

@@ -295,10 +295,39 @@ def test_a_config_json_that_is_not_an_object_is_refused(value: object) -> None:
 
 
 def test_all_unsupported_fields_are_named_in_one_error() -> None:
-    bad = {"model_type": "bert", "add_cross_attention": True, "rotary_dim": 64, "n_ctx": 3}
+    bad = {"add_cross_attention": True, "rotary_dim": 64, "n_ctx": 3}
     with pytest.raises(ConfigError) as caught:
         GPT2Config.from_hf({**TINY.to_hf(), **bad})
-    assert all(name in str(caught.value) for name in ("bert", "add_cross_attention", "rotary_dim", "n_ctx"))
+    assert all(name in str(caught.value) for name in ("add_cross_attention", "rotary_dim", "n_ctx"))
+
+
+def test_of_another_architecture_nothing_more_is_said_than_that() -> None:
+    with pytest.raises(ConfigError, match="another kind of model") as caught:
+        GPT2Config.from_hf({"model_type": "llama", "attention_bias": False, "rope_theta": 1e4})
+    assert "llama" in str(caught.value)
+    assert "rope" not in str(caught.value)
+
+
+SUSPICIOUS = """
+feed_forward_proj intermediate_size d_ff d_model act_fn is_causal bidirectional gated_mlp swiglu post_ln
+use_rms use_qk_clip softmax_temperature logit_multiplier ffn_gate
+"""
+HARMLESS = "transformers_version terms platform finetuning_task temperature tokenizer_class my_run_name"
+
+
+@pytest.mark.parametrize("name", SUSPICIOUS.split())
+def test_unknown_fields_that_sound_like_mathematics_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        GPT2Config.from_hf({**TINY.to_hf(), name: 2})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["transformers_version", "terms", "platform", "finetuning_task", "temperature", "tokenizer_class", "my_run_name"],
+)
+def test_unknown_fields_that_do_not_are_kept(name: str) -> None:
+    assert GPT2Config.from_hf({**TINY.to_hf(), name: 2}) == TINY
+    assert harmless_fields({**TINY.to_hf(), name: 2}) == {name: 2}
 
 
 def test_control_characters_of_a_config_are_escaped_in_the_message() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from models import TINY, random_state
 
 import bridge
@@ -443,3 +444,10 @@ def test_asking_whether_a_tensor_is_there_does_not_read_it() -> None:
     assert "wte.weight" in tensors and "wpe.weight" not in tensors
     assert len(tensors) == 1 and list(tensors) == ["wte.weight"]
     assert repr(tensors) == "<1 tensors, 24 bytes, read on demand>"
+
+
+def test_torch_tensors_that_are_no_arrays_are_refused_with_the_way_out() -> None:
+    state = {name: torch.from_numpy(array) for name, array in random_state(TINY).items()}
+    assert np.array_equal(bridge.to_flax(state, TINY)["wte"]["embedding"], state["wte.weight"])
+    with pytest.raises(ConversionError, match="checkpoint_from_model"):
+        bridge.to_flax({name: tensor.bfloat16() for name, tensor in state.items()}, TINY)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 from models import TINY, huggingface_directory, random_checkpoint
+from tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge import BridgeError, CheckpointError, TokenizerError
@@ -119,7 +121,7 @@ def test_a_hub_id_offline_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("source", ["gpt2", "someone/tiny-gpt2"])
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install 'gpt2-bridge[hub]'" in message(source)
+    assert "pip install '.[hub]'" in message(source)
 
 
 def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,3 +204,47 @@ def test_a_setting_given_twice_is_refused(tmp_path: Path) -> None:
     (path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 5, "n_layer": 6}')
     with pytest.raises(CheckpointError, match="'n_layer' appears twice"):
         bridge.load(path)
+
+
+def test_overwriting_replaces_checkpoints_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a plain file")
+    for name in ("notes", "file"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint; it is not overwritten"):
+            bridge.save(random_checkpoint(), tmp_path / name, format="flax", overwrite=True)
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "a plain file"
+
+
+def test_the_tokenizer_is_found_after_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_byte_tokenizer(huggingface_directory(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = bridge.load("model")
+    monkeypatch.chdir("/")
+    assert checkpoint.tokenizer().encode("We") == [87, 101]
+    bridge.save(checkpoint, tmp_path / "copy", format="flax")
+    assert (tmp_path / "copy" / "vocab.json").exists()
+
+
+def test_arrays_in_memory_take_tokenizer_and_harmless_fields_along(tmp_path: Path) -> None:
+    write_byte_tokenizer(huggingface_directory(tmp_path / "model"))
+    loaded = replace(bridge.load(tmp_path / "model"), extra={"my_run": 7})
+    trained = bridge.Checkpoint.of(dict(loaded.tensors), loaded.config, like=loaded)
+    bridge.save(trained, tmp_path / "trained", format="huggingface")
+    assert bridge.load(tmp_path / "trained").extra["my_run"] == 7
+    assert bridge.load(tmp_path / "trained").tokenizer().encode("We") == [87, 101]
+
+
+def test_links_in_a_circle_and_an_empty_source_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(BridgeError):
+        bridge.save(random_checkpoint(), tmp_path / "loop", format="flax")
+    with pytest.raises(CheckpointError, match="source is empty"):
+        bridge.load("")
+
+
+def test_shards_of_no_size_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="max_shard_bytes=0"):
+        bridge.save(random_checkpoint(), tmp_path / "out", format="huggingface", max_shard_bytes=0)
+    assert not (tmp_path / "out").exists()

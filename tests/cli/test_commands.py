@@ -35,7 +35,7 @@ def model(tmp_path: Path) -> Path:
 def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", model, "--tensors", "--json", tmp_path / "facts.json") == 0
     shown = capsys.readouterr().out
-    for expected in ("huggingface", "float32 x 28", "h.1.attn.c_attn.weight", "[48, 144]", "nothing"):
+    for expected in ("huggingface", "float32 x 28", "h.1.attn.c_attn.weight", "[48, 144]", "nothing found"):
         assert expected in shown
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["parameters"] == bridge.num_parameters(CONFIG)
@@ -110,7 +110,14 @@ BAD = {
     "no tokens to rank": ("generate", "{model}", "We", "--top-k", "0"),
     "no sequence": ("verify", "{model}", "--batch", "0"),
     "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
-    "unwritable json": ("inspect", "{model}", "--json", "{tmp}/nowhere/facts.json"),
+    "unwritable json": ("convert", "{model}", "{tmp}/out", "--to", "flax", "--json", "{tmp}/nowhere/facts.json"),
+    "no source": ("inspect", ""),
+    "name in brackets": ("inspect", "{tmp}/br[/x]"),
+    "seed below zero": ("verify", "{model}", "--seed", "-1"),
+    "seed too large": ("generate", "{model}", "We", "--seed", "99999999999999999999"),
+    "two texts": ("verify", "{model}", "--text", "a", "--text-file", "{model}/config.json"),
+    "no checks": ("verify", "{model}", "--checks"),
+    "overwriting something else": ("convert", "{model}", "{tmp}", "--to", "flax", "--overwrite"),
     "unknown verb": ("transmogrify",),
     "missing argument": ("convert", "{model}"),
 }
@@ -149,4 +156,39 @@ def test_verify_without_torch_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("verify", model) == 2
-    assert "pip install 'gpt2-bridge[torch]'" in capsys.readouterr().err
+    assert "pip install '.[torch]'" in capsys.readouterr().err
+
+
+def test_names_in_brackets_are_not_markup(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "o[/b]"
+    assert run("convert", model, target, "--to", "flax") == 0
+    assert str(target) in capsys.readouterr().out
+    assert run("inspect", target) == 0
+
+
+def test_a_float64_checkpoint_generates_in_float64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = huggingface_directory(tmp_path / "wide", CONFIG, dtype="float64")
+    write_byte_tokenizer(path)
+    for backend in ("jax", "torch"):
+        assert run("generate", path, "We", "--backend", backend, "--max-new-tokens", 4) == 0
+    first, second = capsys.readouterr().out.split("We")[1:]
+    assert first.strip() == second.strip()
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("gpt2-bridge ")
+
+
+def test_the_demo_tells_the_whole_story(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.modules["gpt2_jax.cli.demo"], "GPT2_SIZES", {"gpt2": CONFIG})
+    assert run("demo", "--out", tmp_path / "demo", "--length", 9) == 0
+    assert json.loads((tmp_path / "demo" / "report.json").read_text())["holds"] is True
+    assert bridge.load(tmp_path / "demo" / "exported").config == CONFIG
+    shown = capsys.readouterr().out
+    assert "byte for byte" in shown
+    assert "the two backends are the same function" in shown
+    assert run("demo", "--out", tmp_path / "demo") == 2  # what is there stays, unless asked
+    assert "--overwrite" in capsys.readouterr().err

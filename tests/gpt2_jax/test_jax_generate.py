@@ -14,7 +14,7 @@ from implementations import jax_model, torch_model, transformers_model
 from models import TINY, random_checkpoint, random_ids
 
 import gpt2_torch
-from gpt2_jax import GPT2, generate
+from gpt2_jax import GPT2, generate, model_from_checkpoint
 from gpt2_jax.generate import SHORTEST_BUCKET, _fill
 
 SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
@@ -104,3 +104,11 @@ def test_one_compilation_serves_a_power_of_two_of_lengths():
     for length, new in ((1, SHORTEST_BUCKET), (20, 30), (4, 60)):
         assert compilations_after(length, new, temperature=0.7) == 2
     assert compilations_after(5, 60, temperature=0.7) == 3
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-50])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    model, params = model_from_checkpoint(random_checkpoint())
+    ids = random_ids(TINY, length=4)
+    greedy = generate(model, params, ids, max_new_tokens=5)
+    assert (generate(model, params, ids, max_new_tokens=5, temperature=temperature) == greedy).all()

@@ -18,6 +18,7 @@ import bridge
 from bridge.convert import flatten
 from gpt2_jax import GPT2
 from gpt2_jax.attention import attention
+from gpt2_jax.model import positions
 
 STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; seeds are fixed besides
 BF16_ABSOLUTE = 0.15  # logits of order 1 after two layers at 8 bits of mantissa
@@ -180,3 +181,25 @@ def test_jit_and_vmap_compute_the_same(scan: bool, x64: None):
     mapped = jax.jit(jax.vmap(lambda row: model.apply({"params": params}, row[None])[0]))(IDS)
     for answer in (jitted, mapped):
         np.testing.assert_allclose(answer, expected, rtol=0, atol=1e-12)  # float64, logits of order 1
+
+
+def test_ids_closed_over_by_a_trace_are_looked_at_and_not_traced() -> None:
+    """`jit(lambda key: model.init(key, ids))` is how training starts."""
+    model, ids = GPT2(TINY), jnp.array(random_ids(TINY))
+    shapes = jax.eval_shape(lambda key: model.init(key, ids), jax.random.key(0))
+    params = jax.jit(lambda key: model.init(key, ids))(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
+    assert jax.jit(lambda p: model.apply(p, ids))(params).shape == (2, 17, TINY.vocab_size)
+    outside = ids + TINY.vocab_size
+    with pytest.raises(IndexError, match="vocabulary is 0 to 256"):
+        jax.jit(lambda p: model.apply(p, outside))(params)
+
+
+def test_positions_count_tokens_whatever_number_marks_them() -> None:
+    mask = jnp.array([[0, 2, 2, 0, 2]])
+    assert positions(mask, mask).tolist() == [[0, 0, 1, 1, 2]]
+
+
+def test_ids_must_be_integers() -> None:
+    with pytest.raises(ValueError, match="integers"):
+        GPT2(TINY).init(jax.random.key(0), jnp.ones((1, 3)))

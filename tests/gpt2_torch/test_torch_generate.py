@@ -75,3 +75,11 @@ def test_a_model_can_be_trained_on_the_ids_that_come_out(model: GPT2):
     ids = generate(model, PROMPTS, max_new_tokens=3)
     model(ids).mean().backward()
     assert model.wte.weight.grad is not None
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-50])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
+    model = model_from_checkpoint(random_checkpoint())
+    ids = torch.from_numpy(random_ids(TINY, length=4))
+    greedy = generate(model, ids, max_new_tokens=5)
+    assert (generate(model, ids, max_new_tokens=5, temperature=temperature) == greedy).all()

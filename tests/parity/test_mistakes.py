@@ -17,7 +17,7 @@ from models import TINY, random_checkpoint
 
 import bridge
 import gpt2_jax.model as jax_model
-from gpt2_jax.parity import Check, port, verify
+from gpt2_jax.parity import Check, checks, port, verify
 
 CONFIG = replace(TINY, n_layer=3, scale_attn_by_inverse_layer_idx=True)
 LENGTH = 12
@@ -294,6 +294,16 @@ def with_optimizer(**changed: Any) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(optax, "adamw", adamw)
 
 
+def no_decay_of_biases(patch: Patch) -> None:
+    """At a size where float64 is not run."""
+    patch.setattr(checks, "FP64_TRAIN_BYTES", 0)
+
+    def mask(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "bias", params)
+
+    with_optimizer(mask=mask)(patch)
+
+
 def adam_epsilon_inside_the_root(patch: Patch) -> None:
     right = optax.adamw
 
@@ -378,9 +388,10 @@ MISTAKES = [
     Mistake("attention sees padding", with_attention(see_padding), "padding", "h.0.attn.context"),
     Mistake("loss not shifted", loss_without_shift, "gradients", "fp64 gradients"),
     Mistake("positions not trained", frozen_positions, "gradients", "wpe.weight"),
-    Mistake("optax's own weight decay", with_optimizer(weight_decay=1e-4), "training", "fp64 weights after"),
+    Mistake("optax's own weight decay", with_optimizer(weight_decay=1e-4), "training", "fp64 change of weights"),
     Mistake("Nesterov momentum", with_optimizer(nesterov=True), "training", "fp64 losses"),
     Mistake("Adam's epsilon inside the root", adam_epsilon_inside_the_root, "training", "fp64 losses"),
+    Mistake("biases not decayed", no_decay_of_biases, "training", "fp32 change of weights"),
     Mistake("rounded on the way back", with_way_back(cut_to_bfloat16), "round trip", "h.1.mlp.c_fc.weight"),
     Mistake("transposed on the way back", with_way_back(transpose_on_the_way_back), "round trip", "h.2.attn.c_proj"),
     Mistake("a sign lost on the way back", with_way_back(lose_the_sign_of_zero), "round trip", "h.0.ln_1.bias"),

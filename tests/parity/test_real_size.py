@@ -67,7 +67,8 @@ def test_verify_holds(directory: Path) -> None:
 @pytest.mark.parametrize(("scale_up", "limit"), [(False, LOGITS_FP32), (True, SCALED_LOGITS_FP32)])
 def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_up: bool, limit: float) -> None:
     checkpoint = scaled(bridge.load(directory)) if scale_up else bridge.load(directory)
-    sides = {side.NAME: side.logits(checkpoint, ids, None, "float32") for side in (reference, port, third_opinion)}
+    sides = {side.NAME: side.logits(checkpoint, ids, None, "float32") for side in (reference, port)}
+    sides[third_opinion.NAME] = third_opinion.logits(checkpoint, ids, "float32")
     names = list(sides)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:

@@ -1,0 +1,11 @@
+"""Arguments that several verbs take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+Source = Annotated[Positional[str], arg(metavar="SRC")]
+JsonFile = Annotated[Path | None, arg(metavar="FILE")]
