@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-gpu check bench clean
+.PHONY: demo test test-slow check bench clean
 
 demo: $(INSTALLED)  ## write a 124M GPT-2, convert it, verify it, export it back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -13,9 +13,6 @@ test: $(INSTALLED)  ## everything but the marked tests
 
 test-slow: $(INSTALLED)  ## the tests at 124M parameters
 	$(BIN)/python -m pytest -m slow
-
-test-gpu: $(INSTALLED)  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
 
 check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check

@@ -77,8 +77,8 @@ def hidden_states(subject: Subject) -> Check:
 
 def gradients(subject: Subject) -> Check:
     """The same gradient of the loss for every parameter, in float64 and float32."""
-    limits = {"float64": tolerances.GRADIENT_FP64, "float32": tolerances.GRADIENT_FP32}
-    return _compared_gradients("gradients", subject, reference, limits)
+    check = Check("gradients", _compared_gradients(reference, subject))
+    return check if check.holds else _located(check, subject)
 
 
 def training(subject: Subject) -> Check:
@@ -159,8 +159,8 @@ def transformers(subject: Subject) -> Check:
         theirs = third_opinion.logits(subject.checkpoint, subject.ids, dtype)
         ours = port.logits(subject.checkpoint, subject.ids, None, dtype)
         measurements += _compared_logits(dtype, theirs, ours, subject)
-    compared = _compared_gradients(name, subject, third_opinion, {"float32": tolerances.GRADIENT_FP32})
-    return Check(name, (*measurements, *compared.measurements), departs_at=compared.departs_at)
+    check = Check(name, (*measurements, *_compared_gradients(third_opinion, subject)))
+    return check if check.holds else _located(check, subject)
 
 
 CHECKS: Mapping[str, Callable[[Subject], Check]] = {
@@ -220,17 +220,16 @@ def _mean_loss(logits_BTV: np.ndarray, ids_BT: np.ndarray) -> float:
     return float(np.mean(per_row))
 
 
-def _compared_gradients(name: str, subject: Subject, theirs: ModuleType, limits: Mapping[str, float]) -> Check:
+def _compared_gradients(theirs: ModuleType, subject: Subject) -> tuple[Measurement, ...]:
     measurements = []
-    for dtype, limit in limits.items():
+    for dtype, limit in (("float64", tolerances.GRADIENT_FP64), ("float32", tolerances.GRADIENT_FP32)):
         expected = theirs.gradients(subject.checkpoint, subject.ids, dtype)
         found = port.gradients(subject.checkpoint, subject.ids, dtype)
         far = {n: _relative_l2(found[n], expected[n]) if n in expected else math.inf for n in found}
         worst = max(far, key=lambda n: far[n])
         what = f"{SHORT_NAMES[dtype]} gradients, largest relative distance of {len(far)}"
         measurements.append(Measurement(what, far[worst], limit, worst))
-    check = Check(name, tuple(measurements))
-    return check if check.holds else _located(check, subject)
+    return tuple(measurements)
 
 
 def _relative_l2(found: np.ndarray, expected: np.ndarray) -> float:

@@ -28,6 +28,8 @@ Safety and Happiness.
 """
 """The Declaration of Independence of the United States, 1776; in the public domain."""
 
+_FROM_SEED = "random ids from seed"
+
 
 def verify(
     checkpoint: Checkpoint,
@@ -70,9 +72,6 @@ def verify(
         progress(name)
         results.append(CHECKS[name](subject))
     return Report(source or str(checkpoint.path or checkpoint.format), about, tuple(results))
-
-
-_FROM_SEED = "random ids from seed"
 
 
 def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, str]:
