@@ -223,13 +223,17 @@ def _mean_loss(logits_BTV: np.ndarray, ids_BT: np.ndarray) -> float:
 def _compared_gradients(theirs: ModuleType, subject: Subject) -> tuple[Measurement, ...]:
     measurements = []
     for dtype, limit in (("float64", tolerances.GRADIENT_FP64), ("float32", tolerances.GRADIENT_FP32)):
-        expected = theirs.gradients(subject.checkpoint, subject.ids, dtype)
-        found = port.gradients(subject.checkpoint, subject.ids, dtype)
-        far = {n: _relative_l2(found[n], expected[n]) if n in expected else math.inf for n in found}
+        far = _gradient_distances(theirs, subject, dtype)
         worst = max(far, key=lambda n: far[n])
         what = f"{SHORT_NAMES[dtype]} gradients, largest relative distance of {len(far)}"
         measurements.append(Measurement(what, far[worst], limit, worst))
     return tuple(measurements)
+
+
+def _gradient_distances(theirs: ModuleType, subject: Subject, dtype: str) -> dict[str, float]:
+    expected = theirs.gradients(subject.checkpoint, subject.ids, dtype)
+    found = port.gradients(subject.checkpoint, subject.ids, dtype)
+    return {n: _relative_l2(found[n], expected[n]) if n in expected else math.inf for n in found}
 
 
 def _relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
