@@ -94,8 +94,10 @@ def to_flax(
     """
     canonical = canonicalize(tensors, config)
     rows = padded_vocab_size(config.vocab_size, vocab_multiple)
-    if stacked:
-        _require_one_dtype_per_stack(canonical, config)
+    if stacked and (mixed := mixed_dtypes(canonical, config)):
+        raise ConversionError(
+            "layers of different dtypes cannot be stacked; keep them per layer, or cast first:\n" + bullet_list(mixed)
+        )
     tree: FlaxTree = {}
     for parameter in parameters(config):
         array = canonical[parameter.torch_name].reshape(parameter.flax_shape)
@@ -168,6 +170,20 @@ def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
     return tree
 
 
+def mixed_dtypes(tensors: LazyTensors, config: GPT2Config) -> list[str]:
+    """The parameters that do not have one dtype in all layers, a line each; they cannot be stacked."""
+    first: dict[tuple[str, ...], Parameter] = {}
+    problems = []
+    for p in parameters(config):
+        if p.layer is None:
+            continue
+        like = first.setdefault(p.flax_path[1:], p).torch_name
+        dtype, other = (tensors.entries[name].dtype for name in (p.torch_name, like))
+        if dtype != other:
+            problems.append(f"{p.torch_name} holds {dtype}, {like} {other}")
+    return problems
+
+
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> list[str]:
     """What is missing, misshapen, too much or not of a float type, a line each.
 
@@ -200,14 +216,6 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> FlaxTree:
-    """`{"h_0/attn/c_attn/kernel": leaf, ...}` -> nested dictionaries."""
-    tree: FlaxTree = {}
-    for path, leaf in flat.items():
-        _insert(tree, tuple(path.split("/")), leaf)
-    return tree
 
 
 def _insert(tree: FlaxTree, path: tuple[str, ...], leaf: Any) -> None:
@@ -247,16 +255,3 @@ def _same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
 
 def _stackable(a: Any, b: Any) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype
-
-
-def _require_one_dtype_per_stack(tensors: LazyTensors, config: GPT2Config) -> None:
-    dtypes: dict[tuple[str, ...], np.dtype] = {}
-    for p in parameters(config):
-        if p.layer is None:
-            continue
-        dtype = tensors.entries[p.torch_name].dtype
-        if dtypes.setdefault(p.flax_path[1:], dtype) != dtype:
-            raise ConversionError(
-                f"{p.torch_name} holds {dtype} and its like in another layer {dtypes[p.flax_path[1:]]}; "
-                "layers of different dtypes cannot be stacked: keep them per layer, or cast first"
-            )

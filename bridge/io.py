@@ -61,7 +61,10 @@ def _recognized(path: Path) -> ModuleType | None:
 
 
 def _may_be_replaced(target: Path) -> bool:
-    return target.is_dir() and (not any(target.iterdir()) or _recognized(target) is not None)
+    try:
+        return target.is_dir() and (not any(target.iterdir()) or _recognized(target) is not None)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(target)}: {error.strerror}") from error
 
 
 def _what_it_lacks(path: Path) -> str:

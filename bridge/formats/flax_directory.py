@@ -1,7 +1,8 @@
 """This project's own directory: `config.json` and the Flax tree in one safetensors file.
 
 Tensor names are the tree's paths (`h_0/attn/c_attn/kernel`), shapes are Flax's, one layer at a time;
-`unflatten` of `safetensors.flax.load_file` gives the parameter tree without this project.
+`flax.traverse_util.unflatten_dict(safetensors.flax.load_file(file), sep="/")` gives the parameter tree
+without this project.
 """
 
 from __future__ import annotations

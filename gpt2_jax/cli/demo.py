@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import bridge
 from bridge import GPT2_SIZES, BridgeError, Checkpoint
 from gpt2_jax.cli.output import console, json_writer, reading_bar, require_torch
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
+
+if TYPE_CHECKING:
+    import torch
 
 
 def demo(
@@ -42,28 +45,34 @@ def demo(
     say("4. both backends, from the Flax directory")
     from gpt2_jax.parity import verify
 
-    with progress_bar(ALL_CHECKS) as progress:
-        report = verify(bridge.load(converted), source=str(converted), length=length, untrained=True, progress=progress)
+    with progress_bar(ALL_CHECKS) as begin:
+        report = verify(bridge.load(converted), source=str(converted), length=length, untrained=True, progress=begin)
     code = finish(report, json_writer(out / "report.json"))
     say(f"report: {out / 'report.json'}")
     return code
 
 
 def _random_checkpoint(size: str) -> Checkpoint:
-    """GPT-2's own initialisation, then biases and norm scales made random: zeros and ones hide mistakes."""
     import torch
 
     import gpt2_torch
 
     torch.manual_seed(0)
     model = gpt2_torch.GPT2(GPT2_SIZES[size])
+    randomize_biases_and_norms(model)
+    return gpt2_torch.checkpoint_from_model(model)
+
+
+def randomize_biases_and_norms(model: torch.nn.Module) -> None:
+    """Instead of the zeros and ones that GPT-2 starts with: those would hide a wrong row."""
+    import torch
+
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.02)
             elif "ln_" in name:
                 parameter.normal_(mean=1.0, std=0.1)
-    return gpt2_torch.checkpoint_from_model(model)
 
 
 def _save(checkpoint: Checkpoint, target: Path, format: str, overwrite: bool) -> None:

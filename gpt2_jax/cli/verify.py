@@ -62,7 +62,7 @@ def verify(
     checkpoint = bridge.load(source)
     from gpt2_jax.parity import verify as run
 
-    with progress_bar(checks) as progress:
+    with progress_bar(checks) as begin:
         report = run(
             checkpoint,
             source=source,
@@ -72,7 +72,7 @@ def verify(
             seed=seed,
             untrained=untrained,
             checks=checks,
-            progress=progress,
+            progress=begin,
         )
     return finish(report, write_json)
 

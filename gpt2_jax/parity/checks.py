@@ -11,6 +11,7 @@ import numpy as np
 
 import bridge
 from bridge import Checkpoint
+from bridge.convert import mixed_dtypes
 from gpt2_jax.parity import port, reference, third_opinion, tolerances
 from gpt2_jax.parity.report import Check, Measurement
 from gpt2_jax.parity.sites import distances, relative, relative_distance
@@ -115,7 +116,7 @@ def padding(subject: Subject) -> Check:
 def round_trip(subject: Subject) -> Check:
     """To the Flax tree and back, per layer and stacked: every tensor byte for byte."""
     checkpoint = subject.checkpoint
-    forms = [False, True] if _can_be_stacked(checkpoint) else [False]
+    forms = [False] if mixed_dtypes(checkpoint.tensors, checkpoint.config) else [False, True]
     measurements = []
     for stacked in forms:
         there = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=stacked)
@@ -284,14 +285,6 @@ def _padded(rows: list[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
         where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
         ids[i, where], mask[i, where] = row, 1
     return ids, mask
-
-
-def _can_be_stacked(checkpoint: Checkpoint) -> bool:
-    """Whether every parameter has one dtype in all layers."""
-    entries = checkpoint.tensors.entries
-    in_layers = [p for p in bridge.parameters(checkpoint.config) if p.layer is not None]
-    kinds = {(p.flax_path[1:], entries[p.torch_name].dtype) for p in in_layers}
-    return len(kinds) == len({path for path, _ in kinds})
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray | None) -> bool:

@@ -14,6 +14,8 @@ from tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from gpt2_jax.cli import VERBS, main
+from gpt2_jax.cli.verify import ALL_CHECKS
+from gpt2_jax.parity import CHECKS
 
 CONFIG = replace(TINY, vocab_size=256, n_layer=2)
 
@@ -192,3 +194,8 @@ def test_the_demo_tells_the_whole_story(
     assert "the two backends are the same function" in shown
     assert run("demo", "--out", tmp_path / "demo") == 2  # what is there stays, unless asked
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_the_checks_that_verify_takes_are_those_there_are() -> None:
+    """They are spelled twice so that `gpt2 --help` needs no torch."""
+    assert tuple(CHECKS) == ALL_CHECKS

@@ -13,6 +13,7 @@ import transformers
 
 import bridge
 from bridge import Checkpoint
+from gpt2_jax.cli.demo import randomize_biases_and_norms
 from gpt2_jax.parity import Check, port, reference, third_opinion, tolerances, verify
 from gpt2_jax.parity.checks import largest_kl, rms
 
@@ -34,12 +35,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.02)
-            elif "ln_" in name:
-                parameter.normal_(mean=1.0, std=0.1)
+    randomize_biases_and_norms(model)
     model.save_pretrained(path)
     return path
 
