@@ -57,6 +57,14 @@ class Parameter:
     flax_shape: tuple[int, ...]
     layer: int | None
 
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay acts on it: on projections and embeddings, not on biases and LayerNorm scales.
+
+        By name, because stacked layers give biases a second axis. Source: nanoGPT, `configure_optimizers`.
+        """
+        return self.flax_path[-1] in ("kernel", "embedding")
+
 
 def parameters(config: GPT2Config) -> tuple[Parameter, ...]:
     """Every parameter of the model that `config` describes, in the order of a forward pass."""

@@ -70,3 +70,11 @@ def test_the_vocabulary_is_rounded_up_to_a_multiple(size: int, multiple: int, pa
 def test_a_multiple_below_one_is_refused(multiple: int) -> None:
     with pytest.raises(ValueError, match=f"multiple of {multiple}"):
         bridge.padded_vocab_size(257, multiple)
+
+
+def test_weight_decay_acts_on_projections_and_embeddings_alone() -> None:
+    decays = {p.torch_name: p.decays for p in bridge.parameters(replace(TINY, tie_word_embeddings=False))}
+    assert len(decays) == 5 + 12 * TINY.n_layer
+    assert sum(decays.values()) == 3 + 4 * TINY.n_layer
+    assert all(decays[name] for name in ("wte.weight", "wpe.weight", "lm_head.weight", "h.4.mlp.c_fc.weight"))
+    assert not any(decays[name] for name in ("ln_f.weight", "h.0.ln_1.weight", "h.3.attn.c_attn.bias", "ln_f.bias"))
