@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge.arrays import LazyTensors
+import numpy as np
+
+from bridge.arrays import LazyTensors, TensorEntry
 from bridge.config import GPT2Config
 from bridge.convert import canonicalize
 from bridge.errors import NoTokenizerError
+from bridge.params import parameters
 from bridge.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +44,18 @@ class Checkpoint:
         """
         path, extra = (like.path, like.extra) if like else (None, {})
         return cls(config, canonicalize(tensors, config), "memory", path, extra)
+
+    def with_biases(self) -> Checkpoint:
+        """The same function with `bias=True`: where there was no bias there is one of zeros."""
+        if self.config.bias:
+            return self
+        config = replace(self.config, bias=True)
+        dtype = next(iter(self.tensors.entries.values())).dtype
+        entries = {
+            p.torch_name: self.tensors.entries.get(p.torch_name) or TensorEntry.of(np.zeros(p.torch_shape, dtype))
+            for p in parameters(config)
+        }
+        return replace(self, config=config, tensors=LazyTensors(entries))
 
     def tokenizer(self) -> tiktoken.Encoding:
         """The tokenizer that was saved with the weights; raises `TokenizerError` if there is none."""

@@ -133,7 +133,8 @@ class GPT2Config:
         """
         if not self.bias:
             raise ConfigError(
-                "bias=False: Hugging Face's GPT-2 always has biases; set them to zero and bias=True to export"
+                "bias=False: Hugging Face's GPT-2 always has biases; export checkpoint.with_biases(), whose are zero "
+                "(gpt2 convert --zero-biases)"
             )
         own = {name: getattr(self, name) for name in _HF_FIELDS}
         return {**(extra or {}), "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **own}

@@ -11,7 +11,7 @@ from typing import Any
 from bridge.checkpoint import Checkpoint
 from bridge.errors import CheckpointError, quoted
 from bridge.files import new_directory
-from bridge.formats import FORMATS
+from bridge.formats import FORMATS, WRITABLE
 from bridge.tokenizer import TOKENIZER_FILES
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -40,13 +40,13 @@ def save(checkpoint: Checkpoint, target: str | Path, *, format: str, overwrite: 
     """Write `checkpoint` as a new directory; it appears under its name complete, or not at all.
 
     Args:
-        format: a name in `bridge.formats.FORMATS`.
+        format: a name in `bridge.formats.WRITABLE`.
         overwrite: replace the checkpoint that is at `target`. Without it an existing target is an
             error; with it, one that is anything else than a checkpoint still is.
         options: the format's own, for example `max_shard_bytes` for "huggingface".
     """
-    if format not in FORMATS:
-        raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(FORMATS)}")
+    if format not in WRITABLE:
+        raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(WRITABLE)}")
     if overwrite and os.path.lexists(target) and not _may_be_replaced(Path(target)):
         raise CheckpointError(f"{quoted(target)} is not a checkpoint; it is not overwritten: choose another name")
     with new_directory(target, overwrite=overwrite) as directory:
@@ -62,7 +62,8 @@ def _recognized(path: Path) -> ModuleType | None:
 
 def _may_be_replaced(target: Path) -> bool:
     try:
-        return target.is_dir() and (not any(target.iterdir()) or _recognized(target) is not None)
+        module = _recognized(target)  # what cannot be written, a training run, is not thrown away either
+        return target.is_dir() and (not any(target.iterdir()) or (module is not None and module.NAME in WRITABLE))
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(target)}: {error.strerror}") from error
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
-from bridge.errors import CheckpointError, quoted
+from bridge.config import GPT2Config
+from bridge.convert import differences
+from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.json_text import parse_object
+from bridge.params import parameters
 from bridge.tokenizer import TOKENIZER_FILES
 
 CONFIG = "config.json"
@@ -40,3 +47,41 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
     for name in _CARRIED_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
+
+
+def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
+    """The configuration in this project's own directories, and the file's fields.
+
+    They are Hugging Face's, and `bias`, the one setting that Hugging Face's GPT-2 does not have.
+    """
+    fields = read_json(path)
+    has_bias = fields.pop("bias", True)
+    return replace(GPT2Config.from_hf(fields), bias=has_bias), fields
+
+
+def write_config(path: Path, config: GPT2Config, extra: Mapping[str, Any] | None = None) -> None:
+    """What `read_config` reads."""
+    fields = replace(config, bias=True).to_hf(extra)
+    write_json(path, fields if config.bias else {**fields, "bias": False})
+
+
+def tensors_of_tree(stored: Mapping[str, TensorEntry], config: GPT2Config, where: Path) -> LazyTensors:
+    """The leaves of a Flax tree, one layer at a time, under their canonical names and in PyTorch's shapes.
+
+    Args:
+        stored: path in the tree (`h_0/attn/c_attn/kernel`) -> its leaf.
+        where: the file, for the `ConversionError` that lists every leaf that does not fit.
+    """
+    expected = {"/".join(p.flax_path): p for p in parameters(config)}
+    if problems := differences({path: p.flax_shape for path, p in expected.items()}, stored):
+        raise ConversionError(f"{quoted(where)}:\n" + bullet_list(problems))
+    return LazyTensors({p.torch_name: reshaped(stored[path], p.torch_shape) for path, p in expected.items()})
+
+
+def reshaped(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
+    """The same tensor, seen in another shape when it is read."""
+
+    def read(inner: Callable[[], np.ndarray] = entry.read) -> np.ndarray:
+        return inner().reshape(shape)
+
+    return TensorEntry(entry.dtype, shape, read)

@@ -19,6 +19,7 @@ def convert(
     *,
     to: Literal["huggingface", "flax"],
     max_shard_bytes: Annotated[int | None, arg(metavar="BYTES")] = None,
+    zero_biases: bool = False,
     overwrite: bool = False,
     json: JsonFile = None,
 ) -> None:
@@ -31,6 +32,7 @@ def convert(
         target: the directory to make.
         to: the format to write.
         max_shard_bytes: for huggingface: begin a new file before one grows past this (default 5 GB).
+        zero_biases: give a model without biases biases of zero, which Hugging Face's GPT-2 cannot do without.
         overwrite: replace what is at the target.
         json: also write what was done to this file.
     """
@@ -39,6 +41,8 @@ def convert(
         raise bridge.BridgeError(f"--max-shard-bytes is for --to huggingface; {to} is one file")
     write_json = json_writer(json)
     checkpoint = bridge.load(source)
+    if zero_biases:
+        checkpoint = checkpoint.with_biases()
     with reading_bar(checkpoint, f"writing {to}") as watched:
         bridge.save(watched, target, format=to, overwrite=overwrite, **options)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
