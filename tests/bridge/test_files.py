@@ -12,7 +12,7 @@ from models import huggingface_directory, random_checkpoint
 import bridge
 from bridge import CheckpointError
 from bridge.files import new_directory
-from bridge.formats import FORMATS
+from bridge.formats import WRITABLE
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
@@ -139,7 +139,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
 # The same through bridge.save
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", WRITABLE)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_an_exception_while_a_checkpoint_is_written_leaves_everything_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, overwrite: bool
