@@ -1,6 +1,7 @@
 """GPT-2 in JAX (Flax Linen), functionally pure. Needs no torch."""
 
 from bridge import GPT2_SIZES, GPT2Config
+from gpt2_jax.evaluate import evaluate
 from gpt2_jax.generate import generate
 from gpt2_jax.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
 from gpt2_jax.pretrained import checkpoint_from_params, from_pretrained, model_from_checkpoint
@@ -13,6 +14,7 @@ __all__ = [
     "GPT2Layer",
     "MultiHeadAttention",
     "checkpoint_from_params",
+    "evaluate",
     "from_pretrained",
     "generate",
     "model_from_checkpoint",

@@ -1,6 +1,7 @@
 """GPT-2 in PyTorch: the reference. Needs no JAX."""
 
 from bridge import GPT2_SIZES, GPT2Config
+from gpt2_torch.evaluate import evaluate
 from gpt2_torch.generate import generate
 from gpt2_torch.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
 from gpt2_torch.pretrained import checkpoint_from_model, model_from_checkpoint
@@ -13,6 +14,7 @@ __all__ = [
     "GPT2Layer",
     "MultiHeadAttention",
     "checkpoint_from_model",
+    "evaluate",
     "generate",
     "model_from_checkpoint",
 ]

@@ -1,0 +1,128 @@
+"""Perplexity against the recipe in transformers' documentation, run on transformers' own model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from implementations import jax_model, torch_model, transformers_model
+from models import TINY, random_checkpoint, random_ids
+
+import bridge.perplexity
+import gpt2_jax.loss
+import gpt2_torch.loss
+from bridge import Checkpoint
+from bridge.perplexity import Evaluation
+
+FP64 = 1e-12  # relative, of a mean over up to 200 tokens, each summed in another order
+FP32 = 1e-6  # relative; transformers computes the cross-entropy in float32 whatever the model's dtype
+
+CONFIG = replace(TINY, n_layer=2)
+TEXT = random_ids(CONFIG, batch=1, length=201)[0]
+
+SHAPES = [(201, 40, 20), (201, 39, 39), (201, 40, 7), (201, 16, 15), (50, 24, 1)]
+SHAPES += [(41, 40, 20), (40, 40, 20), (5, 40, 9), (2, 40, 20)]
+"""(tokens, context, stride), among them: exactly one window, one token more, a text shorter than a window."""
+
+Evaluate = Callable[..., Evaluation]
+BACKENDS: dict[str, Evaluate] = {
+    "gpt2_torch": lambda checkpoint, ids, **kw: gpt2_torch.evaluate(torch_model(checkpoint), ids, **kw),
+    "gpt2_jax": lambda checkpoint, ids, **kw: gpt2_jax.evaluate(*jax_model(checkpoint), ids, **kw),
+}
+each_backend = pytest.mark.parametrize("evaluate", BACKENDS.values(), ids=BACKENDS)
+each_shape = pytest.mark.parametrize(("n", "context", "stride"), SHAPES)
+
+
+def recipe(checkpoint: Checkpoint, ids: np.ndarray, context: int, stride: int) -> tuple[float, float, int]:
+    """Step by step as in "Perplexity of fixed-length models", and the sum and count behind its averages.
+
+    Returns the documentation's average, the sum of all predicted tokens' losses, and their number.
+    """
+    model = transformers_model(checkpoint)
+    text = torch.from_numpy(ids)[None]
+    weighted_sum, weights, nats, predicted, previous_end = 0.0, 0, 0.0, 0, 0
+    for begin in range(0, text.shape[1], stride):
+        end = min(begin + context, text.shape[1])
+        window = text[:, begin:end]
+        labels = window.clone()
+        labels[:, : -(end - previous_end)] = -100
+        with torch.no_grad():
+            mean = float(model(window, labels=labels).loss)
+        valid = int((labels != -100).sum())
+        weighted_sum, weights = weighted_sum + mean * (valid - 1), weights + valid - 1
+        shifted = int((labels[:, 1:] != -100).sum())  # what the mean inside the model was taken over
+        nats, predicted = nats + mean * shifted, predicted + shifted
+        previous_end = end
+        if end == text.shape[1]:
+            break
+    return weighted_sum / weights, nats, predicted
+
+
+@each_shape
+@each_backend
+def test_the_figures_are_those_of_transformers(evaluate: Evaluate, n: int, context: int, stride: int):
+    checkpoint = random_checkpoint(CONFIG)
+    average, nats, predicted = recipe(checkpoint, TEXT[:n], context, stride)
+    found = evaluate(checkpoint, TEXT[:n], context=context, stride=stride, batch_size=3)
+    assert found.predicted_tokens == predicted
+    assert found.nats == pytest.approx(nats, rel=FP32)
+    assert found.transformers_loss == pytest.approx(average, rel=FP32)
+    assert found.perplexity == pytest.approx(math.exp(nats / predicted), rel=10 * FP32)  # exp: times the loss, about 8
+    if stride == context or n <= context:
+        assert found.loss == pytest.approx(found.transformers_loss, rel=FP64)
+
+
+@each_backend
+def test_a_last_window_of_one_token_predicts_nothing(evaluate: Evaluate):
+    """Where windows do not overlap; the recipe's mean over no token makes the whole average NaN."""
+    checkpoint, ids = random_checkpoint(CONFIG), TEXT[:81]
+    assert math.isnan(recipe(checkpoint, ids, 40, 40)[0])
+    found, shorter = (evaluate(checkpoint, text, context=40, stride=40) for text in (ids, ids[:80]))
+    assert (found.windows, shorter.windows) == (3, 2)
+    assert found.predicted_tokens == shorter.predicted_tokens == 78
+    assert found.loss == pytest.approx(shorter.loss, rel=FP32)
+    assert found.transformers_loss == pytest.approx(shorter.loss, rel=FP32)
+
+
+@pytest.mark.parametrize("form", [{}, {"scan": True}, {"vocab_multiple": 64}], ids=["layers", "scanned", "padded"])
+def test_the_port_agrees_with_the_reference_in_float64(x64: None, form: dict[str, Any]):
+    checkpoint, windows = random_checkpoint(CONFIG, np.float64), {"context": 40, "stride": 13, "batch_size": 4}
+    reference = gpt2_torch.evaluate(torch_model(checkpoint), TEXT, **windows)
+    port = gpt2_jax.evaluate(*jax_model(checkpoint, **form), TEXT, **windows)
+    assert port.nats == pytest.approx(reference.nats, rel=FP64)
+    assert port.transformers_loss == pytest.approx(reference.transformers_loss, rel=FP64)
+    assert replace(port, nats=0.0, transformers_loss=0.0) == replace(reference, nats=0.0, transformers_loss=0.0)
+
+
+@each_backend
+def test_the_loss_is_the_mean_of_each_token_s_own_window(evaluate: Evaluate, x64: None):
+    """Token by token: every one in a row of its own, cut from the text where its window begins."""
+    checkpoint, context, stride = random_checkpoint(CONFIG, np.float64), 16, 5
+    model = transformers_model(checkpoint)
+    losses = []
+    for p in range(1, 60):
+        begin = stride * max(0, math.ceil((p + 1 - context) / stride))
+        with torch.no_grad():
+            logits = model(torch.from_numpy(TEXT[begin:p])[None]).logits[0, -1]
+        losses.append(-float(logits.log_softmax(dim=-1)[TEXT[p]]))
+    found = evaluate(checkpoint, TEXT[:60], context=context, stride=stride)
+    assert found.loss == pytest.approx(np.mean(losses), rel=FP64)
+    assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=10 * FP64)
+
+
+@each_backend
+@pytest.mark.parametrize("batch_size", [1, 2, 9, 100])
+def test_the_batch_size_changes_nothing(evaluate: Evaluate, batch_size: int, x64: None):
+    checkpoint = random_checkpoint(CONFIG, np.float64)
+    found = evaluate(checkpoint, TEXT, context=40, stride=20, batch_size=batch_size)
+    assert found.windows == 10
+    assert found.nats == pytest.approx(evaluate(checkpoint, TEXT, context=40, stride=20).nats, rel=FP64)
+
+
+def test_all_mean_the_same_by_an_ignored_label():
+    assert bridge.perplexity.IGNORED == gpt2_jax.loss.IGNORED == gpt2_torch.loss.IGNORED
