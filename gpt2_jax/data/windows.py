@@ -1,0 +1,206 @@
+"""Batches from a token stream: any step's batch by its number, read ahead on threads by grain.
+
+A batch is a dictionary of int32 [B, T] arrays: `input_ids`; `labels`, the token that follows each, or
+`IGNORED`; and for documents `attention_mask`, 1 for tokens and 0 for padding.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import grain
+import numpy as np
+from grain.experimental import index_shuffle
+from jaxtyping import Int
+
+from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.tokens import TokenStream
+from gpt2_jax.loss import IGNORED
+
+Batch = dict[str, Int[np.ndarray, "B T"]]
+Examples = Literal["stream", "documents"]
+
+READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+"""A batch is a few dozen copies; two threads keep ahead of any step, and eight batches cover a slow disk."""
+
+ALL_ROWS = slice(None)
+
+
+def training_batches(
+    stream: TokenStream,
+    *,
+    batch_size: int,
+    length: int,
+    seed: int = 0,
+    start_step: int = 0,
+    examples: Examples = "stream",
+    rows: slice = ALL_ROWS,
+) -> Iterator[Batch]:
+    """The batches of steps start_step, start_step + 1, ... without end.
+
+    Batch number s depends on the stream, `batch_size`, `length`, `seed` and s, and on nothing else.
+    An epoch visits every example once, in an order drawn from the seed and the epoch; the batch in
+    which one epoch ends goes on with the next.
+
+    Args:
+        examples: "stream": windows of length + 1 tokens that follow each other, from a beginning
+            that is drawn for each epoch, so that the borders between windows move; what is left at
+            the two ends is less than two windows. "documents": each document is an example, cut
+            to `length` and padded on the right.
+        rows: the rows of each batch that this process reads; the batches are the same for any.
+
+    Raises `DataError` for a stream that is too short, or has no documents where they are asked for.
+    """
+    chosen = _Documents(stream, length, seed) if examples == "documents" else _Windows(stream, length, seed)
+    return iter(grain.MapDataset.source(_Batches(chosen, batch_size, rows))[start_step:].to_iter_dataset(READING))
+
+
+def evaluation_batches(
+    stream: TokenStream,
+    *,
+    batch_size: int,
+    length: int,
+    most_batches: int | None = None,
+    examples: Examples = "stream",
+    rows: slice = ALL_ROWS,
+) -> Iterator[Batch]:
+    """The stream's examples once, in order; with `most_batches`, so many batches evenly spaced over it.
+
+    Windows do not overlap and begin at the stream's first token; what is left after the last is not
+    used. The last batch is filled up with rows whose labels are all `IGNORED`: one shape for all.
+    """
+    chosen = _Documents(stream, length) if examples == "documents" else _Windows(stream, length)
+    number = min(-(-chosen.count // batch_size), most_batches or sys.maxsize)
+    wanted = min(number * batch_size, chosen.count)
+    indices = np.arange(wanted) * chosen.count // wanted
+    source = _EvaluationBatches(chosen, indices, batch_size, rows)
+    return iter(grain.MapDataset.source(source).to_iter_dataset(READING))
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows of one epoch after another; without a seed, those of the stream in order."""
+
+    stream: TokenStream
+    length: int
+    seed: int | None = None
+    masked = False
+
+    def __post_init__(self) -> None:
+        if len(self.stream) <= self.length:
+            raise DataError(
+                f"the data has {len(self.stream)} tokens, and one window of length {self.length} takes "
+                f"{self.length + 1}; choose a smaller length, or more data"
+            )
+        if self.count > 2**32:
+            raise DataError(f"the data has {self.count} windows, and 2**32 can be shuffled; choose a larger length")
+
+    @property
+    def count(self) -> int:
+        whole = (len(self.stream) - 1) // self.length
+        # One fewer leaves room for the beginning to move by any number below `length`.
+        return whole if self.seed is None else max(1, (len(self.stream) - self.length) // self.length)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        start = number * self.length
+        if self.seed is not None:
+            epoch, k = divmod(number, self.count)
+            room = len(self.stream) - self.count * self.length
+            start = _shuffled(k, self.count, self.seed, epoch) * self.length + _drawn(self.seed, epoch)[1] % room
+        return self.stream.read(start, start + self.length + 1)
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Documents of one epoch after another; without a seed, in the order of the stream."""
+
+    stream: TokenStream
+    length: int
+    seed: int | None = None
+    masked = True
+
+    def __post_init__(self) -> None:
+        if self.stream.document_ends is None:
+            raise DataError(
+                "these token files do not say where a document ends, so documents cannot be examples; "
+                "train on the stream, or give the text"
+            )
+
+    @property
+    def count(self) -> int:
+        assert self.stream.document_ends is not None
+        return len(self.stream.document_ends)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        ends = self.stream.document_ends
+        assert ends is not None
+        k = number
+        if self.seed is not None:
+            epoch, k = divmod(number, self.count)
+            k = _shuffled(k, self.count, self.seed, epoch)
+        start = int(ends[k - 1]) if k else 0
+        return self.stream.read(start, min(int(ends[k]), start + self.length + 1))
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What grain reads: batch number s, as a random-access source."""
+
+    examples: _Windows | _Documents
+    batch_size: int
+    rows: slice
+
+    def __len__(self) -> int:
+        return sys.maxsize // self.batch_size
+
+    def __getitem__(self, step: int) -> Batch:
+        numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]
+        return _batch([self.examples[n] for n in numbers], self.examples.length, self.examples.masked)
+
+
+@dataclass(frozen=True)
+class _EvaluationBatches:
+    examples: _Windows | _Documents
+    indices: np.ndarray
+    batch_size: int
+    rows: slice
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        of_batch = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
+        # An example again, and not zeros: a row without one token would have nothing to attend to.
+        full = np.concatenate([of_batch, np.repeat(of_batch[:1], self.batch_size - len(of_batch))])
+        real = np.arange(self.batch_size) < len(of_batch)
+        tokens = [self.examples[int(n)] for n in full[self.rows]]
+        batch = _batch(tokens, self.examples.length, self.examples.masked)
+        batch["labels"][~real[self.rows]] = IGNORED
+        return batch
+
+
+def _batch(examples: Sequence[np.ndarray], length: int, masked: bool) -> Batch:
+    """Examples of 1 to length + 1 tokens as rows."""
+    ids = np.zeros((len(examples), length), np.int32)
+    labels = np.full_like(ids, IGNORED)
+    mask = np.zeros_like(ids)
+    for row, tokens in enumerate(examples):
+        ids[row, : len(tokens)] = tokens[:length]
+        labels[row, : len(tokens) - 1] = tokens[1:]
+        mask[row, : len(tokens)] = 1
+    return {"input_ids": ids, "labels": labels} | ({"attention_mask": mask} if masked else {})
+
+
+def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
+    return int(index_shuffle(k, max_index=count - 1, seed=_drawn(seed, epoch)[0], rounds=4))
+
+
+@lru_cache(maxsize=16)
+def _drawn(seed: int, epoch: int) -> tuple[int, int]:
+    """Two numbers below 2**32 for an epoch: the seed of its order, and where its windows begin."""
+    order, beginning = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
+    return order, beginning
