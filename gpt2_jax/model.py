@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +200,8 @@ class GPT2(nn.Module):
             code, instead of as a loop over `h_0 ... h_{L-1}`.
         vocab_multiple: the vocabulary's rows are padded to a multiple of this in the parameters;
             logits have `vocab_size` columns all the same.
+        remat: "full" computes the activations inside a layer again in the backward pass instead of
+            keeping them; "none" keeps them.
     """
 
     config: GPT2Config
@@ -207,6 +209,7 @@ class GPT2(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     scan: bool = False
     vocab_multiple: int = 1
+    remat: Literal["none", "full"] = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -250,16 +253,24 @@ class GPT2(nn.Module):
         return head.attend(self.ln_f(x))[..., : self.config.vocab_size]
 
     def _loop_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
+        apply_layer = self._layer_function(mask, deterministic)
         for i, layer in enumerate(self.h):
-            x = layer(x, mask, layer_index=i, deterministic=deterministic)
+            x = apply_layer(layer, x, i)[0]
         return x
 
     def _scan_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
-        def apply_layer(layer: GPT2Layer, x: Array, layer_index: Array) -> tuple[Array, None]:
-            return layer(x, mask, layer_index=layer_index, deterministic=deterministic), None
-
+        apply_layer = self._layer_function(mask, deterministic)
         scan = nn.scan(apply_layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
         return scan(self.h, x, jnp.arange(self.config.n_layer))[0]
+
+    def _layer_function(self, mask: Array | None, deterministic: bool) -> Callable[..., tuple[Array, None]]:
+        def apply_layer(layer: GPT2Layer, x: Array, layer_index: int | Array) -> tuple[Array, None]:
+            return layer(x, mask, layer_index=layer_index, deterministic=deterministic), None
+
+        if self.remat == "none":
+            return apply_layer
+        # A loop body is not merged with what is outside of it, so prevent_cse would only cost time there.
+        return nn.remat(apply_layer, prevent_cse=not self.scan)
 
     def _embedding(self, rows: int) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)
