@@ -13,8 +13,10 @@ import tyro
 from bridge import BridgeError
 from gpt2_jax.cli.convert import convert
 from gpt2_jax.cli.demo import demo
+from gpt2_jax.cli.eval import evaluate
 from gpt2_jax.cli.generate import generate
 from gpt2_jax.cli.inspect import inspect
+from gpt2_jax.cli.train import default_config, train_command
 from gpt2_jax.cli.verify import verify
 
 BAD_INPUT = 2
@@ -24,6 +26,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "convert": convert,
     "verify": verify,
     "generate": generate,
+    "eval": evaluate,
     "demo": demo,
 }
 
@@ -38,8 +41,9 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(0)
     code: int | None
     try:
+        verbs = {**VERBS, "train": train_command(default_config(sys.argv[1:] if args is None else args))}
         code = tyro.extras.subcommand_cli_from_dict(
-            VERBS, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
+            verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
         )
     except BridgeError as error:
         print(f"gpt2: {error}", file=sys.stderr)

@@ -1,0 +1,137 @@
+"""`gpt2 train`: train or fine-tune in JAX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from tyro.conf import OmitArgPrefixes, arg
+
+import bridge
+from bridge import BridgeError, Checkpoint, NoTokenizerError
+from bridge.formats.run import steps
+from gpt2_jax.cli.arguments import JsonFile
+from gpt2_jax.cli.output import console, json_writer, progress
+from gpt2_jax.train.config import PRESETS, TrainConfig
+
+if TYPE_CHECKING:
+    from gpt2_jax.data import Data
+
+DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
+DIVERGED = 1
+
+
+def train_command(default: TrainConfig) -> Callable[..., int]:
+    """The verb, with `default` as the default of its flags."""
+
+    def train(
+        *,
+        config: Annotated[TrainConfig, OmitArgPrefixes] = default,
+        out: Annotated[Path, arg(metavar="RUN")],
+        resume: bool = False,
+        accept_changes: bool = False,
+        cache: Annotated[Path | None, arg(metavar="DIR")] = None,
+        json: JsonFile = None,
+    ) -> int:
+        """Train a GPT-2, or fine-tune one, in JAX; ends with a Hugging Face export that PyTorch loads.
+
+        Example: gpt2 train --preset shakespeare-char --data input.txt --out runs/shakespeare
+
+        Then: gpt2 generate runs/shakespeare "ROMEO:"
+
+        Args:
+            config: the recipe; --preset gives the default of every other flag.
+            out: the directory of the run: its checkpoints, metrics.jsonl, loss.png and export.
+            resume: go on from the newest checkpoint in RUN, with the flags it was begun with.
+            accept_changes: resume although flags or data are not what they were.
+            cache: where tokenised text is kept (default: gpt2-bridge in the user's cache directory).
+            json: also write how the run ended to this file.
+        """
+        write_json = json_writer(json)
+        return _run(config, out, resume, accept_changes, cache, write_json)
+
+    return train
+
+
+def default_config(args: Sequence[str]) -> TrainConfig:
+    """What the flags of `gpt2 train` are when they are not given: the preset's, or the resumed run's."""
+    if "--resume" in args and (out := _value(args, "--out")) is not None:
+        from gpt2_jax.train.run import is_run, stored_identity
+
+        if is_run(Path(out)):
+            return stored_identity(Path(out)).config
+    fallback = DEFAULT_FINETUNING_PRESET if _value(args, "--init-from") else DEFAULT_PRESET
+    name = _value(args, "--preset") or fallback
+    if name not in PRESETS:
+        raise BridgeError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _value(args: Sequence[str], flag: str) -> str | None:
+    """What follows a flag on the command line, as `--flag VALUE` or `--flag=VALUE`."""
+    for word, following in zip(args, [*args[1:], None], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.removeprefix(f"{flag}=")
+    return None
+
+
+def _run(
+    config: TrainConfig,
+    out: Path,
+    resume: bool,
+    accept_changes: bool,
+    cache: Path | None,
+    write_json: Callable[[dict[str, Any]], None],
+) -> int:
+    from gpt2_jax.train import NonFiniteLoss, settle, train
+    from gpt2_jax.train.run import is_run
+
+    say = console().print
+    source = None if config.init_from is None else bridge.load(config.init_from)
+    data = _open_data(config, source, out if resume and is_run(out) else None, cache)
+    say(data.description)
+    config = settle(config, data, source)
+    say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
+    try:
+        outcome = train(
+            config, out, data, init_from=source, resume=resume, accept_changes=accept_changes, console=console()
+        )
+    except NonFiniteLoss as error:
+        say(f"{error}. What was saved before is in {out}; lower --learning-rate, or raise --warmup-steps")
+        return DIVERGED
+    write_json(outcome.to_json())
+    best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
+    say(f"step {outcome.best_step}{best}: exported to {outcome.export}")
+    say(f"losses: {out / 'metrics.jsonl'}, {outcome.plot}")
+    if outcome.stopped_by is None:
+        say(f'try: gpt2 generate {out} "..." --temperature 0.8')
+        return 0
+    say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; go on with --resume")
+    return 128 + outcome.stopped_by  # as a shell reports a process that a signal ended
+
+
+def _open_data(config: TrainConfig, source: Checkpoint | None, resumed: Path | None, cache: Path | None) -> Data:
+    """The data, with the tokenizer of the run that goes on, of the checkpoint that it begins with, or its own."""
+    from gpt2_jax.data import open_data
+
+    of = bridge.load(resumed) if resumed is not None and steps(resumed) else source
+    try:
+        tokenizer: Any = config.tokenizer if of is None else of.tokenizer()
+    except NoTokenizerError:
+        tokenizer = None  # which token files do not need
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
+        task = bar.add_task("reading", total=None)
+        return open_data(
+            config.data,
+            tokenizer=tokenizer,
+            vocab_size=config.model.vocab_size if of is None else of.config.vocab_size,
+            validation=config.validation_data,
+            validation_fraction=config.validation_fraction,
+            cache=cache,
+            progress=lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total),
+        )

@@ -1,0 +1,72 @@
+"""Checkpoints of a run, written by orbax while training goes on: the last few, and the best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint.experimental.v1 import training
+from orbax.checkpoint.experimental.v1.training import preservation_policies as keep
+
+from bridge.formats.run import CHECKPOINTS
+from gpt2_jax.train.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, numbered by their step.
+
+    A context: on leaving, saves that are under way are waited for, and their errors raised.
+    """
+
+    def __init__(self, run: Path, keep_last: int = 2) -> None:
+        best = keep.BestN(
+            n=1, get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, keep_checkpoints_without_metrics=False
+        )
+        self._orbax = training.Checkpointer(
+            (run / CHECKPOINTS).absolute(),
+            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._saving: Any = None
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def save(self, state: TrainState, val_loss: float | None = None) -> None:
+        """Begin to write `state`; the copy is taken before this returns, so its buffers may be donated.
+
+        `val_loss`: by which the best is chosen. Does nothing where this step is already saved. Raises
+        what went wrong with the save before.
+        """
+        self.wait()
+        step = int(state.step)
+        if self.latest() == step:
+            return
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        self._saving = self._orbax.save_async(step, state, force=True, metrics=metrics)
+
+    def wait(self) -> None:
+        """Until what `save` began is on the disk; raises what went wrong."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their description."""
+        return self._orbax.load(step, jax.tree.map(_description, like))
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+
+def _description(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

@@ -1,0 +1,267 @@
+"""What a training run is told: frozen dataclasses, every field a flag, and the recipes as literal values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bridge import GPT2_SIZES, BridgeError, GPT2Config
+from bridge.errors import bullet_list
+
+
+class TrainingError(BridgeError):
+    """A training run cannot be started or continued as asked; the message names the field."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The update rule and its schedule. Steps are counted from 0."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the layers' projections, with AdamW for the rest."""
+    learning_rate: float = 6e-4
+    """The highest learning rate, reached after the warm-up."""
+    min_learning_rate: float = 6e-5
+    """What the cosine and the linear decay come down to."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine as in nanoGPT; constant, then a linear decay; or constant."""
+    warmup_steps: int = 100
+    """The learning rate rises linearly over these."""
+    decay_steps: int | None = None
+    """The cosine ends here; None means at the last step."""
+    decay_fraction: float = 0.2
+    """For wsd: the part of all steps, at the end, in which the learning rate falls."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    epsilon: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.1
+    """Times the learning rate, of projections and embeddings; biases and LayerNorms never decay."""
+    clip_norm: float | None = 1.0
+    """The gradient's norm over all parameters is cut to this, as torch cuts it; None never cuts."""
+    muon_learning_rate: float = 0.02
+    """For muon: the highest learning rate of the layers' projections, under the same schedule."""
+    muon_momentum: float = 0.95
+    """For muon: decay of its momentum."""
+    muon_weight_decay: float = 0.0
+    """For muon: times its learning rate, of the layers' projections."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run, whole: model, data, optimizer and what is reported when."""
+
+    preset: str = "nano"
+    """The recipe that gives every other flag its default."""
+    model: GPT2Config = field(default_factory=GPT2Config)
+    """Sizes of the model; the vocabulary is the tokenizer's, and all are SRC's with --init-from SRC."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The update rule."""
+
+    data: str = "stdlib"
+    """A text file, a directory or glob of text, `stdlib` (Python's own), or token files: nanoGPT's .bin,
+    llm.c's shards, .npy."""
+    validation_data: str | None = None
+    """The validation text or tokens, where they are not a part of --data."""
+    validation_fraction: float = 0.1
+    """The part of --data, at its end, that is kept for validation."""
+    tokenizer: str = "bpe"
+    """gpt2, bytes, characters, bpe (trained on the data, to --vocab-size), or a directory that has one;
+    with --init-from it is SRC's own."""
+    examples: Literal["stream", "documents"] = "stream"
+    """stream: windows of one long text; documents: each document one padded, masked example."""
+    init_from: str | None = None
+    """Begin with the weights of this checkpoint: any source that `gpt2 inspect` reads."""
+
+    steps: int = 2000
+    """Updates of the parameters."""
+    batch_size: int = 16
+    """Sequences in one step."""
+    length: int = 256
+    """Tokens in a sequence, at most n_positions."""
+    accumulate: int = 1
+    """Run a step's batch in this many parts, one after the other, to save memory."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, and dropout."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; parameters and optimizer state stay float32."""
+    scan: bool = True
+    """Compile one layer and loop over it; --no-scan unrolls all of them."""
+    remat: Literal["none", "full"] = "none"
+    """full: compute a layer's activations again in the backward pass instead of keeping them."""
+    vocab_multiple: int = 1
+    """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
+    ema_decay: float | None = None
+    """Keep a running mean of the weights with this decay, and evaluate and export that."""
+
+    eval_every: int = 250
+    """Steps between evaluations on the validation data; there is one after the last step too."""
+    eval_batches: int | None = 200
+    """Batches of an evaluation, evenly spaced over the validation data; None takes all of it."""
+    sample_tokens: int = 128
+    """Tokens of the sample that is printed at evaluations; 0 prints none."""
+    sample_prompt: str = "\n"
+    """What the sample goes on from."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints; there is one after the last step too."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best, newest first."""
+    tensorboard: bool = False
+    """Also write TensorBoard events to RUN/tensorboard (extra `tensorboard`)."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (extra `wandb`)."""
+
+    def __post_init__(self) -> None:
+        if problems := list(_problems(self)):
+            raise TrainingError("this run cannot be trained:\n" + bullet_list(problems))
+
+
+REPORTING = frozenset(
+    {
+        "eval_every",
+        "eval_batches",
+        "sample_tokens",
+        "sample_prompt",
+        "log_every",
+        "checkpoint_every",
+        "keep_last",
+        "tensorboard",
+        "wandb",
+    }
+)
+"""Fields that a resumed run may change: they alter what is reported and kept, not what is computed."""
+
+
+def flat(config: TrainConfig) -> dict[str, Any]:
+    """Every field by the name of its flag, the nested ones beside the others."""
+    values = dataclasses.asdict(config)
+    return {**values.pop("model"), **values.pop("optimizer"), **values}
+
+
+def from_flat(values: Mapping[str, Any]) -> TrainConfig:
+    """The inverse of `flat`; raises `TrainingError` for names that are no fields."""
+    rest = dict(values)
+    try:
+        model = GPT2Config(**{f.name: rest.pop(f.name) for f in dataclasses.fields(GPT2Config)})
+        optimizer = OptimizerConfig(**{f.name: rest.pop(f.name) for f in dataclasses.fields(OptimizerConfig)})
+        return TrainConfig(model=model, optimizer=optimizer, **rest)
+    except (KeyError, TypeError) as error:
+        raise TrainingError(f"the run's configuration was written by another version: {error}") from error
+
+
+def _problems(c: TrainConfig) -> Iterator[str]:
+    o = c.optimizer
+    at_least_one = ("steps", "batch_size", "length", "accumulate", "eval_every", "log_every", "checkpoint_every")
+    for name in (*at_least_one, "vocab_multiple", "keep_last"):
+        if getattr(c, name) < 1:
+            yield f"{name}={getattr(c, name)}: must be at least 1"
+    if c.accumulate >= 1 and c.batch_size % c.accumulate:
+        yield f"accumulate={c.accumulate}: does not divide batch_size={c.batch_size}"
+    if c.eval_batches is not None and c.eval_batches < 1:
+        yield f"eval_batches={c.eval_batches}: must be at least 1"
+    if not 0 < c.validation_fraction < 1:
+        yield f"validation_fraction={c.validation_fraction}: must be between 0 and 1"
+    if not 0 <= c.seed < 2**32:
+        yield f"seed={c.seed}: must be between 0 and {2**32 - 1}"
+    if c.sample_tokens < 0:
+        yield f"sample_tokens={c.sample_tokens}: must not be negative"
+    if c.ema_decay is not None and not 0 < c.ema_decay < 1:
+        yield f"ema_decay={c.ema_decay}: must be between 0 and 1"
+    for name in ("learning_rate", "epsilon", "muon_learning_rate"):
+        if not (math.isfinite(getattr(o, name)) and getattr(o, name) > 0):
+            yield f"{name}={getattr(o, name)}: must be positive"
+    for name in ("min_learning_rate", "weight_decay", "muon_weight_decay", "warmup_steps"):
+        if not (math.isfinite(getattr(o, name)) and getattr(o, name) >= 0):
+            yield f"{name}={getattr(o, name)}: must not be negative"
+    for name in ("beta1", "beta2", "muon_momentum"):
+        if not 0 <= getattr(o, name) < 1:
+            yield f"{name}={getattr(o, name)}: must be at least 0 and below 1"
+    if not 0 < o.decay_fraction <= 1:
+        yield f"decay_fraction={o.decay_fraction}: must be above 0 and at most 1"
+    if o.clip_norm is not None and not o.clip_norm > 0:
+        yield f"clip_norm={o.clip_norm}: must be positive, or None"
+    if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
+        yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
+
+
+_GPT2_OPTIMIZER = OptimizerConfig(warmup_steps=2000)  # 6e-4, 0.9, 0.95, 0.1: nanoGPT's train_gpt2.py
+
+PRESETS: Mapping[str, TrainConfig] = {
+    # A few minutes on two CPU cores, on text that every machine has.
+    "nano": TrainConfig(
+        preset="nano",
+        model=GPT2Config(vocab_size=1024, n_positions=256, n_embd=128, n_layer=4, n_head=4),
+        optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=2e-4, beta2=0.99),
+        batch_size=16,
+        length=128,
+    ),
+    # From somebody's weights, with --init-from.
+    "finetune": TrainConfig(
+        preset="finetune",
+        optimizer=OptimizerConfig(learning_rate=5e-5, min_learning_rate=0.0, warmup_steps=20),
+        tokenizer="gpt2",
+        steps=500,
+        batch_size=8,
+        eval_every=100,
+        checkpoint_every=100,
+    ),
+    # nanoGPT's configuration for a laptop without a GPU (its README, "I only have a macbook").
+    "shakespeare-char": TrainConfig(
+        preset="shakespeare-char",
+        model=GPT2Config(vocab_size=65, n_positions=64, n_embd=128, n_layer=4, n_head=4, bias=False),
+        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, beta2=0.99),
+        tokenizer="characters",
+        batch_size=12,
+        length=64,
+        scan=False,
+        eval_batches=None,
+    ),
+    # nanoGPT's config/train_shakespeare_char.py.
+    "shakespeare-char-gpu": TrainConfig(
+        preset="shakespeare-char-gpu",
+        model=GPT2Config(
+            vocab_size=65,
+            n_positions=256,
+            n_embd=384,
+            n_layer=6,
+            n_head=6,
+            bias=False,
+            embd_pdrop=0.2,
+            attn_pdrop=0.2,
+            resid_pdrop=0.2,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, beta2=0.99),
+        tokenizer="characters",
+        steps=5000,
+        batch_size=64,
+        length=256,
+        eval_batches=None,
+    ),
+    # The four sizes, with nanoGPT's recipe for reproducing the smallest: 0.5M tokens a step.
+    **{
+        name: TrainConfig(
+            preset=name,
+            model=size,
+            optimizer=_GPT2_OPTIMIZER,
+            tokenizer="gpt2",
+            steps=600_000,
+            batch_size=480,
+            length=1024,
+            accumulate=40,
+            dtype="bfloat16",
+            vocab_multiple=128,
+            eval_every=1000,
+            checkpoint_every=1000,
+        )
+        for name, size in GPT2_SIZES.items()
+    },
+}
+"""Name -> recipe."""

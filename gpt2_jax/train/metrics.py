@@ -1,0 +1,101 @@
+"""What a run reports: JSON lines always, TensorBoard and Weights & Biases where asked for, and a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gpt2_jax.train.config import TrainConfig, TrainingError, flat
+
+METRICS = "metrics.jsonl"
+PLOT = "loss.png"
+
+
+class Metrics:
+    """The log of one run: `write` adds a record, `close` flushes. A resumed run goes on where it stood."""
+
+    def __init__(self, run: Path, config: TrainConfig, start_step: int) -> None:
+        _forget_after(run / METRICS, start_step)
+        self._lines = (run / METRICS).open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(run) if config.tensorboard else None
+        self._wandb = _wandb(run, config) if config.wandb else None
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """One record: `step`, and every value that there is."""
+        record = {name: value for name, value in values.items() if value is not None}
+        self._lines.write(json.dumps({"step": step, **record}) + "\n")
+        self._lines.flush()
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(record, step=step)
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, in order; a line that a crash cut short is left out."""
+    file = run / METRICS
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def plot_losses(run: Path) -> Path:
+    """Draw the training and validation loss over the steps into RUN/loss.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no state shared with the caller's
+    from matplotlib.figure import Figure
+
+    records = read_metrics(run)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss, nats per token", title=run.name)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(run / PLOT, dpi=120)
+    return run / PLOT
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that a run resumes from: it happens again."""
+    kept = [record for record in read_metrics(file.parent) if record["step"] <= step]
+    beside = file.with_suffix(".partial")
+    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(beside, file)
+
+
+def _tensorboard(run: Path) -> Any:
+    return _optional("tensorboard.summary", "tensorboard").Writer(str(run / "tensorboard"))
+
+
+def _wandb(run: Path, config: TrainConfig) -> Any:
+    return _optional("wandb", "wandb").init(
+        project=config.wandb, name=run.name, id=run.name, dir=str(run), config=flat(config), resume="allow"
+    )
+
+
+def _optional(module: str, extra: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise TrainingError(f"--{extra} needs a package that is not here: pip install '.[{extra}]'") from error

@@ -1,0 +1,105 @@
+"""What a person sees of a run, and what is logged of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gpt2_jax.train.config import TrainConfig, TrainingError
+from gpt2_jax.train.metrics import Metrics
+from gpt2_jax.train.throughput import flops_per_token, peak_flops
+
+
+class NonFiniteLoss(TrainingError):
+    """The loss or the gradient became infinite or NaN."""
+
+
+class Report:
+    """A bar on standard error where a person is watching, lines on standard output, records in metrics.jsonl.
+
+    Metrics stay on the device until `fetch`, so that the host can run ahead of it. Time that goes into other
+    things than training steps is spent inside `not_training`.
+    """
+
+    def __init__(
+        self, out: Console, run: Path, config: TrainConfig, start_step: int, schedule: Callable[[int], Any]
+    ) -> None:
+        self._out, self._config, self._schedule = out, config, schedule
+        self._metrics = Metrics(run, config, start_step)
+        self._flops_per_step = flops_per_token(config.model, config.length) * config.batch_size * config.length
+        self._peak, source = peak_flops(config.dtype)
+        self.say(f"MFU is relative to {self._peak / 1e12:.3g} TFLOP/s in {config.dtype}, {source}")
+        watched = Console(stderr=True, markup=False)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
+        self._task = self._bar.add_task("compiling", total=config.steps, completed=start_step)
+        self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._resumed_at: float | None = None  # None until the first step, which compiles, is over
+        self._shown = ""
+
+    def say(self, text: str) -> None:
+        self._out.print(text, soft_wrap=True)
+
+    def stepped(self, step: int, metrics: dict[str, Any]) -> None:
+        """`step` updates have been made; `metrics` are of the last one, still on the device."""
+        self._pending.append((step, metrics))
+
+    def fetch(self) -> dict[str, float | None]:
+        """The newest step's metrics, once the device has them, and the speed since the last fetch.
+
+        Raises `NonFiniteLoss` naming the first step since then that has no finite loss and gradient.
+        """
+        steps = [(step, {name: float(value) for name, value in metrics.items()}) for step, metrics in self._pending]
+        self._pending = []
+        for step, metrics in steps:
+            if not all(math.isfinite(value) for value in metrics.values()):
+                raise NonFiniteLoss(f"step {step}: loss {metrics['loss']}, norm of the gradient {metrics['grad_norm']}")
+        now = time.perf_counter()
+        speed = len(steps) / (now - self._resumed_at) if steps and self._resumed_at is not None else None
+        self._resumed_at = now
+        step, metrics = steps[-1]
+        values = {
+            "train_loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "learning_rate": float(self._schedule(step - 1)),
+            "tokens_per_second": speed and speed * self._config.batch_size * self._config.length,
+            "mfu": speed and speed * self._flops_per_step / self._peak,
+        }
+        self._shown = f"loss {metrics['loss']:.4f}"
+        if speed:
+            self._shown += f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}"
+        self._bar.update(self._task, completed=step, description=self._shown)
+        return values
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        """Log a record; say it too where there is a validation loss in it."""
+        self._metrics.write(step, values)
+        if values.get("val_loss") is not None:
+            self.say(f"step {step:>6}  validation loss {values['val_loss']:.4f}  {self._shown}")
+
+    @contextmanager
+    def not_training(self, doing: str) -> Iterator[None]:
+        """What happens inside does not count as time of training."""
+        self._bar.update(self._task, description=f"{self._shown}  {doing}")
+        yield
+        if self._resumed_at is not None:
+            self._resumed_at = time.perf_counter()
+        self._bar.update(self._task, description=self._shown)
+
+    def __enter__(self) -> Report:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._metrics.close()

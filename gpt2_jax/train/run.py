@@ -1,0 +1,107 @@
+"""The directory of a run: what it was told, so that it can be continued and read back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge import save_tokenizer, tokenizer_fingerprint
+from bridge.errors import bullet_list, quoted
+from bridge.files import new_directory
+from bridge.formats.directory import CONFIG, read_json, write_config, write_json
+from bridge.formats.run import RUN, steps
+from gpt2_jax.train.config import REPORTING, TrainConfig, TrainingError, flat, from_flat
+
+if TYPE_CHECKING:
+    from gpt2_jax.data import Data
+
+EXPORT = "export"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a run this run: continuing with any of it changed would be another run."""
+
+    config: TrainConfig
+    data: str
+    """Fingerprint of the tokens."""
+    tokenizer: str | None
+    """Fingerprint of the tokenizer, where there is one."""
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: Data) -> Identity:
+        tokenizer = None if data.tokenizer is None else tokenizer_fingerprint(data.tokenizer)
+        return cls(config, data.fingerprint, tokenizer)
+
+    def differences(self, other: Identity) -> list[str]:
+        """The fields in which `other` is another run, a line each."""
+        mine, theirs = flat(self.config), flat(other.config)
+        changed = [name for name in mine if mine[name] != theirs[name] and name not in REPORTING | {"preset"}]
+        lines = [f"{name} was {quoted(mine[name])}, now {quoted(theirs[name])}" for name in changed]
+        if self.data != other.data:
+            lines.append("data: the tokens are not the same as when the run began")
+        if self.tokenizer != other.tokenizer:
+            lines.append("tokenizer: it is not the same as when the run began")
+        return lines
+
+
+def begin(run: Path, identity: Identity, data: Data) -> None:
+    """Make the directory of a new run, or take one that holds no checkpoint yet."""
+    if steps(run):
+        raise TrainingError(
+            f"{quoted(run)} is a run with checkpoints; continue it with --resume, or choose another --out"
+        )
+    if run.exists() and not is_run(run) and not (run.is_dir() and not any(run.iterdir())):
+        raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
+    if is_run(run):
+        _write_identity(run, identity)
+        return
+    with new_directory(run) as directory:
+        write_config(directory / CONFIG, identity.config.model)
+        if data.tokenizer is not None:
+            save_tokenizer(data.tokenizer, directory)
+        _write_identity(directory, identity)
+
+
+def require_same(run: Path, identity: Identity, accept_changes: bool) -> None:
+    """Raise `TrainingError` naming every field in which a resumed run is not the one that was stopped."""
+    lines = stored_identity(run).differences(identity)
+    if lines and not accept_changes:
+        raise TrainingError(
+            f"{quoted(run)} cannot be resumed exactly:\n{bullet_list(lines)}\n"
+            "leave these as they were, or continue all the same with --accept-changes"
+        )
+    _write_identity(run, identity)
+
+
+def is_run(run: Path) -> bool:
+    return (run / RUN).is_file()
+
+
+def stored_identity(run: Path) -> Identity:
+    """What the run in this directory was begun with."""
+    stored = read_json(run / RUN)
+    if stored.get("version") != _VERSION:
+        raise TrainingError(f"{quoted(run / RUN)} was written by another version of gpt2-bridge")
+    return Identity(from_flat(stored["config"]), stored["data"], stored["tokenizer"])
+
+
+def _write_identity(directory: Path, identity: Identity) -> None:
+    versions: Mapping[str, Any] = {name: version(name) for name in ("gpt2-bridge", "jax", "flax", "optax")}
+    beside = directory / f".{RUN}.partial"
+    write_json(
+        beside,
+        {
+            "version": _VERSION,
+            "config": flat(identity.config),
+            "data": identity.data,
+            "tokenizer": identity.tokenizer,
+            "versions": versions,
+        },
+    )
+    os.replace(beside, directory / RUN)

@@ -1,0 +1,102 @@
+"""One training step: pure, compiled, its state donated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from gpt2_jax.loss import IGNORED, cross_entropy
+from gpt2_jax.model import GPT2
+from gpt2_jax.train.optimizer import clip_by_global_norm
+
+Batch = Mapping[str, Any]
+"""`input_ids` [B, T]; `labels` [B, T], the token after each, `IGNORED` where none counts; and where there is
+padding `attention_mask` [B, T], 1 for tokens and 0 for padding."""
+
+Metrics = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes. Randomness and the position in the data derive from `step`."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema_params: Any = None
+    """A running mean of the parameters, where one is kept."""
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
+    """The state before the first step."""
+    mean = jax.tree.map(jnp.copy, params) if ema else None  # copied: donated buffers must be distinct
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), mean)
+
+
+def make_train_step(
+    model: GPT2,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    accumulate: int = 1,
+    clip_norm: float | None = 1.0,
+    ema_decay: float | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A compiled `step(state, batch) -> (state, metrics)`; the state that goes in is given up.
+
+    The loss is the mean over all counted labels of the batch, also where `accumulate` runs it in parts: sums are
+    added up and divided once. Metrics: `loss`, in nats; `grad_norm`, before clipping.
+    """
+    drops = max(model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop) > 0.0
+
+    def summed_loss(params: Any, batch: Batch, key: Array) -> Float[Array, ""]:
+        rngs = {"dropout": key} if drops else {}
+        mask = batch.get("attention_mask")
+        logits_BTV: Any = model.apply({"params": params}, batch["input_ids"], mask, deterministic=not drops, rngs=rngs)
+        return cross_entropy(logits_BTV, batch["labels"]).sum()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        total, grads = _accumulated(jax.value_and_grad(summed_loss), state.params, batch, key, accumulate)
+        count = jnp.maximum((batch["labels"] != IGNORED).sum(), 1)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        grads, norm = clip_by_global_norm(grads, clip_norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        mean = state.ema_params
+        if ema_decay is not None:
+            mean = optax.incremental_update(params, mean, 1.0 - ema_decay)
+        return TrainState(state.step + 1, params, opt_state, mean), {"loss": total / count, "grad_norm": norm}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _accumulated(
+    value_and_grad: Callable[..., tuple[Array, Any]], params: Any, batch: Batch, key: Array, parts: int
+) -> tuple[Float[Array, ""], Any]:
+    """Loss and gradients, summed over the batch's rows in `parts` parts."""
+    if parts == 1:
+        return value_and_grad(params, batch, key)
+    split = {name: rows.reshape(parts, -1, *rows.shape[1:]) for name, rows in batch.items()}
+
+    def add(sums: tuple[Array, Any], part: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
+        return jax.tree.map(jnp.add, sums, value_and_grad(params, *part)), None
+
+    shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda rows: rows[0], split), key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))[0]
+
+
+def make_eval_step(model: GPT2) -> Callable[[Any, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
+    """A compiled `eval_step(params, batch) -> (summed loss in nats, number of labels that count)`."""
+
+    @jax.jit
+    def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
+        logits_BTV: Any = model.apply({"params": params}, batch["input_ids"], batch.get("attention_mask"))
+        return cross_entropy(logits_BTV, batch["labels"]).sum(), (batch["labels"] != IGNORED).sum()
+
+    return eval_step
