@@ -7,6 +7,8 @@ from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionE
 from bridge.io import load, save
 from bridge.oddities import find_oddities
 from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
+from bridge.tokenizer import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
+from bridge.tokenizer_files import save_tokenizer
 
 __all__ = [
     "GPT2_SIZES",
@@ -19,16 +21,20 @@ __all__ = [
     "GPT2Config",
     "NoTokenizerError",
     "TokenizerError",
+    "byte_tokenizer",
     "canonical_names",
     "canonicalize",
+    "character_tokenizer",
     "find_oddities",
     "load",
     "num_parameters",
     "padded_vocab_size",
     "parameters",
     "save",
+    "save_tokenizer",
     "stack_layers",
     "to_flax",
     "to_torch",
+    "tokenizer_fingerprint",
     "unstack_layers",
 ]

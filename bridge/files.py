@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,6 +51,27 @@ def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         for parent in made:
             with suppress(OSError):  # it holds the target: keep it
                 parent.rmdir()
+
+
+def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[str] = ()) -> None:
+    """Put `files`, name -> text, into `directory`, in the place of those named in `remove`.
+
+    Nothing is touched before all are on the disk under other names. Makes the directory where there is
+    none; raises `CheckpointError` where it cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=directory) as beside:
+            for name, text in files.items():
+                (Path(beside) / name).write_bytes(text.encode())
+                flush_to_disk(Path(beside) / name)
+            for name in {*remove} - {*files}:
+                (directory / name).unlink(missing_ok=True)
+            for name in files:
+                (Path(beside) / name).replace(directory / name)
+        flush_to_disk(directory)
+    except OSError as error:
+        raise CheckpointError(f"cannot write into {quoted(directory)}: {error.strerror or error}") from error
 
 
 def flush_to_disk(path: Path) -> None:

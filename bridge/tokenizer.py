@@ -1,25 +1,30 @@
-"""A checkpoint directory's tokenizer as a `tiktoken.Encoding`.
+"""Tokenizers as `tiktoken.Encoding`: read from a checkpoint's directory, or made of bytes or characters.
 
-GPT-2's tokenizer is byte-level BPE (Radford et al. 2019, section 2.2). It is stored as `vocab.json`
-and `merges.txt`, or inside `tokenizer.json`; both spell bytes as printable characters.
+GPT-2's is byte-level BPE. It is stored as `vocab.json` and `merges.txt` (`encoder.json` and `vocab.bpe`
+in OpenAI's own release), or inside `tokenizer.json`. `tokenizer_files.py` writes what this reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import pairwise
+import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bridge.bpe import END_OF_TEXT, SPELLINGS_OF_WORDS, WORDS, byte_level_bpe
 from bridge.errors import NoTokenizerError, TokenizerError, quoted
 from bridge.json_text import parse_object
 
 if TYPE_CHECKING:
     import tiktoken
 
+VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+"""Hugging Face's names and OpenAI's for the same two files."""
+
 TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
+    *VOCAB_AND_MERGES[0],
+    *VOCAB_AND_MERGES[1],
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -30,26 +35,20 @@ TOKENIZER_FILES = (
 OPENAI_VOCAB_SIZE = 50257
 """A model of exactly this vocabulary uses OpenAI's tokenizer, which tiktoken calls "gpt2"."""
 
-# How GPT-2 cuts text into words before BPE; the same pattern in OpenAI's encoder.py and tiktoken.
-_WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+CHARACTERS_APART = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+"""The pre-tokenizer in a `tokenizer.json` of single characters."""
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
     """The tokenizer saved in `directory`, or OpenAI's where the vocabulary has its size.
 
-    Raises `TokenizerError` where there is none, where it is not GPT-2's kind of byte-level BPE, or
-    where it has ids that the model's vocabulary does not.
+    Raises `TokenizerError` where there is none, where it is neither GPT-2's kind of byte-level BPE nor
+    one of single characters, or where it has ids that the model's vocabulary does not.
     """
-    if (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
-        vocab = _read_json(directory / "vocab.json")
-        merges = _read_merges(directory / "merges.txt")
-        added = directory / "added_tokens.json"
-        encoding = _byte_level_bpe(directory, vocab, merges, special=_read_json(added) if added.is_file() else {})
-    elif (directory / "tokenizer.json").is_file():
-        encoding = _from_tokenizer_json(directory / "tokenizer.json")
-    elif vocab_size == OPENAI_VOCAB_SIZE:
+    encoding = _from_vocab_and_merges(directory) or _from_tokenizer_json(directory)
+    if encoding is None and vocab_size == OPENAI_VOCAB_SIZE:
         encoding = openai_tokenizer()
-    else:
+    if encoding is None:
         raise NoTokenizerError(
             f"{quoted(directory)} has no tokenizer: neither vocab.json with merges.txt nor tokenizer.json, and a "
             f"vocabulary of {vocab_size} is not OpenAI's; put the files there, or work with token ids"
@@ -75,24 +74,82 @@ def openai_tokenizer() -> tiktoken.Encoding:
         ) from error
 
 
-def _from_tokenizer_json(path: Path) -> tiktoken.Encoding:
+def byte_tokenizer() -> tiktoken.Encoding:
+    """The 256 bytes, each its own id, and `<|endoftext|>` as 256: encodes every text and needs no file."""
+    import tiktoken
+
+    ranks = {bytes([b]): b for b in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 256})
+
+
+def character_tokenizer(characters: Iterable[str]) -> tiktoken.Encoding:
+    """One token for each distinct character, ids in sorted order, as nanoGPT's shakespeare_char; none special.
+
+    `characters`: a text, or characters in any order and number. Encoding a character that is not among
+    them, or decoding an id that none of them has, raises `TokenizerError`.
+    """
+    from bridge.characters import CharacterEncoding
+
+    ids = {character: i for i, character in enumerate(sorted(set(characters)))}
+    return CharacterEncoding("characters", ids, where="a tokenizer of characters")
+
+
+def tokenizer_fingerprint(encoding: tiktoken.Encoding) -> str:
+    """SHA-256, in hex, of all that decides the ids: the pattern of words, the ranks and the special tokens.
+
+    One tokenizer has one, whichever files it was read from: neither its name nor the spelling of
+    GPT-2's pattern counts.
+    """
+    pattern = WORDS if encoding._pat_str in SPELLINGS_OF_WORDS else encoding._pat_str
+    ranks = sorted((i, token.hex()) for token, i in encoding._mergeable_ranks.items())
+    special = sorted((i, token) for token, i in encoding._special_tokens.items())
+    return hashlib.sha256(json.dumps([pattern, ranks, special]).encode()).hexdigest()
+
+
+def _from_vocab_and_merges(directory: Path) -> tiktoken.Encoding | None:
+    for vocab, merges in VOCAB_AND_MERGES:
+        if (directory / vocab).is_file() and (directory / merges).is_file():
+            added = directory / "added_tokens.json"
+            return byte_level_bpe(
+                directory.name,
+                _read_json(directory / vocab),
+                _read_merges(directory / merges),
+                special=_read_json(added) if added.is_file() else {},
+                where=quoted(directory),
+            )
+    return None
+
+
+def _from_tokenizer_json(directory: Path) -> tiktoken.Encoding | None:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
     stored = _read_json(path)
-    model = stored.get("model")
-    if (
-        not isinstance(model, dict)
-        or model.get("type", "BPE") != "BPE"
-        or not _is_byte_level(stored.get("pre_tokenizer"))
-    ):
-        raise TokenizerError(f"{quoted(path)} is not GPT-2's byte-level BPE, the only kind that is read")
+    model, words = stored.get("model"), stored.get("pre_tokenizer")
+    model = model if isinstance(model, dict) else {"type": None}
+    kind = model.get("type", "BPE")
+    if not ((kind == "BPE" and _is_byte_level(words)) or (kind == "WordLevel" and words == CHARACTERS_APART)):
+        raise TokenizerError(
+            f"{quoted(path)} is not GPT-2's byte-level BPE, nor single characters as bridge.save_tokenizer writes "
+            "them; no other kind is read"
+        )
     if stored.get("normalizer"):
         raise TokenizerError(f"{quoted(path)} normalises text before encoding, which GPT-2 does not")
     try:
         vocab = dict(model["vocab"])
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         special = {token["content"]: token["id"] for token in stored.get("added_tokens") or []}
+        merges = [] if kind == "WordLevel" else [_pair(merge) for merge in model["merges"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TokenizerError(f"{quoted(path)} is not laid out as a tokenizer.json: {quoted(repr(error))}") from None
-    return _byte_level_bpe(path.parent, vocab, merges, special)
+    if kind == "BPE":
+        return byte_level_bpe(directory.name, vocab, merges, special, where=quoted(directory))
+    from bridge.characters import CharacterEncoding
+
+    return CharacterEncoding(directory.name, {**vocab, **special}, where=quoted(path))
+
+
+def _pair(merge: Any) -> tuple[str, ...]:
+    return tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
 
 
 def _is_byte_level(pre_tokenizer: Any) -> bool:
@@ -104,72 +161,12 @@ def _is_byte_level(pre_tokenizer: Any) -> bool:
     )
 
 
-def _byte_level_bpe(
-    directory: Path, vocab: Mapping[str, int], merges: list[tuple[str, ...]], special: Mapping[str, int]
-) -> tiktoken.Encoding:
-    """tiktoken ranks merges by the id of what they make, so ids must rise in the order of the merges."""
-    import tiktoken
-
-    byte_of = _printable_bytes()
-    _require_pairs(directory, merges)
-    merged = ["".join(pair) for pair in merges]
-    ordinary = set(merged) | set(byte_of)
-    for pair in merges:
-        if unknown := [token for token in (*pair, "".join(pair)) if token not in ordinary or token not in vocab]:
-            raise TokenizerError(
-                f"{quoted(directory)}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
-                "or is made of neither bytes nor merges; only byte-level BPE is read"
-            )
-    _require_distinct_ids(directory, {**vocab, **special})
-    special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
-    ids = [vocab[token] for token in merged]
-    if any(later <= earlier for earlier, later in pairwise(ids)):
-        raise TokenizerError(
-            f"{quoted(directory)}: token ids do not follow the order of the merges; tiktoken needs that"
-        )
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
-    if len([token for token in ranks if len(token) == 1]) != 256:
-        raise TokenizerError(
-            f"{quoted(directory)}: some of the 256 bytes have no token, so not every text can be encoded"
-        )
-    return tiktoken.Encoding(name=directory.name, pat_str=_WORDS, mergeable_ranks=ranks, special_tokens=special)
-
-
-def _require_pairs(directory: Path, merges: list[tuple[str, ...]]) -> None:
-    for pair in merges:
-        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise TokenizerError(f"{quoted(directory)}: the merge {quoted(pair)} is not a pair of tokens")
-
-
-def _require_distinct_ids(directory: Path, tokens: Mapping[str, int]) -> None:
-    """tiktoken ends the process on what this refuses."""
-    seen: dict[int, str] = {}
-    for token, i in tokens.items():
-        if not isinstance(token, str):
-            raise TokenizerError(f"{quoted(directory)}: the token {quoted(token)} is not a text")
-        if type(i) is not int or not 0 <= i < 2**31:
-            raise TokenizerError(f"{quoted(directory)}: the id of {quoted(token)} is {quoted(i)}, not a whole number")
-        if i in seen:
-            raise TokenizerError(f"{quoted(directory)}: {quoted(seen[i])} and {quoted(token)} have one id, {i}")
-        seen[i] = token
-
-
-def _printable_bytes() -> dict[str, int]:
-    """The character that stands for each byte: itself where it prints, else the next unused above 255.
-
-    Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py; restated.
-    """
-    printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
-
-
 def _read_merges(path: Path) -> list[tuple[str, ...]]:
     try:
         lines = _read_bytes(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise TokenizerError(f"{quoted(path)} is not UTF-8: {quoted(error)}") from None
-    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    return [_pair(line) for line in lines if line and not line.startswith("#version")]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

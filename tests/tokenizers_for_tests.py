@@ -1,9 +1,77 @@
-"""Tokenizers small enough to write by hand."""
+"""Tokenizers small enough to write by hand, and the texts that tokenizers are compared on."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
+
+import pytest
+
+END = "<|endoftext|>"
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, and the dog doesn't mind; they'll say it's 12 o'clock.",
+    "def forward(self, x):\n    return self.c_proj(torch.relu(self.c_fc(x)))\n\n\n",
+    "naïve café — déjà vu, Ελληνικά και ελληνικά, привет привет, 日本語日本語",
+] * 5
+TEXTS = [
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\r\n\t \u00a0\u2003",
+    "the",
+    " the",
+    "the quick  brown   fox",
+    "   leading and trailing   ",
+    "don't they'll we've I'm he'd it's 'quoted' DON'T",
+    "line one\nline two\n\n\nline five\n   indented\n",
+    "a1b22c333 3.14159 1,000,000 x²³ Ⅳ ١٢٣",
+    "naïve café déjà ELLHNIKÁ Ελληνικά привет 日本語 한국어 עברית العربية हिन्दी",
+    "e\u0301 vs \u00e9, ﬁ ligature, ß, İ, \u200b zero width \ufeff bom",
+    "🙂👩‍👩‍👧‍👦🏳️‍🌈 emoji\U0001f9ff",
+    "!!! ... ??? <html>&amp;</html> {}[]() #version: 0.2",
+    "".join(map(chr, range(0x180))),
+    "\x00\x01\x7f control",
+    "x" * 500 + " " * 500,
+    "the quick brown fox jumps over the lazy dog " * 20,
+]
+
+OPENAI_CACHE = Path(__file__).parents[2] / "shared" / "tiktoken-cache"
+needs_openai_cache = pytest.mark.skipif(
+    not OPENAI_CACHE.is_dir(), reason="needs tiktoken's cache of the gpt2 vocabulary in ../shared/tiktoken-cache"
+)
+
+
+def random_texts(count: int, seed: int = 0) -> list[str]:
+    """Texts of words, numbers, all kinds of space and any code point of Unicode but surrogates."""
+    draw = random.Random(seed)
+    pieces = [
+        *" \n\t\r0123456789'.,;(){}=_-\u00a0\u2028",
+        "  ",
+        "\n\n    ",
+        "the",
+        " dog",
+        "'s",
+        "'ll",
+        "doesn't",
+        "привет",
+    ]
+    texts = []
+    for _ in range(count):
+        anything = [chr(draw.choice([draw.randrange(0xD800), draw.randrange(0xE000, 0x110000)])) for _ in range(20)]
+        texts.append("".join(draw.choices(pieces + anything, k=draw.randrange(60))))
+    return texts
+
+
+def openai_files() -> tuple[Path, Path]:
+    """OpenAI's `encoder.json` and `vocab.bpe`, found in tiktoken's cache by how they begin."""
+    beginnings = {path: path.read_bytes()[:8] for path in OPENAI_CACHE.iterdir()}
+    encoder = [path for path, beginning in beginnings.items() if beginning.startswith(b"{")]
+    merges = [path for path, beginning in beginnings.items() if beginning == b"#version"]
+    if not (encoder and merges):
+        pytest.skip("tiktoken's cache does not hold OpenAI's vocab.bpe and encoder.json")
+    return encoder[0], merges[0]
 
 
 def write_byte_tokenizer(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,43 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import tiktoken
 import tokenizers
 from models import TINY, huggingface_directory
+from tokenizers_for_tests import CORPUS, END, OPENAI_CACHE, TEXTS, needs_openai_cache, openai_files, random_texts
 
 import bridge
 from bridge import TokenizerError
+from bridge.bpe import SPELLINGS_OF_WORDS, WORDS
 from bridge.tokenizer import load_tokenizer
 
 VOCAB_SIZE = 400
-END = "<|endoftext|>"
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog, and the dog doesn't mind; they'll say it's 12 o'clock.",
-    "def forward(self, x):\n    return self.c_proj(torch.relu(self.c_fc(x)))\n\n\n",
-    "naïve café — déjà vu, Ελληνικά και ελληνικά, привет привет, 日本語日本語",
-] * 5
-TEXTS = [
-    "",
-    " ",
-    "  ",
-    "\n",
-    "\r\n\t \u00a0\u2003",
-    "the",
-    " the",
-    "the quick  brown   fox",
-    "   leading and trailing   ",
-    "don't they'll we've I'm he'd it's 'quoted' DON'T",
-    "line one\nline two\n\n\nline five\n   indented\n",
-    "a1b22c333 3.14159 1,000,000 x²³ Ⅳ ١٢٣",
-    "naïve café déjà ELLHNIKÁ Ελληνικά привет 日本語 한국어 עברית العربية हिन्दी",
-    "e\u0301 vs \u00e9, ﬁ ligature, ß, İ, \u200b zero width \ufeff bom",
-    "🙂👩‍👩‍👧‍👦🏳️‍🌈 emoji\U0001f9ff",
-    "!!! ... ??? <html>&amp;</html> {}[]() #version: 0.2",
-    "".join(map(chr, range(0x180))),
-    "\x00\x01\x7f control",
-    "x" * 500 + " " * 500,
-    "the quick brown fox jumps over the lazy dog " * 20,
-]
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +46,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokeni
     return theirs, path
 
 
-FORMS = pytest.mark.parametrize("files", [("vocab.json", "merges.txt"), ("tokenizer.json",)], ids="+".join)
+FORMS = pytest.mark.parametrize(
+    "files", [("vocab.json", "merges.txt"), ("tokenizer.json",), ("encoder.json", "vocab.bpe")], ids="+".join
+)
+HUGGINGFACE_NAME = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt"}
 
 
 def directory_with(files: tuple[str, ...], source: Path, target: Path) -> Path:
     for file in files:
-        shutil.copy(source / file, target)
+        shutil.copy(source / HUGGINGFACE_NAME.get(file, file), target / file)
     return target
 
 
@@ -85,7 +64,7 @@ def test_ids_are_those_of_tokenizers(
 ) -> None:
     theirs, path = trained
     ours = load_tokenizer(directory_with(files, path, tmp_path), VOCAB_SIZE)
-    for text in [*TEXTS, *CORPUS]:
+    for text in [*TEXTS, *CORPUS, *random_texts(300)]:
         ids = ours.encode(text)
         assert ids == theirs.encode(text).ids, text
         assert ours.decode(ids) == text
@@ -276,6 +255,107 @@ def test_no_tokenizer_and_another_vocabulary_than_openais_is_an_error_with_a_rem
     assert str(tmp_path) in str(caught.value)
 
 
+# Without files
+
+
+def test_bytes_are_their_own_ids() -> None:
+    ours = bridge.byte_tokenizer()
+    assert ours.n_vocab == 257
+    assert ours.encode(END, allowed_special="all") == [256]
+    for text in [*TEXTS, *random_texts(300)]:
+        assert ours.encode_ordinary(text) == list(text.encode())
+        assert ours.decode(ours.encode_ordinary(text)) == text
+
+
+def test_characters_have_ids_in_sorted_order() -> None:
+    ours = bridge.character_tokenizer("hello,\nworld 🙂é")
+    assert ours.n_vocab == 12
+    assert ours.special_tokens_set == set()
+    assert ours.encode("\n ,🙂éwd") == ours.encode_ordinary("\n ,🙂éwd") == [0, 1, 2, 11, 10, 9, 3]
+    assert ours.decode([0, 1, 2, 11, 10, 9, 3]) == "\n ,🙂éwd"
+    assert bridge.tokenizer_fingerprint(ours) == bridge.tokenizer_fingerprint(
+        bridge.character_tokenizer(iter("\n ,🙂éwdhello,rl"))
+    )
+
+
+def test_characters_do_what_any_encoding_does() -> None:
+    ours = bridge.character_tokenizer("abé")
+    for copy in (ours, pickle.loads(pickle.dumps(ours))):
+        assert copy.encode_batch(["ab", "é"]) == copy.encode_ordinary_batch(["ab", "é"]) == [[0, 1], [2]]
+        assert copy.decode_batch([[0, 1], [2]]) == ["ab", "é"]
+        assert copy.encode_to_numpy("bé").tolist() == [1, 2]
+        assert copy.encode_with_unstable("bé") == ([1, 2], [])
+        assert copy.encode_single_token("é") == 2
+        assert copy.decode_single_token_bytes(2) == "é".encode()
+        assert copy.decode_with_offsets([0, 2, 1]) == ("aéb", [0, 1, 2])
+
+
+def test_every_text_comes_back_from_its_own_characters() -> None:
+    for text in filter(None, [*TEXTS, *random_texts(300)]):
+        ours = bridge.character_tokenizer(text)
+        ids = ours.encode_ordinary(text)
+        assert ids == [sorted(set(text)).index(c) for c in text]
+        assert ours.decode(ids) == text
+
+
+@pytest.mark.parametrize("encode", ["encode", "encode_ordinary", "encode_to_numpy", "encode_with_unstable"])
+@pytest.mark.parametrize(
+    ("unknown", "shown"), [("z", r"'z' \(U\+007A\)"), ("\x1b", r"'\\x1b' \(U\+001B\)"), ("\ud800", r"'\\ud800'")]
+)
+def test_a_character_it_does_not_have_is_named(encode: str, unknown: str, shown: str) -> None:
+    ours = bridge.character_tokenizer("hello")
+    with pytest.raises(
+        TokenizerError, match=f"no character {shown}.*only the 4 of the text.*or train with bytes or BPE"
+    ):
+        getattr(ours, encode)(f"hell{unknown}o")
+
+
+@pytest.mark.parametrize("unknown", [4, -1, 2**40])
+def test_an_id_that_no_character_has_is_named(unknown: int) -> None:
+    ours = bridge.character_tokenizer("hello")
+    for decode in (ours.decode, ours.decode_bytes, ours.decode_tokens_bytes):
+        with pytest.raises(TokenizerError, match=f"no token {unknown}, only ids up to 3"):
+            decode([0, unknown])
+
+
+@pytest.mark.parametrize("characters", ["", [], ["ab"], ["a", ""], "a\ud800"])
+def test_what_is_no_characters_is_refused(characters: Any) -> None:
+    with pytest.raises(TokenizerError, match=r"no characters|is not a single character"):
+        bridge.character_tokenizer(characters)
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_is_that_of_the_ids_alone(trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path) -> None:
+    ours = load_tokenizer(directory_with(("tokenizer.json",), trained[1], tmp_path), VOCAB_SIZE)
+    ranks, special = ours._mergeable_ranks, ours._special_tokens
+    fingerprint = bridge.tokenizer_fingerprint(ours)
+    assert fingerprint == bridge.tokenizer_fingerprint(load_tokenizer(trained[1], VOCAB_SIZE))
+    assert len(fingerprint) == 64 and set(fingerprint) <= set("0123456789abcdef")
+    backwards = dict(reversed(ranks.items()))
+    for spelling in SPELLINGS_OF_WORDS:
+        same = tiktoken.Encoding("other", pat_str=spelling, mergeable_ranks=backwards, special_tokens=special)
+        assert bridge.tokenizer_fingerprint(same) == fingerprint
+    swapped = {**ranks, b"a": ranks[b"b"], b"b": ranks[b"a"]}
+    others = [
+        tiktoken.Encoding("other", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens=special),
+        tiktoken.Encoding("other", pat_str=WORDS, mergeable_ranks=swapped, special_tokens=special),
+        tiktoken.Encoding("other", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={}),
+        tiktoken.Encoding("other", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<end>": special[END]}),
+        bridge.byte_tokenizer(),
+        bridge.character_tokenizer("ab"),
+        bridge.character_tokenizer("ac"),
+    ]
+    assert len({fingerprint, *map(bridge.tokenizer_fingerprint, others)}) == 1 + len(others)
+
+
+def test_the_spellings_of_gpt2s_pattern_cut_alike() -> None:
+    words = [regex.compile(spelling) for spelling in SPELLINGS_OF_WORDS]
+    for text in [*TEXTS, *CORPUS, *random_texts(1000)]:
+        assert words[0].findall(text) == words[1].findall(text) == words[2].findall(text), text
+
+
 # OpenAI's own
 
 
@@ -288,34 +368,27 @@ def test_without_network_or_cache_the_remedy_is_named(tmp_path: Path, monkeypatc
         load_tokenizer(tmp_path, 50257)
 
 
-CACHE = Path(__file__).parents[3] / "shared" / "tiktoken-cache"
-
-
-@pytest.mark.skipif(
-    not CACHE.is_dir(), reason="needs tiktoken's cache of the gpt2 vocabulary in ../shared/tiktoken-cache"
-)
+@needs_openai_cache
 def test_a_vocabulary_of_openais_size_without_files_is_openais(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
     ours = load_tokenizer(tmp_path, 50257)
     assert ours is tiktoken.get_encoding("gpt2")
     assert ours.encode("Hello, world") == [15496, 11, 995]
 
 
-@pytest.mark.skipif(
-    not CACHE.is_dir(), reason="needs tiktoken's cache of the gpt2 vocabulary in ../shared/tiktoken-cache"
-)
-def test_openais_vocabulary_read_from_files_gives_the_same_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_openai_cache
+@pytest.mark.parametrize("names", [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")], ids="+".join)
+def test_openais_vocabulary_read_from_files_gives_the_same_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
     """50,000 real merges: tiktoken's are ranked by id, the files' by their order."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
     theirs = tiktoken.get_encoding("gpt2")
-    cached = [path for path in CACHE.iterdir() if path.read_bytes()[:8] == b"#version"]
-    vocab = [path for path in CACHE.iterdir() if path.read_bytes()[:1] == b"{"]
-    if not (cached and vocab):
-        pytest.skip("tiktoken's cache does not hold OpenAI's vocab.bpe and encoder.json")
-    shutil.copy(cached[0], tmp_path / "merges.txt")
-    shutil.copy(vocab[0], tmp_path / "vocab.json")
+    for source, name in zip(openai_files(), names, strict=True):
+        shutil.copy(source, tmp_path / name)
     ours = load_tokenizer(tmp_path, 50257)
     assert ours.n_vocab == theirs.n_vocab == 50257
-    for text in [*TEXTS, *CORPUS]:
+    for text in [*TEXTS, *CORPUS, *random_texts(300)]:
         assert ours.encode(text) == theirs.encode(text), text
     assert ours.encode(END, allowed_special="all") == [50256]
+    assert bridge.tokenizer_fingerprint(ours) == bridge.tokenizer_fingerprint(theirs)

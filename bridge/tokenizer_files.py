@@ -1,0 +1,96 @@
+"""Tokenizers written as Hugging Face's files, which `tokenizer.py` reads back to the same tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge.bpe import END_OF_TEXT, SPELLINGS_OF_WORDS, merges_of, printable_bytes, require_all_bytes
+from bridge.errors import TokenizerError, quoted
+from bridge.files import replace_files
+from bridge.tokenizer import CHARACTERS_APART, TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    import tiktoken
+
+    from bridge.characters import CharacterEncoding
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path) -> None:
+    """Write `encoding` into `directory`, so that transformers' AutoTokenizer gives the same ids from there.
+
+    Byte-level BPE becomes `vocab.json`, `merges.txt` and `tokenizer.json`; single characters become
+    `tokenizer.json`; each with a `tokenizer_config.json`. Other tokenizer files that are there go.
+    Raises `TokenizerError` for a tokenizer that those files cannot hold, before anything is written.
+    """
+    from bridge.characters import CharacterEncoding
+
+    files = _of_characters(encoding) if isinstance(encoding, CharacterEncoding) else _of_byte_level_bpe(encoding)
+    replace_files(Path(directory), files, remove=TOKENIZER_FILES)
+
+
+def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:
+    ranks, special, named = encoding._mergeable_ranks, encoding._special_tokens, quoted(encoding.name)
+    if encoding._pat_str not in SPELLINGS_OF_WORDS:
+        raise TokenizerError(
+            f"the tokenizer {named} cuts text into words by the pattern {quoted(encoding._pat_str)}, not by GPT-2's, "
+            "so transformers' GPT-2 tokenizer would give other ids; it cannot be saved"
+        )
+    require_all_bytes(ranks, f"the tokenizer {named}")
+    name_of = {byte: character for character, byte in printable_bytes().items()}
+    spelled = {token: "".join(map(name_of.__getitem__, token)) for token in sorted(ranks, key=ranks.__getitem__)}
+    vocab = {spelled[token]: ranks[token] for token in spelled} | special
+    if len(vocab) < len(ranks) + len(special):
+        raise TokenizerError(
+            f"the tokenizer {named} has a special token that is spelled as an ordinary one; vocab.json cannot hold both"
+        )
+    merges = [f"{spelled[first]} {spelled[second]}" for first, second in merges_of(ranks)]
+    model = {"type": "BPE", "vocab": vocab, "merges": merges}
+    return {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer.json": _tokenizer_json(model, _BYTE_LEVEL, _BYTE_LEVEL, special),
+        "tokenizer_config.json": json.dumps(_gpt2_settings(special), indent=2) + "\n",
+    }
+
+
+def _of_characters(encoding: CharacterEncoding) -> dict[str, str]:
+    vocab = {token.decode(): i for token, i in encoding._mergeable_ranks.items()}
+    # An unknown token that is in no vocabulary: transformers then refuses an unknown character, as we do.
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"}
+    # GPT2Tokenizer would cut into words; this class takes tokenizer.json as it is.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return {
+        "tokenizer.json": _tokenizer_json(model, CHARACTERS_APART, {"type": "Fuse"}, {}),
+        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+    }
+
+
+def _gpt2_settings(special: Mapping[str, int]) -> dict[str, Any]:
+    end = END_OF_TEXT if END_OF_TEXT in special else None  # unless told there is none, GPT2Tokenizer adds it
+    settings: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer"}
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+    others = [token for token in special if token != end]
+    return settings | ({"additional_special_tokens": others} if others else {})
+
+
+def _tokenizer_json(
+    model: Mapping[str, Any], pre_tokenizer: Mapping[str, Any], decoder: Mapping[str, Any], special: Mapping[str, int]
+) -> str:
+    exactly = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    parts = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": special[token], "content": token, **exactly} for token in special],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+    return json.dumps(parts, ensure_ascii=False)

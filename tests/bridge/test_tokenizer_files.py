@@ -1,0 +1,226 @@
+"""Saved tokenizers, held against transformers' on the same files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiktoken
+import tokenizers
+from models import TINY, huggingface_directory
+from tokenizers_for_tests import CORPUS, END, OPENAI_CACHE, TEXTS, needs_openai_cache, openai_files, random_texts
+from transformers import AutoTokenizer, GPT2Tokenizer
+
+import bridge
+from bridge import CheckpointError, TokenizerError
+from bridge.bpe import WORDS
+from bridge.tokenizer import TOKENIZER_FILES, load_tokenizer, openai_tokenizer
+
+ALL_TEXTS = [*TEXTS, *CORPUS, *random_texts(300)]
+SINGLE_BYTES = {bytes([b]): b for b in range(256)}
+
+
+def trained(special: dict[str, int]) -> tiktoken.Encoding:
+    """BPE on `CORPUS`, with room among the ids for `special` before the bytes and after the merges."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<first>"],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    theirs.train_from_iterator(CORPUS, trainer)
+    byte_of = {name: b for b, name in enumerate(gpt2_bytes())}
+    vocab = {token: i for token, i in theirs.get_vocab().items() if token != "<first>"}
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
+    return tiktoken.Encoding("trained", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def gpt2_bytes() -> list[str]:
+    """What stands for each byte, asked of `tokenizers`: a lone byte of Latin-1, as the vocabulary spells it."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    own = [c for c in alphabet if ord(c) < 256]
+    moved = iter(c for c in alphabet if ord(c) >= 256)
+    return [chr(b) if chr(b) in own else next(moved) for b in range(256)]
+
+
+BYTE_LEVEL: dict[str, Callable[[], tiktoken.Encoding]] = {
+    "bytes": bridge.byte_tokenizer,
+    "bytes alone": lambda: tiktoken.Encoding("b", pat_str=WORDS, mergeable_ranks=SINGLE_BYTES, special_tokens={}),
+    "BPE": lambda: trained({END: 400}),
+    "BPE with its end first and ids left out": lambda: trained({END: 0, "<|user|>": 407, "<|pad|>": 405}),
+}
+CHARACTERS: dict[str, Callable[[], tiktoken.Encoding]] = {
+    "characters": lambda: bridge.character_tokenizer("".join(ALL_TEXTS)),
+}
+
+
+def kinds(makers: dict[str, Callable[[], tiktoken.Encoding]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("make", makers.values(), ids=makers)
+
+
+def assert_same_ids(theirs: Any, ours: tiktoken.Encoding) -> None:
+    for text in ALL_TEXTS:
+        ids = ours.encode(text)
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids) == ours.decode(ids) == text
+    assert sorted(theirs.all_special_tokens) == sorted(ours.special_tokens_set)
+    for token in ours.special_tokens_set:
+        assert theirs(f"a{token}b")["input_ids"] == ours.encode(f"a{token}b", allowed_special="all")
+    assert len(theirs) == len(ours._mergeable_ranks) + len(ours.special_tokens_set)
+
+
+@kinds(BYTE_LEVEL | CHARACTERS)
+@pytest.mark.parametrize("beside_a_model", [False, True])
+def test_transformers_finds_the_same_ids(
+    make: Callable[[], tiktoken.Encoding], beside_a_model: bool, tmp_path: Path
+) -> None:
+    """With a GPT-2's config.json beside it AutoTokenizer asks for another class, and for another way to build it."""
+    ours = make()
+    if beside_a_model:
+        huggingface_directory(tmp_path, replace(TINY, vocab_size=ours.n_vocab))
+    bridge.save_tokenizer(ours, tmp_path)
+    assert_same_ids(AutoTokenizer.from_pretrained(tmp_path), ours)
+
+
+@kinds(BYTE_LEVEL)
+def test_transformers_gpt2_tokenizer_does_too(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+    bridge.save_tokenizer(make(), tmp_path)
+    theirs = GPT2Tokenizer.from_pretrained(tmp_path)
+    assert_same_ids(theirs, make())
+    end = END if END in make().special_tokens_set else None
+    assert theirs.bos_token == theirs.eos_token == end
+
+
+@kinds(BYTE_LEVEL | CHARACTERS)
+def test_tokenizer_json_alone_is_enough(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+    bridge.save_tokenizer(make(), tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ours = make()
+    for text in [*ALL_TEXTS, *(f"a{token} b" for token in ours.special_tokens_set)]:
+        ids = ours.encode(text, allowed_special="all")
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+
+
+def test_vocab_and_merges_alone_are_enough(tmp_path: Path) -> None:
+    bridge.save_tokenizer(trained({END: 400}), tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert_same_ids(GPT2Tokenizer.from_pretrained(tmp_path), trained({END: 400}))
+
+
+def test_transformers_refuses_an_unknown_character_as_we_do(tmp_path: Path) -> None:
+    bridge.save_tokenizer(bridge.character_tokenizer("hello"), tmp_path)
+    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+        AutoTokenizer.from_pretrained(tmp_path)("help")
+    with pytest.raises(TokenizerError, match="no character 'p'"):
+        load_tokenizer(tmp_path, 4).encode("help")
+
+
+@kinds(BYTE_LEVEL | CHARACTERS)
+def test_what_is_saved_is_what_is_loaded(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+    ours = make()
+    bridge.save_tokenizer(ours, tmp_path)
+    saved = {file.name for file in tmp_path.iterdir()}
+    assert saved <= set(TOKENIZER_FILES), "all of it travels"
+    back = load_tokenizer(tmp_path, ours.n_vocab)
+    assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(ours)
+    assert type(back) is type(ours) and back.n_vocab == ours.n_vocab
+    for text in ALL_TEXTS:
+        assert back.encode(text) == ours.encode(text)
+    with pytest.raises(TokenizerError, match=f"has ids up to {ours.n_vocab - 1}"):
+        load_tokenizer(tmp_path, ours.n_vocab - 1)
+
+
+@kinds(BYTE_LEVEL)
+def test_every_form_of_the_files_gives_one_fingerprint(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+    ours = make()
+    for form in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("tokenizer.json",)]:
+        directory = tmp_path / form[0]
+        bridge.save_tokenizer(ours, directory)
+        if form == ("tokenizer.json",):
+            (directory / "vocab.json").unlink()
+        else:
+            (directory / "tokenizer.json").unlink()
+            for old, new in zip(("vocab.json", "merges.txt"), form, strict=True):
+                (directory / old).rename(directory / new)
+        back = load_tokenizer(directory, ours.n_vocab)
+        assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(ours)
+
+
+def test_characters_travel_with_a_checkpoint(tmp_path: Path) -> None:
+    characters = bridge.character_tokenizer("".join(map(chr, range(300, 557))))
+    model = huggingface_directory(tmp_path / "model")
+    bridge.save_tokenizer(characters, model)
+    bridge.save(bridge.load(model), tmp_path / "flax", format="flax")
+    back = bridge.load(tmp_path / "flax").tokenizer()
+    assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(characters)
+
+
+def test_another_tokenizer_in_the_directory_gives_way(tmp_path: Path) -> None:
+    for name in (*TOKENIZER_FILES, "config.json"):
+        (tmp_path / name).write_text("of before")
+    for ours in (bridge.character_tokenizer("hello"), trained({END: 400}), bridge.character_tokenizer("hello")):
+        bridge.save_tokenizer(ours, str(tmp_path))
+        assert bridge.tokenizer_fingerprint(load_tokenizer(tmp_path, 401)) == bridge.tokenizer_fingerprint(ours)
+    assert {file.name for file in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "config.json"}
+    assert (tmp_path / "config.json").read_text() == "of before"
+
+
+# What cannot be saved
+
+
+def refused(**changes: Any) -> tiktoken.Encoding:
+    return tiktoken.Encoding(
+        "odd", **{"pat_str": WORDS, "mergeable_ranks": SINGLE_BYTES, "special_tokens": {}, **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        (refused(pat_str=r"\S+|\s+"), r"'odd' cuts text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's"),
+        (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256}), "the token 'b'abc'' is not a merge of two tokens"),
+        (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256, b"ab": 257}), "is not a merge of two tokens"),
+        (refused(mergeable_ranks={b"a": 0}), "some of the 256 bytes have no token"),
+        (refused(special_tokens={"a": 256}), "has a special token that is spelled as an ordinary one"),
+        (refused(special_tokens={"Ġ": 256}), "has a special token that is spelled as an ordinary one"),
+    ],
+)
+def test_what_the_files_cannot_hold_is_refused_and_nothing_is_written(
+    odd: tiktoken.Encoding, says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(TokenizerError, match=says):
+        bridge.save_tokenizer(odd, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_it_cannot_be_written_is_an_error_and_the_old_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(CheckpointError, match=r"cannot write into '.*file'"):
+        bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "file")
+    (tmp_path / "in the way" / "vocab.json" / "x").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"cannot write into '.*in the way'"):
+        bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "in the way")
+    assert [file.name for file in (tmp_path / "in the way").iterdir()] == ["vocab.json"]
+
+
+# OpenAI's own
+
+
+@needs_openai_cache
+def test_openais_tokenizer_is_saved_as_openai_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
+    ours = openai_tokenizer()
+    bridge.save_tokenizer(ours, tmp_path)
+    encoder, merges = openai_files()
+    assert (tmp_path / "merges.txt").read_bytes() == merges.read_bytes()
+    assert json.loads((tmp_path / "vocab.json").read_bytes()) == json.loads(encoder.read_bytes())
+    assert_same_ids(AutoTokenizer.from_pretrained(tmp_path), ours)
+    assert bridge.tokenizer_fingerprint(load_tokenizer(tmp_path, 50257)) == bridge.tokenizer_fingerprint(ours)
