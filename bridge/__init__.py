@@ -4,13 +4,14 @@ from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
-from bridge.io import load, save
+from bridge.io import BUNDLED, load, save
 from bridge.oddities import find_oddities
 from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizer import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizer_files import save_tokenizer
 
 __all__ = [
+    "BUNDLED",
     "GPT2_SIZES",
     "PARAMETERS",
     "BridgeError",

@@ -17,8 +17,12 @@ from bridge.tokenizer import TOKENIZER_FILES
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+BUNDLED = Path(__file__).parent / "bundled"
+"""A small GPT-2 that this project trained on Shakespeare, in Hugging Face format; `load("bundled")` opens it."""
+
+
 def load(source: str | Path) -> Checkpoint:
-    """The checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`.
+    """The checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`, or `bundled`.
 
     Only names, shapes and the configuration are read; a tensor is read when it is looked up.
     Raises a child of `BridgeError` naming what is wrong with the source and what to do.
@@ -26,6 +30,8 @@ def load(source: str | Path) -> Checkpoint:
     if not str(source):
         raise CheckpointError("the source is empty; give a directory or a Hugging Face id")
     path = Path(source).absolute()  # it is read later, perhaps from another working directory
+    if str(source) == BUNDLED.name and not path.exists():
+        path = BUNDLED
     if not os.path.exists(path):  # unlike Path.exists, False also for a name too long to exist
         if not _HUB_ID.fullmatch(str(source)):
             raise CheckpointError(f"{quoted(source)} does not exist")

@@ -8,13 +8,13 @@ from tyro.conf import Positional, arg
 
 import bridge
 from bridge.sampling import check_request
-from gpt2_jax.cli.arguments import JsonFile, Source
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
 from gpt2_jax.cli.output import console, json_writer, require_torch
 
 
 def generate(
-    source: Source,
-    prompt: Annotated[Positional[str], arg(metavar="PROMPT")],
+    source: Source = BUNDLED,
+    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None,
     /,
     *,
     backend: Literal["jax", "torch"] = "jax",
@@ -29,8 +29,8 @@ def generate(
     Example: gpt2 generate ./my-gpt2 "Once upon a time" --temperature 0.8 --top-k 50
 
     Args:
-        source: a checkpoint directory or a Hugging Face id.
-        prompt: the text to continue.
+        source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
+        prompt: the text to continue; a line break, if none is given.
         backend: which implementation runs.
         max_new_tokens: how many tokens to add.
         temperature: 0 takes the likeliest token, 1 samples as the model predicts.
@@ -39,6 +39,7 @@ def generate(
         json: also write prompt, text and ids to this file.
     """
     write_json = json_writer(json)
+    prompt = "\n" if prompt is None else prompt
     checkpoint = bridge.load(source)
     tokenizer = checkpoint.tokenizer()
     ids = tokenizer.encode_ordinary(prompt)

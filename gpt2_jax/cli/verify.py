@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from tyro.conf import arg
 
 import bridge
-from gpt2_jax.cli.arguments import JsonFile, Source
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
 from gpt2_jax.cli.output import console, json_writer, progress, require_torch
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defi
 
 
 def verify(
-    source: Source,
+    source: Source = BUNDLED,
     /,
     *,
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
@@ -41,7 +41,7 @@ def verify(
     Example: gpt2 verify ./my-gpt2 --json report.json
 
     Args:
-        source: a checkpoint directory or a Hugging Face id.
+        source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
         text: what to run the models on, in place of the built-in text.
         text_file: the same, from a UTF-8 file.
         batch: sequences in the batch.

@@ -224,6 +224,27 @@ PRESETS: Mapping[str, TrainConfig] = {
         scan=False,
         eval_batches=None,
     ),
+    # What the package brings along (bridge/bundled): under 8 MB in float32, any text can be encoded.
+    "shakespeare": TrainConfig(
+        preset="shakespeare",
+        model=GPT2Config(
+            vocab_size=1024,
+            n_positions=256,
+            n_embd=160,
+            n_layer=5,
+            n_head=4,
+            embd_pdrop=0.1,
+            attn_pdrop=0.1,
+            resid_pdrop=0.1,
+        ),
+        optimizer=OptimizerConfig(
+            optimizer="muon", learning_rate=2e-3, min_learning_rate=1e-4, beta2=0.99, muon_weight_decay=0.1
+        ),
+        steps=2000,
+        batch_size=16,
+        length=256,
+        eval_batches=None,
+    ),
     # nanoGPT's config/train_shakespeare_char.py.
     "shakespeare-char-gpu": TrainConfig(
         preset="shakespeare-char-gpu",
