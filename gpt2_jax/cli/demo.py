@@ -1,86 +1,86 @@
-"""`gpt2 demo`: the whole journey on a model of real size."""
+"""`gpt2 demo`: the whole journey on the model that comes with the package."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import bridge
-from bridge import GPT2_SIZES, BridgeError, Checkpoint
-from gpt2_jax.cli.output import console, json_writer, reading_bar, require_torch
+from bridge import BridgeError
+from bridge.errors import quoted
+from gpt2_jax.cli.arguments import BUNDLED
+from gpt2_jax.cli.generate import continued
+from gpt2_jax.cli.output import console, json_writer, require_torch
+from gpt2_jax.cli.train import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
+from gpt2_jax.train.config import PRESETS, OptimizerConfig, TrainConfig
 
-if TYPE_CHECKING:
-    import torch
+PROMPT = "def read("
+NEW_TOKENS = 60
 
 
-def demo(
-    *,
-    out: Path = Path("demo-output"),
-    size: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2",
-    length: int = 128,
-    overwrite: bool = False,
-) -> int:
-    """Write a GPT-2 of real size with random weights, convert it, verify it, and export it back.
+def demo(*, out: Path = Path("demo-output"), steps: int = 150, overwrite: bool = False) -> int:
+    """Take a PyTorch GPT-2 to JAX, prove that it is the same, fine-tune it there, and bring it back.
+
+    The model is the bundled one, which has read Shakespeare; it is fine-tuned on Python's standard library.
 
     Example: gpt2 demo --out demo-output
 
     Args:
-        out: where to put the three checkpoints and the report; they take 1.5 GB for gpt2.
-        size: which of OpenAI's four models to build.
-        length: tokens per sequence in the verification.
-        overwrite: replace the checkpoints that an earlier demo left there.
+        out: where to put the report and the run; they take 50 MB.
+        steps: of fine-tuning.
+        overwrite: replace what an earlier demo left there.
     """
     require_torch("gpt2 demo")
-    original, converted, exported = out / "huggingface", out / "flax", out / "exported"
     say = console().print
-    say(f"1. a {size} with random weights, as Hugging Face stores it: {original}")
-    _save(_random_checkpoint(size), original, "huggingface", overwrite)
-    say(f"2. the same in Flax: {converted}")
-    _save(bridge.load(original), converted, "flax", overwrite)
-    say(f"3. and back: {exported}")
-    _save(bridge.load(converted), exported, "huggingface", overwrite)
-    _require_equal(bridge.load(original), bridge.load(exported))
-    say("   every tensor of the export equals the original's byte for byte")
-    say("4. both backends, from the Flax directory")
+    run, report_file = out / "run", out / "report.json"
+    _make_room(out, run, overwrite)
+    say(f"1. the bundled GPT-2 in PyTorch: {bridge.BUNDLED}", soft_wrap=True)
+    say(_greedy_text("torch", bridge.load(BUNDLED), "ROMEO:"), soft_wrap=True)
+    say("\n2. is it the same function in JAX?")
     from gpt2_jax.parity import verify
 
     with progress_bar(ALL_CHECKS) as begin:
-        report = verify(bridge.load(converted), source=str(converted), length=length, untrained=True, progress=begin)
-    code = finish(report, json_writer(out / "report.json"))
-    say(f"report: {out / 'report.json'}")
+        report = verify(bridge.load(BUNDLED), source=BUNDLED, length=128, progress=begin)
+    code = finish(report, json_writer(report_file))
+    say("\n3. fine-tuned in JAX, on Python's standard library")
+    outcome = run_training(_recipe(steps), run, cache=out / "tokens")
+    say("\n4. the export, in both")
+    exported = bridge.load(outcome.export)
+    texts = {backend: _greedy_text(backend, exported, PROMPT) for backend in ("torch", "jax")}
+    for backend, text in texts.items():
+        say(f"--- {backend}\n{text}", soft_wrap=True)
+    if texts["torch"] != texts["jax"]:
+        raise BridgeError(f"the export {quoted(outcome.export)} does not go on alike in PyTorch and JAX")
+    say(f"\nreport: {report_file}\nplot: {outcome.plot}\ncheckpoint: {outcome.export}", soft_wrap=True)
     return code
 
 
-def _random_checkpoint(size: str) -> Checkpoint:
-    import torch
-
-    import gpt2_torch
-
-    torch.manual_seed(0)
-    model = gpt2_torch.GPT2(GPT2_SIZES[size])
-    randomize_biases_and_norms(model)
-    return gpt2_torch.checkpoint_from_model(model)
-
-
-def randomize_biases_and_norms(model: torch.nn.Module) -> None:
-    """Instead of the zeros and ones that GPT-2 starts with: those would hide a wrong row."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.02)
-            elif "ln_" in name:
-                parameter.normal_(mean=1.0, std=0.1)
+def _recipe(steps: int) -> TrainConfig:
+    return replace(
+        PRESETS["finetune"],
+        init_from=BUNDLED,
+        data="stdlib",
+        optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, beta2=0.99),
+        steps=steps,
+        eval_every=max(1, steps // 3),
+        eval_batches=20,
+        checkpoint_every=steps,
+        sample_tokens=0,
+    )
 
 
-def _save(checkpoint: Checkpoint, target: Path, format: str, overwrite: bool) -> None:
-    with reading_bar(checkpoint, f"writing {format}") as watched:
-        bridge.save(watched, target, format=format, overwrite=overwrite)
+def _greedy_text(backend: str, checkpoint: bridge.Checkpoint, prompt: str) -> str:
+    """The likeliest continuation."""
+    return checkpoint.tokenizer().decode(continued(backend, checkpoint, prompt, max_new_tokens=NEW_TOKENS))
 
 
-def _require_equal(a: Checkpoint, b: Checkpoint) -> None:
-    changed = [name for name in a.tensors if a.tensors[name].tobytes() != b.tensors[name].tobytes()]
-    if changed or a.config != b.config:
-        raise BridgeError(f"the export differs from the original: {changed or 'config.json'}")
+def _make_room(out: Path, run: Path, overwrite: bool) -> None:
+    from gpt2_jax.train.run import is_run
+
+    if run.exists() and not (overwrite and is_run(run)):
+        raise BridgeError(f"{quoted(run)} exists; choose another --out, or replace an earlier demo with --overwrite")
+    if run.exists():
+        shutil.rmtree(run)
+    out.mkdir(parents=True, exist_ok=True)

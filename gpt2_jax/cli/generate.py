@@ -41,14 +41,29 @@ def generate(
     write_json = json_writer(json)
     prompt = "\n" if prompt is None else prompt
     checkpoint = bridge.load(source)
-    tokenizer = checkpoint.tokenizer()
-    ids = tokenizer.encode_ordinary(prompt)
-    check_request(checkpoint.config, len(ids), max_new_tokens, temperature, top_k, seed)
-    run = _with_torch if backend == "torch" else _with_jax
-    new = run(checkpoint, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    text = tokenizer.decode(new)
+    new = continued(
+        backend, checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    text = checkpoint.tokenizer().decode(new)
     write_json({"source": source, "backend": backend, "prompt": prompt, "text": text, "ids": new})
     console().print(text, soft_wrap=True)
+
+
+def continued(
+    backend: str,
+    checkpoint: bridge.Checkpoint,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """The ids of the prompt and what the model adds to it."""
+    ids = checkpoint.tokenizer().encode_ordinary(prompt)
+    check_request(checkpoint.config, len(ids), max_new_tokens, temperature, top_k, seed)
+    run = _with_torch if backend == "torch" else _with_jax
+    return run(checkpoint, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
 
 
 def _with_torch(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:

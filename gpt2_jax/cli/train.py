@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ from gpt2_jax.train.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
+    from gpt2_jax.train import Outcome
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 DIVERGED = 1
@@ -49,8 +51,19 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             cache: where tokenised text is kept (default: gpt2-bridge in the user's cache directory).
             json: also write how the run ended to this file.
         """
+        from gpt2_jax.train.report import NonFiniteLoss
+
         write_json = json_writer(json)
-        return _run(config, out, resume, accept_changes, cache, write_json)
+        try:
+            outcome = run_training(config, out, resume=resume, accept_changes=accept_changes, cache=cache)
+        except NonFiniteLoss as error:
+            print(
+                f"gpt2: {error}; what was saved before is in {out}. Lower --learning-rate, or raise --warmup-steps",
+                file=sys.stderr,
+            )
+            return DIVERGED
+        write_json(outcome.to_json())
+        return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by  # as shells report a signal
 
     return train
 
@@ -79,39 +92,33 @@ def _value(args: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _run(
+def run_training(
     config: TrainConfig,
     out: Path,
-    resume: bool,
-    accept_changes: bool,
-    cache: Path | None,
-    write_json: Callable[[dict[str, Any]], None],
-) -> int:
-    from gpt2_jax.train import NonFiniteLoss, settle, train
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    cache: Path | None = None,
+) -> Outcome:
+    """Open what the configuration names, train, and say how it ended."""
+    from gpt2_jax.train import settle, train
     from gpt2_jax.train.run import is_run
 
     say = console().print
     source = None if config.init_from is None else bridge.load(config.init_from)
     data = _open_data(config, source, out if resume and is_run(out) else None, cache)
-    say(data.description)
     config = settle(config, data, source)
+    say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
-    try:
-        outcome = train(
-            config, out, data, init_from=source, resume=resume, accept_changes=accept_changes, console=console()
-        )
-    except NonFiniteLoss as error:
-        say(f"{error}. What was saved before is in {out}; lower --learning-rate, or raise --warmup-steps")
-        return DIVERGED
-    write_json(outcome.to_json())
+    outcome = train(
+        config, out, data, init_from=source, resume=resume, accept_changes=accept_changes, console=console()
+    )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
-    say(f"step {outcome.best_step}{best}: exported to {outcome.export}")
-    say(f"losses: {out / 'metrics.jsonl'}, {outcome.plot}")
-    if outcome.stopped_by is None:
-        say(f'try: gpt2 generate {out} "..." --temperature 0.8')
-        return 0
-    say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; go on with --resume")
-    return 128 + outcome.stopped_by  # as a shell reports a process that a signal ended
+    say(f"exported step {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)
+    say(f"losses: {out / 'metrics.jsonl'}, {outcome.plot}", soft_wrap=True)
+    if outcome.stopped_by is not None:
+        say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; go on with --resume")
+    return outcome
 
 
 def _open_data(config: TrainConfig, source: Checkpoint | None, resumed: Path | None, cache: Path | None) -> Data:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge import save_tokenizer, tokenizer_fingerprint
+from bridge.bpe import END_OF_TEXT
 from bridge.errors import bullet_list, quoted
 from bridge.files import new_directory
 from bridge.formats.directory import CONFIG, read_json, write_config, write_json
@@ -62,10 +63,17 @@ def begin(run: Path, identity: Identity, data: Data) -> None:
         _write_identity(run, identity)
         return
     with new_directory(run) as directory:
-        write_config(directory / CONFIG, identity.config.model)
+        write_config(directory / CONFIG, identity.config.model, _end_of_text(data))
         if data.tokenizer is not None:
             save_tokenizer(data.tokenizer, directory)
         _write_identity(directory, identity)
+
+
+def _end_of_text(data: Data) -> dict[str, int | None]:
+    """What transformers' generate looks at; unsaid, it would take the ids of OpenAI's vocabulary."""
+    tokenizer = data.tokenizer
+    has_one = tokenizer is not None and END_OF_TEXT in tokenizer.special_tokens_set
+    return dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token if tokenizer and has_one else None)
 
 
 def require_same(run: Path, identity: Identity, accept_changes: bool) -> None:
