@@ -234,13 +234,12 @@ PRESETS: Mapping[str, TrainConfig] = {
             n_layer=5,
             n_head=4,
             embd_pdrop=0.1,
-            attn_pdrop=0.1,
             resid_pdrop=0.1,
         ),
         optimizer=OptimizerConfig(
             optimizer="muon", learning_rate=2e-3, min_learning_rate=1e-4, beta2=0.99, muon_weight_decay=0.1
         ),
-        steps=2000,
+        steps=1200,
         batch_size=16,
         length=256,
         eval_batches=None,
