@@ -56,14 +56,16 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "constant":
-        return rise  # it stays where it ends
-    if config.schedule == "cosine":
+        fall, begins = optax.constant_schedule(peak), warmup
+    elif config.schedule == "cosine":
         length = max(1, (config.decay_steps or steps) - warmup)
         fall, begins = optax.cosine_decay_schedule(peak, length, alpha=floor / peak), warmup
     else:
-        length = max(1, round(config.decay_fraction * steps))
-        fall, begins = optax.linear_schedule(peak, floor, length), max(warmup, steps - length)
-    return optax.join_schedules([rise, fall], [begins])
+        begins = max(warmup, steps - round(config.decay_fraction * steps))
+        fall = optax.linear_schedule(peak, floor, max(1, steps - begins))
+    schedule = optax.join_schedules([rise, fall], [begins])
+    # From an integer step optax would compute in float32 even where the run is in float64.
+    return lambda step: schedule(jnp.asarray(step, float))
 
 
 def clip_by_global_norm(grads: Params, max_norm: float | None) -> tuple[Params, Float[Array, ""]]:
@@ -71,7 +73,7 @@ def clip_by_global_norm(grads: Params, max_norm: float | None) -> tuple[Params, 
 
     As `torch.nn.utils.clip_grad_norm_`, whose factor is max_norm / (norm + 1e-6); optax's has no 1e-6.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if max_norm is None:
         return grads, norm
     factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
