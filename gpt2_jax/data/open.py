@@ -1,4 +1,4 @@
-"""What `--data` and `--tokenizer` name, opened."""
+"""What `--data` names, opened."""
 
 from __future__ import annotations
 
@@ -9,25 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import bridge
 from bridge.errors import quoted
-from bridge.tokenizer import (
-    byte_tokenizer,
-    character_tokenizer,
-    load_tokenizer,
-    openai_tokenizer,
-    tokenizer_fingerprint,
-)
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.text import Documents, find_documents
-from gpt2_jax.data.tokenize import Progress, cached_tokens
+from gpt2_jax.data.text import STDLIB, Documents, find_documents
+from gpt2_jax.data.tokenize import SIDECAR, CachedText, Progress, cached_text, open_cached
+from gpt2_jax.data.tokenizers import make_tokenizer
 from gpt2_jax.data.tokens import TokenStream, is_token_source, open_tokens
 
 if TYPE_CHECKING:
     import tiktoken
-
-MADE_FROM_TEXT = ("characters", "bpe")
-"""Tokenizers that have to see the text first."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +34,8 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides which batches a run sees, besides its configuration."""
-        parts = [self.train.fingerprint, self.validation.fingerprint if self.validation else ""]
-        parts.append(tokenizer_fingerprint(self.tokenizer) if self.tokenizer else "")
+        """A hash of the tokens, those of training and those of validation."""
+        parts = [self.train.fingerprint, self.validation.fingerprint if self.validation else "none"]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
@@ -64,7 +53,7 @@ def open_data(
 
     Args:
         source: a text file, a directory or a glob of text files, `stdlib`; or token files: nanoGPT's
-            `.bin`, llm.c's shards, `.npy`, one, a glob, or a directory of them.
+            `.bin`, llm.c's shards, `.npy`, one, a glob, or a directory of them, or one of the cache's.
         tokenizer: one, or what `make_tokenizer` takes; token files need none.
         vocab_size: the model's: BPE is trained to it, and larger ids in token files are an error.
         validation: another source for validation. Without it the validation stream is that of token
@@ -76,50 +65,20 @@ def open_data(
     """
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
-    sources = [source] if validation is None else [source, validation]
-    texts = [None if is_token_source(s) else find_documents(s) for s in sources]
-    encoding = _tokenizer(tokenizer, source, [t for t in texts if t is not None], vocab_size)
+    found = [_found(s) for s in (source, validation) if s is not None]
+    texts = [f for f in found if isinstance(f, Documents)]
+    encoding = _tokenizer(tokenizer, texts, source, vocab_size, cache, progress)
     if vocab_size is None and encoding is not None:
         vocab_size = encoding.max_token_value + 1
+    opened = [_opened(f, encoding, vocab_size, cache, progress) for f in found]
 
-    def opened(source: str | Path, text: Documents | None) -> tuple[TokenStream, TokenStream | None]:
-        if text is None:
-            return open_tokens(source, vocab_size)
-        assert encoding is not None
-        return cached_tokens(text, encoding, cache=cache, progress=progress), None
-
-    train, held_out = opened(source, texts[0])
+    train, held_out = opened[0].train, opened[0].validation
     if validation is not None:
-        held_out = opened(validation, texts[1])[0]
+        held_out = opened[1].train
     elif held_out is None and validation_fraction:
         train, held_out = split(train, validation_fraction)
-    return Data(train, held_out, encoding, _description(source, train, held_out, encoding))
-
-
-def make_tokenizer(spec: str, documents: Documents | None = None, vocab_size: int | None = None) -> tiktoken.Encoding:
-    """`gpt2`, `bytes`, `characters` (those of the documents), `bpe` (trained on them to `vocab_size`), or a
-    directory that has a tokenizer, a checkpoint or not.
-    """
-    if spec in MADE_FROM_TEXT and documents is None:
-        raise DataError(
-            f"the tokenizer {quoted(spec)} is made from text, and the data is tokens already; name the one that made "
-            "them (gpt2, bytes, or a directory), or none"
-        )
-    if spec == "gpt2":
-        return openai_tokenizer()
-    if spec == "bytes":
-        return byte_tokenizer()
-    if spec == "characters":
-        assert documents is not None
-        return character_tokenizer(set().union(*(text for d in documents.readable() for text in d.blocks())))
-    if spec == "bpe":
-        return _trained_bpe(documents, vocab_size)
-    path = Path(spec)
-    if not path.is_dir():
-        raise DataError(
-            f"the tokenizer {quoted(spec)} is none of gpt2, bytes, characters, bpe, and no directory here that has one"
-        )
-    return bridge.load(path).tokenizer() if (path / "config.json").exists() else load_tokenizer(path, 2**31)
+    skipped = sum(o.skipped for o in opened)
+    return Data(train, held_out, encoding, _description(str(source), train, held_out, encoding, skipped))
 
 
 def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:
@@ -136,8 +95,48 @@ def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStrea
     return stream.part(0, at), stream.part(at, len(stream))
 
 
+@dataclass(frozen=True)
+class _Opened:
+    train: TokenStream
+    validation: TokenStream | None = None
+    skipped: int = 0
+
+
+def _found(source: str | Path) -> Documents | Path:
+    """The documents of a text source; a path or a glob of token files."""
+    if str(source) != STDLIB and ((Path(source) / SIDECAR).is_file() or is_token_source(source)):
+        return Path(source).absolute()
+    return find_documents(source)
+
+
+def _opened(
+    found: Documents | Path,
+    encoding: tiktoken.Encoding | None,
+    vocab_size: int | None,
+    cache: str | Path | None,
+    progress: Progress | None,
+) -> _Opened:
+    if isinstance(found, Documents):
+        assert encoding is not None
+        return _of_text(cached_text(found, encoding, cache=cache, progress=progress), vocab_size)
+    if not (found / SIDECAR).is_file():
+        return _Opened(*open_tokens(found, vocab_size))
+    if (text := open_cached(found)) is None:
+        raise DataError(f"{quoted(found)} is damaged; remove it, and give the text again")
+    return _of_text(text, vocab_size)
+
+
+def _of_text(text: CachedText, vocab_size: int | None) -> _Opened:
+    return _Opened(text.tokens.of_vocabulary(vocab_size), skipped=text.skipped)
+
+
 def _tokenizer(
-    wanted: tiktoken.Encoding | str | None, source: str | Path, texts: list[Documents], vocab_size: int | None
+    wanted: tiktoken.Encoding | str | None,
+    texts: list[Documents],
+    source: str | Path,
+    vocab_size: int | None,
+    cache: str | Path | None,
+    progress: Progress | None,
 ) -> tiktoken.Encoding | None:
     if wanted is None and texts:
         raise DataError(
@@ -147,23 +146,22 @@ def _tokenizer(
         return wanted
     # A character that only the validation text has needs an id too.
     files = [file for text in (texts if wanted == "characters" else texts[:1]) for file in text.files]
-    return make_tokenizer(wanted, Documents(str(source), tuple(files)) if texts else None, vocab_size)
-
-
-def _trained_bpe(documents: Documents | None, vocab_size: int | None) -> tiktoken.Encoding:
-    from gpt2_jax.data.bpe import train_bpe
-
-    if vocab_size is None:
-        raise DataError("a BPE tokenizer is trained to a size; give vocab_size")
-    assert documents is not None
-    return train_bpe((text for d in documents.readable() for text in d.blocks()), vocab_size)
+    documents = Documents(str(source), tuple(files)) if texts else None
+    return make_tokenizer(wanted, documents, vocab_size, cache=cache, progress=progress)
 
 
 def _description(
-    source: str | Path, train: TokenStream, validation: TokenStream | None, encoding: tiktoken.Encoding | None
+    source: str, train: TokenStream, validation: TokenStream | None, encoding: tiktoken.Encoding | None, skipped: int
 ) -> str:
-    ends = train.document_ends
-    documents = "" if ends is None else f" in {len(ends)} document{'s' * (len(ends) > 1)}"
-    held_out = f", {len(validation)} for validation" if validation else ""
-    tokens = f"tokens of {encoding.name}" if encoding else "tokens"
-    return f"{source}: {len(train)} {tokens}{documents}{held_out}"
+    parts = [f"{source}: {len(train):,} tokens"]
+    if encoding is not None:
+        parts[0] += f" ({encoding.name})"
+    if train.document_ends is not None:
+        parts[0] += f" in {len(train.document_ends):,} document{'s' * (len(train.document_ends) > 1)}"
+    if validation is not None:
+        parts.append(f"{len(validation):,} for validation")
+    if skipped:
+        parts.append(
+            f"{skipped:,} file{'s' * (skipped > 1)} left out that {'are' if skipped > 1 else 'is'} no UTF-8 text"
+        )
+    return ", ".join(parts)

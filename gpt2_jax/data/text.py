@@ -165,4 +165,4 @@ def _last_cut(text: str) -> int:
     for start in (max(0, len(text) - 1024), 0):
         if cuts := [match.start() for match in _CUT.finditer(text, start)]:
             return cuts[-1]
-    return 0 if len(text) < LONGEST_BLOCK else len(text)
+    return len(text) if len(text) >= LONGEST_BLOCK else 0

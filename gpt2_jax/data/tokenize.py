@@ -22,7 +22,8 @@ from bridge.json_text import parse_object
 from bridge.tokenizer import tokenizer_fingerprint
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import Documents
-from gpt2_jax.data.tokens import TokenFile, TokenStream
+from gpt2_jax.data.token_files import TokenFile
+from gpt2_jax.data.tokens import TokenStream
 
 if TYPE_CHECKING:
     import tiktoken
@@ -30,70 +31,79 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many bytes of text are done, and how many there are."""
 
+SIDECAR = "tokens.json"
 _FORMAT = 1
-_TOKENS, _ENDS, _SIDECAR = "tokens.bin", "document_ends.bin", "tokens.json"
+_ENDS = "document_ends.bin"
+_TOKENS = {"<u2": "tokens.bin", "<u4": "tokens.uint32"}  # `.bin` alone means uint16, as in nanoGPT
 
 
-def cached_tokens(
+@dataclass(frozen=True)
+class CachedText:
+    """A text's tokens, and how many of its files are no text and were left out."""
+
+    tokens: TokenStream
+    skipped: int
+
+
+def cached_text(
     documents: Documents,
     encoding: tiktoken.Encoding,
     *,
     cache: str | Path | None = None,
     progress: Progress | None = None,
-) -> TokenStream:
+) -> CachedText:
     """The tokens of `documents`, from the cache, or encoded into it first.
 
     A directory of the cache belongs to a tokenizer and to the names, sizes and times of the documents;
-    one that is damaged is made anew. It holds `tokens.bin` (uint16 where the vocabulary allows, else
-    uint32, no header), `document_ends.bin` (int64), and `tokens.json`, which describes them.
-    Where the tokenizer has `<|endoftext|>`, each document ends with it.
+    one that is damaged is made anew. It holds the ids without a header (`tokens.bin`, uint16; where the
+    vocabulary is larger `tokens.uint32`), `document_ends.bin` (int64), and `tokens.json`, which
+    describes them. Where the tokenizer has `<|endoftext|>`, each document ends with it.
     """
-    directory = cache_directory(cache) / f"tokens-{_key(documents, encoding)}"
-    if (stream := _opened(directory)) is None:
+    directory = cache_directory(cache) / f"tokens-{cache_key(documents, tokenizer_fingerprint(encoding))}"
+    text = open_cached(directory)
+    if text is None:
         try:
             with new_directory(directory, overwrite=directory.exists()) as beside:
                 _write(beside, documents, encoding, progress)
         except BridgeError:
             # Another process may have made the same directory meanwhile; what it holds is the same.
-            if (stream := _opened(directory)) is None:
+            if (text := open_cached(directory)) is None:
                 raise
-    return stream or _opened_or_raise(directory)
+    text = text or open_cached(directory)
+    if text is None:
+        raise DataError(f"{quoted(directory)} changed while it was opened; try again, or give another cache")
+    return text
 
 
 def cache_directory(cache: str | Path | None = None) -> Path:
     """`cache`, or gpt2-bridge in the user's cache: $XDG_CACHE_HOME, ~/.cache where that is not set."""
     if cache is not None:
-        return Path(cache)
+        return Path(cache).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-bridge"
 
 
-def _key(documents: Documents, encoding: tiktoken.Encoding) -> str:
+def cache_key(documents: Documents, made_by: str) -> str:
+    """Of what is made from these files, as they are now, by a tokenizer."""
     files = [(d.name, d.size, d.modified) for d in documents.files]
-    about = json.dumps([_FORMAT, tokenizer_fingerprint(encoding), files])
-    return hashlib.sha256(about.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([_FORMAT, made_by, files]).encode()).hexdigest()[:32]
 
 
-def _opened(directory: Path) -> TokenStream | None:
-    """The stream of a cache directory; None where there is none, or what is there is damaged."""
+def open_cached(directory: Path) -> CachedText | None:
+    """What a directory of the cache holds; None where there is none, or what is there is damaged."""
     try:
-        about = parse_object((directory / _SIDECAR).read_bytes(), quoted(directory / _SIDECAR), DataError)
-        dtype, count, documents = np.dtype(about["dtype"]), int(about["tokens"]), int(about["documents"])
-        sizes = ((directory / _TOKENS).stat().st_size, (directory / _ENDS).stat().st_size)
-        if about["format"] != _FORMAT or sizes != (count * dtype.itemsize, documents * 8) or not count:
+        about = parse_object((directory / SIDECAR).read_bytes(), quoted(directory / SIDECAR), DataError)
+        dtype, count, documents = np.dtype(about["dtype"]), about["tokens"], about["documents"]
+        tokens = TokenFile(directory / _TOKENS[about["dtype"]], dtype, 0, count)
+        sizes = (tokens.path.stat().st_size, (directory / _ENDS).stat().st_size)
+        if about["format"] != _FORMAT or sizes != (count * dtype.itemsize, documents * 8):
             return None
-        ends = np.memmap(directory / _ENDS, "<i8", mode="r")
+        ends = np.memmap(directory / _ENDS, "<i8", mode="r").view(np.ndarray)
         if ends[-1] != count:
             return None
+        stream = TokenStream.of([tokens], all_document_ends=ends, content=about["sha256"])
+        return CachedText(stream, about["skipped"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    tokens = TokenFile(directory / _TOKENS, dtype, 0, count)
-    return TokenStream.of([tokens], all_document_ends=ends, content=about["sha256"])
-
-
-def _opened_or_raise(directory: Path) -> TokenStream:
-    if (stream := _opened(directory)) is None:
-        raise DataError(f"{quoted(directory)} has changed while it was opened; try again, or give another cache")
-    return stream
 
 
 def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, progress: Progress | None) -> None:
@@ -101,13 +111,13 @@ def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, p
         "format": _FORMAT,
         "source": documents.source,
         "tokenizer": {"name": encoding.name, "fingerprint": tokenizer_fingerprint(encoding)},
-        "dtype": ("<u2" if encoding.max_token_value < 2**16 else "<u4"),
+        "dtype": "<u2" if encoding.max_token_value < 2**16 else "<u4",
     }
-    with (directory / _TOKENS).open("wb") as tokens, (directory / _ENDS).open("wb") as ends:
+    with (directory / _TOKENS[about["dtype"]]).open("wb") as tokens, (directory / _ENDS).open("wb") as ends:
         about |= _encode(documents, encoding, np.dtype(about["dtype"]), (tokens, ends), progress)
-    if not about["tokens"]:
+    if not about["characters"]:
         raise DataError(f"{quoted(documents.source)} has no text: none of its {len(documents.files)} files is UTF-8")
-    (directory / _SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (directory / SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _encode(
@@ -146,7 +156,9 @@ class _Block:
     characters: int
 
 
-def _blocks_encoded(documents: Documents, encoding: tiktoken.Encoding, dtype: np.dtype) -> Generator[_Block | None]:
+def _blocks_encoded(
+    documents: Documents, encoding: tiktoken.Encoding, dtype: np.dtype
+) -> Generator[_Block | None, None, None]:
     """The blocks of all documents in order, with None where a document ends; read as they are taken."""
 
     def encoded(text: str) -> _Block:

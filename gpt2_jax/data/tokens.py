@@ -1,17 +1,18 @@
 """Token ids in files, read by position as if they were one array.
 
-A file is mapped for the few pages of each read and no longer: a map that stays counts every page it
-ever touched as the process's memory, and that would grow to the size of the data.
+A file is mapped for one read, of a batch, and no longer: a map that stays counts every page that was
+ever touched as the process's memory, which would grow to the size of the data.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -20,43 +21,12 @@ from jaxtyping import Int
 from bridge.errors import quoted
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import matching_files
-
-# llm.c, dev/data/data_common.py: 256 int32 of header, of which the first three are the magic number,
-# the version and the number of tokens.
-_LLMC_HEADER = 256 * 4
-_LLMC: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
-_LLMC_EXAMPLES = 20240522  # HellaSwag and MMLU, which are questions and no running text
-_NPY = b"\x93NUMPY"
-_NPY_DTYPES = ("<u2", "<i4", "<u4", "<i8")
+from gpt2_jax.data.token_files import TokenFile, TokenMap, has_magic, is_token_file, token_file
 
 _SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation)(?=[_.-])", re.IGNORECASE)
 
 FINGERPRINT_BLOCKS = 256
 FINGERPRINT_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """Where a file keeps its token ids: `count` of `dtype`, `offset` bytes from its beginning."""
-
-    path: Path
-    dtype: np.dtype
-    offset: int
-    count: int
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids start ... stop - 1, in the dtype of the file."""
-        first = self.offset + start * self.dtype.itemsize
-        page = first - first % mmap.ALLOCATIONGRANULARITY
-        last = self.offset + stop * self.dtype.itemsize
-        try:
-            with (
-                self.path.open("rb", buffering=0) as file,
-                mmap.mmap(file.fileno(), last - page, offset=page, access=mmap.ACCESS_READ) as pages,
-            ):
-                return np.frombuffer(pages[first - page :], self.dtype)
-        except (OSError, ValueError) as error:  # ValueError: it has become shorter than it was
-            raise DataError(f"cannot read {quoted(self.path)}, tokens {start} to {stop}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -84,22 +54,45 @@ class TokenStream:
         """Tokens start ... stop - 1 of this stream as a stream."""
         return replace(self, start=self.start + start, stop=self.start + stop)
 
+    def of_vocabulary(self, size: int | None) -> TokenStream:
+        """The same tokens, checked against a vocabulary of `size` as they are read."""
+        return replace(self, vocab_size=size)
+
     def read(self, start: int, stop: int) -> Int[np.ndarray, " T"]:
         """Ids start ... stop - 1 as int32. `DataError` for ids that the vocabulary does not have."""
+        return self.read_spans([(start, stop)])[0]
+
+    def read_spans(self, spans: Iterable[tuple[int, int]]) -> list[Int[np.ndarray, " T"]]:
+        """`read` for each (start, stop), all of them fetched from the disk at the same time."""
+        maps: dict[int, TokenMap] = {}
+        pieces = [list(self._pieces(start, stop)) for start, stop in spans]
+        for index, start, stop in chain.from_iterable(pieces):
+            if index not in maps:
+                maps[index] = TokenMap(self.files[index])
+            maps[index].fetch(start, stop)
+        return [self._copied(of_span, maps) for of_span in pieces]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Which file has which part of the span: its index, and start and stop in it."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         position, stop = self.start + start, self.start + stop
-        ids = np.empty(stop - position, np.int32)
+        index = bisect_right(self._ends, position)
+        while position < stop:
+            begin = self._ends[index] - self.files[index].count
+            end = min(stop, self._ends[index])
+            yield index, position - begin, end - begin
+            position = end
+            index += 1
+
+    def _copied(self, pieces: Sequence[tuple[int, int, int]], maps: Mapping[int, TokenMap]) -> np.ndarray:
+        ids = np.empty(sum(stop - start for _, start, stop in pieces), np.int32)
         filled = 0
-        index = int(np.searchsorted(self._ends, position, side="right"))
-        while filled < len(ids):
-            file = self.files[index]
-            within = position + filled - (int(self._ends[index]) - file.count)
-            piece = file.read(within, min(file.count, within + len(ids) - filled))
-            self._check(piece, file, within)
+        for index, start, stop in pieces:
+            piece = maps[index].ids[start:stop]
+            self._check(piece, self.files[index], start)
             ids[filled : filled + len(piece)] = piece
             filled += len(piece)
-            index += 1
         return ids
 
     @cached_property
@@ -123,25 +116,29 @@ class TokenStream:
         return hashlib.sha256(f"{content} {self.start} {self.stop}".encode()).hexdigest()
 
     def _sampled(self) -> str:
-        whole = replace(self, start=0, stop=int(self._ends[-1]))
+        whole = replace(self, start=0, stop=self._ends[-1])
         seen = hashlib.sha256(np.array([file.count for file in self.files], "<i8").tobytes())
-        for start in np.linspace(0, max(0, len(whole) - FINGERPRINT_TOKENS), FINGERPRINT_BLOCKS).astype(int).tolist():
-            seen.update(whole.read(start, min(len(whole), start + FINGERPRINT_TOKENS)).astype("<i4").tobytes())
+        starts = np.linspace(0, max(0, len(whole) - FINGERPRINT_TOKENS), FINGERPRINT_BLOCKS).astype(int).tolist()
+        for ids in whole.read_spans((start, min(len(whole), start + FINGERPRINT_TOKENS)) for start in starts):
+            seen.update(ids.astype("<i4").data)
         return seen.hexdigest()
 
     @cached_property
-    def _ends(self) -> Int[np.ndarray, " F"]:
-        return np.cumsum([file.count for file in self.files], dtype=np.int64)
+    def _ends(self) -> list[int]:
+        """Where each file ends in the row of all."""
+        return list(accumulate(file.count for file in self.files))
+
+    @cached_property
+    def _limit(self) -> int:
+        return 2**31 if self.vocab_size is None else self.vocab_size
 
     def _check(self, ids: np.ndarray, file: TokenFile, position: int) -> None:
-        limit = 2**31 if self.vocab_size is None else self.vocab_size
-        if limit > np.iinfo(ids.dtype).max and np.iinfo(ids.dtype).min == 0:
-            return
-        if len(ids) and (ids.max() >= limit or ids.min() < 0):
-            at = int(np.flatnonzero((ids >= limit) | (ids < 0))[0])
+        smallest, largest = file.id_range
+        if (largest >= self._limit and ids.max() >= self._limit) or (smallest < 0 and ids.min() < 0):
+            at = int(np.flatnonzero((ids >= self._limit) | (ids < 0))[0])
             raise DataError(
-                f"{quoted(file.path)} has the id {ids[at]} at token {position + at}, and the vocabulary has {limit}; "
-                "train with the vocabulary of the tokenizer that made the file"
+                f"{quoted(file.path)} has the id {ids[at]} at token {position + at}, and the vocabulary has "
+                f"{self._limit}; train with the vocabulary of the tokenizer that made the file"
             )
 
 
@@ -154,10 +151,10 @@ def is_token_source(source: str | Path) -> bool:
     """
     path = Path(source)
     if path.is_dir():
-        return any(_magic(p) or p.name == "train.bin" for p in path.iterdir() if p.is_file())
+        return any(has_magic(p) or p.name == "train.bin" for p in path.iterdir() if p.is_file())
     if path.is_file():
-        return _is_token_file(path)
-    return str(source) != "stdlib" and all(_is_token_file(p) for p in matching_files(source))
+        return is_token_file(path)
+    return all(is_token_file(p) for p in matching_files(source))
 
 
 def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[TokenStream, TokenStream | None]:
@@ -169,7 +166,7 @@ def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[Toke
     """
     path = Path(source)
     if path.is_dir():
-        paths = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and _is_token_file(p))
+        paths = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and is_token_file(p))
     else:
         paths = [path] if path.is_file() else matching_files(source)
     splits = [_SPLIT.findall(p.name.lower())[-1:] for p in paths]
@@ -180,75 +177,3 @@ def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[Toke
     both = ([token_file(p) for p in names] for names in (training, held_out))
     train, validation = (TokenStream.of(files, vocab_size=vocab_size) for files in both)
     return train, validation
-
-
-def token_file(path: Path) -> TokenFile:
-    """What `path` holds, by its beginning. Raises `DataError` where that is not tokens, or not whole."""
-    try:
-        size = path.stat().st_size
-        file = _npy(path) if _beginning(path).startswith(_NPY) else _llmc(path, size) or _nanogpt(path, size)
-    except OSError as error:
-        raise DataError(f"cannot read {quoted(path)}: {error.strerror}") from error
-    if file.count == 0:
-        raise DataError(f"{quoted(path)} has no tokens; it was perhaps not written to the end")
-    return file
-
-
-def _llmc(path: Path, size: int) -> TokenFile | None:
-    header = np.frombuffer(_beginning(path), "<i4")
-    if len(header) < 3 or int(header[0]) not in (*_LLMC, _LLMC_EXAMPLES):
-        return None
-    magic, version, count = map(int, header[:3])
-    if magic == _LLMC_EXAMPLES:
-        raise DataError(f"{quoted(path)} holds multiple-choice questions of llm.c, not text; give its token shards")
-    expected, dtype = _LLMC[magic]
-    if version != expected:
-        raise DataError(f"{quoted(path)} is version {version} of llm.c's shards, and {expected} is read; write it anew")
-    if size != _LLMC_HEADER + count * dtype.itemsize:
-        raise DataError(
-            f"{quoted(path)} should hold {count} tokens in {_LLMC_HEADER + count * dtype.itemsize} bytes and has "
-            f"{size}; copy or write it again"
-        )
-    return TokenFile(path, dtype, _LLMC_HEADER, count)
-
-
-def _nanogpt(path: Path, size: int) -> TokenFile:
-    if path.suffix != ".bin":
-        raise DataError(f"{quoted(path)} is none of llm.c's shards, .npy, or nanoGPT's .bin")
-    if size % 2:
-        raise DataError(
-            f"{quoted(path)} has {size} bytes, an odd number, and no header: not the uint16 tokens of nanoGPT; "
-            "it is cut off, or something else"
-        )
-    return TokenFile(path, np.dtype("<u2"), 0, size // 2)
-
-
-def _npy(path: Path) -> TokenFile:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{quoted(path)} cannot be read as .npy: {error}; copy or write it again") from error
-    if array.ndim != 1 or array.dtype.newbyteorder("<").str not in _NPY_DTYPES or array.dtype.byteorder == ">":
-        raise DataError(
-            f"{quoted(path)} holds {array.dtype} of shape {array.shape}; token ids are one-dimensional uint16, "
-            "int32, uint32 or int64"
-        )
-    return TokenFile(path, array.dtype, array.offset, len(array))
-
-
-def _is_token_file(path: Path) -> bool:
-    return path.suffix == ".bin" or _magic(path)
-
-
-def _magic(path: Path) -> bool:
-    beginning = _beginning(path)
-    known = [number.to_bytes(4, "little") for number in (*_LLMC, _LLMC_EXAMPLES)]
-    return beginning.startswith(_NPY) or beginning[:4] in known
-
-
-def _beginning(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(12)
-    except OSError as error:
-        raise DataError(f"cannot read {quoted(path)}: {error.strerror}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import grain
@@ -99,19 +99,20 @@ class _Windows:
         if self.count > 2**32:
             raise DataError(f"the data has {self.count} windows, and 2**32 can be shuffled; choose a larger length")
 
-    @property
+    @cached_property
     def count(self) -> int:
         whole = (len(self.stream) - 1) // self.length
         # One fewer leaves room for the beginning to move by any number below `length`.
         return whole if self.seed is None else max(1, (len(self.stream) - self.length) // self.length)
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def span(self, number: int) -> tuple[int, int]:
+        """Where in the stream example `number` stands."""
         start = number * self.length
         if self.seed is not None:
             epoch, k = divmod(number, self.count)
             room = len(self.stream) - self.count * self.length
             start = _shuffled(k, self.count, self.seed, epoch) * self.length + _drawn(self.seed, epoch)[1] % room
-        return self.stream.read(start, start + self.length + 1)
+        return start, start + self.length + 1
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,12 @@ class _Documents:
                 "train on the stream, or give the text"
             )
 
-    @property
+    @cached_property
     def count(self) -> int:
         assert self.stream.document_ends is not None
         return len(self.stream.document_ends)
 
-    def __getitem__(self, number: int) -> np.ndarray:
+    def span(self, number: int) -> tuple[int, int]:
         ends = self.stream.document_ends
         assert ends is not None
         k = number
@@ -143,7 +144,7 @@ class _Documents:
             epoch, k = divmod(number, self.count)
             k = _shuffled(k, self.count, self.seed, epoch)
         start = int(ends[k - 1]) if k else 0
-        return self.stream.read(start, min(int(ends[k]), start + self.length + 1))
+        return start, min(int(ends[k]), start + self.length + 1)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class _Batches:
 
     def __getitem__(self, step: int) -> Batch:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]
-        return _batch([self.examples[n] for n in numbers], self.examples.length, self.examples.masked)
+        return _batch(self.examples, numbers)
 
 
 @dataclass(frozen=True)
@@ -177,22 +178,24 @@ class _EvaluationBatches:
         # An example again, and not zeros: a row without one token would have nothing to attend to.
         full = np.concatenate([of_batch, np.repeat(of_batch[:1], self.batch_size - len(of_batch))])
         real = np.arange(self.batch_size) < len(of_batch)
-        tokens = [self.examples[int(n)] for n in full[self.rows]]
-        batch = _batch(tokens, self.examples.length, self.examples.masked)
+        batch = _batch(self.examples, full[self.rows].tolist())
         batch["labels"][~real[self.rows]] = IGNORED
         return batch
 
 
-def _batch(examples: Sequence[np.ndarray], length: int, masked: bool) -> Batch:
-    """Examples of 1 to length + 1 tokens as rows."""
-    ids = np.zeros((len(examples), length), np.int32)
-    labels = np.full_like(ids, IGNORED)
-    mask = np.zeros_like(ids)
-    for row, tokens in enumerate(examples):
-        ids[row, : len(tokens)] = tokens[:length]
-        labels[row, : len(tokens) - 1] = tokens[1:]
-        mask[row, : len(tokens)] = 1
-    return {"input_ids": ids, "labels": labels} | ({"attention_mask": mask} if masked else {})
+def _batch(examples: _Windows | _Documents, numbers: Sequence[int]) -> Batch:
+    """The examples of these numbers as rows, each of 1 to length + 1 tokens."""
+    tokens = examples.stream.read_spans(map(examples.span, numbers))
+    if not examples.masked:
+        rows = np.stack(tokens)
+        return {"input_ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy()}
+    ids = np.zeros((len(tokens), examples.length), np.int32)
+    labels, mask = np.full_like(ids, IGNORED), np.zeros_like(ids)
+    for row, document in enumerate(tokens):
+        ids[row, : len(document)] = document[: examples.length]
+        labels[row, : len(document) - 1] = document[1:]
+        mask[row, : len(document)] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
 def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:

@@ -1,0 +1,232 @@
+"""Token files of all kinds as one stream, and what is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2_jax.data import DataError, TokenStream
+from gpt2_jax.data.token_files import token_file
+from gpt2_jax.data.tokens import is_token_source, open_tokens
+from tests.data.token_files import llmc, nanogpt, npy
+
+IDS = np.random.default_rng(7).integers(0, 50257, 1000)
+
+
+def read_all(stream: TokenStream) -> np.ndarray:
+    return stream.read(0, len(stream))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        nanogpt,
+        llmc,
+        lambda path, ids: llmc(path, ids, magic=20240801, version=7),
+        lambda path, ids: npy(path.with_suffix(".npy"), ids),
+        *(lambda path, ids, d=d: npy(path.with_suffix(".npy"), ids, d) for d in ("<i4", "<u4", "<i8")),
+    ],
+    ids=["nanogpt", "llmc", "llmc-uint32", "npy", "npy-i4", "npy-u4", "npy-i8"],
+)
+def test_every_kind_of_file_reads_the_same(tmp_path: Path, write) -> None:
+    path = write(tmp_path / "tokens.bin", IDS)
+    assert is_token_source(path)
+    stream, validation = open_tokens(path)
+    assert validation is None and stream.document_ends is None
+    assert read_all(stream).dtype == np.int32
+    np.testing.assert_array_equal(read_all(stream), IDS)
+    np.testing.assert_array_equal(stream.read(13, 40), IDS[13:40])
+
+
+def test_spans_cross_shards(tmp_path: Path) -> None:
+    borders = [0, 1, 8, 300, 301, 999, 1000]
+    for i, (a, b) in enumerate(pairwise(borders)):
+        llmc(tmp_path / f"shard_{i:06d}.bin", IDS[a:b])
+    stream, _ = open_tokens(tmp_path / "shard_*.bin")
+    rng = np.random.default_rng(3)
+    spans = [tuple(sorted(rng.integers(0, 1001, 2).tolist())) for _ in range(200)]
+    for (start, stop), ids in zip(spans, stream.read_spans(spans), strict=True):
+        np.testing.assert_array_equal(ids, IDS[start:stop])
+    part = stream.part(5, 700).part(10, 600)
+    assert len(part) == 590
+    np.testing.assert_array_equal(read_all(part), IDS[15:605])
+    with pytest.raises(IndexError):
+        part.read(0, 591)
+
+
+def test_files_follow_each_other_by_name_and_may_be_of_different_kinds(tmp_path: Path) -> None:
+    npy(tmp_path / "b.npy", IDS[10:30], "<i8")
+    llmc(tmp_path / "a.bin", IDS[:10])
+    nanogpt(tmp_path / "c.bin", IDS[30:])
+    (tmp_path / "readme.md").write_text("not tokens")
+    (tmp_path / ".hidden.bin").write_bytes(b"odd")
+    np.testing.assert_array_equal(read_all(open_tokens(tmp_path)[0]), IDS)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        ("train.bin", "val.bin"),  # nanoGPT
+        ("tiny_shakespeare_train.bin", "tiny_shakespeare_val.bin"),  # llm.c
+        ("fineweb_train_000001.bin", "fineweb_val_000000.bin"),  # llm.c, and modded-nanogpt
+        ("edufineweb_train_000001.bin", "edufineweb_validation_000000.bin"),
+    ],
+)
+def test_files_named_train_and_val_are_two_streams(tmp_path: Path, train: str, validation: str) -> None:
+    llmc(tmp_path / train, IDS[:900])
+    llmc(tmp_path / validation, IDS[900:])
+    streams = open_tokens(tmp_path)
+    assert streams[1] is not None
+    np.testing.assert_array_equal(read_all(streams[0]), IDS[:900])
+    np.testing.assert_array_equal(read_all(streams[1]), IDS[900:])
+    only, none = open_tokens(tmp_path / train)
+    assert (len(only), none) == (900, None)
+
+
+def test_a_name_in_which_val_is_a_part_of_a_word_is_no_split(tmp_path: Path) -> None:
+    for name in ("medieval.bin", "trainer.bin", "valley_1.bin"):
+        nanogpt(tmp_path / name, IDS[:10])
+    stream, validation = open_tokens(tmp_path / "*.bin")
+    assert (len(stream), validation) == (30, None)
+
+
+def header(*values: int, size: int = 256) -> bytes:
+    return np.array([*values, *[0] * (size - len(values))], "<i4").tobytes()
+
+
+BAD_FILES = {
+    "odd.bin": (b"123", "3 bytes, an odd number"),
+    "empty.bin": (b"", "no tokens"),
+    "no_tokens.bin": (header(20240520, 1, 0), "no tokens"),
+    "short.bin": (header(20240520, 1, 10) + bytes(18), "should hold 10 tokens in 1044 bytes and has 1042"),
+    "long.bin": (header(20240520, 1, 10) + bytes(22), "should hold 10 tokens"),
+    "negative.bin": (header(20240520, 1, -1), "should hold"),
+    "cut.bin": (header(20240520, 1, 10)[:6], "ends inside its header"),
+    "version.bin": (header(20240520, 2, 1) + bytes(2), "version 2 of llm.c's shards, and 1 is read"),
+    "version32.bin": (header(20240801, 1, 1) + bytes(4), "version 1 of llm.c's shards, and 7 is read"),
+    "hellaswag.bin": (header(20240522, 1, 1) + bytes(8), "multiple-choice"),
+    "cut.npy": (b"\x93NUMPY\x01\x00v\x00{'des", "cannot be read as .npy"),
+    "magic.npy": (b"\x93NUMPY", "cannot be read as .npy"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        token_file(tmp_path / name)
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((3, 2), np.uint16), r"uint16 of shape \(3, 2\)"),
+        (np.zeros(3, np.float32), "float32"),
+        (np.zeros(3, ">u2"), ">u2"),
+        (np.zeros(0, np.uint16), "no tokens|cannot be read"),
+        (np.array(["a", None], object), "cannot be read as .npy"),
+    ],
+    ids=["matrix", "float", "big-endian", "empty", "pickle"],
+)
+def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "array.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        token_file(tmp_path / "array.npy")
+
+
+def test_a_truncated_array_is_refused(tmp_path: Path) -> None:
+    path = npy(tmp_path / "array.npy", IDS)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"cannot be read as .npy"):
+        token_file(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bad", "vocab_size", "refused"),
+    [
+        ("<u2", 300, 300, True),
+        ("<u2", 299, 300, False),
+        ("<u2", 65535, None, False),
+        ("<i4", -1, 300, True),
+        ("<i4", -1, None, True),
+        ("<u4", 2**31, None, True),
+        ("<i8", 2**31, None, True),
+        ("<i8", -(2**40), 300, True),
+        ("<i8", 2**31 - 1, None, False),
+    ],
+)
+def test_ids_outside_the_vocabulary_are_refused_where_they_are_read(
+    tmp_path: Path, dtype: str, bad: int, vocab_size: int | None, refused: bool
+) -> None:
+    npy(tmp_path / "a.npy", np.zeros(5), dtype)
+    npy(tmp_path / "b.npy", [1, 2, 3, bad, 4], dtype)
+    stream, _ = open_tokens(tmp_path, vocab_size)
+    assert stream.read(0, 8).tolist() == [0] * 5 + [1, 2, 3]
+    if not refused:
+        assert stream.read(8, 9).tolist() == [bad]
+        return
+    with pytest.raises(DataError, match=f"b.npy' has the id {bad} at token 3, and the vocabulary has"):
+        stream.read(2, 10)
+
+
+def test_a_file_that_shrinks_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    path = nanogpt(tmp_path / "a.bin", IDS)
+    stream, _ = open_tokens(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"a.bin.*changed or removed"):
+        stream.read(0, 10)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a.bin.*changed or removed"):
+        stream.read(0, 10)
+
+
+def test_a_fingerprint_is_of_the_tokens_and_not_of_the_names(tmp_path: Path) -> None:
+    def fingerprint(name: str, ids: np.ndarray, at: slice = slice(None)) -> str:
+        stream = open_tokens(nanogpt(tmp_path / name, ids))[0]
+        return stream.part(*at.indices(len(stream))[:2]).fingerprint
+
+    changed = IDS.copy()
+    changed[500] += 1
+    first = fingerprint("a.bin", IDS)
+    assert first == fingerprint("b.bin", IDS)
+    others = [
+        fingerprint("a.bin", changed),
+        fingerprint("a.bin", IDS[:-1]),
+        fingerprint("a.bin", IDS, slice(0, 900)),
+        fingerprint("a.bin", IDS, slice(100, 1000)),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_a_fingerprint_of_a_large_stream_samples_all_of_it(tmp_path: Path) -> None:
+    ids = np.zeros(3_000_000, np.uint16)
+    fingerprints = set()
+    for changed in (slice(0), slice(0, 1), slice(1_500_000, 1_520_000), slice(-1, None)):
+        ids[:] = 0
+        ids[changed] = 1
+        fingerprints.add(open_tokens(nanogpt(tmp_path / "a.bin", ids))[0].fingerprint)
+    assert len(fingerprints) == 4
+
+
+def test_what_is_a_token_source(tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "main.py").write_text("print()\n")
+    (tmp_path / "code" / "firmware.bin").write_bytes(b"123")
+    assert not is_token_source(tmp_path / "code")
+    assert not is_token_source(tmp_path / "code" / "*")
+    assert not is_token_source(tmp_path / "code" / "main.py")
+    assert is_token_source(tmp_path / "code" / "*.bin")
+    (tmp_path / "nanogpt").mkdir()
+    nanogpt(tmp_path / "nanogpt" / "train.bin", IDS)
+    (tmp_path / "nanogpt" / "prepare.py").write_text("print()\n")
+    assert is_token_source(tmp_path / "nanogpt")
+    assert is_token_source(llmc(tmp_path / "shard", IDS))
+    with pytest.raises(DataError, match="no file matches"):
+        is_token_source(tmp_path / "*.nothing")
+    with pytest.raises(DataError, match="does not exist"):
+        is_token_source(tmp_path / "nothing")
