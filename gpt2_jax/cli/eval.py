@@ -1,0 +1,191 @@
+"""`gpt2 eval`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from tyro.conf import arg
+
+import bridge
+from bridge.bpe import END_OF_TEXT
+from bridge.errors import quoted
+from bridge.perplexity import Evaluation, Progress, exp
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
+from gpt2_jax.cli.output import console, json_writer, progress, require_torch
+from gpt2_jax.data import open_data
+from gpt2_jax.data.text import STDLIB, Documents, find_documents
+from gpt2_jax.data.tokenize import SIDECAR
+from gpt2_jax.data.tokens import is_token_source
+
+if TYPE_CHECKING:
+    import tiktoken
+
+Count = Annotated[int | None, arg(metavar="INT")]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is predicted. Words are what white space separates, bytes those of UTF-8; None where only ids are known."""
+
+    ids: np.ndarray
+    words: int | None = None
+    bytes: int | None = None
+
+
+def evaluate(
+    source: Source = BUNDLED,
+    /,
+    *,
+    data: Annotated[str, arg(metavar="TEXT")],
+    backend: Literal["jax", "torch"] = "jax",
+    context: Count = None,
+    stride: Count = None,
+    batch: Count = None,
+    max_tokens: Count = None,
+    json: JsonFile = None,
+) -> None:
+    """Measure how well a model predicts a text: loss, perplexity per token and per word, bits per byte.
+
+    The text is predicted in sliding windows: each begins a stride after the one before, and predicts the tokens
+    that none has reached yet, so that every token but the very first counts once.
+
+    Example: gpt2 eval ./my-gpt2 --data book.txt --stride 256
+
+    Args:
+        source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
+        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files; where some of these are
+            called train and others val, the latter.
+        backend: which implementation runs.
+        context: tokens per window; all of the model's positions unless given.
+        stride: from one window to the next, at most the context; half the context unless given. A shorter one
+            is slower and gives each token more to be predicted from.
+        batch: windows run together; about 4096 tokens' worth unless given.
+        max_tokens: stop after so many tokens of the text.
+        json: also write the figures to this file.
+    """
+    write_json = json_writer(json)
+    if max_tokens is not None and max_tokens < 2:
+        raise bridge.BridgeError(f"--max-tokens {max_tokens}: it takes two, because the first has nothing before it")
+    if backend == "torch":
+        require_torch("--backend torch")
+    checkpoint = bridge.load(source)
+    run = _with_torch if backend == "torch" else _with_jax
+    columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
+        text = _read(data, checkpoint, max_tokens or sys.maxsize, _task(bar, "reading"))
+        windows = {"context": context, "stride": stride, "batch_size": batch}
+        found = run(checkpoint, text.ids, **windows, progress=_task(bar, "predicting"))
+    if not math.isfinite(found.nats):
+        raise bridge.BridgeError(
+            f"the loss is {found.nats}: the weights in {quoted(source)} are not all finite numbers"
+        )
+    report = {"source": source, "data": data, "backend": backend, **_figures(found, text)}
+    write_json(report)
+    _show(report)
+
+
+def _task(bar: Bar, name: str) -> Progress:
+    task = bar.add_task(name, total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _read(data: str, checkpoint: bridge.Checkpoint, most: int, advance: Progress) -> Text:
+    """The first `most` tokens of a source."""
+    if data == STDLIB or not (is_token_source(data) or (Path(data) / SIDECAR).is_file()):
+        return _encode(find_documents(data), checkpoint.tokenizer(), most, advance)
+    opened = open_data(data, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
+    stream = opened.train if opened.validation is None else opened.validation
+    return Text(stream.read(0, min(most, len(stream))))
+
+
+def _encode(documents: Documents, tokenizer: tiktoken.Encoding, most: int, advance: Progress) -> Text:
+    pieces, words, size, room = [np.empty(0, np.int32)], 0, 0, most
+    for ids, text in _pieces(documents, tokenizer):
+        if len(ids) <= room:
+            raw = text.encode()
+        else:
+            ids = ids[:room]
+            raw = tokenizer.decode_bytes(ids)
+        pieces.append(np.array(ids, np.int32))
+        words += len(raw.decode(errors="ignore").split())  # pieces begin at white space, so none cuts a word
+        size += len(raw)
+        room -= len(ids)
+        advance(size, documents.size)
+        if not room:
+            break
+    return Text(np.concatenate(pieces), words, size)
+
+
+def _pieces(documents: Documents, tokenizer: tiktoken.Encoding) -> Iterator[tuple[list[int], str]]:
+    """Ids and their text; between two documents the token that ends one, which is no text, if there is such."""
+    end = [tokenizer.eot_token] if END_OF_TEXT in tokenizer.special_tokens_set else []
+    for k, document in enumerate(documents.readable()):
+        if k:
+            yield end, ""
+        for text in document.blocks():
+            yield tokenizer.encode_ordinary(text), text
+
+
+def _with_torch(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) -> Evaluation:
+    import gpt2_torch
+
+    return gpt2_torch.evaluate(gpt2_torch.model_from_checkpoint(checkpoint), ids, **windows)
+
+
+def _with_jax(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) -> Evaluation:
+    import jax
+    import jax.numpy as jnp
+
+    import gpt2_jax
+
+    wide = any(entry.dtype == "float64" for entry in checkpoint.tensors.entries.values())
+    with jax.enable_x64(wide):
+        model, params = gpt2_jax.model_from_checkpoint(checkpoint, dtype=jnp.float64 if wide else jnp.float32)
+        return gpt2_jax.evaluate(model, params, ids, **windows)
+
+
+def _figures(found: Evaluation, text: Text) -> dict[str, Any]:
+    """For machines. None: the text is not known, has no words, or the figure is larger than any float."""
+    figures = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "perplexity_per_word": found.word_perplexity(text.words) if text.words else None,
+        "bits_per_byte": found.bits_per_byte(text.bytes) if text.bytes else None,
+        "transformers_loss": found.transformers_loss,
+        "transformers_perplexity": exp(found.transformers_loss),
+    }
+    finite = {name: x if x is not None and math.isfinite(x) else None for name, x in figures.items()}
+    counts = {"nats": found.nats, "predicted_tokens": found.predicted_tokens, "tokens": found.tokens}
+    windows = {"windows": found.windows, "context": found.context, "stride": found.stride}
+    return {**finite, **counts, "words": text.words, "bytes": text.bytes, **windows}
+
+
+def _show(report: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+
+    def row(name: str, key: str, unit: str) -> None:
+        value = report[key]
+        shown = "not available" if value is None else f"{value:,.4f}" if value < 1e7 else f"{value:.4g}"
+        table.add_row(name, shown, unit)
+
+    row("loss", "loss", "nats per token")
+    row("perplexity", "perplexity", "per token")
+    row("", "perplexity_per_word", "per word")
+    row("", "transformers_perplexity", "per token, averaged as in transformers' documentation")
+    row("bits", "bits_per_byte", "per byte of UTF-8")
+    for key in ("predicted_tokens", "tokens", "words", "bytes", "windows", "context", "stride"):
+        table.add_row(key.replace("_", " "), "not available" if report[key] is None else f"{report[key]:,}")
+    console().print(f"{report['source']} on {report['data']}, with {report['backend']}", soft_wrap=True)
+    console().print(table)

@@ -1,0 +1,184 @@
+"""`gpt2 eval` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import TINY, huggingface_directory, random_checkpoint
+from tokenizers_for_tests import write_byte_tokenizer
+
+import bridge
+import gpt2_torch
+from bridge.tokenizer import byte_tokenizer
+from gpt2_jax.cli import main
+from gpt2_jax.cli.eval import _encode
+from gpt2_jax.data.text import find_documents
+from gpt2_jax.data.tokenize import cached_text
+
+CONFIG = replace(TINY, vocab_size=256, n_layer=2)
+TEXT = "Grüße — one word\nafter another,  two spaces, and a tail that goes on for some windows more. " * 2
+
+FP32 = 1e-6  # relative, between two orders of summation
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = huggingface_directory(tmp_path / "model", CONFIG)
+    write_byte_tokenizer(path)
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+def figures(tmp_path: Path, *arguments: object) -> dict:
+    assert run("eval", *arguments, "--json", tmp_path / "figures.json") == 0
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_figures_are_those_of_the_text(
+    backend: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = figures(tmp_path, model, "--data", text, "--backend", backend, "--context", 30, "--stride", 10)
+    raw, words = TEXT.encode(), len(TEXT.split())
+    expected = gpt2_torch.evaluate(
+        gpt2_torch.model_from_checkpoint(random_checkpoint(CONFIG)), np.frombuffer(raw, np.uint8), context=30, stride=10
+    )
+    assert (found["tokens"], found["predicted_tokens"]) == (len(raw), len(raw) - 1)
+    assert (found["words"], found["bytes"]) == (words, len(raw))
+    assert (found["context"], found["stride"], found["windows"]) == (30, 10, expected.windows)
+    assert found["nats"] == pytest.approx(expected.nats, rel=FP32)
+    assert found["loss"] == pytest.approx(found["nats"] / (len(raw) - 1))
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found["perplexity_per_word"] == pytest.approx(math.exp(found["nats"] / words))
+    assert found["bits_per_byte"] == pytest.approx(found["nats"] / math.log(2) / len(raw))
+    assert found["transformers_loss"] == pytest.approx(expected.transformers_loss, rel=FP32)
+    shown = capsys.readouterr().out
+    for part in (f"{found['loss']:.4f}", f"{found['bits_per_byte']:.4f}", f"{len(raw) - 1}", f"with {backend}"):
+        assert part in shown
+
+
+def test_context_and_stride_are_stated_where_they_follow_from_the_model(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    found = figures(tmp_path, model, "--data", text)
+    assert (found["context"], found["stride"]) == (40, 20)
+
+
+@pytest.mark.parametrize("limit", [2, 3, 4, 20, 10_000])
+def test_only_the_text_of_the_first_tokens_is_counted(limit: int, model: Path, text: Path, tmp_path: Path) -> None:
+    found = figures(tmp_path, model, "--data", text, "--max-tokens", limit, "--backend", "torch")
+    raw = TEXT.encode()[:limit]
+    assert (found["tokens"], found["bytes"]) == (len(raw), len(raw))
+    assert found["words"] == len(raw.decode(errors="ignore").split())
+
+
+def test_documents_are_parted_by_the_token_that_ends_one(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name, part in (("a.txt", "one two "), ("b.txt", " three"), ("c.txt", "four")):
+        (tmp_path / "texts" / name).write_text(part)
+    documents, calls = find_documents(tmp_path / "texts"), []
+    found = _encode(documents, byte_tokenizer(), 1000, lambda *call: calls.append(call))
+    order = [d.path.read_bytes() for d in documents.readable()]
+    assert found.ids.tolist() == [*order[0], 256, *order[1], 256, *order[2]]
+    assert (found.words, found.bytes) == (4, 18)
+    assert calls[-1] == (18, 18)
+    cut = _encode(documents, byte_tokenizer(), len(order[0]) + 1, lambda *call: None)
+    assert cut.ids.tolist() == [*order[0], 256]
+    assert cut.bytes == len(order[0])
+
+
+def test_token_files_have_no_words_or_bytes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.frombuffer(TEXT.encode(), np.uint8).astype("<u2").tofile(tmp_path / "tokens.bin")
+    found = figures(tmp_path, model, "--data", tmp_path / "tokens.bin", "--max-tokens", 50)
+    assert found["tokens"] == 50
+    assert found["perplexity"] > 1
+    assert [found[name] for name in ("words", "bytes", "perplexity_per_word", "bits_per_byte")] == [None] * 4
+    assert capsys.readouterr().out.count("not available") == 4
+
+
+def test_of_a_directory_of_token_files_the_validation_files_are_taken(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").mkdir()
+    for name, count in (("train.bin", 90), ("val.bin", 33)):
+        np.arange(count, dtype="<u2").tofile(tmp_path / "tokens" / name)
+    assert figures(tmp_path, model, "--data", tmp_path / "tokens")["tokens"] == 33
+
+
+def test_a_text_that_training_has_encoded_is_read_from_its_cache(model: Path, text: Path, tmp_path: Path) -> None:
+    cached_text(find_documents(text), byte_tokenizer(), cache=tmp_path / "cache")
+    [directory] = (tmp_path / "cache").iterdir()
+    found = figures(tmp_path, model, "--data", directory, "--max-tokens", 100)
+    assert found["nats"] == figures(tmp_path, model, "--data", text, "--max-tokens", 100)["nats"]
+    assert found["bytes"] is None
+
+
+def test_a_text_of_one_endless_word_has_no_perplexity_per_word(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "word.txt").write_text("x" * 900)
+    found = figures(tmp_path, model, "--data", tmp_path / "word.txt")
+    assert found["words"] == 1
+    assert found["perplexity_per_word"] is None  # e to the thousands
+
+
+def test_both_backends_agree_in_float64(text: Path, tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "wide", CONFIG, dtype="float64")
+    write_byte_tokenizer(path)
+    reference, port = (figures(tmp_path, path, "--data", text, "--backend", b)["nats"] for b in ("torch", "jax"))
+    assert port == pytest.approx(reference, rel=1e-12)  # float32 would give 1e-7
+
+
+BAD = {
+    "no data": ("eval", "{model}"),
+    "no such text": ("eval", "{model}", "--data", "{tmp}/nowhere.txt"),
+    "empty text": ("eval", "{model}", "--data", "{tmp}/empty.txt"),
+    "one token": ("eval", "{model}", "--data", "{tmp}/one.txt"),
+    "not UTF-8": ("eval", "{model}", "--data", "{tmp}/latin.txt"),
+    "foreign tokens": ("eval", "{model}", "--data", "{tmp}/foreign.bin"),
+    "stride beyond the context": ("eval", "{model}", "--data", "{tmp}/text.txt", "--context", "8", "--stride", "9"),
+    "context beyond the model": ("eval", "{model}", "--data", "{tmp}/text.txt", "--context", "41"),
+    "no batch": ("eval", "{model}", "--data", "{tmp}/text.txt", "--batch", "0"),
+    "one token asked": ("eval", "{model}", "--data", "{tmp}/text.txt", "--max-tokens", "1"),
+    "unwritable json": ("eval", "{model}", "--data", "{tmp}/text.txt", "--json", "{tmp}/nowhere/f.json"),
+    "unknown backend": ("eval", "{model}", "--data", "{tmp}/text.txt", "--backend", "flax"),
+    "no tokenizer": ("eval", "{bare}", "--data", "{tmp}/text.txt"),
+    "weights not finite": ("eval", "{broken}", "--data", "{tmp}/text.txt"),
+}
+ONE_LINE = BAD.keys() - {"no data", "unknown backend"}  # those that tyro answers, in a box
+
+
+@pytest.mark.parametrize("why", BAD)
+def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
+    why: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, broken = huggingface_directory(tmp_path / "bare", CONFIG), tmp_path / "broken"
+    state = dict(random_checkpoint(CONFIG).tensors.items())
+    state["ln_f.bias"] = np.full_like(state["ln_f.bias"], np.nan)
+    bridge.save(bridge.Checkpoint.of(state, CONFIG), broken, format="huggingface")
+    write_byte_tokenizer(broken)
+    for name, content in (("empty.txt", b""), ("one.txt", b"x"), ("latin.txt", "Grüße".encode("latin-1"))):
+        (tmp_path / name).write_bytes(content)
+    np.array([1, 2, 999, 4] * 3, "<u2").tofile(tmp_path / "foreign.bin")
+    assert run(*(a.format(tmp=tmp_path, model=model, bare=bare, broken=broken) for a in BAD[why])) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert (printed.out + printed.err).strip()
+    if why in ONE_LINE:
+        assert printed.out == ""
+        assert printed.err.startswith("gpt2: ")
+        assert printed.err.count("\n") == 1
