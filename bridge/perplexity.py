@@ -30,7 +30,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts a text, and what exactly was measured."""
+    """How well a model predicts a text, and what exactly was measured.
+
+    Figures per word and per byte divide by all of the text. Tokens that are not predicted add nothing to them, so
+    where windows do not overlap they come out low by the share of those tokens.
+    """
 
     nats: float
     """Sum of -ln p over all predicted tokens."""

@@ -66,8 +66,8 @@ def evaluate(
             called train and others val, the latter.
         backend: which implementation runs.
         context: tokens per window; all of the model's positions unless given.
-        stride: from one window to the next, at most the context; half the context unless given. A shorter one
-            is slower and gives each token more to be predicted from.
+        stride: from one window to the next; half the context unless given. A shorter one is slower and gives each
+            token more to be predicted from; at the context itself each window's first token is not predicted.
         batch: windows run together; about 4096 tokens' worth unless given.
         max_tokens: stop after so many tokens of the text.
         json: also write the figures to this file.
@@ -183,7 +183,7 @@ def _show(report: dict[str, Any]) -> None:
     row("loss", "loss", "nats per token")
     row("perplexity", "perplexity", "per token")
     row("", "perplexity_per_word", "per word")
-    row("", "transformers_perplexity", "per token, averaged as in transformers' documentation")
+    row("", "transformers_perplexity", "per token, by the weights of transformers' recipe")
     row("bits", "bits_per_byte", "per byte of UTF-8")
     for key in ("predicted_tokens", "tokens", "words", "bytes", "windows", "context", "stride"):
         table.add_row(key.replace("_", " "), "not available" if report[key] is None else f"{report[key]:,}")
