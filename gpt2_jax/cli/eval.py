@@ -45,7 +45,7 @@ def evaluate(
     source: Source = BUNDLED,
     /,
     *,
-    data: Annotated[str, arg(metavar="TEXT")],
+    data: Annotated[str | None, arg(metavar="TEXT")] = None,
     backend: Literal["jax", "torch"] = "jax",
     context: Count = None,
     stride: Count = None,
@@ -62,8 +62,8 @@ def evaluate(
 
     Args:
         source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
-        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files; where some of these are
-            called train and others val, the latter.
+        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files; where some of these are called
+            train and others val, the latter. Unless given, the part of Shakespeare that the bundled model has not seen.
         backend: which implementation runs.
         context: tokens per window; all of the model's positions unless given.
         stride: from one window to the next; half the context unless given. A shorter one is slower and gives each
@@ -73,6 +73,7 @@ def evaluate(
         json: also write the figures to this file.
     """
     write_json = json_writer(json)
+    data = str(bridge.BUNDLED / "validation.txt") if data is None else data
     if max_tokens is not None and max_tokens < 2:
         raise bridge.BridgeError(f"--max-tokens {max_tokens}: it takes two, because the first has nothing before it")
     if backend == "torch":

@@ -1,9 +1,8 @@
 """Training in JAX: `gpt2 train` and its parts."""
 
-from gpt2_jax.train.config import PRESETS, OptimizerConfig, TrainConfig, TrainingError
+from gpt2_jax.train.config import PRESETS, NonFiniteLoss, OptimizerConfig, TrainConfig, TrainingError
 from gpt2_jax.train.loop import Outcome, settle, train
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt2_jax.train.report import NonFiniteLoss
 from gpt2_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
 
 __all__ = [
@@ -14,6 +13,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "TrainingError",
+    "adamw_state",
     "init_state",
     "learning_rate_schedule",
     "make_eval_step",
@@ -21,4 +21,5 @@ __all__ = [
     "make_train_step",
     "settle",
     "train",
+    "with_adamw_state",
 ]
