@@ -81,7 +81,7 @@ def _arrays(state: Path) -> dict[str, _Stored]:
     """The saved weights by their path in the Flax tree, none of them read."""
     import tensorstore
 
-    database = {"driver": "ocdbt", "base": f"file://{state}/"}
+    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}
     try:
         keys = tensorstore.KvStore.open(database).result().list().result()
         names = sorted({key.decode().split("/")[0] for key in keys})

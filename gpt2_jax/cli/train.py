@@ -15,7 +15,7 @@ from bridge import BridgeError, Checkpoint, NoTokenizerError
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.output import console, json_writer, progress
-from gpt2_jax.train.config import PRESETS, TrainConfig
+from gpt2_jax.train.config import PRESETS, NonFiniteLoss, TrainConfig
 
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
@@ -51,8 +51,6 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             cache: where tokenised text is kept (default: gpt2-bridge in the user's cache directory).
             json: also write how the run ended to this file.
         """
-        from gpt2_jax.train.report import NonFiniteLoss
-
         write_json = json_writer(json)
         try:
             outcome = run_training(config, out, resume=resume, accept_changes=accept_changes, cache=cache)
@@ -70,6 +68,8 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
 
 def default_config(args: Sequence[str]) -> TrainConfig:
     """What the flags of `gpt2 train` are when they are not given: the preset's, or the resumed run's."""
+    if list(args[:1]) != ["train"]:
+        return PRESETS[DEFAULT_PRESET]
     if "--resume" in args and (out := _value(args, "--out")) is not None:
         from gpt2_jax.train.run import is_run, stored_identity
 
@@ -85,10 +85,9 @@ def default_config(args: Sequence[str]) -> TrainConfig:
 def _value(args: Sequence[str], flag: str) -> str | None:
     """What follows a flag on the command line, as `--flag VALUE` or `--flag=VALUE`."""
     for word, following in zip(args, [*args[1:], None], strict=True):
-        if word == flag:
-            return following
-        if word.startswith(f"{flag}="):
-            return word.removeprefix(f"{flag}=")
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == flag:  # tyro takes either
+            return value if equals else following
     return None
 
 
@@ -105,13 +104,16 @@ def run_training(
     from gpt2_jax.train.run import is_run
 
     say = console().print
-    source = None if config.init_from is None else bridge.load(config.init_from)
-    data = _open_data(config, source, out if resume and is_run(out) else None, cache)
-    config = settle(config, data, source)
+    # What goes on has its tokenizer and its sizes in RUN, and needs the checkpoint that it began with no more.
+    origin = out if resume and is_run(out) and steps(out) else config.init_from
+    source = None if origin is None else bridge.load(origin)
+    data = _open_data(config, source, cache)
+    init_from = None if config.init_from is None else source
+    config = settle(config, data, init_from)
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
     outcome = train(
-        config, out, data, init_from=source, resume=resume, accept_changes=accept_changes, console=console()
+        config, out, data, init_from=init_from, resume=resume, accept_changes=accept_changes, console=console()
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
     say(f"exported step {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)
@@ -121,13 +123,12 @@ def run_training(
     return outcome
 
 
-def _open_data(config: TrainConfig, source: Checkpoint | None, resumed: Path | None, cache: Path | None) -> Data:
-    """The data, with the tokenizer of the run that goes on, of the checkpoint that it begins with, or its own."""
+def _open_data(config: TrainConfig, source: Checkpoint | None, cache: Path | None) -> Data:
+    """The data, with the tokenizer of `source`, or the configured one where there is none."""
     from gpt2_jax.data import open_data
 
-    of = bridge.load(resumed) if resumed is not None and steps(resumed) else source
     try:
-        tokenizer: Any = config.tokenizer if of is None else of.tokenizer()
+        tokenizer: Any = config.tokenizer if source is None else source.tokenizer()
     except NoTokenizerError:
         tokenizer = None  # which token files do not need
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -136,7 +137,7 @@ def _open_data(config: TrainConfig, source: Checkpoint | None, resumed: Path | N
         return open_data(
             config.data,
             tokenizer=tokenizer,
-            vocab_size=config.model.vocab_size if of is None else of.config.vocab_size,
+            vocab_size=config.model.vocab_size if source is None else source.config.vocab_size,
             validation=config.validation_data,
             validation_fraction=config.validation_fraction,
             cache=cache,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import jax
 from orbax.checkpoint.experimental.v1 import training
 from orbax.checkpoint.experimental.v1.training import preservation_policies as keep
 
+from bridge.errors import quoted
 from bridge.formats.run import CHECKPOINTS
+from gpt2_jax.train.config import TrainingError
 from gpt2_jax.train.step import TrainState
 
 
@@ -28,7 +32,7 @@ class Checkpoints:
             preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
             cleanup_tmp_directories=True,
         )
-        self._saving: Any = None
+        self._saving: tuple[int, Any] | None = None
 
     def latest(self) -> int | None:
         """The newest complete checkpoint's step."""
@@ -38,25 +42,29 @@ class Checkpoints:
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Begin to write `state`; the copy is taken before this returns, so its buffers may be donated.
 
-        `val_loss`: by which the best is chosen. Does nothing where this step is already saved. Raises
-        what went wrong with the save before.
+        `val_loss`: by which the best is chosen. Raises `TrainingError` where this save, or the one before,
+        fails.
         """
         self.wait()
         step = int(state.step)
-        if self.latest() == step:
-            return
         metrics = None if val_loss is None else {"val_loss": val_loss}
-        self._saving = self._orbax.save_async(step, state, force=True, metrics=metrics)
+        with _explained(f"the checkpoint of step {step} could not be written"):
+            self._saving = step, self._orbax.save_async(step, state, force=True, metrics=metrics)
 
     def wait(self) -> None:
-        """Until what `save` began is on the disk; raises what went wrong."""
+        """Until what `save` began is on the disk; raises `TrainingError` where that failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            with _explained(f"the checkpoint of step {saving[0]} could not be written"):
+                saving[1].result()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their description."""
-        return self._orbax.load(step, jax.tree.map(_description, like))
+        """The state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their description.
+
+        Raises `TrainingError` for one that is damaged, or that has other shapes.
+        """
+        with _explained(f"the checkpoint of step {step} could not be read; is it damaged, or of another model?"):
+            return self._orbax.load(step, jax.tree.map(_description, like))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -66,6 +74,14 @@ class Checkpoints:
             self.wait()
         finally:
             self._orbax.close()
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax raises its own, tensorstore's and the system's
+        raise TrainingError(f"{what}\n{type(error).__name__}: {quoted(error, 400)}") from error
 
 
 def _description(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bridge import GPT2_SIZES, BridgeError, GPT2Config
 from bridge.errors import bullet_list
@@ -14,6 +14,10 @@ from bridge.errors import bullet_list
 
 class TrainingError(BridgeError):
     """A training run cannot be started or continued as asked; the message names the field."""
+
+
+class NonFiniteLoss(TrainingError):
+    """A loss, a gradient or a weight became infinite or NaN; the message names the step."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,8 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     """The inverse of `flat`; raises `TrainingError` for names that are no fields."""
-    rest = dict(values)
     try:
+        rest = {**values}
         model = GPT2Config(**{f.name: rest.pop(f.name) for f in dataclasses.fields(GPT2Config)})
         optimizer = OptimizerConfig(**{f.name: rest.pop(f.name) for f in dataclasses.fields(OptimizerConfig)})
         return TrainConfig(model=model, optimizer=optimizer, **rest)
@@ -159,6 +163,8 @@ def from_flat(values: Mapping[str, Any]) -> TrainConfig:
 
 def _problems(c: TrainConfig) -> Iterator[str]:
     o = c.optimizer
+    yield from _unknown_choices(c)
+    yield from _unknown_choices(o)
     at_least_one = ("steps", "batch_size", "length", "accumulate", "eval_every", "log_every", "checkpoint_every")
     for name in (*at_least_one, "vocab_multiple", "keep_last"):
         if getattr(c, name) < 1:
@@ -190,6 +196,12 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         yield f"clip_norm={o.clip_norm}: must be positive, or None"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
+
+
+def _unknown_choices(part: TrainConfig | OptimizerConfig) -> Iterator[str]:
+    for name, hint in get_type_hints(type(part)).items():
+        if get_origin(hint) is Literal and getattr(part, name) not in get_args(hint):
+            yield f"{name}={getattr(part, name)!r}: must be one of {', '.join(get_args(hint))}"
 
 
 _GPT2_OPTIMIZER = OptimizerConfig(warmup_steps=2000)  # 6e-4, 0.9, 0.95, 0.1: nanoGPT's train_gpt2.py

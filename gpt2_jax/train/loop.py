@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import optax
 from rich.console import Console
 
 import bridge
-from bridge import Checkpoint
+from bridge import Checkpoint, TokenizerError
 from bridge.formats.run import best_step
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, evaluation_batches, training_batches
@@ -25,12 +26,12 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.pretrained import model_from_checkpoint
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.checkpoint import Checkpoints
-from gpt2_jax.train.config import TrainConfig, TrainingError
+from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
 from gpt2_jax.train.metrics import plot_losses
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.report import Report
 from gpt2_jax.train.signals import StopSignals
-from gpt2_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
+from gpt2_jax.train.step import TrainState, all_finite, init_state, make_eval_step, make_train_step
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -81,12 +82,12 @@ def train(
     step, where the loss is no longer finite; the checkpoints saved before then stay.
     """
     console = console or Console()
-    identity = runs.Identity.of(config, data)
+    prompt = encoded_prompt(config, data)
     resumes = resume and runs.is_run(run)
     if resumes:
-        runs.require_same(run, identity, accept_changes)
+        runs.require_same(run, config, data, accept_changes)
     else:
-        runs.begin(run, identity, data)
+        runs.begin(run, config, data)
     model = make_model(config)
     tx = make_optimizer(config.optimizer, config.steps)
     train_step = make_train_step(
@@ -103,6 +104,8 @@ def train(
         state = first_state(config, model, tx, init_from)
         if resumes and (saved := checkpoints.latest()) is not None:
             state = checkpoints.restore(saved, state)
+        if resumes:  # now that the state fits the configuration
+            runs.describe(run, config, data)
         start = int(state.step)
         batches = training_batches(
             data.train,
@@ -127,16 +130,17 @@ def train(
                     with report.not_training("evaluating" if evaluates else "saving"):
                         if evaluates:
                             record["val_loss"] = loss = evaluate(state)
-                            saves, best = saves or loss < best, min(loss, best)  # NaN is never below
-                        if saves:
-                            checkpoints.save(state, record.get("val_loss"))
-                        if logs or evaluates:
+                            saves, best = saves or loss < best, min(loss, best)
+                        if logs or evaluates:  # before it is saved: a resumed run keeps the lines up to its checkpoint
                             report.write(step, record)
-                        if evaluates:
-                            report.say(sample(config, model, state, data))
+                        if saves:
+                            require_finite(state)
+                            checkpoints.save(state, record.get("val_loss"))
+                        if evaluates and prompt:
+                            report.say(sample(config, model, state, data, prompt))
                 if ends:
                     break
-    return finish(run, int(state.step), stop.received)
+    return finish(run, int(state.step), stop.received if state.step < config.steps else None)
 
 
 def settle(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
@@ -181,7 +185,10 @@ def first_state(
 
 
 def validation_loss(eval_step: Callable[..., Any], config: TrainConfig, data: Data, state: TrainState) -> float:
-    """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept."""
+    """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept.
+
+    Raises `NonFiniteLoss`.
+    """
     assert data.validation is not None  # open_data gives one for any fraction above 0
     batches = evaluation_batches(
         data.validation,
@@ -191,25 +198,45 @@ def validation_loss(eval_step: Callable[..., Any], config: TrainConfig, data: Da
         examples=config.examples,
     )
     sums = [eval_step(weights(state), batch) for batch in batches]
-    return sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums)
+    mean = sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums)
+    if not math.isfinite(mean):
+        raise NonFiniteLoss(f"step {state.step}: validation loss {mean}")
+    return mean
 
 
-def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data) -> str:
+def require_finite(state: TrainState) -> None:
+    """A step with a finite loss can still leave weights that have none; they are no checkpoint."""
+    if not all_finite(state.params):
+        raise NonFiniteLoss(f"step {state.step}: its update made weights infinite or NaN")
+
+
+def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
+    """What samples go on from; empty where none are printed."""
+    if data.tokenizer is None or not config.sample_tokens:
+        return []
+    named = f"sample_prompt={config.sample_prompt!r}"
+    try:
+        ids = data.tokenizer.encode_ordinary(config.sample_prompt)
+    except TokenizerError as error:
+        raise TrainingError(f"{named}: {error}; or print no samples, with --sample-tokens 0") from error
+    if not 0 < len(ids) < (most := config.model.n_positions):
+        raise TrainingError(f"{named}: has {len(ids)} tokens; give at least one, and fewer than n_positions={most}")
+    return ids
+
+
+def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prompt: list[int]) -> str:
     """What the model writes, drawn with the same seed at every evaluation."""
-    tokenizer = data.tokenizer
-    if tokenizer is None or not config.sample_tokens:
-        return ""
-    ids = tokenizer.encode_ordinary(config.sample_prompt)
-    room = config.model.n_positions - len(ids)
+    assert data.tokenizer is not None  # there is a prompt
     new = generate(
         model,
         weights(state),
-        jnp.asarray([ids]),
-        max_new_tokens=min(config.sample_tokens, room),
+        jnp.asarray([prompt]),
+        max_new_tokens=min(config.sample_tokens, config.model.n_positions - len(prompt)),
         temperature=SAMPLE_TEMPERATURE,
         seed=config.seed,
     )
-    return tokenizer.decode(new[0].tolist())
+    # A padded vocabulary has ids that are no tokens.
+    return data.tokenizer.decode([i for i in new[0].tolist() if i <= data.tokenizer.max_token_value])
 
 
 def weights(state: TrainState) -> Any:

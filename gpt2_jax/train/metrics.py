@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -19,10 +20,10 @@ class Metrics:
     """The log of one run: `write` adds a record, `close` flushes. A resumed run goes on where it stood."""
 
     def __init__(self, run: Path, config: TrainConfig, start_step: int) -> None:
+        self._tensorboard = _tensorboard(run) if config.tensorboard else None
+        self._wandb = _wandb(run, config, start_step) if config.wandb else None
         _forget_after(run / METRICS, start_step)
         self._lines = (run / METRICS).open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(run) if config.tensorboard else None
-        self._wandb = _wandb(run, config) if config.wandb else None
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """One record: `step`, and every value that there is."""
@@ -78,7 +79,7 @@ def plot_losses(run: Path) -> Path:
 
 def _forget_after(file: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that a run resumes from: it happens again."""
-    kept = [record for record in read_metrics(file.parent) if record["step"] <= step]
+    kept = [record for record in read_metrics(file.parent) if record["step"] <= step] if step else []
     beside = file.with_suffix(".partial")
     beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(beside, file)
@@ -88,9 +89,18 @@ def _tensorboard(run: Path) -> Any:
     return _optional("tensorboard.summary", "tensorboard").Writer(str(run / "tensorboard"))
 
 
-def _wandb(run: Path, config: TrainConfig) -> Any:
-    return _optional("wandb", "wandb").init(
-        project=config.wandb, name=run.name, id=run.name, dir=str(run), config=flat(config), resume="allow"
+def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
+    wandb = _optional("wandb", "wandb")
+    file = run / "wandb-id"  # a resumed run goes on under the same one
+    if not (start_step and file.exists()):
+        file.write_text(secrets.token_hex(8))
+    return wandb.init(
+        project=config.wandb,
+        name=run.name,
+        id=file.read_text(),
+        dir=str(run),
+        config=flat(config),
+        resume="allow",
     )
 
 

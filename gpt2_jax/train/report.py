@@ -13,13 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from gpt2_jax.train.config import TrainConfig, TrainingError
+from gpt2_jax.train.config import NonFiniteLoss, TrainConfig
 from gpt2_jax.train.metrics import Metrics
 from gpt2_jax.train.throughput import flops_per_token, peak_flops
-
-
-class NonFiniteLoss(TrainingError):
-    """The loss or the gradient became infinite or NaN."""
 
 
 class Report:
@@ -57,7 +53,7 @@ class Report:
 
         Raises `NonFiniteLoss` naming the first step since then that has no finite loss and gradient.
         """
-        steps = [(step, {name: float(value) for name, value in metrics.items()}) for step, metrics in self._pending]
+        steps = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in self._pending]
         self._pending = []
         for step, metrics in steps:
             if not all(math.isfinite(value) for value in metrics.values()):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bridge import save_tokenizer, tokenizer_fingerprint
 from bridge.bpe import END_OF_TEXT
 from bridge.errors import bullet_list, quoted
-from bridge.files import new_directory
+from bridge.files import flush_to_disk, new_directory
 from bridge.formats.directory import CONFIG, read_json, write_config, write_json
 from bridge.formats.run import RUN, steps
 from gpt2_jax.train.config import REPORTING, TrainConfig, TrainingError, flat, from_flat
@@ -40,9 +40,10 @@ class Identity:
         return cls(config, data.fingerprint, tokenizer)
 
     def differences(self, other: Identity) -> list[str]:
-        """The fields in which `other` is another run, a line each."""
+        """The fields in which `other` is another run, a line each. Where the data is may change, not what it is."""
         mine, theirs = flat(self.config), flat(other.config)
-        changed = [name for name in mine if mine[name] != theirs[name] and name not in REPORTING | {"preset"}]
+        free = REPORTING | {"preset", "data", "validation_data"}
+        changed = [name for name in mine if mine[name] != theirs[name] and name not in free]
         lines = [f"{name} was {quoted(mine[name])}, now {quoted(theirs[name])}" for name in changed]
         if self.data != other.data:
             lines.append("data: the tokens are not the same as when the run began")
@@ -51,40 +52,28 @@ class Identity:
         return lines
 
 
-def begin(run: Path, identity: Identity, data: Data) -> None:
-    """Make the directory of a new run, or take one that holds no checkpoint yet."""
+def begin(run: Path, config: TrainConfig, data: Data) -> None:
+    """Make the directory of a new run, in the place of one that ended before its first checkpoint."""
     if steps(run):
         raise TrainingError(
             f"{quoted(run)} is a run with checkpoints; continue it with --resume, or choose another --out"
         )
     if run.exists() and not is_run(run) and not (run.is_dir() and not any(run.iterdir())):
         raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
-    if is_run(run):
-        _write_identity(run, identity)
-        return
-    with new_directory(run) as directory:
-        write_config(directory / CONFIG, identity.config.model, _end_of_text(data))
+    with new_directory(run, overwrite=is_run(run)) as directory:
         if data.tokenizer is not None:
             save_tokenizer(data.tokenizer, directory)
-        _write_identity(directory, identity)
+        describe(directory, config, data)
 
 
-def _end_of_text(data: Data) -> dict[str, int | None]:
-    """What transformers' generate looks at; unsaid, it would take the ids of OpenAI's vocabulary."""
-    tokenizer = data.tokenizer
-    has_one = tokenizer is not None and END_OF_TEXT in tokenizer.special_tokens_set
-    return dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token if tokenizer and has_one else None)
-
-
-def require_same(run: Path, identity: Identity, accept_changes: bool) -> None:
-    """Raise `TrainingError` naming every field in which a resumed run is not the one that was stopped."""
-    lines = stored_identity(run).differences(identity)
+def require_same(run: Path, config: TrainConfig, data: Data, accept_changes: bool) -> None:
+    """Raise `TrainingError` naming every field in which the run to be resumed is not the one that was stopped."""
+    lines = stored_identity(run).differences(Identity.of(config, data))
     if lines and not accept_changes:
         raise TrainingError(
             f"{quoted(run)} cannot be resumed exactly:\n{bullet_list(lines)}\n"
             "leave these as they were, or continue all the same with --accept-changes"
         )
-    _write_identity(run, identity)
 
 
 def is_run(run: Path) -> bool:
@@ -94,22 +83,34 @@ def is_run(run: Path) -> bool:
 def stored_identity(run: Path) -> Identity:
     """What the run in this directory was begun with."""
     stored = read_json(run / RUN)
-    if stored.get("version") != _VERSION:
-        raise TrainingError(f"{quoted(run / RUN)} was written by another version of gpt2-bridge")
+    if stored.get("version") != _VERSION or not {"config", "data", "tokenizer"} <= stored.keys():
+        raise TrainingError(f"{quoted(run / RUN)} is damaged, or was written by another version of gpt2-bridge")
     return Identity(from_flat(stored["config"]), stored["data"], stored["tokenizer"])
 
 
-def _write_identity(directory: Path, identity: Identity) -> None:
-    versions: Mapping[str, Any] = {name: version(name) for name in ("gpt2-bridge", "jax", "flax", "optax")}
-    beside = directory / f".{RUN}.partial"
-    write_json(
-        beside,
-        {
-            "version": _VERSION,
-            "config": flat(identity.config),
-            "data": identity.data,
-            "tokenizer": identity.tokenizer,
-            "versions": versions,
-        },
-    )
-    os.replace(beside, directory / RUN)
+def describe(run: Path, config: TrainConfig, data: Data) -> None:
+    """Write config.json and run.json, each whole or not at all."""
+    identity = Identity.of(config, data)
+    about = {
+        "version": _VERSION,
+        "config": flat(config),
+        "data": identity.data,
+        "tokenizer": identity.tokenizer,
+        "versions": {name: version(name) for name in ("gpt2-bridge", "jax", "flax", "optax")},
+    }
+    _replace(run / CONFIG, lambda beside: write_config(beside, config.model, _end_of_text(data)))
+    _replace(run / RUN, lambda beside: write_json(beside, about))
+
+
+def _end_of_text(data: Data) -> dict[str, int | None]:
+    """What transformers' generate looks at; unsaid, it would take the ids of OpenAI's vocabulary."""
+    tokenizer = data.tokenizer
+    has_one = tokenizer is not None and END_OF_TEXT in tokenizer.special_tokens_set
+    return dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token if tokenizer and has_one else None)
+
+
+def _replace(file: Path, write: Callable[[Path], None]) -> None:
+    beside = file.with_name(f".{file.name}.partial")
+    write(beside)
+    flush_to_disk(beside)
+    os.replace(beside, file)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax.loss import IGNORED, cross_entropy
 from gpt2_jax.model import GPT2
@@ -89,6 +89,12 @@ def _accumulated(
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda rows: rows[0], split), key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, zeros, (split, jax.random.split(key, parts)))[0]
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no number in it is infinite or NaN."""
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 def make_eval_step(model: GPT2) -> Callable[[Any, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:

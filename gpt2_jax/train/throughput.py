@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,22 @@ import jax.numpy as jnp
 import bridge
 from bridge import GPT2Config
 
-# Dense matrix products in bfloat16, in FLOP/s per device, from the makers' data sheets.
+# Dense matrix products in bfloat16, in FLOP/s per device, from the makers' data sheets. The first name that a
+# device's has in it counts, so the longer stand before the shorter.
 _BFLOAT16_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "TPU v6": 918e12,
-    "TPU v5p": 459e12,
     "TPU v5 lite": 197e12,
     "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # as JAX calls v5p
     "TPU v4": 275e12,
 }
 
@@ -49,6 +53,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     return _measured_peak(dtype), f"measured on {device.device_kind}"
 
 
+@cache
 def _measured_peak(dtype: str, size: int = 2048, repeats: int = 3) -> float:
     square = jnp.ones((size, size), dtype)
     multiply = jax.jit(jnp.matmul)
