@@ -106,12 +106,12 @@ def find_documents(source: str | Path) -> Documents:
     if str(source) == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         return _sorted(source, root, (p for p in _walk(root, _NOT_STDLIB) if p.suffix == ".py"))
-    path = Path(source)
+    path = Path(source).absolute()
     if path.is_dir():
         return _sorted(source, path, _walk(path))
     if path.is_file():
         return _sorted(source, path.parent, [path])
-    return _sorted(source, _root_of_glob(str(source)), matching_files(source))
+    return _sorted(source, _root_of_glob(path), matching_files(path))
 
 
 def matching_files(source: str | Path) -> list[Path]:
@@ -145,19 +145,18 @@ def _hash(name: str) -> bytes:
 
 def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Every file below `root` that is neither hidden nor in a directory named in `without`."""
-    for directory, subdirectories, names in os.walk(root):
+    for directory, subdirectories, names in os.walk(root, onerror=_refuse):
         subdirectories[:] = [d for d in subdirectories if not d.startswith(".") and d not in without]
         paths = (Path(directory, name) for name in names if not name.startswith("."))
         yield from (path for path in paths if path.is_file())
 
 
-def _root_of_glob(pattern: str) -> Path:
-    fixed = []
-    for part in Path(pattern).parts[:-1]:
-        if glob.has_magic(part):
-            break
-        fixed.append(part)
-    return Path(*fixed)
+def _refuse(error: OSError) -> None:
+    raise DataError(f"cannot read {quoted(Path(error.filename))}: {error.strerror}") from error
+
+
+def _root_of_glob(pattern: Path) -> Path:
+    return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
 
 
 def _last_cut(text: str) -> int:

@@ -1,0 +1,241 @@
+"""Text encoded into the cache: equal to encoding it whole, made once, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+from bridge import BridgeError, TokenizerError, byte_tokenizer, character_tokenizer, tokenizer_fingerprint
+from gpt2_jax.data import DataError, TokenStream, cache_directory, text, tokenize
+from gpt2_jax.data.text import find_documents
+from gpt2_jax.data.tokenize import cached_text
+
+LINES = "".join(f"The line {i} is like line {i // 2}.\n" for i in range(300))
+END = 256
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three documents, one file that is no text, and one that is empty."""
+    (tmp_path / "texts").mkdir()
+    for name in ("one", "two", "three"):
+        (tmp_path / "texts" / name).write_text(f"{name}: {LINES}")
+    (tmp_path / "texts" / "binary").write_bytes(b"\xff\xfe\xfd")
+    (tmp_path / "texts" / "empty").touch()
+    return tmp_path / "texts"
+
+
+def read_all(stream: TokenStream) -> list[int]:
+    return stream.read(0, len(stream)).tolist()
+
+
+def encoded(source: Path, encoding: tiktoken.Encoding | None = None, cache: Path | None = None) -> TokenStream:
+    cache = cache or source.parent / "cache"
+    return cached_text(find_documents(source), encoding or byte_tokenizer(), cache=cache).tokens
+
+
+def only_directory(cache: Path) -> Path:
+    (directory,) = cache.iterdir()
+    return directory
+
+
+def test_documents_end_with_the_end_of_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "BLOCK_BYTES", 1000)  # many blocks in flight
+    documents = find_documents(folder)
+    expected: list[int] = []
+    ends = []
+    for document in documents.readable():
+        expected += [*document.path.read_bytes(), END]
+        ends.append(len(expected))
+    stream = encoded(folder)
+    assert read_all(stream) == expected
+    assert stream.document_ends is not None and stream.document_ends.tolist() == ends
+    assert len(ends) == 3
+
+
+def test_the_sidecar_describes_the_files_beside_it(folder: Path) -> None:
+    encoding = byte_tokenizer()
+    stream = encoded(folder, encoding)
+    directory = only_directory(folder.parent / "cache")
+    about = json.loads((directory / "tokens.json").read_text())
+    ids = np.fromfile(directory / "tokens.bin", about["dtype"])
+    text_bytes = sum(d.size for d in find_documents(folder).readable())
+    assert about == {
+        "format": 1,
+        "source": str(folder),
+        "tokenizer": {"name": encoding.name, "fingerprint": tokenizer_fingerprint(encoding)},
+        "dtype": "<u2",
+        "tokens": len(stream),
+        "documents": 3,
+        "skipped": 1,
+        "bytes": text_bytes,
+        "characters": text_bytes,
+        "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+    }
+    assert ids.tolist() == read_all(stream)
+    assert np.fromfile(directory / "document_ends.bin", "<i8").tolist()[-1] == len(ids)
+
+
+def test_a_tokenizer_without_an_end_of_text_adds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("naïve")
+    stream = encoded(tmp_path / "text.txt", character_tokenizer("naïve"))
+    assert read_all(stream) == ["aenvï".index(c) for c in "naïve"]
+
+
+def test_a_large_vocabulary_is_kept_in_32_bits(tmp_path: Path) -> None:
+    ranks = {bytes([b]): b for b in range(256)} | {b"ab": 70_000}
+    encoding = tiktoken.Encoding("large", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={})
+    (tmp_path / "text.txt").write_text("ab a")
+    assert read_all(encoded(tmp_path / "text.txt", encoding)) == [70_000, 32, 97]
+    directory = only_directory(tmp_path / "cache")
+    assert not (directory / "tokens.bin").exists()  # which everyone would take for 16 bits
+    assert (directory / "tokens.uint32").stat().st_size == 12
+
+
+class Counting:
+    """A tokenizer that counts how often it is used."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.encoding = byte_tokenizer()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.encoding, name)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        self.calls += 1
+        return self.encoding.encode_ordinary(text)
+
+
+def test_text_is_encoded_once_and_again_when_it_has_changed(folder: Path) -> None:
+    counting = Counting()
+    first = encoded(folder, counting)  # type: ignore[arg-type]
+    once = counting.calls
+    assert once and encoded(folder, counting) == first  # type: ignore[arg-type]
+    assert counting.calls == once
+    changed = folder / "one"
+    os.utime(changed, ns=(0, changed.stat().st_mtime_ns + 1))
+    encoded(folder, counting)  # type: ignore[arg-type]
+    assert counting.calls == 2 * once
+    changed.rename(folder / "new name")
+    encoded(folder, counting)  # type: ignore[arg-type]
+    assert counting.calls == 3 * once
+
+
+def test_another_tokenizer_has_another_directory(folder: Path) -> None:
+    encoded(folder)
+    encoded(folder, character_tokenizer(LINES + "onetwothree:"))
+    assert len(list((folder.parent / "cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokens.bin", b"12"),
+        ("tokens.bin", None),
+        ("document_ends.bin", b""),
+        ("document_ends.bin", bytes(24)),
+        ("tokens.json", b"{}"),
+        ("tokens.json", b"{"),
+        ("tokens.json", b'{"format": 1, "dtype": "object", "tokens": 1, "documents": 1}'),
+        ("tokens.json", None),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(folder: Path, name: str, content: bytes | None) -> None:
+    before = read_all(encoded(folder))
+    damaged = only_directory(folder.parent / "cache") / name
+    if content is None:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(content)
+    assert read_all(encoded(folder)) == before
+
+
+def test_nothing_is_left_of_an_encoding_that_failed(folder: Path) -> None:
+    with pytest.raises(TokenizerError, match="has no character"):
+        encoded(folder, character_tokenizer("abc"))
+    cache = folder.parent / "cache"
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_an_interrupted_encoding_leaves_nothing_and_ends_its_threads(folder: Path) -> None:
+    def interrupt(doing: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_text(find_documents(folder), byte_tokenizer(), cache=folder.parent / "cache", progress=interrupt)
+    assert not (folder.parent / "cache").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenise")]
+
+
+def test_two_that_make_the_same_cache_do_not_hurt_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one finishes while this one writes; whoever comes second takes what is there."""
+    write = tokenize._write
+    streams = []
+
+    def overtaken(*arguments: object) -> None:
+        write(*arguments)  # type: ignore[arg-type]
+        monkeypatch.setattr(tokenize, "_write", write)
+        streams.append(encoded(folder))
+
+    monkeypatch.setattr(tokenize, "_write", overtaken)
+    streams.append(encoded(folder))
+    assert read_all(streams[0]) == read_all(streams[1])
+    assert streams[0].files == streams[1].files
+    only_directory(folder.parent / "cache")
+
+
+def test_progress_counts_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "BLOCK_BYTES", 1000)
+    seen: list[tuple[str, int, int]] = []
+    documents = find_documents(folder)
+    cached_text(documents, byte_tokenizer(), cache=folder.parent / "cache", progress=lambda *about: seen.append(about))
+    done = [bytes_done for _, bytes_done, _ in seen]
+    assert done == sorted(done) and len(done) > 10
+    assert done[-1] == sum(d.size for d in documents.readable())
+    assert {(doing, total) for doing, _, total in seen} == {("tokenising", documents.size)}
+
+
+def test_a_source_without_any_text_is_an_error(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="none of its 2 files is UTF-8"):
+        encoded(tmp_path, cache=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(folder: Path) -> None:
+    (folder.parent / "cache").write_text("a file")
+    with pytest.raises(BridgeError, match=r"cannot write .*cache"):
+        encoded(folder)
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "gpt2-bridge"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "gpt2-bridge"
+    assert cache_directory(tmp_path / "x") == tmp_path / "x"
+
+
+def test_a_cache_may_be_moved(folder: Path) -> None:
+    before = encoded(folder)
+    moved = folder.parent / "moved"
+    shutil.move(folder.parent / "cache", moved)
+    after = encoded(folder, cache=moved)
+    assert after.fingerprint == before.fingerprint
+    assert len(list(moved.iterdir())) == 1
+
+
+def test_documents_of_one_file_and_no_text_say_which(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"text.txt' is not UTF-8"):
+        encoded(tmp_path / "text.txt")
