@@ -3,6 +3,7 @@
 from gpt2_jax.train.config import PRESETS, NonFiniteLoss, OptimizerConfig, TrainConfig, TrainingError
 from gpt2_jax.train.loop import Outcome, settle, train
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.train.optimizer_state import adamw_state, with_adamw_state
 from gpt2_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
 
 __all__ = [
