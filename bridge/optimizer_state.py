@@ -11,7 +11,7 @@ Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", alg
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,6 +164,7 @@ def _opened(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entries]:
         or not all(isinstance(group, Mapping) and isinstance(group.get("params"), Sequence) for group in groups)
         or not isinstance(entries, Mapping)
         or not all(isinstance(entry, Mapping) for entry in entries.values())
+        or not all(isinstance(key, int | str) for key in _keys(groups))
     ):
         raise ConversionError("an optimizer's state_dict() has `state` and `param_groups` with `params`; this has not")
     return groups, entries
@@ -189,11 +190,13 @@ def _variants(groups: _Groups) -> list[str]:
 def _canonical_order(groups: _Groups, names: Sequence[str] | None, problems: Sequence[str]) -> list[str]:
     """Canonical names in the optimizer's order; raises, with `problems`, where that cannot be known."""
     keys = _keys(groups)
-    stored = [name for group in groups for name in group.get("param_names") or ()]
+    stored = [str(name) for group in groups for name in group.get("param_names") or ()]
     if not stored and all(isinstance(key, str) for key in keys):
         stored = keys
     orders = [_canonical(order) for order in (stored, names) if order]
-    unclear = [f"{len(keys)} parameters, and {len(order)} names" for order in orders if len(order) != len(keys)]
+    unclear = [f"{len(keys)} parameters, but {len(order)} names" for order in orders if len(order) != len(keys)]
+    if len(set(keys)) < len(keys):
+        unclear.append("one of them is in the groups twice")
     if not orders:
         unclear.append("they are numbered and not named: pass their names in the optimizer's order")
     elif not unclear and orders[0] != orders[-1]:
@@ -210,10 +213,9 @@ def _canonical(names: Sequence[str]) -> list[str]:
     return [canonical.get(name, name) for name in names]
 
 
-def _unlike(names: Iterable[str], expected: Mapping[str, Any]) -> list[str]:
-    found = set(names)
-    missing = [f"{name} is not among the optimizer's parameters" for name in expected if name not in found]
-    return missing + [f"{quoted(name)} is not a parameter of this model" for name in found if name not in expected]
+def _unlike(names: Sequence[str], expected: Mapping[str, Any]) -> list[str]:
+    missing = [f"{name} is not among the optimizer's parameters" for name in expected if name not in names]
+    return missing + [f"{quoted(name)} is not a parameter of this model" for name in names if name not in expected]
 
 
 def _incomplete(keys: Mapping[str, Any], entries: _Entries) -> list[str]:
@@ -253,7 +255,7 @@ def _common_step(steps: Mapping[str, np.ndarray], problems: list[str]) -> int:
     """How often all were stepped; 0 where none was."""
     by_count: dict[Any, list[str]] = {}
     for name, step in steps.items():
-        if step.shape == () and step.dtype.kind in "iuf" and step >= 0 and step % 1 == 0:
+        if step.shape == () and step.dtype.kind in "iuf" and np.isfinite(step) and step >= 0 and step % 1 == 0:
             by_count.setdefault(int(step), []).append(name)
         else:
             problems.append(f"step of {name} is {quoted(step)}, not a number of updates")

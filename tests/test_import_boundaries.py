@@ -51,6 +51,10 @@ source, target = sys.argv[2:4]
 checkpoint = bridge.load(source)
 params = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=True, vocab_multiple=64)
 state = bridge.to_torch(params, checkpoint.config, vocab_multiple=64)
+from bridge import optimizer_state
+moments = optimizer_state.from_flax(1, params, params, checkpoint.config, vocab_multiple=64)
+stored = optimizer_state.to_torch(moments, list(state), [{"params": list(range(len(state)))}])
+assert optimizer_state.from_torch(stored, list(state), checkpoint.config).step == 1
 bridge.save(bridge.Checkpoint.of(state, checkpoint.config), target + "/flax", format="flax")
 bridge.save(bridge.load(target + "/flax"), target + "/huggingface", format="huggingface")
 back = bridge.load(target + "/huggingface").tensors
@@ -66,6 +70,21 @@ import gpt2_torch
 model = gpt2_torch.GPT2.from_pretrained(sys.argv[2])
 logits = model(torch.arange(34).reshape(2, 17))
 assert logits.shape == (2, 17, 257) and logits.isfinite().all()
+"""
+    assert_runs_without((*JAX, "transformers"), code, huggingface_directory(tmp_path / "source"))
+
+
+def test_the_reference_trains_without_jax(tmp_path: Path) -> None:
+    code = """
+import torch
+import gpt2_torch, gpt2_torch.train
+model = gpt2_torch.GPT2.from_pretrained(sys.argv[2])
+ids = torch.arange(36).reshape(2, 18)
+optimizer = gpt2_torch.train.adamw(model)
+batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+loss, norm = gpt2_torch.train.train_step(model, optimizer, batch, learning_rate=1e-3)
+assert loss.isfinite() and norm.isfinite()
+assert gpt2_torch.train.adamw_state(optimizer, model).step == 1
 """
     assert_runs_without((*JAX, "transformers"), code, huggingface_directory(tmp_path / "source"))
 

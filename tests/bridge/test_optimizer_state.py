@@ -1,0 +1,376 @@
+"""AdamW's state across the bridge, against the optimizer state that torch itself writes."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import TINY, random_state
+
+import bridge
+from bridge import ConversionError, GPT2Config, optimizer_state
+from bridge.convert import flatten
+from bridge.optimizer_state import AdamWState, Hyperparameters
+
+CONFIG = replace(TINY, n_layer=3)
+UNTIED = replace(CONFIG, tie_word_embeddings=False)
+STEPS = 3
+
+Groups = list[dict[str, Any]]
+StateDict = dict[str, Any]
+
+
+def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    return {p.torch_name: p.torch_shape for p in bridge.parameters(config)}
+
+
+def decay_order(config: GPT2Config) -> list[str]:
+    """As nanoGPT and this project give parameters to an optimizer."""
+    return [p.torch_name for decays in (True, False) for p in bridge.parameters(config) if p.decays is decays]
+
+
+def random_adamw(config: GPT2Config = CONFIG, dtype: type = np.float32) -> AdamWState:
+    first, second = random_state(config, dtype, seed=1), random_state(config, dtype, seed=2)
+    return AdamWState(17, first, {name: array**2 for name, array in second.items()})
+
+
+def torch_state(
+    config: GPT2Config = CONFIG, steps: int = STEPS, *, named: bool = False, prefix: str = "", **options: Any
+) -> tuple[StateDict, list[str], dict[str, torch.Tensor]]:
+    """What torch's AdamW writes after some steps with random gradients; names in its order; the parameters."""
+    rng = np.random.default_rng(0)
+    parameters = {n: torch.nn.Parameter(torch.zeros(shapes(config)[n])) for n in decay_order(config)}
+    given = [(prefix + n, p) if named else p for n, p in parameters.items()]
+    cut = sum(p.decays for p in bridge.parameters(config))
+    groups: Groups = [{"params": given[:cut], "weight_decay": 0.1}, {"params": given[cut:], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-7, **options)
+    for _ in range(steps):
+        for p in parameters.values():
+            p.grad = torch.from_numpy(rng.normal(size=p.shape).astype(np.float32))
+        optimizer.step()
+    return optimizer.state_dict(), [prefix + n for n in parameters], parameters
+
+
+def entry_of(state: StateDict, name: str, config: GPT2Config = CONFIG) -> dict[str, Any]:
+    return state["state"][decay_order(config).index(name)]
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_torchs_state_arrives_under_canonical_names(config: GPT2Config) -> None:
+    state, names, _ = torch_state(config)
+    adamw = optimizer_state.from_torch(state, names, config)
+    assert adamw.step == STEPS
+    assert set(adamw.first) == set(adamw.second) == set(shapes(config))
+    for name in names:
+        entry = entry_of(state, name, config)
+        np.testing.assert_array_equal(adamw.first[name], entry["exp_avg"])
+        np.testing.assert_array_equal(adamw.second[name], entry["exp_avg_sq"])
+    decaying = Hyperparameters(learning_rate=1e-3, beta1=0.9, beta2=0.95, epsilon=1e-7, weight_decay=0.1)
+    assert adamw.hyperparameters["wpe.weight"] == decaying
+    assert adamw.hyperparameters["ln_f.bias"] == replace(decaying, weight_decay=0.0)
+
+
+def test_a_saved_state_with_any_prefix_and_numpy_arrays_is_the_same() -> None:
+    state, names, _ = torch_state()
+    expected = optimizer_state.from_torch(state, names, CONFIG)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer)
+    prefixed = [f"_orig_mod.module.transformer.{name}" for name in names]
+    arrays = {i: {what: value.numpy() for what, value in entry.items()} for i, entry in state["state"].items()}
+    for other in (
+        optimizer_state.from_torch(saved, prefixed, CONFIG),
+        optimizer_state.from_torch({**state, "state": arrays}, names, CONFIG),
+    ):
+        assert_equal(other, expected)
+
+
+def test_names_that_the_state_brings_are_used() -> None:
+    state, names, _ = torch_state(named=True, prefix="transformer.")
+    expected = optimizer_state.from_torch(torch_state()[0], decay_order(CONFIG), CONFIG)
+    assert_equal(optimizer_state.from_torch(state, None, CONFIG), expected)
+    assert_equal(optimizer_state.from_torch(state, decay_order(CONFIG), CONFIG), expected)
+    by_name = {  # as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict writes it
+        "state": {names[i]: entry for i, entry in state["state"].items()},
+        "param_groups": [
+            {**{k: v for k, v in g.items() if k != "param_names"}, "params": [names[i] for i in g["params"]]}
+            for g in state["param_groups"]
+        ],
+    }
+    assert_equal(optimizer_state.from_torch(by_name, None, CONFIG), expected)
+
+
+def test_an_optimizer_that_was_never_stepped_is_step_zero_with_zeros() -> None:
+    state, names, _ = torch_state(steps=0)
+    adamw = optimizer_state.from_torch(state, names, CONFIG)
+    assert adamw.step == 0
+    for moments in (adamw.first, adamw.second):
+        assert {name: array.shape for name, array in moments.items()} == shapes(CONFIG)
+        assert not any(array.any() for array in moments.values())
+
+
+def test_torch_takes_its_state_back_bit_for_bit() -> None:
+    state, names, parameters = torch_state()
+    adamw = optimizer_state.from_torch(state, names, CONFIG)
+    back = optimizer_state.to_torch(adamw, names, state["param_groups"])
+    assert back["param_groups"] == state["param_groups"]
+    tensors = {i: {what: torch.from_numpy(np.array(a)) for what, a in e.items()} for i, e in back["state"].items()}
+    optimizer = torch.optim.AdamW([{"params": [parameters[n] for n in g]} for g in grouped(names)], lr=1.0)
+    optimizer.load_state_dict({**back, "state": tensors})
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    restored = optimizer.state_dict()
+    assert restored["state"].keys() == state["state"].keys()
+    for i, entry in state["state"].items():
+        assert restored["state"][i].keys() == entry.keys()
+        for what, tensor in entry.items():
+            assert restored["state"][i][what].dtype == tensor.dtype
+            assert torch.equal(restored["state"][i][what], tensor)
+
+
+def test_another_order_of_parameters_gets_each_its_own_moments() -> None:
+    adamw = random_adamw()
+    names = list(shapes(CONFIG))[::-1]
+    groups = [{"params": list(range(5))}, {"params": list(range(5, len(names)))}]
+    back = optimizer_state.to_torch(adamw, names, groups)
+    for i, name in enumerate(names):
+        assert back["state"][i]["exp_avg"] is adamw.first[name]
+        assert back["state"][i]["step"] == 17 and back["state"][i]["step"].dtype == np.float32
+    assert_equal(optimizer_state.from_torch(back, names, CONFIG), adamw)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("vocab_multiple", [1, 64])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_flax_and_back_is_the_identity(stacked: bool, vocab_multiple: int, config: GPT2Config, dtype: type) -> None:
+    adamw = random_adamw(config, dtype)
+    mu, nu = optimizer_state.to_flax(adamw, config, stacked=stacked, vocab_multiple=vocab_multiple)
+    assert ("h" in mu) is stacked
+    rows = bridge.padded_vocab_size(config.vocab_size, vocab_multiple)
+    for tree in (mu, nu):
+        assert tree["wte"]["embedding"].shape == (rows, config.n_embd)
+        assert not tree["wte"]["embedding"][config.vocab_size :].any()
+    back = optimizer_state.from_flax(17, mu, nu, config, vocab_multiple=vocab_multiple)
+    assert_equal(back, adamw)
+
+
+def test_a_moment_lies_where_its_weight_lies() -> None:
+    weights = random_state(CONFIG)
+    mu, nu = optimizer_state.to_flax(AdamWState(1, weights, {n: w**2 for n, w in weights.items()}), CONFIG)
+    params = flatten(bridge.to_flax(weights, CONFIG))
+    for path, weight in params.items():
+        np.testing.assert_array_equal(flatten(mu)[path], weight)
+        np.testing.assert_array_equal(flatten(nu)[path], weight**2)
+
+
+# What is wrong with a torch state, and what the error must say.
+
+
+def drop_entry(state: StateDict) -> None:
+    del state["state"][decay_order(CONFIG).index("h.1.mlp.c_fc.bias")]
+
+
+def drop_moment(state: StateDict) -> None:
+    del entry_of(state, "wpe.weight")["exp_avg_sq"]
+
+
+def drop_step(state: StateDict) -> None:
+    del entry_of(state, "wpe.weight")["step"]
+
+
+def misshape(state: StateDict) -> None:
+    entry = entry_of(state, "h.2.mlp.c_fc.weight")
+    entry["exp_avg"] = entry["exp_avg"].T
+
+
+def narrow(state: StateDict) -> None:
+    entry = entry_of(state, "ln_f.weight")
+    entry["exp_avg"] = entry["exp_avg"].to(torch.int32)
+
+
+def bfloat16(state: StateDict) -> None:
+    entry = entry_of(state, "ln_f.weight")
+    entry["exp_avg"] = entry["exp_avg"].to(torch.bfloat16)
+
+
+def step_once_more(state: StateDict) -> None:
+    entry_of(state, "h.0.ln_1.bias")["step"] = torch.tensor(float(STEPS + 1))
+
+
+def half_a_step(state: StateDict) -> None:
+    entry_of(state, "h.0.ln_1.bias")["step"] = torch.tensor(0.5)
+
+
+def no_number_of_steps(state: StateDict) -> None:
+    entry_of(state, "h.0.ln_1.bias")["step"] = torch.tensor(torch.nan)
+
+
+def endless_steps(state: StateDict) -> None:
+    entry_of(state, "h.0.ln_1.bias")["step"] = torch.tensor(torch.inf)
+
+
+def list_one_twice(state: StateDict) -> None:
+    state["param_groups"][1]["params"][0] = 0
+
+
+def add_entry(state: StateDict) -> None:
+    state["state"][999] = state["state"][0]
+
+
+def add_part(state: StateDict) -> None:
+    entry = entry_of(state, "wte.weight")
+    entry["max_exp_avg_sq"] = entry["exp_avg_sq"]
+
+
+def set_option(name: str, value: Any) -> Callable[[StateDict], None]:
+    return lambda state: state["param_groups"][1].update({name: value})
+
+
+def list_one_less(state: StateDict) -> None:
+    state["param_groups"][1]["params"].pop()
+
+
+WRONG: list[tuple[Callable[[StateDict], None], str]] = [
+    (drop_entry, "h.1.mlp.c_fc.bias has no state, although others do"),
+    (drop_moment, "wpe.weight has no exp_avg_sq"),
+    (drop_step, "wpe.weight has no step"),
+    (misshape, r"exp_avg of h.2.mlp.c_fc.weight has shape \(100, 48\), the configuration says \(48, 100\)"),
+    (narrow, "exp_avg of 'ln_f.weight' holds int32"),
+    (bfloat16, "exp_avg of ln_f.weight does not become a numpy array"),
+    (step_once_more, r"stepped unequally often: 3 \(.*4 \(1, h.0.ln_1.bias"),
+    (half_a_step, "step of h.0.ln_1.bias is '0.5', not a number of updates"),
+    (no_number_of_steps, "step of h.0.ln_1.bias is 'nan'"),
+    (endless_steps, "step of h.0.ln_1.bias is 'inf'"),
+    (list_one_twice, "one of them is in the groups twice"),
+    (add_entry, "an entry '999' that no group has"),
+    (add_part, "wte.weight has an unknown 'max_exp_avg_sq'"),
+    (set_option("amsgrad", True), "group 1 has amsgrad='True', which is not AdamW"),
+    (set_option("maximize", True), "group 1 has maximize='True'"),
+    (set_option("decoupled_weight_decay", False), "group 1 has decoupled_weight_decay='False'"),
+    (set_option("nesterov", True), "group 1 has an unknown option 'nesterov'"),
+    (set_option("betas", 0.9), "group 1: its hyperparameters are not numbers"),
+    (set_option("lr", "fast"), "group 1: its hyperparameters are not numbers"),
+    (list_one_less, "39 parameters, but 40 names"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_a_state_that_is_not_whole_is_refused(spoil: Callable[[StateDict], None], message: str) -> None:
+    state, names, _ = torch_state()
+    spoil(state)
+    with pytest.raises(ConversionError, match=message):
+        optimizer_state.from_torch(state, names, CONFIG)
+
+
+def test_everything_wrong_is_listed_in_one_error() -> None:
+    state, names, _ = torch_state()
+    at_once = (drop_entry, drop_moment, drop_step, misshape, narrow, step_once_more, add_entry, add_part)
+    for spoil in at_once:
+        spoil(state)
+    state["param_groups"][0].update(amsgrad=True, betas=None)
+    with pytest.raises(ConversionError) as error:
+        optimizer_state.from_torch(state, names, CONFIG)
+    assert str(error.value).count("\n") == len(at_once) + 2
+    for spoil, message in WRONG:
+        assert spoil not in at_once or re.search(message, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (UNTIED, "lm_head.weight is not among the optimizer's parameters"),
+        (replace(CONFIG, n_layer=2), "'h.2.attn.c_attn.bias' is not a parameter of this model"),
+        (replace(CONFIG, bias=False), "'ln_f.bias' is not a parameter of this model"),
+        (replace(CONFIG, n_inner=101), r"exp_avg_sq of h.0.mlp.c_fc.weight has shape \(48, 100\)"),
+    ],
+)
+def test_the_state_of_another_model_is_refused(config: GPT2Config, message: str) -> None:
+    state, names, _ = torch_state()
+    with pytest.raises(ConversionError, match=message):
+        optimizer_state.from_torch(state, names, config)
+    adamw = optimizer_state.from_torch(state, names, CONFIG)
+    with pytest.raises(ConversionError) as error:
+        optimizer_state.to_flax(adamw, config)
+    assert "first: " in str(error.value) and "second: " in str(error.value)
+
+
+def test_names_must_say_which_parameter_is_which() -> None:
+    state, names, _ = torch_state()
+    for given, message in (
+        (None, "numbered and not named"),
+        (names[:-1], "40 parameters, but 39 names"),
+        ([*names[:-1], names[0]], "is there 2 times"),
+        ([*names[:-1], "transformer.wte.weight"], "is there 2 times"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            optimizer_state.from_torch(state, given, CONFIG)
+    swapped = [names[1], names[0], *names[2:]]  # two embeddings, of different heights
+    with pytest.raises(ConversionError, match=r"exp_avg of wpe\.weight has shape"):
+        optimizer_state.from_torch(state, swapped, CONFIG)
+    named, _, _ = torch_state(named=True)
+    with pytest.raises(ConversionError, match=r"'wpe.weight' was given where the state itself says 'wte.weight'"):
+        optimizer_state.from_torch(named, swapped, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {},
+        [],
+        None,
+        {"state": {}},
+        {"state": [], "param_groups": []},
+        {"state": {0: 1}, "param_groups": []},
+        {"state": {}, "param_groups": [1]},
+        {"state": {}, "param_groups": [{"lr": 1.0}]},
+        {"state": {}, "param_groups": {}},
+        {"state": {}, "param_groups": [{"params": [[]]}]},
+    ],
+    ids=str,
+)
+def test_what_is_no_optimizer_state_is_refused(junk: Any) -> None:
+    with pytest.raises(ConversionError, match=r"state_dict\(\) has `state` and `param_groups`"):
+        optimizer_state.from_torch(junk, ["wte.weight"], CONFIG)
+
+
+def test_a_state_goes_only_into_an_optimizer_of_the_same_parameters() -> None:
+    adamw = random_adamw()
+    names = decay_order(UNTIED)
+    groups = [{"params": list(range(len(names)))}]
+    with pytest.raises(ConversionError, match=r"'lm_head\.weight' is not a parameter of this model"):
+        optimizer_state.to_torch(adamw, names, groups)
+    with pytest.raises(ConversionError, match=r"lm_head\.weight is not among the optimizer's parameters"):
+        optimizer_state.to_torch(random_adamw(UNTIED), decay_order(CONFIG), [{"params": list(range(40))}])
+    with pytest.raises(ConversionError, match="amsgrad"):
+        optimizer_state.to_torch(adamw, decay_order(CONFIG), [{"params": list(range(40)), "amsgrad": True}])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"fused": True}, {"capturable": False}, {"lr": torch.tensor(0.5)}]
+)
+def test_how_torch_computes_the_update_does_not_matter(options: dict[str, Any]) -> None:
+    state, names, _ = torch_state()
+    for group in state["param_groups"]:
+        group.update(options, initial_lr=1.0)
+    assert optimizer_state.from_torch(state, names, CONFIG).step == STEPS
+
+
+def grouped(names: list[str]) -> list[list[str]]:
+    decaying = sum(p.decays for p in bridge.parameters(CONFIG))
+    return [names[:decaying], names[decaying:]]
+
+
+def assert_equal(a: AdamWState, b: AdamWState) -> None:
+    assert a.step == b.step
+    for x, y in ((a.first, b.first), (a.second, b.second)):
+        assert set(x) == set(y)
+        for name in x:
+            assert x[name].dtype == y[name].dtype
+            np.testing.assert_array_equal(x[name], y[name])
