@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 
 @pytest.fixture
@@ -13,3 +15,31 @@ def x64() -> Iterator[None]:
     """float64 in JAX for one test; everywhere else JAX keeps its default of float32."""
     with jax.enable_x64(True):
         yield
+
+
+QUICK_COMPILATION = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@pytest.fixture(scope="session")
+def compilations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compilations")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation(compilations: Path) -> Iterator[None]:
+    """For tests that compile training steps: optimise little, and keep what is compiled, for child processes too."""
+    settings = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(compilations)}
+    before = {name: getattr(jax.config, name) for name in settings}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            environment.setenv(name.upper(), str(value))
+        reset_cache()  # JAX asks only once whether there is one
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()
