@@ -49,7 +49,7 @@ def _placed(old: Any, new: FlaxTree) -> Any:
     shapes = {path: array.shape for path, array in flatten(new).items()}
     if problems := differences(shapes, flatten(old)):
         raise ConversionError("this optax state was not made for this model's parameters:\n" + bullet_list(problems))
-    # JAX adopts what can be written to, and would give up another's memory with the first donated state.
+    # JAX on CPU adopts an array as it is; what somebody else holds (it is read-only) may change under it.
     return jax.tree.map(
         lambda a, b: jax.device_put(b.astype(a.dtype, copy=not b.flags.writeable), a.sharding), old, new
     )
