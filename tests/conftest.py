@@ -33,7 +33,7 @@ def compilations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick_compilation(compilations: Path) -> Iterator[None]:
     """For tests that compile training steps: optimise little, and keep what is compiled, for child processes too."""
     settings = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(compilations)}
-    before = {name: getattr(jax.config, name) for name in settings}
+    before = {name: jax.config.values[name] for name in settings}
     with pytest.MonkeyPatch.context() as environment:
         for name, value in settings.items():
             jax.config.update(name, value)
