@@ -162,7 +162,9 @@ def _blocks_encoded(
     """The blocks of all documents in order, with None where a document ends; read as they are taken."""
 
     def encoded(text: str) -> _Block:
-        return _Block(np.array(encoding.encode_ordinary(text), dtype), len(text.encode()), len(text))
+        # The ids of encode_ordinary; without a list of them, which one thread at a time could make.
+        ids = encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype)
+        return _Block(ids, len(text.encode()), len(text))
 
     workers = os.cpu_count() or 1
     waiting: deque[Future[_Block] | None] = deque()

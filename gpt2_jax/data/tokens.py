@@ -1,7 +1,8 @@
 """Token ids in files, read by position as if they were one array.
 
-A file is mapped for one read, of a batch, and no longer: a map that stays counts every page that was
-ever touched as the process's memory, which would grow to the size of the data.
+Files are read and not mapped. A map that stays counts every page that was touched as the process's memory,
+until that is the size of the data; one for each batch still has 2 MiB for a window where the file system
+keeps its pages in large folios; and Python stands still while a page comes from the disk.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain
@@ -21,7 +22,7 @@ from jaxtyping import Int
 from bridge.errors import quoted
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import matching_files
-from gpt2_jax.data.token_files import TokenFile, TokenMap, has_magic, is_token_file, token_file
+from gpt2_jax.data.token_files import TokenFile, has_magic, is_token_file, token_file
 
 _SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation)(?=[_.-])", re.IGNORECASE)
 
@@ -64,13 +65,17 @@ class TokenStream:
 
     def read_spans(self, spans: Iterable[tuple[int, int]]) -> list[Int[np.ndarray, " T"]]:
         """`read` for each (start, stop), all of them fetched from the disk at the same time."""
-        maps: dict[int, TokenMap] = {}
         pieces = [list(self._pieces(start, stop)) for start, stop in spans]
+        wanted: dict[int, list[tuple[int, int]]] = {}
         for index, start, stop in chain.from_iterable(pieces):
-            if index not in maps:
-                maps[index] = TokenMap(self.files[index])
-            maps[index].fetch(start, stop)
-        return [self._copied(of_span, maps) for of_span in pieces]
+            wanted.setdefault(index, []).append((start, stop))
+        for index, of_file in wanted.items():
+            self.files[index].fetch(of_file)
+        read = {index: iter(self.files[index].read(of_file)) for index, of_file in wanted.items()}
+        return [
+            self._joined([self._checked(next(read[index]), index, start) for index, start, _ in of_span])
+            for of_span in pieces
+        ]
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Which file has which part of the span: its index, and start and stop in it."""
@@ -85,15 +90,10 @@ class TokenStream:
             position = end
             index += 1
 
-    def _copied(self, pieces: Sequence[tuple[int, int, int]], maps: Mapping[int, TokenMap]) -> np.ndarray:
-        ids = np.empty(sum(stop - start for _, start, stop in pieces), np.int32)
-        filled = 0
-        for index, start, stop in pieces:
-            piece = maps[index].ids[start:stop]
-            self._check(piece, self.files[index], start)
-            ids[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        return ids
+    @staticmethod
+    def _joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+        one = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, np.int32), *pieces])
+        return one.astype(np.int32)
 
     @cached_property
     def document_ends(self) -> Int[np.ndarray, " N"] | None:
@@ -132,14 +132,15 @@ class TokenStream:
     def _limit(self) -> int:
         return 2**31 if self.vocab_size is None else self.vocab_size
 
-    def _check(self, ids: np.ndarray, file: TokenFile, position: int) -> None:
-        smallest, largest = file.id_range
+    def _checked(self, ids: np.ndarray, index: int, position: int) -> np.ndarray:
+        smallest, largest = self.files[index].id_range
         if (largest >= self._limit and ids.max() >= self._limit) or (smallest < 0 and ids.min() < 0):
             at = int(np.flatnonzero((ids >= self._limit) | (ids < 0))[0])
             raise DataError(
-                f"{quoted(file.path)} has the id {ids[at]} at token {position + at}, and the vocabulary has "
-                f"{self._limit}; train with the vocabulary of the tokenizer that made the file"
+                f"{quoted(self.files[index].path)} has the id {ids[at]} at token {position + at}, and the vocabulary "
+                f"has {self._limit}; train with the vocabulary of the tokenizer that made the file"
             )
+        return ids
 
 
 def is_token_source(source: str | Path) -> bool:

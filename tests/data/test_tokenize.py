@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,11 @@ def test_a_tokenizer_without_an_end_of_text_adds_nothing(tmp_path: Path) -> None
     assert read_all(stream) == ["aenvï".index(c) for c in "naïve"]
 
 
+def test_the_name_of_a_special_token_is_text_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a<|endoftext|>b")
+    assert read_all(encoded(tmp_path / "text.txt")) == [*b"a<|endoftext|>b", END]
+
+
 def test_a_large_vocabulary_is_kept_in_32_bits(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 70_000}
     encoding = tiktoken.Encoding("large", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={})
@@ -110,9 +116,9 @@ class Counting:
     def __getattr__(self, name: str) -> object:
         return getattr(self.encoding, name)
 
-    def encode_ordinary(self, text: str) -> list[int]:
+    def encode_to_numpy(self, text: str, **options: Any) -> np.ndarray:
         self.calls += 1
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_to_numpy(text, **options)
 
 
 def test_text_is_encoded_once_and_again_when_it_has_changed(folder: Path) -> None:
