@@ -55,7 +55,8 @@ def open_data(
         source: a text file, a directory or a glob of text files, `stdlib`; or token files: nanoGPT's
             `.bin`, llm.c's shards, `.npy`, one, a glob, or a directory of them, or one of the cache's.
         tokenizer: one, or what `make_tokenizer` takes; token files need none.
-        vocab_size: the model's: BPE is trained to it, and larger ids in token files are an error.
+        vocab_size: what BPE is trained to. Ids that the tokenizer does not have are an error where they are
+            read; without a tokenizer, those from vocab_size on.
         validation: another source for validation. Without it the validation stream is that of token
             files which are named train and val, else the last `validation_fraction` of the tokens:
             whole documents where there are several, and for one text file nanoGPT's split.
@@ -68,13 +69,12 @@ def open_data(
     found = [_found(s) for s in (source, validation) if s is not None]
     texts = [f for f in found if isinstance(f, Documents)]
     encoding = _tokenizer(tokenizer, texts, source, vocab_size, cache, progress)
-    if vocab_size is None and encoding is not None:
-        vocab_size = encoding.max_token_value + 1
-    opened = [_opened(f, encoding, vocab_size, cache, progress) for f in found]
+    limit = vocab_size if encoding is None else encoding.max_token_value + 1
+    opened = [_opened(f, encoding, limit, cache, progress) for f in found]
 
     train, held_out = opened[0].train, opened[0].validation
     if validation is not None:
-        held_out = opened[1].train
+        held_out = opened[1].validation or opened[1].train
     elif held_out is None and validation_fraction:
         train, held_out = split(train, validation_fraction)
     skipped = sum(o.skipped for o in opened)

@@ -100,7 +100,7 @@ def open_cached(directory: Path) -> CachedText | None:
         ends = np.memmap(directory / _ENDS, "<i8", mode="r").view(np.ndarray)
         if ends[-1] != count:
             return None
-        stream = TokenStream.of([tokens], all_document_ends=ends, content=about["sha256"])
+        stream = TokenStream.of([tokens], document_ends=ends, content=about["sha256"])
         return CachedText(stream, about["skipped"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -45,8 +45,16 @@ class TokenStream:
     """The hash of all tokens, where it is known."""
 
     @classmethod
-    def of(cls, files: Sequence[TokenFile], **about: object) -> TokenStream:
-        return cls(tuple(files), 0, sum(file.count for file in files), **about)  # type: ignore[arg-type]
+    def of(
+        cls,
+        files: Sequence[TokenFile],
+        *,
+        vocab_size: int | None = None,
+        document_ends: Int[np.ndarray, " N"] | None = None,
+        content: str | None = None,
+    ) -> TokenStream:
+        """All tokens of `files`, in their order."""
+        return cls(tuple(files), 0, sum(file.count for file in files), vocab_size, document_ends, content)
 
     def __len__(self) -> int:
         return self.stop - self.start

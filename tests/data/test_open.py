@@ -116,6 +116,14 @@ def test_validation_may_be_another_source(text_file: Path, folder: Path, tmp_pat
         open_data(tmp_path / "a.bin", validation=text_file)
 
 
+def test_a_validation_source_with_a_validation_part_gives_that(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").mkdir()
+    nanogpt(tmp_path / "tokens" / "train.bin", IDS[:900])
+    nanogpt(tmp_path / "tokens" / "val.bin", IDS[900:])
+    data = open_data(nanogpt(tmp_path / "a.bin", IDS), validation=tmp_path / "tokens")
+    assert data.validation is not None and (len(data.train), len(data.validation)) == (1000, 100)
+
+
 def test_characters_are_those_of_both_sources(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("ä" + TEXT)
     data = opened(text_file, tmp_path / "cache", tokenizer="characters", validation=tmp_path / "other.txt")
@@ -127,6 +135,13 @@ def test_a_vocabulary_that_is_too_small_is_found_before_training(tmp_path: Path)
     with pytest.raises(DataError, match="has the id 256 at token 50, and the vocabulary has 256"):
         _ = open_data(tmp_path / "a.bin", vocab_size=256).fingerprint
     _ = open_data(tmp_path / "a.bin", tokenizer=byte_tokenizer()).fingerprint
+    with pytest.raises(DataError, match="the vocabulary has 2;"):
+        _ = open_data(tmp_path / "a.bin", tokenizer=character_tokenizer("ab"), vocab_size=300).fingerprint
+
+
+def test_a_tokenizer_may_be_larger_than_the_vocabulary_that_was_planned(text_file: Path, tmp_path: Path) -> None:
+    data = opened(text_file, tmp_path / "cache", tokenizer="characters", vocab_size=2)
+    assert data.train.read(0, len(data.train)).max() > 2
 
 
 def test_a_directory_of_the_cache_is_a_source(text_file: Path, tmp_path: Path) -> None:
