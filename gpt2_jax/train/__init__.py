@@ -1,7 +1,8 @@
 """Training in JAX: `gpt2 train` and its parts."""
 
+from gpt2_jax.train.begin import settle
 from gpt2_jax.train.config import PRESETS, NonFiniteLoss, OptimizerConfig, TrainConfig, TrainingError
-from gpt2_jax.train.loop import Outcome, settle, train
+from gpt2_jax.train.loop import Outcome, train
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.optimizer_state import adamw_state, with_adamw_state
 from gpt2_jax.train.step import TrainState, init_state, make_eval_step, make_train_step

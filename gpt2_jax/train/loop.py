@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 from rich.console import Console
 
 import bridge
-from bridge import Checkpoint, TokenizerError
+from bridge import Checkpoint
 from bridge.formats.run import best_step
 from bridge.formats.run import validation_loss as stored_loss
-from gpt2_jax.data import Data, evaluation_batches, training_batches
-from gpt2_jax.generate import generate
+from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
-from gpt2_jax.pretrained import model_from_checkpoint
 from gpt2_jax.train import run as runs
+from gpt2_jax.train.begin import first_state, make_model
 from gpt2_jax.train.checkpoint import Checkpoints
-from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
+from gpt2_jax.train.config import TrainConfig
+from gpt2_jax.train.evaluation import encoded_prompt, require_finite, sample, validation_loss
 from gpt2_jax.train.metrics import plot_losses
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.report import Report
 from gpt2_jax.train.signals import StopSignals
-from gpt2_jax.train.step import TrainState, all_finite, init_state, make_eval_step, make_train_step
-
-SAMPLE_TEMPERATURE = 0.8
+from gpt2_jax.train.step import TrainState, make_eval_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -81,167 +74,97 @@ def train(
     Raises `TrainingError` for what cannot be trained or resumed, and `NonFiniteLoss`, its child, naming the
     step, where the loss is no longer finite; the checkpoints saved before then stay.
     """
-    console = console or Console()
     prompt = encoded_prompt(config, data)
     resumes = resume and runs.is_run(run)
     if resumes:
         runs.require_same(run, config, data, accept_changes)
     else:
         runs.begin(run, config, data)
-    model = make_model(config)
-    tx = make_optimizer(config.optimizer, config.steps)
-    train_step = make_train_step(
-        model,
-        tx,
-        seed=config.seed,
-        accumulate=config.accumulate,
-        clip_norm=config.optimizer.clip_norm,
-        ema_decay=config.ema_decay,
-    )
-    evaluate = partial(validation_loss, make_eval_step(model), config, data)
-    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    model, tx = make_model(config), make_optimizer(config.optimizer, config.steps)
     with StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
         state = first_state(config, model, tx, init_from)
         if resumes and (saved := checkpoints.latest()) is not None:
             state = checkpoints.restore(saved, state)
         if resumes:  # now that the state fits the configuration
             runs.describe(run, config, data)
-        start = int(state.step)
-        batches = training_batches(
-            data.train,
-            batch_size=config.batch_size,
-            length=config.length,
-            seed=config.seed,
-            start_step=start,
-            examples=config.examples,
-        )
-        with Report(console, run, config, start, schedule) as report:
-            if start == 0:
-                report.write(0, {"val_loss": evaluate(state)})
-            best = lowest_loss(run)
-            for step in range(start + 1, config.steps + 1):
-                state, metrics = train_step(state, next(batches))
-                report.stepped(step, metrics)
-                ends = step == config.steps or stop.received is not None
-                logs, evaluates = step % config.log_every == 0, step % config.eval_every == 0 or step == config.steps
-                saves = ends or step % config.checkpoint_every == 0
-                if logs or evaluates or saves:
-                    record = report.fetch()
-                    with report.not_training("evaluating" if evaluates else "saving"):
-                        if evaluates:
-                            record["val_loss"] = loss = evaluate(state)
-                            saves, best = saves or loss < best, min(loss, best)
-                        if logs or evaluates:  # before it is saved: a resumed run keeps the lines up to its checkpoint
-                            report.write(step, record)
-                        if saves:
-                            require_finite(state)
-                            checkpoints.save(state, record.get("val_loss"))
-                        if evaluates and prompt:
-                            report.say(sample(config, model, state, data, prompt))
-                if ends:
-                    break
+        schedule = learning_rate_schedule(config.optimizer, config.steps)
+        with Report(console or Console(), run, config, int(state.step), schedule) as report:
+            loop = Loop(config, data, model, tx, prompt, checkpoints, report, stop, lowest_loss(run))
+            state = loop.run(state)
     return finish(run, int(state.step), stop.received if state.step < config.steps else None)
 
 
-def settle(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
-    """The configuration with the model that it comes to: the checkpoint's sizes, or the tokenizer's vocabulary.
+class Loop:
+    """Step after step, and between them what is due: a record, an evaluation, a checkpoint, a sample."""
 
-    Dropout is a matter of training, and stays as it was configured.
-    """
-    model = config.model
-    if init_from is not None:
-        rates = {name: getattr(model, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-        model = replace(init_from.config, **rates)
-    elif data.tokenizer is not None:
-        model = replace(model, vocab_size=data.tokenizer.max_token_value + 1)
-    if config.length > model.n_positions:
-        raise TrainingError(f"length={config.length}: the model has n_positions={model.n_positions}")
-    return replace(config, model=model)
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: Data,
+        model: GPT2,
+        tx: optax.GradientTransformation,
+        prompt: list[int],
+        checkpoints: Checkpoints,
+        report: Report,
+        stop: StopSignals,
+        best: float,
+    ) -> None:
+        self.config, self.data, self.model, self.prompt = config, data, model, prompt
+        self.checkpoints, self.report, self.stop, self.best = checkpoints, report, stop, best
+        self.eval_step = make_eval_step(model)
+        self.train_step = make_train_step(
+            model,
+            tx,
+            seed=config.seed,
+            accumulate=config.accumulate,
+            clip_norm=config.optimizer.clip_norm,
+            ema_decay=config.ema_decay,
+        )
 
+    def run(self, state: TrainState) -> TrainState:
+        """Train from `state` to the last step, or until a signal."""
+        c, start = self.config, int(state.step)
+        if start == 0:
+            self.report.write(0, {"val_loss": self.validate(state)})
+        batches = training_batches(
+            self.data.train,
+            batch_size=c.batch_size,
+            length=c.length,
+            seed=c.seed,
+            start_step=start,
+            examples=c.examples,
+        )
+        for step in range(start + 1, c.steps + 1):
+            state, metrics = self.train_step(state, next(batches))
+            self.report.stepped(step, metrics)
+            ends = step == c.steps or self.stop.received is not None
+            self.take_stock(step, state, ends)
+            if ends:
+                break
+        return state
 
-def make_model(config: TrainConfig) -> GPT2:
-    """The model in the form that it trains in."""
-    return GPT2(
-        config.model,
-        dtype=jnp.dtype(config.dtype),
-        scan=config.scan,
-        vocab_multiple=config.vocab_multiple,
-        remat=config.remat,
-    )
+    def take_stock(self, step: int, state: TrainState, ends: bool) -> None:
+        """Log, evaluate, save and sample, as far as it is due after `step`."""
+        c = self.config
+        logs, evaluates = step % c.log_every == 0, step % c.eval_every == 0 or step == c.steps
+        saves = ends or step % c.checkpoint_every == 0
+        if not (logs or evaluates or saves):
+            return
+        record = self.report.fetch()
+        with self.report.not_training("evaluating" if evaluates else "saving"):
+            if evaluates:
+                record["val_loss"] = loss = self.validate(state)
+                saves, self.best = saves or loss < self.best, min(loss, self.best)
+            if logs or evaluates:  # before it is saved: a resumed run keeps the lines up to its checkpoint
+                self.report.write(step, record)
+            if saves:
+                require_finite(state)
+                self.checkpoints.save(state, record.get("val_loss"))
+            if evaluates and self.prompt:
+                self.report.say(sample(c, self.model, state, self.data, self.prompt))
 
-
-def first_state(
-    config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, init_from: Checkpoint | None
-) -> TrainState:
-    """Before the first step: weights from a checkpoint, or random ones drawn from the seed."""
-    if init_from is None:
-        ids = jnp.zeros((1, config.length), jnp.int32)
-        params = jax.jit(model.init)(jax.random.key(config.seed), ids)["params"]
-    else:
-        params = model_from_checkpoint(
-            init_from, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
-        )[1]
-    return init_state(params, tx, ema=config.ema_decay is not None)
-
-
-def validation_loss(eval_step: Callable[..., Any], config: TrainConfig, data: Data, state: TrainState) -> float:
-    """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept.
-
-    Raises `NonFiniteLoss`.
-    """
-    assert data.validation is not None  # open_data gives one for any fraction above 0
-    batches = evaluation_batches(
-        data.validation,
-        batch_size=config.batch_size,
-        length=config.length,
-        most_batches=config.eval_batches,
-        examples=config.examples,
-    )
-    sums = [eval_step(weights(state), batch) for batch in batches]
-    mean = sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums)
-    if not math.isfinite(mean):
-        raise NonFiniteLoss(f"step {state.step}: validation loss {mean}")
-    return mean
-
-
-def require_finite(state: TrainState) -> None:
-    """A step with a finite loss can still leave weights that have none; they are no checkpoint."""
-    if not all_finite(state.params):
-        raise NonFiniteLoss(f"step {state.step}: its update made weights infinite or NaN")
-
-
-def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
-    """What samples go on from; empty where none are printed."""
-    if data.tokenizer is None or not config.sample_tokens:
-        return []
-    named = f"sample_prompt={config.sample_prompt!r}"
-    try:
-        ids = data.tokenizer.encode_ordinary(config.sample_prompt)
-    except TokenizerError as error:
-        raise TrainingError(f"{named}: {error}; or print no samples, with --sample-tokens 0") from error
-    if not 0 < len(ids) < (most := config.model.n_positions):
-        raise TrainingError(f"{named}: has {len(ids)} tokens; give at least one, and fewer than n_positions={most}")
-    return ids
-
-
-def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prompt: list[int]) -> str:
-    """What the model writes, drawn with the same seed at every evaluation."""
-    assert data.tokenizer is not None  # there is a prompt
-    new = generate(
-        model,
-        weights(state),
-        jnp.asarray([prompt]),
-        max_new_tokens=min(config.sample_tokens, config.model.n_positions - len(prompt)),
-        temperature=SAMPLE_TEMPERATURE,
-        seed=config.seed,
-    )
-    # A padded vocabulary has ids that are no tokens.
-    return data.tokenizer.decode([i for i in new[0].tolist() if i <= data.tokenizer.max_token_value])
-
-
-def weights(state: TrainState) -> Any:
-    """What is evaluated, sampled from and exported."""
-    return state.params if state.ema_params is None else state.ema_params
+    def validate(self, state: TrainState) -> float:
+        return validation_loss(self.eval_step, self.config, self.data, state)
 
 
 def lowest_loss(run: Path) -> float:

@@ -20,6 +20,9 @@ padding `attention_mask` [B, T], 1 for tokens and 0 for padding."""
 
 Metrics = dict[str, Array]
 
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+EvalStep = Callable[[Any, Batch], tuple[Float[Array, ""], Int[Array, ""]]]
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes. Randomness and the position in the data derive from `step`."""
@@ -45,7 +48,7 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """A compiled `step(state, batch) -> (state, metrics)`; the state that goes in is given up.
 
     The loss is the mean over all counted labels of the batch, also where `accumulate` runs it in parts: sums are
@@ -97,7 +100,7 @@ def all_finite(tree: Any) -> Bool[Array, ""]:
     return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def make_eval_step(model: GPT2) -> Callable[[Any, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
+def make_eval_step(model: GPT2) -> EvalStep:
     """A compiled `eval_step(params, batch) -> (summed loss in nats, number of labels that count)`."""
 
     @jax.jit

@@ -1,0 +1,57 @@
+"""Before the first step: the configuration as it comes out, the model, and the state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bridge import Checkpoint
+from gpt2_jax.data import Data
+from gpt2_jax.model import GPT2
+from gpt2_jax.pretrained import model_from_checkpoint
+from gpt2_jax.train.config import TrainConfig, TrainingError
+from gpt2_jax.train.step import TrainState, init_state
+
+
+def settle(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
+    """The configuration with the model that it comes to: the checkpoint's sizes, or the tokenizer's vocabulary.
+
+    Dropout is a matter of training, and stays as it was configured.
+    """
+    model = config.model
+    if init_from is not None:
+        rates = {name: getattr(model, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+        model = replace(init_from.config, **rates)
+    elif data.tokenizer is not None:
+        model = replace(model, vocab_size=data.tokenizer.max_token_value + 1)
+    if config.length > model.n_positions:
+        raise TrainingError(f"length={config.length}: the model has n_positions={model.n_positions}")
+    return replace(config, model=model)
+
+
+def make_model(config: TrainConfig) -> GPT2:
+    """The model in the form that it trains in."""
+    return GPT2(
+        config.model,
+        dtype=jnp.dtype(config.dtype),
+        scan=config.scan,
+        vocab_multiple=config.vocab_multiple,
+        remat=config.remat,
+    )
+
+
+def first_state(
+    config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, init_from: Checkpoint | None
+) -> TrainState:
+    """Before the first step: weights from a checkpoint, or random ones drawn from the seed."""
+    if init_from is None:
+        ids = jnp.zeros((1, config.length), jnp.int32)
+        params = jax.jit(model.init)(jax.random.key(config.seed), ids)["params"]
+    else:
+        params = model_from_checkpoint(
+            init_from, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
+        )[1]
+    return init_state(params, tx, ema=config.ema_decay is not None)

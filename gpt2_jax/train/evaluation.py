@@ -1,0 +1,77 @@
+"""Between the steps: how well the model predicts text that it does not train on, and what it writes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from bridge import TokenizerError
+from gpt2_jax.data import Data, evaluation_batches
+from gpt2_jax.generate import generate
+from gpt2_jax.model import GPT2
+from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
+from gpt2_jax.train.step import EvalStep, TrainState, all_finite
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+def validation_loss(eval_step: EvalStep, config: TrainConfig, data: Data, state: TrainState) -> float:
+    """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept.
+
+    Raises `NonFiniteLoss`.
+    """
+    assert data.validation is not None  # open_data gives one for any fraction above 0
+    batches = evaluation_batches(
+        data.validation,
+        batch_size=config.batch_size,
+        length=config.length,
+        most_batches=config.eval_batches,
+        examples=config.examples,
+    )
+    sums = [eval_step(weights(state), batch) for batch in batches]
+    mean = sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums)
+    if not math.isfinite(mean):
+        raise NonFiniteLoss(f"step {state.step}: validation loss {mean}")
+    return mean
+
+
+def require_finite(state: TrainState) -> None:
+    """A step with a finite loss can still leave weights that have none; they are no checkpoint."""
+    if not all_finite(state.params):
+        raise NonFiniteLoss(f"step {state.step}: its update made weights infinite or NaN")
+
+
+def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
+    """What samples go on from; empty where none are printed."""
+    if data.tokenizer is None or not config.sample_tokens:
+        return []
+    named = f"sample_prompt={config.sample_prompt!r}"
+    try:
+        ids = data.tokenizer.encode_ordinary(config.sample_prompt)
+    except TokenizerError as error:
+        raise TrainingError(f"{named}: {error}; or print no samples, with --sample-tokens 0") from error
+    if not 0 < len(ids) < (most := config.model.n_positions):
+        raise TrainingError(f"{named}: has {len(ids)} tokens; give at least one, and fewer than n_positions={most}")
+    return ids
+
+
+def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prompt: list[int]) -> str:
+    """What the model writes, drawn with the same seed at every evaluation."""
+    assert data.tokenizer is not None  # there is a prompt
+    new = generate(
+        model,
+        weights(state),
+        jnp.asarray([prompt]),
+        max_new_tokens=min(config.sample_tokens, config.model.n_positions - len(prompt)),
+        temperature=SAMPLE_TEMPERATURE,
+        seed=config.seed,
+    )
+    # A padded vocabulary has ids that are no tokens.
+    return data.tokenizer.decode([i for i in new[0].tolist() if i <= data.tokenizer.max_token_value])
+
+
+def weights(state: TrainState) -> Any:
+    """What is evaluated, sampled from and exported."""
+    return state.params if state.ema_params is None else state.ema_params
