@@ -6,7 +6,7 @@ The last tests plant mistakes, one at a time, and demand that the checks used by
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,9 +44,9 @@ LOSS = {"float64": 1e-9, "float32": 1e-4}
 """Nats, in every step. Two correct programs are some 1e-15 and 1e-6 apart here; a constant that is rounded to
 float32 somewhere in a float64 run shows as 1e-8."""
 
-UPDATE = {"float64": 1e-9, "float32": 1e-3}
-"""Relative L2 distance of what training changed, per parameter. Some 1e-13 and 5e-5: weights near 1 are rounded by
-1e-7 at each of 50 steps of 1e-3."""
+UPDATE = {"float64": 1e-9, "float32": 1e-4}
+"""Relative L2 distance of what training changed, per parameter. Some 1e-14 and 1e-5: weights near 1 are rounded by
+1e-7 at each of 50 steps of about 1e-3."""
 
 RATE_FP64 = 1e-12
 """Relative; both compute a dozen operations on numbers of one size."""
@@ -201,6 +201,15 @@ def _moving(name: str, array: np.ndarray) -> np.ndarray:
         return array
     query, _, value = np.split(array, 3)
     return np.concatenate([query, value])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from more, and where others use the cores torch's threads wait in a spin."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 each_form_and_dtype = pytest.mark.parametrize(
