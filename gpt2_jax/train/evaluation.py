@@ -52,8 +52,11 @@ def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
         ids = data.tokenizer.encode_ordinary(config.sample_prompt)
     except TokenizerError as error:
         raise TrainingError(f"{named}: {error}; or print no samples, with --sample-tokens 0") from error
-    if not 0 < len(ids) < (most := config.model.n_positions):
-        raise TrainingError(f"{named}: has {len(ids)} tokens; give at least one, and fewer than n_positions={most}")
+    positions = config.model.n_positions
+    if not 0 < len(ids) < positions:
+        raise TrainingError(
+            f"{named}: has {len(ids)} tokens; give at least one, and fewer than n_positions={positions}"
+        )
     return ids
 
 
