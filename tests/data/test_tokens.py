@@ -167,6 +167,7 @@ def test_ids_outside_the_vocabulary_are_refused_where_they_are_read(
     npy(tmp_path / "b.npy", [1, 2, 3, bad, 4], dtype)
     stream, _ = open_tokens(tmp_path, vocab_size)
     assert stream.read(0, 8).tolist() == [0] * 5 + [1, 2, 3]
+    assert stream.read(5, 7).tolist() == [1, 2]
     if not refused:
         assert stream.read(8, 9).tolist() == [bad]
         return
