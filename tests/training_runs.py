@@ -17,7 +17,7 @@ from gpt2_jax.train.metrics import read_metrics
 SPEEDS = ("tokens_per_second", "mfu")
 
 RECIPE = TrainConfig(
-    model=GPT2Config(vocab_size=257, n_positions=16, n_embd=24, n_layer=2, n_head=3, n_inner=40),
+    model=GPT2Config(vocab_size=257, n_positions=16, n_embd=24, n_layer=2, n_head=3, n_inner=40, bias=False),
     optimizer=OptimizerConfig(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2),
     tokenizer="bytes",
     steps=6,
@@ -28,6 +28,7 @@ RECIPE = TrainConfig(
     sample_tokens=0,
     log_every=2,
     checkpoint_every=3,
+    vocab_multiple=128,
 )
 
 
@@ -46,9 +47,9 @@ def write_text(directory: Path, lines: int = 120) -> Path:
 
 def data_for(config: TrainConfig, directory: Path) -> Data:
     """What the configuration reads; where it names no file, a generated text in `directory`."""
-    path = write_text(directory) if config.data == "stdlib" else config.data
+    text = directory / "text.txt"
     return open_data(
-        path,
+        config.data if config.data != "stdlib" else text if text.exists() else write_text(directory),
         tokenizer=config.tokenizer,
         vocab_size=config.model.vocab_size,
         validation_fraction=config.validation_fraction,
