@@ -54,4 +54,6 @@ def first_state(
         params = model_from_checkpoint(
             init_from, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
         )[1]
-    return init_state(params, tx, ema=config.ema_decay is not None)
+    state = init_state(params, tx, ema=config.ema_decay is not None)
+    # Bound to the device, as what is restored from a checkpoint is: both run the same program.
+    return jax.device_put(state, jax.local_devices()[0])
