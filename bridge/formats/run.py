@@ -90,7 +90,7 @@ def _arrays(state: Path) -> dict[str, _Stored]:
             raise CheckpointError(f"{quoted(state)} holds no weights; use another checkpoint of the run")
         return {
             name.removeprefix(prefix).replace(".", "/"): _Stored(
-                tensorstore.open({"driver": "zarr3", "kvstore": {**database, "path": f"{name}/"}}).result()
+                tensorstore.open({"driver": "zarr3", "kvstore": {**database, "path": f"{name}/"}}).result(), state
             )
             for name in names
             if name.startswith(prefix)
@@ -102,8 +102,8 @@ def _arrays(state: Path) -> dict[str, _Stored]:
 class _Stored:
     """One array of the database, read whole or one layer at a time."""
 
-    def __init__(self, array: Any) -> None:
-        self._array = array
+    def __init__(self, array: Any, state: Path) -> None:
+        self._array, self._state = array, state
         self.shape: tuple[int, ...] = tuple(array.shape)
         self.dtype: np.dtype = array.dtype.numpy_dtype
 
@@ -113,7 +113,7 @@ class _Stored:
             try:
                 return np.ascontiguousarray(part.read().result())
             except (ValueError, OSError) as error:
-                raise _unreadable(self._array.spec().kvstore.url, error) from error
+                raise _unreadable(self._state, error) from error
 
         return TensorEntry(self.dtype, self.shape if layer is None else self.shape[1:], read)
 
@@ -139,5 +139,5 @@ def _first_rows(entry: TensorEntry, rows: int) -> TensorEntry:
     return TensorEntry(entry.dtype, (rows, *entry.shape[1:]), read)
 
 
-def _unreadable(where: object, error: Exception) -> CheckpointError:
-    return CheckpointError(f"cannot read {quoted(where)}: {quoted(error)}; use another checkpoint of the run")
+def _unreadable(state: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot read {quoted(state)}: {quoted(error)}; use another checkpoint of the run")

@@ -1,0 +1,267 @@
+"""Training runs read as checkpoints, without the framework that wrote them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import random_state
+from test_import_boundaries import JAX, TORCH, assert_runs_without
+from tokenizers_for_tests import write_byte_tokenizer
+
+import bridge
+from bridge import BridgeError, CheckpointError, ConversionError, GPT2Config
+from bridge.formats import run as run_format
+from bridge.formats.directory import write_config
+from gpt2_jax.cli import main
+from gpt2_jax.train import OptimizerConfig, TrainState, make_optimizer
+from gpt2_jax.train.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = GPT2Config(vocab_size=257, n_positions=10, n_embd=12, n_layer=3, n_head=2, n_inner=20)
+NO_BIASES = replace(CONFIG, bias=False)
+UNTIED = replace(CONFIG, tie_word_embeddings=False)
+
+
+def make_run(
+    path: Path,
+    config: GPT2Config = CONFIG,
+    losses: dict[int, float | None] | None = None,
+    *,
+    stacked: bool = True,
+    vocab_multiple: int = 1,
+    ema: bool = False,
+) -> Path:
+    """A run as training leaves it; the weights of checkpoint N are those of seed N, their mean's of seed N + 100."""
+    path.mkdir()
+    write_config(path / "config.json", config)
+    (path / "run.json").write_text("{}")
+    write_byte_tokenizer(path)
+
+    def tree(seed: int) -> object:
+        state = bridge.to_flax(random_state(config, seed=seed), config, stacked=stacked, vocab_multiple=vocab_multiple)
+        return jax.tree.map(jnp.array, state)
+
+    with Checkpoints(path, keep_last=99) as checkpoints:
+        for step, loss in (losses or {7: 1.0}).items():
+            params = tree(step)
+            moments = make_optimizer(OptimizerConfig(), 10).init(params)  # type: ignore[arg-type]
+            state = TrainState(jnp.int32(step), params, moments, tree(step + 100) if ema else None)
+            checkpoints.save(state, loss)
+    return path
+
+
+def assert_weights(source: Path, config: GPT2Config, seed: int) -> None:
+    found, expected = bridge.load(source), random_state(config, seed=seed)
+    assert (found.format, found.config) == ("run", config)
+    assert found.tensors.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found.tensors[name], array, err_msg=name)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("config", [CONFIG, NO_BIASES, UNTIED], ids=["plain", "no biases", "untied"])
+@pytest.mark.parametrize(("stacked", "vocab_multiple"), [(True, 64), (False, 1)], ids=["stacked", "looped"])
+def test_every_form_is_read_back_bit_for_bit(
+    tmp_path: Path, config: GPT2Config, stacked: bool, vocab_multiple: int
+) -> None:
+    make_run(tmp_path / "run", config, stacked=stacked, vocab_multiple=vocab_multiple)
+    assert_weights(tmp_path / "run", config, seed=7)
+    assert bridge.load(tmp_path / "run").oddities == ("read from checkpoints/7",)
+    assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 256
+
+
+def test_the_running_mean_is_what_is_read(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", ema=True, vocab_multiple=64)
+    assert_weights(tmp_path / "run", CONFIG, seed=107)
+
+
+def test_a_run_stands_for_its_best_checkpoint_and_each_can_be_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5, 10: 2.0, 11: None})
+    assert run_format.steps(run) == [1, 2, 10, 11]
+    assert_weights(run, CONFIG, seed=2)
+    for step in (1, 10, 11):
+        assert_weights(run / "checkpoints" / str(step), CONFIG, seed=step)
+    assert [run_format.validation_loss(run, step) for step in (1, 11)] == [3.0, None]
+
+
+def test_it_stands_for_its_newest_where_none_was_evaluated(tmp_path: Path) -> None:
+    assert_weights(make_run(tmp_path / "run", losses={9: None, 10: None}), CONFIG, seed=10)
+
+
+def test_a_checkpoint_that_is_not_complete_is_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.copytree(run / "checkpoints" / "7", run / "checkpoints" / "8.orbax-checkpoint-tmp")
+    assert run_format.steps(run) == [7]
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b?c", "ü"])
+def test_a_path_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+    assert_weights(make_run(tmp_path / name), CONFIG, seed=7)
+
+
+def test_no_framework_is_needed(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", NO_BIASES, losses={7: 1.0, 8: 2.0}, vocab_multiple=64, ema=True)
+    code = """
+import bridge
+run, target = sys.argv[2:4]
+for source, name in ((run, "best"), (run + "/checkpoints/8", "named")):
+    bridge.save(bridge.load(source).with_biases(), f"{target}/{name}", format="huggingface")
+bridge.save(bridge.load(run), f"{target}/flax", format="flax")
+"""
+    assert_runs_without((*JAX, *TORCH, "orbax", "grain"), code, tmp_path / "run", tmp_path)
+    for name, seed in (("best", 107), ("named", 108), ("flax", 107)):
+        found = bridge.load(tmp_path / name)
+        assert found.tokenizer().n_vocab == 256
+        for parameter, array in random_state(NO_BIASES, seed=seed).items():
+            np.testing.assert_array_equal(found.tensors[parameter], array)
+
+
+def test_convert_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", NO_BIASES)
+
+    def convert(*options: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["convert", str(run), str(tmp_path / "out"), "--to", "huggingface", *options])
+        return int(str(ended.value.code))
+
+    assert convert() == 2
+    assert "--zero-biases" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert convert("--zero-biases") == 0
+    bridge.save(bridge.load(run).with_biases(), tmp_path / "export", format="huggingface")
+    assert files(tmp_path / "out") == files(tmp_path / "export")
+    converted = bridge.load(tmp_path / "out")
+    zeros = [name for name, array in converted.tensors.items() if name.endswith("bias") and not array.any()]
+    assert converted.config.bias
+    assert len(zeros) == 6 * CONFIG.n_layer + 1
+
+
+def test_a_run_is_not_overwritten_by_a_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    before = files(run)
+    for target in (run, run / "checkpoints" / "7"):
+        with pytest.raises(CheckpointError, match="not overwritten"):
+            bridge.save(bridge.load(run), target, format="huggingface", overwrite=True)
+    assert files(run) == before
+
+
+# What is damaged.
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+    return make_run(tmp_path_factory.mktemp("whole") / "run", stacked=False)
+
+
+@pytest.fixture
+def copy(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+STATE = Path("checkpoints") / "7" / "state"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def garble(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 16] = b"\xff" * len(data[middle : middle + 16])
+    file.write_bytes(data)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, empty, garble])
+def test_a_damaged_store_gives_its_weights_or_says_that_it_is_damaged(
+    copy: Path, damage: Callable[[Path], None]
+) -> None:
+    """Each file of the checkpoint in turn: some hold what reading weights does not need."""
+    refused = 0
+    for file in [p for p in sorted((copy / STATE).rglob("*")) if p.is_file()]:
+        kept = file.read_bytes()
+        damage(file)
+        try:
+            found = dict(bridge.load(copy).tensors.items())
+        except BridgeError as error:
+            assert str(copy / STATE) in str(error)
+            refused += 1
+        else:  # the numbers themselves have no checksum
+            for name, array in random_state(CONFIG, seed=7).items():
+                assert found[name].shape == array.shape
+                assert damage is garble or np.array_equal(found[name], array), file
+        file.write_bytes(kept)
+    assert refused >= (1 if damage is garble else 2)  # the manifest, and where the numbers are
+    assert_weights(copy, CONFIG, seed=7)
+
+
+def test_a_store_that_is_missing_is_a_checkpoint_error(copy: Path) -> None:
+    shutil.rmtree(copy / STATE)
+    with pytest.raises(CheckpointError, match="another checkpoint"):
+        bridge.load(copy)
+
+
+def test_a_store_without_weights_is_a_checkpoint_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    with Checkpoints(run, keep_last=9) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(8), {}, {"count": jnp.int32(3)}), 0.5)
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        bridge.load(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_inner": 24}, r"h_0/mlp/c_fc/kernel has shape \(12, 20\), the configuration says \(12, 24\)"),
+        ({"n_layer": 4}, "h_3/ln_1/scale is missing"),
+        ({"n_layer": 2}, "'h_2/ln_1/scale' is not a parameter"),
+        ({"vocab_size": 300}, r"wte/embedding has shape \(257, 12\), the configuration says \(300, 12\)"),
+        ({"tie_word_embeddings": False}, "lm_head/embedding is missing"),
+    ],
+)
+def test_weights_of_another_shape_are_a_conversion_error(copy: Path, change: dict[str, int], message: str) -> None:
+    fields = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**fields, **change}))
+    with pytest.raises(ConversionError, match=message):
+        bridge.load(copy)
+
+
+def test_a_run_without_a_checkpoint_says_so(copy: Path) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        bridge.load(copy)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        bridge.load(copy / "checkpoints" / "7")
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json"])
+def test_without_its_description_it_is_no_run(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    for source in (copy, copy / "checkpoints" / "7"):
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            bridge.load(source)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"val_loss": "low"}', '{"val_loss": NaN}'])
+def test_a_measurement_that_cannot_be_read_is_no_crash(copy: Path, text: str) -> None:
+    (copy / "checkpoints" / "7" / "metrics" / "metrics").write_text(text)
+    try:
+        assert_weights(copy, CONFIG, seed=7)
+    except CheckpointError as error:
+        assert "metrics" in str(error)
