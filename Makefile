@@ -21,6 +21,8 @@ check: $(INSTALLED)  ## style and types
 
 bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.load
+	$(BIN)/python -m tests.benchmarks.data
+	$(BIN)/python -m tests.benchmarks.train
 
 clean:
 	rm -rf .venv demo-output
