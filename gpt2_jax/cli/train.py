@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +12,11 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from tyro.conf import OmitArgPrefixes, arg
 
 import bridge
-from bridge import BridgeError, Checkpoint, NoTokenizerError
+from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.output import console, json_writer, progress
-from gpt2_jax.train.config import PRESETS, NonFiniteLoss, TrainConfig
+from gpt2_jax.train.config import PRESETS, NonFiniteLoss, TrainConfig, flat, from_flat
 
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
@@ -25,12 +26,28 @@ DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 DIVERGED = 1
 
 
+@dataclass(frozen=True)
+class _Model(GPT2Config):
+    def __post_init__(self) -> None:
+        """Checked later: tyro would put words of its own around an error."""
+
+
+@dataclass(frozen=True)
+class _Flags(TrainConfig):
+    model: _Model = field(default_factory=_Model)
+    """Sizes of the model; the vocabulary is the tokenizer's, and all are SRC's with --init-from SRC."""
+
+    def __post_init__(self) -> None:
+        """Checked later, as above."""
+
+
 def train_command(default: TrainConfig) -> Callable[..., int]:
     """The verb, with `default` as the default of its flags."""
+    flags = _Flags(**{**vars(default), "model": _Model(**vars(default.model))})
 
     def train(
         *,
-        config: Annotated[TrainConfig, OmitArgPrefixes] = default,
+        config: Annotated[_Flags, OmitArgPrefixes] = flags,
         out: Annotated[Path, arg(metavar="RUN")],
         resume: bool = False,
         accept_changes: bool = False,
@@ -53,7 +70,9 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         """
         write_json = json_writer(json)
         try:
-            outcome = run_training(config, out, resume=resume, accept_changes=accept_changes, cache=cache)
+            outcome = run_training(
+                from_flat(flat(config)), out, resume=resume, accept_changes=accept_changes, cache=cache
+            )
         except NonFiniteLoss as error:
             print(
                 f"gpt2: {error}; what was saved before is in {out}. Lower --learning-rate, or raise --warmup-steps",
