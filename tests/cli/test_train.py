@@ -1,0 +1,309 @@
+"""`gpt2 train` as a user meets it: flags, presets, what it prints, how it ends, and what others read of it."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from implementations import relative_error
+from models import random_ids
+from training_runs import RECIPE, write_text
+
+import bridge
+import gpt2_jax
+import gpt2_torch
+from bridge import GPT2Config
+from bridge.formats.run import steps
+from gpt2_jax.cli import main
+from gpt2_jax.cli.train import default_config
+from gpt2_jax.train import PRESETS, OptimizerConfig, TrainConfig
+from gpt2_jax.train.config import flat
+from gpt2_jax.train.metrics import read_metrics
+from gpt2_jax.train.run import stored_identity
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+FLOAT32 = 1e-5
+"""Two implementations in float32 over two layers, relative to the largest logit."""
+
+
+def flags_of(config: TrainConfig, beside: TrainConfig) -> list[str]:
+    """The flags that make `config` of the preset `beside`."""
+    given = []
+    for name, value in flat(config).items():
+        flag = name.replace("_", "-")
+        if value != flat(beside)[name]:
+            given += (
+                [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            )
+    return given
+
+
+RECIPE_FLAGS = flags_of(RECIPE, PRESETS["nano"])
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `gpt2 ARGUMENTS`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+    """A directory with text.txt, cache, run, ended.json, and what was printed in out.txt."""
+    directory = tmp_path_factory.mktemp("trained")
+    text, out, ended = write_text(directory), directory / "run", directory / "ended.json"
+    places = ("--data", text, "--cache", directory / "cache", "--out", out, "--json", ended)
+    code, printed, errors = run("train", *places, *RECIPE_FLAGS)
+    assert (code, errors) == (0, "")
+    (directory / "out.txt").write_text(printed)
+    return directory
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def test_a_run_says_what_it_does_and_where_things_are(trained: Path) -> None:
+    printed = (trained / "out.txt").read_text()
+    parameters = bridge.num_parameters(RECIPE.model)
+    for expected in (
+        "tokens (bytes)",
+        f"{parameters:,} parameters, 48 tokens a step",
+        "step      6  validation loss",
+        str(trained / "run" / "export"),
+        str(trained / "run" / "loss.png"),
+        "metrics.jsonl",
+    ):
+        assert expected in printed
+    ended = json.loads((trained / "ended.json").read_text())
+    assert (ended["step"], ended["stopped_by"], ended["run"]) == (6, None, str(trained / "run"))
+
+
+def test_flags_override_the_preset_and_are_stored(trained: Path) -> None:
+    stored = stored_identity(trained / "run").config
+    assert stored == replace(RECIPE, data=str(trained / "text.txt"))
+
+
+def test_the_export_is_the_same_function_in_every_implementation(trained: Path) -> None:
+    """The run has no biases and a padded vocabulary, the export zero biases and no padding."""
+    export, ids = trained / "run" / "export", random_ids(RECIPE.model, length=12)
+    model, params = gpt2_jax.from_pretrained(trained / "run")
+    expected = np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        found = {
+            "transformers": loaded.eval()(torch.from_numpy(ids)).logits.numpy(),
+            "gpt2_torch": gpt2_torch.GPT2.from_pretrained(export)(torch.from_numpy(ids)).numpy(),
+        }
+    for name, logits in found.items():
+        assert relative_error(logits, expected) < FLOAT32, name
+
+
+def test_the_export_has_the_tokenizer(trained: Path) -> None:
+    text = "line 1 says é\n"
+    ids = bridge.load(trained / "run").tokenizer().encode_ordinary(text)
+    assert ids == list(text.encode())
+    assert transformers.AutoTokenizer.from_pretrained(trained / "run" / "export")(text)["input_ids"] == ids
+    config = transformers.AutoConfig.from_pretrained(trained / "run" / "export")
+    assert (config.bos_token_id, config.eos_token_id) == (256, 256)  # not OpenAI's 50256
+
+
+def test_generate_and_convert_take_the_run(trained: Path, tmp_path: Path) -> None:
+    code, printed, _ = run("generate", trained / "run", "line", "--max-new-tokens", 3)
+    assert (code, printed[:4]) == (0, "line")
+    assert run("convert", trained / "run", tmp_path / "out", "--to", "huggingface", "--zero-biases")[0] == 0
+    exported = (trained / "run" / "export" / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == exported
+
+
+def test_resume_takes_the_stored_configuration(copy: Path) -> None:
+    before = stored_identity(copy / "run")
+    metrics = read_metrics(copy / "run")
+    code, _, errors = run("train", "--resume", "--out", copy / "run", "--cache", copy / "cache")
+    assert (code, errors) == (0, "")
+    assert stored_identity(copy / "run") == before
+    assert read_metrics(copy / "run") == metrics
+
+
+def test_resume_with_another_flag_is_refused_by_its_name_unless_it_is_accepted(copy: Path) -> None:
+    again = ("train", "--resume", "--out", copy / "run", "--cache", copy / "cache")
+    code, _, errors = run(*again, "--batch-size", 2, "--n-layer", 3)
+    assert code == 2
+    assert "batch_size was '4', now '2'" in errors
+    assert "n_layer was '2', now '3'" in errors
+    assert "Traceback" not in errors
+    assert run(*again, "--beta2", 0.9, "--accept-changes")[0] == 0
+    assert stored_identity(copy / "run").config.optimizer.beta2 == 0.9
+
+
+def test_fine_tuning_takes_sizes_and_tokenizer_and_needs_its_source_only_to_begin(copy: Path) -> None:
+    source, out = copy / "run" / "export", copy / "tuned"
+    quick = ("--steps", 1, "--batch-size", 2, "--length", 8, "--eval-batches", 1, "--sample-tokens", 0)
+    places = ("--out", out, "--data", copy / "text.txt", "--cache", copy / "cache")
+    code, _, errors = run("train", "--init-from", source, *places, *quick, "--resid-pdrop", 0.1)
+    assert (code, errors) == (0, "")
+    config = stored_identity(out).config
+    assert config.preset == "finetune"
+    assert config.model == replace(bridge.load(source).config, resid_pdrop=0.1)
+    assert bridge.load(out).tokenizer().n_vocab == 257
+    trained, begun = (read_metrics(run)[-1 - last]["val_loss"] for run, last in ((copy / "run", 0), (out, 1)))
+    assert abs(trained - begun) < 0.5  # random weights are at 5.5; other windows of the same text
+    shutil.rmtree(source)
+    assert run("train", "--resume", "--out", out, "--cache", copy / "cache")[0] == 0
+
+
+def test_what_diverges_ends_with_1_and_names_the_step(trained: Path, tmp_path: Path) -> None:
+    places = ("--data", trained / "text.txt", "--cache", trained / "cache", "--out", tmp_path / "run")
+    code, _, errors = run(
+        "train",
+        *places,
+        *flags_of(replace(RECIPE, optimizer=replace(RECIPE.optimizer, learning_rate=1e30)), PRESETS["nano"]),
+    )
+    assert code == 1
+    assert errors.startswith("gpt2: step 2: loss")
+    assert "--learning-rate" in errors
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "nano"),
+        (["--out", "x"], "nano"),
+        (["--preset", "gpt2-xl", "--out", "x"], "gpt2-xl"),
+        (["--out", "x", "--preset=shakespeare-char"], "shakespeare-char"),
+        (["--init-from", "gpt2"], "finetune"),
+        (["--init-from=gpt2"], "finetune"),
+        (["--init_from", "gpt2"], "finetune"),
+        (["--init-from", "gpt2", "--preset", "nano"], "nano"),
+        (["--resume", "--out", "nowhere"], "nano"),
+        (["--preset"], "nano"),
+    ],
+)
+def test_the_preset_gives_the_defaults(arguments: list[str], expected: str) -> None:
+    assert default_config(["train", *arguments]) == PRESETS[expected]
+
+
+def test_other_verbs_have_no_preset() -> None:
+    assert default_config(["generate", "SRC", "--preset", "x"]) == PRESETS["nano"]
+
+
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "no directory": ((), "--out"),
+    "unknown preset": (("--out", "{out}", "--preset", "tiny"), "--preset tiny: must be one of nano"),
+    "out of range": (("--out", "{out}", "--steps", "0", "--beta1", "2"), "steps=0"),
+    "a model that cannot be": (("--out", "{out}", "--n-head", "5"), "n_head"),
+    "a choice that is none": (("--out", "{out}", "--optimizer", "sgd"), "sgd"),
+    "no number": (("--out", "{out}", "--steps", "many"), "many"),
+    "unknown flag": (("--out", "{out}", "--lr", "1"), "--lr"),
+    "data that is not there": (("--out", "{out}", "--data", "{tmp}/nowhere"), "nowhere"),
+    "tokenizer that is none": (("--out", "{out}", "--data", "{text}", "--tokenizer", "words"), "words"),
+    "source that is not there": (("--out", "{out}", "--init-from", "{tmp}/nowhere"), "nowhere"),
+    "more tokens than positions": (
+        ("--out", "{out}", "--data", "{text}", "--length", "999", "--tokenizer", "bytes"),
+        "length=999",
+    ),
+    "something else in the way": (("--out", "{text}", "--data", "{text}", "--tokenizer", "bytes"), "is not a run"),
+    "unwritable json": (("--out", "{out}", "--json", "{tmp}/nowhere/x.json"), "cannot write"),
+    "prompt without a character": (
+        ("--out", "{out}", "--data", "{text}", "--tokenizer", "characters", "--sample-prompt", "é"),
+        "sample_prompt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_with_2_and_a_message_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    arguments, message = BAD[name]
+    places = {"tmp": tmp_path, "out": tmp_path / "run", "text": write_text(tmp_path)}
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    code, _, errors = run("train", "--cache", tmp_path / "cache", *(a.format(**places) for a in arguments))
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+    assert "tyro" not in errors
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_too_little_text_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    places = ("--data", tmp_path / "short.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "run")
+    code, _, errors = run("train", *places, "--tokenizer", "bytes")
+    assert code == 2
+    assert "more data" in errors
+
+
+def test_help_shows_every_field_and_the_presets_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # one column of boxes
+    code, printed, _ = run("train", "--preset", "gpt2-large", "--help")
+    assert code == 0
+    for part in (TrainConfig, GPT2Config, OptimizerConfig):
+        for field in fields(part):
+            if field.name != "model":
+                assert f"--{field.name.replace('_', '-')}" in printed, field.name
+    text = " ".join(printed.replace("│", " ").split())
+    for value in ("gpt2-large", "1280", "bfloat16"):
+        assert f"(default: {value})" in text
+
+
+@pytest.mark.parametrize("part", [TrainConfig, GPT2Config, OptimizerConfig])
+def test_every_field_has_a_line_of_help(part: type) -> None:
+    [definition] = ast.parse(inspect.getsource(part)).body
+    assert isinstance(definition, ast.ClassDef)
+    body = definition.body
+    for statement, following in pairwise(body):
+        if isinstance(statement, ast.AnnAssign):
+            assert isinstance(following, ast.Expr), ast.unparse(statement)
+
+
+# A process of its own, because a signal is for a process.
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_exports_and_is_told_by_the_exit_code(
+    trained: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    out = tmp_path / "run"
+    changed: dict[str, Any] = {"steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
+    flags = flags_of(replace(RECIPE, **changed), PRESETS["nano"])
+    places = ["--data", trained / "text.txt", "--cache", trained / "cache", "--out", out]
+    command = [Path(sys.executable).with_name("gpt2"), "train", *places, *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    deadline = time.monotonic() + 300
+    while not any(record["step"] for record in read_metrics(out)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (code, "")
+    [step] = steps(out)
+    assert f"stopped by {number.name} and saved at step {step}; go on with --resume" in printed
+    assert bridge.load(out / "export").config == replace(RECIPE.model, bias=True)
+    assert (out / "loss.png").exists()
