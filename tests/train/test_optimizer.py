@@ -181,7 +181,7 @@ def test_query_key_and_value_do_not_depend_on_each_others_gradients() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-@pytest.mark.parametrize("largest", [1.0, None])
+@pytest.mark.parametrize("largest", [1.0, 1e-3, None])
 def test_clipping_is_torchs(scale: float, largest: float | None) -> None:
     arrays = {name: scale * array for name, array in random_state(replace(SIZES, n_layer=1)).items()}
     clipped, norm = jax.jit(clip_by_global_norm, static_argnums=1)(arrays, largest)

@@ -450,6 +450,28 @@ def test_the_seed_draws_the_first_weights(tmp_path: Path) -> None:
     assert not np.array_equal(embedding(RECIPE), embedding(recipe(seed=1)))
 
 
+def test_the_running_mean_is_what_is_evaluated(tmp_path: Path) -> None:
+    state = loop.TrainState(jax.numpy.int32(1), "weights", None, "their mean")
+    seen = []
+
+    def eval_step(params: Any, batch: Any) -> tuple[float, int]:
+        seen.append(params)
+        return 1.0, 2
+
+    assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state) == 0.5
+    assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state._replace(ema_params=None)) == 0.5
+    assert set(seen) == {"their mean", "weights"}
+
+
+def test_the_data_is_read_as_configured_from_the_step_that_the_run_is_at(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "training_batches", lambda stream, **options: asked.append(options) or iter(()))
+    run_in(copy, recipe(seed=3, length=10, batch_size=2), resume=True, accept_changes=True)
+    assert asked == [{"seed": 3, "length": 10, "batch_size": 2, "start_step": 6, "examples": "stream"}]
+
+
 # What is printed, and other forms of the data.
 
 
