@@ -71,8 +71,9 @@ def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prom
         temperature=SAMPLE_TEMPERATURE,
         seed=config.seed,
     )
-    # A padded vocabulary has ids that are no tokens.
-    return data.tokenizer.decode([i for i in new[0].tolist() if i <= data.tokenizer.max_token_value])
+    # A padded vocabulary has ids that are no tokens, and a terminal would obey control characters.
+    text = data.tokenizer.decode([i for i in new[0].tolist() if i <= data.tokenizer.max_token_value])
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 def weights(state: TrainState) -> Any:

@@ -59,7 +59,7 @@ class Report:
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise NonFiniteLoss(f"step {step}: loss {metrics['loss']}, norm of the gradient {metrics['grad_norm']}")
         now = time.perf_counter()
-        speed = len(steps) / (now - self._resumed_at) if steps and self._resumed_at is not None else None
+        speed = None if self._resumed_at is None else len(steps) / (now - self._resumed_at)
         self._resumed_at = now
         step, metrics = steps[-1]
         values = {
