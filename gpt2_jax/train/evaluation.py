@@ -25,9 +25,9 @@ def validation_loss(eval_step: EvalStep, config: TrainConfig, data: Data, state:
     assert data.validation is not None  # open_data gives one for any fraction above 0
     batches = evaluation_batches(
         data.validation,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // config.accumulate,  # what a step has in memory at a time
         length=config.length,
-        most_batches=config.eval_batches,
+        most_batches=config.eval_batches and config.eval_batches * config.accumulate,
         examples=config.examples,
     )
     sums = [eval_step(weights(state), batch) for batch in batches]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import bridge
 from bridge import Checkpoint
-from bridge.formats.run import best_step
+from bridge.formats.run import best_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
@@ -78,7 +78,7 @@ def train(
     resumes = resume and runs.is_run(run)
     if resumes:
         runs.require_same(run, config, data, accept_changes)
-    else:
+    if not (resumes and steps(run)):  # without a checkpoint nothing is there to go on from: its tokenizer may differ
         runs.begin(run, config, data)
     model, tx = make_model(config), make_optimizer(config.optimizer, config.steps)
     with StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:

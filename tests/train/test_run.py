@@ -200,6 +200,16 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(tmp_path: Path, f
     assert read_metrics(tmp_path / "run")[0]["val_loss"] == read_metrics(finished.run)[0]["val_loss"]
 
 
+def test_a_run_without_a_checkpoint_takes_over_another_tokenizer(tmp_path: Path) -> None:
+    first = recipe(tokenizer="characters", vocab_size=50)
+    data = data_for(first, tmp_path)
+    runs.begin(tmp_path / "run", settle(first, data), data)
+    with pytest.raises(TrainingError, match="tokenizer was"):
+        run_in(tmp_path, RECIPE, resume=True)
+    run_in(tmp_path, RECIPE, resume=True, accept_changes=True)
+    assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 257
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -461,6 +471,21 @@ def test_the_running_mean_is_what_is_evaluated(tmp_path: Path) -> None:
     assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state) == 0.5
     assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state._replace(ema_params=None)) == 0.5
     assert set(seen) == {"their mean", "weights"}
+
+
+def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(tmp_path: Path) -> None:
+    """And sees the same windows: a batch of 480 in 40 parts does not fit a device in one."""
+    seen = []
+
+    def eval_step(params: Any, batch: Any) -> tuple[float, int]:
+        seen.append(batch["input_ids"])
+        return 1.0, 1
+
+    data, state = data_for(RECIPE, tmp_path), loop.TrainState(jax.numpy.int32(0), {}, {})
+    for accumulate in (1, 2):
+        loop.validation_loss(eval_step, recipe(accumulate=accumulate), data, state)
+    assert [len(ids) for ids in seen] == [4, 4, 2, 2, 2, 2]
+    np.testing.assert_array_equal(np.concatenate(seen[:2]), np.concatenate(seen[2:]))
 
 
 def test_the_data_is_read_as_configured_from_the_step_that_the_run_is_at(
