@@ -67,8 +67,7 @@ def open_data(
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
     found = [_found(s) for s in (source, validation) if s is not None]
-    texts = [f for f in found if isinstance(f, Documents)]
-    encoding = _tokenizer(tokenizer, texts, source, vocab_size, cache, progress)
+    encoding = _tokenizer(tokenizer, found, source, vocab_size, cache, progress)
     limit = vocab_size if encoding is None else encoding.max_token_value + 1
     opened = [_opened(f, encoding, limit, cache, progress) for f in found]
 
@@ -132,12 +131,13 @@ def _of_text(text: CachedText, vocab_size: int | None) -> _Opened:
 
 def _tokenizer(
     wanted: tiktoken.Encoding | str | None,
-    texts: list[Documents],
+    found: list[Documents | Path],
     source: str | Path,
     vocab_size: int | None,
     cache: str | Path | None,
     progress: Progress | None,
 ) -> tiktoken.Encoding | None:
+    texts = [f for f in found if isinstance(f, Documents)]
     if wanted is None and texts:
         raise DataError(
             f"{quoted(source)} is text; say by which tokenizer: gpt2, bytes, characters, bpe, or a directory"
@@ -146,7 +146,7 @@ def _tokenizer(
         return wanted
     # A character that only the validation text has needs an id too.
     files = [file for text in (texts if wanted == "characters" else texts[:1]) for file in text.files]
-    documents = Documents(str(source), tuple(files)) if texts else None
+    documents = Documents(str(source), tuple(files)) if isinstance(found[0], Documents) else None
     return make_tokenizer(wanted, documents, vocab_size, cache=cache, progress=progress)
 
 

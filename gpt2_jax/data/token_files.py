@@ -54,8 +54,11 @@ class TokenFile:
             for start, stop in spans:
                 ids = np.empty(stop - start, self.dtype)
                 file.seek(self.offset + start * self.dtype.itemsize)
-                if file.readinto(ids.data) < ids.nbytes:
-                    raise DataError(f"{quoted(self.path)} has become shorter since it was opened; copy it again")
+                rest = ids.view(np.uint8)
+                while rest.size:  # Linux reads at most 2 GiB at a time
+                    if not (done := file.readinto(rest.data)):
+                        raise DataError(f"{quoted(self.path)} has become shorter since it was opened; copy it again")
+                    rest = rest[done:]
                 arrays.append(ids)
         return arrays
 

@@ -54,7 +54,7 @@ def cached_text(
 ) -> CachedText:
     """The tokens of `documents`, from the cache, or encoded into it first.
 
-    A directory of the cache belongs to a tokenizer and to the names, sizes and times of the documents;
+    A directory of the cache belongs to a tokenizer and to the paths, sizes and times of the documents;
     one that is damaged is made anew. It holds the ids without a header (`tokens.bin`, uint16; where the
     vocabulary is larger `tokens.uint32`), `document_ends.bin` (int64), and `tokens.json`, which
     describes them. Where the tokenizer has `<|endoftext|>`, each document ends with it.
@@ -84,7 +84,7 @@ def cache_directory(cache: str | Path | None = None) -> Path:
 
 def cache_key(documents: Documents, made_by: str) -> str:
     """Of what is made from these files, as they are now, by a tokenizer."""
-    files = [(d.name, d.size, d.modified) for d in documents.files]
+    files = [(d.name, os.fsdecode(d.path), d.size, d.modified) for d in documents.files]
     return hashlib.sha256(json.dumps([_FORMAT, made_by, files]).encode()).hexdigest()[:32]
 
 

@@ -169,9 +169,10 @@ def is_token_source(source: str | Path) -> bool:
 def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[TokenStream, TokenStream | None]:
     """Training and validation streams of a file, a directory or a glob of token files.
 
-    Files whose names say val (`val.bin`, `fineweb_val_000000.bin`) are the validation stream if others
-    say train; where they do not, all files are one stream and the second is None. Files follow each
-    other by name. Raises `DataError` for a file that is damaged, or not tokens.
+    Files whose names say val (`val.bin`, `fineweb_val_000000.bin`) are the validation stream, and the
+    training stream is those that say train, or where none does those that say neither. Where there is
+    only one kind, all files are one stream and the second is None. Files follow each other by name.
+    Raises `DataError` for a file that is damaged, or not tokens.
     """
     path = Path(source)
     if path.is_dir():
@@ -179,7 +180,8 @@ def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[Toke
     else:
         paths = [path] if path.is_file() else matching_files(source)
     splits = [_SPLIT.findall(p.name.lower())[-1:] for p in paths]
-    training = [p for p, split in zip(paths, splits, strict=True) if split == ["train"]]
+    named, others = ([p for p, s in zip(paths, splits, strict=True) if s == split] for split in (["train"], []))
+    training = named or others
     held_out = [p for p, split in zip(paths, splits, strict=True) if split and split != ["train"]]
     if not training or not held_out:
         return TokenStream.of([token_file(p) for p in paths], vocab_size=vocab_size), None

@@ -96,8 +96,9 @@ class _Windows:
 
     def __post_init__(self) -> None:
         if len(self.stream) <= self.length:
+            which = "validation data" if self.seed is None else "data"
             raise DataError(
-                f"the data has {len(self.stream)} tokens, and one window of length {self.length} takes "
+                f"the {which} has {len(self.stream)} tokens, and one window of length {self.length} takes "
                 f"{self.length + 1}; choose a smaller length, or more data"
             )
         if self.count > 2**32:

@@ -116,6 +116,18 @@ def test_validation_may_be_another_source(text_file: Path, folder: Path, tmp_pat
         open_data(tmp_path / "a.bin", validation=text_file)
 
 
+@pytest.mark.parametrize("made_from_text", ["bpe", "characters"])
+def test_no_tokenizer_is_made_from_the_validation_text(text_file: Path, tmp_path: Path, made_from_text: str) -> None:
+    with pytest.raises(DataError, match="the data is tokens already"):
+        opened(
+            nanogpt(tmp_path / "a.bin", IDS),
+            tmp_path / "cache",
+            tokenizer=made_from_text,
+            vocab_size=300,
+            validation=text_file,
+        )
+
+
 def test_a_validation_source_with_a_validation_part_gives_that(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     nanogpt(tmp_path / "tokens" / "train.bin", IDS[:900])

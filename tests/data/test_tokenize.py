@@ -232,6 +232,16 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_directory(tmp_path / "x") == tmp_path / "x"
 
 
+def test_files_of_one_name_size_and_time_are_told_apart(tmp_path: Path) -> None:
+    """As archives unpack them, all with one time."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "input.txt").write_text(name * 10)
+        os.utime(tmp_path / name / "input.txt", (1, 1))
+    one, other = (encoded(tmp_path / name / "input.txt", cache=tmp_path / "cache") for name in ("a", "b"))
+    assert one.fingerprint != other.fingerprint
+
+
 def test_a_cache_may_be_moved(folder: Path) -> None:
     before = encoded(folder)
     moved = folder.parent / "moved"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_files_named_train_and_val_are_two_streams(tmp_path: Path, train: str, v
     np.testing.assert_array_equal(read_all(streams[1]), IDS[900:])
     only, none = open_tokens(tmp_path / train)
     assert (len(only), none) == (900, None)
+
+
+def test_files_beside_one_named_val_are_not_validated_on_too(tmp_path: Path) -> None:
+    nanogpt(tmp_path / "tokens_0.bin", IDS[:400])
+    nanogpt(tmp_path / "tokens_1.bin", IDS[400:900])
+    nanogpt(tmp_path / "val.bin", IDS[900:])
+    train, validation = open_tokens(tmp_path / "*.bin")
+    assert validation is not None
+    np.testing.assert_array_equal(read_all(train), IDS[:900])
+    np.testing.assert_array_equal(read_all(validation), IDS[900:])
+    only, none = open_tokens(tmp_path / "val*.bin")
+    assert (len(only), none) == (100, None)
 
 
 def test_a_name_in_which_val_is_a_part_of_a_word_is_no_split(tmp_path: Path) -> None:
@@ -173,6 +186,18 @@ def test_ids_outside_the_vocabulary_are_refused_where_they_are_read(
         return
     with pytest.raises(DataError, match=f"b.npy' has the id {bad} at token 3, and the vocabulary has"):
         stream.read(2, 10)
+
+
+def test_what_the_system_reads_in_pieces_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux gives at most 2 GiB at a time."""
+
+    class InPieces(FileIO):
+        def readinto(self, buffer: memoryview) -> int:
+            return super().readinto(buffer[:7])
+
+    stream = open_tokens(nanogpt(tmp_path / "a.bin", IDS))[0]
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: InPieces(path))
+    np.testing.assert_array_equal(stream.read(3, 900), IDS[3:900])
 
 
 def test_a_file_that_shrinks_is_an_error_and_no_crash(tmp_path: Path) -> None:

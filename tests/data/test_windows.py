@@ -164,10 +164,10 @@ def test_short_streams_have_at_least_one_window(tmp_path: Path, extra: int) -> N
     assert sum(1 for _ in evaluation_batches(stream, batch_size=1, length=LENGTH)) == (count - 1) // LENGTH
 
 
-@pytest.mark.parametrize("make", [training_batches, evaluation_batches])
-def test_a_stream_shorter_than_a_window_is_an_error(tmp_path: Path, make: Any) -> None:
+@pytest.mark.parametrize(("make", "which"), [(training_batches, "data"), (evaluation_batches, "validation data")])
+def test_a_stream_shorter_than_a_window_is_an_error(tmp_path: Path, make: Any, which: str) -> None:
     stream = open_tokens(nanogpt(tmp_path / "tokens.bin", np.arange(LENGTH)))[0]
-    with pytest.raises(DataError, match="the data has 7 tokens, and one window of length 7 takes 8"):
+    with pytest.raises(DataError, match=f"the {which} has 7 tokens, and one window of length 7 takes 8"):
         make(stream, batch_size=BATCH, length=LENGTH)
 
 
