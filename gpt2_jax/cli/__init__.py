@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from bridge import BridgeError
+from bridge.errors import quoted
 from gpt2_jax.cli.convert import convert
 from gpt2_jax.cli.demo import demo
 from gpt2_jax.cli.eval import evaluate
@@ -47,6 +48,10 @@ def main(args: list[str] | None = None) -> None:
         )
     except BridgeError as error:
         print(f"gpt2: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    except OSError as error:  # a full disk, a name that is too long, no permission
+        where = f"{quoted(error.filename)}: " if error.filename else ""
+        print(f"gpt2: {where}{error.strerror or error}", file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
         code = 130  # as a shell reports a process ended by SIGINT

@@ -122,6 +122,8 @@ BAD = {
     "overwriting something else": ("convert", "{model}", "{tmp}", "--to", "flax", "--overwrite"),
     "unknown verb": ("transmogrify",),
     "missing argument": ("convert", "{model}"),
+    "name that is too long": ("train", "--data", "a" * 300, "--out", "{tmp}/run"),
+    "demo into a file": ("demo", "--out", "{model}/config.json"),
 }
 
 
