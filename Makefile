@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 .PHONY: demo test test-slow check bench clean
 
-demo: $(INSTALLED)  ## write a 124M GPT-2, convert it, verify it, export it back
+demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## everything but the marked tests
