@@ -25,18 +25,56 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
 from gpt2_jax.attention import attention
+from gpt2_jax.functions import gelu_tanh, project, scaled_norm
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+    "gelu_new": gelu_tanh,
     "gelu": lambda x: nn.gelu(x, approximate=False),  # the exact form, with erf
     "gelu_fast": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608 * x * (1.0 + 0.044715 * x * x))),
-    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "relu": nn.relu,
     "silu": nn.silu,
     "swish": nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+class Projection(nn.Module):
+    """x W + b, where W may read the last `input_axes` axes of x and write several: `shape` is W's."""
+
+    shape: tuple[int, ...]
+    std: float
+    input_axes: int = 1
+    use_bias: bool = True
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
+        kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape, self.param_dtype)
+        y = project(x.astype(self.dtype), kernel.astype(self.dtype), self.input_axes)
+        if not self.use_bias:
+            return y
+        outputs = self.shape[self.input_axes :]
+        return y + self.param("bias", nn.initializers.zeros, outputs, self.param_dtype).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Ba et al. 2016, with statistics in float32 at least."""
+
+    config: GPT2Config
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        y = scaled_norm(x.astype(wide), scale.astype(wide), self.config.layer_norm_epsilon)
+        if self.config.bias:
+            y = y + self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype).astype(wide)
+        return y.astype(self.dtype)
 
 
 class QKVProjection(nn.Module):
@@ -56,7 +94,8 @@ class QKVProjection(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype) if c.bias else jnp.zeros(shape)
         kernel_D3HK, bias_3HK = kernel.astype(self.dtype), bias.astype(self.dtype)
         if query is key and key is value:  # self-attention: one product
-            qkv = jnp.einsum("BTD,DCHK->BTCHK", query.astype(self.dtype), kernel_D3HK) + bias_3HK
+            qkv = project(query.astype(self.dtype), kernel_D3HK, 1)
+            qkv = qkv + bias_3HK if c.bias else qkv
             return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         q_BTHK, k_BSHK, v_BSHK = (
             jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel_D3HK[:, i]) + bias_3HK[i]
@@ -78,14 +117,9 @@ class MultiHeadAttention(nn.Module):
 
     def setup(self) -> None:
         self.c_attn = QKVProjection(self.config, self.dtype, self.param_dtype)
-        self.c_proj = nn.DenseGeneral(
-            self.config.n_embd,
-            axis=(-2, -1),
-            use_bias=self.config.bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(self.config.residual_std),
-        )
+        c = self.config
+        shape = (c.n_head, c.head_size, c.n_embd)
+        self.c_proj = Projection(shape, c.residual_std, 2, c.bias, self.dtype, self.param_dtype)
 
     def __call__(
         self,
@@ -135,20 +169,9 @@ class FeedForward(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.c_fc = nn.Dense(
-            c.feed_forward_size,
-            use_bias=c.bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(c.initializer_range),
-        )
-        self.c_proj = nn.Dense(
-            c.n_embd,
-            use_bias=c.bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(c.residual_std),
-        )
+        inward, outward = (c.n_embd, c.feed_forward_size), (c.feed_forward_size, c.n_embd)
+        self.c_fc = Projection(inward, c.initializer_range, 1, c.bias, self.dtype, self.param_dtype)
+        self.c_proj = Projection(outward, c.residual_std, 1, c.bias, self.dtype, self.param_dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
@@ -165,9 +188,9 @@ class GPT2Layer(nn.Module):
     param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        self.ln_1 = layer_norm(self.config, self.dtype, self.param_dtype)
+        self.ln_1 = LayerNorm(self.config, self.dtype, self.param_dtype)
         self.attn = MultiHeadAttention(self.config, self.dtype, self.param_dtype)
-        self.ln_2 = layer_norm(self.config, self.dtype, self.param_dtype)
+        self.ln_2 = LayerNorm(self.config, self.dtype, self.param_dtype)
         self.mlp = FeedForward(self.config, self.dtype, self.param_dtype)
         self.drop = nn.Dropout(self.config.resid_pdrop)
 
@@ -219,7 +242,7 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(c.embd_pdrop)
         layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype)
         self.h: Any = layer() if self.scan else [layer() for _ in range(c.n_layer)]
-        self.ln_f = layer_norm(c, self.dtype, self.param_dtype)
+        self.ln_f = LayerNorm(c, self.dtype, self.param_dtype)
         self.lm_head = None if c.tie_word_embeddings else self._embedding(rows)
 
     def __call__(
@@ -282,17 +305,6 @@ def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | 
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
     return jnp.clip(jnp.cumsum(attention_mask.astype(bool), axis=1, dtype=jnp.int32) - 1, min=0)
-
-
-def layer_norm(config: GPT2Config, dtype: DTypeLike, param_dtype: DTypeLike) -> nn.LayerNorm:
-    """Flax's own defaults are another epsilon and a variance that cancels: E[x^2] - E[x]^2."""
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_epsilon,
-        use_fast_variance=False,
-        use_bias=config.bias,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
 
 
 def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None = None) -> None:

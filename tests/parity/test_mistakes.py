@@ -195,16 +195,13 @@ def with_activation(wrong: Callable[[Any], Any]) -> Callable[[Patch], None]:
 
 
 def another_epsilon_in_one_norm(patch: Patch) -> None:
-    class OneNormDiffers(nn.LayerNorm):
+    class LayerNorm(jax_model.LayerNorm):
         def __call__(self, x: Any) -> Any:
             if self.path == ("h_1", "ln_2"):
-                object.__setattr__(self, "epsilon", 1e-6)
+                object.__setattr__(self, "config", replace(self.config, layer_norm_epsilon=1e-6))
             return super().__call__(x)
 
-    def layer_norm(config: bridge.GPT2Config, dtype: Any, param_dtype: Any) -> nn.LayerNorm:
-        return OneNormDiffers(config.layer_norm_epsilon, dtype, param_dtype, use_fast_variance=False)
-
-    patch.setattr(jax_model, "layer_norm", layer_norm)
+    patch.setattr(jax_model, "LayerNorm", LayerNorm)
 
 
 def with_layer(call: Callable[..., Any]) -> Callable[[Patch], None]:
@@ -244,8 +241,8 @@ def untied_head(patch: Patch) -> None:
 
 
 def no_final_norm(patch: Patch) -> None:
-    right = nn.LayerNorm.__call__
-    patch.setattr(nn.LayerNorm, "__call__", lambda self, x: x if self.name == "ln_f" else right(self, x))
+    right = jax_model.LayerNorm.__call__
+    patch.setattr(jax_model.LayerNorm, "__call__", lambda self, x: x if self.name == "ln_f" else right(self, x))
 
 
 def half_precision_products(patch: Patch) -> None:
@@ -259,13 +256,13 @@ def half_precision_products(patch: Patch) -> None:
 
 
 def norms_lose_two_bits_of_bfloat16(patch: Patch) -> None:
-    right = nn.LayerNorm.__call__
+    right = jax_model.LayerNorm.__call__
 
     def norm(self: Any, x: Any) -> Any:
         y = right(self, x)
         return jax.lax.reduce_precision(y, 8, 5) if y.dtype == jnp.bfloat16 else y
 
-    patch.setattr(nn.LayerNorm, "__call__", norm)
+    patch.setattr(jax_model.LayerNorm, "__call__", norm)
 
 
 def loss_without_shift(patch: Patch) -> None:

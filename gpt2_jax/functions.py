@@ -1,0 +1,90 @@
+"""Functions of every layer whose derivatives are written out: those that JAX derives are slow on CPU.
+
+Measured at nanoGPT's CPU size in the training step: `tests/benchmarks/train.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
+    """The product of the last `axes` axes of `x` with the first `axes` of `kernel`.
+
+    JAX derives the kernel's gradient turned on its side, and XLA copies it back; here it is made upright.
+    """
+    inputs, kernel_inputs = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+    return jax.lax.dot_general(x, kernel, ((inputs, kernel_inputs), ((), ())))
+
+
+def _project_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, kernel, axes), (x, kernel)
+
+
+def _project_backward(axes: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = kept
+    rows = tuple(range(x.ndim - axes))
+    outputs, kernel_outputs = tuple(range(len(rows), dy.ndim)), tuple(range(axes, kernel.ndim))
+    dx = jax.lax.dot_general(dy, kernel, ((outputs, kernel_outputs), ((), ())))
+    return dx, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def scaled_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*batch D"]:
+    """(x - mean) / sqrt(variance + epsilon) * scale over the last axis (Ba et al. 2016).
+
+    The gradient is in the normalised x, which is kept: three passes over the row where the derived one makes nine.
+    """
+    return _norm_forward(x, scale, epsilon)[0]
+
+
+def _norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[Array, Array, Array]]:
+    centred = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + epsilon)
+    normed = centred * inverse
+    return normed * scale, (normed, inverse, scale)
+
+
+def _norm_backward(epsilon: float, kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
+    normed, inverse, scale = kept
+    dn = dy * scale
+    along = (dn * normed).mean(-1, keepdims=True)
+    dx = (dn - dn.mean(-1, keepdims=True) - normed * along) * inverse
+    return dx, (dy * normed).sum(tuple(range(dy.ndim - 1)))
+
+
+scaled_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@jax.custom_vjp
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), as x sigmoid(2 u) (Hendrycks and Gimpel 2016).
+
+    One exponential where the derived gradient takes two tanh; what is kept is the slope alone.
+    """
+    return x * jax.nn.sigmoid(_twice_u(x))
+
+
+def _twice_u(x: Array) -> Array:
+    return 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    gate = jax.nn.sigmoid(_twice_u(x))
+    slope = 2.0 * math.sqrt(2.0 / math.pi) * (1.0 + 3.0 * 0.044715 * x * x)
+    return x * gate, gate + x * gate * (1.0 - gate) * slope
+
+
+def _gelu_backward(slope: Array, dy: Array) -> tuple[Array]:
+    return (dy * slope,)
+
+
+gelu_tanh.defvjp(_gelu_forward, _gelu_backward)
