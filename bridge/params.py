@@ -10,7 +10,7 @@ in PyTorch and split in Flax, so crossing the bridge is a reshape and never a tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from bridge.config import GPT2Config
@@ -46,6 +46,11 @@ PARAMETERS = (
     Row("lm_head.weight", "lm_head/embedding", "V D", "untied"),
 )
 
+DECAYS: Mapping[str, bool] = {"kernel": True, "embedding": True, "bias": False, "scale": False}
+"""Whether weight decay acts on a parameter, by the last part of its Flax path: on projections and embeddings, not on
+biases and LayerNorm scales. By name, because stacked layers give biases a second axis. Source: nanoGPT,
+`configure_optimizers`."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -59,11 +64,8 @@ class Parameter:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay acts on it: on projections and embeddings, not on biases and LayerNorm scales.
-
-        By name, because stacked layers give biases a second axis. Source: nanoGPT, `configure_optimizers`.
-        """
-        return self.flax_path[-1] in ("kernel", "embedding")
+        """Whether weight decay acts on it."""
+        return DECAYS[self.flax_path[-1]]
 
 
 def parameters(config: GPT2Config) -> tuple[Parameter, ...]:

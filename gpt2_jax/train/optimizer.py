@@ -11,11 +11,8 @@ import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from bridge.params import DECAYS
 from gpt2_jax.train.config import OptimizerConfig
-
-DECAYS: Mapping[str, bool] = {"kernel": True, "embedding": True, "bias": False, "scale": False}
-"""Whether weight decay acts on a parameter, by the last part of its path; `bridge.Parameter.decays` in JAX's names.
-By name and not by the number of axes: stacked layers give biases a second one."""
 
 # For Muon, the axes that a projection reads from and writes to, by the end of its path; all others (a leading
 # layer axis, and the "3" of query, key and value) number matrices that are orthogonalised one by one.
