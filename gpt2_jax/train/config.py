@@ -161,6 +161,9 @@ def from_flat(values: Mapping[str, Any]) -> TrainConfig:
         raise TrainingError(f"the run's configuration was written by another version: {error}") from error
 
 
+_COUNTED_IN_STEPS = frozenset({"steps", "eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps"})
+
+
 def _problems(c: TrainConfig) -> Iterator[str]:
     o = c.optimizer
     yield from _unknown_choices(c)
@@ -169,6 +172,9 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     for name in (*at_least_one, "vocab_multiple", "keep_last"):
         if getattr(c, name) < 1:
             yield f"{name}={getattr(c, name)}: must be at least 1"
+    for name, count in {**vars(c), **vars(o)}.items():
+        if name in _COUNTED_IN_STEPS and count is not None and count >= 2**31:
+            yield f"{name}={count}: must be below {2**31}, as steps are counted in 32 bits"
     if c.accumulate >= 1 and c.batch_size % c.accumulate:
         yield f"accumulate={c.accumulate}: does not divide batch_size={c.batch_size}"
     if c.eval_batches is not None and c.eval_batches < 1:

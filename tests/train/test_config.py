@@ -16,14 +16,14 @@ from gpt2_jax.train.config import PRESETS, REPORTING, OptimizerConfig, TrainConf
 NAN, INFINITE = math.nan, math.inf
 
 BAD: dict[str, tuple[Any, ...]] = {
-    "steps": (0, -1),
+    "steps": (0, -1, 2**31),
     "batch_size": (0,),
     "length": (0,),
     "accumulate": (0, 3),  # 3 does not divide the batch of 4
-    "eval_every": (0,),
+    "eval_every": (0, 2**31),
     "eval_batches": (0,),
-    "log_every": (0,),
-    "checkpoint_every": (0,),
+    "log_every": (0, 2**31),
+    "checkpoint_every": (0, 2**31),
     "keep_last": (0,),
     "vocab_multiple": (0,),
     "validation_fraction": (0.0, 1.0, NAN),
@@ -41,13 +41,13 @@ BAD: dict[str, tuple[Any, ...]] = {
     "min_learning_rate": (-1e-3, NAN),
     "weight_decay": (-0.1, INFINITE),
     "muon_weight_decay": (-0.1,),
-    "warmup_steps": (-1,),
+    "warmup_steps": (-1, 2**31),
     "beta1": (1.0, -0.1, NAN),
     "beta2": (1.0,),
     "muon_momentum": (1.0,),
     "decay_fraction": (0.0, 1.1, NAN),
     "clip_norm": (0.0, NAN),
-    "decay_steps": (-1, 2),  # the warm-up takes 2
+    "decay_steps": (-1, 2, 2**31),  # the warm-up takes 2
 }
 
 
@@ -67,6 +67,7 @@ def test_every_problem_is_named_at_once() -> None:
 def test_the_edges_of_the_ranges_are_allowed() -> None:
     recipe(ema_decay=None, clip_norm=None, eval_batches=None, decay_steps=None, warmup_steps=0, seed=2**32 - 1)
     recipe(min_learning_rate=0.0, weight_decay=0.0, beta1=0.0, decay_fraction=1.0, sample_tokens=0, keep_last=1)
+    recipe(steps=2**31 - 1, decay_steps=2**31 - 1)
 
 
 def test_flags_have_names_of_their_own() -> None:
