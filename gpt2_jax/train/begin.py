@@ -28,7 +28,10 @@ def settle(config: TrainConfig, data: Data, init_from: Checkpoint | None = None)
     elif data.tokenizer is not None:
         model = replace(model, vocab_size=data.tokenizer.max_token_value + 1)
     if config.length > model.n_positions:
-        raise TrainingError(f"length={config.length}: the model has n_positions={model.n_positions}")
+        positions = model.n_positions
+        raise TrainingError(
+            f"length={config.length}: the model has n_positions={positions}; choose --length {positions} or less"
+        )
     return replace(config, model=model)
 
 

@@ -42,7 +42,7 @@ class Identity:
     def differences(self, other: Identity) -> list[str]:
         """The fields in which `other` is another run, a line each. Where the data is may change, not what it is."""
         mine, theirs = flat(self.config), flat(other.config)
-        free = REPORTING | {"preset", "data", "validation_data"}
+        free = REPORTING | {"data", "validation_data"}
         changed = [name for name in mine if mine[name] != theirs[name] and name not in free]
         lines = [f"{name} was {quoted(mine[name])}, now {quoted(theirs[name])}" for name in changed]
         if self.data != other.data:

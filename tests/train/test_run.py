@@ -116,6 +116,7 @@ CHANGES: dict[str, Any] = {
     "embd_pdrop": 0.1,
     "init_from": "elsewhere",
     "tokenizer": "characters",
+    "preset": "finetune",
 }
 
 
@@ -141,7 +142,7 @@ def test_a_resume_on_other_data_is_refused(copy: Path) -> None:
 
 
 def test_what_is_only_reported_may_change(copy: Path) -> None:
-    changed = recipe(eval_every=1, log_every=1, checkpoint_every=1, keep_last=5, eval_batches=1, preset="finetune")
+    changed = recipe(eval_every=1, log_every=1, checkpoint_every=1, keep_last=5, eval_batches=1)
     assert run_in(copy, changed, resume=True).step == 6
     assert runs.stored_identity(copy / "run").config.keep_last == 5
 
@@ -444,7 +445,7 @@ def test_without_one_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
 
 
 def test_a_length_that_the_model_has_no_positions_for_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="length=17: the model has n_positions=16"):
+    with pytest.raises(TrainingError, match="length=17: the model has n_positions=16; choose --length 16 or less"):
         settle(recipe(length=17), data_for(RECIPE, tmp_path))
 
 
