@@ -120,8 +120,10 @@ def run_training(
 ) -> Outcome:
     """Open what the configuration names, train, and say how it ended."""
     from gpt2_jax.train import settle, train
+    from gpt2_jax.train.memory import keep_freed_memory
     from gpt2_jax.train.run import is_run
 
+    keep_freed_memory()
     say = console().print
     # What goes on has its tokenizer and its sizes in RUN, and needs the checkpoint that it began with no more.
     origin = out if resume and is_run(out) and steps(out) else config.init_from
