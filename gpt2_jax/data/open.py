@@ -103,7 +103,7 @@ class _Opened:
 
 def _found(source: str | Path) -> Documents | Path:
     """The documents of a text source; a path or a glob of token files."""
-    if str(source) != STDLIB and ((Path(source) / SIDECAR).is_file() or is_token_source(source)):
+    if str(source) not in (STDLIB, "") and ((Path(source) / SIDECAR).is_file() or is_token_source(source)):
         return Path(source).absolute()
     return find_documents(source)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import quoted
+from bridge.formats.run import RUN
 from gpt2_jax.data.errors import DataError
 
 STDLIB = "stdlib"
@@ -99,10 +100,12 @@ class Documents:
 def find_documents(source: str | Path) -> Documents:
     """The documents of a text file, a directory, a glob, or `stdlib`.
 
-    Hidden and empty files are left out. Many documents come in the order of a hash of their names, the
-    same on every machine and unlike any order that people give them, so that the last tenth is a fair
-    sample. Raises `DataError` where there is no document.
+    Hidden and empty files are left out, and in a directory what training runs wrote. Many documents come
+    in the order of a hash of their names, the same on every machine and unlike any order that people give
+    them, so that the last tenth is a fair sample. Raises `DataError` where there is no document.
     """
+    if not str(source):
+        raise DataError(f"the data has an empty name; give a file, a directory, a glob, or {STDLIB}")
     if str(source) == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         return _sorted(source, root, (p for p in _walk(root, _NOT_STDLIB) if p.suffix == ".py"))
@@ -144,8 +147,11 @@ def _hash(name: str) -> bytes:
 
 
 def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Every file below `root` that is neither hidden nor in a directory named in `without`."""
+    """Every file below `root` that is neither hidden, nor a run's, nor in a directory named in `without`."""
     for directory, subdirectories, names in os.walk(root, onerror=_refuse):
+        if RUN in names:  # what a run writes is not what it reads: it would find other data when it is resumed
+            subdirectories.clear()
+            continue
         subdirectories[:] = [d for d in subdirectories if not d.startswith(".") and d not in without]
         paths = (Path(directory, name) for name in names if not name.startswith("."))
         yield from (path for path in paths if path.is_file())

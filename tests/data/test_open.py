@@ -101,6 +101,9 @@ def test_token_files_need_no_tokenizer(tmp_path: Path) -> None:
     assert data.validation is not None and data.tokenizer is None
     np.testing.assert_array_equal(data.train.read(0, len(data.train)), IDS[:900])
     np.testing.assert_array_equal(data.validation.read(0, len(data.validation)), IDS[900:])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match="empty name"):
+        patch.chdir(tmp_path)
+        open_data("")
     only = open_data(str(tmp_path / "train_*.bin"))
     assert only.validation is not None and (len(only.train), len(only.validation)) == (810, 90)
 

@@ -98,6 +98,14 @@ def test_a_directory_leaves_out_what_is_no_text(tmp_path: Path) -> None:
     assert {d.size for d in found.readable()} == {len("this is a.txt"), len("this is sub/b.py"), 21}
 
 
+def test_a_directory_leaves_out_the_runs_in_it(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "a")
+    before = find_documents(tmp_path)
+    for name in ("run.json", "metrics.jsonl", "export/merges.txt"):
+        write(tmp_path / "runs/first" / name, "written by a run")
+    assert find_documents(tmp_path) == before
+
+
 def test_documents_come_in_the_order_of_a_hash_of_their_names(tmp_path: Path) -> None:
     names = [f"{i}.txt" for i in range(20)]
     for name in names:
@@ -157,6 +165,13 @@ def test_no_document_is_an_error(tmp_path: Path, source: str, message: str) -> N
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match=message):
         find_documents(tmp_path / source)
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.txt", "a")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="empty name"):
+        find_documents("")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
