@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,7 @@ def first_state(
 ) -> TrainState:
     """Before the first step: weights from a checkpoint, or random ones drawn from the seed."""
     if init_from is None:
-        ids = jnp.zeros((1, config.length), jnp.int32)
-        params = jax.jit(model.init)(jax.random.key(config.seed), ids)["params"]
+        params = jax.jit(model.init)(*_init_arguments(config))["params"]
     else:
         params = model_from_checkpoint(
             init_from, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
@@ -60,3 +60,18 @@ def first_state(
     state = init_state(params, tx, ema=config.ema_decay is not None)
     # Bound to the device, as what is restored from a checkpoint is: both run the same program.
     return jax.device_put(state, jax.local_devices()[0])
+
+
+def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransformation) -> TrainState:
+    """Shape, dtype and device of each array of a state, without the arrays: a device may have room for one state."""
+
+    def state(key: Any, ids: Any) -> TrainState:
+        return init_state(model.init(key, ids)["params"], tx, ema=config.ema_decay is not None)
+
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(state, *_init_arguments(config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+
+
+def _init_arguments(config: TrainConfig) -> tuple[Any, Any]:
+    return jax.random.key(config.seed), jnp.zeros((1, config.length), jnp.int32)

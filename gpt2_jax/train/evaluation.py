@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bridge import TokenizerError
-from gpt2_jax.data import Data, evaluation_batches
+from gpt2_jax.data import Data, TokenStream, evaluation_batches
 from gpt2_jax.generate import generate
 from gpt2_jax.model import GPT2
 from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
@@ -20,21 +20,33 @@ SAMPLE_TEMPERATURE = 0.8
 def validation_loss(eval_step: EvalStep, config: TrainConfig, data: Data, state: TrainState) -> float:
     """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept.
 
-    Raises `NonFiniteLoss`.
+    Raises `TrainingError` where there is nothing to predict, and `NonFiniteLoss`, its child.
     """
-    assert data.validation is not None  # open_data gives one for any fraction above 0
     batches = evaluation_batches(
-        data.validation,
+        require_validation(data),
         batch_size=config.batch_size // config.accumulate,  # what a step has in memory at a time
         length=config.length,
         most_batches=config.eval_batches and config.eval_batches * config.accumulate,
         examples=config.examples,
     )
     sums = [eval_step(weights(state), batch) for batch in batches]
-    mean = sum(float(loss) for loss, _ in sums) / sum(int(count) for _, count in sums)
+    count = sum(int(count) for _, count in sums)
+    if not count:
+        raise TrainingError(
+            "the validation data has nothing to predict: each of its documents is one token; "
+            "raise --validation-fraction, or give more with --validation-data"
+        )
+    mean = sum(float(loss) for loss, _ in sums) / count
     if not math.isfinite(mean):
         raise NonFiniteLoss(f"step {state.step}: validation loss {mean}")
     return mean
+
+
+def require_validation(data: Data) -> TokenStream:
+    """The validation data; raises `TrainingError` where there is none, before a run is begun that cannot end."""
+    if data.validation is None:
+        raise TrainingError("there is no validation data; open the data with a validation_fraction above 0")
+    return data.validation
 
 
 def require_finite(state: TrainState) -> None:

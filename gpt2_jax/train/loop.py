@@ -18,10 +18,10 @@ from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
 from gpt2_jax.train import run as runs
-from gpt2_jax.train.begin import first_state, make_model
+from gpt2_jax.train.begin import described_state, first_state, make_model
 from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.config import TrainConfig
-from gpt2_jax.train.evaluation import encoded_prompt, require_finite, sample, validation_loss
+from gpt2_jax.train.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
 from gpt2_jax.train.metrics import plot_losses
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.report import Report
@@ -74,6 +74,7 @@ def train(
     Raises `TrainingError` for what cannot be trained or resumed, and `NonFiniteLoss`, its child, naming the
     step, where the loss is no longer finite; the checkpoints saved before then stay.
     """
+    require_validation(data)
     prompt = encoded_prompt(config, data)
     resumes = resume and runs.is_run(run)
     if resumes:
@@ -82,9 +83,11 @@ def train(
         runs.begin(run, config, data)
     model, tx = make_model(config), make_optimizer(config.optimizer, config.steps)
     with StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
-        state = first_state(config, model, tx, init_from)
-        if resumes and (saved := checkpoints.latest()) is not None:
-            state = checkpoints.restore(saved, state)
+        saved = checkpoints.latest() if resumes else None
+        if saved is None:
+            state = first_state(config, model, tx, init_from)
+        else:
+            state = checkpoints.restore(saved, described_state(config, model, tx))
         if resumes:  # now that the state fits the configuration
             runs.describe(run, config, data)
         schedule = learning_rate_schedule(config.optimizer, config.steps)

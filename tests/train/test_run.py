@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import shutil
@@ -229,10 +230,28 @@ def test_a_damaged_run_json_is_an_error_that_says_so(copy: Path, text: str) -> N
         run_in(copy, RECIPE, resume=True)
 
 
+# Orbax abandons the reads that are under way when one fails, and Python says so where they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_an_error_that_names_it(copy: Path) -> None:
     shutil.rmtree(copy / "run" / "checkpoints" / "6" / "state" / "ocdbt.process_0")
     with pytest.raises(TrainingError, match="checkpoint of step 6 could not be read"):
         run_in(copy, RECIPE, resume=True)
+    gc.collect()
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "ema_decay": 0.9, "scan": False}], ids=str)
+def test_the_description_of_a_state_is_that_of_the_first(changes: dict[str, Any]) -> None:
+    config = recipe(**changes)
+    model, tx = loop.make_model(config), loop.make_optimizer(config.optimizer, 6)
+    state, described = loop.first_state(config, model, tx, None), loop.described_state(config, model, tx)
+    assert jax.tree.structure(described) == jax.tree.structure(state)
+    for array, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(described), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
+
+
+def test_a_resume_makes_no_state_beside_the_one_it_restores(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "first_state", None)
+    assert run_in(copy, RECIPE, resume=True).step == 6
 
 
 # How a run ends before its last step.
@@ -471,6 +490,19 @@ def test_the_running_mean_is_what_is_evaluated(tmp_path: Path) -> None:
     assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state) == 0.5
     assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state._replace(ema_params=None)) == 0.5
     assert set(seen) == {"their mean", "weights"}
+
+
+def test_without_validation_data_no_run_is_begun(tmp_path: Path) -> None:
+    data = open_data(write_text(tmp_path), tokenizer="bytes", validation_fraction=0, cache=tmp_path / "cache")
+    with pytest.raises(TrainingError, match="no validation data"):
+        loop.train(RECIPE, tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_data_without_a_label_is_an_error(tmp_path: Path) -> None:
+    state = loop.TrainState(jax.numpy.int32(0), {}, {})
+    with pytest.raises(TrainingError, match="nothing to predict"):
+        loop.validation_loss(lambda params, batch: (0.0, 0), RECIPE, data_for(RECIPE, tmp_path), state)
 
 
 def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(tmp_path: Path) -> None:
