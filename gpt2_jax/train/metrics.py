@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bridge.files import flush_to_disk
 from gpt2_jax.train.config import TrainConfig, TrainingError, flat
 
 METRICS = "metrics.jsonl"
@@ -73,7 +74,10 @@ def plot_losses(run: Path) -> Path:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(run / PLOT, dpi=120)
+    beside = run / f".{PLOT}.partial"
+    figure.savefig(beside, format="png", dpi=120)
+    flush_to_disk(beside)
+    os.replace(beside, run / PLOT)
     return run / PLOT
 
 

@@ -64,6 +64,7 @@ def test_the_plot_is_a_png(tmp_path: Path, records: Any) -> None:
     written = plot_losses(tmp_path)
     assert written == tmp_path / "loss.png"
     assert written.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert {p.name for p in tmp_path.iterdir()} == {"loss.png", "metrics.jsonl"}
 
 
 def test_tensorboard_reads_what_is_written_for_it(tmp_path: Path) -> None:
