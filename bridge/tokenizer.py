@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,16 @@ def character_tokenizer(characters: Iterable[str]) -> tiktoken.Encoding:
 
     ids = {character: i for i, character in enumerate(sorted(set(characters)))}
     return CharacterEncoding("characters", ids, where="a tokenizer of characters")
+
+
+def decode_known(encoding: tiktoken.Encoding, ids: Iterable[int]) -> str:
+    """The text of those ids that are tokens: a model whose vocabulary is padded may draw others."""
+    known: list[int] = []
+    for i in ids:
+        with suppress(KeyError, OverflowError, TokenizerError):
+            encoding.decode_single_token_bytes(i)
+            known.append(i)
+    return encoding.decode(known)
 
 
 def tokenizer_fingerprint(encoding: tiktoken.Encoding) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import bridge
 from bridge import BridgeError
 from bridge.errors import quoted
+from bridge.tokenizer import decode_known
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.generate import continued
 from gpt2_jax.cli.output import console, json_writer, require_torch
@@ -73,7 +74,7 @@ def _recipe(steps: int) -> TrainConfig:
 
 def _greedy_text(backend: str, checkpoint: bridge.Checkpoint, prompt: str) -> str:
     """The likeliest continuation."""
-    return checkpoint.tokenizer().decode(continued(backend, checkpoint, prompt, max_new_tokens=NEW_TOKENS))
+    return decode_known(checkpoint.tokenizer(), continued(backend, checkpoint, prompt, max_new_tokens=NEW_TOKENS))
 
 
 def _make_room(out: Path, run: Path, overwrite: bool) -> None:

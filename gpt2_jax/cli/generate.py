@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 import bridge
 from bridge.sampling import check_request
+from bridge.tokenizer import decode_known
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
 from gpt2_jax.cli.output import console, json_writer, require_torch
 
@@ -44,7 +45,7 @@ def generate(
     new = continued(
         backend, checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
     )
-    text = checkpoint.tokenizer().decode(new)
+    text = decode_known(checkpoint.tokenizer(), new)
     write_json({"source": source, "backend": backend, "prompt": prompt, "text": text, "ids": new})
     console().print(text, soft_wrap=True)
 

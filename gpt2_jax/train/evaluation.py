@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bridge import TokenizerError
+from bridge.tokenizer import decode_known
 from gpt2_jax.data import Data, TokenStream, evaluation_batches
 from gpt2_jax.generate import generate
 from gpt2_jax.model import GPT2
@@ -83,8 +84,8 @@ def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prom
         temperature=SAMPLE_TEMPERATURE,
         seed=config.seed,
     )
-    # A padded vocabulary has ids that are no tokens, and a terminal would obey control characters.
-    text = data.tokenizer.decode([i for i in new[0].tolist() if i <= data.tokenizer.max_token_value])
+    text = decode_known(data.tokenizer, new[0].tolist())
+    # A terminal would obey control characters.
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

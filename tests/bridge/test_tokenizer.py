@@ -21,7 +21,7 @@ from tokenizers_for_tests import CORPUS, END, OPENAI_CACHE, TEXTS, needs_openai_
 import bridge
 from bridge import TokenizerError
 from bridge.bpe import SPELLINGS_OF_WORDS, WORDS
-from bridge.tokenizer import load_tokenizer
+from bridge.tokenizer import decode_known, load_tokenizer
 
 VOCAB_SIZE = 400
 
@@ -392,3 +392,11 @@ def test_openais_vocabulary_read_from_files_gives_the_same_ids(
         assert ours.encode(text) == theirs.encode(text), text
     assert ours.encode(END, allowed_special="all") == [50256]
     assert bridge.tokenizer_fingerprint(ours) == bridge.tokenizer_fingerprint(theirs)
+
+
+@pytest.mark.parametrize("make", [bridge.byte_tokenizer, lambda: bridge.character_tokenizer("abc\n")])
+def test_ids_that_are_no_tokens_are_left_out_of_a_text(make: Callable[[], tiktoken.Encoding]) -> None:
+    """As a model with a padded vocabulary draws them."""
+    encoding = make()
+    ids = encoding.encode_ordinary("abc\n")
+    assert decode_known(encoding, [999, *ids, 257, 2**40]) == "abc\n"
