@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import resource
 import shutil
@@ -157,10 +156,20 @@ def test_accepted_changes_are_taken_over(copy: Path) -> None:
     assert bridge.load(copy / "run").config.layer_norm_epsilon == 1e-4
 
 
-@pytest.mark.parametrize("change", [{"n_inner": 44}, {"ema_decay": 0.9}, {"optimizer": "muon"}], ids=str)
-def test_a_state_of_another_shape_is_refused_and_the_run_stays_readable(copy: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_inner": 44}, r"params/h/mlp/c_fc/kernel: \(2, 24, 40\) is stored, \(2, 24, 44\) expected"),
+        ({"ema_decay": 0.9}, r"ema_params/wte/embedding: nothing is stored, \(384, 24\) expected"),
+        ({"optimizer": "muon"}, r"opt_state/0/count: \(\) is stored, nothing expected"),
+    ],
+    ids=["model", "mean", "optimizer"],
+)
+def test_a_state_of_another_shape_is_refused_and_the_run_stays_readable(
+    copy: Path, change: dict[str, Any], named: str
+) -> None:
     before = files(copy / "run")
-    with pytest.raises(TrainingError, match="checkpoint of step 6 could not be read"):
+    with pytest.raises(TrainingError, match=f"(?s)checkpoint of step 6 is of another model or optimizer.*{named}"):
         run_in(copy, recipe(**change), resume=True, accept_changes=True)
     assert files(copy / "run") == before
 
@@ -230,13 +239,11 @@ def test_a_damaged_run_json_is_an_error_that_says_so(copy: Path, text: str) -> N
         run_in(copy, RECIPE, resume=True)
 
 
-# Orbax abandons the reads that are under way when one fails, and Python says so where they are collected.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_an_error_that_names_it(copy: Path) -> None:
-    shutil.rmtree(copy / "run" / "checkpoints" / "6" / "state" / "ocdbt.process_0")
+    # Not the arrays: where one fails, orbax may leave reads of others unfinished, which Python warns of at any time.
+    (copy / "run" / "checkpoints" / "6" / "state" / "_METADATA").unlink()
     with pytest.raises(TrainingError, match="checkpoint of step 6 could not be read"):
         run_in(copy, RECIPE, resume=True)
-    gc.collect()
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "ema_decay": 0.9, "scan": False}], ids=str)
