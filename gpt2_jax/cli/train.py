@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from jax.errors import JaxRuntimeError
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gpt2_jax.train import Outcome
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
+NO_TOKENIZER = "none"
 DIVERGED = 1
 
 
@@ -79,6 +81,13 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
                 file=sys.stderr,
             )
             return DIVERGED
+        except (MemoryError, JaxRuntimeError) as error:
+            if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise BridgeError(
+                f"out of memory, in {config.batch_size} sequences a step in {config.accumulate} parts; "
+                "lower --batch-size, or raise --accumulate"
+            ) from error
         write_json(outcome.to_json())
         return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by  # as shells report a signal
 
@@ -125,8 +134,11 @@ def run_training(
 
     keep_freed_memory()
     say = console().print
+    resumes = resume and is_run(out)
+    if resume and not resumes:
+        say(f"no run at {out}; beginning one", soft_wrap=True)
     # What goes on has its tokenizer and its sizes in RUN, and needs the checkpoint that it began with no more.
-    origin = out if resume and is_run(out) and steps(out) else config.init_from
+    origin = out if resumes and steps(out) else config.init_from
     source = None if origin is None else bridge.load(origin)
     data = _open_data(config, source, cache)
     init_from = None if config.init_from is None else source
@@ -149,7 +161,8 @@ def _open_data(config: TrainConfig, source: Checkpoint | None, cache: Path | Non
     from gpt2_jax.data import open_data
 
     try:
-        tokenizer: Any = config.tokenizer if source is None else source.tokenizer()
+        named = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
+        tokenizer: Any = named if source is None else source.tokenizer()
     except NoTokenizerError:
         tokenizer = None  # which token files do not need
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())

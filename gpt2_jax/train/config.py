@@ -75,8 +75,8 @@ class TrainConfig:
     validation_fraction: float = 0.1
     """The part of --data, at its end, that is kept for validation."""
     tokenizer: str = "bpe"
-    """gpt2, bytes, characters, bpe (trained on the data, to --vocab-size), or a directory that has one;
-    with --init-from it is SRC's own."""
+    """gpt2, bytes, characters, bpe (trained on the data, to --vocab-size), a directory that has one, or none,
+    for token files, whose ids are below --vocab-size; with --init-from it is SRC's own."""
     examples: Literal["stream", "documents"] = "stream"
     """stream: windows of one long text; documents: each document one padded, masked example."""
     init_from: str | None = None

@@ -24,6 +24,7 @@ import pytest
 import torch
 import transformers
 from implementations import relative_error
+from jax.errors import JaxRuntimeError
 from models import random_ids
 from training_runs import RECIPE, write_text
 
@@ -220,6 +221,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "a choice that is none": (("--out", "{out}", "--optimizer", "sgd"), "sgd"),
     "no number": (("--out", "{out}", "--steps", "many"), "many"),
     "unknown flag": (("--out", "{out}", "--lr", "1"), "--lr"),
+    "data without a name": (("--out", "{out}", "--data", ""), "empty name"),
     "data that is not there": (("--out", "{out}", "--data", "{tmp}/nowhere"), "nowhere"),
     "tokenizer that is none": (("--out", "{out}", "--data", "{text}", "--tokenizer", "words"), "words"),
     "source that is not there": (("--out", "{out}", "--init-from", "{tmp}/nowhere"), "nowhere"),
@@ -249,6 +251,32 @@ def test_bad_input_ends_with_2_and_a_message_and_leaves_nothing(name: str, tmp_p
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_token_files_need_no_tokenizer_and_a_resume_may_begin(tmp_path: Path) -> None:
+    np.tile(np.arange(50, dtype=np.uint16), 20).tofile(tmp_path / "train.bin")
+    out = tmp_path / "run"
+    flags = flags_of(replace(RECIPE, tokenizer="none", steps=1, sample_tokens=5), PRESETS["nano"])
+    code, printed, errors = run("train", "--resume", "--data", tmp_path / "train.bin", "--out", out, *flags)
+    assert (code, errors) == (0, "")
+    assert f"no run at {out}; beginning one" in printed
+    assert bridge.load(out).config.vocab_size == RECIPE.model.vocab_size
+    code, printed, errors = run("train", "--resume", "--out", out)
+    assert (code, errors) == (0, "")
+    assert "no run" not in printed
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")], ids=repr
+)
+def test_too_little_memory_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run_training(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["gpt2_jax.cli.train"], "run_training", run_training)
+    code, _, errors = run("train", "--out", tmp_path / "run")
+    assert code == 2
+    assert "lower --batch-size, or raise --accumulate" in errors
 
 
 def test_too_little_text_is_bad_input(tmp_path: Path) -> None:
