@@ -11,7 +11,7 @@ import jax
 from orbax.checkpoint.experimental.v1 import training
 from orbax.checkpoint.experimental.v1.training import preservation_policies as keep
 
-from bridge.errors import quoted
+from bridge.errors import bullet_list, quoted
 from bridge.formats.run import CHECKPOINTS
 from gpt2_jax.train.config import TrainingError
 from gpt2_jax.train.step import TrainState
@@ -63,8 +63,14 @@ class Checkpoints:
 
         Raises `TrainingError` for one that is damaged, or that has other shapes.
         """
-        with _explained(f"the checkpoint of step {step} could not be read; is it damaged, or of another model?"):
-            return self._orbax.load(step, jax.tree.map(_description, like))
+        expected = _shapes(like)
+        with _explained(f"the checkpoint of step {step} could not be read; is it damaged?"):
+            found = _shapes(self._orbax.metadata(step).metadata)
+            if found == expected:
+                return self._orbax.load(step, jax.tree.map(_description, like))
+        names = [name for name in expected | found if expected.get(name) != found.get(name)]
+        problems = [f"{n}: {found.get(n, 'nothing')} is stored, {expected.get(n, 'nothing')} expected" for n in names]
+        raise TrainingError(f"the checkpoint of step {step} is of another model or optimizer:\n{bullet_list(problems)}")
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -83,6 +89,11 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # orbax raises its own, tensorstore's and the system's
         raise TrainingError(f"{what}\n{type(error).__name__}: {quoted(error, 400)}") from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _description(leaf: Any) -> jax.ShapeDtypeStruct:
