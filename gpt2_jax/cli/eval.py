@@ -19,7 +19,7 @@ import bridge
 from bridge.bpe import END_OF_TEXT
 from bridge.errors import quoted
 from bridge.perplexity import Evaluation, Progress, exp
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, progress, require_torch
 from gpt2_jax.data import open_data
 from gpt2_jax.data.text import STDLIB, Documents, find_documents
@@ -42,7 +42,7 @@ class Text:
 
 
 def evaluate(
-    source: Source = BUNDLED,
+    source: SourceOrBundled = BUNDLED,
     /,
     *,
     data: Annotated[str | None, arg(metavar="TEXT")] = None,

@@ -9,12 +9,12 @@ from tyro.conf import Positional, arg
 import bridge
 from bridge.sampling import check_request
 from bridge.tokenizer import decode_known
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, require_torch
 
 
 def generate(
-    source: Source = BUNDLED,
+    source: SourceOrBundled = BUNDLED,
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None,
     /,
     *,

@@ -11,11 +11,11 @@ from rich.table import Table
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 
-def inspect(source: Source = BUNDLED, /, *, tensors: bool = False, json: JsonFile = None) -> None:
+def inspect(source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json: JsonFile = None) -> None:
     """Show what a checkpoint is: format, configuration, tensors, dtypes, and what is odd about it.
 
     Example: gpt2 inspect ./my-gpt2 --tensors

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from tyro.conf import arg
 
 import bridge
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, Source
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, progress, require_torch
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defi
 
 
 def verify(
-    source: Source = BUNDLED,
+    source: SourceOrBundled = BUNDLED,
     /,
     *,
     text: Annotated[str | None, arg(metavar="TEXT")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -137,6 +138,17 @@ def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
     assert (printed.out + printed.err).strip()
     assert "Traceback" not in printed.out + printed.err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "generate", "eval"])
+def test_the_default_is_the_packages_model_also_where_a_directory_has_its_name(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect.signature(VERBS[verb]).parameters["source"].default == str(bridge.BUNDLED)
+    assert run(verb, "--help") == 0
+    shown = capsys.readouterr().out
+    assert "(default: bundled)" in shown
+    assert str(bridge.BUNDLED) not in shown
 
 
 @pytest.mark.parametrize("verb", VERBS)
