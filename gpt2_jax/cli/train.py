@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from jax.errors import JaxRuntimeError
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
@@ -17,11 +17,11 @@ from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.output import console, json_writer, progress
-from gpt2_jax.train.config import PRESETS, NonFiniteLoss, TrainConfig, flat, from_flat
-
-if TYPE_CHECKING:
-    from gpt2_jax.data import Data
-    from gpt2_jax.train import Outcome
+from gpt2_jax.data import Data, open_data
+from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
+from gpt2_jax.train.config import flat, from_flat
+from gpt2_jax.train.memory import keep_freed_memory
+from gpt2_jax.train.run import is_run, stored_identity
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 NO_TOKENIZER = "none"
@@ -98,11 +98,8 @@ def default_config(args: Sequence[str]) -> TrainConfig:
     """What the flags of `gpt2 train` are when they are not given: the preset's, or the resumed run's."""
     if list(args[:1]) != ["train"]:
         return PRESETS[DEFAULT_PRESET]
-    if "--resume" in args and (out := _value(args, "--out")) is not None:
-        from gpt2_jax.train.run import is_run, stored_identity
-
-        if is_run(Path(out)):
-            return stored_identity(Path(out)).config
+    if "--resume" in args and (out := _value(args, "--out")) is not None and is_run(Path(out)):
+        return stored_identity(Path(out)).config
     fallback = DEFAULT_FINETUNING_PRESET if _value(args, "--init-from") else DEFAULT_PRESET
     name = _value(args, "--preset") or fallback
     if name not in PRESETS:
@@ -128,10 +125,6 @@ def run_training(
     cache: Path | None = None,
 ) -> Outcome:
     """Open what the configuration names, train, and say how it ended."""
-    from gpt2_jax.train import settle, train
-    from gpt2_jax.train.memory import keep_freed_memory
-    from gpt2_jax.train.run import is_run
-
     keep_freed_memory()
     say = console().print
     resumes = resume and is_run(out)
@@ -158,8 +151,6 @@ def run_training(
 
 def _open_data(config: TrainConfig, source: Checkpoint | None, cache: Path | None) -> Data:
     """The data, with the tokenizer of `source`, or the configured one where there is none."""
-    from gpt2_jax.data import open_data
-
     try:
         named = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
         tokenizer: Any = named if source is None else source.tokenizer()
