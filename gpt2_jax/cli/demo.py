@@ -21,7 +21,7 @@ PROMPT = "def read("
 NEW_TOKENS = 60
 
 
-def demo(*, out: Path = Path("demo-output"), steps: int = 150, overwrite: bool = False) -> int:
+def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 150, overwrite: bool = False) -> int:
     """Take a PyTorch GPT-2 to JAX, prove that it is the same, fine-tune it there, and bring it back.
 
     The model is the bundled one, which has read Shakespeare; it is fine-tuned on Python's standard library.
@@ -30,6 +30,7 @@ def demo(*, out: Path = Path("demo-output"), steps: int = 150, overwrite: bool =
 
     Args:
         out: where to put the report and the run; they take 50 MB.
+        data: the text to fine-tune on, as `gpt2 train --data` takes it.
         steps: of fine-tuning.
         overwrite: replace what an earlier demo left there.
     """
@@ -45,8 +46,8 @@ def demo(*, out: Path = Path("demo-output"), steps: int = 150, overwrite: bool =
     with progress_bar(ALL_CHECKS) as begin:
         report = verify(bridge.load(BUNDLED), source=BUNDLED, length=128, progress=begin)
     code = finish(report, json_writer(report_file))
-    say("\n3. fine-tuned in JAX, on Python's standard library")
-    outcome = run_training(_recipe(steps), run, cache=out / "tokens")
+    say(f"\n3. fine-tuned in JAX, on {data}")
+    outcome = run_training(_recipe(data, steps), run, cache=out / "tokens")
     say("\n4. the export, in both")
     exported = bridge.load(outcome.export)
     texts = {backend: _greedy_text(backend, exported, PROMPT) for backend in ("torch", "jax")}
@@ -58,11 +59,11 @@ def demo(*, out: Path = Path("demo-output"), steps: int = 150, overwrite: bool =
     return code
 
 
-def _recipe(steps: int) -> TrainConfig:
+def _recipe(data: str, steps: int) -> TrainConfig:
     return replace(
         PRESETS["finetune"],
         init_from=BUNDLED,
-        data="stdlib",
+        data=data,
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, beta2=0.99),
         steps=steps,
         eval_every=max(1, steps // 3),
