@@ -13,7 +13,6 @@ import transformers
 
 import bridge
 from bridge import Checkpoint
-from gpt2_jax.cli.demo import randomize_biases_and_norms
 from gpt2_jax.parity import Check, port, reference, third_opinion, tolerances, verify
 from gpt2_jax.parity.checks import largest_kl, rms
 
@@ -103,3 +102,13 @@ def test_the_export_is_the_original(directory: Path, tmp_path: Path) -> None:
 
 def value(checks: list[Check], name: str, what: str) -> float:
     return next(m.value for c in checks if c.name == name for m in c.measurements if m.what.startswith(what))
+
+
+def randomize_biases_and_norms(model: torch.nn.Module) -> None:
+    """Instead of the zeros and ones that GPT-2 starts with: those would hide a wrong row."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.02)
+            elif "ln_" in name:
+                parameter.normal_(mean=1.0, std=0.1)
