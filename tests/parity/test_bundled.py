@@ -79,7 +79,12 @@ def test_all_go_on_alike_from_a_prompt(checkpoint: Checkpoint, prompt: str) -> N
     model, params = gpt2_jax.model_from_checkpoint(checkpoint)
     port = gpt2_jax.generate(model, params, jnp.asarray([ids]), max_new_tokens=NEW_TOKENS)
     third = transformers_model(checkpoint).generate(
-        torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # else id 0, "!", is taken to be padding
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
     )
     assert port[0].tolist() == reference[0].tolist() == third[0].tolist()
 
