@@ -17,9 +17,7 @@ import numpy as np
 
 from bridge.config import GPT2Config
 from bridge.errors import BridgeError
-
-IGNORED = -100
-"""The label of a position that counts nowhere; the value that PyTorch and transformers use."""
+from bridge.labels import IGNORED
 
 TOKENS_PER_BATCH = 4096
 """What a batch holds unless asked otherwise: with GPT-2's vocabulary its logits take 0.8 GB in float32."""

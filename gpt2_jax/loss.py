@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-IGNORED = -100
-"""A label that counts nowhere: padding, or a prompt that is not to be learned."""
+from bridge.labels import IGNORED
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:

@@ -20,6 +20,7 @@ from bridge.bpe import END_OF_TEXT
 from bridge.errors import quoted
 from bridge.perplexity import Evaluation, Progress, exp
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import console, json_writer, progress, require_torch
 from gpt2_jax.data import open_data
 from gpt2_jax.data.text import STDLIB, Documents, find_documents
@@ -143,14 +144,9 @@ def _with_torch(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) 
 
 
 def _with_jax(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) -> Evaluation:
-    import jax
-    import jax.numpy as jnp
-
     import gpt2_jax
 
-    wide = any(entry.dtype == "float64" for entry in checkpoint.tensors.entries.values())
-    with jax.enable_x64(wide):
-        model, params = gpt2_jax.model_from_checkpoint(checkpoint, dtype=jnp.float64 if wide else jnp.float32)
+    with jax_model(checkpoint) as (model, params):
         return gpt2_jax.evaluate(model, params, ids, **windows)
 
 

@@ -10,6 +10,7 @@ import bridge
 from bridge.sampling import check_request
 from bridge.tokenizer import decode_known
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import console, json_writer, require_torch
 
 
@@ -78,12 +79,9 @@ def _with_torch(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) 
 
 
 def _with_jax(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:
-    import jax
     import jax.numpy as jnp
 
     import gpt2_jax
 
-    wide = any(entry.dtype == "float64" for entry in checkpoint.tensors.entries.values())
-    with jax.enable_x64(wide):
-        model, params = gpt2_jax.model_from_checkpoint(checkpoint, dtype=jnp.float64 if wide else jnp.float32)
+    with jax_model(checkpoint) as (model, params):
         return gpt2_jax.generate(model, params, jnp.asarray([ids]), **sampling)[0].tolist()
