@@ -1,12 +1,14 @@
 """The bridge between the two backends: configurations, names, shapes and files; numpy only."""
 
 from bridge.checkpoint import Checkpoint
+from bridge.completion import Completion, complete, stream_text
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.io import BUNDLED, load, save
 from bridge.oddities import find_oddities
 from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
+from bridge.sampling import Request
 from bridge.tokenizer import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizer_files import save_tokenizer
 
@@ -17,15 +19,18 @@ __all__ = [
     "BridgeError",
     "Checkpoint",
     "CheckpointError",
+    "Completion",
     "ConfigError",
     "ConversionError",
     "GPT2Config",
     "NoTokenizerError",
+    "Request",
     "TokenizerError",
     "byte_tokenizer",
     "canonical_names",
     "canonicalize",
     "character_tokenizer",
+    "complete",
     "find_oddities",
     "load",
     "num_parameters",
@@ -34,6 +39,7 @@ __all__ = [
     "save",
     "save_tokenizer",
     "stack_layers",
+    "stream_text",
     "to_flax",
     "to_torch",
     "tokenizer_fingerprint",

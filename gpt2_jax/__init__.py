@@ -2,13 +2,14 @@
 
 from bridge import GPT2_SIZES, GPT2Config
 from gpt2_jax.evaluate import evaluate
-from gpt2_jax.generate import generate
+from gpt2_jax.generate import Decoder, generate
 from gpt2_jax.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
 from gpt2_jax.pretrained import checkpoint_from_params, from_pretrained, model_from_checkpoint
 
 __all__ = [
     "GPT2",
     "GPT2_SIZES",
+    "Decoder",
     "FeedForward",
     "GPT2Config",
     "GPT2Layer",

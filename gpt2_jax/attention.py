@@ -28,17 +28,39 @@ def attention(
         raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
     wide = jnp.promote_types(dtype, jnp.float32)
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=wide)
-    scores_BHTS = scores_BHTS * jnp.asarray(scale, wide)
     if is_causal:
         causal = jnp.tril(jnp.ones((T, S), bool))
         mask = causal if mask is None else mask & causal
-    if mask is not None:
-        # The most negative number and not -inf: a row of -inf would be NaN after softmax.
-        scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(wide).min)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
+    weights_BHTS = _weights(scores_BHTS, mask, scale)
     if dropout_rate > 0.0:
         if dropout_key is None:
             raise ValueError('attention dropout needs a key: pass rngs={"dropout": key} to apply')
         kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights_BHTS.shape)
         weights_BHTS = jnp.where(kept, weights_BHTS / (1.0 - dropout_rate), 0.0)
     return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(dtype), v_BSHK)
+
+
+def cached_attention(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BHKS: Float[Array, "B H K S"],
+    v_BHSK: Float[Array, "B H S K"],
+    mask: Bool[Array, "#B #H #T S"],
+    *,
+    scale: float | Float[Array, ""],
+) -> Float[Array, "B T H K"]:
+    """As `attention`, with keys and values laid out so that a single query can be multiplied with them as they lie."""
+    dtype = v_BHSK.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scores_BHTS = jnp.einsum("BTHK,BHKS->BHTS", q_BTHK, k_BHKS, preferred_element_type=wide)
+    return jnp.einsum("BHTS,BHSK->BTHK", _weights(scores_BHTS, mask, scale).astype(dtype), v_BHSK)
+
+
+def _weights(
+    scores_BHTS: Float[Array, "B H T S"], mask: Bool[Array, "#B #H #T S"] | None, scale: float | Float[Array, ""]
+) -> Float[Array, "B H T S"]:
+    dtype = scores_BHTS.dtype
+    scores_BHTS = scores_BHTS * jnp.asarray(scale, dtype)
+    if mask is not None:
+        # The most negative number and not -inf: a row of -inf would be NaN after softmax.
+        scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(dtype).min)
+    return jax.nn.softmax(scores_BHTS, axis=-1)

@@ -1,19 +1,28 @@
-"""Sampling from the port: one compiled loop that runs the whole sequence again for every token."""
+"""Generation from the port: a key/value cache, and compiled loops over it."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
-from bridge.sampling import GREEDY_BELOW, check_request
-from gpt2_jax.model import GPT2, check_inputs
+from bridge import decoding
+from bridge.decoding import ENDED, Chunk, with_continuations
+from bridge.sampling import Request
+from gpt2_jax.filters import Filters, choose
+from gpt2_jax.model import GPT2, KeyValueCache, check_inputs, empty_cache
 
 SHORTEST_BUCKET = 32
+"""Slots of the smallest cache, for which loops are compiled; then powers of two."""
+
+PREFILL_CHUNK = 128
+"""Prompts run in chunks of so many tokens: one compilation serves any number of chunks."""
 
 
 def generate(
@@ -24,57 +33,265 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    samples: int = 1,
+    stop_ids: Sequence[int] = (),
+    slide: bool = False,
+    beams: int = 1,
+    length_penalty: float = 1.0,
     seed: int = 0,
-) -> Int[Array, "B T_plus_new"]:
-    """The prompts, each followed by `max_new_tokens` sampled tokens.
+) -> Int[Array, "B*samples T+new"]:
+    """The prompts, each followed by `max_new_tokens` tokens; arguments as in `bridge.Request`.
 
-    Args:
-        temperature: logits are divided by it before sampling; 0 takes the likeliest token.
-        top_k: sample among this many likeliest tokens only.
-        seed: the same seed gives the same tokens.
+    After a row's stop id the rest of it is filled with the first of `stop_ids`. For prompts of different
+    lengths, tokens as they are made, or log-probabilities use `Decoder`, which also prepares the
+    parameters once for many prompts.
 
-    Raises `ValueError` for a request that cannot be honoured (`bridge.sampling`), and `IndexError`
-    for an id outside the vocabulary. Compiles once per power of two of the total length.
+    Raises `ValueError` for a request that cannot be honoured, and `IndexError` for an id outside the vocabulary.
     """
     check_inputs(model.config, input_ids)
-    check_request(model.config, input_ids.shape[1], max_new_tokens, temperature, top_k, seed)
-    input_ids = jnp.asarray(input_ids, jnp.int32)
-    start, total = input_ids.shape[1], input_ids.shape[1] + max_new_tokens
-    # What stands to the right of a position cannot change its logits, so the unfilled rest may be anything.
-    length = min(max(SHORTEST_BUCKET, 1 << (total - 1).bit_length()), model.config.n_positions)
-    ids_BT = jnp.pad(input_ids, ((0, 0), (0, length - start)))
-    greedy, key = temperature < GREEDY_BELOW, jax.random.key(seed)
-    ids_BT = _fill(model, greedy, top_k, params, ids_BT, start, total, temperature, key)
-    return ids_BT[:, :total]
+    request = Request(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        samples=samples,
+        stop_ids=tuple(stop_ids),
+        slide=slide,
+        beams=beams,
+        length_penalty=length_penalty,
+    )
+    prompts = np.asarray(input_ids)
+    found = Decoder(model, params).generate(prompts.tolist(), request)
+    return jnp.asarray(with_continuations(prompts, found, request))
+
+
+class _State(NamedTuple):
+    """Of the loop over tokens. R rows, V vocabulary, N the most tokens that it can make."""
+
+    cache: KeyValueCache
+    ids_RN: Int[Array, "R N"]
+    """`ENDED` where there is no token yet, or no more."""
+    log_probs_RN: Float[Array, "R N"] | None
+    draws_RN: Float[Array, "R N"]
+    seen_RV: Bool[Array, "R V"] | None
+    """The tokens of each row, where their repetition is penalized."""
+    made: Int[Array, ""]
+    ended_R: Bool[Array, " R"]
+    stop_ids: Int[Array, " stops"]
+    filters: Filters
+
+
+class Decoder(decoding.Decoder[_State, KeyValueCache]):
+    """Generation from one model and its parameters, in one compiled loop per bucket of lengths.
+
+    Compiled are, for a number of rows and a power of two of tokens, one function that runs prompts and one
+    that makes tokens; a set of filters adds another of these. Sharded parameters stay as they are
+    sharded, and the compiler spreads the work over their mesh.
+
+    Args:
+        params: stacked layers are taken apart here, once: a loop over tokens would copy them out for each.
+        dtype: of the parameters and the computation; None leaves both as they are. bfloat16 halves the bytes
+            that are read for every token, which is what a token costs on GPU and TPU.
+    """
+
+    def __init__(self, model: GPT2, params: Mapping[str, Any], *, dtype: DTypeLike | None = None) -> None:
+        self.config = model.config
+        self.model = model.clone(scan=False, dtype=model.dtype if dtype is None else jnp.dtype(dtype))
+        self.params = params if dtype is None and not model.scan else _prepared(model, dtype, params)
+
+    def _begin(
+        self,
+        ids: np.ndarray,
+        padding: np.ndarray,
+        slots: int,
+        request: Request,
+        draws: np.ndarray,
+        ended: np.ndarray,
+        copies: int,
+    ) -> _State:
+        cache, logits_RV = self._prefilled(ids, padding, slots)
+        if copies > 1:
+            cache, logits_RV = _repeated(copies, cache, logits_RV)
+        R, S = draws.shape[0], cache.values[0].shape[2]
+        seen = None
+        if request.repetition_penalty is not None:
+            seen = np.zeros((R, self.config.vocab_size), bool)
+            for r in range(R):
+                seen[r, ids[r // copies, padding[r // copies] :]] = True
+        state = _State(
+            cache=cache,
+            ids_RN=jnp.full((R, S), ENDED, jnp.int32),
+            log_probs_RN=jnp.zeros((R, S), jnp.float32) if request.log_probs else None,
+            draws_RN=jnp.asarray(np.pad(draws, ((0, 0), (0, S - draws.shape[1])))),
+            seen_RV=None if seen is None else jnp.asarray(seen),
+            made=jnp.zeros((), jnp.int32),
+            ended_R=jnp.asarray(ended),
+            stop_ids=jnp.asarray(request.stop_ids, jnp.int32),
+            filters=Filters.of(request),
+        )
+        return _first_token(state, logits_RV)
+
+    def _advance(self, state: _State, steps: int) -> _State:
+        return _more_tokens(self.model, self.params, state, steps)
+
+    def _made(self, state: _State, first: int, number: int) -> Chunk:
+        made = slice(first, first + number)
+        log_probs = None if state.log_probs_RN is None else np.asarray(state.log_probs_RN)[:, made]
+        return Chunk(np.asarray(state.ids_RN)[:, made], log_probs)
+
+    def _begin_beams(
+        self, ids: np.ndarray, padding: np.ndarray, slots: int, beams: int, candidates: int
+    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+        cache, logits_RV = _repeated(beams, *self._prefilled(ids, padding, slots))
+        return cache, *_fetched(_likeliest(candidates, logits_RV))
+
+    def _advance_beams(
+        self, state: KeyValueCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
+    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+        cache, *likeliest = _more_beams(self.model, candidates, self.params, state, parents, tokens)
+        return cache, *_fetched(likeliest)
+
+    def _prefilled(self, ids: np.ndarray, padding: np.ndarray, slots: int) -> tuple[KeyValueCache, Float[Array, "B V"]]:
+        S = bucket(slots, self.config.n_positions)
+        chunk = min(bucket(ids.shape[1], self.config.n_positions), PREFILL_CHUNK)
+        length = ids.shape[1]
+        return _prefill(self.model, S, chunk, self.params, np.pad(ids, ((0, 0), (0, S - length))), padding, length)
+
+
+def bucket(length: int, most: int) -> int:
+    """The power of two that `length` is compiled for, from `SHORTEST_BUCKET` and up to `most`."""
+    return min(max(SHORTEST_BUCKET, 1 << (length - 1).bit_length()), most)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prepared(model: GPT2, dtype: DTypeLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    """One entry per layer, in the dtype."""
+    tree = dict(params)
+    if model.scan:
+        stack = tree.pop("h")
+        tree |= {f"h_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(model.config.n_layer)}
+    return tree if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _fill(
+def _prefill(
     model: GPT2,
-    greedy: bool,
-    top_k: int | None,
+    slots: int,
+    chunk: int,
     params: Mapping[str, Any],
-    ids_BT: Int[Array, "B T"],
-    start: int,
-    total: int,
-    temperature: float,
-    key: PRNGKeyArray,
-) -> Int[Array, "B T"]:
-    def add_token(n: Int[Array, ""], ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-        logits_BTV: Any = model.apply({"params": params}, ids_BT)
-        logits_BV = logits_BTV[:, n - 1]
-        if greedy:
-            next_ids = logits_BV.argmax(axis=-1)
-        else:
-            next_ids = jax.random.categorical(jax.random.fold_in(key, n), _sharpened(logits_BV, temperature, top_k))
-        return ids_BT.at[:, n].set(next_ids.astype(ids_BT.dtype))
+    ids_BS: Int[Array, "B S"],
+    padding_B: Int[Array, " B"],
+    length: int,
+) -> tuple[KeyValueCache, Float[Array, "B V"]]:
+    """Run the first `length` ids of each row; the cache, and the logits of what follows."""
+    # The last chunk ends where the prompts do, and so begins before the one before it ends: running some tokens
+    # twice changes nothing. A prompt shorter than a chunk is followed by slots that are written again later.
+    start = jnp.maximum(length - chunk, 0)
 
-    return jax.lax.fori_loop(start, total, add_token, ids_BT)
+    def run(i: Int[Array, ""], carried: tuple[KeyValueCache, Array]) -> tuple[KeyValueCache, Array]:
+        cache, _ = carried
+        begin = jnp.minimum(i * chunk, start)
+        part = jax.lax.dynamic_slice_in_dim(ids_BS, begin, chunk, axis=1)
+        x_BTD, cache = _extend(model, params, part, cache._replace(length=begin))
+        return cache, x_BTD[:, length - 1 - begin]
+
+    cache = empty_cache(model.config, padding_B, slots, model.dtype)
+    last_BD = jnp.zeros((ids_BS.shape[0], model.config.n_embd), model.dtype)
+    cache, last_BD = jax.lax.fori_loop(0, -(-length // chunk), run, (cache, last_BD))
+    return cache._replace(length=jnp.asarray(length, jnp.int32)), _logits(model, params, last_BD)
 
 
-def _sharpened(logits_BV: Float[Array, "B V"], temperature: float, top_k: int | None) -> Float[Array, "B V"]:
-    logits_BV = logits_BV.astype(jnp.float32) / temperature
-    if top_k is None or top_k >= logits_BV.shape[-1]:
-        return logits_BV
-    least = jax.lax.top_k(logits_BV, top_k)[0][:, -1:]
-    return jnp.where(logits_BV < least, -jnp.inf, logits_BV)
+@functools.partial(jax.jit, donate_argnums=0)
+def _first_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
+    return _with_token(state, logits_RV)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _more_tokens(model: GPT2, params: Mapping[str, Any], state: _State, steps: int) -> _State:
+    """`steps` more tokens, or fewer if all rows end before."""
+    end = state.made + steps
+
+    def goes_on(state: _State) -> Bool[Array, ""]:
+        return (state.made < end) & ~state.ended_R.all()
+
+    def add_token(state: _State) -> _State:
+        last_R1 = jax.lax.dynamic_slice_in_dim(state.ids_RN, state.made - 1, 1, axis=1)
+        x_RTD, cache = _extend(model, params, jnp.maximum(last_R1, 0), state.cache)
+        return _with_token(state._replace(cache=cache), _logits(model, params, x_RTD[:, 0]))
+
+    return jax.lax.while_loop(goes_on, add_token, state)
+
+
+def _with_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
+    """The state with one more token in each row that has not ended."""
+    write, n = jax.lax.dynamic_update_slice_in_dim, state.made
+    chosen_R = choose(logits_RV, state.draws_RN[:, n], state.filters, state.seen_RV)
+    log_probs_RN, seen_RV = state.log_probs_RN, state.seen_RV
+    if log_probs_RN is not None:
+        log_probs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
+        log_probs_RN = write(log_probs_RN, jnp.take_along_axis(log_probs_RV, chosen_R[:, None], axis=1), n, axis=1)
+    if seen_RV is not None:
+        seen_RV = seen_RV.at[jnp.arange(len(chosen_R)), chosen_R].set(True)
+    new_R = jnp.where(state.ended_R, ENDED, chosen_R)
+    return state._replace(
+        ids_RN=write(state.ids_RN, new_R[:, None], n, axis=1),
+        log_probs_RN=log_probs_RN,
+        seen_RV=seen_RV,
+        made=n + 1,
+        ended_R=state.ended_R | (chosen_R[:, None] == state.stop_ids).any(-1),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _repeated(
+    times: int, cache: KeyValueCache, logits_BV: Float[Array, "B V"]
+) -> tuple[KeyValueCache, Float[Array, "R V"]]:
+    """Every row so many times, one after the other."""
+    return _each_array(cache, lambda array: jnp.repeat(array, times, axis=0)), jnp.repeat(logits_BV, times, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _more_beams(
+    model: GPT2,
+    candidates: int,
+    params: Mapping[str, Any],
+    cache: KeyValueCache,
+    parents_R: Int[Array, " R"],
+    tokens_R: Int[Array, " R"],
+) -> tuple[KeyValueCache, Float[Array, "R N"], Int[Array, "R N"]]:
+    cache = _each_array(cache, lambda array: array[parents_R])
+    x_RTD, cache = _extend(model, params, tokens_R[:, None], cache)
+    return cache, *_likeliest(candidates, _logits(model, params, x_RTD[:, 0]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _likeliest(number: int, logits_RV: Float[Array, "R V"]) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
+    """Log-probabilities and ids of the likeliest tokens."""
+    log_probs_RN, ids_RN = jax.lax.top_k(jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1), number)
+    return log_probs_RN, ids_RN
+
+
+def _fetched(arrays: Sequence[Array]) -> list[np.ndarray]:
+    return [np.asarray(array) for array in arrays]
+
+
+def _each_array(cache: KeyValueCache, change: Callable[[Array], Array]) -> KeyValueCache:
+    """The cache with its rows changed."""
+    keys, values = (tuple(map(change, arrays)) for arrays in (cache.keys, cache.values))
+    return KeyValueCache(keys, values, change(cache.padding), cache.length)
+
+
+def _extend(model: GPT2, params: Mapping[str, Any], ids: Array, cache: KeyValueCache) -> tuple[Array, KeyValueCache]:
+    extended: Any = model.apply({"params": params}, ids, cache, method="extend")
+    return extended
+
+
+def _logits(model: GPT2, params: Mapping[str, Any], x: Array) -> Array:
+    logits: Any = model.apply({"params": params}, x, method="head")
+    return logits

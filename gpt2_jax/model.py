@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
-from gpt2_jax.attention import attention
+from gpt2_jax.attention import attention, cached_attention
 from gpt2_jax.functions import gelu_tanh, project, scaled_norm
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
@@ -38,6 +38,29 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "swish": nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+class KeyValueCache(NamedTuple):
+    """What attention needs of the tokens so far, so that none is run twice: `GPT2.extend` takes one and gives one.
+
+    Each row's tokens stand in slots that follow each other; rows with fewer begin later.
+    """
+
+    keys: tuple[Float[Array, "B H K S"], ...]
+    """One array per layer."""
+    values: tuple[Float[Array, "B H S K"], ...]
+    padding: Int[Array, " B"]
+    """How many slots of a row, at its beginning, hold no token."""
+    length: Int[Array, ""]
+    """How many slots are filled; `GPT2.extend` writes to those that follow."""
+
+
+def empty_cache(config: GPT2Config, padding: Int[Array, " B"], slots: int, dtype: DTypeLike) -> KeyValueCache:
+    """Room for `slots` tokens in each row, padding counted."""
+    B, H, K, L = padding.shape[0], config.n_head, config.head_size, config.n_layer
+    keys = tuple(jnp.zeros((B, H, K, slots), dtype) for _ in range(L))
+    values = tuple(jnp.zeros((B, H, slots, K), dtype) for _ in range(L))
+    return KeyValueCache(keys, values, padding, jnp.zeros((), jnp.int32))
 
 
 class Projection(nn.Module):
@@ -141,11 +164,6 @@ class MultiHeadAttention(nn.Module):
             deterministic: False drops attention weights at `attn_pdrop`, with the "dropout" rng.
         """
         q_BTHK, k_BSHK, v_BSHK = self.c_attn(query, key, value)
-        scale: float | Array = 1.0
-        if self.config.scale_attn_weights:
-            scale = scale / math.sqrt(self.config.head_size)
-        if self.config.scale_attn_by_inverse_layer_idx:
-            scale = scale / (layer_index + 1)
         drops = not deterministic and self.config.attn_pdrop > 0.0
         context_BTHK = attention(
             q_BTHK,
@@ -153,11 +171,37 @@ class MultiHeadAttention(nn.Module):
             v_BSHK,
             mask,
             is_causal=is_causal,
-            scale=scale,
+            scale=self._scale(layer_index),
             dropout_rate=self.config.attn_pdrop if drops else 0.0,
             dropout_key=self.make_rng("dropout") if drops else None,
         )
         return self.c_proj(context_BTHK)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        keys_BHKS: Float[Array, "B H K S"],
+        values_BHSK: Float[Array, "B H S K"],
+        mask: Bool[Array, "B 1 T S"],
+        length: Int[Array, ""],
+        *,
+        layer_index: int = 0,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+        """Self-attention of T more tokens, whose keys and values go to the slots from `length` on."""
+        q_BTHK, k_BTHK, v_BTHK = self.c_attn(x, x, x)
+        write = jax.lax.dynamic_update_slice_in_dim
+        keys_BHKS = write(keys_BHKS, k_BTHK.transpose(0, 2, 3, 1).astype(keys_BHKS.dtype), length, axis=3)
+        values_BHSK = write(values_BHSK, v_BTHK.transpose(0, 2, 1, 3).astype(values_BHSK.dtype), length, axis=2)
+        context_BTHK = cached_attention(q_BTHK, keys_BHKS, values_BHSK, mask, scale=self._scale(layer_index))
+        return self.c_proj(context_BTHK), keys_BHKS, values_BHSK
+
+    def _scale(self, layer_index: int | Int[Array, ""]) -> float | Array:
+        scale: float | Array = 1.0
+        if self.config.scale_attn_weights:
+            scale = scale / math.sqrt(self.config.head_size)
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale = scale / (layer_index + 1)
+        return scale
 
 
 class FeedForward(nn.Module):
@@ -209,6 +253,23 @@ class GPT2Layer(nn.Module):
         )
         x = x + self.drop(attended, deterministic=deterministic)
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=deterministic)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        keys_BHKS: Float[Array, "B H K S"],
+        values_BHSK: Float[Array, "B H S K"],
+        mask: Bool[Array, "B 1 T S"],
+        length: Int[Array, ""],
+        *,
+        layer_index: int = 0,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+        """The layer for T more tokens; see `MultiHeadAttention.extend`."""
+        attended, keys_BHKS, values_BHSK = self.attn.extend(
+            self.ln_1(x), keys_BHKS, values_BHSK, mask, length, layer_index=layer_index
+        )
+        x = x + attended
+        return x + self.mlp(self.ln_2(x)), keys_BHKS, values_BHSK
 
 
 class GPT2(nn.Module):
@@ -272,8 +333,34 @@ class GPT2(nn.Module):
         x = self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask))
         x = self.drop(x, deterministic=deterministic)
         x = self._scan_layers(x, mask, deterministic) if self.scan else self._loop_layers(x, mask, deterministic)
+        return self.head(self.ln_f(x)).astype(self.dtype)
+
+    def extend(self, input_ids: Int[Array, "B T"], cache: KeyValueCache) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """What `head` turns into the logits after each of T more tokens, and the cache with these tokens in it.
+
+        Slots of padding come out finite and mean nothing. Needs `scan=False`. Inside `jit` nothing can be
+        checked: the cache must have room for T more slots, and no row may get more than `n_positions` tokens.
+        """
+        slots_T = cache.length + jnp.arange(input_ids.shape[1])
+        slots_S = jnp.arange(cache.values[0].shape[2])
+        padding_B1 = cache.padding[:, None]
+        mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= padding_B1[..., None])
+        x = self.wte(input_ids) + self.wpe(jnp.clip(slots_T - padding_B1, min=0))
+        keys, values = [*cache.keys], [*cache.values]
+        for i, layer in enumerate(self.h):
+            x, keys[i], values[i] = layer.extend(x, keys[i], values[i], mask_BTS[:, None], cache.length, layer_index=i)
+        length = cache.length + input_ids.shape[1]
+        return self.ln_f(x), KeyValueCache(tuple(keys), tuple(values), cache.padding, length)
+
+    def head(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Logits of the next token, in float32 at least: bfloat16 has a few hundred values for 50257 of them."""
         head = self.wte if self.lm_head is None else self.lm_head
-        return head.attend(self.ln_f(x))[..., : self.config.vocab_size]
+        # Not `head.attend`, whose transpose XLA carries out for a single row.
+        rows = (((x.ndim - 1,), (1,)), ((), ()))
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x, embedding = x.astype(self.dtype), head.embedding.astype(self.dtype)
+        logits = jax.lax.dot_general(x, embedding, rows, preferred_element_type=wide)
+        return logits[..., : self.config.vocab_size]
 
     def _loop_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
         apply_layer = self._layer_function(mask, deterministic)

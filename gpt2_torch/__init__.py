@@ -2,13 +2,14 @@
 
 from bridge import GPT2_SIZES, GPT2Config
 from gpt2_torch.evaluate import evaluate
-from gpt2_torch.generate import generate
+from gpt2_torch.generate import Decoder, generate
 from gpt2_torch.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
 from gpt2_torch.pretrained import checkpoint_from_model, model_from_checkpoint
 
 __all__ = [
     "GPT2",
     "GPT2_SIZES",
+    "Decoder",
     "FeedForward",
     "GPT2Config",
     "GPT2Layer",

@@ -1,16 +1,23 @@
-"""Sampling from the reference: the whole sequence again for every token, no cache."""
+"""Generation from the reference: a preallocated key/value cache, and a loop over it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridge.sampling import GREEDY_BELOW, check_request
-from gpt2_torch.model import GPT2, check_inputs
+from bridge import decoding
+from bridge.decoding import ENDED, Chunk, with_continuations
+from bridge.sampling import Request
+from gpt2_torch.filters import choose
+from gpt2_torch.model import GPT2, KeyValueCache, check_inputs, empty_cache
 
 
-@torch.no_grad()  # not inference_mode: a model can be trained on the ids that come out
 def generate(
     model: GPT2,
     input_ids: Int[Tensor, "B T"],
@@ -18,39 +25,167 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    samples: int = 1,
+    stop_ids: Sequence[int] = (),
+    slide: bool = False,
+    beams: int = 1,
+    length_penalty: float = 1.0,
     seed: int = 0,
-) -> Int[Tensor, "B T_plus_new"]:
-    """The prompts, each followed by `max_new_tokens` sampled tokens.
+) -> Int[Tensor, "B*samples T+new"]:
+    """The prompts, each followed by `max_new_tokens` tokens; arguments as in `bridge.Request`.
 
-    Args:
-        temperature: logits are divided by it before sampling; 0 takes the likeliest token.
-        top_k: sample among this many likeliest tokens only.
-        seed: the same seed gives the same tokens.
+    After a row's stop id the rest of it is filled with the first of `stop_ids`. For prompts of different
+    lengths, tokens as they are made, or log-probabilities use `Decoder`.
 
-    Raises `ValueError` for a request that cannot be honoured (`bridge.sampling`), and `IndexError`
-    for an id outside the vocabulary.
+    Raises `ValueError` for a request that cannot be honoured, and `IndexError` for an id outside the vocabulary.
     """
     check_inputs(model.config, input_ids)
-    check_request(model.config, input_ids.shape[1], max_new_tokens, temperature, top_k, seed)
-    generator = torch.Generator(input_ids.device).manual_seed(seed)
+    request = Request(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        samples=samples,
+        stop_ids=tuple(stop_ids),
+        slide=slide,
+        beams=beams,
+        length_penalty=length_penalty,
+    )
+    prompts = input_ids.cpu().numpy()
+    found = Decoder(model).generate(prompts.tolist(), request)
+    return torch.from_numpy(with_continuations(prompts, found, request)).to(input_ids.device)
+
+
+@dataclass
+class _State:
+    """Of the loop over tokens. R rows, V vocabulary, N the most tokens that it can make."""
+
+    cache: KeyValueCache
+    ids_RN: Int[Tensor, "R N"]
+    """`ENDED` where there is no token yet, or no more."""
+    log_probs_RN: Float[Tensor, "R N"] | None
+    draws_RN: Float[Tensor, "R N"]
+    seen_RV: Bool[Tensor, "R V"] | None
+    """The tokens of each row, where their repetition is penalized."""
+    ended_R: Bool[Tensor, " R"]
+    stop_ids: Int[Tensor, " stops"]
+    request: Request
+    made: int = 0
+
+
+class Decoder(decoding.Decoder[_State, KeyValueCache]):
+    """Generation from one model, on its device and in its dtype; the model's mode and gradients stay as they are."""
+
+    def __init__(self, model: GPT2) -> None:
+        self.config, self.model = model.config, model
+
+    def _begin(
+        self,
+        ids: np.ndarray,
+        padding: np.ndarray,
+        slots: int,
+        request: Request,
+        draws: np.ndarray,
+        ended: np.ndarray,
+        copies: int,
+    ) -> _State:
+        cache, logits_RV = self._prefilled(ids, padding, slots, copies)
+        (R, N), device = draws.shape, logits_RV.device
+        seen = None
+        if request.repetition_penalty is not None:
+            seen = torch.zeros(R, self.config.vocab_size, dtype=torch.bool, device=device)
+            for r in range(R):
+                seen[r, ids[r // copies, padding[r // copies] :]] = True
+        state = _State(
+            cache=cache.of_rows(torch.arange(len(ids), device=device).repeat_interleave(copies))
+            if copies > 1
+            else cache,
+            ids_RN=torch.full((R, N), ENDED, device=device),
+            log_probs_RN=torch.zeros(R, N, device=device) if request.log_probs else None,
+            draws_RN=torch.from_numpy(draws).to(device),
+            seen_RV=seen,
+            ended_R=torch.from_numpy(ended).to(device),
+            stop_ids=torch.tensor(request.stop_ids, dtype=torch.int64, device=device),
+            request=request,
+        )
+        _add_token(state, logits_RV)
+        return state
+
+    def _advance(self, state: _State, steps: int) -> _State:
+        for _ in range(steps):
+            if state.ended_R.all():
+                break
+            last_R1 = state.ids_RN[:, state.made - 1 : state.made].clamp(min=0)
+            _add_token(state, self._extended(last_R1, state.cache))
+        return state
+
+    def _made(self, state: _State, first: int, number: int) -> Chunk:
+        ids_RN, log_probs_RN = state.ids_RN[:, first : first + number].cpu().numpy(), None
+        if state.log_probs_RN is not None:
+            log_probs_RN = state.log_probs_RN[:, first : first + number].cpu().numpy()
+        return Chunk(ids_RN, log_probs_RN)
+
+    def _begin_beams(
+        self, ids: np.ndarray, padding: np.ndarray, slots: int, beams: int, candidates: int
+    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+        cache, logits_RV = self._prefilled(ids, padding, slots, beams)
+        return cache, *_likeliest(candidates, logits_RV)
+
+    def _advance_beams(
+        self, state: KeyValueCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
+    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+        cache = state.of_rows(torch.from_numpy(parents).to(state.padding.device))
+        tokens_R1 = torch.from_numpy(tokens)[:, None].to(state.padding.device)
+        return cache, *_likeliest(candidates, self._extended(tokens_R1, cache))
+
+    def _prefilled(
+        self, ids: np.ndarray, padding: np.ndarray, slots: int, copies: int
+    ) -> tuple[KeyValueCache, Float[Tensor, "B*copies V"]]:
+        weight = self.model.wte.weight
+        cache = empty_cache(self.config, torch.from_numpy(padding).to(weight.device), slots, weight.dtype)
+        logits_BV = self._extended(torch.from_numpy(ids).to(weight.device), cache)
+        if copies == 1:
+            return cache, logits_BV
+        rows = torch.arange(len(ids), device=weight.device).repeat_interleave(copies)
+        return cache.of_rows(rows), logits_BV[rows]
+
+    @torch.no_grad()  # not inference_mode: a model can be trained on the ids that come out
+    def _extended(self, ids: Int[Tensor, "R T"], cache: KeyValueCache) -> Float[Tensor, "R V"]:
+        """Logits of what follows the ids, which go into the cache."""
+        with _evaluating(self.model):
+            return self.model.head(self.model.extend(ids, cache)[:, -1])
+
+
+def _add_token(state: _State, logits_RV: Float[Tensor, "R V"]) -> None:
+    """One more token in each row that has not ended."""
+    n = state.made
+    chosen_R = choose(logits_RV, state.draws_RN[:, n], state.request, state.seen_RV)
+    if state.log_probs_RN is not None:
+        state.log_probs_RN[:, n] = logits_RV.float().log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
+    if state.seen_RV is not None:
+        state.seen_RV.scatter_(1, chosen_R[:, None], True)
+    state.ids_RN[:, n] = chosen_R.masked_fill(state.ended_R, ENDED)
+    state.made = n + 1
+    state.ended_R = state.ended_R | torch.isin(chosen_R, state.stop_ids)
+
+
+def _likeliest(number: int, logits_RV: Float[Tensor, "R V"]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities and ids of the likeliest tokens."""
+    found = logits_RV.float().log_softmax(-1).topk(number)
+    return found.values.cpu().numpy(), found.indices.cpu().numpy()
+
+
+@contextmanager
+def _evaluating(model: GPT2) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        for _ in range(max_new_tokens):
-            next_ids = _sample(model(input_ids)[:, -1], temperature, top_k, generator)
-            input_ids = torch.cat([input_ids, next_ids[:, None]], dim=1)
+        yield
     finally:
         model.train(was_training)
-    return input_ids
-
-
-def _sample(
-    logits_BV: Float[Tensor, "B V"], temperature: float, top_k: int | None, generator: torch.Generator
-) -> Int[Tensor, " B"]:
-    if temperature < GREEDY_BELOW:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV.float() / temperature
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        least = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]

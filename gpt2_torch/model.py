@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,36 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
+
+
+@dataclass
+class KeyValueCache:
+    """What attention needs of the tokens so far, so that none is run twice: `GPT2.extend` writes into it.
+
+    Each row's tokens stand in slots that follow each other; rows with fewer begin later.
+    """
+
+    keys: list[Float[Tensor, "B H S K"]]
+    """One tensor per layer."""
+    values: list[Float[Tensor, "B H S K"]]
+    padding: Int[Tensor, " B"]
+    """How many slots of a row, at its beginning, hold no token."""
+    length: int = 0
+    """How many slots are filled; `GPT2.extend` writes to those that follow."""
+
+    def of_rows(self, rows: Int[Tensor, " R"]) -> KeyValueCache:
+        """A copy whose rows are these rows."""
+        keys, values = ([tensor[rows] for tensor in tensors] for tensors in (self.keys, self.values))
+        return KeyValueCache(keys, values, self.padding[rows], self.length)
+
+
+def empty_cache(config: GPT2Config, padding: Int[Tensor, " B"], slots: int, dtype: torch.dtype) -> KeyValueCache:
+    """Room for `slots` tokens in each row, padding counted."""
+    B, H, K, L = padding.shape[0], config.n_head, config.head_size, config.n_layer
+    keys, values = (
+        [torch.zeros(B, H, slots, K, dtype=dtype, device=padding.device) for _ in range(L)] for _ in range(2)
+    )
+    return KeyValueCache(keys, values, padding)
 
 
 class Projection(nn.Module):
@@ -100,22 +131,50 @@ class MultiHeadAttention(nn.Module):
             layer_index: counted from 0; used by `scale_attn_by_inverse_layer_idx`.
         """
         q_BTHK, k_BSHK, v_BSHK = self.c_attn(query, key, value)
-        scale = 1.0
-        if self.config.scale_attn_weights:
-            scale = scale / math.sqrt(self.config.head_size)
-        if self.config.scale_attn_by_inverse_layer_idx:
-            scale = scale / (layer_index + 1)
         context_BTHK = attention(
             q_BTHK,
             k_BSHK,
             v_BSHK,
             mask,
             is_causal=is_causal,
-            scale=scale,
+            scale=self._scale(layer_index),
             dropout_rate=self.config.attn_pdrop if self.training else 0.0,
             upcast=self.config.reorder_and_upcast_attn,
         )
         return self.c_proj(context_BTHK.flatten(-2))
+
+    def extend(
+        self,
+        x: Float[Tensor, "B T D"],
+        keys_BHSK: Float[Tensor, "B H S K"],
+        values_BHSK: Float[Tensor, "B H S K"],
+        mask: Bool[Tensor, "B 1 T seen"],
+        length: int,
+        *,
+        layer_index: int = 0,
+    ) -> Float[Tensor, "B T D"]:
+        """Self-attention of T more tokens, whose keys and values go to the slots from `length` on."""
+        q_BTHK, k_BTHK, v_BTHK = self.c_attn(x, x, x)
+        end = length + x.shape[1]
+        keys_BHSK[:, :, length:end], values_BHSK[:, :, length:end] = k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
+        context_BTHK = attention(
+            q_BTHK,
+            keys_BHSK[:, :, :end].transpose(1, 2),
+            values_BHSK[:, :, :end].transpose(1, 2),
+            mask,
+            is_causal=False,
+            scale=self._scale(layer_index),
+            upcast=self.config.reorder_and_upcast_attn,
+        )
+        return self.c_proj(context_BTHK.flatten(-2))
+
+    def _scale(self, layer_index: int) -> float:
+        scale = 1.0
+        if self.config.scale_attn_weights:
+            scale = scale / math.sqrt(self.config.head_size)
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale = scale / (layer_index + 1)
+        return scale
 
 
 def attention(
@@ -200,6 +259,20 @@ class GPT2Layer(nn.Module):
         x = x + self.drop(self.attn(normed, normed, normed, mask, is_causal=is_causal, layer_index=layer_index))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
+    def extend(
+        self,
+        x: Float[Tensor, "B T D"],
+        keys_BHSK: Float[Tensor, "B H S K"],
+        values_BHSK: Float[Tensor, "B H S K"],
+        mask: Bool[Tensor, "B 1 T seen"],
+        length: int,
+        *,
+        layer_index: int = 0,
+    ) -> Float[Tensor, "B T D"]:
+        """The layer for T more tokens; see `MultiHeadAttention.extend`."""
+        x = x + self.attn.extend(self.ln_1(x), keys_BHSK, values_BHSK, mask, length, layer_index=layer_index)
+        return x + self.mlp(self.ln_2(x))
+
 
 class GPT2(nn.Module):
     """Token and position embeddings, L layers, a final norm, and the output head.
@@ -240,8 +313,29 @@ class GPT2(nn.Module):
         x = self.drop(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)))
         for i, layer in enumerate(self.h):
             x = layer(x, mask, layer_index=i)
+        return self.head(self.ln_f(x))
+
+    def extend(self, input_ids: Int[Tensor, "B T"], cache: KeyValueCache) -> Float[Tensor, "B T D"]:
+        """What `head` turns into the logits after each of T more tokens, which go into the cache.
+
+        Slots of padding come out finite and mean nothing. The cache must have room for T more slots, and no
+        row may get more than `n_positions` tokens. Dropout is not applied.
+        """
+        end = cache.length + input_ids.shape[1]
+        slots_T = torch.arange(cache.length, end, device=input_ids.device)
+        slots_S = torch.arange(end, device=input_ids.device)
+        padding_B1 = cache.padding[:, None]
+        mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= padding_B1[..., None])
+        x = self.wte(input_ids) + self.wpe((slots_T - padding_B1).clamp(min=0))
+        for i, layer in enumerate(cast("Iterable[GPT2Layer]", self.h)):
+            x = layer.extend(x, cache.keys[i], cache.values[i], mask_BTS[:, None], cache.length, layer_index=i)
+        cache.length = end
+        return self.ln_f(x)
+
+    def head(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        """Logits of the next token."""
         head = self.wte if self.lm_head is None else self.lm_head
-        return F.linear(self.ln_f(x), head.weight)
+        return F.linear(x, head.weight)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> GPT2:

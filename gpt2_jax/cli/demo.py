@@ -9,9 +9,8 @@ from pathlib import Path
 import bridge
 from bridge import BridgeError
 from bridge.errors import quoted
-from bridge.tokenizer import decode_known
 from gpt2_jax.cli.arguments import BUNDLED
-from gpt2_jax.cli.generate import continued
+from gpt2_jax.cli.generate import Backend, greedy_text
 from gpt2_jax.cli.output import console, json_writer, require_torch
 from gpt2_jax.cli.train import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
@@ -39,7 +38,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     run, report_file = out / "run", out / "report.json"
     _make_room(out, run, overwrite)
     say(f"1. the bundled GPT-2 in PyTorch: {bridge.BUNDLED}", soft_wrap=True)
-    say(_greedy_text("torch", bridge.load(BUNDLED), "ROMEO:"), soft_wrap=True)
+    say(greedy_text("torch", bridge.load(BUNDLED), "ROMEO:", NEW_TOKENS), soft_wrap=True)
     say("\n2. is it the same function in JAX?")
     from gpt2_jax.parity import verify
 
@@ -50,7 +49,8 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     outcome = run_training(_recipe(data, steps), run, cache=out / "tokens")
     say("\n4. the export, in both")
     exported = bridge.load(outcome.export)
-    texts = {backend: _greedy_text(backend, exported, PROMPT) for backend in ("torch", "jax")}
+    backends: tuple[Backend, ...] = ("torch", "jax")
+    texts = {backend: greedy_text(backend, exported, PROMPT, NEW_TOKENS) for backend in backends}
     for backend, text in texts.items():
         say(f"--- {backend}\n{text}", soft_wrap=True)
     if texts["torch"] != texts["jax"]:
@@ -71,11 +71,6 @@ def _recipe(data: str, steps: int) -> TrainConfig:
         checkpoint_every=steps,
         sample_tokens=0,
     )
-
-
-def _greedy_text(backend: str, checkpoint: bridge.Checkpoint, prompt: str) -> str:
-    """The likeliest continuation."""
-    return decode_known(checkpoint.tokenizer(), continued(backend, checkpoint, prompt, max_new_tokens=NEW_TOKENS))
 
 
 def _make_room(out: Path, run: Path, overwrite: bool) -> None:

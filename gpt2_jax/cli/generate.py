@@ -1,17 +1,28 @@
-"""`gpt2 generate`: sample text from the reference or the port."""
+"""`gpt2 generate`: text from the reference or the port."""
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 import bridge
-from bridge.sampling import check_request
-from bridge.tokenizer import decode_known
+from bridge import BridgeError, Checkpoint, decoding
+from bridge.completion import Completion, complete, end_of_text_id, printable, stream_text
+from bridge.sampling import Request
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.models import jax_model
-from gpt2_jax.cli.output import console, json_writer, require_torch
+from gpt2_jax.cli.output import json_writer, require_torch
+
+MOST_BY_DEFAULT = 50
+
+Backend = Literal["jax", "torch"]
+Float32OrBfloat16 = Literal["float32", "bfloat16"]
 
 
 def generate(
@@ -19,69 +30,171 @@ def generate(
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None,
     /,
     *,
-    backend: Literal["jax", "torch"] = "jax",
-    max_new_tokens: int = 50,
+    lines: Annotated[Path | None, arg(metavar="FILE")] = None,
+    interactive: bool = False,
+    backend: Backend = "jax",
+    max_new_tokens: Annotated[int | None, arg(metavar="INT")] = None,
     temperature: float = 0.0,
     top_k: Annotated[int | None, arg(metavar="INT")] = None,
+    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    min_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    repetition_penalty: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    samples: int = 1,
+    stop: tuple[str, ...] = (),
+    stop_at_end: bool = True,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    slide: bool = False,
     seed: int = 0,
+    dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
     json: JsonFile = None,
 ) -> None:
-    """Continue a prompt.
+    """Continue a prompt, or many.
 
-    Example: gpt2 generate ./my-gpt2 "Once upon a time" --temperature 0.8 --top-k 50
+    Example: gpt2 generate ./my-gpt2 "Once upon a time" --temperature 0.8 --top-p 0.95
 
     Args:
         source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
-        prompt: the text to continue; a line break, if none is given.
+        prompt: the text to continue; a line break, if none is given; - reads it from standard input.
+        lines: continue each line of this file instead, all at once; - is standard input.
+        interactive: ask for one prompt after another; an empty line ends it.
         backend: which implementation runs.
-        max_new_tokens: how many tokens to add.
+        max_new_tokens: how many tokens to add at most; if not given, 50, or fewer where the model has no room for them.
         temperature: 0 takes the likeliest token, 1 samples as the model predicts.
         top_k: with a temperature: sample among this many likeliest tokens only.
-        seed: the same seed gives the same text on the same backend.
-        json: also write prompt, text and ids to this file.
+        top_p: with a temperature: sample among the fewest tokens that have this much probability together.
+        min_p: with a temperature: sample among tokens with at least this part of the likeliest one's probability.
+        repetition_penalty: above 1, tokens that were there before become less likely.
+        samples: continuations of each prompt.
+        stop: end the text before any of these strings.
+        stop_at_end: end it where the model ends the document, with the tokenizer's <|endoftext|>.
+        beams: above 1: search for the likeliest text, keeping so many candidates.
+        length_penalty: of beams: above 0 favours longer texts.
+        slide: where the model has no room for more, go on from the last half of the text.
+        seed: the same seed gives the same text, in both backends but for rounding.
+        dtype: of the weights and the computation; bfloat16 reads half the bytes, which is faster on GPU and TPU.
+        json: also write prompts, texts, ids and log-probabilities to this file.
     """
     write_json = json_writer(json)
-    prompt = "\n" if prompt is None else prompt
     checkpoint = bridge.load(source)
-    new = continued(
-        backend, checkpoint, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed
+    tokenizer = checkpoint.tokenizer()
+    prompts = _prompts(prompt, lines, interactive)
+    room = checkpoint.config.n_positions - max((len(tokenizer.encode_ordinary(text)) for text in prompts), default=1)
+    request = Request(
+        max_new_tokens=max_new_tokens if max_new_tokens is not None else MOST_BY_DEFAULT,
+        repetition_penalty=repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        samples=samples,
+        stop_ids=end_of_text_id(tokenizer) if stop_at_end else (),
+        log_probs=json is not None,
+        slide=slide,
+        beams=beams,
+        length_penalty=length_penalty,
     )
-    text = decode_known(checkpoint.tokenizer(), new)
-    write_json({"source": source, "backend": backend, "prompt": prompt, "text": text, "ids": new})
-    console().print(text, soft_wrap=True)
+    if max_new_tokens is None and not slide and 0 < room < MOST_BY_DEFAULT:
+        request = dataclasses.replace(request, max_new_tokens=room)
+    if interactive and (samples > 1 or beams > 1 or json is not None):
+        raise BridgeError("--interactive gives one text at a time; leave --samples, --beams and --json out")
+    with open_decoder(backend, checkpoint, dtype) as decoder:
+
+        def continued(text: str) -> Iterator[str]:
+            return stream_text(decoder, tokenizer, text, request, stop)
+
+        if interactive:
+            _converse(continued)
+        elif json is None and len(prompts) == samples == beams == 1:
+            _print_pieces(prompts[0], continued(prompts[0]))
+        else:
+            found = complete(decoder, tokenizer, prompts, request, stop)
+            write_json({"source": source, "backend": backend, "completions": _as_json(prompts, found)})
+            _print_all(prompts, found)
 
 
-def continued(
-    backend: str,
-    checkpoint: bridge.Checkpoint,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> list[int]:
-    """The ids of the prompt and what the model adds to it."""
-    ids = checkpoint.tokenizer().encode_ordinary(prompt)
-    check_request(checkpoint.config, len(ids), max_new_tokens, temperature, top_k, seed)
-    run = _with_torch if backend == "torch" else _with_jax
-    return run(checkpoint, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
+@contextmanager
+def open_decoder(
+    backend: Backend, checkpoint: Checkpoint, dtype: Float32OrBfloat16 | None = None
+) -> Iterator[decoding.Decoder[Any, Any]]:
+    """The checkpoint's model, ready to generate, in its own precision or the one asked for."""
+    if backend == "torch":
+        require_torch("--backend torch")
+        import torch
+
+        import gpt2_torch
+
+        model = gpt2_torch.model_from_checkpoint(checkpoint)
+        yield gpt2_torch.Decoder(model if dtype is None else model.to(getattr(torch, dtype)))
+    else:
+        import gpt2_jax
+
+        with jax_model(checkpoint) as (model_, params):
+            yield gpt2_jax.Decoder(model_, params, dtype=dtype)
 
 
-def _with_torch(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:
-    require_torch("--backend torch")
-    import torch
-
-    import gpt2_torch
-
-    model = gpt2_torch.model_from_checkpoint(checkpoint)
-    return gpt2_torch.generate(model, torch.tensor([ids]), **sampling)[0].tolist()
+def greedy_text(backend: Backend, checkpoint: Checkpoint, prompt: str, max_new_tokens: int) -> str:
+    """The prompt and its likeliest continuation."""
+    with open_decoder(backend, checkpoint) as decoder:
+        [[found]] = complete(decoder, checkpoint.tokenizer(), [prompt], Request(max_new_tokens))
+    return prompt + found.text
 
 
-def _with_jax(checkpoint: bridge.Checkpoint, ids: list[int], **sampling: Any) -> list[int]:
-    import jax.numpy as jnp
+def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[str]:
+    if [prompt is not None, lines is not None, interactive].count(True) > 1:
+        raise BridgeError("PROMPT, --lines and --interactive exclude each other; give one of them")
+    if interactive:
+        return []
+    if lines is not None:
+        text = sys.stdin.read() if str(lines) == "-" else _read(lines)
+        if found := [line for line in text.splitlines() if line]:
+            return found
+        raise BridgeError(f"{'standard input' if str(lines) == '-' else lines} has no line with a prompt")
+    return [sys.stdin.read() if prompt == "-" else "\n" if prompt is None else prompt]
 
-    import gpt2_jax
 
-    with jax_model(checkpoint) as (model, params):
-        return gpt2_jax.generate(model, params, jnp.asarray([ids]), **sampling)[0].tolist()
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BridgeError(f"{file} is not UTF-8 text: {error}") from error
+
+
+def _print_pieces(prompt: str, pieces: Iterator[str]) -> None:
+    first = next(pieces, "")  # made before the prompt is printed: a request that is refused prints nothing
+    print(printable(prompt + first), end="", flush=True)
+    for piece in pieces:
+        print(printable(piece), end="", flush=True)
+    print()
+
+
+def _converse(continued: Callable[[str], Iterator[str]]) -> None:
+    while prompt := _asked():
+        try:
+            _print_pieces(prompt, continued(prompt))
+        except BridgeError as error:
+            print(f"gpt2: {error}", file=sys.stderr)
+
+
+def _asked() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def _print_all(prompts: list[str], found: list[list[Completion]]) -> None:
+    texts = [prompt + completion.text for prompt, each in zip(prompts, found, strict=True) for completion in each]
+    for i, text in enumerate(texts):
+        if len(texts) > 1:
+            print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {len(texts)}")
+        print(printable(text))
+
+
+def _as_json(prompts: list[str], found: list[list[Completion]]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": prompt, **dataclasses.asdict(completion)}
+        for prompt, each in zip(prompts, found, strict=True)
+        for completion in each
+    ]

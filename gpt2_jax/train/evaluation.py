@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from bridge import TokenizerError
+from bridge.completion import printable
 from bridge.tokenizer import decode_known
 from gpt2_jax.data import Data, TokenStream, evaluation_batches
 from gpt2_jax.generate import generate
@@ -84,9 +85,7 @@ def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prom
         temperature=SAMPLE_TEMPERATURE,
         seed=config.seed,
     )
-    text = decode_known(data.tokenizer, new[0].tolist())
-    # A terminal would obey control characters.
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return printable(decode_known(data.tokenizer, new[0].tolist()))
 
 
 def weights(state: TrainState) -> Any:

@@ -1,0 +1,161 @@
+"""Text in, text out, over any backend's `Decoder` and any tokenizer."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bridge.bpe import END_OF_TEXT
+from bridge.decoding import ENDED, Decoder
+from bridge.errors import TokenizerError
+from bridge.sampling import Request
+
+if TYPE_CHECKING:
+    import tiktoken
+
+STREAMED_AT_A_TIME = 4
+"""Tokens between two pieces of streamed text: a tenth of a second for 124M parameters on CPU."""
+
+STOPPED_AT_A_TIME = 16
+"""Tokens between two looks for a stop string."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One way that a text goes on."""
+
+    text: str
+    """Without the prompt, and without what stopped it."""
+    ids: list[int]
+    """New tokens, to the one that completed a stop string or is a stop id."""
+    log_probs: list[float] | None
+    """Of each of them, in nats, where they were asked for."""
+    stopped: bool
+    """By a stop string or a stop id, and not by `max_new_tokens`."""
+
+
+def complete(
+    decoder: Decoder[Any, Any],
+    tokenizer: tiktoken.Encoding,
+    prompts: Sequence[str],
+    request: Request,
+    stop: Sequence[str] = (),
+) -> list[list[Completion]]:
+    """For each prompt, its completions: `request.samples` of them, each ended by any of the strings `stop` too.
+
+    Raises `BridgeError` for a request that cannot be honoured, or a text that the tokenizer cannot encode.
+    """
+    ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    if request.beams > 1:
+        found = decoder.generate(ids, request)
+        rows = [_Row(tokenizer, request, stop) for continuations in found for _ in continuations]
+        for row, continuation in zip(rows, (c for continuations in found for c in continuations), strict=True):
+            row.read(continuation.ids, continuation.log_probs)
+    else:
+        rows = [_Row(tokenizer, request, stop) for _ in range(len(prompts) * request.samples)]
+        for chunk in decoder.stream(ids, request, STOPPED_AT_A_TIME if stop else None):
+            for r, row in enumerate(rows):
+                row.read(chunk.ids[r].tolist(), None if chunk.log_probs is None else chunk.log_probs[r].tolist())
+            if all(row.stopped for row in rows):
+                break
+    done = [row.completion() for row in rows]
+    return [done[i : i + request.samples] for i in range(0, len(done), request.samples)]
+
+
+def stream_text(
+    decoder: Decoder[Any, Any],
+    tokenizer: tiktoken.Encoding,
+    prompt: str,
+    request: Request,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """The completion of one prompt, piece by piece as it is made; no piece ends inside a character or a stop string."""
+    row = _Row(tokenizer, request, stop)
+    for chunk in decoder.stream([tokenizer.encode_ordinary(prompt)], request, STREAMED_AT_A_TIME):
+        if piece := row.read(chunk.ids[0].tolist()):
+            yield piece
+        if row.stopped:
+            return
+    if piece := row.rest():
+        yield piece
+
+
+def end_of_text_id(tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
+    """The id that ends a document, where the tokenizer has one; as `Request.stop_ids`."""
+    found = tokenizer._special_tokens.get(END_OF_TEXT)
+    return () if found is None else (found,)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+@dataclass
+class _Row:
+    """The text of one continuation, read token by token."""
+
+    tokenizer: tiktoken.Encoding
+    request: Request
+    stop: Sequence[str]
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    stopped: bool = False
+    held: str = ""
+    """Text that may be the beginning of a stop string."""
+
+    def __post_init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def read(self, ids: Sequence[int], log_probs: Sequence[float] | None = None) -> str:
+        """What is added to the text; tokens after the one that stops it are left alone."""
+        before = len(self.text)
+        for i, token in enumerate(ids):
+            if self.stopped or token == ENDED:
+                break
+            self.ids.append(token)
+            if log_probs is not None:
+                self.log_probs.append(log_probs[i])
+            if token in self.request.stop_ids:
+                self.rest()
+                self.stopped = True
+            else:
+                self._add(self._bytes_of(token))
+        return self.text[before:]
+
+    def rest(self) -> str:
+        """What was held back, and now is part of the text; nothing once a stop string was found."""
+        before = len(self.text)
+        if not self.stopped:
+            self._add(b"", final=True)
+            self.text, self.held = self.text + self.held, ""
+        return self.text[before:]
+
+    def completion(self) -> Completion:
+        self.rest()
+        return Completion(self.text, self.ids, self.log_probs if self.request.log_probs else None, self.stopped)
+
+    def _add(self, new: bytes, final: bool = False) -> None:
+        self.held += self.decoder.decode(new, final)
+        found = [place for place in (self.held.find(s) for s in self.stop) if place >= 0]
+        if found:
+            self.stopped = True
+            keep = min(found)
+        else:
+            keep = len(self.held) - max((_overlap(self.held, s) for s in self.stop), default=0)
+        self.text, self.held = self.text + self.held[:keep], self.held[keep:]
+
+    def _bytes_of(self, token: int) -> bytes:
+        # A model whose vocabulary is padded may draw ids that are no tokens.
+        with suppress(KeyError, OverflowError, TokenizerError):
+            return self.tokenizer.decode_single_token_bytes(token)
+        return b""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

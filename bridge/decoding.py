@@ -1,0 +1,173 @@
+"""What both backends' decoders share: prompts into padded rows, and when to run the model on what.
+
+A backend gives a `Decoder` its model: running a prompt, and making tokens one by one from there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bridge.config import GPT2Config
+from bridge.sampling import Request, uniform_draws
+
+Prompts = Sequence[Sequence[int]]
+State = TypeVar("State")
+Beams = TypeVar("Beams")
+
+ENDED = -1
+"""Stands in a chunk where a row had ended."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One way that a prompt goes on."""
+
+    ids: list[int]
+    """New tokens only; the last may be one of the request's `stop_ids`."""
+    log_probs: list[float] | None = None
+    """Of each of them, in nats, where they were asked for."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next tokens of every row."""
+
+    ids: Int[np.ndarray, "rows new"]
+    """`ENDED` after a row's last token."""
+    log_probs: Float[np.ndarray, "rows new"] | None
+
+
+class Decoder(ABC, Generic[State, Beams]):
+    """Continues prompts of any lengths, each row exactly as it would go on alone."""
+
+    config: GPT2Config
+
+    def generate(self, prompts: Prompts, request: Request) -> list[list[Continuation]]:
+        """For each prompt, a list of token ids, its continuations: `request.samples` of them.
+
+        Raises `BridgeError`, a `ValueError`, for a request that cannot be honoured, and `IndexError`
+        for an id outside the vocabulary.
+        """
+        if request.beams > 1:
+            from bridge.beams import beam_search
+
+            return beam_search(self, prompts, request)
+        rows: list[Continuation] = [
+            Continuation([], [] if request.log_probs else None) for _ in range(len(prompts) * request.samples)
+        ]
+        for chunk in self.stream(prompts, request):
+            for r, row in enumerate(rows):
+                new = chunk.ids[r] != ENDED
+                row.ids.extend(chunk.ids[r][new].tolist())
+                if row.log_probs is not None and chunk.log_probs is not None:
+                    row.log_probs.extend(chunk.log_probs[r][new].tolist())
+        return [rows[i : i + request.samples] for i in range(0, len(rows), request.samples)]
+
+    def stream(self, prompts: Prompts, request: Request, at_a_time: int | None = None) -> Iterator[Chunk]:
+        """The same, as it is made: chunks of `at_a_time` tokens, or what can be made in one go.
+
+        The rows of a chunk are the samples of the first prompt, of the second, and so on.
+        """
+        if request.beams > 1:
+            raise ValueError("beams are known at the end only; use generate")
+        request.check(self.config, prompts)
+        check_ids(self.config, prompts)
+        return self._stream([[*prompt] for prompt in prompts], request, at_a_time)
+
+    def _stream(self, prompts: list[list[int]], request: Request, at_a_time: int | None) -> Iterator[Chunk]:
+        rows, draws = prompts, np.tile(uniform_draws(request), (len(prompts), 1))
+        made, copies, ended = 0, request.samples, np.zeros(len(draws), bool)
+        while made < request.max_new_tokens and not ended.all():
+            rows = [self._within_positions(row) for row in rows]
+            longest = max(map(len, rows))
+            last = min(request.max_new_tokens, made + self.config.n_positions - longest)
+            state = self._begin(*left_padded(rows), longest + last - made, request, draws[:, made:last], ended, copies)
+            rows, copies = [[*row] for row in rows for _ in range(copies)], 1
+            first, n = made, 1
+            while True:
+                chunk = self._made(state, made - first, n)
+                for row, ids in zip(rows, chunk.ids, strict=True):
+                    row.extend(ids[ids != ENDED].tolist())
+                ended = np.isin(chunk.ids[:, -1], [ENDED, *request.stop_ids])
+                yield chunk
+                made += n
+                n = min(at_a_time or last, last - made)
+                if n < 1 or ended.all():
+                    break
+                state = self._advance(state, n)
+
+    def _within_positions(self, row: list[int]) -> list[int]:
+        P = self.config.n_positions
+        return row if len(row) < P else row[-max(1, P // 2) :]
+
+    @abstractmethod
+    def _begin(
+        self,
+        ids: Int[np.ndarray, "B T"],
+        padding: Int[np.ndarray, " B"],
+        slots: int,
+        request: Request,
+        draws: Float[np.ndarray, "B*copies new"],
+        ended: np.ndarray,
+        copies: int,
+    ) -> State:
+        """Run the prompts, of which the first `padding` ids of a row are none, and choose a token for each copy.
+
+        `slots`: the most tokens that a row will have; `draws`: a number for each token; `ended`: rows
+        that get no more.
+        """
+
+    @abstractmethod
+    def _advance(self, state: State, steps: int) -> State:
+        """Choose `steps` more tokens, or fewer if all rows end before."""
+
+    @abstractmethod
+    def _made(self, state: State, first: int, number: int) -> Chunk:
+        """Tokens `first`, `first + 1`, ... of those made since `_begin`."""
+
+    @abstractmethod
+    def _begin_beams(
+        self, ids: Int[np.ndarray, "B T"], padding: Int[np.ndarray, " B"], slots: int, beams: int, candidates: int
+    ) -> tuple[Beams, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
+        """Run the prompts, make `beams` rows of each, and give each row's `candidates` likeliest next tokens."""
+
+    @abstractmethod
+    def _advance_beams(
+        self, state: Beams, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], candidates: int
+    ) -> tuple[Beams, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
+        """Go on from the rows `parents`, each with its token, and give each new row's likeliest next tokens."""
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
+    """The rows as one array, aligned at their ends, and how many ids at the beginning of each are padding."""
+    longest = max(map(len, rows))
+    ids = np.zeros((len(rows), longest), np.int32)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[longest - len(tokens) :] = tokens
+    return ids, np.array([longest - len(row) for row in rows], np.int32)
+
+
+def with_continuations(
+    prompts: Int[np.ndarray, "B T"], found: Sequence[Sequence[Continuation]], request: Request
+) -> Int[np.ndarray, "B*samples T+new"]:
+    """The prompts and their continuations as one array; what is left of a row that ended is its first stop id."""
+    rows = [(prompt, c.ids) for prompt, continuations in zip(prompts, found, strict=True) for c in continuations]
+    filler = request.stop_ids[0] if request.stop_ids else 0
+    ids = np.full((len(rows), prompts.shape[1] + request.max_new_tokens), filler, prompts.dtype)
+    for row, (prompt, new) in zip(ids, rows, strict=True):
+        row[: len(prompt)] = prompt
+        row[len(prompt) : len(prompt) + len(new)] = new
+    return ids
+
+
+def check_ids(config: GPT2Config, prompts: Prompts) -> None:
+    """Raise `IndexError` for ids outside the vocabulary."""
+    ids = [i for prompt in prompts for i in prompt]
+    if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
+        raise IndexError(f"token ids from {min(ids)} to {max(ids)}; the vocabulary is 0 to {config.vocab_size - 1}")
