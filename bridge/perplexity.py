@@ -23,7 +23,7 @@ TOKENS_PER_BATCH = 4096
 """What a batch holds unless asked otherwise: with GPT-2's vocabulary its logits take 0.8 GB in float32."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of windows done and of all."""
+"""Called with how much is done, and how much there is."""
 
 
 @dataclass(frozen=True)

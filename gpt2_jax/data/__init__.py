@@ -2,7 +2,7 @@
 
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.open import Data, open_data
-from gpt2_jax.data.tokenize import Progress, cache_directory
+from gpt2_jax.data.tokenize import TaskProgress, cache_directory
 from gpt2_jax.data.tokenizers import make_tokenizer
 from gpt2_jax.data.tokens import TokenStream
 from gpt2_jax.data.windows import Batch, evaluation_batches, training_batches
@@ -11,7 +11,7 @@ __all__ = [
     "Batch",
     "Data",
     "DataError",
-    "Progress",
+    "TaskProgress",
     "TokenStream",
     "cache_directory",
     "evaluation_batches",

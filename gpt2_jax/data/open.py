@@ -12,7 +12,7 @@ import numpy as np
 from bridge.errors import quoted
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import STDLIB, Documents, find_documents
-from gpt2_jax.data.tokenize import SIDECAR, CachedText, Progress, cached_text, open_cached
+from gpt2_jax.data.tokenize import SIDECAR, CachedText, TaskProgress, cached_text, open_cached
 from gpt2_jax.data.tokenizers import make_tokenizer
 from gpt2_jax.data.tokens import TokenStream, is_token_source, open_tokens
 
@@ -47,7 +47,7 @@ def open_data(
     validation: str | Path | None = None,
     validation_fraction: float = 0.1,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> Data:
     """Open a text or token source; text is encoded into the cache on first use.
 
@@ -113,7 +113,7 @@ def _opened(
     encoding: tiktoken.Encoding | None,
     vocab_size: int | None,
     cache: str | Path | None,
-    progress: Progress | None,
+    progress: TaskProgress | None,
 ) -> _Opened:
     if isinstance(found, Documents):
         assert encoding is not None
@@ -135,7 +135,7 @@ def _tokenizer(
     source: str | Path,
     vocab_size: int | None,
     cache: str | Path | None,
-    progress: Progress | None,
+    progress: TaskProgress | None,
 ) -> tiktoken.Encoding | None:
     texts = [f for f in found if isinstance(f, Documents)]
     if wanted is None and texts:

@@ -28,7 +28,7 @@ from gpt2_jax.data.tokens import TokenStream
 if TYPE_CHECKING:
     import tiktoken
 
-Progress = Callable[[str, int, int], None]
+TaskProgress = Callable[[str, int, int], None]
 """Called with what is being done, how many bytes of text are done, and how many there are."""
 
 SIDECAR = "tokens.json"
@@ -50,7 +50,7 @@ def cached_text(
     encoding: tiktoken.Encoding,
     *,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> CachedText:
     """The tokens of `documents`, from the cache, or encoded into it first.
 
@@ -106,7 +106,7 @@ def open_cached(directory: Path) -> CachedText | None:
         return None
 
 
-def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, progress: Progress | None) -> None:
+def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, progress: TaskProgress | None) -> None:
     about: dict[str, Any] = {
         "format": _FORMAT,
         "source": documents.source,
@@ -125,7 +125,7 @@ def _encode(
     encoding: tiktoken.Encoding,
     dtype: np.dtype,
     into: tuple[BinaryIO, BinaryIO],
-    progress: Progress | None,
+    progress: TaskProgress | None,
 ) -> dict[str, Any]:
     """Write every document's ids to the first file and its end to the second; return what was counted."""
     tokens, ends = into

@@ -14,7 +14,7 @@ from bridge.tokenizer_files import save_tokenizer
 from gpt2_jax.data.bpe import train_bpe
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import Documents
-from gpt2_jax.data.tokenize import Progress, cache_directory, cache_key
+from gpt2_jax.data.tokenize import TaskProgress, cache_directory, cache_key
 
 if TYPE_CHECKING:
     import tiktoken
@@ -31,7 +31,7 @@ def make_tokenizer(
     vocab_size: int | None = None,
     *,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: TaskProgress | None = None,
 ) -> tiktoken.Encoding:
     """The tokenizer that `spec` names.
 
@@ -65,7 +65,7 @@ def make_tokenizer(
     return encoding
 
 
-def _made(documents: Documents, vocab_size: int | None, progress: Progress | None) -> tiktoken.Encoding:
+def _made(documents: Documents, vocab_size: int | None, progress: TaskProgress | None) -> tiktoken.Encoding:
     if vocab_size is not None:
         return train_bpe(_texts(documents, progress, "training BPE"), vocab_size)
     characters: set[str] = set()
@@ -74,7 +74,7 @@ def _made(documents: Documents, vocab_size: int | None, progress: Progress | Non
     return character_tokenizer(characters)
 
 
-def _texts(documents: Documents, progress: Progress | None, doing: str) -> Iterator[str]:
+def _texts(documents: Documents, progress: TaskProgress | None, doing: str) -> Iterator[str]:
     done = 0
     for document in documents.readable():
         yield from document.blocks()
