@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import jax
 import pytest
@@ -25,21 +25,30 @@ QUICK_COMPILATION = {
 
 
 @pytest.fixture(scope="session")
-def compilations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compilations")
+def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], AbstractContextManager[None]]:
+    """For tests that compile training steps: optimise little, and keep what is compiled, for child processes too."""
+    settings = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations"))}
+
+    @contextmanager
+    def quickly() -> Iterator[None]:
+        before = {name: jax.config.values[name] for name in settings}
+        with pytest.MonkeyPatch.context() as environment:
+            try:
+                for name, value in settings.items():
+                    jax.config.update(name, value)
+                    environment.setenv(name.upper(), str(value))
+                reset_cache()  # JAX asks only once whether there is one
+                yield
+            finally:
+                for name, value in before.items():
+                    jax.config.update(name, value)
+                reset_cache()
+
+    return quickly
 
 
 @pytest.fixture(scope="module")
-def quick_compilation(compilations: Path) -> Iterator[None]:
-    """For tests that compile training steps: optimise little, and keep what is compiled, for child processes too."""
-    settings = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(compilations)}
-    before = {name: jax.config.values[name] for name in settings}
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            environment.setenv(name.upper(), str(value))
-        reset_cache()  # JAX asks only once whether there is one
+def quick_compilation(compiling_quickly: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """All of a module's tests, and its fixtures that ask for this one, compile quickly."""
+    with compiling_quickly():
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 from rich.console import Console
 
+import bridge
 from bridge import GPT2Config
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.train import OptimizerConfig, Outcome, TrainConfig, settle, train
+from gpt2_jax.train import OptimizerConfig, Outcome, TrainConfig, loop, settle, train
 from gpt2_jax.train.config import flat, from_flat
 from gpt2_jax.train.metrics import read_metrics
 
@@ -67,3 +71,24 @@ def run_in(directory: Path, config: TrainConfig, name: str = "run", **options: A
 def records(run: Path) -> list[dict[str, Any]]:
     """What the run logged, without speeds, which no two runs have in common."""
     return [{k: v for k, v in record.items() if k not in SPEEDS} for record in read_metrics(run)]
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def all_weights(source: Path) -> dict[str, np.ndarray]:
+    return dict(bridge.load(source).tensors.items())
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
+    """Do something while the batch of `step` is read."""
+    inner = loop.training_batches
+
+    def batches(*args: Any, start_step: int, **options: Any) -> Iterator[Any]:
+        for number, batch in enumerate(inner(*args, start_step=start_step, **options), start=start_step + 1):
+            if number == step:
+                act()
+            yield batch
+
+    monkeypatch.setattr(loop, "training_batches", batches)

@@ -1,0 +1,92 @@
+"""Where a run may begin, and what it begins with: weights, sizes, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from models import random_checkpoint
+from training_runs import RECIPE, data_for, files, recipe, run_in, write_text
+
+import bridge
+from gpt2_jax.data import open_data
+from gpt2_jax.train import TrainConfig, TrainingError, loop, settle
+from gpt2_jax.train import run as runs
+from gpt2_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_a_run_is_not_begun_where_there_is_one(copy: Path) -> None:
+    before = files(copy / "run")
+    with pytest.raises(TrainingError, match="--resume"):
+        run_in(copy, RECIPE)
+    assert files(copy / "run") == before
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "notes").touch())])
+def test_a_run_is_not_begun_on_something_else(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    make(tmp_path / "run")
+    before = files(tmp_path)
+    with pytest.raises(TrainingError, match="is not a run"):
+        run_in(tmp_path, RECIPE)
+    assert {name: data for name, data in files(tmp_path).items() if name in before} == before
+
+
+def test_without_validation_data_no_run_is_begun(tmp_path: Path) -> None:
+    data = open_data(write_text(tmp_path), tokenizer="bytes", validation_fraction=0, cache=tmp_path / "cache")
+    with pytest.raises(TrainingError, match="no validation data"):
+        loop.train(RECIPE, tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_made_anew(tmp_path: Path) -> None:
+    first = recipe(tokenizer="characters", n_layer=3, vocab_size=50)
+    data = data_for(first, tmp_path)
+    runs.begin(tmp_path / "run", settle(first, data), data)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n')
+    again = data_for(RECIPE, tmp_path)
+    runs.begin(tmp_path / "run", RECIPE, again)
+    assert runs.stored_identity(tmp_path / "run") == runs.Identity.of(RECIPE, again)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["n_layer"] == 2
+    assert (tmp_path / "run" / "merges.txt").exists()  # the bytes' tokenizer, and not the characters'
+    assert read_metrics(tmp_path / "run") == []
+
+
+def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tmp_path: Path) -> None:
+    source = random_checkpoint(
+        bridge.GPT2Config(vocab_size=300, n_positions=14, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.5)
+    )
+    config = recipe(init_from="source", resid_pdrop=0.25)
+    settled = settle(config, data_for(config, tmp_path), source)
+    assert settled.model == bridge.GPT2Config(**{**vars(source.config), "attn_pdrop": 0.0, "resid_pdrop": 0.25})
+    model = loop.make_model(settled)
+    state = loop.first_state(settled, model, loop.make_optimizer(settled.optimizer, 6), source)
+    found = bridge.to_torch(jax.tree.map(np.asarray, state.params), settled.model, vocab_multiple=128)
+    assert all(np.array_equal(found[name], array) for name, array in source.tensors.items())
+
+
+def test_without_one_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
+    config = recipe(vocab_size=1000)
+    assert settle(config, data_for(config, tmp_path)).model.vocab_size == 257
+
+
+def test_a_length_that_the_model_has_no_positions_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="length=17: the model has n_positions=16; choose --length 16 or less"):
+        settle(recipe(length=17), data_for(RECIPE, tmp_path))
+
+
+def test_the_seed_draws_the_first_weights(tmp_path: Path) -> None:
+    def embedding(config: TrainConfig) -> np.ndarray:
+        model = loop.make_model(config)
+        return np.array(
+            loop.first_state(config, model, loop.make_optimizer(config.optimizer, 6), None).params["wte"]["embedding"]
+        )
+
+    assert np.array_equal(embedding(RECIPE), embedding(RECIPE))
+    assert not np.array_equal(embedding(RECIPE), embedding(recipe(seed=1)))

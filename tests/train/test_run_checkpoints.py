@@ -1,0 +1,93 @@
+"""Which checkpoints there are, and that each is the state at its step."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from training_runs import all_weights, recipe, run_in, stop_at
+
+from bridge.formats.run import best_step, steps
+from gpt2_jax.train import TrainingError, loop
+from gpt2_jax.train.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def scripted_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
+    monkeypatch.setattr(loop, "validation_loss", lambda eval_step, config, data, state: losses[int(state.step)])
+
+
+def test_the_best_stays_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted_losses(monkeypatch, {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 3.5, 6: 6.0})
+    outcome = run_in(tmp_path, recipe(eval_every=1, checkpoint_every=1, keep_last=2))
+    assert steps(outcome.run) == [2, 5, 6]
+    assert (outcome.best_step, outcome.best_val_loss) == (2, 3.0)
+    best, export = all_weights(outcome.run / "checkpoints" / "2"), all_weights(outcome.export)
+    assert all(np.array_equal(export[name], array) for name, array in best.items())
+
+
+def test_a_better_one_is_saved_when_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a resume, which knows the best so far from the checkpoints."""
+    scripted_losses(monkeypatch, {0: 9.0, 1: 5.0, 2: 6.0, 3: 4.0, 4: 4.5, 5: 4.2, 6: 8.0})
+    saved = []
+    inner = Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, state, loss: saved.append((int(state.step), loss)) or inner(self, state, loss)
+    )
+    changes = recipe(eval_every=1, checkpoint_every=100, keep_last=1)
+    with monkeypatch.context() as stopping:
+        stop_at(stopping, 4, lambda: signal.raise_signal(signal.SIGTERM))
+        run_in(tmp_path, changes)
+    assert saved == [(1, 5.0), (3, 4.0), (4, 4.5)]
+    outcome = run_in(tmp_path, changes, resume=True)
+    assert saved[3:] == [(6, 8.0)]
+    assert steps(outcome.run) == [3, 6]
+    assert outcome.best_step == 3
+
+
+def test_without_an_evaluation_the_newest_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
+    outcome = run_in(tmp_path, recipe(eval_every=100))
+    assert (outcome.best_step, outcome.best_val_loss) == (4, None)
+    assert best_step(outcome.run) == 4
+
+
+def test_what_is_saved_is_the_state_at_that_step_and_not_what_became_of_it(tmp_path: Path) -> None:
+    """The save goes on while the next steps write into the same memory."""
+    numbers = {"a": jax.numpy.zeros(2**20), "b": jax.numpy.ones(2**19)}
+    step = jax.jit(
+        lambda s: s._replace(step=s.step + 1, params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0
+    )
+    state = loop.TrainState(jax.numpy.int32(0), numbers, None)
+    with Checkpoints(tmp_path, keep_last=9) as checkpoints:
+        for _ in range(3):
+            state = step(state)
+            checkpoints.save(state)
+            for _ in range(20):
+                state = step(state)
+        for saved in (1, 22, 43):
+            found = checkpoints.restore(saved, state)
+            assert int(found.step) == saved
+            np.testing.assert_array_equal(found.params["a"], saved)
+            np.testing.assert_array_equal(found.params["b"], saved + 1)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+    state = loop.TrainState(jax.numpy.int32(3), {"a": jax.random.normal(jax.random.key(0), (2**18,))}, None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (
+        pytest.raises(TrainingError, match="checkpoint of step 3 could not be written"),
+        Checkpoints(tmp_path) as checkpoints,
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+        try:
+            checkpoints.save(state)
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(tmp_path) == []

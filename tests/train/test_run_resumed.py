@@ -1,0 +1,173 @@
+"""Going on with a run: what is refused, what may change, and what is taken over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from training_runs import RECIPE, data_for, files, recipe, records, run_in, write_text
+
+import bridge
+from gpt2_jax.train import Outcome, TrainingError, loop, settle
+from gpt2_jax.train import run as runs
+from gpt2_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_resuming_what_is_finished_changes_nothing(copy: Path) -> None:
+    before = files(copy / "run")
+    again = run_in(copy, RECIPE, resume=True)
+    after = files(copy / "run")
+    assert (again.step, again.stopped_by) == (6, None)
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed <= {"loss.png"}
+    assert set(after) == set(before)
+
+
+CHANGES: dict[str, Any] = {
+    "steps": 7,
+    "batch_size": 2,
+    "length": 10,
+    "accumulate": 2,
+    "seed": 1,
+    "learning_rate": 2e-2,
+    "schedule": "constant",
+    "optimizer": "muon",
+    "weight_decay": 0.0,
+    "clip_norm": None,
+    "ema_decay": 0.9,
+    "dtype": "bfloat16",
+    "scan": False,
+    "examples": "documents",
+    "validation_fraction": 0.2,
+    "vocab_multiple": 64,
+    "n_layer": 3,
+    "embd_pdrop": 0.1,
+    "init_from": "elsewhere",
+    "tokenizer": "characters",
+    "preset": "finetune",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_resume_with_another_value_is_refused_by_its_name(copy: Path, name: str) -> None:
+    before = files(copy / "run")
+    with pytest.raises(TrainingError, match=rf"(?m)^  - {name} was .*, now ") as raised:
+        run_in(copy, recipe(**{name: CHANGES[name]}), resume=True)
+    assert "--accept-changes" in str(raised.value)
+    assert files(copy / "run") == before
+
+
+def test_every_change_is_named_at_once(copy: Path) -> None:
+    with pytest.raises(TrainingError) as raised:
+        run_in(copy, recipe(seed=1, batch_size=2, beta2=0.5), resume=True)
+    assert str(raised.value).count("\n  - ") == 3
+
+
+def test_a_resume_on_other_data_is_refused(copy: Path) -> None:
+    write_text(copy, lines=119)
+    with pytest.raises(TrainingError, match="data: the tokens are not the same"):
+        run_in(copy, RECIPE, resume=True)
+
+
+def test_what_is_only_reported_may_change(copy: Path) -> None:
+    changed = recipe(eval_every=1, log_every=1, checkpoint_every=1, keep_last=5, eval_batches=1)
+    assert run_in(copy, changed, resume=True).step == 6
+    assert runs.stored_identity(copy / "run").config.keep_last == 5
+
+
+def test_accepted_changes_are_taken_over(copy: Path) -> None:
+    changed = recipe(steps=8, seed=5, layer_norm_epsilon=1e-4)
+    outcome = run_in(copy, changed, resume=True, accept_changes=True)
+    assert outcome.step == 8
+    assert [record["step"] for record in read_metrics(copy / "run")] == [0, 2, 4, 6, 8]
+    assert runs.stored_identity(copy / "run").config == changed
+    assert bridge.load(copy / "run").config.layer_norm_epsilon == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_inner": 44}, r"params/h/mlp/c_fc/kernel: \(2, 24, 40\) is stored, \(2, 24, 44\) expected"),
+        ({"ema_decay": 0.9}, r"ema_params/wte/embedding: nothing is stored, \(384, 24\) expected"),
+        ({"optimizer": "muon"}, r"opt_state/0/count: \(\) is stored, nothing expected"),
+    ],
+    ids=["model", "mean", "optimizer"],
+)
+def test_a_state_of_another_shape_is_refused_and_the_run_stays_readable(
+    copy: Path, change: dict[str, Any], named: str
+) -> None:
+    before = files(copy / "run")
+    with pytest.raises(TrainingError, match=f"(?s)checkpoint of step 6 is of another model or optimizer.*{named}"):
+        run_in(copy, recipe(**change), resume=True, accept_changes=True)
+    assert files(copy / "run") == before
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_beginning(tmp_path: Path, finished: Outcome) -> None:
+    runs.begin(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n{"step": 2, "train_lo')
+    assert run_in(tmp_path, RECIPE, resume=True).step == 6
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 2, 4, 6]
+    assert read_metrics(tmp_path / "run")[0]["val_loss"] == read_metrics(finished.run)[0]["val_loss"]
+
+
+def test_a_run_without_a_checkpoint_takes_over_another_tokenizer(tmp_path: Path) -> None:
+    first = recipe(tokenizer="characters", vocab_size=50)
+    data = data_for(first, tmp_path)
+    runs.begin(tmp_path / "run", settle(first, data), data)
+    with pytest.raises(TrainingError, match="tokenizer was"):
+        run_in(tmp_path, RECIPE, resume=True)
+    run_in(tmp_path, RECIPE, resume=True, accept_changes=True)
+    assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 257
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"version": 1}',
+        '{"version": 1, "config": [], "data": "", "tokenizer": ""}',
+        '{"version": 99}',
+    ],
+)
+def test_a_damaged_run_json_is_an_error_that_says_so(copy: Path, text: str) -> None:
+    (copy / "run" / "run.json").write_text(text)
+    with pytest.raises(bridge.BridgeError, match=r"run\.json|another version"):
+        run_in(copy, RECIPE, resume=True)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(copy: Path) -> None:
+    # Not the arrays: where one fails, orbax may leave reads of others unfinished, which Python warns of at any time.
+    (copy / "run" / "checkpoints" / "6" / "state" / "_METADATA").unlink()
+    with pytest.raises(TrainingError, match="checkpoint of step 6 could not be read"):
+        run_in(copy, RECIPE, resume=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "ema_decay": 0.9, "scan": False}], ids=str)
+def test_the_description_of_a_state_is_that_of_the_first(changes: dict[str, Any]) -> None:
+    config = recipe(**changes)
+    model, tx = loop.make_model(config), loop.make_optimizer(config.optimizer, 6)
+    state, described = loop.first_state(config, model, tx, None), loop.described_state(config, model, tx)
+    assert jax.tree.structure(described) == jax.tree.structure(state)
+    for array, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(described), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
+
+
+def test_a_resume_makes_no_state_beside_the_one_it_restores(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "first_state", None)
+    assert run_in(copy, RECIPE, resume=True).step == 6
+
+
+def test_the_data_is_read_as_configured_from_the_step_that_the_run_is_at(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "training_batches", lambda stream, **options: asked.append(options) or iter(()))
+    run_in(copy, recipe(seed=3, length=10, batch_size=2), resume=True, accept_changes=True)
+    assert asked == [{"seed": 3, "length": 10, "batch_size": 2, "start_step": 6, "examples": "stream"}]
