@@ -10,29 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from models import TINY, huggingface_directory
+from commands import CONFIG, run
+from models import huggingface_directory
 from tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
-from gpt2_jax.cli import VERBS, main
+from gpt2_jax.cli import VERBS
 from gpt2_jax.cli.verify import ALL_CHECKS
 from gpt2_jax.parity import CHECKS
-
-CONFIG = replace(TINY, vocab_size=256, n_layer=2)
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = huggingface_directory(tmp_path / "model", CONFIG)
-    write_byte_tokenizer(path)
-    return path
 
 
 def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

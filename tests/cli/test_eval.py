@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from models import TINY, huggingface_directory, random_checkpoint
+from commands import CONFIG, run
+from models import huggingface_directory, random_checkpoint
 from tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 import gpt2_torch
 from bridge.tokenizer import byte_tokenizer
-from gpt2_jax.cli import main
 from gpt2_jax.cli.eval import _encode
 from gpt2_jax.data.text import find_documents
 from gpt2_jax.data.tokenize import cached_text
 
-CONFIG = replace(TINY, vocab_size=256, n_layer=2)
 TEXT = "Grüße — one word\nafter another,  two spaces, and a tail that goes on for some windows more. " * 2
 
 FP32 = 1e-6  # relative, between two orders of summation
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main([str(a) for a in arguments])
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = huggingface_directory(tmp_path / "model", CONFIG)
-    write_byte_tokenizer(path)
-    return path
 
 
 @pytest.fixture
