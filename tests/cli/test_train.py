@@ -255,7 +255,7 @@ def test_bad_input_ends_with_2_and_a_message_and_leaves_nothing(name: str, tmp_p
 def test_token_files_need_no_tokenizer_and_a_resume_may_begin(tmp_path: Path) -> None:
     np.tile(np.arange(50, dtype=np.uint16), 20).tofile(tmp_path / "train.bin")
     out = tmp_path / "run"
-    flags = flags_of(replace(RECIPE, tokenizer="none", steps=1, sample_tokens=5), PRESETS["nano"])
+    flags = flags_of(replace(RECIPE, tokenizer="none", sample_tokens=5), PRESETS["nano"])
     code, printed, errors = run("train", "--resume", "--data", tmp_path / "train.bin", "--out", out, *flags)
     assert (code, errors) == (0, "")
     assert f"no run at {out}; beginning one" in printed
