@@ -42,17 +42,20 @@ def attention(
 
 def cached_attention(
     q_BTHK: Float[Array, "B T H K"],
-    k_BHKS: Float[Array, "B H K S"],
-    v_BHSK: Float[Array, "B H S K"],
+    k_NKS: Float[Array, "N K S"],
+    v_NSK: Float[Array, "N S K"],
     mask: Bool[Array, "#B #H #T S"],
     *,
     scale: float | Float[Array, ""],
 ) -> Float[Array, "B T H K"]:
-    """As `attention`, with keys and values laid out so that a single query can be multiplied with them as they lie."""
-    dtype = v_BHSK.dtype
+    """As `attention`, with keys and values as a cache has them: N = B H, each head's in one piece."""
+    (B, T, H, K), dtype = q_BTHK.shape, v_NSK.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
-    scores_BHTS = jnp.einsum("BTHK,BHKS->BHTS", q_BTHK, k_BHKS, preferred_element_type=wide)
-    return jnp.einsum("BHTS,BHSK->BTHK", _weights(scores_BHTS, mask, scale).astype(dtype), v_BHSK)
+    q_NTK = q_BTHK.swapaxes(1, 2).reshape(B * H, T, K)
+    scores_NTS = jnp.einsum("NTK,NKS->NTS", q_NTK, k_NKS, preferred_element_type=wide)
+    weights_BHTS = _weights(scores_NTS.reshape(B, H, T, -1), mask, scale)
+    context_NTK = jnp.einsum("NTS,NSK->NTK", weights_BHTS.reshape(B * H, T, -1).astype(dtype), v_NSK)
+    return context_NTK.reshape(B, H, T, K).swapaxes(1, 2)
 
 
 def _weights(

@@ -118,7 +118,7 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
         cache, logits_RV = self._prefilled(ids, padding, slots)
         if copies > 1:
             cache, logits_RV = _repeated(copies, cache, logits_RV)
-        R, S = draws.shape[0], cache.values[0].shape[2]
+        R, S = draws.shape[0], cache.values[0].shape[1]
         seen = None
         if request.repetition_penalty is not None:
             seen = np.zeros((R, self.config.vocab_size), bool)
@@ -253,7 +253,7 @@ def _repeated(
     times: int, cache: KeyValueCache, logits_BV: Float[Array, "B V"]
 ) -> tuple[KeyValueCache, Float[Array, "R V"]]:
     """Every row so many times, one after the other."""
-    return _each_array(cache, lambda array: jnp.repeat(array, times, axis=0)), jnp.repeat(logits_BV, times, axis=0)
+    return _each_row(cache, lambda array: jnp.repeat(array, times, axis=0)), jnp.repeat(logits_BV, times, axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -265,7 +265,7 @@ def _more_beams(
     parents_R: Int[Array, " R"],
     tokens_R: Int[Array, " R"],
 ) -> tuple[KeyValueCache, Float[Array, "R N"], Int[Array, "R N"]]:
-    cache = _each_array(cache, lambda array: array[parents_R])
+    cache = _each_row(cache, lambda array: array[parents_R])
     x_RTD, cache = _extend(model, params, tokens_R[:, None], cache)
     return cache, *_likeliest(candidates, _logits(model, params, x_RTD[:, 0]))
 
@@ -281,9 +281,14 @@ def _fetched(arrays: Sequence[Array]) -> list[np.ndarray]:
     return [np.asarray(array) for array in arrays]
 
 
-def _each_array(cache: KeyValueCache, change: Callable[[Array], Array]) -> KeyValueCache:
-    """The cache with its rows changed."""
-    keys, values = (tuple(map(change, arrays)) for arrays in (cache.keys, cache.values))
+def _each_row(cache: KeyValueCache, change: Callable[[Array], Array]) -> KeyValueCache:
+    """The cache with other rows, as `change` makes them of an array's first axis."""
+    B = cache.padding.shape[0]
+
+    def changed(array: Array) -> Array:
+        return change(array.reshape(B, -1, *array.shape[1:])).reshape(-1, *array.shape[1:])
+
+    keys, values = (tuple(map(changed, arrays)) for arrays in (cache.keys, cache.values))
     return KeyValueCache(keys, values, change(cache.padding), cache.length)
 
 

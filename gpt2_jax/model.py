@@ -43,12 +43,13 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 class KeyValueCache(NamedTuple):
     """What attention needs of the tokens so far, so that none is run twice: `GPT2.extend` takes one and gives one.
 
-    Each row's tokens stand in slots that follow each other; rows with fewer begin later.
+    Each row's tokens stand in slots that follow each other; rows with fewer begin later. N = B H: with the rows' heads
+    on one axis, as the products take them, XLA writes into the cache where it lies; with two it copies it twice.
     """
 
-    keys: tuple[Float[Array, "B H K S"], ...]
+    keys: tuple[Float[Array, "N K S"], ...]
     """One array per layer."""
-    values: tuple[Float[Array, "B H S K"], ...]
+    values: tuple[Float[Array, "N S K"], ...]
     padding: Int[Array, " B"]
     """How many slots of a row, at its beginning, hold no token."""
     length: Int[Array, ""]
@@ -58,8 +59,8 @@ class KeyValueCache(NamedTuple):
 def empty_cache(config: GPT2Config, padding: Int[Array, " B"], slots: int, dtype: DTypeLike) -> KeyValueCache:
     """Room for `slots` tokens in each row, padding counted."""
     B, H, K, L = padding.shape[0], config.n_head, config.head_size, config.n_layer
-    keys = tuple(jnp.zeros((B, H, K, slots), dtype) for _ in range(L))
-    values = tuple(jnp.zeros((B, H, slots, K), dtype) for _ in range(L))
+    keys = tuple(jnp.zeros((B * H, K, slots), dtype) for _ in range(L))
+    values = tuple(jnp.zeros((B * H, slots, K), dtype) for _ in range(L))
     return KeyValueCache(keys, values, padding, jnp.zeros((), jnp.int32))
 
 
@@ -180,20 +181,22 @@ class MultiHeadAttention(nn.Module):
     def extend(
         self,
         x: Float[Array, "B T D"],
-        keys_BHKS: Float[Array, "B H K S"],
-        values_BHSK: Float[Array, "B H S K"],
+        keys_NKS: Float[Array, "N K S"],
+        values_NSK: Float[Array, "N S K"],
         mask: Bool[Array, "B 1 T S"],
         length: Int[Array, ""],
         *,
         layer_index: int = 0,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "N K S"], Float[Array, "N S K"]]:
         """Self-attention of T more tokens, whose keys and values go to the slots from `length` on."""
         q_BTHK, k_BTHK, v_BTHK = self.c_attn(x, x, x)
-        write = jax.lax.dynamic_update_slice_in_dim
-        keys_BHKS = write(keys_BHKS, k_BTHK.transpose(0, 2, 3, 1).astype(keys_BHKS.dtype), length, axis=3)
-        values_BHSK = write(values_BHSK, v_BTHK.transpose(0, 2, 1, 3).astype(values_BHSK.dtype), length, axis=2)
-        context_BTHK = cached_attention(q_BTHK, keys_BHKS, values_BHSK, mask, scale=self._scale(layer_index))
-        return self.c_proj(context_BTHK), keys_BHKS, values_BHSK
+        (B, T, H, K), write = q_BTHK.shape, jax.lax.dynamic_update_slice_in_dim
+        k_NKT = k_BTHK.transpose(0, 2, 3, 1).reshape(B * H, K, T)
+        v_NTK = v_BTHK.transpose(0, 2, 1, 3).reshape(B * H, T, K)
+        keys_NKS = write(keys_NKS, k_NKT.astype(keys_NKS.dtype), length, axis=2)
+        values_NSK = write(values_NSK, v_NTK.astype(values_NSK.dtype), length, axis=1)
+        context_BTHK = cached_attention(q_BTHK, keys_NKS, values_NSK, mask, scale=self._scale(layer_index))
+        return self.c_proj(context_BTHK), keys_NKS, values_NSK
 
     def _scale(self, layer_index: int | Int[Array, ""]) -> float | Array:
         scale: float | Array = 1.0
@@ -257,19 +260,19 @@ class GPT2Layer(nn.Module):
     def extend(
         self,
         x: Float[Array, "B T D"],
-        keys_BHKS: Float[Array, "B H K S"],
-        values_BHSK: Float[Array, "B H S K"],
+        keys_NKS: Float[Array, "N K S"],
+        values_NSK: Float[Array, "N S K"],
         mask: Bool[Array, "B 1 T S"],
         length: Int[Array, ""],
         *,
         layer_index: int = 0,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "N K S"], Float[Array, "N S K"]]:
         """The layer for T more tokens; see `MultiHeadAttention.extend`."""
-        attended, keys_BHKS, values_BHSK = self.attn.extend(
-            self.ln_1(x), keys_BHKS, values_BHSK, mask, length, layer_index=layer_index
+        attended, keys_NKS, values_NSK = self.attn.extend(
+            self.ln_1(x), keys_NKS, values_NSK, mask, length, layer_index=layer_index
         )
         x = x + attended
-        return x + self.mlp(self.ln_2(x)), keys_BHKS, values_BHSK
+        return x + self.mlp(self.ln_2(x)), keys_NKS, values_NSK
 
 
 class GPT2(nn.Module):
@@ -342,7 +345,7 @@ class GPT2(nn.Module):
         checked: the cache must have room for T more slots, and no row may get more than `n_positions` tokens.
         """
         slots_T = cache.length + jnp.arange(input_ids.shape[1])
-        slots_S = jnp.arange(cache.values[0].shape[2])
+        slots_S = jnp.arange(cache.values[0].shape[1])
         padding_B1 = cache.padding[:, None]
         mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= padding_B1[..., None])
         x = self.wte(input_ids) + self.wpe(jnp.clip(slots_T - padding_B1, min=0))

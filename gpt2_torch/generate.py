@@ -103,9 +103,7 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
             for r in range(R):
                 seen[r, ids[r // copies, padding[r // copies] :]] = True
         state = _State(
-            cache=cache.of_rows(torch.arange(len(ids), device=device).repeat_interleave(copies))
-            if copies > 1
-            else cache,
+            cache=cache,
             ids_RN=torch.full((R, N), ENDED, device=device),
             log_probs_RN=torch.zeros(R, N, device=device) if request.log_probs else None,
             draws_RN=torch.from_numpy(draws).to(device),
