@@ -9,7 +9,40 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+SUMMANDS = 16
+"""A single row times a matrix is computed as the sum of so many products, each over a part of the inputs: XLA on CPU
+then reads 28 GB/s, with one product 17 to 24 (limit 33; `tests/benchmarks/generate.py`)."""
+
+BLOCKS = 64
+"""A few rows times the embedding are computed as so many products side by side, each with a part of the vocabulary:
+XLA on CPU then reads 20 GB/s for 8 rows, with one product 11."""
+
+FEW_ROWS = 16
+
+
+def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+    """The product of each row with each of the embedding's, in float32 at least."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    (V, D), rows = embedding.shape, math.prod(x.shape[:-1])
+
+    def product(x: Array, embedding: Array) -> Array:
+        return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+    if rows > FEW_ROWS or V % BLOCKS:
+        return product(x, embedding)
+
+    def in_blocks(x: Array, embedding: Array) -> Array:
+        blocks, x_BRD = (
+            embedding.reshape(BLOCKS, V // BLOCKS, D),
+            jnp.broadcast_to(x.reshape(rows, D), (BLOCKS, rows, D)),
+        )
+        logits_BVR = jnp.einsum("BVD,BRD->BVR", blocks, x_BRD, preferred_element_type=dtype)
+        return logits_BVR.reshape(V, rows).T.reshape(*x.shape[:-1], V)
+
+    return jax.lax.platform_dependent(x, embedding, cpu=in_blocks, default=product)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -19,7 +52,19 @@ def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> F
     JAX derives the kernel's gradient turned on its side, and XLA copies it back; here it is made upright.
     """
     inputs, kernel_inputs = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
-    return jax.lax.dot_general(x, kernel, ((inputs, kernel_inputs), ((), ())))
+
+    def product(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, kernel, ((inputs, kernel_inputs), ((), ())))
+
+    rows, n_in = x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
+    if math.prod(rows) != 1 or n_in % SUMMANDS:
+        return product(x, kernel)
+
+    def in_summands(x: Array, kernel: Array) -> Array:
+        parts = jnp.einsum("ij,ijk->ik", x.reshape(SUMMANDS, -1), kernel.reshape(SUMMANDS, n_in // SUMMANDS, -1))
+        return parts.sum(0).reshape(*rows, *kernel.shape[axes:])
+
+    return jax.lax.platform_dependent(x, kernel, cpu=in_summands, default=product)
 
 
 def _project_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:

@@ -21,8 +21,8 @@ from gpt2_jax.model import GPT2, KeyValueCache, check_inputs, empty_cache
 SHORTEST_BUCKET = 32
 """Slots of the smallest cache, for which loops are compiled; then powers of two."""
 
-PREFILL_CHUNK = 128
-"""Prompts run in chunks of so many tokens: one compilation serves any number of chunks."""
+PREFILL_CHUNK = 256
+"""Longer prompts run in chunks of so many tokens: one compilation serves any number of chunks."""
 
 
 def generate(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
 from gpt2_jax.attention import attention, cached_attention
-from gpt2_jax.functions import gelu_tanh, project, scaled_norm
+from gpt2_jax.functions import gelu_tanh, project, project_to_vocabulary, scaled_norm
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
@@ -358,11 +358,7 @@ class GPT2(nn.Module):
     def head(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of the next token, in float32 at least: bfloat16 has a few hundred values for 50257 of them."""
         head = self.wte if self.lm_head is None else self.lm_head
-        # Not `head.attend`, whose transpose XLA carries out for a single row.
-        rows = (((x.ndim - 1,), (1,)), ((), ()))
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        x, embedding = x.astype(self.dtype), head.embedding.astype(self.dtype)
-        logits = jax.lax.dot_general(x, embedding, rows, preferred_element_type=wide)
+        logits = project_to_vocabulary(x.astype(self.dtype), head.embedding.astype(self.dtype))
         return logits[..., : self.config.vocab_size]
 
     def _loop_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
