@@ -61,8 +61,12 @@ def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> F
         return product(x, kernel)
 
     def in_summands(x: Array, kernel: Array) -> Array:
-        parts = jnp.einsum("ij,ijk->ik", x.reshape(SUMMANDS, -1), kernel.reshape(SUMMANDS, n_in // SUMMANDS, -1))
-        return parts.sum(0).reshape(*rows, *kernel.shape[axes:])
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        x, kernel_parts = x.reshape(SUMMANDS, -1), kernel.reshape(SUMMANDS, n_in // SUMMANDS, -1)
+        parts = jnp.einsum("ij,ijk->ik", x, kernel_parts, preferred_element_type=dtype)
+        # Summed as a product: XLA's reduction takes a third of the time that the parts took.
+        summed = jnp.ones((1, SUMMANDS), dtype) @ parts
+        return summed.astype(kernel.dtype).reshape(*rows, *kernel.shape[axes:])
 
     return jax.lax.platform_dependent(x, kernel, cpu=in_summands, default=product)
 
