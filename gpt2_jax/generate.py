@@ -187,16 +187,17 @@ def _prefill(
     params: Mapping[str, Any],
     ids_BS: Int[Array, "B S"],
     padding_B: Int[Array, " B"],
-    length: int,
+    length: int | Int[Array, ""],
 ) -> tuple[KeyValueCache, Float[Array, "B V"]]:
     """Run the first `length` ids of each row; the cache, and the logits of what follows."""
     # The last chunk ends where the prompts do, and so begins before the one before it ends: running some tokens
     # twice changes nothing. A prompt shorter than a chunk is followed by slots that are written again later.
+    length = jnp.asarray(length, jnp.int32)
     start = jnp.maximum(length - chunk, 0)
 
     def run(i: Int[Array, ""], carried: tuple[KeyValueCache, Array]) -> tuple[KeyValueCache, Array]:
         cache, _ = carried
-        begin = jnp.minimum(i * chunk, start)
+        begin = jnp.minimum(i.astype(jnp.int32) * chunk, start)
         part = jax.lax.dynamic_slice_in_dim(ids_BS, begin, chunk, axis=1)
         x_BTD, cache = _extend(model, params, part, cache._replace(length=begin))
         return cache, x_BTD[:, length - 1 - begin]
@@ -204,7 +205,7 @@ def _prefill(
     cache = empty_cache(model.config, padding_B, slots, model.dtype)
     last_BD = jnp.zeros((ids_BS.shape[0], model.config.n_embd), model.dtype)
     cache, last_BD = jax.lax.fori_loop(0, -(-length // chunk), run, (cache, last_BD))
-    return cache._replace(length=jnp.asarray(length, jnp.int32)), _logits(model, params, last_BD)
+    return cache._replace(length=length), _logits(model, params, last_BD)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

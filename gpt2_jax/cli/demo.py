@@ -7,17 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import bridge
-from bridge import BridgeError
+from bridge import BridgeError, Request
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
-from gpt2_jax.cli.generate import Backend, greedy_text
+from gpt2_jax.cli.generate import Backend, continued_text
 from gpt2_jax.cli.output import console, json_writer, require_torch
 from gpt2_jax.cli.train import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
 from gpt2_jax.train.config import PRESETS, OptimizerConfig, TrainConfig
 
-PROMPT = "def read("
-NEW_TOKENS = 60
+SHAKESPEARE, PYTHON = "ROMEO:", "def "
+SAMPLING = Request(max_new_tokens=60, temperature=0.8, top_p=0.9, seed=1)
+"""The same seed draws the same text in both backends."""
 
 
 def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 150, overwrite: bool = False) -> int:
@@ -38,7 +39,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     run, report_file = out / "run", out / "report.json"
     _make_room(out, run, overwrite)
     say(f"1. the bundled GPT-2 in PyTorch: {bridge.BUNDLED}", soft_wrap=True)
-    say(greedy_text("torch", bridge.load(BUNDLED), "ROMEO:", NEW_TOKENS), soft_wrap=True)
+    say(continued_text("torch", bridge.load(BUNDLED), SHAKESPEARE, SAMPLING), soft_wrap=True)
     say("\n2. is it the same function in JAX?")
     from gpt2_jax.parity import verify
 
@@ -50,7 +51,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     say("\n4. the export, in both")
     exported = bridge.load(outcome.export)
     backends: tuple[Backend, ...] = ("torch", "jax")
-    texts = {backend: greedy_text(backend, exported, PROMPT, NEW_TOKENS) for backend in backends}
+    texts = {backend: continued_text(backend, exported, PYTHON, SAMPLING) for backend in backends}
     for backend, text in texts.items():
         say(f"--- {backend}\n{text}", soft_wrap=True)
     if texts["torch"] != texts["jax"]:

@@ -129,16 +129,17 @@ def open_decoder(
         yield gpt2_torch.Decoder(model if dtype is None else model.to(getattr(torch, dtype)))
     else:
         import gpt2_jax
+        from gpt2_jax.functions import BLOCKS
 
-        with jax_model(checkpoint) as (model_, params):
+        with jax_model(checkpoint, vocab_multiple=BLOCKS) as (model_, params):
             yield gpt2_jax.Decoder(model_, params, dtype=dtype)
 
 
-def greedy_text(backend: Backend, checkpoint: Checkpoint, prompt: str, max_new_tokens: int) -> str:
-    """The prompt and its likeliest continuation."""
+def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, request: Request) -> str:
+    """The prompt and how the model goes on."""
     with open_decoder(backend, checkpoint) as decoder:
-        [[found]] = complete(decoder, checkpoint.tokenizer(), [prompt], Request(max_new_tokens))
-    return prompt + found.text
+        [[found]] = complete(decoder, checkpoint.tokenizer(), [prompt], request)
+    return printable(prompt + found.text)
 
 
 def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[str]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def jax_model(checkpoint: Checkpoint) -> Iterator[tuple[GPT2, dict[str, Any]]]:
+def jax_model(checkpoint: Checkpoint, vocab_multiple: int = 1) -> Iterator[tuple[GPT2, dict[str, Any]]]:
     """The model and its parameters; in float64, inside the block, where that is what is stored, else in float32."""
     import jax
     import jax.numpy as jnp
@@ -22,4 +22,5 @@ def jax_model(checkpoint: Checkpoint) -> Iterator[tuple[GPT2, dict[str, Any]]]:
 
     wide = any(entry.dtype == "float64" for entry in checkpoint.tensors.entries.values())
     with jax.enable_x64(wide):
-        yield gpt2_jax.model_from_checkpoint(checkpoint, dtype=jnp.float64 if wide else jnp.float32)
+        dtype = jnp.float64 if wide else jnp.float32
+        yield gpt2_jax.model_from_checkpoint(checkpoint, dtype=dtype, vocab_multiple=vocab_multiple)

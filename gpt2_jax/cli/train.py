@@ -142,7 +142,7 @@ def run_training(
         config, out, data, init_from=init_from, resume=resume, accept_changes=accept_changes, console=console()
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
-    say(f"exported step {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)
+    say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)
     say(f"losses: {out / 'metrics.jsonl'}, {outcome.plot}", soft_wrap=True)
     if outcome.stopped_by is not None:
         say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; go on with --resume")

@@ -54,7 +54,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
 
 
 @cache
-def _measured_peak(dtype: str, size: int = 2048, repeats: int = 3) -> float:
+def _measured_peak(dtype: str, size: int = 2048, repeats: int = 8) -> float:
     square = jnp.ones((size, size), dtype)
     multiply = jax.jit(jnp.matmul)
     multiply(square, square).block_until_ready()

@@ -57,36 +57,6 @@ def test_convert_splits_into_shards_on_request(model: Path, tmp_path: Path) -> N
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_generate_continues_the_prompt(
-    model: Path, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ("generate", model, "We", "--backend", backend, "--max-new-tokens", 5, "--json", tmp_path / "g.json")
-    assert run(*arguments) == 0
-    made = json.loads((tmp_path / "g.json").read_text())
-    assert made["text"].startswith("We")
-    assert len(made["ids"]) == 2 + 5
-    assert capsys.readouterr().out.startswith("We")
-
-
-def test_both_backends_generate_the_same_greedy_text(model: Path, tmp_path: Path) -> None:
-    ids = []
-    for backend in ("jax", "torch"):
-        run("generate", model, "We hold", "--backend", backend, "--max-new-tokens", 12, "--json", tmp_path / "g.json")
-        ids.append(json.loads((tmp_path / "g.json").read_text())["ids"])
-    assert ids[0] == ids[1]
-
-
-def test_a_seed_gives_the_same_sample_and_another_seed_another(model: Path, tmp_path: Path) -> None:
-    def sample(backend: str, seed: int) -> list[int]:
-        sampling = ("--temperature", 1.0, "--top-k", 40, "--seed", seed, "--json", tmp_path / "g.json")
-        run("generate", model, "We hold", "--backend", backend, "--max-new-tokens", 12, *sampling)
-        return json.loads((tmp_path / "g.json").read_text())["ids"]
-
-    for backend in ("jax", "torch"):
-        assert sample(backend, 1) == sample(backend, 1) != sample(backend, 2)
-
-
 BAD = {
     "no such path": ("inspect", "{tmp}/nowhere"),
     "not a checkpoint": ("inspect", "{tmp}"),
@@ -96,6 +66,11 @@ BAD = {
     "too many tokens": ("generate", "{model}", "We", "--max-new-tokens", "39"),
     "negative temperature": ("generate", "{model}", "We", "--temperature", "-1"),
     "no tokens to rank": ("generate", "{model}", "We", "--top-k", "0"),
+    "no probability": ("generate", "{model}", "We", "--top-p", "0"),
+    "two kinds of prompt": ("generate", "{model}", "We", "--interactive"),
+    "lines that are not there": ("generate", "{model}", "--lines", "{tmp}/nowhere.txt"),
+    "sampled beams": ("generate", "{model}", "We", "--beams", "2", "--temperature", "1"),
+    "several at a time, interactively": ("generate", "{model}", "--interactive", "--samples", "2"),
     "no sequence": ("verify", "{model}", "--batch", "0"),
     "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
     "unwritable json": ("convert", "{model}", "{tmp}/out", "--to", "flax", "--json", "{tmp}/nowhere/facts.json"),

@@ -1,0 +1,148 @@
+"""Generating with a model of OpenAI's size: the port beside the reference and transformers.
+
+    python -m tests.benchmarks.generate [--size gpt2] [--dtype float32] [--pairs 5]
+
+Greedy, in one process, each in turns; medians over the pairs, and the spread. The limit is the time in which the
+weights can be read once, at the bandwidth measured in the same run. On a GPU also transformers' compiled static cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+import gpt2_jax
+import gpt2_torch
+from bridge import GPT2_SIZES, Checkpoint, Request
+
+PROMPT_LENGTH, NEW_TOKENS = 16, 128
+LONG_PROMPT = 512
+READ_BYTES = 2**29
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=GPT2_SIZES, default="gpt2")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    peers = make_peers(options.size, options.dtype)
+    weights = weight_bytes(options.size, options.dtype)
+    print(f"{options.size}, {options.dtype}, {jax.devices()[0].device_kind}; {NEW_TOKENS} tokens after {PROMPT_LENGTH}")
+    for rows in (1, 8):
+        times, bandwidths = measured(peers, rows, PROMPT_LENGTH, NEW_TOKENS, options.pairs)
+        limit = weights / statistics.median(bandwidths)
+        print(f"\n{rows} rows; reading the weights once takes {limit * 1e3:.1f} ms at {weights / limit / 1e9:.1f} GB/s")
+        for name, seconds in times.items():
+            report(name, [s / NEW_TOKENS for s in seconds], times["transformers"], rows, limit)
+    times, _ = measured(peers, 1, LONG_PROMPT, 1, options.pairs)
+    print(f"\nthe first token of a prompt of {LONG_PROMPT}")
+    for name, seconds in times.items():
+        ratio = statistics.median(t / s for t, s in zip(times["transformers"], seconds, strict=True))
+        print(f"{name:<22} {statistics.median(seconds) * 1e3:7.0f} ms  {ratio:.2f} times transformers' speed")
+
+
+def report(name: str, token_seconds: list[float], reference: list[float], rows: int, limit: float) -> None:
+    middle, ratios = (
+        statistics.median(token_seconds),
+        sorted(t / NEW_TOKENS / s for t, s in zip(reference, token_seconds, strict=True)),
+    )
+    print(
+        f"{name:<22} {middle * 1e3:6.1f} ms ({min(token_seconds) * 1e3:.1f} to {max(token_seconds) * 1e3:.1f})  "
+        f"{rows / middle:7.1f} tokens/s  {statistics.median(ratios):.2f} times transformers' speed "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f})  {limit / middle:.0%} of the limit"
+    )
+
+
+Peer = Callable[[list[list[int]], int], Any]
+
+
+def measured(
+    peers: dict[str, Peer], rows: int, length: int, new: int, pairs: int
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of each call, and bytes a second read in between."""
+    prompts = np.random.default_rng(0).integers(0, 50257, (rows, length)).tolist()
+    for run in peers.values():
+        run(prompts, new)  # compiles
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    bandwidths = []
+    for _ in range(pairs):
+        for name, run in peers.items():
+            began = time.perf_counter()
+            run(prompts, new)
+            times[name].append(time.perf_counter() - began)
+        bandwidths.append(bandwidth())
+    return times, bandwidths
+
+
+def make_peers(size: str, dtype: str) -> dict[str, Peer]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SIZES[size].to_hf())).eval()
+    state = {name.removeprefix("transformer."): p.detach().numpy() for name, p in hf.named_parameters()}
+    checkpoint = Checkpoint.of(state, GPT2_SIZES[size])
+    model, params = gpt2_jax.model_from_checkpoint(checkpoint, vocab_multiple=64)
+    port = gpt2_jax.Decoder(model, params, dtype=jnp.dtype(dtype))
+    torch_dtype = getattr(torch, dtype)
+    reference = gpt2_torch.Decoder(gpt2_torch.model_from_checkpoint(checkpoint).to(device, torch_dtype))
+    hf = hf.to(device, torch_dtype)
+
+    @torch.no_grad()
+    def peer(prompts: list[list[int]], new: int, **kwargs: Any) -> None:
+        ids = torch.tensor(prompts, device=device)
+        hf.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=0,
+            **kwargs,
+        )
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    peers: dict[str, Peer] = {
+        "transformers": peer,
+        "gpt2_torch": lambda prompts, new: reference.generate(prompts, Request(new)),
+        "gpt2_jax": lambda prompts, new: port.generate(prompts, Request(new)),
+    }
+    if device == "cuda":
+        peers["transformers, static"] = lambda prompts, new: peer(prompts, new, cache_implementation="static")
+    return peers
+
+
+def weight_bytes(size: str, dtype: str) -> int:
+    """What a token reads: all parameters but the positions', of which it takes one row."""
+    config = GPT2_SIZES[size]
+    model = gpt2_jax.GPT2(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) - config.n_positions * config.n_embd
+    return count * jnp.dtype(dtype).itemsize
+
+
+def bandwidth() -> float:
+    """Bytes a second at which all cores, or the GPU, add up an array of half a gigabyte; the best of five."""
+    array = torch.ones(READ_BYTES // 4, device="cuda" if torch.cuda.is_available() else "cpu")
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        array.sum().item()
+        return time.perf_counter() - began
+
+    seconds()
+    return READ_BYTES / min(seconds() for _ in range(5))
+
+
+if __name__ == "__main__":
+    main()

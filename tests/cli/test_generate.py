@@ -1,0 +1,137 @@
+"""`gpt2 generate`: prompts from everywhere, text that appears as it is made, and the same in both backends."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import CONFIG, run
+
+BACKENDS = ("jax", "torch")
+
+
+@pytest.fixture
+def completions(model: Path, tmp_path: Path) -> Any:
+    """A function of arguments that gives what `--json` wrote."""
+
+    def made(*arguments: object) -> list[dict[str, Any]]:
+        assert run("generate", model, *arguments, "--json", tmp_path / "g.json") == 0
+        return json.loads((tmp_path / "g.json").read_text())["completions"]
+
+    return made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_prompt_is_continued(backend: str, completions: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    [made] = completions("We", "--backend", backend, "--max-new-tokens", 5)
+    assert made["prompt"] == "We"
+    assert len(made["ids"]) == len(made["log_probs"]) == 5
+    assert capsys.readouterr().out.startswith("We")
+
+
+@pytest.mark.parametrize(
+    "sampling", [(), ("--temperature", 1.0, "--top-p", 0.9, "--seed", 3)], ids=["greedy", "sampled"]
+)
+def test_both_backends_give_the_same_text(sampling: tuple[object, ...], completions: Any) -> None:
+    jax, torch = (completions("We hold", "--backend", backend, *sampling) for backend in BACKENDS)
+    assert jax[0]["ids"] == torch[0]["ids"]
+
+
+def test_a_seed_gives_the_same_sample_and_another_seed_another(completions: Any) -> None:
+    first, same, other = (
+        completions("We hold", "--temperature", 1.0, "--top-k", 40, "--seed", seed) for seed in (1, 1, 2)
+    )
+    assert first == same != other
+
+
+def test_what_is_streamed_is_what_is_written(model: Path, completions: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("We", "--temperature", 1.0, "--max-new-tokens", 20)
+    completions(*arguments)
+    whole = capsys.readouterr().out
+    assert run("generate", model, *arguments) == 0
+    assert capsys.readouterr().out == whole
+
+
+def test_as_many_tokens_as_there_is_room_for(completions: Any) -> None:
+    [made] = completions("x" * (CONFIG.n_positions - 3), "--no-stop-at-end")
+    assert len(made["ids"]) == 3
+
+
+def test_sliding_goes_on_past_the_positions(completions: Any) -> None:
+    [made] = completions("We", "--slide", "--max-new-tokens", CONFIG.n_positions + 9, "--no-stop-at-end")
+    assert len(made["ids"]) == CONFIG.n_positions + 9
+
+
+def test_lines_of_a_file_are_prompts_of_their_own(
+    completions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("We hold\n\nthese\n")
+    sampling = ("--temperature", 1.0, "--max-new-tokens", 10)
+    made = completions("--lines", lines, "--samples", 2, *sampling)
+    assert [c["prompt"] for c in made] == ["We hold", "We hold", "these", "these"]
+    assert made[0]["ids"] != made[1]["ids"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines.read_text()))
+    assert completions("--lines", "-", "--samples", 2, *sampling) == made
+    [alone] = completions("these", *sampling)
+    assert (alone["ids"], alone["text"]) == (made[2]["ids"], made[2]["text"])
+
+
+def test_a_prompt_from_standard_input(completions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("We\nhold"))
+    assert completions("-")[0]["prompt"] == "We\nhold"
+
+
+def test_a_stop_string_ends_the_text_before_it(completions: Any) -> None:
+    [whole] = completions("We", "--temperature", 1.0)
+    stop = whole["text"][4:6]
+    [cut] = completions("We", "--temperature", 1.0, "--stop", stop)
+    assert cut["stopped"]
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+
+
+def test_beams_are_given_best_first(completions: Any) -> None:
+    made = completions("We", "--beams", 3, "--samples", 3, "--max-new-tokens", 6, "--no-stop-at-end")
+    totals = [sum(c["log_probs"]) for c in made]
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_bfloat16_is_a_choice(completions: Any) -> None:
+    for backend in BACKENDS:
+        assert len(completions("We", "--backend", backend, "--dtype", "bfloat16", "--max-new-tokens", 4)[0]["ids"]) == 4
+
+
+def test_a_conversation_goes_on_until_an_empty_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["We", "y" * 999, "hold", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run("generate", model, "--interactive", "--max-new-tokens", 4) == 0
+    printed = capsys.readouterr()
+    assert [line[:4] for line in printed.out.splitlines() if line[:2] == "We" or line[:4] == "hold"]
+    assert "n_positions" in printed.err
+
+
+def test_a_refused_prompt_prints_nothing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", model, "We", "--max-new-tokens", 999) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "n_positions" in printed.err
+
+
+def test_text_appears_before_the_last_token_is_made(model: Path) -> None:
+    """A real process: what it has written by the time that its first text arrives is less than all."""
+    command = "import sys; from gpt2_jax.cli import main; main(sys.argv[1:])"
+    arguments = ["generate", str(model), "We", "--max-new-tokens", "38", "--no-stop-at-end"]
+    with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = process.stdout.read1()
+        rest = process.stdout.read()
+    assert process.returncode == 0
+    assert first.startswith(b"We")
+    assert rest
