@@ -1,0 +1,347 @@
+"""Text in, text out: stop strings, characters in parts and what is shown, without any model.
+
+The decoder says what it is told to say, so that every case can be spelled out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+
+import bridge
+from bridge import BridgeError, Request
+from bridge.bpe import WORDS
+from bridge.completion import Completion, complete, end_of_text_id, printable, stream_text
+from bridge.decoding import ENDED, Chunk, Continuation, Decoder
+
+BYTES = bridge.byte_tokenizer()
+END = 256
+NO_TOKEN = 299
+
+PIECES = ["ab", "abc", "stop", "END", "one STOP two", "é", "🙂", "\n\n"]
+"""Tokens after the bytes and the end of text: of several characters, some with others' beginnings."""
+
+CONFIG = bridge.GPT2Config(vocab_size=NO_TOKEN + 1, n_positions=512, n_embd=8, n_layer=1, n_head=1)
+
+
+class Canned(Decoder[np.ndarray, Any]):
+    """Says the given ids, a list for each row, whatever the prompts are. Token i has the log-probability -i/8."""
+
+    def __init__(self, *rows: Sequence[int]) -> None:
+        self.config, self.rows, self.made = CONFIG, rows, 0
+
+    def _begin(
+        self,
+        ids: np.ndarray,
+        padding: np.ndarray,
+        slots: int,
+        request: Request,
+        draws: np.ndarray,
+        ended: np.ndarray,
+        copies: int,
+    ) -> np.ndarray:
+        assert len(draws) == len(ids) * copies == len(self.rows)
+        said = np.full(draws.shape, ENDED)
+        for row, canned in zip(said, self.rows, strict=True):
+            stops = [i for i, token in enumerate(canned) if token in request.stop_ids]
+            length = min([len(row), *(i + 1 for i in stops)])
+            row[:length] = canned[:length]
+        self.made = 1
+        return said
+
+    def _advance(self, state: np.ndarray, steps: int) -> np.ndarray:
+        self.made += steps
+        return state
+
+    def _made(self, state: np.ndarray, first: int, number: int) -> Chunk:
+        assert first + number == self.made  # no more is read than was made, and nothing is left out
+        log_probs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
+        return Chunk(state[:, first : first + number], log_probs)
+
+    def _begin_beams(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+    def _advance_beams(self, *_: Any) -> Any:
+        raise NotImplementedError
+
+
+class CannedBeams(Canned):
+    """Finds these continuations by beam search."""
+
+    def generate(self, prompts: Any, request: Request) -> list[list[Continuation]]:
+        found = [Continuation([*row], [-1.0] * len(row) if request.log_probs else None) for row in self.rows]
+        return [found[i : i + request.samples] for i in range(0, len(found), request.samples)]
+
+
+@pytest.fixture(scope="module")
+def pieces() -> tiktoken.Encoding:
+    ranks = {bytes([b]): b for b in range(256)} | {piece.encode(): END + 1 + i for i, piece in enumerate(PIECES)}
+    return tiktoken.Encoding("pieces", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END})
+
+
+def spelled(*parts: str | int) -> list[int]:
+    """Ids: those given, that of a piece that is a token, and else those of its bytes."""
+    ids: list[int] = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(part)
+        else:
+            ids += [END + 1 + PIECES.index(part)] if part in PIECES else part.encode()
+    return ids
+
+
+def completion_of(
+    ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), **fields: Any
+) -> Completion:
+    request = Request(len(ids), **fields)
+    ((done,),) = complete(Canned(ids), tokenizer, ["prompt"], request, stop)
+    streamed = [*stream_text(Canned(ids), tokenizer, "prompt", request, stop)]
+    assert "".join(streamed) == done.text
+    assert all(streamed)
+    return done
+
+
+# Stop strings
+
+
+@pytest.mark.parametrize(
+    ("said", "stop", "text", "read"),
+    [
+        (["one STOP two"], ["STOP"], "one ", 1),  # inside a token
+        (["xST", "OP", "y"], ["STOP"], "x", 5),  # across tokens
+        (["x", "ab", "c", "y"], ["abc"], "x", 3),
+        (["x", "stop", "y"], ["op"], "xst", 2),  # begins inside a token
+        (["x", "abc", "y"], ["xa", "bc"], "", 2),  # begins before a token
+        (["xaab", "y"], ["ab"], "xa", 4),  # what begins like one goes on as one
+        (["ababab", "END"], ["ababEND"], "ab", 7),
+        (["xabababc"], ["ababc"], "xab", 8),
+        (["aé", "🙂", "é"], ["🙂é"], "aé", 5),
+        (["a", "é", "b"], ["é"], "a", 2),
+        (["a\n", "\n\n"], ["\n\n"], "a", 3),
+        (["a", "\n\n", "b"], ["\n"], "a", 2),
+        (["END", "more"], ["END"], "", 1),
+    ],
+)
+def test_a_stop_string_ends_the_text_before_it(
+    said: list[str], stop: list[str], text: str, read: int, pieces: tiktoken.Encoding
+) -> None:
+    ids = spelled(*said)
+    assert completion_of(ids, pieces, stop) == Completion(text, ids[:read], None, True)
+
+
+def test_of_a_stop_string_and_its_beginning_the_shorter_is_met_first(pieces: tiktoken.Encoding) -> None:
+    for stop in itertools.permutations(["abcd", "ab", "abc"]):
+        assert completion_of(spelled("xabcdy"), pieces, stop).ids == spelled("xab")
+        for said in (["xabcdy"], ["x", "abc", "d"]):
+            assert completion_of(spelled(*said), pieces, stop).text == "x"
+
+
+def test_the_stop_string_that_stands_first_wins_within_a_token(pieces: tiktoken.Encoding) -> None:
+    for stop in itertools.permutations(["two", "STOP", "one STOP two!", "P t"]):
+        assert completion_of(spelled("one STOP two"), pieces, stop).text == "one "
+
+
+def test_the_stop_string_that_is_complete_first_wins(pieces: tiktoken.Encoding) -> None:
+    """The text is then known, and need not wait for a longer string that began before."""
+    for stop in (["abcd", "bc"], ["bc", "abcd"]):
+        assert completion_of(spelled("xabcd"), pieces, stop) == Completion("xa", spelled("xabc"), None, True)
+
+
+@pytest.mark.parametrize("said", ["x stoSTO", "ST", "x S"])
+def test_the_beginning_of_a_stop_string_at_the_end_is_text(said: str) -> None:
+    assert completion_of(spelled(said), BYTES, ["STOP", "TO."]) == Completion(said, spelled(said), None, False)
+
+
+def test_the_beginning_of_a_stop_string_before_a_stop_id_is_text() -> None:
+    ids = spelled("x STO", END, "P")
+    assert completion_of(ids, BYTES, ["STOP"], stop_ids=(END,)) == Completion("x STO", ids[:6], None, True)
+
+
+def test_a_stop_string_in_the_prompt_does_not_count() -> None:
+    request = Request(3)
+    ((done,),) = complete(Canned(spelled("OPx")), BYTES, ["STOP and ST"], request, ["STOP"])
+    assert done == Completion("OPx", spelled("OPx"), None, False)
+
+
+def test_any_stop_strings_end_random_text_as_a_search_in_all_of_it_says(pieces: tiktoken.Encoding) -> None:
+    rng = random.Random(0)
+    tokens = [*b"abc", *spelled("ab", "abc")]
+    stopped = 0
+    for _ in range(500):
+        ids = rng.choices(tokens, k=rng.randint(1, 20))
+        stop = ["".join(rng.choices("abc", k=rng.randint(1, 5))) for _ in range(rng.randint(0, 3))]
+        text, read = "", 0
+        while read < len(ids) and not any(s in text for s in stop):
+            text, read = text + pieces.decode([ids[read]]), read + 1
+        places = [text.find(s) for s in stop if s in text]
+        expected = Completion(text[: min(places, default=len(text))], ids[:read], None, bool(places))
+        assert completion_of(ids, pieces, stop) == expected, (ids, stop)
+        stopped += expected.stopped
+    assert 100 < stopped < 400
+
+
+# Characters
+
+
+def test_characters_in_parts_are_put_together() -> None:
+    said = "a é € 🙂\u0301 日本語 — Ελ"
+    assert completion_of([*said.encode()], BYTES).text == said
+
+
+def test_pieces_of_text_never_end_inside_a_character() -> None:
+    said = "🙂€é日本語🙂🙂🙂"
+    pieces = [*stream_text(Canned([*said.encode()]), BYTES, "p", Request(len(said.encode())))]
+    assert "".join(pieces) == said and len(pieces) > 3
+
+
+def test_bytes_that_are_no_characters_are_shown_as_replaced() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        said = bytes(rng.choices(b"a\x80\x9f\xc3\xa9\xe2\x82\xac\xf0\x9f\x99\x82\xff", k=rng.randint(1, 14)))
+        assert completion_of([*said], BYTES).text == said.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("end", [[], [END]])
+def test_a_character_that_was_not_finished_is_shown_as_replaced(end: list[int]) -> None:
+    done = completion_of([*b"ab", *"🙂".encode()[:3], *end], BYTES, ["🙂"], stop_ids=(END,))
+    assert done.text == "ab\ufffd" and done.stopped is bool(end)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, bridge.character_tokenizer("amno\n prt")])
+def test_ids_that_are_no_tokens_say_nothing(tokenizer: tiktoken.Encoding) -> None:
+    """As a model with a padded vocabulary draws them."""
+    m, o = (tokenizer.encode_ordinary(c)[0] for c in "mo")
+    ids = [NO_TOKEN, m, NO_TOKEN, 2**40, o, o, NO_TOKEN]
+    assert completion_of(ids, tokenizer) == Completion("moo", ids, None, False)
+    assert completion_of(ids, tokenizer, ["oo"]) == Completion("m", ids[:6], None, True)
+
+
+def test_an_id_that_is_no_token_does_not_part_a_character() -> None:
+    first, second = "é".encode()
+    assert completion_of([first, NO_TOKEN, second], BYTES).text == "é"
+
+
+# Stop ids, and what is told of the tokens
+
+
+def test_stop_ids_are_told_but_not_shown() -> None:
+    ids = spelled("uvw", END, "xyz")
+    assert completion_of(ids, BYTES, stop_ids=(END,)) == Completion("uvw", ids[:4], None, True)
+    assert completion_of(ids, BYTES, stop_ids=(ord("w"), ord("u"))) == Completion("", ids[:1], None, True)
+    assert completion_of(ids, BYTES) == Completion("uvw<|endoftext|>xyz", ids, None, False)
+
+
+def test_a_stop_string_before_a_stop_id_and_the_other_way_round() -> None:
+    ids = spelled("a.", END, "b,")
+    assert completion_of(ids, BYTES, ["."], stop_ids=(END,)) == Completion("a", ids[:2], None, True)
+    assert completion_of(ids, BYTES, [","], stop_ids=(END,)) == Completion("a.", ids[:3], None, True)
+
+
+def test_stopped_by_the_last_token_is_stopped() -> None:
+    assert completion_of(spelled("ab."), BYTES, ["."]).stopped
+    assert completion_of(spelled("ab", END), BYTES, stop_ids=(END,)).stopped
+    assert not completion_of(spelled("ab"), BYTES, ["."], stop_ids=(END,)).stopped
+
+
+@pytest.mark.parametrize("stop", ["", "the end"])
+def test_log_probabilities_are_those_of_the_ids(stop: str) -> None:
+    said = "a text that is longer than is looked at in one go, the end and more"
+    ids = spelled(said, END, "unread")
+    done = completion_of(ids, BYTES, [stop] if stop else [], stop_ids=(END,), log_probs=True)
+    length = said.index(stop) + len(stop) if stop else len(said) + 1
+    assert done.ids == ids[:length]
+    assert done.log_probs == [-i / 8 for i in range(length)]
+    assert completion_of(ids, BYTES, stop_ids=(END,)).log_probs is None
+
+
+def test_nothing_asked_for_is_nothing_said() -> None:
+    assert completion_of([], BYTES, ["."]) == Completion("", [], None, False)
+    assert completion_of([], BYTES, log_probs=True) == Completion("", [], [], False)
+    assert complete(Canned(), BYTES, [], Request(3), ["."]) == []
+
+
+def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
+    said = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
+    request = Request(8, samples=2, stop_ids=(ord(","),), log_probs=True)
+    found = complete(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], request, ["."])
+    assert [[done.text for done in samples] for samples in found] == [
+        ["first", "second"],
+        ["third", "fourth"],
+        ["longer a", "sixth"],
+    ]
+    assert [done.stopped for samples in found for done in samples] == [True, True, True, True, False, True]
+    for done, ids in zip(itertools.chain(*found), map(spelled, said), strict=True):
+        assert done.ids == ids[: len(done.text) + done.stopped]
+        assert done.log_probs is not None and len(done.log_probs) == len(done.ids)
+
+
+def test_beams_end_with_stop_strings_too() -> None:
+    decoder = CannedBeams(spelled("a.b"), spelled("uv", END), spelled("xyz"), spelled("a"))
+    request = Request(3, beams=2, samples=2, stop_ids=(END,), log_probs=True)
+    assert complete(decoder, BYTES, ["one", "two"], request, ["."]) == [
+        [Completion("a", spelled("a."), [-1.0] * 2, True), Completion("uv", spelled("uv", END), [-1.0] * 3, True)],
+        [Completion("xyz", spelled("xyz"), [-1.0] * 3, False), Completion("a", spelled("a"), [-1.0], False)],
+    ]
+
+
+# When
+
+
+def test_no_more_is_made_once_all_have_stopped() -> None:
+    decoder = Canned(spelled("a." + 98 * "x"), spelled("abc." + 96 * "y"))
+    complete(decoder, BYTES, ["one", "two"], Request(100), ["."])
+    assert decoder.made < 25
+    decoder = Canned(spelled("a." + 98 * "x"))
+    assert [*stream_text(decoder, BYTES, "one", Request(100), ["."])] == ["a"]
+    assert decoder.made < 10
+
+
+def test_text_comes_as_it_is_made_less_what_may_be_a_stop_string() -> None:
+    said = "0123456789 ST no STOP"
+    decoder = Canned(spelled(said))
+    shown = ""
+    for piece in stream_text(decoder, BYTES, "prompt", Request(len(said)), ["STOP"]):
+        shown += piece
+        made = said[: decoder.made]
+        assert shown == made.removesuffix(next(s for s in ("STOP", "STO", "ST", "S", "") if made.endswith(s)))
+    assert shown == "0123456789 ST no "
+
+
+def test_what_cannot_be_honoured_is_refused_before_anything_is_said() -> None:
+    decoder = Canned([1])
+    with pytest.raises(BridgeError, match="the prompt is empty"):
+        complete(decoder, BYTES, [""], Request(1))
+    with pytest.raises(BridgeError, match="temperature=-1"):
+        next(stream_text(decoder, BYTES, "a", Request(1, temperature=-1)))
+    with pytest.raises(BridgeError, match="no character"):
+        complete(decoder, bridge.character_tokenizer("abc"), ["d"], Request(1))
+    assert decoder.made == 0
+
+
+# Around it
+
+
+def test_the_id_that_ends_a_document_is_the_tokenizers() -> None:
+    assert end_of_text_id(BYTES) == (END,)
+    assert end_of_text_id(bridge.character_tokenizer("abc")) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain\ttext\nof two lines, é 🙂 日本", "plain\ttext\nof two lines, é 🙂 日本"),
+        ("\x1b[2J\x1b]0;title\x07", "\ufffd[2J\ufffd]0;title\ufffd"),
+        ("a\rb\x00c\x08d\x7fe", "a\ufffdb\ufffdc\ufffdd\ufffde"),
+        ("\x9b31m", "\ufffd31m"),  # the one-byte form of ESC [
+        ("\u202eright to left\u2028", "\ufffdright to left\ufffd"),
+        ("", ""),
+    ],
+)
+def test_control_characters_are_not_printed(text: str, shown: str) -> None:
+    assert printable(text) == shown
