@@ -344,6 +344,10 @@ class GPT2(nn.Module):
         Slots of padding come out finite and mean nothing. Needs `scan=False`. Inside `jit` nothing can be
         checked: the cache must have room for T more slots, and no row may get more than `n_positions` tokens.
         """
+        if self.scan:
+            raise ValueError(
+                "stacked layers cannot be extended; take them apart, with `bridge.unstack_layers` or a Decoder"
+            )
         slots_T = cache.length + jnp.arange(input_ids.shape[1])
         slots_S = jnp.arange(cache.values[0].shape[1])
         padding_B1 = cache.padding[:, None]
