@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gpt2_jax.functions import gelu_tanh, project, scaled_norm
+from gpt2_jax.functions import (
+    BLOCKS,
+    FEW_ROWS,
+    SUMMANDS,
+    gelu_tanh,
+    project,
+    project_to_vocabulary,
+    scaled_norm,
+)
 
 ROUNDING = 1e-12  # float64, sums of at most a hundred terms of order 1
+FLOAT32_ROUNDING = 1e-5  # sums of 11 products of order 1, which float32 holds exactly where the factors are bfloat16
 EPSILON = 1e-5
 
 
@@ -34,11 +43,38 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[in
         lambda x, w: jnp.einsum("BTHK,HKD->BTD", x, w),
         [(2, 5, 4, 3), (4, 3, 7)],
     ),
+    "one row, one axis to three": (
+        partial(project, axes=1),
+        lambda x, w: jnp.einsum("BTD,DCHK->BTCHK", x, w),
+        [(1, 1, 2 * SUMMANDS), (2 * SUMMANDS, 3, 4, 6)],
+    ),
+    "one row, two axes to one": (
+        partial(project, axes=2),
+        lambda x, w: jnp.einsum("BTHK,HKD->BTD", x, w),
+        [(1, 1, 4, SUMMANDS // 2), (4, SUMMANDS // 2, 7)],
+    ),
+    "one row, inputs that have no even parts": (
+        partial(project, axes=1),
+        lambda x, w: x @ w,
+        [(1, 1, SUMMANDS + 1), (SUMMANDS + 1, 11)],
+    ),
     "norm": (partial(scaled_norm, epsilon=EPSILON), plain_norm, [(2, 5, 7), (7,)]),
     "norm of a row": (partial(scaled_norm, epsilon=EPSILON), plain_norm, [(7,), (7,)]),
     "gelu": (gelu_tanh, partial(nn.gelu, approximate=True), [(2, 5, 7)]),
 }
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+TO_VOCABULARY: dict[str, tuple[tuple[int, ...], int]] = {
+    "one row": ((1,), 2 * BLOCKS),
+    "a few rows": ((8,), 3 * BLOCKS),
+    "a few rows of several axes": ((2, 3), 2 * BLOCKS),
+    "as many rows as are few": ((FEW_ROWS,), 2 * BLOCKS),
+    "many rows": ((20,), 2 * BLOCKS),
+    "one row, no even blocks": ((1,), 2 * BLOCKS + 1),
+    "a few rows, no even blocks": ((8,), BLOCKS - 1),
+}
+D = 11
+each_vocabulary = pytest.mark.parametrize(("rows", "vocabulary"), TO_VOCABULARY.values(), ids=TO_VOCABULARY)
 
 
 def arguments(shapes: list[tuple[int, ...]], seed: int = 0) -> list[jax.Array]:
@@ -83,6 +119,28 @@ def test_values_and_gradients_have_the_dtype_of_what_goes_in(name: str, dtype: A
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(partial(value_and_pullback, written), given))} == {
         jnp.dtype(dtype)
     }
+
+
+@each_vocabulary
+def test_logits_and_their_gradients_are_those_of_the_definition(
+    rows: tuple[int, ...], vocabulary: int, x64: None
+) -> None:
+    given = arguments([(*rows, D), (vocabulary, D)])
+    found, expected = (
+        jax.jit(partial(value_and_pullback, f))(given)
+        for f in (project_to_vocabulary, lambda x, embedding: jnp.einsum("...D,VD->...V", x, embedding))
+    )
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=ROUNDING), found, expected)
+
+
+@each_vocabulary
+def test_logits_of_bfloat16_are_float32_and_their_gradients_bfloat16(rows: tuple[int, ...], vocabulary: int) -> None:
+    x, embedding = (array.astype(jnp.bfloat16) for array in arguments([(*rows, D), (vocabulary, D)]))
+    logits, gradients = jax.jit(partial(value_and_pullback, project_to_vocabulary))([x, embedding])
+    assert logits.dtype == jnp.float32
+    assert {gradient.dtype for gradient in gradients} == {jnp.dtype(jnp.bfloat16)}
+    exact = np.einsum("...D,VD->...V", np.asarray(x, np.float64), np.asarray(embedding, np.float64))
+    np.testing.assert_allclose(logits, exact, rtol=0, atol=FLOAT32_ROUNDING)
 
 
 def test_gelu_and_its_slope_are_finite_far_from_zero() -> None:

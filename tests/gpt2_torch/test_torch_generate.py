@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import TINY, random_checkpoint, random_ids
 
+from bridge.sampling import Request
 from gpt2_torch import GPT2, generate, model_from_checkpoint
+from gpt2_torch.generate import Decoder
+
+BFLOAT16_NATS = 0.3
+"""bfloat16 keeps 8 bits: logits of 16 and more are multiples of 0.125, and each layer adds a rounding."""
 
 PROMPTS = torch.from_numpy(random_ids(TINY, batch=3, length=4))
 
@@ -64,7 +71,7 @@ def test_the_model_is_in_the_mode_it_was_in(model: GPT2, monkeypatch: pytest.Mon
     model.train()
     generate(model, PROMPTS, max_new_tokens=1)
     assert model.training
-    monkeypatch.setattr(GPT2, "forward", lambda *_: 1 / 0)
+    monkeypatch.setattr(GPT2, "extend", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, PROMPTS, max_new_tokens=1)
     assert model.training
@@ -75,6 +82,37 @@ def test_a_model_can_be_trained_on_the_ids_that_come_out(model: GPT2):
     ids = generate(model, PROMPTS, max_new_tokens=3)
     model(ids).mean().backward()
     assert model.wte.weight.grad is not None
+
+
+def test_dropout_is_off_while_a_model_in_training_generates():
+    dropping = model_from_checkpoint(random_checkpoint(replace(TINY, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)))
+    expected = generate(dropping.eval(), PROMPTS, max_new_tokens=9)
+    assert torch.equal(generate(dropping.train(), PROMPTS, max_new_tokens=9), expected)
+
+
+def test_a_row_is_filled_with_the_stop_id_after_which_it_ended(model: GPT2):
+    free = generate(model, PROMPTS, max_new_tokens=9)
+    stop = int(free[0, 6])
+    ids = generate(model, PROMPTS, max_new_tokens=9, stop_ids=[stop])
+    assert ids.shape == free.shape
+    for row, whole in zip(ids.tolist(), free.tolist(), strict=True):
+        end = whole.index(stop, 4) + 1 if stop in whole[4:] else len(whole)
+        assert row == [*whole[:end], *[stop] * (len(whole) - end)]
+
+
+def test_samples_of_a_prompt_follow_each_other(model: GPT2):
+    ids = generate(model, PROMPTS, max_new_tokens=5, temperature=3.0, samples=2)
+    assert torch.equal(ids[:, :4], PROMPTS.repeat_interleave(2, dim=0))
+    assert len({tuple(row) for row in ids.tolist()}) == 6
+
+
+def test_a_model_in_half_precision_generates():
+    model = model_from_checkpoint(random_checkpoint()).bfloat16()
+    [row] = Decoder(model).generate([[1, 2, 3]], Request(9, log_probs=True))
+    ids = torch.tensor([[1, 2, 3, *row[0].ids]])
+    with torch.no_grad():
+        expected = model(ids)[0, 2:-1].float().log_softmax(-1).gather(1, ids[0, 3:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(row[0].log_probs), expected, rtol=0, atol=BFLOAT16_NATS)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-50])
