@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.bpe import END_OF_TEXT
 from bridge.decoding import ENDED, Decoder
-from bridge.errors import TokenizerError
+from bridge.errors import BridgeError, TokenizerError
 from bridge.sampling import Request
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ class _Row:
     """Text that may be the beginning of a stop string."""
 
     def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise BridgeError("stop: an empty string would end every text where it begins; leave it out")
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self, ids: Sequence[int], log_probs: Sequence[float] | None = None) -> str:
@@ -132,7 +134,8 @@ class _Row:
         before = len(self.text)
         if not self.stopped:
             self._add(b"", final=True)
-            self.text, self.held = self.text + self.held, ""
+            if not self.stopped:
+                self.text, self.held = self.text + self.held, ""
         return self.text[before:]
 
     def completion(self) -> Completion:
@@ -141,10 +144,10 @@ class _Row:
 
     def _add(self, new: bytes, final: bool = False) -> None:
         self.held += self.decoder.decode(new, final)
-        found = [place for place in (self.held.find(s) for s in self.stop) if place >= 0]
+        found = [(place + len(s), place) for s in self.stop if (place := self.held.find(s)) >= 0]
         if found:
             self.stopped = True
-            keep = min(found)
+            keep = min(found)[1]  # of what is complete first, as if the text came one character at a time
         else:
             keep = len(self.held) - max((_overlap(self.held, s) for s in self.stop), default=0)
         self.text, self.held = self.text + self.held[:keep], self.held[keep:]

@@ -75,6 +75,7 @@ def keep_top_k(logits_RV: Float[Array, "R V"], k: Int[Array, ""]) -> Float[Array
 def keep_top_p(logits_RV: Float[Array, "R V"], p: Float[Array, ""]) -> Float[Array, "R V"]:
     """Those than which all likelier ones together have a probability below p (Holtzman et al. 2020)."""
     probs_RV = jax.nn.softmax(logits_RV, axis=-1)
+    p = jnp.where(p < 1.0, p, jnp.inf)  # 1 keeps all, also where rounding reaches 1 before the last
     return _keep_from(logits_RV, lambda above: jnp.where(above, probs_RV, 0.0).sum(-1) < p)
 
 
@@ -104,13 +105,12 @@ def _passes(
     """Where the cumulative weight passes this part of the total; and which part of that weight is below it."""
     upto_RN = jnp.cumsum(weights_RN, axis=-1)
     wanted_R1 = (draws_R * upto_RN[:, -1])[:, None]
+    passed_RN = (upto_RN > wanted_R1) & (weights_RN > 0.0)  # XLA's sums may rise where the weight is 0
     # Rounding may put the last draw past the end; the likeliest is a token that may be drawn.
-    found_R = jnp.where(
-        (upto_RN > wanted_R1).any(-1), jnp.argmax(upto_RN > wanted_R1, axis=-1), jnp.argmax(weights_RN, axis=-1)
-    )[:, None]
-    weight_R1 = jnp.take_along_axis(weights_RN, found_R, axis=-1)
-    below_R1 = jnp.take_along_axis(upto_RN, found_R, axis=-1) - weight_R1
-    return found_R[:, 0], jnp.clip((wanted_R1 - below_R1) / weight_R1, 0.0, 1.0)[:, 0]
+    found_R1 = jnp.where(passed_RN.any(-1), passed_RN.argmax(-1), weights_RN.argmax(-1))[:, None]
+    weight_R1 = jnp.take_along_axis(weights_RN, found_R1, axis=-1)
+    below_R1 = jnp.take_along_axis(upto_RN, found_R1, axis=-1) - weight_R1
+    return found_R1[:, 0], jnp.clip((wanted_R1 - below_R1) / weight_R1, 0.0, 1.0)[:, 0]
 
 
 def _keep_from(
@@ -132,5 +132,6 @@ def _keep_from(
 
 def _as_ordered_integers(x: Float[Array, "R V"]) -> Int[Array, "R V"]:
     """Integers in the order of the float32 numbers: their bits, those of negative ones turned round."""
+    x = jnp.where(x == 0.0, 0.0, x)  # -0.0 has other bits
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -49,8 +49,10 @@ def keep_top_k(logits_RV: Float[Tensor, "R V"], k: int) -> Float[Tensor, "R V"]:
 
 def keep_top_p(logits_RV: Float[Tensor, "R V"], p: float) -> Float[Tensor, "R V"]:
     """Those than which all likelier ones together have a probability below p (Holtzman et al. 2020)."""
+    if p >= 1.0:
+        return logits_RV  # all, also where rounding reaches 1 before the last
     sorted_RV = logits_RV.sort(descending=True).values
-    probs_RV = sorted_RV.softmax(-1)
+    probs_RV = sorted_RV.double().softmax(-1)  # in float32 torch's sum over 50257 of them is 1e-5 off
     kept_R1 = (probs_RV.cumsum(-1) - probs_RV < p).sum(-1, keepdim=True)
     return _keep_from(logits_RV, sorted_RV.gather(-1, (kept_R1 - 1).clamp(min=0)))
 

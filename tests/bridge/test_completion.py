@@ -148,9 +148,15 @@ def test_the_stop_string_that_stands_first_wins_within_a_token(pieces: tiktoken.
 
 
 def test_the_stop_string_that_is_complete_first_wins(pieces: tiktoken.Encoding) -> None:
-    """The text is then known, and need not wait for a longer string that began before."""
+    """However the text is cut: it is then known, and need not wait for a longer string that began before."""
     for stop in (["abcd", "bc"], ["bc", "abcd"]):
         assert completion_of(spelled("xabcd"), pieces, stop) == Completion("xa", spelled("xabc"), None, True)
+        assert completion_of(spelled("xabcd", "y"), pieces, stop).text == "xa"
+
+
+def test_an_empty_stop_string_is_refused(pieces: tiktoken.Encoding) -> None:
+    with pytest.raises(BridgeError, match="empty"):
+        completion_of(spelled("x"), pieces, [""])
 
 
 @pytest.mark.parametrize("said", ["x stoSTO", "ST", "x S"])
