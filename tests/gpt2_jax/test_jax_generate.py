@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,12 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from implementations import jax_model, torch_model, transformers_model
-from models import TINY, random_checkpoint, random_ids
+from implementations import jax_model, torch_logits, torch_model, transformers_model
+from models import TINY, huggingface_directory, random_checkpoint, random_ids
 
 import gpt2_torch
-from gpt2_jax import GPT2, generate, model_from_checkpoint
-from gpt2_jax.generate import SHORTEST_BUCKET, _fill
+from bridge.decoding import left_padded
+from bridge.sampling import Request, uniform_draws
+from gpt2_jax import GPT2, generate
+from gpt2_jax.generate import SHORTEST_BUCKET, Decoder, _more_tokens, _prefill, bucket
+
+ROOT = Path(__file__).parents[2]
+
+LOGIT_ROUNDING = 1e-5
+"""Of the largest logit: float32 sums in another order, 5e-7 of it."""
+BFLOAT16_NATS = 0.3
+"""bfloat16 keeps 8 bits: logits of 16 and more are multiples of 0.125, and each layer adds a rounding."""
 
 SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
 PROMPTS = random_ids(SMALL, batch=3, length=4)
@@ -88,27 +103,174 @@ def test_prompts_that_cannot_be_continued_are_refused(model_and_params: tuple[GP
         generate(*model_and_params, PROMPTS + SMALL.vocab_size, max_new_tokens=1)
 
 
-def test_one_compilation_serves_a_power_of_two_of_lengths():
-    config = replace(SMALL, n_positions=128, n_layer=1)
-    model, params = jax_model(random_checkpoint(config))
-    _fill.clear_cache()
+def test_generating_twice_gives_the_same(model_and_params: tuple[GPT2, dict[str, Any]]):
+    """What the loops are given to write over is their own, not the caller's parameters or ids."""
+    model, params = model_and_params
+    before, ids = jax.tree.map(np.array, params), jnp.asarray(PROMPTS)
+    first, second = (generate(model, params, ids, max_new_tokens=9, temperature=1.0) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    np.testing.assert_array_equal(ids, PROMPTS)
 
-    def compilations_after(length: int, max_new_tokens: int, **kwargs: Any) -> int:
-        ids = jnp.zeros((1, length), jnp.int32)
-        generate(model, params, ids, max_new_tokens=max_new_tokens, **kwargs)
-        return _fill._cache_size()
 
-    for length, new in ((1, 1), (3, 9), (10, SHORTEST_BUCKET - 10)):
-        assert compilations_after(length, new, temperature=0.7) == 1
-    assert compilations_after(2, 5, temperature=1.3, seed=8) == 1
-    for length, new in ((1, SHORTEST_BUCKET), (20, 30), (4, 60)):
-        assert compilations_after(length, new, temperature=0.7) == 2
-    assert compilations_after(5, 60, temperature=0.7) == 3
+def test_a_row_is_filled_with_the_stop_id_after_which_it_ended(model_and_params: tuple[GPT2, dict[str, Any]]):
+    free = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9)).tolist()
+    stop = free[0][6]
+    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, stop_ids=[stop])).tolist()
+    assert len(ids) == len(free)
+    for row, whole in zip(ids, free, strict=True):
+        end = whole.index(stop, 4) + 1 if stop in whole[4:] else len(whole)
+        assert row == [*whole[:end], *[stop] * (len(whole) - end)]
+
+
+def test_samples_of_a_prompt_follow_each_other(model_and_params: tuple[GPT2, dict[str, Any]]):
+    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=3.0, samples=2))
+    np.testing.assert_array_equal(ids[:, :4], PROMPTS.repeat(2, axis=0))
+    assert len({tuple(row) for row in ids.tolist()}) == 6
+
+
+COMPILED = replace(SMALL, n_positions=128, n_layer=1)
+COMPILED_BUCKETS = (32, 64, 128)
+
+
+@pytest.fixture
+def counted() -> Decoder:
+    """A decoder whose compilations alone are counted."""
+    _prefill.clear_cache()
+    _more_tokens.clear_cache()
+    return Decoder(*jax_model(random_checkpoint(COMPILED)))
+
+
+def test_any_number_of_lengths_takes_one_compilation_per_bucket(counted: Decoder):
+    rng, caches, prompts = np.random.default_rng(0), set(), set()
+    for _ in range(50):
+        length = int(rng.integers(1, COMPILED.n_positions - 2))
+        new = int(rng.integers(2, COMPILED.n_positions - length + 1))
+        counted.generate([rng.integers(0, COMPILED.vocab_size, length).tolist()], Request(new))
+        slots = bucket(length + new, COMPILED.n_positions)
+        caches.add(slots)
+        prompts.add((slots, bucket(length, COMPILED.n_positions)))
+    assert caches == {*COMPILED_BUCKETS}
+    assert _more_tokens._cache_size() <= len(caches)
+    assert _prefill._cache_size() <= len(prompts)
+
+
+def test_other_numbers_in_a_request_compile_nothing(counted: Decoder):
+    request = Request(8, temperature=0.7, top_k=5, seed=1)
+    counted.generate([[1, 2, 3]], request)
+    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 1)
+    for changes in ({"seed": 2}, {"temperature": 1.3}, {"top_k": 9}, {"max_new_tokens": SHORTEST_BUCKET - 3}):
+        counted.generate([[4, 5, 6]], replace(request, **changes))
+    for at_a_time in (1, 3):
+        assert [*counted.stream([[7]], request, at_a_time)]
+    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 1)
+    counted.generate([[1, 2, 3]], replace(request, top_p=0.9))
+    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 2), "this would not have counted"
+
+
+def test_buckets_are_powers_of_two_up_to_the_positions():
+    lengths = (1, SHORTEST_BUCKET, SHORTEST_BUCKET + 1, 64, 65, 100)
+    assert [bucket(length, 100) for length in lengths] == [32, 32, 64, 64, 100, 100]
+    assert bucket(3, 16) == 16
+
+
+@pytest.mark.parametrize("lengths", [(7,), (8,), (9,), (16, 3), (29, 21)], ids=str)
+def test_a_prompt_of_several_chunks_has_the_logits_of_one_run(
+    lengths: tuple[int, ...], model_and_params: tuple[GPT2, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys.modules[Decoder.__module__], "PREFILL_CHUNK", 8)
+    model, params = model_and_params
+    rows = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in lengths]
+    _, found = Decoder(model, params)._prefilled(*left_padded(rows), slots=31)
+    for row, logits in zip(rows, found, strict=True):
+        expected = torch_logits(random_checkpoint(SMALL), np.array([row]))[0, -1]  # nothing to compile
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=LOGIT_ROUNDING * np.abs(expected).max())
+
+
+def test_bfloat16_parameters_give_the_log_probabilities_of_a_bfloat16_model(
+    model_and_params: tuple[GPT2, dict[str, Any]],
+):
+    model, params = model_and_params
+    narrow = model.clone(dtype=jnp.bfloat16), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    decoder = Decoder(model, params, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(decoder.params)} == {jnp.dtype(jnp.bfloat16)}
+    prompts = PROMPTS.tolist()
+    found = decoder.generate(prompts, Request(9, log_probs=True))
+    ids = np.array([[*prompt, *row[0].ids] for prompt, row in zip(prompts, found, strict=True)])
+    logits = jnp.asarray(jax.jit(narrow[0].apply)({"params": narrow[1]}, ids))
+    log_probs = jax.nn.log_softmax(logits[:, 3:-1].astype(jnp.float32))
+    expected = np.take_along_axis(np.asarray(log_probs), ids[:, 4:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose([row[0].log_probs for row in found], expected, rtol=0, atol=BFLOAT16_NATS)
+
+
+def copies_of(size: int, program: str) -> list[str]:
+    """The instructions of a compiled program that copy arrays of so many numbers, inside its loops and outside."""
+    found = re.finditer(r"= \w+\[([\d,]+)\]\S* copy\(.*", program)
+    return [match[0] for match in found if math.prod(map(int, match[1].split(","))) == size]
+
+
+def test_the_loop_over_tokens_copies_no_cache():
+    """A layout that the products cannot read in place made XLA copy every layer's keys and values for every token."""
+    decoder = Decoder(*jax_model(random_checkpoint(replace(SMALL, n_positions=64))))
+    request = Request(20, temperature=1.0)
+    state = decoder._begin(*left_padded([[1, 2, 3]]), 64, request, uniform_draws(request), np.zeros(1, bool), 1)
+    size = state.cache.keys[0].size
+    assert size == state.cache.values[0].size == SMALL.n_embd * 64
+    program = _more_tokens.lower(decoder.model, decoder.params, state, 3).compile().as_text()
+    assert re.search(r"\bwhile\(", program)
+    assert copies_of(size, program) == []
+
+
+def test_a_copy_in_a_loop_would_be_found():
+    def exchanged(a: Any, b: Any) -> Any:
+        return jax.lax.fori_loop(0, 3, lambda _, pair: (pair[1] + 1, pair[0]), (a, b))
+
+    program = jax.jit(exchanged).lower(jnp.zeros((3, 16, 64)), jnp.ones((3, 16, 64))).compile().as_text()
+    assert copies_of(3 * 16 * 64, program)
+
+
+SHARDED = """
+import sys
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import bridge
+import gpt2_jax
+
+model, params = gpt2_jax.from_pretrained(sys.argv[1])
+mesh = jax.make_mesh((2, 4), ("rows", "columns"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def split(path, leaf):
+    # Over the first axis that is n_embd: the mesh divides it, as it does no other.
+    spec = [None] * leaf.ndim
+    if path[-1].key in ("kernel", "embedding"):
+        spec[leaf.shape.index(model.config.n_embd)] = "columns"
+    return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+assert len(jax.devices()) == 8
+sharded = jax.tree_util.tree_map_with_path(split, params)
+assert sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded)) > 8
+prompts = np.arange(1, 9).reshape(2, 4)
+for request in ({}, {"temperature": 1.0}):
+    expected, found = (gpt2_jax.generate(model, p, prompts, max_new_tokens=9, **request) for p in (params, sharded))
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+"""
+
+
+def test_sharded_parameters_give_the_same_tokens(tmp_path: Path):
+    """In a process of its own: how many devices there are is decided when JAX begins."""
+    model = huggingface_directory(tmp_path / "model", SMALL)
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-c", SHARDED, str(model)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-50])
-def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> None:
-    model, params = model_from_checkpoint(random_checkpoint())
-    ids = random_ids(TINY, length=4)
-    greedy = generate(model, params, ids, max_new_tokens=5)
-    assert (generate(model, params, ids, max_new_tokens=5, temperature=temperature) == greedy).all()
+def test_a_tiny_temperature_takes_the_likeliest_token(
+    temperature: float, model_and_params: tuple[GPT2, dict[str, Any]]
+) -> None:
+    greedy, cold = (generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=t) for t in (0.0, temperature))
+    np.testing.assert_array_equal(cold, greedy)
