@@ -1,0 +1,168 @@
+"""A model that keeps the keys and values of each token gives the logits of one that runs the whole sequence again:
+at every position, in whatever pieces the sequence comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from implementations import jax_logits, relative_error, torch_logits, torch_model
+from models import TINY, random_checkpoint, random_ids, random_state
+
+import gpt2_jax
+import gpt2_torch
+from bridge import Checkpoint, GPT2Config
+from gpt2_jax.generate import Decoder
+from gpt2_jax.model import KeyValueCache, empty_cache
+from gpt2_torch.model import empty_cache as empty_torch_cache
+
+pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
+
+ROUNDING = {np.float32: 1e-5, np.float64: 1e-12}
+"""Largest difference over the largest logit: a product with one row is summed in another order than one with many,
+which made 5e-7 and 1e-15 of difference."""
+A_MISTAKE = 1e-2
+"""By the same measure, where keys, values or positions are not those of the sequence: far from any rounding."""
+
+CONFIG = replace(TINY, n_layer=2)  # as many as can differ: each length of piece is compiled for each variant
+LENGTH = 13
+SLOTS = LENGTH + 3  # slots that nothing is written to must not count
+PADDING = {"rows of one length": (0, 0, 0), "left padding": (0, 8, 4)}
+PIECES = {"all at once": (13,), "one by one": (1,) * 13, "odd pieces": (3, 1, 3, 3, 3)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    config: GPT2Config
+    form: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the Flax parameters."""
+
+
+VARIANTS = {
+    "plain": Variant(CONFIG),
+    "inverse layer index": Variant(replace(CONFIG, scale_attn_by_inverse_layer_idx=True)),
+    "untied head": Variant(replace(CONFIG, tie_word_embeddings=False)),
+    "no biases": Variant(replace(CONFIG, bias=False)),
+    "upcast attention": Variant(replace(CONFIG, reorder_and_upcast_attn=True)),
+    "padded vocabulary": Variant(CONFIG, {"vocab_multiple": 64}),
+    "stacked layers": Variant(replace(CONFIG, scale_attn_by_inverse_layer_idx=True), {"scan": True}),
+}
+
+
+class TorchSide:
+    logits = staticmethod(torch_logits)
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model = torch_model(checkpoint)
+
+    def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.model.KeyValueCache:
+        return empty_torch_cache(self.model.config, torch.tensor(padding), SLOTS, self.model.wte.weight.dtype)
+
+    def extend(self, ids: np.ndarray, cache: gpt2_torch.model.KeyValueCache) -> tuple[np.ndarray, Any]:
+        with torch.no_grad():
+            return self.model.head(self.model.extend(torch.from_numpy(ids), cache)).numpy(), cache
+
+
+class JaxSide:
+    """Extends with the model and the parameters as a decoder prepares them: it takes stacked layers apart."""
+
+    def __init__(self, checkpoint: Checkpoint, **form: Any) -> None:
+        self.logits = functools.partial(jax_logits, **form)
+        dtype = checkpoint.tensors["wte.weight"].dtype
+        self.decoder = Decoder(*gpt2_jax.model_from_checkpoint(checkpoint, dtype=dtype, **form))
+
+    def empty_cache(self, padding: tuple[int, ...]) -> KeyValueCache:
+        return empty_cache(self.decoder.config, jnp.asarray(padding), SLOTS, self.decoder.model.dtype)
+
+    def extend(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+        logits, cache = _extended(self.decoder.model, self.decoder.params, jnp.asarray(ids), cache)
+        return np.asarray(logits), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _extended(model: gpt2_jax.GPT2, params: Any, ids: jax.Array, cache: Any) -> tuple[Any, Any]:
+    x, cache = model.apply({"params": params}, ids, cache, method="extend")
+    return model.apply({"params": params}, x, method="head"), cache
+
+
+def sides(variant: Variant, dtype: Any) -> dict[str, TorchSide | JaxSide]:
+    checkpoint = random_checkpoint(variant.config, dtype)
+    return {"gpt2_torch": TorchSide(checkpoint), "gpt2_jax": JaxSide(checkpoint, **variant.form)}
+
+
+def logits_in_pieces(
+    side: TorchSide | JaxSide, ids: np.ndarray, padding: tuple[int, ...], pieces: tuple[int, ...]
+) -> np.ndarray:
+    cache: Any = side.empty_cache(padding)
+    found = []
+    for piece in np.split(ids, np.cumsum(pieces)[:-1], axis=1):
+        logits, cache = side.extend(piece, cache)
+        found.append(logits)
+    return np.concatenate(found, axis=1)
+
+
+def mask_of(padding: tuple[int, ...]) -> np.ndarray:
+    return (np.arange(LENGTH) >= np.array(padding)[:, None]).astype(np.int64)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_logits_are_those_of_the_whole_sequence(variant: str, dtype: Any) -> None:
+    with jax.enable_x64(dtype is np.float64):
+        checkpoint = random_checkpoint(VARIANTS[variant].config, dtype)
+        ids = random_ids(CONFIG, batch=3, length=LENGTH)
+        for name, side in sides(VARIANTS[variant], dtype).items():
+            for rows, padding in PADDING.items():
+                mask = mask_of(padding)
+                expected = side.logits(checkpoint, ids, mask)[mask > 0]
+                for how, pieces in PIECES.items():
+                    found = logits_in_pieces(side, ids, padding, pieces)
+                    assert np.isfinite(found).all(), (name, rows, how)  # where there is no token, too
+                    assert found.dtype == dtype
+                    assert relative_error(found[mask > 0], expected) <= ROUNDING[dtype], (name, rows, how)
+
+
+def changed(cache: Any, **fields: Any) -> Any:
+    return cache._replace(**fields) if isinstance(cache, KeyValueCache) else replace(cache, **fields)
+
+
+MISTAKES: dict[str, Callable[[Any], Any]] = {
+    "a slot is left out": lambda cache: changed(cache, length=cache.length + 1),
+    "a token is written over": lambda cache: changed(cache, length=cache.length - 1),
+    "a row's first token is taken for padding": lambda cache: changed(cache, padding=cache.padding + 1),
+    "values stand one slot too late": lambda cache: changed(
+        cache, values=type(cache.values)(values[..., [0, *range(SLOTS - 1)], :] for values in cache.values)
+    ),
+    "keys are those of another layer": lambda cache: changed(cache, keys=cache.keys[::-1]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_cache_would_show(mistake: str) -> None:
+    ids, known = random_ids(CONFIG, batch=3, length=LENGTH), LENGTH - 3
+    for name, side in sides(VARIANTS["plain"], np.float32).items():
+        right = side.logits(random_checkpoint(CONFIG), ids, mask_of((0, 0, 0)))[:, known:]
+        cache: Any = side.empty_cache((0, 0, 0))
+        for at in range(known):
+            _, cache = side.extend(ids[:, at : at + 1], cache)
+        wrong, _ = side.extend(ids[:, known:], MISTAKES[mistake](cache))
+        assert relative_error(wrong, right) > A_MISTAKE, name
+
+
+def test_a_mistake_in_the_positions_alone_would_show() -> None:
+    ids, state = random_ids(CONFIG, batch=3, length=LENGTH), random_state(CONFIG)
+    shifted = Checkpoint.of(state | {"wpe.weight": np.roll(state["wpe.weight"], 1, axis=0)}, CONFIG)
+    for side in (TorchSide, JaxSide):
+        right, wrong = (
+            logits_in_pieces(side(checkpoint), ids, (0, 0, 0), (1,) * LENGTH)
+            for checkpoint in (random_checkpoint(CONFIG), shifted)
+        )
+        assert np.abs(wrong - right).max(axis=-1).min() > A_MISTAKE * np.abs(right).max(), side.__name__

@@ -1,0 +1,235 @@
+"""Text that is generated: the same from every implementation, and for a prompt the same alone and among others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from implementations import jax_model, torch_model, transformers_model
+from models import TINY, random_checkpoint, random_ids
+
+import bridge
+from bridge import BUNDLED, Checkpoint, GPT2Config
+from bridge.decoding import ENDED, Decoder
+from bridge.sampling import Request, uniform_draws
+from gpt2_jax.generate import Decoder as JaxDecoder
+from gpt2_torch.filters import choose
+from gpt2_torch.generate import Decoder as TorchDecoder
+
+pytestmark = pytest.mark.usefixtures("torch_in_one_thread", "quick_compilation")
+
+LOG_PROB_ROUNDING = 2e-5
+"""Nats. Logits are about 20 and rounded at 2e-6 of that, each in sums that have another order alone than in a batch."""
+
+SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
+LENGTHS = (3, 11, 1, 7)
+PROMPTS = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in LENGTHS]
+STOP_IDS = tuple(range(0, SMALL.vocab_size, 20))  # so many that some row is bound to meet one
+
+Decoders = Mapping[str, Decoder[Any, Any]]
+each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
+
+
+def decoders_of(checkpoint: Checkpoint) -> Decoders:
+    return {"gpt2_torch": TorchDecoder(torch_model(checkpoint)), "gpt2_jax": JaxDecoder(*jax_model(checkpoint))}
+
+
+def greedy_ids_of_transformers(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
+    found = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # else id 0 is taken to be padding
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    return found[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Checkpoint:
+    return bridge.load("bundled")
+
+
+@pytest.fixture(scope="module")
+def trained(bundled: Checkpoint, quick_compilation: None) -> Decoders:
+    return decoders_of(bundled)
+
+
+@pytest.fixture(scope="module")
+def small(torch_in_one_thread: None, quick_compilation: None) -> Decoders:
+    return decoders_of(random_checkpoint(SMALL))
+
+
+@pytest.fixture(scope="module")
+def prompts(bundled: Checkpoint) -> list[list[int]]:
+    """Twenty pieces of text that the model was not trained on, of 1 to 39 tokens."""
+    text = (BUNDLED / "validation.txt").read_text(encoding="utf-8")
+    ids = bundled.tokenizer().encode_ordinary(text)
+    return [ids[2000 * i : 2000 * i + 1 + 2 * i] for i in range(20)]
+
+
+def test_all_implementations_write_the_same_greedy_text(
+    bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
+) -> None:
+    tokenizer, peer, request = bundled.tokenizer(), transformers_model(bundled), Request(24)
+    written = set()
+    for prompt in prompts:
+        expected = tokenizer.decode(greedy_ids_of_transformers(peer, prompt, 24))
+        for name, decoder in trained.items():
+            assert tokenizer.decode(decoder.generate([prompt], request)[0][0].ids) == expected, (name, prompt)
+        written.add(expected)
+    assert len(written) > len(prompts) / 2, "texts that hardly depend on the prompt prove little"
+
+
+@pytest.mark.slow
+def test_all_implementations_make_the_same_greedy_tokens_at_124m() -> None:
+    """Weights are normal with a standard deviation of 0.06, three times GPT-2's own, norm scales around 1, one seed.
+
+    With initial weights a tied model repeats its last token; with these the layers have a say. The two likeliest
+    of 50257 logits that are normal lie 0.2 standard deviations apart on average, so one token in some 10^4 has
+    a gap within the rounding of float32, 1e-5: it is not among these.
+    """
+    config, rng, state = GPT2Config(), np.random.default_rng(0), {}
+    for p in bridge.parameters(config):
+        values = rng.standard_normal(p.torch_shape, np.float32) * np.float32(0.06)
+        is_norm = ".ln_" in f".{p.torch_name}" and p.torch_name.endswith("weight")
+        state[p.torch_name] = values + np.float32(1.0) if is_norm else values
+    checkpoint = Checkpoint.of(state, config)
+    prompts = [rng.integers(0, config.vocab_size, length).tolist() for length in (2, 9, 5)]
+    peer = transformers_model(checkpoint)
+    expected = [greedy_ids_of_transformers(peer, prompt, 12) for prompt in prompts]
+    assert len({token for row in expected for token in row}) > 12, "repetitions prove little"
+    for name, decoder in decoders_of(checkpoint).items():
+        assert [row[0].ids for row in decoder.generate(prompts, Request(12))] == expected, name
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}, {"temperature": 1.2, "min_p": 0.05}],
+    ids=["all tokens", "top-k and top-p", "min-p"],
+)
+def test_both_backends_draw_the_same_text(
+    filters: dict[str, Any], bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
+) -> None:
+    tokenizer, request = bundled.tokenizer(), Request(40, seed=7, samples=2, repetition_penalty=1.1, **filters)
+    ours, port = (
+        [[tokenizer.decode(sample.ids) for sample in row] for row in decoder.generate(prompts[2:5], request)]
+        for decoder in trained.values()
+    )
+    assert ours == port
+    assert len({text for row in ours for text in row}) == 6
+
+
+REQUESTS = {
+    "greedy": Request(21, log_probs=True),
+    "sampled": Request(21, log_probs=True, temperature=1.0, seed=3),
+    "several samples": Request(21, log_probs=True, temperature=2.0, samples=3),
+    "greedy samples with repetition penalized": Request(21, log_probs=True, repetition_penalty=1.5, samples=2),
+    "stop ids": Request(21, log_probs=True, temperature=3.0, stop_ids=STOP_IDS),
+    "slide": Request(61, log_probs=True, slide=True),
+    "slide with stop ids": Request(61, log_probs=True, temperature=2.0, slide=True, stop_ids=STOP_IDS[:2]),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_row_is_what_it_is_alone(name: str, backend: str, small: Decoders) -> None:
+    request = REQUESTS[name]
+    together = small[backend].generate(PROMPTS, request)
+    assert len({tuple(c.ids) for row in together for c in row}) > 1
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        alone = small[backend].generate([prompt], request)[0]
+        assert [c.ids for c in row] == [c.ids for c in alone]
+        for ours, expected in zip(row, alone, strict=True):
+            np.testing.assert_allclose(ours.log_probs, expected.log_probs, rtol=0, atol=LOG_PROB_ROUNDING)
+
+
+@each_backend
+def test_the_order_of_the_rows_is_of_no_account(backend: str, small: Decoders) -> None:
+    request = REQUESTS["several samples"]
+    forwards, backwards = (small[backend].generate(rows, request) for rows in (PROMPTS, PROMPTS[::-1]))
+    assert [[c.ids for c in row] for row in forwards] == [[c.ids for c in row] for row in backwards[::-1]]
+    assert len({tuple(sample.ids) for sample in forwards[0]}) == 3
+
+
+@each_backend
+def test_a_row_ends_with_its_first_stop_id(backend: str, small: Decoders) -> None:
+    request = REQUESTS["stop ids"]
+    free = small[backend].generate(PROMPTS, replace(request, stop_ids=()))
+    lengths = set()
+    for [ended], [whole] in zip(small[backend].generate(PROMPTS, request), free, strict=True):
+        stops = [n for n, token in enumerate(whole.ids, start=1) if token in STOP_IDS]
+        assert ended.ids == whole.ids[: min([*stops, request.max_new_tokens])]
+        lengths.add(len(ended.ids))
+    assert min(lengths) < request.max_new_tokens
+    assert len(lengths) > 1, "rows that end together prove little"
+
+
+@each_backend
+def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> None:
+    """Those of the uncached model's logits, whatever the filters make of them."""
+    model = torch_model(random_checkpoint(SMALL))
+    request = REQUESTS["several samples"]
+    for prompt, row in zip(PROMPTS, small[backend].generate(PROMPTS, request), strict=True):
+        for continuation in row:
+            ids = torch.tensor([*prompt, *continuation.ids])
+            with torch.no_grad():
+                log_probs = model(ids[None])[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = log_probs.gather(1, ids[len(prompt) :, None])[:, 0].numpy()
+            assert expected.min() < np.log(0.1), "tokens that are all but certain prove little"
+            np.testing.assert_allclose(continuation.log_probs, expected, rtol=0, atol=LOG_PROB_ROUNDING)
+
+
+def plain_continuation(prompt: list[int], request: Request) -> list[int]:
+    """No cache: the whole row runs for each token, and is cut to its last half where it is full."""
+    model, row, new, positions = torch_model(random_checkpoint(SMALL)), [*prompt], [], SMALL.n_positions
+    for draw in uniform_draws(request)[0]:
+        if len(row) >= positions:
+            row = row[-(positions // 2) :]
+        with torch.no_grad():
+            logits = model(torch.tensor([row]))[:, -1]
+        new.append(int(choose(logits, torch.tensor([draw]), request, None)))
+        row.append(new[-1])
+    return new
+
+
+@each_backend
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_a_full_row_goes_on_from_its_last_half(temperature: float, backend: str, small: Decoders) -> None:
+    request = Request(61, log_probs=True, temperature=temperature, slide=True)
+    for length in (3, SMALL.n_positions, SMALL.n_positions + 9):
+        prompt = random_ids(SMALL, 1, length, seed=1)[0].tolist()
+        assert small[backend].generate([prompt], request)[0][0].ids == plain_continuation(prompt, request), length
+
+
+@each_backend
+@pytest.mark.parametrize("at_a_time", [1, 3, 7])
+@pytest.mark.parametrize("name", ["several samples", "stop ids", "slide"])
+def test_chunks_are_the_tokens_of_one_go(name: str, at_a_time: int, backend: str, small: Decoders) -> None:
+    request = REQUESTS[name]
+    chunks = [*small[backend].stream(PROMPTS, request, at_a_time)]
+    assert {chunk.ids.shape[1] for chunk in chunks} <= {*range(1, at_a_time + 1)}
+    assert len(chunks) > 2
+    expected = small[backend].generate(PROMPTS, request)
+    ids = np.concatenate([chunk.ids for chunk in chunks], axis=1)
+    log_probs = np.concatenate([chunk.log_probs for chunk in chunks if chunk.log_probs is not None], axis=1)
+    for r, continuation in enumerate(c for row in expected for c in row):
+        new = ids[r] != ENDED
+        assert ids[r, new].tolist() == continuation.ids
+        assert log_probs[r, new].tolist() == continuation.log_probs
+        assert not new[len(continuation.ids) :].any()
+
+
+@each_backend
+def test_what_cannot_be_streamed_is_refused_before_anything_runs(backend: str, small: Decoders) -> None:
+    with pytest.raises(ValueError, match="beams"):
+        small[backend].stream(PROMPTS, Request(3, beams=2))
+    with pytest.raises(ValueError, match="slide"):
+        small[backend].stream(PROMPTS, Request(SMALL.n_positions))
+    with pytest.raises(IndexError, match="vocabulary"):
+        small[backend].stream([[SMALL.vocab_size]], Request(3))
