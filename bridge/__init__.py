@@ -1,7 +1,7 @@
 """The bridge between the two backends: configurations, names, shapes and files; numpy only."""
 
 from bridge.checkpoint import Checkpoint
-from bridge.completion import Completion, complete, stream_text
+from bridge.completion import Completion, complete, end_of_text_ids, stream_text
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
@@ -31,6 +31,7 @@ __all__ = [
     "canonicalize",
     "character_tokenizer",
     "complete",
+    "end_of_text_ids",
     "find_oddities",
     "load",
     "num_parameters",

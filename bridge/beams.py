@@ -71,7 +71,7 @@ def beam_search(decoder: Decoder[Any, Any], prompts: Prompts, request: Request) 
     request.check(decoder.config, prompts)
     check_ids(decoder.config, prompts)
     width, slots = request.beams, max(map(len, prompts), default=0) + request.max_new_tokens
-    if not prompts or not request.max_new_tokens:
+    if len(prompts) == 0 or not request.max_new_tokens:
         return [[Continuation([], [] if request.log_probs else None)] * request.samples for _ in prompts]
     candidates = width + len(set(request.stop_ids))  # of each row, so that as many as `beams` go on
     state, log_probs, ids = decoder._begin_beams(*left_padded(prompts), slots, width, candidates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
 STREAMED_AT_A_TIME = 4
 """Tokens between two pieces of streamed text: a tenth of a second for 124M parameters on CPU."""
 
+PROMPTS_AT_A_TIME = 32
+"""Rows that run together: a cache for all of a long list would not fit in memory."""
+
 STOPPED_AT_A_TIME = 16
 """Tokens between two looks for a stop string."""
+
+
+_DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
@@ -46,16 +53,31 @@ def complete(
 ) -> list[list[Completion]]:
     """For each prompt, its completions: `request.samples` of them, each ended by any of the strings `stop` too.
 
+    At the end of a document they end with `stop_ids=bridge.end_of_text_ids(tokenizer)` in the request.
     Raises `BridgeError` for a request that cannot be honoured, or a text that the tokenizer cannot encode.
     """
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    request.check(decoder.config, ids)
+    found = []
+    for i in range(0, len(ids), PROMPTS_AT_A_TIME):
+        found += _complete(decoder, tokenizer, ids[i : i + PROMPTS_AT_A_TIME], request, stop)
+    return found
+
+
+def _complete(
+    decoder: Decoder[Any, Any],
+    tokenizer: tiktoken.Encoding,
+    ids: Sequence[Sequence[int]],
+    request: Request,
+    stop: Sequence[str],
+) -> list[list[Completion]]:
     if request.beams > 1:
         found = decoder.generate(ids, request)
         rows = [_Row(tokenizer, request, stop) for continuations in found for _ in continuations]
         for row, continuation in zip(rows, (c for continuations in found for c in continuations), strict=True):
             row.read(continuation.ids, continuation.log_probs)
     else:
-        rows = [_Row(tokenizer, request, stop) for _ in range(len(prompts) * request.samples)]
+        rows = [_Row(tokenizer, request, stop) for _ in range(len(ids) * request.samples)]
         for chunk in decoder.stream(ids, request, STOPPED_AT_A_TIME if stop else None):
             for r, row in enumerate(rows):
                 row.read(chunk.ids[r].tolist(), None if chunk.log_probs is None else chunk.log_probs[r].tolist())
@@ -83,15 +105,17 @@ def stream_text(
         yield piece
 
 
-def end_of_text_id(tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
-    """The id that ends a document, where the tokenizer has one; as `Request.stop_ids`."""
+def end_of_text_ids(tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
+    """For `Request.stop_ids`: the id that ends a document, or none where the tokenizer has none."""
     found = tokenizer._special_tokens.get(END_OF_TEXT)
     return () if found is None else (found,)
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """The text without control characters and marks of direction, which a terminal would obey."""
+    return "".join(
+        "\ufffd" if (unicodedata.category(c) == "Cc" and c not in "\n\t") or c in _DIRECTION else c for c in text
+    )
 
 
 @dataclass
@@ -109,6 +133,8 @@ class _Row:
     """Text that may be the beginning of a stop string."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            raise BridgeError(f"stop: {self.stop!r} is one string; give a list of strings")
         if "" in self.stop:
             raise BridgeError("stop: an empty string would end every text where it begins; leave it out")
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bridge.config import GPT2Config
+from bridge.errors import BridgeError
 from bridge.sampling import Request, uniform_draws
 
 Prompts = Sequence[Sequence[int]]
@@ -44,7 +45,7 @@ class Chunk:
 
 
 class Decoder(ABC, Generic[State, Beams]):
-    """Continues prompts of any lengths, each row exactly as it would go on alone."""
+    """Continues prompts of any lengths, each row as it would go on alone (but for rounding in the last bits)."""
 
     config: GPT2Config
 
@@ -85,6 +86,8 @@ class Decoder(ABC, Generic[State, Beams]):
         made, copies, ended = 0, request.samples, np.zeros(len(draws), bool)
         while made < request.max_new_tokens and not ended.all():
             rows = [self._within_positions(row) for row in rows]
+            if made:  # what has ended takes no part any more, and must not be the longest
+                rows = [row[-1:] if over else row for row, over in zip(rows, ended, strict=True)]
             longest = max(map(len, rows))
             last = min(request.max_new_tokens, made + self.config.n_positions - longest)
             state = self._begin(*left_padded(rows), longest + last - made, request, draws[:, made:last], ended, copies)
@@ -95,6 +98,8 @@ class Decoder(ABC, Generic[State, Beams]):
                 for row, ids in zip(rows, chunk.ids, strict=True):
                     row.extend(ids[ids != ENDED].tolist())
                 ended = np.isin(chunk.ids[:, -1], [ENDED, *request.stop_ids])
+                if chunk.log_probs is not None and np.isnan(chunk.log_probs[chunk.ids != ENDED]).any():
+                    raise BridgeError("the model's logits are not numbers; look for weights that are not finite")
                 yield chunk
                 made += n
                 n = min(at_a_time or last, last - made)
@@ -159,7 +164,8 @@ def with_continuations(
     """The prompts and their continuations as one array; what is left of a row that ended is its first stop id."""
     rows = [(prompt, c.ids) for prompt, continuations in zip(prompts, found, strict=True) for c in continuations]
     filler = request.stop_ids[0] if request.stop_ids else 0
-    ids = np.full((len(rows), prompts.shape[1] + request.max_new_tokens), filler, prompts.dtype)
+    dtype = np.promote_types(prompts.dtype, np.int32)  # prompts may come in bytes
+    ids = np.full((len(rows), prompts.shape[1] + request.max_new_tokens), filler, dtype)
     for row, (prompt, new) in zip(ids, rows, strict=True):
         row[: len(prompt)] = prompt
         row[len(prompt) : len(prompt) + len(new)] = new

@@ -29,7 +29,7 @@ class Request:
     max_new_tokens: int
     """At most so many; a row ends sooner with one of `stop_ids`."""
     repetition_penalty: float | None = None
-    """Logits of the tokens that a row has are divided by it where positive, else multiplied (Keskar et al. 2019)."""
+    """Logits of tokens that the model sees are divided by it where positive, else multiplied (Keskar et al. 2019)."""
     temperature: float = 0.0
     """Logits are divided by it; 0 takes the likeliest token."""
     top_k: int | None = None
@@ -39,7 +39,8 @@ class Request:
     min_p: float | None = None
     """Sample among tokens with at least this part of the likeliest one's probability (Nguyen et al. 2024)."""
     seed: int = 0
-    """The same seed gives the same tokens: for a prompt alone or among others, and in both backends, up to rounding."""
+    """The same seed gives the same tokens: for a prompt alone or among others, and in both backends, up to rounding.
+    The same prompt twice gives one text twice; for several texts ask for `samples`."""
     samples: int = 1
     """Continuations of each prompt, one after the other in the result."""
     stop_ids: tuple[int, ...] = ()
@@ -96,6 +97,12 @@ def _problems(r: Request, config: GPT2Config) -> Iterator[str]:
         yield f"stop_ids={unknown}: the vocabulary is 0 to {config.vocab_size - 1}"
     if r.beams > 1:
         yield from _problems_with_beams(r, config)
+    elif r.greedy:
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(r, name) is not None:
+                yield f"{name}={getattr(r, name)}: does nothing without a temperature; give one above 0"
+        if r.samples > 1:
+            yield f"samples={r.samples}: would all be the same without a temperature; give one above 0"
 
 
 def _problems_with_beams(r: Request, config: GPT2Config) -> Iterator[str]:

@@ -75,7 +75,8 @@ def keep_top_k(logits_RV: Float[Array, "R V"], k: Int[Array, ""]) -> Float[Array
 def keep_top_p(logits_RV: Float[Array, "R V"], p: Float[Array, ""]) -> Float[Array, "R V"]:
     """Those than which all likelier ones together have a probability below p (Holtzman et al. 2020)."""
     probs_RV = jax.nn.softmax(logits_RV, axis=-1)
-    p = jnp.where(p < 1.0, p, jnp.inf)  # 1 keeps all, also where rounding reaches 1 before the last
+    # 1 keeps all, also where rounding reaches 1 before the last; a number that rounds to 0 keeps the likeliest.
+    p = jnp.where(p < 1.0, jnp.maximum(p, jnp.finfo(jnp.float32).tiny), jnp.inf)
     return _keep_from(logits_RV, lambda above: jnp.where(above, probs_RV, 0.0).sum(-1) < p)
 
 

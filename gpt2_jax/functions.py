@@ -1,6 +1,7 @@
-"""Functions of every layer whose derivatives are written out: those that JAX derives are slow on CPU.
+"""Functions that XLA on CPU runs slowly in their plain form: in forms that it runs fast, or with written derivatives.
 
-Measured at nanoGPT's CPU size in the training step: `tests/benchmarks/train.py`.
+Measured at nanoGPT's CPU size in the training step (`tests/benchmarks/train.py`), and at 124M when generating
+(`tests/benchmarks/generate.py`).
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "
         return product(x, embedding)
 
     def in_blocks(x: Array, embedding: Array) -> Array:
-        blocks, x_BRD = (
+        blocks, x_GRD = (
             embedding.reshape(BLOCKS, V // BLOCKS, D),
             jnp.broadcast_to(x.reshape(rows, D), (BLOCKS, rows, D)),
         )
-        logits_BVR = jnp.einsum("BVD,BRD->BVR", blocks, x_BRD, preferred_element_type=dtype)
-        return logits_BVR.reshape(V, rows).T.reshape(*x.shape[:-1], V)
+        logits_GWR = jnp.einsum("GWD,GRD->GWR", blocks, x_GRD, preferred_element_type=dtype)
+        return logits_GWR.reshape(V, rows).T.reshape(*x.shape[:-1], V)
 
     return jax.lax.platform_dependent(x, embedding, cpu=in_blocks, default=product)
 

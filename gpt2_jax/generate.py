@@ -16,7 +16,7 @@ from bridge import decoding
 from bridge.decoding import ENDED, Chunk, with_continuations
 from bridge.sampling import Request
 from gpt2_jax.filters import Filters, choose
-from gpt2_jax.model import GPT2, KeyValueCache, check_inputs, empty_cache
+from gpt2_jax.model import GPT2, KeyValueCache, check_form, empty_cache
 
 SHORTEST_BUCKET = 32
 """Slots of the smallest cache, for which loops are compiled; then powers of two."""
@@ -51,7 +51,7 @@ def generate(
 
     Raises `ValueError` for a request that cannot be honoured, and `IndexError` for an id outside the vocabulary.
     """
-    check_inputs(model.config, input_ids)
+    check_form(input_ids)
     request = Request(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
@@ -90,9 +90,10 @@ class _State(NamedTuple):
 class Decoder(decoding.Decoder[_State, KeyValueCache]):
     """Generation from one model and its parameters, in one compiled loop per bucket of lengths.
 
-    Compiled are, for a number of rows and a power of two of tokens, one function that runs prompts and one
-    that makes tokens; a set of filters adds another of these. Sharded parameters stay as they are
-    sharded, and the compiler spreads the work over their mesh.
+    The function that makes tokens is compiled once for a number of rows and a power of two of tokens in each, and
+    for a set of filters; the one that runs prompts also for the power of two of the prompts' length, up to
+    `PREFILL_CHUNK`. Sharded parameters (over a mesh with Auto axes) stay as they are sharded, and the
+    compiler spreads the work over the mesh.
 
     Args:
         params: stacked layers are taken apart here, once: a loop over tokens would copy them out for each.
@@ -103,6 +104,8 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
     def __init__(self, model: GPT2, params: Mapping[str, Any], *, dtype: DTypeLike | None = None) -> None:
         self.config = model.config
         self.model = model.clone(scan=False, dtype=model.dtype if dtype is None else jnp.dtype(dtype))
+        # On the device, once: numpy arrays would go there again with every call.
+        params = jax.tree.map(jnp.asarray, params)
         self.params = params if dtype is None and not model.scan else _prepared(model, dtype, params)
 
     def _begin(

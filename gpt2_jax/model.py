@@ -397,12 +397,17 @@ def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | 
     return jnp.clip(jnp.cumsum(attention_mask.astype(bool), axis=1, dtype=jnp.int32) - 1, min=0)
 
 
-def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None = None) -> None:
-    """Raise what `GPT2.__call__` documents."""
+def check_form(input_ids: Array) -> None:
+    """Raise `ValueError` for what are no token ids."""
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(
             f"input_ids must be integers [batch, length], not {input_ids.dtype} of shape {input_ids.shape}"
         )
+
+
+def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None = None) -> None:
+    """Raise what `GPT2.__call__` documents."""
+    check_form(input_ids)
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:

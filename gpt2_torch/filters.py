@@ -67,7 +67,9 @@ def draw(logits_RV: Float[Tensor, "R V"], draws_R: Float[Tensor, " R"]) -> Int[T
     # In float64, as short as the sums in `gpt2_jax` that go by blocks.
     upto_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     wanted_R1 = draws_R[:, None].double() * upto_RV[:, -1:]
-    return torch.searchsorted(upto_RV, wanted_R1, right=True)[:, 0]
+    return torch.searchsorted(upto_RV, wanted_R1, right=True)[:, 0].clamp(
+        max=logits_RV.shape[-1] - 1
+    )  # of NaN: past it
 
 
 def _keep_from(logits_RV: Float[Tensor, "R V"], threshold_R1: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:

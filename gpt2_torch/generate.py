@@ -15,7 +15,7 @@ from bridge import decoding
 from bridge.decoding import ENDED, Chunk, with_continuations
 from bridge.sampling import Request
 from gpt2_torch.filters import choose
-from gpt2_torch.model import GPT2, KeyValueCache, check_inputs, empty_cache
+from gpt2_torch.model import GPT2, KeyValueCache, check_form, empty_cache
 
 
 def generate(
@@ -42,7 +42,7 @@ def generate(
 
     Raises `ValueError` for a request that cannot be honoured, and `IndexError` for an id outside the vocabulary.
     """
-    check_inputs(model.config, input_ids)
+    check_form(input_ids)
     request = Request(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
@@ -117,7 +117,7 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
 
     def _advance(self, state: _State, steps: int) -> _State:
         for _ in range(steps):
-            if state.ended_R.all():
+            if state.request.stop_ids and state.ended_R.all():  # looking waits for a GPU
                 break
             last_R1 = state.ids_RN[:, state.made - 1 : state.made].clamp(min=0)
             _add_token(state, self._extended(last_R1, state.cache))
@@ -181,9 +181,10 @@ def _likeliest(number: int, logits_RV: Float[Tensor, "R V"]) -> tuple[np.ndarray
 
 @contextmanager
 def _evaluating(model: GPT2) -> Iterator[None]:
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module in training:  # not model.train(), which would set those too that were not
+            module.training = True

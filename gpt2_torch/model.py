@@ -333,7 +333,7 @@ class GPT2(nn.Module):
         return self.ln_f(x)
 
     def head(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        """Logits of the next token."""
+        """Logits of the next token, in the model's dtype."""
         head = self.wte if self.lm_head is None else self.lm_head
         return F.linear(x, head.weight)
 
@@ -361,12 +361,17 @@ def _embedding(rows: int, width: int, std: float) -> nn.Embedding:
     return embedding
 
 
-def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Raise what `GPT2.forward` documents."""
+def check_form(input_ids: Tensor) -> None:
+    """Raise `ValueError` for what are no token ids."""
     if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
         raise ValueError(
             f"input_ids must be integers [batch, length], not {input_ids.dtype} of shape {tuple(input_ids.shape)}"
         )
+
+
+def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    """Raise what `GPT2.forward` documents."""
+    check_form(input_ids)
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:

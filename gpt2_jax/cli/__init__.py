@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -49,6 +51,9 @@ def main(args: list[str] | None = None) -> None:
     except BridgeError as error:
         print(f"gpt2: {error}", file=sys.stderr)
         code = BAD_INPUT
+    except BrokenPipeError:  # as `head` closes its input
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
+        code = 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a name that is too long, no permission
         where = f"{quoted(error.filename)}: " if error.filename else ""
         print(f"gpt2: {where}{error.strerror or error}", file=sys.stderr)

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint, decoding
-from bridge.completion import Completion, complete, end_of_text_id, printable, stream_text
+from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
 from bridge.sampling import Request
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.models import jax_model
@@ -40,7 +40,7 @@ def generate(
     min_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
     repetition_penalty: Annotated[float | None, arg(metavar="FLOAT")] = None,
     samples: int = 1,
-    stop: tuple[str, ...] = (),
+    stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = (),
     stop_at_end: bool = True,
     beams: int = 1,
     length_penalty: float = 1.0,
@@ -56,7 +56,7 @@ def generate(
     Args:
         source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
         prompt: the text to continue; a line break, if none is given; - reads it from standard input.
-        lines: continue each line of this file instead, all at once; - is standard input.
+        lines: continue each line of this file instead, except empty ones; - is standard input.
         interactive: ask for one prompt after another; an empty line ends it.
         backend: which implementation runs.
         max_new_tokens: how many tokens to add at most; if not given, 50, or fewer where the model has no room for them.
@@ -66,7 +66,7 @@ def generate(
         min_p: with a temperature: sample among tokens with at least this part of the likeliest one's probability.
         repetition_penalty: above 1, tokens that were there before become less likely.
         samples: continuations of each prompt.
-        stop: end the text before any of these strings.
+        stop: end the text before this string; may be given several times.
         stop_at_end: end it where the model ends the document, with the tokenizer's <|endoftext|>.
         beams: above 1: search for the likeliest text, keeping so many candidates.
         length_penalty: of beams: above 0 favours longer texts.
@@ -79,7 +79,6 @@ def generate(
     checkpoint = bridge.load(source)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
-    room = checkpoint.config.n_positions - max((len(tokenizer.encode_ordinary(text)) for text in prompts), default=1)
     request = Request(
         max_new_tokens=max_new_tokens if max_new_tokens is not None else MOST_BY_DEFAULT,
         repetition_penalty=repetition_penalty,
@@ -89,27 +88,32 @@ def generate(
         min_p=min_p,
         seed=seed,
         samples=samples,
-        stop_ids=end_of_text_id(tokenizer) if stop_at_end else (),
+        stop_ids=end_of_text_ids(tokenizer) if stop_at_end else (),
         log_probs=json is not None,
         slide=slide,
         beams=beams,
         length_penalty=length_penalty,
     )
-    if max_new_tokens is None and not slide and 0 < room < MOST_BY_DEFAULT:
-        request = dataclasses.replace(request, max_new_tokens=room)
     if interactive and (samples > 1 or beams > 1 or json is not None):
         raise BridgeError("--interactive gives one text at a time; leave --samples, --beams and --json out")
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
+        def fitting(texts: list[str]) -> Request:
+            """Where no number of tokens was asked for, no more than there is room for."""
+            room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
+            if max_new_tokens is None and not slide and 0 < room < MOST_BY_DEFAULT:
+                return dataclasses.replace(request, max_new_tokens=room)
+            return request
+
         def continued(text: str) -> Iterator[str]:
-            return stream_text(decoder, tokenizer, text, request, stop)
+            return stream_text(decoder, tokenizer, text, fitting([text]), stop)
 
         if interactive:
             _converse(continued)
         elif json is None and len(prompts) == samples == beams == 1:
             _print_pieces(prompts[0], continued(prompts[0]))
         else:
-            found = complete(decoder, tokenizer, prompts, request, stop)
+            found = complete(decoder, tokenizer, prompts, fitting(prompts), stop)
             write_json({"source": source, "backend": backend, "completions": _as_json(prompts, found)})
             _print_all(prompts, found)
 
@@ -118,7 +122,7 @@ def generate(
 def open_decoder(
     backend: Backend, checkpoint: Checkpoint, dtype: Float32OrBfloat16 | None = None
 ) -> Iterator[decoding.Decoder[Any, Any]]:
-    """The checkpoint's model, ready to generate, in its own precision or the one asked for."""
+    """The checkpoint's model, ready to generate: in float32, or float64 if that is stored, or in what is asked for."""
     if backend == "torch":
         require_torch("--backend torch")
         import torch
@@ -126,7 +130,8 @@ def open_decoder(
         import gpt2_torch
 
         model = gpt2_torch.model_from_checkpoint(checkpoint)
-        yield gpt2_torch.Decoder(model if dtype is None else model.to(getattr(torch, dtype)))
+        wide = torch.promote_types(model.wte.weight.dtype, torch.float32)
+        yield gpt2_torch.Decoder(model.to(wide if dtype is None else getattr(torch, dtype)))
     else:
         import gpt2_jax
         from gpt2_jax.functions import BLOCKS
@@ -148,18 +153,20 @@ def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[
     if interactive:
         return []
     if lines is not None:
-        text = sys.stdin.read() if str(lines) == "-" else _read(lines)
-        if found := [line for line in text.splitlines() if line]:
+        if found := [line for line in _read(str(lines)).split("\n") if line]:
             return found
-        raise BridgeError(f"{'standard input' if str(lines) == '-' else lines} has no line with a prompt")
-    return [sys.stdin.read() if prompt == "-" else "\n" if prompt is None else prompt]
+        raise BridgeError(f"{lines} has no line with a prompt; give one prompt per line")
+    if prompt == "-":
+        return [_read("-").removesuffix("\n")]  # which `echo` adds
+    return ["\n" if prompt is None else prompt]
 
 
-def _read(file: Path) -> str:
+def _read(file: str) -> str:
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        return file.read_text(encoding="utf-8")
+        return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise BridgeError(f"{file} is not UTF-8 text: {error}") from error
+        raise BridgeError(f"{'standard input' if file == '-' else file} is not UTF-8 text: {error}") from error
 
 
 def _print_pieces(prompt: str, pieces: Iterator[str]) -> None:
@@ -183,6 +190,8 @@ def _asked() -> str:
         return input("> ")
     except EOFError:
         return ""
+    except UnicodeDecodeError as error:
+        raise BridgeError(f"the prompt is not UTF-8 text: {error}") from error
 
 
 def _print_all(prompts: list[str], found: list[list[Completion]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,15 +77,23 @@ def test_lines_of_a_file_are_prompts_of_their_own(
     made = completions("--lines", lines, "--samples", 2, *sampling)
     assert [c["prompt"] for c in made] == ["We hold", "We hold", "these", "these"]
     assert made[0]["ids"] != made[1]["ids"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(lines.read_text()))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
     assert completions("--lines", "-", "--samples", 2, *sampling) == made
     [alone] = completions("these", *sampling)
     assert (alone["ids"], alone["text"]) == (made[2]["ids"], made[2]["text"])
 
 
 def test_a_prompt_from_standard_input(completions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("We\nhold"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"We\r\nhold\n")))
     assert completions("-")[0]["prompt"] == "We\nhold"
+
+
+def test_a_prompt_that_is_no_text_is_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert run("generate", model, "-") == 2
+    assert "standard input is not UTF-8" in capsys.readouterr().err
 
 
 def test_a_stop_string_ends_the_text_before_it(completions: Any) -> None:
@@ -135,3 +144,13 @@ def test_text_appears_before_the_last_token_is_made(model: Path) -> None:
     assert process.returncode == 0
     assert first.startswith(b"We")
     assert rest
+
+
+def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
+    command = "import sys; from gpt2_jax.cli import main; main(sys.argv[1:])"
+    arguments = ["generate", str(model), "We", "--max-new-tokens", "38", "--no-stop-at-end"]
+    with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=-1, stderr=-1) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
