@@ -48,7 +48,7 @@ class _Search:
         self.ended = sorted(self.ended, key=self.rank, reverse=True)[:width]
         going_on = [(beam, parent) for beam, parent in candidates if not self.ends(beam)][:width]
         self.live = [beam for beam, _ in going_on]
-        self.done = len(self.ended) == width and self.rank(self.ended[-1]) >= self.rank(candidates[0][0])
+        self.done = len(self.ended) == width and self.rank(self.ended[-1]) >= self.rank(self.live[0])
         return [parent for _, parent in going_on]
 
     def ends(self, beam: _Beam) -> bool:

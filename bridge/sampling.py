@@ -97,12 +97,12 @@ def _problems(r: Request, config: GPT2Config) -> Iterator[str]:
         yield f"stop_ids={unknown}: the vocabulary is 0 to {config.vocab_size - 1}"
     if r.beams > 1:
         yield from _problems_with_beams(r, config)
-    elif r.greedy:
+    elif r.temperature >= 0 and r.greedy:
         for name in ("top_k", "top_p", "min_p"):
             if getattr(r, name) is not None:
-                yield f"{name}={getattr(r, name)}: does nothing without a temperature; give one above 0"
+                yield f"{name}={getattr(r, name)}: does nothing without a temperature above 0"
         if r.samples > 1:
-            yield f"samples={r.samples}: would all be the same without a temperature; give one above 0"
+            yield f"samples={r.samples}: would all be the same without a temperature above 0"
 
 
 def _problems_with_beams(r: Request, config: GPT2Config) -> Iterator[str]:

@@ -17,7 +17,7 @@ import tiktoken
 import bridge
 from bridge import BridgeError, Request
 from bridge.bpe import WORDS
-from bridge.completion import Completion, complete, end_of_text_id, printable, stream_text
+from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
 from bridge.decoding import ENDED, Chunk, Continuation, Decoder
 
 BYTES = bridge.byte_tokenizer()
@@ -274,7 +274,7 @@ def test_nothing_asked_for_is_nothing_said() -> None:
 
 def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
     said = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
-    request = Request(8, samples=2, stop_ids=(ord(","),), log_probs=True)
+    request = Request(8, temperature=1.0, samples=2, stop_ids=(ord(","),), log_probs=True)
     found = complete(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], request, ["."])
     assert [[done.text for done in samples] for samples in found] == [
         ["first", "second"],
@@ -334,8 +334,8 @@ def test_what_cannot_be_honoured_is_refused_before_anything_is_said() -> None:
 
 
 def test_the_id_that_ends_a_document_is_the_tokenizers() -> None:
-    assert end_of_text_id(BYTES) == (END,)
-    assert end_of_text_id(bridge.character_tokenizer("abc")) == ()
+    assert end_of_text_ids(BYTES) == (END,)
+    assert end_of_text_ids(bridge.character_tokenizer("abc")) == ()
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_the_id_that_ends_a_document_is_the_tokenizers() -> None:
         ("\x1b[2J\x1b]0;title\x07", "\ufffd[2J\ufffd]0;title\ufffd"),
         ("a\rb\x00c\x08d\x7fe", "a\ufffdb\ufffdc\ufffdd\ufffde"),
         ("\x9b31m", "\ufffd31m"),  # the one-byte form of ESC [
-        ("\u202eright to left\u2028", "\ufffdright to left\ufffd"),
+        ("\u202eright to left\u2066", "\ufffdright to left\ufffd"),
         ("", ""),
     ],
 )

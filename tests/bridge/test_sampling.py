@@ -33,7 +33,7 @@ PINNED = {
         Request(TINY.n_positions - 3),
         Request(1, temperature=1e-9, seed=LARGEST_SEED),
         Request(1, repetition_penalty=0.5, temperature=100.0, top_k=10**6, top_p=1.0, min_p=0.0),
-        Request(1, top_p=1e-9, min_p=1.0),
+        Request(1, temperature=1.0, top_p=1e-9, min_p=1.0),
         Request(1, beams=TINY.vocab_size),
         Request(1, beams=TINY.vocab_size - 1, stop_ids=(7, 7)),  # one token, though given twice
         Request(1, beams=2, length_penalty=-1.0),
@@ -50,6 +50,11 @@ def test_no_prompts_are_no_problem() -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None}, "samples=3: would all be the same without"),
+        (
+            {"temperature": 0.0, "samples": 1, "top_p": None, "min_p": None},
+            "top_k=5: does nothing without a temperature",
+        ),
         ({"max_new_tokens": -2}, "max_new_tokens=-2: must not be negative"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: must be positive"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0: must be positive"),

@@ -129,7 +129,10 @@ REQUESTS = {
     "greedy": Request(21, log_probs=True),
     "sampled": Request(21, log_probs=True, temperature=1.0, seed=3),
     "several samples": Request(21, log_probs=True, temperature=2.0, samples=3),
-    "greedy samples with repetition penalized": Request(21, log_probs=True, repetition_penalty=1.5, samples=2),
+    "repetition penalized": Request(21, log_probs=True, repetition_penalty=1.5),
+    "samples with repetition penalized": Request(
+        21, log_probs=True, temperature=0.7, repetition_penalty=1.5, samples=2
+    ),
     "stop ids": Request(21, log_probs=True, temperature=3.0, stop_ids=STOP_IDS),
     "slide": Request(61, log_probs=True, slide=True),
     "slide with stop ids": Request(61, log_probs=True, temperature=2.0, slide=True, stop_ids=STOP_IDS[:2]),
