@@ -51,12 +51,19 @@ def choose(
     if filters.repetition_penalty is not None and seen_RV is not None:
         logits_RV = penalize_repetition(logits_RV, seen_RV, filters.repetition_penalty)
     if filters.temperature is None:
-        return logits_RV.argmax(-1).astype(jnp.int32)
+        return _likeliest(logits_RV)
     logits_RV = logits_RV.astype(jnp.float32) / filters.temperature
     for keep, value in ((keep_top_k, filters.top_k), (keep_top_p, filters.top_p), (keep_min_p, filters.min_p)):
         if value is not None:
             logits_RV = keep(logits_RV, value)
     return draw(logits_RV, draws_R)
+
+
+def _likeliest(logits_RV: Float[Array, "R V"]) -> Int[Array, " R"]:
+    """The first of the largest; XLA's own argmax takes four times as long on CPU."""
+    V = logits_RV.shape[-1]
+    largest_R1 = logits_RV.max(-1, keepdims=True)
+    return jnp.where(logits_RV >= largest_R1, jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)
 
 
 def penalize_repetition(

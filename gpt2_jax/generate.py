@@ -18,7 +18,7 @@ from bridge.sampling import Request
 from gpt2_jax.filters import Filters, choose
 from gpt2_jax.model import GPT2, KeyValueCache, check_form, empty_cache
 
-SHORTEST_BUCKET = 32
+SHORTEST_BUCKET = 16
 """Slots of the smallest cache, for which loops are compiled; then powers of two."""
 
 PREFILL_CHUNK = 256
