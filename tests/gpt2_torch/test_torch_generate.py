@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import TINY, random_checkpoint, random_ids
 
-from bridge.sampling import Request
+from bridge import BridgeError, Request
 from gpt2_torch import GPT2, generate, model_from_checkpoint
 from gpt2_torch.generate import Decoder
 
@@ -121,3 +121,45 @@ def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> Non
     ids = torch.from_numpy(random_ids(TINY, length=4))
     greedy = generate(model, ids, max_new_tokens=5)
     assert (generate(model, ids, max_new_tokens=5, temperature=temperature) == greedy).all()
+
+
+def test_a_row_that_has_ended_makes_no_other_slide(model: GPT2, monkeypatch: pytest.MonkeyPatch):
+    """Else a long row that ends at once would have the prompts run again for every token of the short one."""
+    long, short = [[*range(TINY.n_positions - 2)], [7]]
+    [[first]] = Decoder(model).generate([long], Request(1))
+    request = Request(30, slide=True, stop_ids=(first.ids[0],))
+    [[alone]] = Decoder(model).generate([short], request)
+    began = []
+    begin = Decoder._begin
+    monkeypatch.setattr(Decoder, "_begin", lambda *args: began.append(args) or begin(*args))
+    [[ended], [going_on]] = Decoder(model).generate([long, short], request)
+    assert (ended.ids, going_on.ids) == (first.ids, alone.ids)
+    assert len(began) == 2
+
+
+def test_a_prompt_longer_than_the_positions_can_slide(model: GPT2):
+    prompt = torch.from_numpy(random_ids(TINY, batch=1, length=TINY.n_positions + 5))
+    ids = generate(model, prompt, max_new_tokens=3, slide=True)
+    kept = prompt[:, -TINY.n_positions // 2 :]
+    assert torch.equal(ids[:, -3:], generate(model, kept, max_new_tokens=3)[:, -3:])
+
+
+def test_ids_of_a_narrow_dtype_are_widened(model: GPT2):
+    narrow = (PROMPTS % 250).to(torch.uint8)
+    assert torch.equal(generate(model, narrow, max_new_tokens=9), generate(model, narrow.long(), max_new_tokens=9))
+
+
+def test_submodules_keep_the_mode_that_they_had(model: GPT2):
+    model.train()
+    model.h[1].eval()
+    generate(model, PROMPTS, max_new_tokens=2)
+    assert model.training and model.h[0].attn.training and not model.h[1].attn.training
+    model.eval()
+
+
+def test_weights_that_are_not_numbers_are_named(model: GPT2):
+    broken = model_from_checkpoint(random_checkpoint())
+    with torch.no_grad():
+        broken.ln_f.weight.fill_(torch.nan)
+    with pytest.raises(BridgeError, match="not numbers"):
+        Decoder(broken).generate([[1]], Request(2, log_probs=True, temperature=1.0))
