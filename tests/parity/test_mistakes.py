@@ -237,7 +237,7 @@ def every_layer_the_first(
 
 
 def untied_head(patch: Patch) -> None:
-    patch.setattr(nn.Embed, "attend", lambda self, x: x @ jnp.roll(self.embedding, 1, axis=1).T)
+    patch.setattr(jax_model, "project_to_vocabulary", lambda x, embedding: x @ jnp.roll(embedding, 1, axis=1).T)
 
 
 def no_final_norm(patch: Patch) -> None:
@@ -247,12 +247,12 @@ def no_final_norm(patch: Patch) -> None:
 
 def half_precision_products(patch: Patch) -> None:
     """What GPUs and TPUs do to float32 unless told otherwise."""
-    right = nn.Embed.attend
+    right = jax_model.project_to_vocabulary
 
-    def attend(self: Any, x: Any) -> Any:
-        return right(self, x.astype(jnp.bfloat16).astype(x.dtype) if x.dtype == jnp.float32 else x)
+    def narrowed(x: Any, embedding: Any) -> Any:
+        return right(x.astype(jnp.bfloat16).astype(x.dtype) if x.dtype == jnp.float32 else x, embedding)
 
-    patch.setattr(nn.Embed, "attend", attend)
+    patch.setattr(jax_model, "project_to_vocabulary", narrowed)
 
 
 def norms_lose_two_bits_of_bfloat16(patch: Patch) -> None:
