@@ -5,6 +5,7 @@ from bridge.completion import Completion, complete, end_of_text_ids, stream_text
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
+from bridge.fingerprint import fingerprint
 from bridge.io import BUNDLED, load, save
 from bridge.oddities import find_oddities
 from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
@@ -33,6 +34,7 @@ __all__ = [
     "complete",
     "end_of_text_ids",
     "find_oddities",
+    "fingerprint",
     "load",
     "num_parameters",
     "padded_vocab_size",

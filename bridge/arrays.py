@@ -39,6 +39,11 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def turned(entry: TensorEntry) -> TensorEntry:
+    """The transpose of a matrix: `[out, in]` for `[in, out]`. What is read is a view of what `entry` reads."""
+    return TensorEntry(entry.dtype, entry.shape[::-1], lambda: entry.read().T)
+
+
 class LazyTensors(Mapping[str, np.ndarray]):
     """A mapping from name to array in which every look-up reads the array anew.
 

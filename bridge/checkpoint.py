@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from bridge.arrays import LazyTensors, TensorEntry
 from bridge.config import GPT2Config
 from bridge.convert import canonicalize
 from bridge.errors import NoTokenizerError
+from bridge.optimizer_state import AdamWState
 from bridge.params import parameters
 from bridge.tokenizer import load_tokenizer
 
@@ -30,11 +31,17 @@ class Checkpoint:
     format: str
     """Name of the format it was read from, or "memory"."""
     path: Path | None = None
-    """The directory it was read from, where its tokenizer is."""
+    """The directory it was read from, or that its file lies in, where its tokenizer is."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of its `config.json` that do not change the mathematics, kept for a round trip."""
     oddities: tuple[str, ...] = ()
     """What is unusual about how it was stored, a sentence each."""
+    optimizer: AdamWState | None = None
+    """AdamW's moments, where the file has them; they are read as the tensors are."""
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    """How far training had come, in the words of the file: nanoGPT's `iter_num`, `best_val_loss` and `config`."""
+    own_tokenizer: Callable[[], tiktoken.Encoding] | None = None
+    """Makes the tokenizer that is inside the file; None where it is in files beside it."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any], config: GPT2Config, like: Checkpoint | None = None) -> Checkpoint:
@@ -46,7 +53,7 @@ class Checkpoint:
         return cls(config, canonicalize(tensors, config), "memory", path, extra)
 
     def with_biases(self) -> Checkpoint:
-        """The same function with `bias=True`: where there was no bias there is one of zeros."""
+        """The same function with `bias=True`: where there was no bias there is one of zeros, without an optimizer."""
         if self.config.bias:
             return self
         config = replace(self.config, bias=True)
@@ -55,10 +62,12 @@ class Checkpoint:
             p.torch_name: self.tensors.entries.get(p.torch_name) or TensorEntry.of(np.zeros(p.torch_shape, dtype))
             for p in parameters(config)
         }
-        return replace(self, config=config, tensors=LazyTensors(entries))
+        return replace(self, config=config, tensors=LazyTensors(entries), optimizer=None)
 
     def tokenizer(self) -> tiktoken.Encoding:
         """The tokenizer that was saved with the weights; raises `TokenizerError` if there is none."""
+        if self.own_tokenizer is not None:
+            return self.own_tokenizer()
         if self.path is None:
             raise NoTokenizerError(
                 "a checkpoint in memory has no tokenizer; load one from a directory that has its files"

@@ -29,6 +29,10 @@ ACTIVATIONS = (
 """Names as in Hugging Face's `activation_function`; each backend's `model.py` gives the formulas."""
 
 
+TRAINING_ONLY = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "initializer_range")
+"""Fields of `GPT2Config` that the trained function does not depend on."""
+
+
 @dataclass(frozen=True)
 class GPT2Config:
     """Sizes and switches of one GPT-2. The defaults are OpenAI's 124M model.

@@ -21,6 +21,23 @@ def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     Raises `CheckpointError` where `target` exists and is not an empty directory, unless
     `overwrite`, in which case the old one gives way only to the complete new one.
     """
+    with _beside(target, overwrite) as directory:
+        directory.mkdir()
+        yield directory
+
+
+@contextmanager
+def new_file(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """The path of a file to write, which takes the name `target` as a `new_directory` does."""
+    if not overwrite and Path(target).is_dir():
+        raise CheckpointError(f"{quoted(Path(target))} is a directory; give the name of a file")
+    with _beside(target, overwrite) as file:
+        yield file
+
+
+@contextmanager
+def _beside(target: str | Path, overwrite: bool) -> Iterator[Path]:
+    """A free name beside `target`; what is made there is flushed to the disk and takes its place."""
     try:
         # resolve() follows a link to where the data really is, so that the rename replaces that.
         target = Path(target).resolve()
@@ -31,23 +48,21 @@ def new_directory(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
             )
         made = [parent for parent in target.parents if not parent.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-        beside.mkdir()
     except OSError as error:
         raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror}") from error
     except RuntimeError as error:  # what resolve() raises for links in a circle, up to Python 3.12
         raise CheckpointError(f"cannot write {quoted(target)}: {error}") from error
+    beside = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
         yield beside
-        for path in beside.rglob("*"):
+        for path in (beside, *beside.rglob("*")):
             flush_to_disk(path)
-        flush_to_disk(beside)
         _take_the_name(beside, target, overwrite)
         flush_to_disk(target.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        _remove(beside)
         for parent in made:
             with suppress(OSError):  # it holds the target: keep it
                 parent.rmdir()
@@ -94,7 +109,11 @@ def _take_the_name(beside: Path, target: Path, overwrite: bool) -> None:
     except OSError:
         retired.rename(target)
         raise
-    if retired.is_dir():
-        shutil.rmtree(retired)
+    _remove(retired)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        retired.unlink()
+        path.unlink(missing_ok=True)

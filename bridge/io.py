@@ -10,8 +10,9 @@ from typing import Any
 
 from bridge.checkpoint import Checkpoint
 from bridge.errors import CheckpointError, quoted
-from bridge.files import new_directory
+from bridge.files import new_directory, new_file
 from bridge.formats import FORMATS, WRITABLE
+from bridge.formats.directory import CONFIG, carry_files, write_config
 from bridge.tokenizer import TOKENIZER_FILES
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -42,21 +43,43 @@ def load(source: str | Path) -> Checkpoint:
     raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
 
 
-def save(checkpoint: Checkpoint, target: str | Path, *, format: str, overwrite: bool = False, **options: Any) -> None:
-    """Write `checkpoint` as a new directory; it appears under its name complete, or not at all.
+def save(
+    checkpoint: Checkpoint, target: str | Path, *, format: str, overwrite: bool = False, **options: Any
+) -> tuple[str, ...]:
+    """Write `checkpoint` as a new directory, or file; it appears under its name complete, or not at all.
+
+    A format that is one file is written as `target` if that ends as its files do (`.pt`, `.bin`, `.gguf`). Any other
+    `target` is a directory: the file in it, with the tokenizer and a `config.json` of what the file does not say.
 
     Args:
         format: a name in `bridge.formats.WRITABLE`.
         overwrite: replace the checkpoint that is at `target`. Without it an existing target is an
             error; with it, one that is anything else than a checkpoint still is.
         options: the format's own, for example `max_shard_bytes` for "huggingface".
+
+    Returns what was left out because the target has no place for it, a sentence each. That is never anything that
+    the function depends on: a format that cannot say it is refused with a child of `BridgeError` naming the field.
     """
     if format not in WRITABLE:
         raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(WRITABLE)}")
     if overwrite and os.path.lexists(target) and not _may_be_replaced(Path(target)):
         raise CheckpointError(f"{quoted(target)} is not a checkpoint; it is not overwritten: choose another name")
-    with new_directory(target, overwrite=overwrite) as directory:
-        FORMATS[format].write(checkpoint, directory, **options)
+    module = FORMATS[format]
+    left_out: tuple[str, ...] = ()
+    if hasattr(module, "FILE") and Path(target).suffix in module.SUFFIXES:
+        with new_file(target, overwrite=overwrite) as file:
+            left_out = module.write(checkpoint, file, **options)
+    else:
+        with new_directory(target, overwrite=overwrite) as directory:
+            if hasattr(module, "FILE"):
+                module.write(checkpoint, directory / module.FILE, **options)
+                write_config(directory / CONFIG, checkpoint.config, checkpoint.extra)
+                carry_files(checkpoint, directory)
+            else:
+                module.write(checkpoint, directory, **options)
+    if checkpoint.optimizer is not None and not hasattr(module, "KEEPS_OPTIMIZER"):
+        left_out += (f"the state of AdamW after {checkpoint.optimizer.step} steps, which {format} has no place for",)
+    return left_out
 
 
 def _recognized(path: Path) -> ModuleType | None:
@@ -69,7 +92,8 @@ def _recognized(path: Path) -> ModuleType | None:
 def _may_be_replaced(target: Path) -> bool:
     try:
         module = _recognized(target)  # what cannot be written, a training run, is not thrown away either
-        return target.is_dir() and (not any(target.iterdir()) or (module is not None and module.NAME in WRITABLE))
+        empty = target.is_dir() and not any(target.iterdir())
+        return empty or (module is not None and module.NAME in WRITABLE)
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(target)}: {error.strerror}") from error
 

@@ -67,6 +67,11 @@ class Parameter:
         """Whether weight decay acts on it."""
         return DECAYS[self.flax_path[-1]]
 
+    @property
+    def is_projection(self) -> bool:
+        """Whether it is a matrix `[in, out]` that other layouts store `[out, in]`."""
+        return self.flax_path[-1] == "kernel"
+
 
 def parameters(config: GPT2Config) -> tuple[Parameter, ...]:
     """Every parameter of the model that `config` describes, in the order of a forward pass."""

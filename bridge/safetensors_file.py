@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from bridge.arrays import LazyTensors, TensorEntry, aligned_empty
+from bridge.arrays import LazyTensors
 from bridge.errors import CheckpointError, quoted
 from bridge.json_text import parse_object
+from bridge.stored_file import StoredFile, write_array
 
 # Every type that the format defines and numpy holds. Which of them may be weights is decided where
 # weights are checked: mask buffers of old checkpoints are uint8 or bool.
@@ -60,18 +59,18 @@ def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
     Raises `CheckpointError` for anything that is not a complete, well-formed file; what the header
     declares is checked against the bytes that are there before any of it is allocated.
     """
-    path = Path(path).absolute()  # tensors are read later, perhaps from another working directory
-    header, data_start, data_size, identity = _read_header(path)
+    file = StoredFile.open(path)
+    header, data_start = _read_header(file)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{quoted(path)}: __metadata__ must map names to strings")
+        raise CheckpointError(f"{quoted(file.path)}: __metadata__ must map names to strings")
     entries = {}
     spans = []
     for name, described in header.items():
-        dtype, shape, begin, end = _described(path, name, described, data_size)
+        dtype, shape, begin, end = _described(file.path, name, described, file.size - data_start)
         spans.append((begin, end, name))
-        entries[name] = TensorEntry(dtype, shape, _reader(path, identity, dtype, shape, data_start + begin))
-    _require_no_holes(path, spans, data_size)
+        entries[name] = file.entry(dtype, shape, data_start + begin)
+    _require_no_holes(file.path, spans, file.size - data_start)
     return LazyTensors(entries), metadata
 
 
@@ -93,52 +92,22 @@ def write_file(path: str | Path, tensors: LazyTensors, metadata: Mapping[str, st
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name, entry in tensors.entries.items():
-            _write_array(file, name, entry)
+            write_array(file, name, entry)
 
 
-def _write_array(file: BinaryIO, name: str, entry: TensorEntry) -> None:
-    array = entry.read()
-    if array.dtype != entry.dtype or array.shape != entry.shape:
-        raise CheckpointError(f"{quoted(name)} changed while it was being written")
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int, tuple[int, ...]]:
-    """The header, where the data starts, how many bytes of data there are, and which file that was."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # before open, which would wait at a pipe
-            raise CheckpointError(f"{quoted(path)} is not a regular file")
-        with open(path, "rb") as file:
-            status = os.fstat(file.fileno())
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > status.st_size - 8:
-                raise CheckpointError(f"{quoted(path)}: {_not_safetensors(start + file.read(32), status.st_size)}")
-            if length > _MOST_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{quoted(path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read"
-                )
-            text = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
-    header = parse_object(text, f"{quoted(path)}: the header", CheckpointError)
-    return header, 8 + length, status.st_size - 8 - length, _identity(status)
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _not_safetensors(start: bytes, size: int) -> str:
-    """What a file that fails the first test most likely is."""
-    if start.startswith(b"version https://git-lfs"):
-        return "this is a git-LFS pointer, not the weights; run `git lfs pull` where it came from"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "this is an HTML page, not weights; the download went wrong"
-    if size < 8:
-        return f"only {size} bytes; the file is empty or cut off"
-    return "not a safetensors file, or cut off: its header would be longer than the file"
+def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
+    """The header, and where the data starts."""
+    start = file.read(0, min(8, file.size))
+    length = int.from_bytes(start, "little")
+    if len(start) < 8:
+        raise CheckpointError(f"{quoted(file.path)}: only {file.size} bytes; the file is empty or cut off")
+    if length > file.size - 8:
+        raise CheckpointError(
+            f"{quoted(file.path)}: not a safetensors file, or cut off: its header would be longer than the file"
+        )
+    if length > _MOST_HEADER_BYTES:
+        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")
+    return parse_object(file.read(8, length), f"{quoted(file.path)}: the header", CheckpointError), 8 + length
 
 
 def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
@@ -180,28 +149,3 @@ def _require_no_holes(path: Path, spans: list[tuple[int, int, str]], data_size: 
         raise CheckpointError(
             f"{quoted(path)}: {data_size - position} bytes after the last tensor; the file is damaged"
         )
-
-
-def _reader(
-    path: Path, identity: tuple[int, ...], dtype: np.dtype, shape: tuple[int, ...], offset: int
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        # Plain reads, not a memory map: a file that shrinks under a map kills the process, and
-        # mapped pages count as this process's memory long after they were copied out.
-        array = aligned_empty(shape, dtype)
-        view = array.reshape(-1).view(np.uint8).data
-        try:
-            with open(path, "rb", buffering=0) as file:
-                if _identity(os.fstat(file.fileno())) != identity:
-                    raise CheckpointError(f"{quoted(path)} changed since it was opened; load it again")
-                file.seek(offset)
-                while view:
-                    count = file.readinto(view)
-                    if not count:
-                        raise CheckpointError(f"{quoted(path)} became shorter while it was read")
-                    view = view[count:]
-        except OSError as error:
-            raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
-        return array
-
-    return read

@@ -1,9 +1,15 @@
-"""One file per checkpoint format, all with the same verbs. To add one, write it and add a row.
+"""One file per checkpoint format, all with the same verbs. To add one, write it and add a row (CONTRIBUTING.md).
 
-sniff(path) -> bool                       is this path a checkpoint of this format? cheap, reads no weights
-read(path) -> Checkpoint                  canonical names, tensors read lazily
-write(checkpoint, directory, **options)   fill an empty directory; the caller makes it atomic
+NAME                                      as in `FORMATS`
+sniff(path) -> bool                       is this file or directory a checkpoint of this format? by content; cheap,
+                                          reads no weights, and says False rather than raise
+read(path) -> Checkpoint                  canonical names and layout, tensors read lazily
+write(checkpoint, target, **options)      fill an empty directory, or write a new file; the caller makes it atomic
                                           (left out where a format is only read)
+
+A format that is one file also has FILE, the name it gets in a directory, and SUFFIXES, those by which a target is
+taken for the file itself; its `write` may return sentences on what the file has no place for. A format that keeps
+`Checkpoint.optimizer` and `progress` sets KEEPS_OPTIMIZER.
 """
 
 from __future__ import annotations
@@ -14,9 +20,9 @@ from types import ModuleType
 from bridge.formats import flax_directory, huggingface, run
 
 FORMATS: Mapping[str, ModuleType] = {
+    "run": run,
     "flax": flax_directory,
     "huggingface": huggingface,
-    "run": run,
 }
 """Name -> the module. The first whose `sniff` says yes is used."""
 

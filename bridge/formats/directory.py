@@ -19,6 +19,7 @@ from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.json_text import parse_object
 from bridge.params import parameters
 from bridge.tokenizer import TOKENIZER_FILES
+from bridge.tokenizer_files import save_tokenizer
 
 CONFIG = "config.json"
 _MOST_JSON_BYTES = 2**20  # a GPT-2 XL's index is 50 kB; parsed, hostile JSON takes 33 times its size
@@ -41,7 +42,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """Copy the tokenizer and generation settings that stood beside the weights."""
+    """The tokenizer that was inside the weights' file, or copies of what stood beside it, generation settings too."""
+    if checkpoint.own_tokenizer is not None:
+        save_tokenizer(checkpoint.own_tokenizer(), directory)
+        return
     if checkpoint.path is None:
         return
     for name in _CARRIED_FILES:

@@ -154,7 +154,7 @@ def test_an_exception_while_a_checkpoint_is_written_leaves_everything_as_it_was(
         if len(written) == 3:
             raise RuntimeError("pulled the plug")
 
-    monkeypatch.setattr("bridge.safetensors_file._write_array", fail_on_the_third)
+    monkeypatch.setattr("bridge.safetensors_file.write_array", fail_on_the_third)
     with pytest.raises(RuntimeError, match="pulled the plug"):
         bridge.save(random_checkpoint(seed=1), tmp_path / "out", format=format, overwrite=overwrite)
     assert len(written) == 3

@@ -99,7 +99,7 @@ def test_loading_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("bridge.safetensors_file.aligned_empty", refuse)
+    monkeypatch.setattr("bridge.stored_file.aligned_empty", refuse)
     checkpoint = bridge.load(path)
     with pytest.raises(AssertionError, match="was read"):
         checkpoint.tensors["wpe.weight"]
