@@ -1,0 +1,109 @@
+"""Checkpoints in several files, under an index of which tensor is in which: Hugging Face's way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.arrays import LazyTensors, TensorEntry
+from bridge.errors import CheckpointError, bullet_list, quoted
+from bridge.formats.directory import read_json, write_json
+
+
+def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
+    """The tensors that an index lists, after holding it against what the shards contain.
+
+    Args:
+        index_file: `{"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}`, the files beside it.
+        read_file: the tensors of one shard.
+    """
+    directory, index = index_file.parent, read_json(index_file)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{quoted(index_file)}: weight_map must map tensor names to file names")
+    entries: dict[str, TensorEntry] = {}
+    problems = []
+    for file in sorted(set(weight_map.values())):
+        if problem := _unusable(directory, file):
+            problems.append(problem)
+            continue
+        shard = read_file(directory / file)
+        listed = {name for name, where in weight_map.items() if where == file}
+        problems += [f"{quoted(name)} should be in {quoted(file)} and is not" for name in listed - set(shard)]
+        for name in shard.keys() - listed:
+            where = f"in {quoted(weight_map[name])}" if name in weight_map else "nowhere"
+            problems.append(f"{quoted(name)} is in {quoted(file)}; the index says {where}")
+        entries.update(shard)
+    problems = problems or [*_wrong_total(index, entries)]
+    if problems:
+        raise CheckpointError(f"{quoted(index_file)} and the shards disagree:\n" + bullet_list(sorted(problems)))
+    return entries
+
+
+def write_shards(
+    directory: Path,
+    stem: str,
+    suffix: str,
+    entries: Mapping[str, TensorEntry],
+    max_shard_bytes: int,
+    write_file: Callable[[Path, LazyTensors], object],
+) -> None:
+    """One file `STEM.SUFFIX`, or several and `STEM.SUFFIX.index.json`.
+
+    Args:
+        max_shard_bytes: start a new file before one grows past this; a single larger tensor has a file to itself.
+    """
+    if max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
+    shards = _split(entries, max_shard_bytes)
+    if len(shards) == 1:
+        write_file(directory / f"{stem}.{suffix}", LazyTensors(shards[0]))
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
+        write_file(directory / file, LazyTensors(shard))
+        weight_map.update(dict.fromkeys(shard, file))
+    total = sum(entry.nbytes for entry in entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(directory / f"{stem}.{suffix}.index.json", index)
+
+
+def _split(entries: Mapping[str, TensorEntry], max_bytes: int) -> list[dict[str, TensorEntry]]:
+    shards: list[dict[str, TensorEntry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry.nbytes
+    return shards
+
+
+def _unusable(directory: Path, file: str) -> str | None:
+    """Why a shard of this name is not opened: an index is somebody else's text, a shard a file beside it."""
+    if file in ("", ".", "..") or any(c in file for c in "/\\\0:"):
+        return f"{quoted(file)} is not a plain file name"
+    if not os.path.isfile(directory / file):  # unlike Path.is_file, False also for a name too long to exist
+        return f"{quoted(file)} is missing; download it, or copy it beside the index"
+    if not _stays_inside(directory, file):
+        return f"{quoted(file)} is a link that leads out of the directory"
+    return None
+
+
+def _stays_inside(directory: Path, file: str) -> bool:
+    """Whether a shard lies in its directory, or in the blobs of the Hugging Face cache that this is part of."""
+    home, shard = directory.resolve(), (directory / file).resolve()
+    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
+    return shard.parent in (home, *blobs)
+
+
+def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    total = sum(entry.nbytes for entry in entries.values())
+    metadata = index.get("metadata")
+    declared = metadata.get("total_size", total) if isinstance(metadata, dict) else total
+    if declared != total:
+        yield f"total_size is {quoted(declared)}, the shards hold {total} bytes"
