@@ -44,6 +44,13 @@ def turned(entry: TensorEntry) -> TensorEntry:
     return TensorEntry(entry.dtype, entry.shape[::-1], lambda: entry.read().T)
 
 
+def first_rows(entry: TensorEntry, rows: int) -> TensorEntry:
+    """The same tensor without the rows that pad its vocabulary; as it is where it has no more than `rows`."""
+    if not entry.shape or entry.shape[0] <= rows:
+        return entry
+    return TensorEntry(entry.dtype, (rows, *entry.shape[1:]), lambda: entry.read()[:rows])
+
+
 class LazyTensors(Mapping[str, np.ndarray]):
     """A mapping from name to array in which every look-up reads the array anew.
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridge.arrays import LazyTensors, TensorEntry
+from bridge.arrays import LazyTensors, TensorEntry, first_rows
 from bridge.config import GPT2Config
 from bridge.convert import canonicalize
-from bridge.errors import NoTokenizerError
+from bridge.errors import ConversionError, NoTokenizerError
 from bridge.optimizer_state import AdamWState
-from bridge.params import parameters
+from bridge.params import VOCABULARY_ROWS, parameters
 from bridge.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +63,23 @@ class Checkpoint:
             for p in parameters(config)
         }
         return replace(self, config=config, tensors=LazyTensors(entries), optimizer=None)
+
+    def with_activation(self, name: str) -> Checkpoint:
+        """The same weights under another activation: another function, for a format that has only that one."""
+        return replace(self, config=replace(self.config, activation_function=name))
+
+    def with_vocab_size(self, rows: int) -> Checkpoint:
+        """Without the rows that pad the vocabulary past `rows`, and without an optimizer.
+
+        Raises `ConversionError` where there are not that many.
+        """
+        if not 1 <= rows <= self.config.vocab_size:
+            raise ConversionError(f"the vocabulary has {self.config.vocab_size} rows; it cannot be cut to {rows}")
+        if rows == self.config.vocab_size:
+            return self
+        cut = {name: first_rows(self.tensors.entries[name], rows) for name in VOCABULARY_ROWS & {*self.tensors}}
+        config = replace(self.config, vocab_size=rows)
+        return replace(self, config=config, tensors=LazyTensors({**self.tensors.entries, **cut}), optimizer=None)
 
     def tokenizer(self) -> tiktoken.Encoding:
         """The tokenizer that was saved with the weights; raises `TokenizerError` if there is none."""

@@ -27,6 +27,8 @@ STACK = "h"
 
 # Wrappers that write themselves into names: torch DDP and torch.compile, at any depth.
 _WRAPPERS = {"module", "_orig_mod"}
+# What transformers' ancestor pytorch-pretrained-bert called a LayerNorm's parameters, after TensorFlow.
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 # Causal-mask buffers that old versions of transformers saved beside the weights.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
@@ -35,13 +37,18 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     """Canonical name -> the name it has in `names`, with wrappers' prefixes and mask buffers gone.
 
     `transformer.h.0.attn.c_attn.weight` and `module._orig_mod.h.0.attn.c_attn.weight` both become
-    `h.0.attn.c_attn.weight`; if both are there, `ConversionError` names them.
+    `h.0.attn.c_attn.weight`; if both are there, `ConversionError` names them. `gamma` and `beta` of LayerNorms become
+    `weight` and `bias`, DialoGPT's `lm_head.decoder.weight` becomes `lm_head.weight`.
     """
     found: dict[str, list[str]] = {}
     for name in names:
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
         if parts[:1] == ["transformer"]:
             parts = parts[1:]
+        if len(parts) > 1 and parts[-2].startswith("ln_"):
+            parts[-1] = _OLD_NAMES.get(parts[-1], parts[-1])
+        if parts == ["lm_head", "decoder", "weight"]:
+            parts = ["lm_head", "weight"]
         canonical = ".".join(parts)
         if not _BUFFER.fullmatch(canonical):
             found.setdefault(canonical, []).append(name)
@@ -101,7 +108,7 @@ def to_flax(
     tree: FlaxTree = {}
     for parameter in parameters(config):
         array = canonical[parameter.torch_name].reshape(parameter.flax_shape)
-        if _has_vocabulary_rows(parameter):
+        if parameter.has_vocabulary_rows:
             array = _with_rows(array, rows)
         if stacked and parameter.layer is not None:
             path = (STACK, *parameter.flax_path[1:])
@@ -126,14 +133,14 @@ def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: i
     rows = padded_vocab_size(config.vocab_size, vocab_multiple)
     expected = parameters(config)
     shapes = {
-        "/".join(p.flax_path): (rows, *p.flax_shape[1:]) if _has_vocabulary_rows(p) else p.flax_shape for p in expected
+        "/".join(p.flax_path): (rows, *p.flax_shape[1:]) if p.has_vocabulary_rows else p.flax_shape for p in expected
     }
     if problems := differences(shapes, leaves):
         raise ConversionError("this is not the parameter tree of the configured GPT-2:\n" + bullet_list(problems))
     state = {}
     for p in expected:
         array = np.asarray(leaves["/".join(p.flax_path)])
-        state[p.torch_name] = (array[: config.vocab_size] if _has_vocabulary_rows(p) else array).reshape(p.torch_shape)
+        state[p.torch_name] = (array[: config.vocab_size] if p.has_vocabulary_rows else array).reshape(p.torch_shape)
     return state
 
 
@@ -229,10 +236,6 @@ def _leaf(tree: FlaxTree, path: tuple[str, ...]) -> np.ndarray:
     for name in path:
         node = node[name]
     return node
-
-
-def _has_vocabulary_rows(parameter: Parameter) -> bool:
-    return parameter.torch_name in ("wte.weight", "lm_head.weight")
 
 
 def _with_rows(array_VD: np.ndarray, rows: int) -> np.ndarray:

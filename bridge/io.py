@@ -13,8 +13,15 @@ from bridge.errors import CheckpointError, quoted
 from bridge.files import new_directory, new_file
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CONFIG, carry_files, write_config
+from bridge.stored_file import StoredFile
 from bridge.tokenizer import TOKENIZER_FILES
 
+_HUB_COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_HUB_WEIGHTS = (
+    ("*.safetensors", "*.safetensors.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("flax_model*.msgpack", "flax_model.msgpack.index.json"),
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -99,13 +106,15 @@ def _may_be_replaced(target: Path) -> bool:
 
 
 def _what_it_lacks(path: Path) -> str:
-    if not path.is_dir():
-        return "it is a file; name the directory that holds config.json and the weights"
-    if not (path / "config.json").exists():
-        return "it has no config.json"
-    if list(path.glob("pytorch_model*.bin*")):
-        return "its weights are a pickle (.bin); load it with transformers and save_pretrained to get safetensors"
-    return "it has a config.json and no model.safetensors, model.safetensors.index.json or flax_model.safetensors"
+    if path.is_dir():
+        return (
+            "it has neither config.json with weights beside it (model.safetensors, pytorch_model.bin, "
+            "flax_model.safetensors, flax_model.msgpack), nor hparams.json with TensorFlow's, nor a file of weights in "
+            "another format that is read (nanoGPT's .pt, llm.c's .bin, .gguf)"
+        )
+    if not StoredFile.open(path).size:  # which also says if it is no file of data at all
+        return "it is empty"
+    return "it begins as no format does that is read; the download may be damaged, or it is something else"
 
 
 def _from_hub(repo_id: str) -> Path:
@@ -116,9 +125,12 @@ def _from_hub(repo_id: str) -> Path:
         raise CheckpointError(
             f"{missing}; to load it from the Hugging Face hub, install its extra: pip install '.[hub]'"
         ) from None
-    wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=wanted))
+        for weights in _HUB_WEIGHTS:  # one kind, not all that are there: each is the whole model
+            path = Path(snapshot_download(repo_id, allow_patterns=[*_HUB_COMPANIONS, *weights]))
+            if _recognized(path) is not None:
+                break
+        return path
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
         raise CheckpointError(
             f"{missing}, and the Hugging Face hub did not give it ({type(error).__name__}); check the name and the "

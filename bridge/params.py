@@ -46,6 +46,9 @@ PARAMETERS = (
     Row("lm_head.weight", "lm_head/embedding", "V D", "untied"),
 )
 
+VOCABULARY_ROWS = frozenset({"wte.weight", "lm_head.weight"})
+"""The names of the parameters that have a row for each token."""
+
 DECAYS: Mapping[str, bool] = {"kernel": True, "embedding": True, "bias": False, "scale": False}
 """Whether weight decay acts on a parameter, by the last part of its Flax path: on projections and embeddings, not on
 biases and LayerNorm scales. By name, because stacked layers give biases a second axis. Source: nanoGPT,
@@ -66,6 +69,11 @@ class Parameter:
     def decays(self) -> bool:
         """Whether weight decay acts on it."""
         return DECAYS[self.flax_path[-1]]
+
+    @property
+    def has_vocabulary_rows(self) -> bool:
+        """Whether it has a row for each token."""
+        return self.torch_name in VOCABULARY_ROWS
 
     @property
     def is_projection(self) -> bool:

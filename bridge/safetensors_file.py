@@ -23,7 +23,7 @@ import numpy as np
 from bridge.arrays import LazyTensors
 from bridge.errors import CheckpointError, quoted
 from bridge.json_text import parse_object
-from bridge.stored_file import StoredFile, write_array
+from bridge.stored_file import StoredFile, first_bytes, write_array
 
 # Every type that the format defines and numpy holds. Which of them may be weights is decided where
 # weights are checked: mask buffers of old checkpoints are uint8 or bool.
@@ -47,10 +47,17 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_FORMATS_MOST_HEADER_BYTES = 10**8
 # A GPT-2 XL's header is 60 kB. Parsed, a hostile one takes 33 times its size, and refusing a file
 # may cost 64 MiB.
 _MOST_HEADER_BYTES = 2**20
 _MOST_RANK = 16  # Flax's deepest leaf has 5 axes; a header can claim 10,000
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a header and an opening brace; False for what cannot be read."""
+    start = first_bytes(path, 9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _FORMATS_MOST_HEADER_BYTES
 
 
 def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:

@@ -24,7 +24,7 @@ def from_pretrained(
     scan: bool = False,
     vocab_multiple: int = 1,
 ) -> tuple[GPT2, dict[str, Any]]:
-    """The model of a checkpoint directory or Hugging Face id, and its parameters on the device.
+    """The model of a checkpoint in any format, or of a Hugging Face id, and its parameters on the device.
 
     Args:
         dtype: of the computation.

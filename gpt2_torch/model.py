@@ -339,7 +339,7 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> GPT2:
-        """The model of a checkpoint directory or Hugging Face id, in its own dtype and in eval mode.
+        """The model of a checkpoint in any format, or of a Hugging Face id, in its own dtype and in eval mode.
 
         Raises a child of `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
         """

@@ -14,6 +14,9 @@ from bridge import Checkpoint, GPT2Config
 
 TINY = GPT2Config(vocab_size=257, n_positions=40, n_embd=48, n_layer=5, n_head=3, n_inner=100)
 
+SMALLEST = GPT2Config(vocab_size=11, n_positions=5, n_embd=8, n_layer=2, n_head=2, n_inner=12)
+"""So small that most of its file is structure."""
+
 
 def random_state(config: GPT2Config, dtype: np.dtype | type = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
     """A canonical state_dict with weights large enough that every mistake shows in the logits."""

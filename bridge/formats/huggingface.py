@@ -1,9 +1,14 @@
-"""Hugging Face directories: `config.json` with `model.safetensors`, whole or in shards."""
+"""Hugging Face directories: `config.json` with safetensors or torch's `.bin`, whole or in shards.
+
+All generations of transformers: names with or without `transformer.`, LayerNorms with `gamma` and `beta`, causal-mask
+buffers beside the weights, a tied head stored or not.
+"""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
@@ -11,24 +16,47 @@ from bridge.config import GPT2Config, harmless_fields
 from bridge.convert import canonical_names, canonicalize
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
-from bridge.safetensors_file import read_file, write_file
+from bridge.formats.sharded import read_shards, write_shards
+from bridge.safetensors_file import is_safetensors, read_file, write_file
+
+try:  # TEMPORARY
+    from bridge.torch_file import is_torch_file
+    from bridge.torch_file import read_file as read_torch_file
+except ImportError:
+    is_torch_file = read_torch_file = lambda path: False
 
 NAME = "huggingface"
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The first of these that a directory has is read."""
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, "5GB"
 
 
 def sniff(path: Path) -> bool:
-    return (path / CONFIG).is_file() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file())
+    if path.is_dir():
+        return (path / CONFIG).is_file() and _weights(path) is not None
+    return is_safetensors(path) or is_torch_file(path)
 
 
 def read(path: Path) -> Checkpoint:
-    hf = read_json(path / CONFIG)
+    weights = _weights(path) if path.is_dir() else path
+    assert weights is not None  # or sniff would have said no
+    is_index = weights.suffix == ".json"
+    stored = LazyTensors(read_shards(weights, _tensors) if is_index else _tensors(weights))
+    directory = weights.parent
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(
+            f"{quoted(weights)} holds tensors and there is no {CONFIG} beside it; put the model's there, because what "
+            "they compute cannot be told from them"
+        )
+    hf = read_json(directory / CONFIG)
     config = GPT2Config.from_hf(hf)
-    stored = read_file(path / WEIGHTS)[0] if (path / WEIGHTS).is_file() else _read_shards(path)
     tensors = canonicalize(stored, config)
-    return Checkpoint(config, tensors, NAME, path, harmless_fields(hf), _oddities(stored, config))
+    return Checkpoint(config, tensors, NAME, directory, harmless_fields(hf), _oddities(stored, config))
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -38,93 +66,51 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
         max_shard_bytes: start a new file before one grows past this; a single larger tensor has
             a file to itself.
     """
-    if max_shard_bytes < 1:
-        raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
     write_json(directory / CONFIG, checkpoint.config.to_hf(checkpoint.extra))
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
-    shards = _split(entries, max_shard_bytes)
-    metadata = {"format": "pt"}  # transformers refuses files without it
-    if len(shards) == 1:
-        write_file(directory / WEIGHTS, LazyTensors(shards[0]), metadata)
-    else:
-        weight_map = {}
-        for number, shard in enumerate(shards, start=1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_file(directory / file, LazyTensors(shard), metadata)
-            weight_map.update(dict.fromkeys(shard, file))
-        total = sum(entry.nbytes for entry in entries.values())
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def write_shard(file: Path, tensors: LazyTensors) -> None:
+        write_file(file, tensors, {"format": "pt"})  # transformers refuses files without it
+
+    write_shards(directory, "model", "safetensors", entries, max_shard_bytes, write_shard)
     carry_files(checkpoint, directory)
+
+
+def _weights(directory: Path) -> Path | None:
+    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
 
 
 def _saved_name(canonical: str) -> str:
     return canonical if canonical == "lm_head.weight" else f"transformer.{canonical}"
 
 
-def _split(entries: dict[str, TensorEntry], max_bytes: int) -> list[dict[str, TensorEntry]]:
-    shards: list[dict[str, TensorEntry]] = [{}]
-    size = 0
-    for name, entry in entries.items():
-        if shards[-1] and size + entry.nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = entry
-        size += entry.nbytes
-    return shards
+def _tensors(file: Path) -> Mapping[str, TensorEntry]:
+    """The tensors of one file, of whichever kind its content shows it to be."""
+    return _state_dict(file, read_torch_file(file)) if is_torch_file(file) else read_file(file)[0].entries
 
 
-def _read_shards(path: Path) -> LazyTensors:
-    """The tensors that the index lists, after holding the index against what the shards contain."""
-    index = read_json(path / INDEX)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{quoted(path / INDEX)}: weight_map must map tensor names to file names")
-    entries: dict[str, TensorEntry] = {}
-    problems = []
-    for file in sorted(set(weight_map.values())):
-        # The index is somebody else's text: a shard is a file of this directory and nothing else.
-        if file in ("", ".", "..") or any(c in file for c in "/\\\0:"):
-            problems.append(f"{quoted(file)} is not a plain file name")
-            continue
-        if not os.path.isfile(path / file):  # unlike Path.is_file, False also for a name too long to exist
-            problems.append(f"{quoted(file)} is missing; download it, or copy it beside the index")
-            continue
-        if not _stays_inside(path, file):
-            problems.append(f"{quoted(file)} is a link that leads out of the directory")
-            continue
-        shard = read_file(path / file)[0].entries
-        listed = {name for name, where in weight_map.items() if where == file}
-        problems += [f"{quoted(name)} should be in {quoted(file)} and is not" for name in listed - set(shard)]
-        for name in shard.keys() - listed:
-            where = f"in {quoted(weight_map[name])}" if name in weight_map else "nowhere"
-            problems.append(f"{quoted(name)} is in {quoted(file)}; the index says {where}")
-        entries.update(shard)
-    total = sum(entry.nbytes for entry in entries.values())
-    metadata = index.get("metadata")
-    declared = metadata.get("total_size", total) if isinstance(metadata, dict) else total
-    if not problems and declared != total:
-        problems.append(f"total_size is {quoted(declared)}, the shards hold {total} bytes")
-    if problems:
-        raise CheckpointError(f"{quoted(path / INDEX)} and the shards disagree:\n" + bullet_list(sorted(problems)))
-    return LazyTensors(entries)
-
-
-def _stays_inside(path: Path, file: str) -> bool:
-    """Whether a shard lies in its directory, or in the blobs of the Hugging Face cache that this is part of."""
-    home, shard = path.resolve(), (path / file).resolve()
-    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
-    return shard.parent in (home, *blobs)
+def _state_dict(file: Path, saved: Any) -> dict[str, TensorEntry]:
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{quoted(file)} holds {type(saved).__name__}, not a state_dict; save model.state_dict()")
+    others = [
+        f"{quoted(name)} is {type(value).__name__}, not a tensor"
+        for name, value in saved.items()
+        if not isinstance(name, str) or not isinstance(value, TensorEntry)
+    ]
+    if others:
+        raise CheckpointError(
+            f"{quoted(file)} holds more than a state_dict; save model.state_dict() alone:\n" + bullet_list(others)
+        )
+    return saved
 
 
 def _oddities(stored: LazyTensors, config: GPT2Config) -> tuple[str, ...]:
     used = canonical_names(stored)
-    dropped = len(stored) - len(used)
     odd = []
-    if dropped:
+    if dropped := len(stored) - len(used):
         odd.append(f"{dropped} causal-mask buffers of an old transformers version were left out")
     if config.tie_word_embeddings and "lm_head.weight" in used:
         odd.append("lm_head.weight is stored although it is tied; it equals wte.weight")
-    if dtypes := {str(entry.dtype) for name, entry in stored.entries.items() if name in used.values()}:
-        if len(dtypes) > 1:
-            odd.append(f"mixed dtypes: {', '.join(sorted(dtypes))}")
+    if any(name.endswith((".gamma", ".beta")) for name in stored):
+        odd.append("LayerNorms have gamma and beta, as before transformers: they are weight and bias")
     return tuple(odd)

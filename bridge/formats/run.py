@@ -7,13 +7,12 @@ is what is read. Orbax stores arrays with tensorstore (zarr in an OCDBT database
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bridge.arrays import TensorEntry
+from bridge.arrays import TensorEntry, first_rows
 from bridge.checkpoint import Checkpoint
 from bridge.config import harmless_fields
 from bridge.convert import STACK
@@ -35,7 +34,7 @@ def read(path: Path) -> Checkpoint:
     run, step = (path.parent.parent, path) if _is_step(path) else (path, _best(path))
     config, fields = read_config(run / CONFIG)
     entries = {
-        name: _first_rows(entry, config.vocab_size) if name in ("wte/embedding", "lm_head/embedding") else entry
+        name: first_rows(entry, config.vocab_size) if name in ("wte/embedding", "lm_head/embedding") else entry
         for name, entry in _unstacked(_arrays(step / "state")).items()
     }
     tensors = tensors_of_tree(entries, config, step)
@@ -126,17 +125,6 @@ def _unstacked(arrays: dict[str, _Stored]) -> dict[str, TensorEntry]:
         else:
             entries[path] = stored.entry()
     return entries
-
-
-def _first_rows(entry: TensorEntry, rows: int) -> TensorEntry:
-    """Without the rows that `vocab_multiple` added."""
-    if not entry.shape or entry.shape[0] < rows:
-        return entry
-
-    def read(inner: Callable[[], np.ndarray] = entry.read) -> np.ndarray:
-        return inner()[:rows]
-
-    return TensorEntry(entry.dtype, (rows, *entry.shape[1:]), read)
 
 
 def _unreadable(state: Path, error: Exception) -> CheckpointError:

@@ -8,8 +8,11 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 import bridge
+from bridge import Checkpoint
 from gpt2_jax.cli.arguments import JsonFile, Source
 from gpt2_jax.cli.output import console, json_writer, reading_bar
+
+IN_SHARDS = ("huggingface", "flax_msgpack")
 
 
 def convert(
@@ -17,36 +20,54 @@ def convert(
     target: Annotated[Positional[Path], arg(metavar="DST")],
     /,
     *,
-    to: Literal["huggingface", "flax"],
+    to: Literal["huggingface", "flax", "flax_msgpack", "nanogpt", "llmc", "gguf"],
     max_shard_bytes: Annotated[int | None, arg(metavar="BYTES")] = None,
     zero_biases: bool = False,
+    activation: Annotated[str | None, arg(metavar="NAME")] = None,
+    vocab_size: Annotated[int | None, arg(metavar="ROWS")] = None,
     overwrite: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """Write a checkpoint in another format, every tensor bit for bit, as one new directory or not at all.
+    """Write a checkpoint in another format, every tensor bit for bit, complete or not at all.
 
     Example: gpt2 convert ./my-gpt2 ./my-gpt2-flax --to flax
 
     Args:
-        source: a checkpoint directory or a Hugging Face id.
-        target: the directory to make.
+        source: a checkpoint in any format, or a Hugging Face id.
+        target: the directory to make; for nanogpt, llmc and gguf also the file, if it ends in .pt, .bin or .gguf.
         to: the format to write.
-        max_shard_bytes: for huggingface: begin a new file before one grows past this (default 5 GB).
+        max_shard_bytes: for huggingface and flax_msgpack: begin a new file before one grows past this.
         zero_biases: give a model without biases biases of zero, which Hugging Face's GPT-2 cannot do without.
+        activation: write the weights as a model with this activation, another function; nanogpt has only gelu.
+        vocab_size: cut off the rows that pad the vocabulary past this size.
         overwrite: replace what is at the target.
         json: also write what was done to this file.
     """
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
-    if options and to != "huggingface":
-        raise bridge.BridgeError(f"--max-shard-bytes is for --to huggingface; {to} is one file")
+    if options and to not in IN_SHARDS:
+        raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; {to} is one file")
     write_json = json_writer(json)
-    checkpoint = bridge.load(source)
-    if zero_biases:
-        checkpoint = checkpoint.with_biases()
+    opened = bridge.load(source)
+    checkpoint = _changed(opened, zero_biases, activation, vocab_size)
     with reading_bar(checkpoint, f"writing {to}") as watched:
-        bridge.save(watched, target, format=to, overwrite=overwrite, **options)
+        left_out = bridge.save(watched, target, format=to, overwrite=overwrite, **options)
+    if opened.optimizer is not None and checkpoint.optimizer is None:
+        left_out += ("the state of AdamW, which is for the parameters as they were",)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
     count = len(checkpoint.tensors)
     done = {"source": source, "from": checkpoint.format, "target": str(target), "to": to}
-    write_json({**done, "tensors": count, "bytes": total})
+    write_json({**done, "tensors": count, "bytes": total, "left_out": list(left_out)})
     console().print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}")
+    for what in left_out:
+        console().print(f"left out: {what}")
+
+
+def _changed(checkpoint: Checkpoint, zero_biases: bool, activation: str | None, vocab_size: int | None) -> Checkpoint:
+    """The changes that were asked for by name; no other is made."""
+    if zero_biases:
+        checkpoint = checkpoint.with_biases()
+    if activation is not None:
+        checkpoint = checkpoint.with_activation(activation)
+    if vocab_size is not None:
+        checkpoint = checkpoint.with_vocab_size(vocab_size)
+    return checkpoint

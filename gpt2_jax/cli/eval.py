@@ -62,7 +62,7 @@ def evaluate(
     Example: gpt2 eval ./my-gpt2 --data book.txt --stride 256
 
     Args:
-        source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
+        source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         data: a UTF-8 text file, a directory or glob of them, stdlib, or token files; where some of these are called
             train and others val, the latter. Unless given, the part of Shakespeare that the bundled model has not seen.
         backend: which implementation runs.

@@ -54,7 +54,7 @@ def generate(
     Example: gpt2 generate ./my-gpt2 "Once upon a time" --temperature 0.8 --top-p 0.95
 
     Args:
-        source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
+        source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         prompt: the text to continue; a line break, if none is given; - reads it from standard input.
         lines: continue each line of this file instead, except empty ones; - is standard input.
         interactive: ask for one prompt after another; an empty line ends it.

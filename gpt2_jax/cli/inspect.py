@@ -21,13 +21,13 @@ def inspect(source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json
     Example: gpt2 inspect ./my-gpt2 --tensors
 
     Args:
-        source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
+        source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         tensors: list every tensor too.
         json: also write it to this file.
     """
     write_json = json_writer(json)
     checkpoint = bridge.load(source)
-    with reading_bar(checkpoint, "reading") as watched:
+    with reading_bar(checkpoint, "reading", times=2) as watched:
         facts = _facts(watched)
     write_json(facts)
     _show(console(), checkpoint, facts, tensors)
@@ -45,6 +45,9 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "extra": dict(checkpoint.extra),
         "dtypes": dict(dtypes),
         "oddities": bridge.find_oddities(checkpoint),
+        "fingerprint": bridge.fingerprint(checkpoint.tensors),
+        "optimizer_step": checkpoint.optimizer.step if checkpoint.optimizer else None,
+        "progress": dict(checkpoint.progress),
         "tensors": {name: {"dtype": str(e.dtype), "shape": list(e.shape)} for name, e in entries.items()},
     }
 
@@ -58,10 +61,13 @@ def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: 
     summary.add_row("parameters", f"{facts['parameters']:,}{_known_size(checkpoint.config)}")
     summary.add_row("tensors", f"{len(facts['tensors'])}, {facts['bytes']:,} bytes")
     summary.add_row("dtypes", ", ".join(f"{dtype} x {count}" for dtype, count in facts["dtypes"].items()))
+    if checkpoint.optimizer is not None:
+        summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
     for k, oddity in enumerate(facts["oddities"] or ["nothing found"]):
         summary.add_row("odd" if k == 0 else "", oddity, style="yellow" if facts["oddities"] else "")
+    summary.add_row("fingerprint", facts["fingerprint"])
     out.print(summary)
     if tensors:
         listing = Table("tensor", "dtype", "shape", box=None, pad_edge=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -35,12 +36,12 @@ def progress(*columns: ProgressColumn) -> Progress:
 
 
 @contextmanager
-def reading_bar(checkpoint: Checkpoint, doing: str) -> Iterator[Checkpoint]:
-    """The same checkpoint, with a bar on standard error that moves as its tensors are read."""
+def reading_bar(checkpoint: Checkpoint, doing: str, times: int = 1) -> Iterator[Checkpoint]:
+    """The same checkpoint, with a bar on standard error that moves as its tensors are read, each so many times."""
     entries = checkpoint.tensors.entries
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with progress(*columns) as bar:
-        task = bar.add_task(doing, total=sum(entry.nbytes for entry in entries.values()))
+        task = bar.add_task(doing, total=times * sum(entry.nbytes for entry in entries.values()))
 
         def watched(entry: TensorEntry) -> TensorEntry:
             def read() -> np.ndarray:
@@ -64,11 +65,20 @@ def json_writer(file: Path | None) -> Callable[[dict[str, Any]], None]:
     def write(value: dict[str, Any]) -> None:
         if file is not None:
             try:
-                file.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                file.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
             except OSError as error:
                 raise BridgeError(f"cannot write {file}: {error.strerror}") from error
 
     return write
+
+
+def _strict(value: Any) -> Any:
+    """The same with numbers that JSON does not have, as a checkpoint's own fields may be, spelled as strings."""
+    if isinstance(value, dict):
+        return {name: _strict(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_torch(what: str) -> None:

@@ -41,7 +41,7 @@ def verify(
     Example: gpt2 verify ./my-gpt2 --json report.json
 
     Args:
-        source: a checkpoint directory, a run, a Hugging Face id, or `bundled`.
+        source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         text: what to run the models on, in place of the built-in text.
         text_file: the same, from a UTF-8 file.
         batch: sequences in the batch.

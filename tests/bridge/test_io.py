@@ -40,29 +40,35 @@ def test_an_unknown_path_object_is_named(tmp_path: Path) -> None:
     assert message(tmp_path / "gone") == f"'{tmp_path / 'gone'}' does not exist"
 
 
-def test_a_plain_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert "it is a file; name the directory that holds config.json" in message(tmp_path / "model.safetensors")
+def test_a_file_of_nothing_known_is_refused(tmp_path: Path) -> None:
+    for content, says in {
+        b"": "it is empty",
+        b"weights!": "it begins as no format does that is read",
+        b"version https://git-lfs.github.com/spec/v1\noid": "a git-LFS pointer, not the weights",
+        b"<!DOCTYPE html><html>": "an HTML page, not weights",
+    }.items():
+        (tmp_path / "model.bin").write_bytes(content)
+        assert says in message(tmp_path / "model.bin")
+
+
+def test_the_file_of_weights_is_as_good_as_its_directory(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    (path / "model.safetensors").rename(path / "any-name")
+    checkpoint = bridge.load(path / "any-name")
+    assert (checkpoint.format, checkpoint.path, checkpoint.config) == ("huggingface", path, TINY)
+    (path / "config.json").unlink()
+    assert "holds tensors and there is no config.json beside it" in message(path / "any-name")
 
 
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "model")
     (path / "config.json").unlink()
-    assert message(path).endswith("it has no config.json")
-
-
-def test_a_directory_with_only_a_pickle_says_what_to_do(tmp_path: Path) -> None:
-    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"):
-        path = tmp_path / name
-        path.mkdir()
-        (path / "config.json").write_text(json.dumps(TINY.to_hf()))
-        (path / name).write_bytes(b"\x80\x02}q\x00.")
-        assert "its weights are a pickle (.bin); load it with transformers and save_pretrained" in message(path)
+    assert "it has neither config.json with weights beside it" in message(path)
 
 
 def test_a_directory_without_weights_names_what_is_looked_for(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
-    assert "no model.safetensors, model.safetensors.index.json or flax_model.safetensors" in message(tmp_path)
+    assert "neither config.json with weights beside it (model.safetensors, pytorch_model.bin," in message(tmp_path)
 
 
 @pytest.mark.timeout(10)
