@@ -1,9 +1,10 @@
 # Everything installs into .venv, made on first use from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+PEERS := .venv-peers
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow test-peers fuzz check bench clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -14,6 +15,12 @@ test: $(INSTALLED)  ## everything but the marked tests
 test-slow: $(INSTALLED)  ## the tests at 124M parameters
 	$(BIN)/python -m pytest -m slow
 
+test-peers: $(INSTALLED) $(PEERS)/.installed  ## against transformers 4's Flax, in an environment of its own
+	PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m pytest -m peers
+
+fuzz: $(INSTALLED)  ## 100,000 damaged files of every format; an hour and more
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000
+
 check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -21,14 +28,21 @@ check: $(INSTALLED)  ## style and types
 
 bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.load
+	$(BIN)/python -m tests.benchmarks.convert
 	$(BIN)/python -m tests.benchmarks.data
 	$(BIN)/python -m tests.benchmarks.train
 	$(BIN)/python -m tests.benchmarks.generate
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv $(PEERS) demo-output
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# transformers 4 without its flax extra, which asks for an older JAX than it runs with.
+$(PEERS)/.installed:
+	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet transformers==4.57.6 jax==0.10.2 flax==0.12.8
 	touch $@

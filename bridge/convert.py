@@ -201,6 +201,7 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any
     missing = [f"{name} is missing (shape {shape})" for name, shape in expected.items() if name not in found]
     misshapen = [
         f"{name} has shape {found[name].shape}, the configuration says {shape}"
+        + _known_mistake(name, tuple(found[name].shape), shape)
         for name, shape in expected.items()
         if name in found and tuple(found[name].shape) != shape
     ]
@@ -212,6 +213,15 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any
         if array.dtype not in FLOAT_DTYPES
     ]
     return missing + misshapen + extra + unusable
+
+
+def _known_mistake(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What a wrong shape most likely comes from."""
+    if len(found) == 2 and found == expected[::-1]:
+        return ": it is transposed, as another format has it"
+    if name.split(".")[0].split("/")[0] in ("wte", "lm_head") and found[1:] == expected[1:] and found[0] > expected[0]:
+        return f": a padded vocabulary? Set vocab_size to {found[0]}, then cut it with gpt2 convert --vocab-size"
+    return ""
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

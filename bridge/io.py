@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
+from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
-from bridge.errors import CheckpointError, quoted
+from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
 from bridge.files import new_directory, new_file
+from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CONFIG, carry_files, write_config
 from bridge.stored_file import StoredFile
@@ -45,13 +50,24 @@ def load(source: str | Path) -> Checkpoint:
             raise CheckpointError(f"{quoted(source)} does not exist")
         path = _from_hub(str(source))
     module = _recognized(path)
-    if module is not None:
+    if module is None:
+        raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
+    try:
         return module.read(path)
-    raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
+    except BridgeError as error:
+        if quoted(path)[1:-1] in str(error):
+            raise
+        raise type(error)(f"{quoted(path)}: {error}") from error
 
 
 def save(
-    checkpoint: Checkpoint, target: str | Path, *, format: str, overwrite: bool = False, **options: Any
+    checkpoint: Checkpoint,
+    target: str | Path,
+    *,
+    format: str,
+    overwrite: bool = False,
+    keep_not_finite: bool = False,
+    **options: Any,
 ) -> tuple[str, ...]:
     """Write `checkpoint` as a new directory, or file; it appears under its name complete, or not at all.
 
@@ -62,6 +78,7 @@ def save(
         format: a name in `bridge.formats.WRITABLE`.
         overwrite: replace the checkpoint that is at `target`. Without it an existing target is an
             error; with it, one that is anything else than a checkpoint still is.
+        keep_not_finite: write NaN and infinity too; without it they are a `ConversionError` that names the tensor.
         options: the format's own, for example `max_shard_bytes` for "huggingface".
 
     Returns what was left out because the target has no place for it, a sentence each. That is never anything that
@@ -71,6 +88,8 @@ def save(
         raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(WRITABLE)}")
     if overwrite and os.path.lexists(target) and not _may_be_replaced(Path(target)):
         raise CheckpointError(f"{quoted(target)} is not a checkpoint; it is not overwritten: choose another name")
+    if not keep_not_finite:
+        checkpoint = replace(checkpoint, tensors=_watched(checkpoint.tensors))
     module = FORMATS[format]
     left_out: tuple[str, ...] = ()
     if hasattr(module, "FILE") and Path(target).suffix in module.SUFFIXES:
@@ -87,6 +106,24 @@ def save(
     if checkpoint.optimizer is not None and not hasattr(module, "KEEPS_OPTIMIZER"):
         left_out += (f"the state of AdamW after {checkpoint.optimizer.step} steps, which {format} has no place for",)
     return left_out
+
+
+def _watched(tensors: LazyTensors) -> LazyTensors:
+    """The same tensors; reading one that has NaN or infinity raises."""
+
+    def watched(name: str, entry: TensorEntry) -> TensorEntry:
+        def read() -> np.ndarray:
+            array = entry.read()
+            if bad := count_not_finite(array):
+                raise ConversionError(
+                    f"{name} has {bad} values that are not finite; the checkpoint is damaged, or its training diverged "
+                    "(--keep-not-finite, or keep_not_finite=True, writes them as they are)"
+                )
+            return array
+
+        return replace(entry, read=read)
+
+    return LazyTensors({name: watched(name, entry) for name, entry in tensors.entries.items()})
 
 
 def _recognized(path: Path) -> ModuleType | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
+from bridge.finite import count_not_finite
 from bridge.tokenizer import OPENAI_VOCAB_SIZE
 
 
@@ -43,9 +42,7 @@ def _in_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
 
 def _in_values(checkpoint: Checkpoint) -> Iterator[str]:
     for name, array in checkpoint.tensors.items():
-        values = array if array.dtype.itemsize > 2 else array.astype(np.float32)
-        bad = values.size - int(np.isfinite(values).sum())
-        if bad:
+        if bad := count_not_finite(array):
             yield f"{name} has {bad} values that are not finite"
-        elif not values.any() and not name.endswith("bias"):
+        elif not array.any() and not name.endswith("bias"):
             yield f"{name} is all zeros"

@@ -25,6 +25,7 @@ def convert(
     zero_biases: bool = False,
     activation: Annotated[str | None, arg(metavar="NAME")] = None,
     vocab_size: Annotated[int | None, arg(metavar="ROWS")] = None,
+    keep_not_finite: bool = False,
     overwrite: bool = False,
     json: JsonFile = None,
 ) -> None:
@@ -40,6 +41,7 @@ def convert(
         zero_biases: give a model without biases biases of zero, which Hugging Face's GPT-2 cannot do without.
         activation: write the weights as a model with this activation, another function; nanogpt has only gelu.
         vocab_size: cut off the rows that pad the vocabulary past this size.
+        keep_not_finite: write weights that are NaN or infinite too; without it they are an error.
         overwrite: replace what is at the target.
         json: also write what was done to this file.
     """
@@ -50,7 +52,9 @@ def convert(
     opened = bridge.load(source)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)
     with reading_bar(checkpoint, f"writing {to}") as watched:
-        left_out = bridge.save(watched, target, format=to, overwrite=overwrite, **options)
+        left_out = bridge.save(
+            watched, target, format=to, overwrite=overwrite, keep_not_finite=keep_not_finite, **options
+        )
     if opened.optimizer is not None and checkpoint.optimizer is None:
         left_out += ("the state of AdamW, which is for the parameters as they were",)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())

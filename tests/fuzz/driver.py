@@ -1,6 +1,6 @@
 """Damaged checkpoints by the thousand: each is refused with a `BridgeError`, or is what its bytes say.
 
-    python -m tests.fuzz.driver --mutants 100000 [--formats llmc gguf] [--seed 1]
+    PYTHONPATH=.:tests python -m fuzz.driver --mutants 100000 [--formats llmc gguf] [--seed 1]
 
 Each format has a module here with `samples` (small valid checkpoints), `mutable` (the files of one that are damaged)
 and `oracle` (the arrays of one under canonical names, read by somebody else's code). A mutant that loads must have

@@ -1,0 +1,116 @@
+"""What converting a checkpoint of gpt2-xl's size (1.56B parameters, 6.2 GB in float32) costs, beside `cp` of it.
+
+    python -m tests.benchmarks.convert [pairs] [--size gpt2-xl] [--formats flax llmc ...]
+
+Each conversion is a process of its own, and so is each `cp`; they alternate, both end with the data on the disk
+(`sync`), and medians are given. The peak is the child's `ru_maxrss`, over that of one that imports the same and does
+nothing. Needs three times the checkpoint's size on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import bridge
+from bridge import GPT2_SIZES, Checkpoint, GPT2Config
+from bridge.arrays import LazyTensors, TensorEntry
+from bridge.formats import WRITABLE
+
+CONVERT = "bridge.save(bridge.load(sys.argv[1]), sys.argv[2], format=sys.argv[3])"
+PROGRAM = "import resource, sys; import bridge\n{}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=int, nargs="?", default=3)
+    parser.add_argument("--size", choices=GPT2_SIZES, default="gpt2-xl")
+    parser.add_argument("--formats", nargs="+", choices=WRITABLE, default=WRITABLE)
+    chosen = parser.parse_args()
+    config = GPT2_SIZES[chosen.size]
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        folder = Path(scratch)
+        largest = 4 * config.vocab_size * config.n_embd
+        print(f"{chosen.size}: {4 * bridge.num_parameters(config):,} bytes, the largest tensor {largest:,}")
+        idle = _peak("")[0]
+        for activation in ("gelu_new", "gelu"):  # nanoGPT has the one, llm.c and GGUF the other
+            source = _written(folder / activation, replace(config, activation_function=activation))
+            for format in chosen.formats:
+                if (format == "nanogpt") == (activation == "gelu"):
+                    _measure(source, folder, format, chosen.pairs, idle)
+            shutil.rmtree(source)
+
+
+def _measure(source: Path, folder: Path, format: str, pairs: int, idle: int) -> None:
+    there, back, copied, peaks = [], [], [], []
+    for _ in range(pairs):
+        copied.append(_copied(source / "model.safetensors", folder / "copy"))
+        peak, seconds = _peak(CONVERT, source, folder / "there", format)
+        there.append(seconds)
+        back_peak, seconds = _peak(CONVERT, folder / "there", folder / "back", "huggingface")
+        back.append(seconds)
+        peaks.append(max(peak, back_peak) - idle)
+        if not peaks[1:]:
+            same = bridge.fingerprint(bridge.load(folder / "back").tensors) == bridge.fingerprint(
+                bridge.load(source).tensors
+            )
+            assert same, format
+        for path in ("there", "back"):
+            shutil.rmtree(folder / path)
+    cp = statistics.median(copied)
+    print(
+        f"huggingface -> {format}: {statistics.median(there):.1f} s, {statistics.median(there) / cp:.2f} of cp's "
+        f"{cp:.1f} s; and back {statistics.median(back):.1f} s, {statistics.median(back) / cp:.2f}; "
+        f"peak {max(peaks) / 2**20:.0f} MiB over the idle process",
+        flush=True,
+    )
+
+
+def _written(path: Path, config: GPT2Config) -> Path:
+    """A checkpoint with a different number in every tensor; it is made as it is written."""
+    entries = {
+        p.torch_name: TensorEntry(np.dtype("f4"), p.torch_shape, partial(_values, p.torch_shape, number))
+        for number, p in enumerate(bridge.parameters(config))
+    }
+    bridge.save(Checkpoint(config, LazyTensors(entries), "memory"), path, format="huggingface", max_shard_bytes=10**11)
+    return path
+
+
+def _values(shape: tuple[int, ...], number: int) -> np.ndarray:
+    values = np.full(shape, number, np.float32)
+    values.reshape(-1)[:: max(1, values.size // 1000)] = np.arange(
+        len(values.reshape(-1)[:: max(1, values.size // 1000)])
+    )
+    return values
+
+
+def _copied(source: Path, target: Path) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    subprocess.run(["cp", source, target], check=True)
+    subprocess.run(["sync", target], check=True)
+    seconds = time.perf_counter() - began
+    target.unlink()
+    return seconds
+
+
+def _peak(code: str, *arguments: object) -> tuple[int, float]:
+    """The peak of a child in bytes, and its seconds. `sh` stands between: exec begins the peak at the parent's."""
+    command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", PROGRAM.format(code), *map(str, arguments)]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout), time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
