@@ -1,0 +1,78 @@
+"""A conversion that stops anywhere leaves nothing that loads.
+
+What a killed process leaves is what is on the disk at that moment, so the half-written state is copied before every
+tensor, and each copy is opened.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import SMALLEST, random_checkpoint
+
+import bridge
+from bridge import BridgeError
+from bridge.arrays import LazyTensors, TensorEntry
+from bridge.formats import FORMATS, WRITABLE
+
+CONFIG = replace(SMALLEST, n_inner=None)
+
+
+def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bridge.Checkpoint:
+    """A checkpoint that the format can hold, which calls `before_each` when one of its tensors is read."""
+    config = replace(CONFIG, activation_function="gelu") if format == "nanogpt" else CONFIG
+    checkpoint = random_checkpoint(config)
+
+    def watched(entry: TensorEntry) -> TensorEntry:
+        def read() -> np.ndarray:
+            before_each()
+            return entry.read()
+
+        return replace(entry, read=read)
+
+    entries = {name: watched(entry) for name, entry in checkpoint.tensors.entries.items()}
+    return replace(checkpoint, tensors=LazyTensors(entries))
+
+
+@pytest.mark.parametrize("as_file", [False, True], ids=["directory", "file"])
+@pytest.mark.parametrize("format", WRITABLE)
+def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool) -> None:
+    if as_file and not hasattr(FORMATS[format], "FILE"):
+        pytest.skip(f"{format} is a directory")
+    target = tmp_path / ("out" + (FORMATS[format].SUFFIXES[0] if as_file else ""))
+    states = tmp_path / "states"
+    states.mkdir()
+
+    def copy_what_is_there() -> None:
+        assert not target.exists()
+        [partial] = [p for p in tmp_path.iterdir() if p != states] or [None]
+        if partial is not None:
+            copy = states / f"{len(list(states.iterdir()))}{target.suffix}"
+            (shutil.copytree if partial.is_dir() else shutil.copy)(partial, copy)
+
+    bridge.save(checkpoint_that_calls(copy_what_is_there, format), target, format=format)
+    assert bridge.load(target).format == format
+    tensors = len(bridge.parameters(CONFIG))
+    assert len(list(states.iterdir())) >= tensors - 1, "a state for nearly every tensor"
+    for state in states.iterdir():
+        with pytest.raises(BridgeError):
+            bridge.fingerprint(bridge.load(state).tensors)
+
+
+@pytest.mark.parametrize("format", WRITABLE)
+def test_an_error_on_the_way_leaves_nothing(tmp_path: Path, format: str) -> None:
+    calls = []
+
+    def fail_at_the_tenth() -> None:
+        calls.append(1)
+        if len(calls) == 10:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(BridgeError, match="No space left on device"):
+        bridge.save(checkpoint_that_calls(fail_at_the_tenth, format), tmp_path / "sub" / "out", format=format)
+    assert list(tmp_path.iterdir()) == []
