@@ -10,10 +10,10 @@ demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## everything but the marked tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)  ## the tests at 124M parameters
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
 
 test-peers: $(INSTALLED) $(PEERS)/.installed  ## against transformers 4's Flax, in an environment of its own
 	PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m pytest -m peers

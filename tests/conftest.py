@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+
+# Before torch is imported. Several threads wait for each other longer than one computes a small model, ten times as
+# long where another worker has the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest

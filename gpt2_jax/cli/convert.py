@@ -61,9 +61,10 @@ def convert(
     count = len(checkpoint.tensors)
     done = {"source": source, "from": checkpoint.format, "target": str(target), "to": to}
     write_json({**done, "tensors": count, "bytes": total, "left_out": list(left_out)})
-    console().print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}")
+    out = console()
+    out.print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}", soft_wrap=True)
     for what in left_out:
-        console().print(f"left out: {what}")
+        out.print(f"left out: {what}", soft_wrap=True)
 
 
 def _changed(checkpoint: Checkpoint, zero_biases: bool, activation: str | None, vocab_size: int | None) -> Checkpoint:

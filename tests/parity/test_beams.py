@@ -20,7 +20,7 @@ from bridge.sampling import Request
 from gpt2_jax.generate import Decoder as JaxDecoder
 from gpt2_torch.generate import Decoder as TorchDecoder
 
-pytestmark = pytest.mark.usefixtures("torch_in_one_thread", "quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LOG_PROB_ROUNDING = 2e-5
 """Nats. Logits are about 20 and rounded at 2e-6 of that, each in sums that have another order alone than in a batch."""
@@ -39,7 +39,7 @@ def decoders_of(checkpoint: Checkpoint) -> Decoders:
 
 
 @pytest.fixture(scope="module")
-def small(torch_in_one_thread: None, quick_compilation: None) -> Decoders:
+def small(quick_compilation: None) -> Decoders:
     return decoders_of(random_checkpoint(SMALL))
 
 

@@ -24,8 +24,6 @@ from gpt2_jax.generate import Decoder
 from gpt2_jax.model import KeyValueCache, empty_cache
 from gpt2_torch.model import empty_cache as empty_torch_cache
 
-pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
-
 ROUNDING = {np.float32: 1e-5, np.float64: 1e-12}
 """Largest difference over the largest logit: a product with one row is summed in another order than one with many,
 which made 5e-7 and 1e-15 of difference."""

@@ -30,8 +30,6 @@ import gpt2_torch.filters
 from bridge import Request
 from bridge.sampling import uniform_draws
 
-pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
-
 EPSILON = 2.0**-23
 
 SUM = 8 * EPSILON

@@ -19,8 +19,6 @@ import bridge
 import gpt2_jax.model as jax_model
 from gpt2_jax.parity import Check, checks, port, verify
 
-pytestmark = pytest.mark.usefixtures("torch_in_one_thread")
-
 CONFIG = replace(TINY, n_layer=3, scale_attn_by_inverse_layer_idx=True)
 LENGTH = 12
 
