@@ -11,13 +11,14 @@ Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", alg
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from bridge import convert
+from bridge import arrays, convert
+from bridge.arrays import LazyTensors, TensorEntry
 from bridge.config import GPT2Config
 from bridge.convert import FlaxTree, canonical_names, differences
 from bridge.errors import ConversionError, bullet_list, quoted
@@ -49,14 +50,24 @@ class AdamWState:
     """For whoever goes on, to read. Empty where it came from optax, whose state does not hold them."""
 
 
-def from_torch(state_dict: Mapping[str, Any], names: Sequence[str] | None, config: GPT2Config) -> AdamWState:
+def group_sizes(state_dict: Mapping[str, Any]) -> list[int]:
+    """How many parameters each group of an optimizer's `state_dict()` has; `ConversionError` if it is none."""
+    groups, _ = _opened(state_dict)
+    return [len(group["params"]) for group in groups]
+
+
+def from_torch(
+    state_dict: Mapping[str, Any], names: Sequence[str] | None, config: GPT2Config, *, turned: Collection[str] = ()
+) -> AdamWState:
     """The state in an AdamW's `state_dict()`; one that was never stepped is step 0 with moments of zero.
 
     Args:
-        state_dict: with CPU tensors or numpy arrays, whose memory the result shares.
+        state_dict: with CPU tensors or numpy arrays, whose memory the result shares, or with `TensorEntry`, whose
+            moments are then read when they are looked up.
         names: the parameters' names in the optimizer's order, group after group, with any prefix that
             `bridge.canonical_names` knows; None where the state names them itself, as it does if the
             optimizer was given `model.named_parameters()` (torch 2.6).
+        turned: the canonical names of the matrices that are `[out, in]` in that model, as `nn.Linear` keeps them.
 
     Raises `ConversionError` unless this is the state of every parameter of the model that `config`
     describes, all of them stepped equally often, by AdamW and no variant of it.
@@ -69,16 +80,16 @@ def from_torch(state_dict: Mapping[str, Any], names: Sequence[str] | None, confi
     problems += _unlike(order, shapes)
     problems += _incomplete(keys, entries)
     step = _common_step(_values("step", keys, entries, problems), problems)
-    first, second = (_values(moment, keys, entries, problems) for moment in _MOMENTS)
-    for moment, arrays in zip(_MOMENTS, (first, second), strict=True):
-        known = {name: array for name, array in arrays.items() if name in shapes}
+    first, second = (_turned(_values(moment, keys, entries, problems), turned) for moment in _MOMENTS)
+    for moment, values in zip(_MOMENTS, (first, second), strict=True):
+        known = {name: value for name, value in values.items() if name in shapes}
         problems += [f"{moment} of {line}" for line in differences({name: shapes[name] for name in known}, known)]
     hyperparameters = _hyperparameters(groups, order, problems)
     if problems:
         raise ConversionError("this is not the AdamW state of the configured GPT-2:\n" + bullet_list(problems))
     if not entries:
-        first = second = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    return AdamWState(step, first, second, hyperparameters)
+        first = second = {name: _zeros(shape) for name, shape in shapes.items()}
+    return AdamWState(step, _moments(first), _moments(second), hyperparameters)
 
 
 def to_torch(
@@ -153,6 +164,7 @@ _HARMLESS = {
 
 _Groups = Sequence[Mapping[str, Any]]
 _Entries = Mapping[Any, Mapping[str, Any]]
+_Values = dict[str, np.ndarray | TensorEntry]
 
 
 def _opened(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entries]:
@@ -235,30 +247,55 @@ def _incomplete(keys: Mapping[str, Any], entries: _Entries) -> list[str]:
     ]
 
 
-def _values(what: str, keys: Mapping[str, Any], entries: _Entries, problems: list[str]) -> dict[str, np.ndarray]:
+def _values(what: str, keys: Mapping[str, Any], entries: _Entries, problems: list[str]) -> _Values:
     """One of a state's parts for every parameter that has a state."""
-    values = {}
+    values: _Values = {}
     for name, key in keys.items():
         if key not in entries:
             continue
         if what not in entries[key]:
             problems.append(f"{name} has no {what}")
             continue
+        value = entries[key][what]
         try:
-            values[name] = np.asarray(entries[key][what])
+            values[name] = value if isinstance(value, TensorEntry) else np.asarray(value)
         except (TypeError, RuntimeError, ValueError) as error:  # torch: bfloat16, a tensor on a GPU
             problems.append(f"{what} of {name} does not become a numpy array: {quoted(error)}")
     return values
 
 
-def _common_step(steps: Mapping[str, np.ndarray], problems: list[str]) -> int:
+def _turned(values: _Values, names: Collection[str]) -> _Values:
+    """The values, those in `names` transposed."""
+
+    def transposed(value: np.ndarray | TensorEntry) -> np.ndarray | TensorEntry:
+        return arrays.turned(value) if isinstance(value, TensorEntry) else value.T
+
+    return {name: transposed(value) if name in names else value for name, value in values.items()}
+
+
+def _moments(values: _Values) -> Mapping[str, np.ndarray]:
+    """What was given as an entry is read when it is looked up."""
+    if not any(isinstance(value, TensorEntry) for value in values.values()):
+        return cast(dict[str, np.ndarray], values)
+    return LazyTensors({name: v if isinstance(v, TensorEntry) else TensorEntry.of(v) for name, v in values.items()})
+
+
+def _zeros(shape: tuple[int, ...]) -> TensorEntry:
+    return TensorEntry(np.dtype(np.float32), shape, lambda: np.zeros(shape, np.float32))
+
+
+def _common_step(steps: _Values, problems: list[str]) -> int:
     """How often all were stepped; 0 where none was."""
     by_count: dict[Any, list[str]] = {}
     for name, step in steps.items():
-        if step.shape == () and step.dtype.kind in "iuf" and np.isfinite(step) and step >= 0 and step % 1 == 0:
-            by_count.setdefault(int(step), []).append(name)
+        if step.shape != () or step.dtype.kind not in "iuf":
+            problems.append(f"step of {name} is {step.dtype} of shape {step.shape}, not a number of updates")
+            continue
+        count = step.read() if isinstance(step, TensorEntry) else step
+        if 0 <= count < 2**63 and count % 1 == 0:
+            by_count.setdefault(int(count), []).append(name)
         else:
-            problems.append(f"step of {name} is {quoted(step)}, not a number of updates")
+            problems.append(f"step of {name} is {quoted(count)}, not a number of updates")
     if len(by_count) > 1:
         counts = ", ".join(f"{count} ({len(names)}, {names[0]} among them)" for count, names in by_count.items())
         problems.append(f"parameters were stepped unequally often: {counts}; optax counts for all together")

@@ -15,6 +15,7 @@ from models import TINY, random_state
 
 import bridge
 from bridge import ConversionError, GPT2Config, optimizer_state
+from bridge.arrays import TensorEntry
 from bridge.convert import flatten
 from bridge.optimizer_state import AdamWState, Hyperparameters
 
@@ -105,6 +106,41 @@ def test_names_that_the_state_brings_are_used() -> None:
         ],
     }
     assert_equal(optimizer_state.from_torch(by_name, None, CONFIG), expected)
+
+
+def test_stored_moments_are_read_when_they_are_looked_up() -> None:
+    state, names, _ = torch_state()
+    reads = []
+
+    def entry(tensor: torch.Tensor) -> TensorEntry:
+        def read() -> np.ndarray:
+            reads.append(tensor.shape)
+            return tensor.numpy()
+
+        return TensorEntry(np.dtype(np.float32), tuple(tensor.shape), read)
+
+    stored = {i: {what: entry(value) for what, value in e.items()} for i, e in state["state"].items()}
+    adamw = optimizer_state.from_torch({**state, "state": stored}, names, CONFIG)
+    assert set(reads) == {()}, "the steps, and no moment"
+    assert_equal(adamw, optimizer_state.from_torch(state, names, CONFIG))
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_moments_of_matrices_that_lie_the_other_way_are_turned(lazy: bool) -> None:
+    state, names, _ = torch_state()
+    turned = {p.torch_name for p in bridge.parameters(CONFIG) if p.is_projection}
+    expected = optimizer_state.from_torch(state, names, CONFIG)
+    for i, name in enumerate(names):
+        for what, value in state["state"][i].items():
+            array = value.numpy().T.copy() if name in turned and what != "step" else value.numpy()
+            state["state"][i][what] = TensorEntry.of(array) if lazy else array
+    assert_equal(optimizer_state.from_torch(state, names, CONFIG, turned=turned), expected)
+
+
+def test_groups_are_counted() -> None:
+    assert optimizer_state.group_sizes(torch_state()[0]) == [14, 26]
+    with pytest.raises(ConversionError, match=r"state_dict\(\) has `state` and `param_groups`"):
+        optimizer_state.group_sizes({})
 
 
 def test_an_optimizer_that_was_never_stepped_is_step_zero_with_zeros() -> None:
@@ -216,6 +252,10 @@ def endless_steps(state: StateDict) -> None:
     entry_of(state, "h.0.ln_1.bias")["step"] = torch.tensor(torch.inf)
 
 
+def several_steps(state: StateDict) -> None:
+    entry_of(state, "h.0.ln_1.bias")["step"] = torch.tensor([1.0, 2.0])
+
+
 def list_one_twice(state: StateDict) -> None:
     state["param_groups"][1]["params"][0] = 0
 
@@ -248,6 +288,7 @@ WRONG: list[tuple[Callable[[StateDict], None], str]] = [
     (half_a_step, "step of h.0.ln_1.bias is '0.5', not a number of updates"),
     (no_number_of_steps, "step of h.0.ln_1.bias is 'nan'"),
     (endless_steps, "step of h.0.ln_1.bias is 'inf'"),
+    (several_steps, r"step of h.0.ln_1.bias is float32 of shape \(2,\), not a number of updates"),
     (list_one_twice, "one of them is in the groups twice"),
     (add_entry, "an entry '999' that no group has"),
     (add_part, "wte.weight has an unknown 'max_exp_avg_sq'"),
