@@ -17,12 +17,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
-from bridge.formats import flax_directory, huggingface, run
+from bridge.formats import flax_directory, gguf, huggingface, run
 
 FORMATS: Mapping[str, ModuleType] = {
     "run": run,
     "flax": flax_directory,
     "huggingface": huggingface,
+    "gguf": gguf,
 }
 """Name -> the module. The first whose `sniff` says yes is used."""
 

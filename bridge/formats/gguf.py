@@ -1,0 +1,311 @@
+"""GGUF, llama.cpp's file: F32, F16 and BF16, with the tokenizer inside.
+
+Names and meanings are those of llama.cpp's GPT-2 (src/models/gpt2.cpp), which always has biases and the tanh form of
+GELU, and ties the head where there is no `output.weight`. Projections are `[out, in]`.
+
+llama.cpp ends its process over biases and LayerNorms that are not F32, so they are written as that, which changes no
+value; keys of this project say what they were, and reading gives them back as that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from bridge.arrays import LazyTensors, TensorEntry, turned
+from bridge.bpe import SPELLINGS_OF_WORDS
+from bridge.checkpoint import Checkpoint
+from bridge.config import GPT2Config
+from bridge.convert import _same_bytes, differences
+from bridge.errors import CheckpointError, ConfigError, ConversionError, NoTokenizerError, bullet_list, quoted
+from bridge.formats.single_file import find_file, left_out, require_dtypes, require_implied, with_sidecar
+from bridge.gguf_file import (
+    DTYPES,
+    Array,
+    GGUFFile,
+    Value,
+    float32,
+    is_gguf,
+    shown,
+    string,
+    strings,
+    uint32,
+    write_file,
+)
+from bridge.gguf_tokenizer import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
+from bridge.params import Parameter, parameters
+
+NAME = "gguf"
+FILE = "model.gguf"
+SUFFIXES = (".gguf",)
+
+_MODULES: Mapping[str, str] = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
+    "ln_f": "output_norm",
+    "lm_head": "output",
+}
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+
+_SIZES: Mapping[str, str] = {
+    "n_positions": "gpt2.context_length",
+    "n_embd": "gpt2.embedding_length",
+    "n_inner": "gpt2.feed_forward_length",
+    "n_layer": "gpt2.block_count",
+    "n_head": "gpt2.attention.head_count",
+}
+_EPSILON = "gpt2.attention.layer_norm_epsilon"
+
+_IMPLIED = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "bias": True,
+}
+
+_WIDENED_FROM: Mapping[np.dtype, str] = {
+    DTYPES["F16"]: "gpt2_bridge.widened_from_f16",
+    DTYPES["BF16"]: "gpt2_bridge.widened_from_bf16",
+}
+"""Element type -> the key that names the tensors which had it."""
+
+_FILE_TYPES = {DTYPES["F32"]: 0, DTYPES["F16"]: 1, DTYPES["BF16"]: 32}  # llama_ftype: what most of the weights are
+
+
+def sniff(path: Path) -> bool:
+    return find_file(path, SUFFIXES, is_gguf) is not None
+
+
+def read(path: Path) -> Checkpoint:
+    file = find_file(path, SUFFIXES, is_gguf)
+    assert file is not None  # or sniff would have said no
+    gguf = GGUFFile.open(file)
+    _require_gpt2(gguf.metadata, file)
+    stored = _narrowed(gguf)
+    config = _config(gguf.metadata, stored, file)
+    entries = _canonical(stored, config, file)
+    oddities = _oddities(gguf.metadata, config)
+    if not config.tie_word_embeddings and _same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
+        config = replace(config, tie_word_embeddings=True)
+        del entries["lm_head.weight"]
+        oddities.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
+    config, extra = with_sidecar(config, file)
+    own_tokenizer = None
+    if gguf.metadata.get(MODEL) not in (None, *NO_TOKENIZER):
+        own_tokenizer = partial(tokenizer_of, gguf.metadata, config.vocab_size, quoted(file))
+    tensors = LazyTensors(entries)
+    return Checkpoint(config, tensors, NAME, file.parent, extra, tuple(oddities), own_tokenizer=own_tokenizer)
+
+
+def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
+    """Raises `ConfigError` or `ConversionError` naming what GGUF's GPT-2 cannot say."""
+    _require_sayable(checkpoint)
+    config, entries = checkpoint.config, checkpoint.tensors.entries
+    tokenizer, refused = _tokenizer(checkpoint)
+    stored, widened_from = _widened({_name(p): _as_stored(entries[p.torch_name], p) for p in parameters(config)})
+    sizes = {field: getattr(config, field) for field in _SIZES} | {"n_inner": config.feed_forward_size}
+    metadata = {
+        "general.architecture": string("gpt2"),
+        "general.file_type": uint32(_file_type(stored)),
+        **{key: uint32(sizes[field]) for field, key in _SIZES.items()},
+        _EPSILON: float32(config.layer_norm_epsilon),
+        "gpt2.vocab_size": uint32(config.vocab_size),
+        **widened_from,
+        **tokenizer,
+    }
+    write_file(file, metadata, stored)
+    return (*left_out(config, held=GPT2Config()), *refused)
+
+
+def _require_sayable(checkpoint: Checkpoint) -> None:
+    config, entries = checkpoint.config, checkpoint.tensors.entries
+    require_implied(config, "GGUF's GPT-2", _IMPLIED)
+    require_dtypes(checkpoint.tensors, "GGUF", DTYPES.values())
+    epsilon = config.layer_norm_epsilon
+    if _shortest(epsilon) != epsilon:
+        raise ConfigError(
+            f"layer_norm_epsilon={epsilon!r}: GGUF holds it in float32, where it is {_shortest(epsilon)!r}"
+        )
+    if not config.tie_word_embeddings and _same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
+        raise ConfigError(
+            "tie_word_embeddings=False: lm_head.weight equals wte.weight, which says in GGUF that they are tied; set "
+            "it to true"
+        )
+
+
+def _require_gpt2(metadata: Mapping[str, Value], file: Path) -> None:
+    architecture = metadata.get("general.architecture")
+    if architecture != b"gpt2":
+        raise ConfigError(f"{quoted(file)}: general.architecture is {shown(architecture)}; only 'gpt2' is read")
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise CheckpointError(
+            f"{quoted(file)} is one of several files of a model (split.count is {shown(metadata['split.count'])}); "
+            "join them first: llama-gguf-split --merge FIRST.gguf OUT.gguf"
+        )
+
+
+def _config(metadata: Mapping[str, Value], stored: LazyTensors, file: Path) -> GPT2Config:
+    """What the keys say, and the shape of the embedding; the head is untied where there is one."""
+    sizes: dict[str, Any] = {field: metadata.get(key) for field, key in _SIZES.items()}
+    problems = [
+        f"{_SIZES[field]} is {shown(value)}, not a whole number"
+        for field, value in sizes.items()
+        if type(value) is not int
+    ]
+    epsilon: Any = metadata.get(_EPSILON)
+    if type(epsilon) is not float or _in_float32(epsilon) != epsilon:
+        problems.append(f"{_EPSILON} is {shown(epsilon)}, not a number in float32")
+    if problems:
+        raise ConfigError(f"{quoted(file)}:\n" + bullet_list(problems))
+    if _EMBEDDING not in stored:
+        raise ConversionError(f"{quoted(file)}: {_EMBEDDING} is missing")
+    if sizes["n_inner"] == 4 * sizes["n_embd"]:
+        sizes["n_inner"] = None
+    config = GPT2Config(
+        vocab_size=stored.entries[_EMBEDDING].shape[0],
+        layer_norm_epsilon=_shortest(epsilon),
+        tie_word_embeddings=_HEAD not in stored,
+        **sizes,
+    )
+    if config.n_layer > len(stored):  # before the names of so many are made
+        raise ConversionError(f"{quoted(file)}: gpt2.block_count is {config.n_layer}, with {len(stored)} tensors")
+    _require_nothing_else(metadata, config, file)
+    return config
+
+
+def _require_nothing_else(metadata: Mapping[str, Value], config: GPT2Config, file: Path) -> None:
+    """That what else is said of the architecture is what a GPT-2 is anyway."""
+    implied = {
+        "gpt2.vocab_size": config.vocab_size,
+        "gpt2.attention.head_count_kv": config.n_head,
+        "gpt2.attention.key_length": config.head_size,
+        "gpt2.attention.value_length": config.head_size,
+        "gpt2.attention.causal": True,
+    }
+    problems = []
+    for key in metadata.keys() - {*_SIZES.values(), _EPSILON}:
+        value = metadata[key]
+        if key in implied and (type(value) is not type(implied[key]) or value != implied[key]):
+            problems.append(f"{key} is {shown(value)}; this model has {implied[key]}")
+        elif key.startswith("gpt2.") and key not in implied:
+            problems.append(
+                f"{quoted(key)} is {shown(value)}: unknown, it may change the mathematics; remove it if it does not "
+                f"(gguf-new-metadata --remove-metadata KEY IN.gguf OUT.gguf)"
+            )
+    if problems:
+        raise ConfigError(f"{quoted(file)} describes a model that is not supported:\n" + bullet_list(sorted(problems)))
+
+
+def _widened(entries: Mapping[str, TensorEntry]) -> tuple[LazyTensors, dict[str, bytes]]:
+    """The tensors as llama.cpp needs them, and the keys that say which of them were something else."""
+    vectors = {name: entry for name, entry in entries.items() if len(entry.shape) == 1 and entry.dtype != np.float32}
+    remembered = {}
+    for dtype, key in _WIDENED_FROM.items():
+        if names := [name for name, entry in vectors.items() if entry.dtype == dtype]:
+            remembered[key] = strings(names)
+    in_float32 = {name: _cast(entry, np.float32, name) for name, entry in vectors.items()}
+    return LazyTensors({**entries, **in_float32}), remembered
+
+
+def _narrowed(gguf: GGUFFile) -> LazyTensors:
+    """The tensors of a file, those that were widened for llama.cpp as they were before."""
+    entries = dict(gguf.tensors().entries)
+    for dtype, key in _WIDENED_FROM.items():
+        names = gguf.metadata.get(key)
+        if names is None:
+            continue
+        if not isinstance(names, Array) or names.type != "string" or names.count > len(entries):
+            raise CheckpointError(f"{quoted(gguf.file.path)}: {key} is {shown(names)}, not names of tensors")
+        for name in (text.decode(errors="replace") for text in names.read()):
+            if name not in entries or entries[name].dtype != np.float32 or len(entries[name].shape) != 1:
+                raise CheckpointError(f"{quoted(gguf.file.path)}: {key} names {quoted(name)}, which is no F32 vector")
+            entries[name] = _cast(entries[name], dtype, f"{quoted(gguf.file.path)}: {name}")
+    return LazyTensors(entries)
+
+
+def _cast(entry: TensorEntry, dtype: DTypeLike, where: str) -> TensorEntry:
+    """The same numbers in another type, which has to hold each of them."""
+
+    def read() -> np.ndarray:
+        array = entry.read()
+        cast = array.astype(dtype)
+        if not np.array_equal(cast.astype(array.dtype), array, equal_nan=True):
+            raise ConversionError(f"{where} has values that {np.dtype(dtype)} does not hold")
+        return cast
+
+    return TensorEntry(np.dtype(dtype), entry.shape, read)
+
+
+def _canonical(stored: LazyTensors, config: GPT2Config, file: Path) -> dict[str, TensorEntry]:
+    expected = {_name(p): p for p in parameters(config)}
+    shapes = {name: p.torch_shape[::-1] if p.is_projection else p.torch_shape for name, p in expected.items()}
+    if problems := differences(shapes, stored.entries):
+        raise ConversionError(f"{quoted(file)} does not hold the tensors of its GPT-2:\n" + bullet_list(problems))
+    return {p.torch_name: _as_stored(stored.entries[name], p) for name, p in expected.items()}
+
+
+def _as_stored(entry: TensorEntry, parameter: Parameter) -> TensorEntry:
+    """From the canonical layout to the file's, and back."""
+    return turned(entry) if parameter.is_projection else entry
+
+
+def _name(parameter: Parameter) -> str:
+    """`h.3.attn.c_attn.weight` -> `blk.3.attn_qkv.weight`."""
+    module, _, kind = parameter.torch_name.rpartition(".")
+    if parameter.layer is None:
+        return f"{_MODULES[module]}.{kind}"
+    return f"blk.{parameter.layer}.{_MODULES[module.removeprefix(f'h.{parameter.layer}.')]}.{kind}"
+
+
+def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
+    """The metadata of the checkpoint's tokenizer, and a sentence where it is of a kind that GGUF has no place for."""
+    none = {MODEL: string("none")}
+    try:
+        encoding = checkpoint.tokenizer()
+    except NoTokenizerError:
+        return none, ()
+    if encoding._pat_str not in SPELLINGS_OF_WORDS:
+        return none, (f"its tokenizer {quoted(encoding.name)}: it is not byte-level BPE with GPT-2's words",)
+    return metadata_of(encoding, checkpoint.config.vocab_size), ()
+
+
+def _file_type(tensors: LazyTensors) -> int:
+    """llama.cpp's number for what most of the weights are."""
+    bytes_of: Counter[np.dtype] = Counter()
+    for entry in tensors.entries.values():
+        bytes_of[entry.dtype] += entry.nbytes
+    return _FILE_TYPES[bytes_of.most_common(1)[0][0]]
+
+
+def _oddities(metadata: Mapping[str, Value], config: GPT2Config) -> list[str]:
+    tokens = metadata.get(TOKENS)
+    if not isinstance(tokens, Array) or tokens.count == config.vocab_size:
+        return []
+    return [
+        f"{TOKENS} has {tokens.count} entries and {_EMBEDDING} {config.vocab_size} rows; llama.cpp takes only files "
+        "where they are as many"
+    ]
+
+
+def _shortest(value: float) -> float:
+    """The float of the fewest digits that is `value` in float32: 1e-05 for 9.99999974737875e-06."""
+    return float(str(np.float32(_in_float32(value))))
+
+
+def _in_float32(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))

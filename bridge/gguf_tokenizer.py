@@ -1,0 +1,114 @@
+"""Byte-level BPE in the metadata of a GGUF file, under llama.cpp's keys.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#ggml; llama.cpp's src/llama-vocab.cpp reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from bridge.bpe import END_OF_TEXT, byte_level_bpe, merges_of, printable_bytes, require_all_bytes
+from bridge.errors import TokenizerError, quoted
+from bridge.gguf_file import Array, Value, int32s, shown, string, strings, uint32
+
+if TYPE_CHECKING:
+    import tiktoken
+
+MODEL = "tokenizer.ggml.model"
+TOKENS = "tokenizer.ggml.tokens"
+NO_TOKENIZER = (b"none", b"no_vocab")
+"""Values of `MODEL` for a file of weights alone; llama.cpp then takes the vocabulary's size from the architecture's."""
+
+_PRE = "tokenizer.ggml.pre"
+_TYPES = "tokenizer.ggml.token_type"
+_MERGES = "tokenizer.ggml.merges"
+# How text is cut into words. The key is of spring 2024; files from before have none, which "default" means too.
+_GPT2S_WORDS = (b"gpt-2", b"default")
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama_token_type
+
+
+def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
+    """The keys that hold `encoding`, which is byte-level BPE with GPT-2's words.
+
+    There is an entry for each of the `rows` of the vocabulary, because llama.cpp takes its size from them; ids without
+    a token get one that is never used, spelled as convert_hf_to_gguf.py does. Raises `TokenizerError` for what GGUF
+    cannot hold.
+    """
+    ranks, special, named = (
+        encoding._mergeable_ranks,
+        encoding._special_tokens,
+        f"the tokenizer {quoted(encoding.name)}",
+    )
+    if encoding.max_token_value >= rows:
+        raise TokenizerError(
+            f"{named} has ids up to {encoding.max_token_value}, the model's vocabulary only {rows}; they do not belong "
+            "together"
+        )
+    require_all_bytes(ranks, named)
+    character_of = {byte: character for character, byte in printable_bytes().items()}
+    spelled = {token: "".join(map(character_of.__getitem__, token)) for token in ranks}
+    tokens = {i: f"[PAD{i}]" for i in range(rows)}
+    tokens |= {i: spelled[token] for token, i in ranks.items()} | {i: token for token, i in special.items()}
+    if len(set(tokens.values())) < rows:
+        raise TokenizerError(f"{named} has two tokens that are spelled alike; GGUF cannot hold both")
+    types = dict.fromkeys(range(rows), _UNUSED)
+    types |= dict.fromkeys(ranks.values(), _NORMAL) | dict.fromkeys(special.values(), _CONTROL)
+    metadata = {
+        MODEL: string("gpt2"),
+        _PRE: string("gpt-2"),
+        TOKENS: strings(list(tokens.values())),
+        _TYPES: int32s(list(types.values())),
+        _MERGES: strings([f"{spelled[first]} {spelled[second]}" for first, second in merges_of(ranks)]),
+    }
+    if END_OF_TEXT in special:
+        ends = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
+        metadata |= dict.fromkeys(ends, uint32(special[END_OF_TEXT]))
+    return metadata
+
+
+def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> tiktoken.Encoding:
+    """The tokenizer that `metadata` holds.
+
+    Raises `TokenizerError`, with `where` in front, for one that is not byte-level BPE with GPT-2's words or whose ids
+    are not among the `rows` of the vocabulary.
+    """
+    model, pre = metadata.get(MODEL), metadata.get(_PRE, b"default")
+    if model != b"gpt2" or pre not in _GPT2S_WORDS:
+        raise TokenizerError(
+            f"{where}: the tokenizer inside is {shown(model)} with words as {shown(pre)}; only GPT-2's byte-level BPE "
+            f"is read ({MODEL} 'gpt2', {_PRE} 'gpt-2')"
+        )
+    tokens = _texts(metadata, TOKENS, where)
+    if len(tokens) > rows:
+        raise TokenizerError(
+            f"{where}: {TOKENS} has {len(tokens)} entries, the model's vocabulary only {rows}; they do not belong "
+            "together"
+        )
+    ids = {token: i for i, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        raise TokenizerError(f"{where}: {TOKENS} has a token twice")
+    types = _types(metadata, len(tokens), where)
+    special = {token: i for token, i in ids.items() if types[i] in (_CONTROL, _USER_DEFINED)}
+    ordinary = {token: i for token, i in ids.items() if token not in special and types[i] != _UNUSED}
+    merges = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, where)]
+    return byte_level_bpe("gguf", ordinary, merges, special, where)
+
+
+def _types(metadata: Mapping[str, Value], count: int, where: str) -> list[Any]:
+    types = metadata.get(_TYPES)
+    if types is None:
+        return [_NORMAL] * count
+    if not isinstance(types, Array) or types.type not in ("int32", "uint32") or types.count != count:
+        raise TokenizerError(f"{where}: {_TYPES} is not an array of {count} whole numbers, one for each token")
+    return types.read()
+
+
+def _texts(metadata: Mapping[str, Value], key: str, where: str) -> list[str]:
+    array = metadata.get(key)
+    if not isinstance(array, Array) or array.type != "string":
+        raise TokenizerError(f"{where}: {key} is {'missing' if array is None else 'not an array of strings'}")
+    try:
+        return [text.decode() for text in array.read()]
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{where}: {key} holds {quoted(error.object)}, which is not UTF-8") from None
