@@ -18,12 +18,8 @@ from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
 from bridge.formats.sharded import read_shards, write_shards
 from bridge.safetensors_file import is_safetensors, read_file, write_file
-
-try:  # TEMPORARY
-    from bridge.torch_file import is_torch_file
-    from bridge.torch_file import read_file as read_torch_file
-except ImportError:
-    is_torch_file = read_torch_file = lambda path: False
+from bridge.torch_file import is_torch_file
+from bridge.torch_file import read_file as read_torch_file
 
 NAME = "huggingface"
 WEIGHTS = (
@@ -92,10 +88,11 @@ def _tensors(file: Path) -> Mapping[str, TensorEntry]:
 def _state_dict(file: Path, saved: Any) -> dict[str, TensorEntry]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{quoted(file)} holds {type(saved).__name__}, not a state_dict; save model.state_dict()")
-    others = [
+    others = [f"{quoted(name)} is no name of a tensor" for name in saved if not isinstance(name, str)]
+    others += [
         f"{quoted(name)} is {type(value).__name__}, not a tensor"
         for name, value in saved.items()
-        if not isinstance(name, str) or not isinstance(value, TensorEntry)
+        if not isinstance(value, TensorEntry)
     ]
     if others:
         raise CheckpointError(

@@ -113,5 +113,5 @@ def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -
     bits = sum(entry.nbytes for entry in entries.values() if entry.dtype == np.bool_) * 7 / 8
     known = (total, total - head, total - bits, total - bits - head)
     declared = metadata["total_size"]
-    if not isinstance(declared, int | float) or not any(abs(declared - size) < 1 for size in known):
+    if type(declared) not in (int, float) or not any(abs(declared - size) < 1 for size in known):
         yield f"total_size is {quoted(declared)}, the shards hold {total} bytes"

@@ -1,0 +1,324 @@
+"""Pickles read as data: a machine for the opcodes that torch writes, in which every name stands for one of ours.
+
+Python's unpickler imports whatever a pickle names and calls it. Here a name is looked up in a table of the caller's,
+and only what that table holds is ever called; any other name, and every opcode that makes objects in another way, is
+refused. The machine does not recurse, and what it may cost is bounded before it begins.
+
+Opcodes: https://docs.python.org/3/library/pickletools.html
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from bridge.errors import CheckpointError, quoted
+
+# GPT-2 XL with AdamW's state, 2,400 tensors, is 0.4 MB and 80,000 opcodes, which push 10,000 values.
+MOST_BYTES = 2**22
+MOST_OPCODES = 2**19
+MOST_VALUES = 2**18
+"""In the result; one that is reached in several ways counts each time."""
+MOST_DEPTH = 32
+MOST_STRING_BYTES = 2**16
+MOST_CHARACTERS = 2**22
+"""Of all strings in the result, counted in the same way."""
+MOST_KEY = 2**16
+"""Of a dict, where that is a number (AdamW's parameters are numbered); larger ones can be made to collide."""
+_MOST_NAME_BYTES = 256
+_PROTOCOLS = range(2, 6)
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """What a name in a pickle stands for here."""
+
+    name: str
+    call: Callable[[tuple[Any, ...]], Any] | None = None
+    """What the pickle's calling it does, with the arguments; None if it is not for calling."""
+    value: Any = None
+
+
+def load(
+    content: bytes,
+    where: str,
+    *,
+    symbols: Mapping[tuple[str, str], Symbol],
+    persistent: Callable[[Any], Any],
+    leaves: tuple[type, ...],
+) -> Any:
+    """What a pickle holds: dicts, lists, tuples, strings, numbers, bools, None, and `leaves`.
+
+    Args:
+        where: what to call the pickle in messages.
+        symbols: (module, name) -> what it stands for. Nothing else can be named.
+        persistent: what a persistent id stands for.
+        leaves: the types that `persistent` and calls make for the result.
+
+    Raises `CheckpointError` for whatever is not that, or costs more than weights do.
+    """
+    if len(content) > MOST_BYTES:
+        raise CheckpointError(f"{where} has {len(content)} bytes; at most {MOST_BYTES} are read")
+    machine = _Machine(content, where, symbols, persistent)
+    result = machine.run()
+    _require_plain(result, where, leaves)
+    return result
+
+
+class _Machine:
+    """A pickle's stack, marks and memo."""
+
+    def __init__(
+        self,
+        content: bytes,
+        where: str,
+        symbols: Mapping[tuple[str, str], Symbol],
+        persistent: Callable[[Any], Any],
+    ) -> None:
+        self.content = content
+        self.where = where
+        self.symbols = symbols
+        self.persistent = persistent
+        self.position = 0
+        self.stack: list[Any] = []
+        self.below_marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        if self.take(1) != b"\x80" or self.take(1)[0] not in _PROTOCOLS:
+            self.refuse(f"is not a pickle of protocol {_PROTOCOLS[0]} to {_PROTOCOLS[-1]}")
+        for _ in range(MOST_OPCODES):
+            code = self.take(1)
+            if code == b".":
+                return self.finished()
+            _OPCODES.get(code, _unknown)(self)
+        self.refuse(f"has more than {MOST_OPCODES} opcodes")
+
+    def finished(self) -> Any:
+        result = self.pop()
+        if self.stack or self.below_marks:
+            self.refuse("ends in the middle of something")
+        if left := len(self.content) - self.position:
+            self.refuse(f"has {left} bytes behind its end")
+        return result
+
+    def refuse(self, why: str) -> NoReturn:
+        raise CheckpointError(f"{self.where} {why}")
+
+    def take(self, count: int) -> bytes:
+        taken = self.content[self.position : self.position + count]
+        if len(taken) != count:
+            self.refuse("is cut off")
+        self.position += count
+        return taken
+
+    def number(self, width: int) -> int:
+        return int.from_bytes(self.take(width), "little")
+
+    def line(self) -> str:
+        end = self.content.find(b"\n", self.position, self.position + _MOST_NAME_BYTES)
+        if end < 0:
+            self.refuse(f"has a name without an end, or longer than {_MOST_NAME_BYTES} bytes")
+        line = self.text(end - self.position)
+        self.position += 1
+        return line
+
+    def text(self, count: int) -> str:
+        if count > MOST_STRING_BYTES:
+            self.refuse(f"has a string of {count} bytes; at most {MOST_STRING_BYTES} are read")
+        try:
+            return self.take(count).decode()
+        except UnicodeDecodeError:
+            self.refuse("has a string that is not UTF-8")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop(self, kind: type | None = None) -> Any:
+        self.top(kind)
+        return self.stack.pop()
+
+    def top(self, kind: type | None = None) -> Any:
+        if not self.stack:
+            self.refuse("takes more from its stack than there is")
+        if kind is not None and type(self.stack[-1]) is not kind:
+            self.refuse(f"has {_what(self.stack[-1])} in the place of a {kind.__name__.lower()}")
+        return self.stack[-1]
+
+    def pop_to_mark(self) -> list[Any]:
+        if not self.below_marks:
+            self.refuse("goes back to a mark that it has not set")
+        items, self.stack = self.stack, self.below_marks.pop()
+        return items
+
+    def resolve(self, module: str, name: str) -> Symbol:
+        if (module, name) not in self.symbols:
+            self.refuse(
+                f"asks for {quoted(f'{module}.{name}')}, which weights do not need; nothing of it was run. If you "
+                "trust the file, load it with torch and save its tensors alone"
+            )
+        return self.symbols[module, name]
+
+
+def _unknown(m: _Machine) -> NoReturn:
+    code = m.content[m.position - 1]
+    m.refuse(f"has the opcode {_MAKE_OBJECTS.get(code, hex(code))}, which torch does not write for tensors")
+
+
+def _instance(m: _Machine) -> None:
+    m.resolve(m.line(), m.line())
+    m.refuse("has the opcode INST, which torch does not write for tensors")
+
+
+def _frame(m: _Machine) -> None:
+    if m.number(8) > len(m.content) - m.position:
+        m.refuse("is cut off")
+
+
+def _mark(m: _Machine) -> None:
+    m.below_marks.append(m.stack)
+    m.stack = []
+
+
+def _tuple(m: _Machine) -> None:
+    items = tuple(m.pop_to_mark())
+    m.push(items)
+
+
+def _tuple_of(m: _Machine, count: int) -> None:
+    items = [m.pop() for _ in range(count)]
+    m.push(tuple(reversed(items)))
+
+
+def _append(m: _Machine) -> None:
+    item = m.pop()
+    m.top(list).append(item)
+
+
+def _appends(m: _Machine) -> None:
+    items = m.pop_to_mark()
+    m.top(list).extend(items)
+
+
+def _set_item(m: _Machine) -> None:
+    value, key = m.pop(), m.pop()
+    _set_items(m, [key, value])
+
+
+def _set_items(m: _Machine, items: list[Any]) -> None:
+    if len(items) % 2:
+        m.refuse("has a key without a value")
+    target = m.top(dict)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not (type(key) is str or (type(key) is int and 0 <= key < MOST_KEY)):
+            m.refuse(f"has {_what(key)} as a key; keys are strings, or numbers below {MOST_KEY}")
+        if key in target:
+            m.refuse(f"has the key {quoted(key)} twice")
+        target[key] = value
+
+
+def _put(m: _Machine, index: int) -> None:
+    if index >= MOST_OPCODES:
+        m.refuse(f"keeps a value under the number {index}; the largest is {MOST_OPCODES - 1}")
+    m.memo[index] = m.top()
+
+
+def _get(m: _Machine, index: int) -> None:
+    if index not in m.memo:
+        m.refuse(f"goes back to the value {index}, which it has not kept")
+    m.push(m.memo[index])
+
+
+def _global_of_stack(m: _Machine) -> None:
+    name, module = m.pop(str), m.pop(str)
+    m.push(m.resolve(module, name))
+
+
+def _persistent(m: _Machine) -> None:
+    m.push(m.persistent(m.pop()))
+
+
+def _reduce(m: _Machine) -> None:
+    arguments, symbol = m.pop(tuple), m.pop(Symbol)
+    if symbol.call is None:
+        m.refuse(f"calls {symbol.name}")
+    m.push(symbol.call(arguments))
+
+
+def _build(m: _Machine) -> None:
+    """A state_dict's `_metadata`, the versions of its modules, which torch sets as an attribute."""
+    attributes = m.pop(dict)
+    m.top(dict)
+    if set(attributes) - {"_metadata"}:
+        m.refuse(f"sets the attribute {quoted(next(iter(set(attributes) - {'_metadata'})))}")
+
+
+_OPCODES: Mapping[bytes, Callable[[_Machine], None]] = {
+    b"\x95": _frame,
+    b"(": _mark,
+    b"N": lambda m: m.push(None),
+    b"\x88": lambda m: m.push(True),
+    b"\x89": lambda m: m.push(False),
+    b"K": lambda m: m.push(m.number(1)),
+    b"M": lambda m: m.push(m.number(2)),
+    b"J": lambda m: m.push(int.from_bytes(m.take(4), "little", signed=True)),
+    b"\x8a": lambda m: m.push(int.from_bytes(m.take(m.number(1)), "little", signed=True)),
+    b"G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
+    b"X": lambda m: m.push(m.text(m.number(4))),
+    b"\x8c": lambda m: m.push(m.text(m.number(1))),
+    b")": lambda m: m.push(()),
+    b"\x85": lambda m: _tuple_of(m, 1),
+    b"\x86": lambda m: _tuple_of(m, 2),
+    b"\x87": lambda m: _tuple_of(m, 3),
+    b"t": _tuple,
+    b"]": lambda m: m.push([]),
+    b"a": _append,
+    b"e": _appends,
+    b"}": lambda m: m.push({}),
+    b"s": _set_item,
+    b"u": lambda m: _set_items(m, m.pop_to_mark()),
+    b"q": lambda m: _put(m, m.number(1)),
+    b"r": lambda m: _put(m, m.number(4)),
+    b"\x94": lambda m: _put(m, len(m.memo)),
+    b"h": lambda m: _get(m, m.number(1)),
+    b"j": lambda m: _get(m, m.number(4)),
+    b"c": lambda m: m.push(m.resolve(m.line(), m.line())),
+    b"\x93": _global_of_stack,
+    b"i": _instance,
+    b"Q": _persistent,
+    b"R": _reduce,
+    b"b": _build,
+}
+_MAKE_OBJECTS = {ord("o"): "OBJ", 0x81: "NEWOBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1", 0x83: "EXT2", 0x84: "EXT4"}
+
+
+def _require_plain(result: Any, where: str, leaves: tuple[type, ...]) -> None:
+    """That the result is a tree of plain values, as small when it is written out as it is in memory.
+
+    Values that are shared, each by several that are shared themselves, would be endless for whoever walks them.
+    """
+    waiting = [(result, 0)]
+    values = characters = 0
+    while waiting:
+        item, depth = waiting.pop()
+        kind = type(item)
+        if kind is str:
+            characters += len(item)
+        elif kind in (dict, list, tuple):
+            inner = [*item, *item.values()] if kind is dict else item
+            values += len(inner)
+            if depth == MOST_DEPTH or values > MOST_VALUES:
+                raise CheckpointError(
+                    f"{where} nests its values deeper than {MOST_DEPTH} or holds more than {MOST_VALUES}"
+                )
+            waiting += [(value, depth + 1) for value in inner]
+        elif not (item is None or kind in (bool, int, float, *leaves)):
+            raise CheckpointError(f"{where} holds {_what(item)}, which is neither a tensor nor a plain value")
+        if characters > MOST_CHARACTERS:
+            raise CheckpointError(f"{where} holds more than {MOST_CHARACTERS} characters")
+
+
+def _what(value: Any) -> str:
+    return value.name if isinstance(value, Symbol) else f"a {type(value).__name__}"
