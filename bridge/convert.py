@@ -75,7 +75,7 @@ def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyT
     head, embedding = entries.get("lm_head.weight"), entries.get("wte.weight")
     if config.tie_word_embeddings and head and embedding:
         del entries["lm_head.weight"]
-        if embedding.dtype in FLOAT_DTYPES and not _same_bytes(head, embedding):
+        if embedding.dtype in FLOAT_DTYPES and not same_bytes(head, embedding):
             problems.append(
                 "lm_head.weight differs from wte.weight although the configuration ties them "
                 "(tie_word_embeddings); set it to false to keep both"
@@ -257,7 +257,7 @@ def _with_rows(array_VD: np.ndarray, rows: int) -> np.ndarray:
     return padded
 
 
-def _same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
     """Bit for bit: NaN equals itself here, and 0.0 does not equal -0.0."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False

@@ -23,7 +23,7 @@ from bridge.arrays import LazyTensors, TensorEntry, turned
 from bridge.bpe import SPELLINGS_OF_WORDS
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
-from bridge.convert import _same_bytes, differences
+from bridge.convert import differences, same_bytes
 from bridge.errors import CheckpointError, ConfigError, ConversionError, NoTokenizerError, bullet_list, quoted
 from bridge.formats.single_file import find_file, left_out, require_dtypes, require_implied, with_sidecar
 from bridge.gguf_file import (
@@ -99,7 +99,7 @@ def read(path: Path) -> Checkpoint:
     config = _config(gguf.metadata, stored, file)
     entries = _canonical(stored, config, file)
     oddities = _oddities(gguf.metadata, config)
-    if not config.tie_word_embeddings and _same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
+    if not config.tie_word_embeddings and same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
         config = replace(config, tie_word_embeddings=True)
         del entries["lm_head.weight"]
         oddities.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
@@ -140,7 +140,7 @@ def _require_sayable(checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"layer_norm_epsilon={epsilon!r}: GGUF holds it in float32, where it is {_shortest(epsilon)!r}"
         )
-    if not config.tie_word_embeddings and _same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
+    if not config.tie_word_embeddings and same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
         raise ConfigError(
             "tie_word_embeddings=False: lm_head.weight equals wte.weight, which says in GGUF that they are tied; set "
             "it to true"
@@ -242,7 +242,8 @@ def _cast(entry: TensorEntry, dtype: DTypeLike, where: str) -> TensorEntry:
 
     def read() -> np.ndarray:
         array = entry.read()
-        cast = array.astype(dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            cast = array.astype(dtype)
         if not np.array_equal(cast.astype(array.dtype), array, equal_nan=True):
             raise ConversionError(f"{where} has values that {np.dtype(dtype)} does not hold")
         return cast
