@@ -26,44 +26,13 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 """The element types that are carried, by ggml's names."""
 
-# enum ggml_type, for messages too. Numbers that are not here were removed from ggml or are newer than this.
-_TENSOR_TYPES = {
-    0: "F32",
-    1: "F16",
-    2: "Q4_0",
-    3: "Q4_1",
-    6: "Q5_0",
-    7: "Q5_1",
-    8: "Q8_0",
-    9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
-    12: "Q4_K",
-    13: "Q5_K",
-    14: "Q6_K",
-    15: "Q8_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    29: "IQ1_M",
-    30: "BF16",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
-    41: "Q1_0",
-}
-_TYPE_NUMBERS = {DTYPES[name]: number for number, name in _TENSOR_TYPES.items() if name in DTYPES}
+# enum ggml_type in its order, "-" where ggml has removed one; those that are not read are here for messages.
+_TENSOR_TYPES_IN_ORDER = (
+    "F32 F16 Q4_0 Q4_1 - - Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S "
+    "IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 - - - TQ1_0 TQ2_0 - - - MXFP4 NVFP4 Q1_0"
+)
+_TENSOR_TYPES = _TENSOR_TYPES_IN_ORDER.split()
+_TYPE_NUMBERS = {DTYPES[name]: number for number, name in enumerate(_TENSOR_TYPES) if name in DTYPES}
 _UNQUANTISED = {"I8", "I16", "I32", "I64", "F64"}
 
 # enum gguf_metadata_value_type: the name, and struct's letter.
@@ -90,10 +59,10 @@ _MOST_NAME_BYTES = 63  # GGML_MAX_NAME, with the zero behind it
 _MOST_KEY_BYTES = 2**16 - 1
 
 # What follows bounds the cost of a hostile file, which may be sparse; it is far above what a GPT-2 needs.
-_MOST_HEADER_BYTES = 2**25  # a vocabulary of 50,257 takes 2 MB
+_MOST_HEADER_BYTES = 2**24  # a vocabulary of 50,257 takes 2 MB
 _MOST_KEYS = 2**12
 _MOST_TENSORS = 2**14
-_MOST_STRINGS = 2**19  # in one array
+_MOST_STRINGS = 2**19  # in all arrays together; tokens and merges are 100,257
 _BLOCK_BYTES = 2**17
 
 
@@ -274,6 +243,8 @@ class _Cursor:
         self.position = position
         self.field = "the header"
         """What is being read, for messages."""
+        self.strings = 0
+        """Those in arrays so far."""
         self._block = b""
         self._block_start = 0
 
@@ -359,8 +330,9 @@ def _array(cursor: _Cursor) -> Array:
     elif type == _STRING:
         name = "string"
         cursor.require(8 * count)
-        if count > _MOST_STRINGS:
-            raise cursor.refusal(f"has {count} strings; at most {_MOST_STRINGS} are read")
+        cursor.strings += count
+        if cursor.strings > _MOST_STRINGS:
+            raise cursor.refusal(f"makes it {cursor.strings} strings in arrays; at most {_MOST_STRINGS} are read")
         for _ in range(count):
             cursor.skip(cursor.number(8))
     else:
@@ -386,14 +358,15 @@ def _shape(cursor: _Cursor) -> tuple[int, ...]:
 
 def _dtype(cursor: _Cursor) -> np.dtype:
     number = cursor.number(4)
-    name = _TENSOR_TYPES.get(number, f"ggml's type {number}")
+    name = _TENSOR_TYPES[number] if number < len(_TENSOR_TYPES) else "-"
     if name in DTYPES:
         return DTYPES[name]
-    if name in _UNQUANTISED or number not in _TENSOR_TYPES:
-        raise cursor.refusal(f"holds {name}; weights are read from {', '.join(DTYPES)}")
+    if name == "-" or name in _UNQUANTISED:
+        what = f"ggml's type {number}" if name == "-" else name
+        raise cursor.refusal(f"holds {what}; weights are read from {', '.join(DTYPES)}")
     raise cursor.refusal(
-        f"holds {name}, a quantised type, which is not read; llama.cpp makes {', '.join(DTYPES)} of it: "
-        "llama-quantize --allow-requantize IN.gguf OUT.gguf F16, or better start from the file it was quantised from"
+        f"holds {name}, a quantised type, which is not read; llama.cpp turns it into F16 "
+        "(llama-quantize --allow-requantize IN.gguf OUT.gguf F16), but better start from what it was quantised from"
     )
 
 

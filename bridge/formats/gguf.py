@@ -76,6 +76,10 @@ _IMPLIED = {
     "reorder_and_upcast_attn": False,
     "bias": True,
 }
+_REMEDY = (
+    " (checkpoint.with_biases(), gpt2 convert --zero-biases, adds biases of zero; with_activation, --activation, makes "
+    "it another function)"
+)
 
 _WIDENED_FROM: Mapping[np.dtype, str] = {
     DTYPES["F16"]: "gpt2_bridge.widened_from_f16",
@@ -133,12 +137,13 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
 
 def _require_sayable(checkpoint: Checkpoint) -> None:
     config, entries = checkpoint.config, checkpoint.tensors.entries
-    require_implied(config, "GGUF's GPT-2", _IMPLIED)
+    require_implied(config, "GGUF's GPT-2", _IMPLIED, _REMEDY)
     require_dtypes(checkpoint.tensors, "GGUF", DTYPES.values())
     epsilon = config.layer_norm_epsilon
     if _shortest(epsilon) != epsilon:
         raise ConfigError(
-            f"layer_norm_epsilon={epsilon!r}: GGUF holds it in float32, where it is {_shortest(epsilon)!r}"
+            f"layer_norm_epsilon={epsilon!r}: GGUF holds it in float32, where it is {_shortest(epsilon)!r}; set it to "
+            "that"
         )
     if not config.tie_word_embeddings and same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
         raise ConfigError(

@@ -331,13 +331,17 @@ def vectors_widened(names: bytes) -> bytes:
     return with_pair("gpt2_bridge.widened_from_bf16", names)
 
 
-FEW = "these are not the tensors"
 QKV = "blk.0.attn_qkv.weight"
 WRONG = [*gpt2_pairs(), (b"gpt2.vocab_size", number(10)), (b"gpt2.rope.freq_base", number(1e4, "float32"))]
 
 # What the file holds, the error, and what its message must say.
 NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "no keys": (gpt2([]), ConfigError, "general.architecture is missing; only 'gpt2' is read"),
+    "a text as long as is read": (
+        file_of([(b"a.b", text("x" * (2**24 - 100)))]),
+        ConfigError,
+        "general.architecture is missing",
+    ),
     "another architecture": (changed(architecture=text("llama")), ConfigError, "general.architecture is 'llama'"),
     "an architecture that is no text": (changed(architecture=number(2)), ConfigError, "architecture is '2'"),
     "an architecture not UTF-8": (changed(architecture=text(b"\xff\x1b")), ConfigError, "architecture is '\ufffd"),

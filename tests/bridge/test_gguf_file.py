@@ -32,7 +32,7 @@ from refusals import assert_refused
 
 from bridge import CheckpointError
 from bridge.arrays import LazyTensors, TensorEntry
-from bridge.gguf_file import Array, GGUFFile, is_gguf, write_file
+from bridge.gguf_file import _TENSOR_TYPES, Array, GGUFFile, is_gguf, write_file
 from bridge.gguf_file import float32 as float32_value
 from bridge.gguf_file import int32s as int32s_value
 from bridge.gguf_file import string as string_value
@@ -181,7 +181,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="20000 tensors and a header of"):
         write_file(tmp_path / "f", {}, tensors)
     with pytest.raises(CheckpointError, match="more than is read back"):
-        write_file(tmp_path / "f", {"a.string": string_value("x" * 2**25)}, LazyTensors({}))
+        write_file(tmp_path / "f", {"a.string": string_value("x" * 2**24)}, LazyTensors({}))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,6 +196,11 @@ def test_a_tensor_that_changes_while_it_is_written_is_an_error(tmp_path: Path) -
     entry = TensorEntry(np.dtype(np.float32), (3,), lambda: np.zeros(4, np.float32))
     with pytest.raises(CheckpointError, match="'w' changed"):
         write_file(tmp_path / "f", {}, LazyTensors({"w": entry}))
+
+
+def test_the_types_of_messages_are_the_packages() -> None:
+    theirs = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    assert theirs == {number: name for number, name in enumerate(_TENSOR_TYPES) if name != "-"}
 
 
 # Hostile and damaged files: each is a whole GPT-2 but for what is wrong with it.
@@ -293,11 +298,15 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "array of 2^64-1 bytes": (with_pair("a.b", array(b"", 0, 2**64 - 1)), "do not lie in the file's"),
     "array of 2^60 strings": (with_pair("a.b", array(b"", 8, HUGE)), f"'a.b': '{8 * HUGE}' bytes from"),
     "array with a string too long": (with_pair("a.b", array(sized("a") + sized("", HUGE), 8, 2)), f"'{HUGE}' bytes"),
-    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "has 524289 strings"),
+    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "makes it 524289 strings"),
+    "arrays of strings, too many": (
+        gpt2([*gpt2_pairs(), (b"a.b", texts(["x"])), (b"a.c", texts([b""] * 2**19))]),
+        "'a.c': makes it 524289 strings in arrays; at most 524288 are read",
+    ),
     "array of arrays": (with_pair("a.b", array(int32s([1]), 9, 1)), "is an array of values of type 9; arrays of"),
     "arrays nested 100,000 deep": (with_pair("a.b", array(NESTED * 100_000, 9, 1)), "of type 9"),
     "array of type 99": (with_pair("a.b", array(b"", 99, 0)), "is an array of values of type 99"),
-    "header larger than is read": (with_pair("a.b", text("x" * 2**25)), "the header is larger than the 33554432 bytes"),
+    "header larger than is read": (with_pair("a.b", text("x" * 2**24)), "the header is larger than the 16777216 bytes"),
     # Alignment
     "alignment 0": (aligned_to(number(0)), "general.alignment is '0', not a power of two from 8 on"),
     "alignment 3": (aligned_to(number(3)), "general.alignment is '3'"),
