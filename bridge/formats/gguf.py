@@ -24,7 +24,15 @@ from bridge.bpe import SPELLINGS_OF_WORDS
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.convert import differences, same_bytes
-from bridge.errors import CheckpointError, ConfigError, ConversionError, NoTokenizerError, bullet_list, quoted
+from bridge.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    NoTokenizerError,
+    TokenizerError,
+    bullet_list,
+    quoted,
+)
 from bridge.formats.single_file import find_file, left_out, require_dtypes, require_implied, with_sidecar
 from bridge.gguf_file import (
     DTYPES,
@@ -284,6 +292,8 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...
         encoding = checkpoint.tokenizer()
     except NoTokenizerError:
         return none, ()
+    except TokenizerError as error:
+        return none, (f"its tokenizer, which cannot be read: {error}",)
     if encoding._pat_str not in SPELLINGS_OF_WORDS:
         return none, (f"its tokenizer {quoted(encoding.name)}: it is not byte-level BPE with GPT-2's words",)
     return metadata_of(encoding, checkpoint.config.vocab_size), ()
