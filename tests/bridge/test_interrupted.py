@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import SMALLEST, random_checkpoint
+from models import SMALLEST, huggingface_directory, random_checkpoint
 
 import bridge
 from bridge import BridgeError
@@ -64,15 +64,24 @@ def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool)
             bridge.fingerprint(bridge.load(state).tensors)
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("pulled the plug")])
+@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("format", WRITABLE)
-def test_an_error_on_the_way_leaves_nothing(tmp_path: Path, format: str) -> None:
+def test_an_error_on_the_way_leaves_everything_as_it_was(
+    tmp_path: Path, format: str, overwrite: bool, error: Exception
+) -> None:
+    if overwrite:
+        huggingface_directory(tmp_path / "out")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     calls = []
 
     def fail_at_the_tenth() -> None:
         calls.append(1)
         if len(calls) == 10:
-            raise OSError(28, "No space left on device")
+            raise error
 
-    with pytest.raises(BridgeError, match="No space left on device"):
-        bridge.save(checkpoint_that_calls(fail_at_the_tenth, format), tmp_path / "sub" / "out", format=format)
-    assert list(tmp_path.iterdir()) == []
+    checkpoint = checkpoint_that_calls(fail_at_the_tenth, format)
+    with pytest.raises((BridgeError, RuntimeError), match=str(error).partition("] ")[2] or str(error)):
+        bridge.save(checkpoint, tmp_path / "out", format=format, overwrite=overwrite)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == ([tmp_path / "out"] if overwrite else [])
