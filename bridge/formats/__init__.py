@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
-from bridge.formats import flax_directory, gguf, huggingface, run
+from bridge.formats import flax_directory, gguf, huggingface, llmc, nanogpt, run
 
 FORMATS: Mapping[str, ModuleType] = {
     "run": run,
     "flax": flax_directory,
+    "nanogpt": nanogpt,  # before Hugging Face, which takes every other file of torch's for a state_dict
     "huggingface": huggingface,
+    "llmc": llmc,
     "gguf": gguf,
 }
 """Name -> the module. The first whose `sniff` says yes is used."""

@@ -1,0 +1,152 @@
+"""llm.c's `model.bin`: a header of 256 int32, then the parameters, each kind stacked over the layers.
+
+Projections are `[out, in]`, the vocabulary is padded, and there is no head: it is tied. The file does not say what
+llm.c's programs imply, which is GPT-2's own activation, epsilon and widths, and biases everywhere.
+Source: llm.c, `write_model` in train_gpt2.py and `gpt2_build_from_checkpoint` in train_gpt2.cu.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from bridge.arrays import LazyTensors, TensorEntry, turned
+from bridge.checkpoint import Checkpoint
+from bridge.config import GPT2Config
+from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
+from bridge.formats.single_file import find_file, left_out, require_dtypes, require_implied, with_sidecar
+from bridge.params import Parameter, num_parameters, padded_vocab_size, parameters
+from bridge.stored_file import StoredFile, first_bytes, write_array
+
+NAME = "llmc"
+FILE = "model.bin"
+SUFFIXES = (".bin",)
+
+MAGIC = 20240326
+VERSIONS: Mapping[int, np.dtype] = {3: np.dtype(np.float32), 5: np.dtype(ml_dtypes.bfloat16)}
+OTHER_FILES: Mapping[int, str] = {
+    20240327: "llm.c's debug state",
+    20240328: "llm.c's tokenizer",
+    20240520: "llm.c's tokenized text, which is for `gpt2 train --data`",
+    20240522: "llm.c's questions for evaluation",
+}
+VOCAB_MULTIPLE = 128
+"""Of the rows that llm.c's own export pads the vocabulary to."""
+
+_HEADER = np.dtype("<i4")
+_HEADER_BYTES = 256 * _HEADER.itemsize
+_FIELDS = ("n_positions", "vocab_size", "n_layer", "n_head", "n_embd")  # after magic and version, before the padding
+_IMPLIED: Mapping[str, Any] = {
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+    "bias": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+}
+
+
+def sniff(path: Path) -> bool:
+    return find_file(path, SUFFIXES, _is_model) is not None or _magic(path) in OTHER_FILES
+
+
+def read(path: Path) -> Checkpoint:
+    file = StoredFile.open(find_file(path, SUFFIXES, _is_model) or path)
+    config, dtype, rows = _header(file)
+    entries = {p.torch_name: _entry(file, dtype, p, offset) for p, offset in _places(config, dtype, rows)}
+    tensors = LazyTensors({p.torch_name: entries[p.torch_name] for p in parameters(config)})
+    config, extra = with_sidecar(config, file.path)
+    padding = rows - config.vocab_size
+    odd = (f"{padding} rows that pad the vocabulary were left out",) if padding else ()
+    return Checkpoint(config, tensors, NAME, file.path.parent, extra, odd)
+
+
+def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
+    """Raises `ConfigError` or `ConversionError` naming what llm.c cannot say."""
+    config, tensors = checkpoint.config, checkpoint.tensors
+    require_implied(config, "llm.c", {"n_inner": 4 * config.n_embd, **_IMPLIED})
+    require_dtypes(tensors, "llm.c", VERSIONS.values())
+    dtype = tensors.entries["wte.weight"].dtype
+    if unlike := [f"{name} holds {entry.dtype}" for name, entry in tensors.entries.items() if entry.dtype != dtype]:
+        raise ConversionError(f"llm.c has one dtype for all, wte.weight holds {dtype}:\n" + bullet_list(unlike))
+    version = next(number for number, held in VERSIONS.items() if held == dtype)
+    rows = padded_vocab_size(config.vocab_size, VOCAB_MULTIPLE)
+    header = np.zeros(256, _HEADER)
+    header[:8] = [MAGIC, version, *(getattr(config, field) for field in _FIELDS), rows]
+    with open(file, "xb") as out:
+        out.write(header.tobytes())
+        for p, _ in _places(config, dtype, rows):
+            entry = tensors.entries[p.torch_name]
+            write_array(out, p.torch_name, turned(entry) if p.is_projection else entry)
+            if p.has_vocabulary_rows:
+                out.write(bytes((rows - config.vocab_size) * config.n_embd * dtype.itemsize))
+    return left_out(config, held=GPT2Config())
+
+
+def _magic(file: Path) -> int:
+    return int.from_bytes(first_bytes(file, 4), "little")
+
+
+def _is_model(file: Path) -> bool:
+    return _magic(file) == MAGIC
+
+
+def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
+    """The sizes, the element type and the rows of the embedding, held against the length of the file."""
+    if file.size < _HEADER_BYTES:
+        raise CheckpointError(f"{quoted(file.path)}: {file.size} bytes, cut off within llm.c's header")
+    header = np.frombuffer(file.read(0, _HEADER_BYTES), _HEADER).tolist()
+    magic, version, *sizes = header[:7]
+    rows = header[7]
+    if magic in OTHER_FILES:
+        raise CheckpointError(f"{quoted(file.path)} is {OTHER_FILES[magic]}, not a model")
+    if version not in VERSIONS:
+        raise CheckpointError(
+            f"{quoted(file.path)}: version {version} of llm.c's model; 3 (float32) and 5 (bfloat16) are read, write it "
+            "again with a newer llm.c"
+        )
+    if any(header[8:]):
+        raise CheckpointError(f"{quoted(file.path)}: the unused part of llm.c's header is not zero; it is damaged")
+    config = GPT2Config(**dict(zip(_FIELDS, sizes, strict=True)))
+    if rows < config.vocab_size:
+        raise CheckpointError(
+            f"{quoted(file.path)}: padded_vocab_size {rows} is less than vocab_size {config.vocab_size}"
+        )
+    dtype = VERSIONS[version]
+    needed = _HEADER_BYTES + dtype.itemsize * (num_parameters(config) + (rows - config.vocab_size) * config.n_embd)
+    if file.size != needed:
+        raise CheckpointError(
+            f"{quoted(file.path)}: {file.size} bytes, the sizes in its header need {quoted(needed)}; it is damaged or "
+            "cut off"
+        )
+    return config, dtype, rows
+
+
+def _places(config: GPT2Config, dtype: np.dtype, rows: int) -> Iterator[tuple[Parameter, int]]:
+    """The parameters in the order of the file, each with the position of its first byte."""
+    position = _HEADER_BYTES
+    for p in _in_order(config):
+        yield p, position
+        padding = (rows - config.vocab_size) * config.n_embd if p.has_vocabulary_rows else 0
+        position += dtype.itemsize * (math.prod(p.torch_shape) + padding)
+
+
+def _in_order(config: GPT2Config) -> Iterator[Parameter]:
+    """Embeddings, then each kind of layers' parameter for all layers, then the last LayerNorm."""
+    kinds: dict[tuple[str, ...], list[Parameter]] = {}
+    for p in parameters(config):
+        kinds.setdefault(p.flax_path if p.layer is None else p.flax_path[1:], []).append(p)
+    for kind in kinds.values():
+        yield from kind
+
+
+def _entry(file: StoredFile, dtype: np.dtype, p: Parameter, offset: int) -> TensorEntry:
+    if p.is_projection:
+        return turned(file.entry(dtype, p.torch_shape[::-1], offset))
+    return file.entry(dtype, p.torch_shape, offset)
