@@ -1,0 +1,286 @@
+"""nanoGPT's `ckpt.pt`: a torch file with the weights, AdamW's state, and how far training had come.
+
+Weights are named as Hugging Face's are and, being `nn.Linear`'s, `[out, in]`; so are their moments. The architecture
+is in `model_args`; what it does not say is fixed in the code: feed-forward layers of 4 D, epsilon 1e-5, a tied head,
+and the exact GELU; that one only since June 2023, before which it was GPT-2's own, `gelu_new`. A checkpoint does not
+say which, but one of before May 2023 shows it by its optimizer, or by `model_args` without `bias`, and is read as what
+it was.
+
+Source: https://github.com/karpathy/nanoGPT, model.py and train.py; for the GELU its pull request 274.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge import optimizer_state
+from bridge.arrays import FLOAT_DTYPES, LazyTensors, TensorEntry, turned
+from bridge.checkpoint import Checkpoint
+from bridge.config import GPT2Config
+from bridge.convert import canonical_names, canonicalize, differences
+from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, bullet_list, quoted
+from bridge.formats.single_file import find_file, left_out, require_implied, with_sidecar
+from bridge.optimizer_state import AdamWState, Hyperparameters
+from bridge.params import parameters
+from bridge.stored_file import first_bytes
+from bridge.torch_file import read_file
+from bridge.torch_writer import write_file
+
+NAME = "nanogpt"
+FILE = "ckpt.pt"
+SUFFIXES = (".pt", ".pth")
+KEEPS_OPTIMIZER = True
+
+_ALWAYS_THERE = {
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
+}
+"""`model_args` -> our name. `dropout` stands for three rates here, and `bias` came in January 2023."""
+
+_PROGRESS = ("iter_num", "best_val_loss", "config")
+_NO_LOSS_YET = 1e9  # as train.py has it
+
+_DECAYING = Hyperparameters(learning_rate=6e-4, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+_PLAIN_ADAMW = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+_MOST_PICKLE = 2**22  # bytes; GPT-2 XL's, with its optimizer, has 0.3 MB
+
+
+def sniff(path: Path) -> bool:
+    return find_file(path, SUFFIXES, _is_nanogpt) is not None
+
+
+def read(path: Path) -> Checkpoint:
+    """All but `model` and `model_args` may be missing, as it is where somebody kept the model alone.
+
+    Raises `ConfigError` for `model_args` that are not nanoGPT's, `ConversionError` for tensors and moments that are
+    not the model's.
+    """
+    file = find_file(path, SUFFIXES, _is_nanogpt)
+    assert file is not None  # or sniff would have said no
+    saved = read_file(file)
+    try:
+        return _checkpoint(file, saved)
+    except BridgeError as error:
+        raise type(error)(f"{quoted(file)}: {error}") from error
+
+
+def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
+    """What nanoGPT samples from and resumes; where there is no optimizer, one that was never stepped.
+
+    Of dropout rates that differ it holds `resid_pdrop`.
+    """
+    config, progress, adamw = checkpoint.config, checkpoint.progress, checkpoint.optimizer
+    _require_nanogpt(config)
+    rate = config.resid_pdrop
+    entries = {f"transformer.{name}": e for name, e in _turned(checkpoint.tensors, _projections(config)).items()}
+    optimizer, unsaid = _optimizer(adamw, config)
+    saved = {
+        "model": {**entries, "lm_head.weight": entries["transformer.wte.weight"]},
+        "optimizer": optimizer,
+        "model_args": {
+            **{name: getattr(config, field) for name, field in _ALWAYS_THERE.items()},
+            "bias": config.bias,
+            "dropout": rate,
+        },
+        "iter_num": progress.get("iter_num", adamw.step if adamw else 0),
+        "best_val_loss": progress.get("best_val_loss", _NO_LOSS_YET),
+        "config": progress.get("config", {}),
+    }
+    write_file(file, saved)
+    held = replace(config, embd_pdrop=rate, attn_pdrop=rate, initializer_range=GPT2Config.initializer_range)
+    return left_out(config, held) + unsaid
+
+
+def _is_nanogpt(file: Path) -> bool:
+    """Whether it is a zip with the word `model_args` pickled near its beginning, where torch writes the pickle."""
+    start = first_bytes(file, _MOST_PICKLE)
+    return start.startswith(b"PK\x03\x04") and b"\x0a\0\0\0model_args" in start
+
+
+def _checkpoint(file: Path, saved: Any) -> Checkpoint:
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"it holds a {type(saved).__name__}, not what nanoGPT saves")
+    config, stored = _config(saved.get("model_args")), _stored(saved.get("model"))
+    if config.n_layer > len(stored):  # before every layer's parameters are named
+        raise ConversionError(f"n_layer={config.n_layer}, and model has only {len(stored)} tensors")
+    adamw, is_old = _adamw(saved.get("optimizer"), config)
+    odd = _oddities(saved, stored)
+    if is_old or "bias" not in saved["model_args"]:
+        config = replace(config, activation_function="gelu_new")
+        odd += ("it is from before May 2023, when nanoGPT computed the tanh GELU: its activation_function is gelu_new",)
+    config, extra = with_sidecar(config, file)
+    tensors = canonicalize(_canonical_layout(stored, config), config)
+    return Checkpoint(config, tensors, NAME, file.parent, extra, odd, adamw, _progress(saved))
+
+
+def _config(model_args: Any) -> GPT2Config:
+    if not isinstance(model_args, dict):
+        raise ConfigError("nanoGPT's checkpoint has the sizes of the model in `model_args`, and this has not")
+    problems = [f"{name} is missing" for name in _ALWAYS_THERE if name not in model_args]
+    problems += [
+        f"{quoted(name)}={quoted(value)}: nanoGPT has no such setting; a model of another program is not read"
+        for name, value in model_args.items()
+        if name not in (*_ALWAYS_THERE, "bias", "dropout")
+    ]
+    if problems:
+        raise ConfigError("model_args are not nanoGPT's:\n" + bullet_list(problems))
+    values: dict[str, Any] = {field: model_args[name] for name, field in _ALWAYS_THERE.items()}
+    for field in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        values[field] = model_args.get("dropout", 0.0)
+    try:
+        return GPT2Config(**values, bias=model_args.get("bias", True), activation_function="gelu")
+    except ConfigError as error:
+        raise ConfigError(f"model_args, with block_size as n_positions and dropout as three: {error}") from error
+
+
+def _stored(model: Any) -> dict[str, TensorEntry]:
+    if not isinstance(model, dict):
+        raise CheckpointError("nanoGPT's checkpoint has the weights in `model`, and this has not")
+    others = [
+        f"{quoted(name)} is a {type(value).__name__}, not a tensor"
+        for name, value in model.items()
+        if not isinstance(name, str) or not isinstance(value, TensorEntry)
+    ]
+    if others:
+        raise CheckpointError("model is not a state_dict:\n" + bullet_list(others))
+    return model
+
+
+def _projections(config: GPT2Config) -> frozenset[str]:
+    """What `nn.Linear` keeps `[out, in]`."""
+    return frozenset(p.torch_name for p in parameters(config) if p.is_projection)
+
+
+def _turned(tensors: LazyTensors, names: Collection[str]) -> dict[str, TensorEntry]:
+    """From one layout to the other, in either direction."""
+    return {name: turned(entry) if name in names else entry for name, entry in tensors.entries.items()}
+
+
+def _canonical_layout(stored: Mapping[str, TensorEntry], config: GPT2Config) -> LazyTensors:
+    """The tensors under the names that they have, without a head that is the embedding's own memory."""
+    given = canonical_names(stored)
+    head, embedding = given.get("lm_head.weight"), stored.get(given.get("wte.weight", ""))
+    kept = {name: entry for name, entry in stored.items() if name != head or entry is not embedding}
+    return LazyTensors(_turned(LazyTensors(kept), {given[name] for name in _projections(config) if name in given}))
+
+
+def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
+    """The optimizer's moments, and whether its groups are those that nanoGPT made before May 2023."""
+    if state is None:
+        return None, False
+    sizes = optimizer_state.group_sizes(state)
+    layouts = _groups(config), _old_groups(config)
+    spelled = [[len(names) for names in layout] for layout in layouts]
+    if sizes not in spelled:
+        raise ConversionError(
+            f"optimizer has groups of {quoted(sizes)} parameters; nanoGPT makes {spelled[0]} for this model, and made "
+            f"{spelled[1]} before May 2023. To take the model alone, delete `optimizer` from the file with torch"
+        )
+    is_old = sizes == spelled[1]
+    order = [name for names in layouts[is_old] for name in names]
+    return optimizer_state.from_torch(state, order, config, turned=_projections(config)), is_old
+
+
+def _groups(config: GPT2Config) -> list[list[str]]:
+    """The parameters of the optimizer's two groups: what decays, then what does not."""
+    return [[p.torch_name for p in parameters(config) if p.decays is decays] for decays in (True, False)]
+
+
+def _old_groups(config: GPT2Config) -> list[list[str]]:
+    """Before May 2023 only projections decayed, and the names were sorted as text."""
+    return [sorted(p.torch_name for p in parameters(config) if p.is_projection is decays) for decays in (True, False)]
+
+
+def _progress(saved: Mapping[str, Any]) -> dict[str, Any]:
+    progress = {name: saved[name] for name in _PROGRESS if name in saved}
+    loss = progress.get("best_val_loss", _NO_LOSS_YET)
+    if isinstance(loss, TensorEntry) and loss.shape == () and loss.dtype in FLOAT_DTYPES:
+        progress["best_val_loss"] = loss = float(loss.read())
+    problems = [
+        *(["iter_num is not a count"] if type(progress.get("iter_num", 0)) is not int else []),
+        *(["best_val_loss is not a number"] if type(loss) not in (int, float) else []),
+        *(["config is not a dict"] if not isinstance(progress.get("config", {}), dict) else []),
+    ]
+    if problems:
+        raise CheckpointError("this is not what nanoGPT saves:\n" + bullet_list(problems))
+    return progress
+
+
+def _oddities(saved: Mapping[str, Any], stored: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+    odd = []
+    if dropped := len(stored) - len(canonical_names(stored)):
+        odd.append(f"{dropped} causal-mask buffers were left out")
+    if unread := [quoted(name) for name in saved if name not in ("model", "model_args", "optimizer", *_PROGRESS)]:
+        odd.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not and which is not read")
+    return tuple(odd)
+
+
+def _require_nanogpt(config: GPT2Config) -> None:
+    implied = {
+        "activation_function": "gelu",
+        "n_inner": 4 * config.n_embd,
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "reorder_and_upcast_attn": False,
+        "tie_word_embeddings": True,
+    }
+    remedy = (
+        '. checkpoint.with_activation("gelu"), which is gpt2 convert --activation gelu, takes the weights to the exact '
+        "GELU, another function, as nanoGPT's own from_pretrained does"
+    )
+    require_implied(config, "nanoGPT", implied, remedy if config.activation_function != "gelu" else "")
+
+
+def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The `state_dict()` of nanoGPT's AdamW, and a sentence on hyperparameters for which it has no place."""
+    own = adamw.hyperparameters if adamw else {}
+    groups, unlike = [], []
+    number = itertools.count()
+    for names, usual in zip(_groups(config), (_DECAYING, replace(_DECAYING, weight_decay=0.0)), strict=True):
+        common = Counter(own.get(name, usual) for name in names).most_common(1)[0][0]
+        unlike += [name for name in names if own.get(name, common) != common]
+        groups.append(
+            {
+                "lr": common.learning_rate,
+                "betas": (common.beta1, common.beta2),
+                "eps": common.epsilon,
+                "weight_decay": common.weight_decay,
+                **_PLAIN_ADAMW,
+                "params": list(itertools.islice(number, len(names))),
+            }
+        )
+    order = [name for names in _groups(config) for name in names]
+    state = dict(enumerate(_moments(adamw, order, config))) if adamw and adamw.step else {}
+    unsaid = f"AdamW's settings for {', '.join(unlike)}: nanoGPT has one for all that decay and one for the others"
+    return {"state": state, "param_groups": groups}, (unsaid,) if unlike else ()
+
+
+def _moments(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, TensorEntry]]:
+    """What torch keeps for each parameter, in the order of the optimizer."""
+    first, second = LazyTensors.of(adamw.first), LazyTensors.of(adamw.second)
+    shapes = {p.torch_name: p.torch_shape for p in parameters(config)}
+    if problems := differences(shapes, first.entries) + differences(shapes, second.entries):
+        raise ConversionError("the optimizer's moments are not this model's:\n" + bullet_list(problems))
+    first_entries, second_entries = (_turned(moments, _projections(config)) for moments in (first, second))
+    for name in order:
+        step = np.asarray(adamw.step, np.float32)  # torch counts in float32
+        yield {"step": TensorEntry.of(step), "exp_avg": first_entries[name], "exp_avg_sq": second_entries[name]}
