@@ -77,7 +77,7 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
     return grouped([p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2])
 
 
-def adamw_before_may_2023(model: nn.Module) -> torch.optim.AdamW:
+def adamw_before_june_2023(model: nn.Module) -> torch.optim.AdamW:
     """Two groups by the kind of module, embeddings among what does not decay, each sorted by name."""
     parameters = dict(sorted(model.named_parameters()))
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}

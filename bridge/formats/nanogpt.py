@@ -3,8 +3,8 @@
 Weights are named as Hugging Face's are and, being `nn.Linear`'s, `[out, in]`; so are their moments. The architecture
 is in `model_args`; what it does not say is fixed in the code: feed-forward layers of 4 D, epsilon 1e-5, a tied head,
 and the exact GELU; that one only since June 2023, before which it was GPT-2's own, `gelu_new`. A checkpoint does not
-say which, but one of before May 2023 shows it by its optimizer, or by `model_args` without `bias`, and is read as what
-it was.
+say which, but an older one mostly shows it, by an optimizer in which embeddings do not decay or by `model_args` without
+`bias`, and then is read as what it was.
 
 Source: https://github.com/karpathy/nanoGPT, model.py and train.py; for the GELU its pull request 274.
 """
@@ -45,7 +45,7 @@ _ALWAYS_THERE = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-"""`model_args` -> our name. `dropout` stands for three rates here, and `bias` came in January 2023."""
+"""`model_args` -> our name. `dropout` stands for three rates here; older files have no `bias`."""
 
 _PROGRESS = ("iter_num", "best_val_loss", "config")
 _NO_LOSS_YET = 1e9  # as train.py has it
@@ -125,7 +125,7 @@ def _checkpoint(file: Path, saved: Any) -> Checkpoint:
     odd = _oddities(saved, stored)
     if is_old or "bias" not in saved["model_args"]:
         config = replace(config, activation_function="gelu_new")
-        odd += ("it is from before May 2023, when nanoGPT computed the tanh GELU: its activation_function is gelu_new",)
+        odd += ("it is from before June 2023, when nanoGPT computed the tanh GELU: its activation_function is gelu_new",)
     config, extra = with_sidecar(config, file)
     tensors = canonicalize(_canonical_layout(stored, config), config)
     return Checkpoint(config, tensors, NAME, file.parent, extra, odd, adamw, _progress(saved))
@@ -183,7 +183,7 @@ def _canonical_layout(stored: Mapping[str, TensorEntry], config: GPT2Config) -> 
 
 
 def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
-    """The optimizer's moments, and whether its groups are those that nanoGPT made before May 2023."""
+    """The optimizer's moments, and whether its groups are those that nanoGPT made before June 2023."""
     if state is None:
         return None, False
     sizes = optimizer_state.group_sizes(state)
@@ -192,7 +192,7 @@ def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
     if sizes not in spelled:
         raise ConversionError(
             f"optimizer has groups of {quoted(sizes)} parameters; nanoGPT makes {spelled[0]} for this model, and made "
-            f"{spelled[1]} before May 2023. To take the model alone, delete `optimizer` from the file with torch"
+            f"{spelled[1]} before June 2023. To take the model alone, delete `optimizer` from the file with torch"
         )
     is_old = sizes == spelled[1]
     order = [name for names in layouts[is_old] for name in names]
@@ -205,7 +205,7 @@ def _groups(config: GPT2Config) -> list[list[str]]:
 
 
 def _old_groups(config: GPT2Config) -> list[list[str]]:
-    """Before May 2023 only projections decayed, and the names were sorted as text."""
+    """Before June 2023 only projections decayed, and the names were sorted as text."""
     return [sorted(p.torch_name for p in parameters(config) if p.is_projection is decays) for decays in (True, False)]
 
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 import torch
 from models import random_checkpoint
-from nanogpt_model import NanoGPT, adamw, adamw_before_may_2023, checkpoint, random_model, resumed, step
+from nanogpt_model import NanoGPT, adamw, adamw_before_june_2023, checkpoint, random_model, resumed, step
 from refusals import assert_refused
 
 import bridge
@@ -144,16 +144,16 @@ def test_moments_come_under_the_names_and_in_the_layout_of_their_weights(tmp_pat
     assert state.hyperparameters["h.0.ln_1.weight"] == replace(decaying, weight_decay=0.0)
 
 
-def test_the_optimizer_of_before_may_2023_is_told_by_its_groups(tmp_path: Path) -> None:
+def test_the_optimizer_of_before_june_2023_is_told_by_its_groups(tmp_path: Path) -> None:
     """It sorted names as text, in which layer 10 comes before layer 2; and then nanoGPT computed the tanh GELU."""
     args = {**ARGS, "n_layer": 12, "n_embd": 8}
     model = random_model(**args).eval()
-    optimizer = adamw_before_may_2023(model)
+    optimizer = adamw_before_june_2023(model)
     trained(model, optimizer)
     torch.save(checkpoint(model, optimizer, args), tmp_path / "ckpt.pt")
     ckpt = bridge.load(tmp_path)
     assert ckpt.config.activation_function == "gelu_new"
-    assert any("before May 2023" in line for line in ckpt.oddities)
+    assert any("before June 2023" in line for line in ckpt.oddities)
     assert ckpt.optimizer is not None
     for name, parameter in model.named_parameters():
         name = name.removeprefix("transformer.")
