@@ -125,7 +125,7 @@ def _checkpoint(file: Path, saved: Any) -> Checkpoint:
     odd = _oddities(saved, stored)
     if is_old or "bias" not in saved["model_args"]:
         config = replace(config, activation_function="gelu_new")
-        odd += ("it is from before June 2023, when nanoGPT computed the tanh GELU: its activation_function is gelu_new",)
+        odd += ("it is of before June 2023, when nanoGPT computed the tanh GELU: its activation_function is gelu_new",)
     config, extra = with_sidecar(config, file)
     tensors = canonicalize(_canonical_layout(stored, config), config)
     return Checkpoint(config, tensors, NAME, file.parent, extra, odd, adamw, _progress(saved))
