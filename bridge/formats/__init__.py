@@ -17,13 +17,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
-from bridge.formats import flax_directory, gguf, huggingface, llmc, nanogpt, run
+from bridge.formats import flax_directory, flax_msgpack, gguf, huggingface, llmc, nanogpt, openai, run
 
 FORMATS: Mapping[str, ModuleType] = {
     "run": run,
     "flax": flax_directory,
     "nanogpt": nanogpt,  # before Hugging Face, which takes every other file of torch's for a state_dict
     "huggingface": huggingface,
+    "flax_msgpack": flax_msgpack,
+    "openai": openai,
     "llmc": llmc,
     "gguf": gguf,
 }
