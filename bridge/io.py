@@ -103,8 +103,9 @@ def save(
                 carry_files(checkpoint, directory)
             else:
                 module.write(checkpoint, directory, **options)
-    if checkpoint.optimizer is not None and not hasattr(module, "KEEPS_OPTIMIZER"):
-        left_out += (f"the state of AdamW after {checkpoint.optimizer.step} steps, which {format} has no place for",)
+    steps = checkpoint.optimizer.step if checkpoint.optimizer is not None else 0
+    if steps and not hasattr(module, "KEEPS_OPTIMIZER"):
+        left_out += (f"the state of AdamW after {steps} steps, which {format} has no place for",)
     return left_out
 
 

@@ -89,12 +89,13 @@ class _Machine:
     def run(self) -> Any:
         if self.take(1) != b"\x80" or self.take(1)[0] not in _PROTOCOLS:
             self.refuse(f"is not a pickle of protocol {_PROTOCOLS[0]} to {_PROTOCOLS[-1]}")
-        for _ in range(MOST_OPCODES):
-            code = self.take(1)
-            if code == b".":
-                return self.finished()
+        opcodes = 0
+        while (code := self.take(1)) != b".":
+            opcodes += 1
+            if opcodes > MOST_OPCODES:
+                self.refuse(f"has more than {MOST_OPCODES} opcodes")
             _OPCODES.get(code, _unknown)(self)
-        self.refuse(f"has more than {MOST_OPCODES} opcodes")
+        return self.finished()
 
     def finished(self) -> Any:
         result = self.pop()

@@ -129,7 +129,7 @@ class _Saved:
             ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
             ("torch._utils", "_rebuild_parameter"): self._parameter,
         }
-        types = {("torch", name): np.dtype(kind) for name, kind in _STORAGES.items()}
+        types: dict[tuple[str, str], np.dtype] = {("torch", name): np.dtype(kind) for name, kind in _STORAGES.items()}
         types["torch.storage", "UntypedStorage"] = np.dtype(np.uint8)
         types.update({("torch", name): np.dtype(name) for name in _WITHOUT_STORAGES})
         return {

@@ -28,6 +28,7 @@ _CENTRAL = struct.Struct("<4s6H3I5H2I")  # 4.3.12
 _END64 = struct.Struct("<4sQ2H2I4Q")  # 4.3.14
 _LOCATOR64 = struct.Struct("<4sIQI")  # 4.3.15
 _END = struct.Struct("<4s4H2IH")  # 4.3.16
+_DIRECTORY = 0x10  # of MS-DOS's attributes
 _SEE_ZIP64_16, _SEE_ZIP64_32 = 0xFFFF, 0xFFFFFFFF
 _ZIP64_EXTRA = 1
 _SIZES_FOLLOW, _UTF8 = 1 << 3, 1 << 11  # 4.4.4
@@ -145,7 +146,7 @@ def _record(file: StoredFile, directory: bytes, position: int, data_end: int) ->
     fixed = directory[position : position + _CENTRAL.size]
     if len(fixed) < _CENTRAL.size or not fixed.startswith(b"PK\1\2"):
         raise _contradicts(file, "its directory is damaged")
-    _, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, _, header = _CENTRAL.unpack(fixed)
+    _, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, external, header = _CENTRAL.unpack(fixed)
     position += _CENTRAL.size
     parts = []
     for length in lengths:  # of the name, the extra fields and the comment
@@ -163,6 +164,8 @@ def _record(file: StoredFile, directory: bytes, position: int, data_end: int) ->
             f"{quoted(file.path)}: {quoted(name)} is compressed, encrypted or patched, which torch does not write; "
             "load it with torch and torch.save it again"
         )
+    if external & _DIRECTORY:
+        raise _contradicts(file, f"{quoted(name)} is marked as a directory, of which torch would read zeros")
     data = _data_start(file, parts[0], header, flags, crc, size)
     if data + size > data_end:
         raise _contradicts(file, f"{quoted(name)} does not lie in it")
@@ -193,7 +196,7 @@ def _data_start(file: StoredFile, name: bytes, at: int, flags: int, crc: int, si
     magic, _, own_flags, method, _, _, *own, name_length, extra_length = _LOCAL.unpack(fixed[: _LOCAL.size])
     expected = [crc, size, size]
     agrees = all(
-        mine == theirs or (mine == 0 and flags & _SIZES_FOLLOW) or mine == _SEE_ZIP64_32
+        mine in (theirs, _SEE_ZIP64_32) or (mine == 0 and flags & _SIZES_FOLLOW)
         for mine, theirs in zip(own, expected, strict=True)
     )
     same_name = name_length == len(name) and fixed[_LOCAL.size :] == name

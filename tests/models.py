@@ -5,6 +5,7 @@ A zero bias or a LayerNorm scale of one would hide a wrong row, and equal sizes 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,13 @@ TINY = GPT2Config(vocab_size=257, n_positions=40, n_embd=48, n_layer=5, n_head=3
 
 SMALLEST = GPT2Config(vocab_size=11, n_positions=5, n_embd=8, n_layer=2, n_head=2, n_inner=12)
 """So small that most of its file is structure."""
+
+
+def config_for(format: str, config: GPT2Config = TINY) -> GPT2Config:
+    """The nearest configuration that a format can hold."""
+    if format in ("nanogpt", "llmc"):
+        config = replace(config, n_inner=None)
+    return replace(config, activation_function="gelu") if format == "nanogpt" else config
 
 
 def random_state(config: GPT2Config, dtype: np.dtype | type = np.float32, seed: int = 0) -> dict[str, np.ndarray]:

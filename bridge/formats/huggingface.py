@@ -82,7 +82,9 @@ def _saved_name(canonical: str) -> str:
 
 def _tensors(file: Path) -> Mapping[str, TensorEntry]:
     """The tensors of one file, of whichever kind its content shows it to be."""
-    return _state_dict(file, read_torch_file(file)) if is_torch_file(file) else read_file(file)[0].entries
+    if is_torch_file(file) and not is_safetensors(file):  # whose header's length may be spelled as a pickle begins
+        return _state_dict(file, read_torch_file(file))
+    return read_file(file)[0].entries
 
 
 def _state_dict(file: Path, saved: Any) -> dict[str, TensorEntry]:

@@ -55,7 +55,7 @@ def convert(
         left_out = bridge.save(
             watched, target, format=to, overwrite=overwrite, keep_not_finite=keep_not_finite, **options
         )
-    if opened.optimizer is not None and checkpoint.optimizer is None:
+    if opened.optimizer is not None and opened.optimizer.step and checkpoint.optimizer is None:
         left_out += ("the state of AdamW, which is for the parameters as they were",)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
     count = len(checkpoint.tensors)

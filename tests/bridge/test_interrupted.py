@@ -13,20 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import SMALLEST, huggingface_directory, random_checkpoint
+from models import SMALLEST, config_for, huggingface_directory, random_checkpoint
 
 import bridge
 from bridge import BridgeError
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.formats import FORMATS, WRITABLE
 
-CONFIG = replace(SMALLEST, n_inner=None)
-
 
 def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bridge.Checkpoint:
     """A checkpoint that the format can hold, which calls `before_each` when one of its tensors is read."""
-    config = replace(CONFIG, activation_function="gelu") if format == "nanogpt" else CONFIG
-    checkpoint = random_checkpoint(config)
+    checkpoint = random_checkpoint(config_for(format, SMALLEST))
 
     def watched(entry: TensorEntry) -> TensorEntry:
         def read() -> np.ndarray:
@@ -57,7 +54,7 @@ def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool)
 
     bridge.save(checkpoint_that_calls(copy_what_is_there, format), target, format=format)
     assert bridge.load(target).format == format
-    tensors = len(bridge.parameters(CONFIG))
+    tensors = len(bridge.parameters(SMALLEST))
     assert len(list(states.iterdir())) >= tensors - 1, "a state for nearly every tensor"
     for state in states.iterdir():
         with pytest.raises(BridgeError):

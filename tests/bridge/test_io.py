@@ -11,7 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from models import TINY, huggingface_directory, random_checkpoint
+from models import TINY, config_for, huggingface_directory, random_checkpoint
 from tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
@@ -88,7 +88,7 @@ def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("format", WRITABLE)
 def test_every_format_is_recognised_by_what_it_wrote(tmp_path: Path, format: str) -> None:
-    bridge.save(random_checkpoint(), tmp_path / "out", format=format)
+    bridge.save(random_checkpoint(config_for(format)), tmp_path / "out", format=format)
     assert bridge.load(tmp_path / "out").format == format
     assert bridge.load(str(tmp_path / "out")).path == tmp_path / "out"
 
@@ -167,7 +167,7 @@ def test_an_unknown_format_is_refused_before_anything_is_made(tmp_path: Path) ->
 
 @pytest.mark.parametrize("format", WRITABLE)
 def test_tokenizer_and_generation_files_travel(tmp_path: Path, format: str) -> None:
-    source = huggingface_directory(tmp_path / "source")
+    source = huggingface_directory(tmp_path / "source", config_for(format))
     carried = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     carried += ["added_tokens.json", "generation_config.json"]
     for name in [*carried, "modeling_evil.py", "training_args.bin"]:
