@@ -298,7 +298,7 @@ def _write(file: BinaryIO, name: str, node: dict[str, Any] | TensorEntry | int) 
                 file.write(_text(child))
                 _write(file, f"{name}/{child}".lstrip("/"), value)
         case TensorEntry() if node.nbytes > MOST_CHUNK_BYTES:
-            _write(file, name, _chunked(node))
+            _write(file, name, _chunked(name, node))
         case TensorEntry():
             sizes = b"".join(_head(_NUMBER, size) for size in node.shape)
             start = _head(_LIST, 3) + _head(_LIST, len(node.shape)) + sizes + _text(node.dtype.name)
@@ -309,9 +309,12 @@ def _write(file: BinaryIO, name: str, node: dict[str, Any] | TensorEntry | int) 
             file.write(_head(_BOOL if node is True else _NUMBER, node))
 
 
-def _chunked(entry: TensorEntry) -> dict[str, Any]:
+def _chunked(name: str, entry: TensorEntry) -> dict[str, Any]:
     """An array, which is read here, as Flax takes a large one apart."""
-    flat = np.ascontiguousarray(entry.read()).reshape(-1)
+    array = entry.read()
+    if array.dtype != entry.dtype or array.shape != entry.shape:
+        raise CheckpointError(f"{quoted(name)} changed while it was being written")
+    flat = np.ascontiguousarray(array).reshape(-1)
     count = max(1, MOST_CHUNK_BYTES // entry.dtype.itemsize)
     chunks = [TensorEntry.of(flat[start : start + count]) for start in range(0, len(flat), count)]
     return {_CHUNKED: True, "shape": _numbered(entry.shape), "chunks": _numbered(chunks)}
