@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 from models import TINY, config_for, huggingface_directory, random_checkpoint
 from tokenizers_for_tests import write_byte_tokenizer
@@ -147,6 +148,24 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypa
         asked["allow_patterns"]
     )
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
+
+
+def test_other_weights_are_downloaded_only_where_there_are_no_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `gpt2` has seven kinds of the same weights: one is taken."""
+    bridge.save(random_checkpoint(), tmp_path / "snapshot", format="flax_msgpack")
+    asked = []
+
+    def download(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path / ("snapshot" if "flax_model*.msgpack" in allow_patterns else "empty"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert bridge.load("someone/tiny-gpt2").format == "flax_msgpack"
+    kinds = ["*.safetensors", "pytorch_model*.bin", "flax_model*.msgpack"]
+    assert [[kind in patterns for kind in kinds] for patterns in asked] == np.eye(3, dtype=bool).tolist()
 
 
 def test_a_directory_here_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
