@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bridge.arrays import LazyTensors
+from bridge.arrays import LazyTensors, contiguous
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
@@ -18,7 +18,7 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     lazy = LazyTensors.of(tensors)
     for name in sorted(lazy):
-        array = np.ascontiguousarray(lazy[name])
+        array = contiguous(lazy[name])
         digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from bridge.arrays import TensorEntry, aligned_empty
+from bridge.arrays import TensorEntry, aligned_empty, contiguous
 from bridge.errors import CheckpointError, quoted
 
 
@@ -111,7 +111,7 @@ def write_array(file: BinaryIO, name: str, entry: TensorEntry) -> None:
     array = entry.read()
     if array.dtype != entry.dtype or array.shape != entry.shape:
         raise CheckpointError(f"{quoted(name)} changed while it was being written")
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    file.write(contiguous(array).reshape(-1).view(np.uint8).data)
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

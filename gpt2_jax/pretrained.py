@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 import bridge
 from bridge import Checkpoint
+from bridge.arrays import contiguous
 from gpt2_jax.model import GPT2
 
 
@@ -76,4 +77,4 @@ def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
             "the weights are float64, which JAX would cut to float32; set JAX_ENABLE_X64=1 or pass param_dtype"
         )
     # device_put adopts with may_alias=False too (JAX 0.10); jnp.array copies.
-    return jax.device_put(array) if array.flags.writeable else jnp.array(array)
+    return jax.device_put(contiguous(array)) if array.flags.writeable else jnp.array(array)

@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bridge.arrays import contiguous
+
 
 def tensor_from_array(array: np.ndarray) -> Tensor:
     """The same numbers as a tensor, row by row, shared where the array is so and can be written to."""
-    array = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+    array = contiguous(array) if array.flags.writeable else array.copy()
     if array.dtype == ml_dtypes.bfloat16:  # numpy has no bfloat16 of its own; int16 carries the bits
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -10,6 +10,7 @@ nothing. Needs three times the checkpoint's size on the disk.
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import statistics
 import subprocess
@@ -52,26 +53,24 @@ def main() -> None:
 
 
 def _measure(source: Path, folder: Path, format: str, pairs: int, idle: int) -> None:
-    there, back, copied, peaks = [], [], [], []
+    copied, converted, peaks = [], [], []
+    target = folder / "converted"
     for _ in range(pairs):
+        shutil.rmtree(target, ignore_errors=True)
         copied.append(_copied(source / "model.safetensors", folder / "copy"))
-        peak, seconds = _peak(CONVERT, source, folder / "there", format)
-        there.append(seconds)
-        back_peak, seconds = _peak(CONVERT, folder / "there", folder / "back", "huggingface")
-        back.append(seconds)
-        peaks.append(max(peak, back_peak) - idle)
-        if not peaks[1:]:
-            same = bridge.fingerprint(bridge.load(folder / "back").tensors) == bridge.fingerprint(
-                bridge.load(source).tensors
-            )
-            assert same, format
-        for path in ("there", "back"):
-            shutil.rmtree(folder / path)
-    cp = statistics.median(copied)
+        peak, seconds = _peak(CONVERT, source, target, format)
+        converted.append(seconds)
+        peaks.append(peak - idle)
+    ratios = sorted(ours / theirs for ours, theirs in zip(converted, copied, strict=True))
+    back, _ = _peak(CONVERT, target, folder / "back", "huggingface")
+    prints = {bridge.fingerprint(bridge.load(path).tensors) for path in (source, folder / "back")}
+    assert len(prints) == 1, format
+    for path in (target, folder / "back"):
+        shutil.rmtree(path)
     print(
-        f"huggingface -> {format}: {statistics.median(there):.1f} s, {statistics.median(there) / cp:.2f} of cp's "
-        f"{cp:.1f} s; and back {statistics.median(back):.1f} s, {statistics.median(back) / cp:.2f}; "
-        f"peak {max(peaks) / 2**20:.0f} MiB over the idle process",
+        f"huggingface -> {format}: {statistics.median(converted):.1f} s, cp {statistics.median(copied):.1f} s, "
+        f"{statistics.median(ratios):.2f} times cp's ({ratios[0]:.2f} to {ratios[-1]:.2f}); peak over the idle process "
+        f"{max(peaks) / 2**20:.0f} MiB, and back {(back - idle) / 2**20:.0f}",
         flush=True,
     )
 
@@ -87,11 +86,10 @@ def _written(path: Path, config: GPT2Config) -> Path:
 
 
 def _values(shape: tuple[int, ...], number: int) -> np.ndarray:
-    values = np.full(shape, number, np.float32)
-    values.reshape(-1)[:: max(1, values.size // 1000)] = np.arange(
-        len(values.reshape(-1)[:: max(1, values.size // 1000)])
-    )
-    return values
+    """One number, but for every thousandth, so that a wrong turn or place changes the fingerprint."""
+    values = np.full(math.prod(shape), number, np.float32)
+    values[::1000] = np.arange(len(values[::1000]))
+    return values.reshape(shape)
 
 
 def _copied(source: Path, target: Path) -> float:
