@@ -8,7 +8,6 @@ Source: RFC 3720, appendix B.4; the mask is LevelDB's (util/crc32c.h).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -18,13 +17,13 @@ _LANE = 256
 _BLOCK = 2**22
 
 
-def crc32c(blocks: Iterable[bytes | memoryview]) -> int:
-    """The checksum of bytes that come in pieces."""
+def crc32c(content: bytes | memoryview) -> int:
+    """The checksum of some bytes; takes 10 MB of memory, however many they are."""
+    data = np.frombuffer(content, np.uint8)
     state = _ONES
-    for block in blocks:
-        for start in range(0, len(block), _BLOCK):
-            piece = np.frombuffer(block, np.uint8)[start : start + _BLOCK]
-            state = _past(state, len(piece)) ^ _remainder(piece)
+    for start in range(0, len(data), _BLOCK):
+        block = data[start : start + _BLOCK]
+        state = _past(state, len(block)) ^ _remainder(block)
     return state ^ _ONES
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.crc32c import crc32c, masked
 from bridge.errors import CheckpointError, quoted
-from bridge.stored_file import StoredFile, first_bytes
+from bridge.stored_file import StoredFile
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 """What the index ends with."""
@@ -41,11 +41,14 @@ _DTYPES: Mapping[int, np.dtype] = {
 
 _FOOTER = 48
 _TRAILER = 5  # of a block: how it is compressed, and its checksum
-_MOST_INDEX_BYTES = 2**22  # that of gpt2-xl with Adam's slots has 150 kB
-_MOST_TENSORS = 50_000
+# The index of gpt2-xl with Adam's slots has 150 kB and 1,743 tensors. Names are bounded because each takes over from
+# the one before: three bytes could make another of megabytes.
+_MOST_INDEX_BYTES = 2**20
+_MOST_TENSORS = 4_000
+_MOST_NAME_BYTES = 1_024
 _MOST_SHARDS = 1_000
 _MOST_RANK = 16
-_BLOCK = 2**22
+_VERSION = 1  # of the format, VersionDef in the header; it has been this one since it began
 
 _Fields = dict[int, list[int | bytes]]
 """A protocol buffer: number of the field -> its values."""
@@ -53,18 +56,24 @@ _Fields = dict[int, list[int | bytes]]
 
 def is_index(path: Path) -> bool:
     """Whether a file ends as an index does; False for what cannot be read."""
-    content = first_bytes(path, _MOST_INDEX_BYTES + 1)
-    return len(content) <= _MOST_INDEX_BYTES and content.endswith(MAGIC)
+    try:
+        file = StoredFile.open(path)
+        return file.size >= len(MAGIC) and file.read(file.size - len(MAGIC), len(MAGIC)) == MAGIC
+    except CheckpointError:
+        return False
 
 
 def read_bundle(index: Path) -> LazyTensors:
     """The tensors of `PREFIX.index`, read when they are looked up, and held against their checksums then."""
     file = StoredFile.open(index)
     if not _FOOTER <= file.size <= _MOST_INDEX_BYTES:
-        raise CheckpointError(f"{quoted(index)}: {file.size} bytes are no index of a GPT-2's checkpoint")
+        raise CheckpointError(
+            f"{quoted(index)}: {file.size} bytes; the index of a GPT-2 has from {_FOOTER} to {_MOST_INDEX_BYTES}"
+        )
     table = _Table(file.path, file.read(0, file.size))
     shards: dict[int, StoredFile] | None = None
     entries: dict[str, TensorEntry] = {}
+    spans: list[tuple[int, int, int, str]] = []
     for key, value in table.entries():
         if shards is None:  # BundleHeaderProto, whose name is empty, comes first
             shards = _shards(file.path, table.message(value) if key == b"" else {}, table)
@@ -72,7 +81,10 @@ def read_bundle(index: Path) -> LazyTensors:
         if len(entries) >= _MOST_TENSORS:
             raise CheckpointError(f"{quoted(index)}: more than {_MOST_TENSORS} tensors")
         name = key.decode("utf-8", "backslashreplace")
-        entries[name] = _entry(table, name, table.message(value), shards)
+        fields = table.message(value)
+        entries[name] = _entry(table, name, fields, shards)
+        spans.append((table.number(fields, 3), table.number(fields, 4), entries[name].nbytes, name))
+    _require_apart(spans, shards or {})
     return LazyTensors(entries)
 
 
@@ -80,7 +92,10 @@ def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile
     """The data files, whose names come from the index's own and their number, and from nothing in a file."""
     count, endianness = table.number(header, 1), table.number(header, 2)
     if endianness != 0:
-        raise table.damaged("written on a big-endian machine; save it again on another")
+        raise table.damaged("was written on a big-endian machine; save it again on another")
+    version = table.message(table.bytes_of(header, 3))
+    if table.number(version, 2) > _VERSION or 3 in version:  # min_consumer, bad_consumers
+        raise table.damaged("is of a later version of TensorFlow's checkpoints; save it with TensorFlow 2")
     if not 1 <= count <= _MOST_SHARDS:
         raise table.damaged(f"says that its data lie in {count} files")
     prefix = index.name.removesuffix(".index")
@@ -92,8 +107,10 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
     kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
     if 7 in fields:
         raise table.damaged(f"{quoted(name)} is stored in slices of a partitioned variable; save it whole")
-    if kind not in _DTYPES or shard not in shards:
-        raise table.damaged(f"{quoted(name)} has the data type {kind}, in the data file {shard}: neither is known")
+    if kind not in _DTYPES:
+        raise table.damaged(f"{quoted(name)} has TensorFlow's data type {kind}; save the model's variables alone")
+    if shard not in shards:
+        raise table.damaged(f"says that {quoted(name)} lies in data file {shard}, and there are {len(shards)}")
     dtype, shape = _DTYPES[kind], _shape(table, name, fields)
     if math.prod(shape) * dtype.itemsize != size:
         raise table.damaged(f"{quoted(name)} of shape {quoted(shape)} and {dtype} has {size} bytes")
@@ -102,15 +119,31 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
 
     def read() -> np.ndarray:
         array = stored.read()
-        content = array.reshape(-1).view(np.uint8).data
-        blocks = (content[start : start + _BLOCK] for start in range(0, len(content), _BLOCK))
-        if masked(crc32c(blocks)) != expected:
+        if masked(crc32c(array.reshape(-1).view(np.uint8).data)) != expected:
             raise CheckpointError(
                 f"{quoted(shards[shard].path)} is damaged: {quoted(name)} does not have the checksum stored for it"
             )
         return array
 
     return TensorEntry(dtype, shape, read)
+
+
+def _require_apart(spans: list[tuple[int, int, int, str]], shards: Mapping[int, StoredFile]) -> None:
+    """That no two tensors share bytes and that none come after the last; there may be gaps, from alignment.
+
+    `spans`: data file, offset, bytes and name of each.
+    """
+    ends = dict.fromkeys(shards, 0)
+    for shard, offset, nbytes, name in sorted(spans):
+        if offset < ends[shard]:
+            raise CheckpointError(f"{quoted(shards[shard].path)}: {quoted(name)} overlaps the tensor before it")
+        ends[shard] = offset + nbytes
+    for shard, end in ends.items():
+        if end != shards[shard].size:
+            raise CheckpointError(
+                f"{quoted(shards[shard].path)}: {shards[shard].size - end} bytes after the last tensor; it is damaged, "
+                "or of another checkpoint than its index"
+            )
 
 
 def _shape(table: _Table, name: str, fields: _Fields) -> tuple[int, ...]:
@@ -135,14 +168,15 @@ class _Table:
             raise self.damaged("does not end as an index does; it is cut off, or something else")
         _, position = self._handle(self._content, footer)  # of the metaindex, which is empty
         index, _ = self._handle(self._content, position)
-        last, used = b"", 0
+        last: bytes | None = None
+        used = 0
         for _, value in self._block(index):
             handle, _ = self._handle(value, 0)
             used += handle[1]
-            if used > len(self._content):  # blocks over each other
-                raise self.damaged("has blocks that overlap")
+            if used > len(self._content):  # or one block could be read as often as there are handles
+                raise self.damaged("has blocks that overlap, or do not fit into it")
             for key, entry in self._block(handle):
-                if last and key <= last:
+                if last is not None and key <= last:
                     raise self.damaged("has names that are out of order, or twice")
                 last = key
                 yield key, entry
@@ -188,10 +222,10 @@ class _Table:
         """The entries of one block, whose keys leave out what they share with the one before."""
         offset, size = handle
         block = self._take(self._content, offset, size + _TRAILER)
-        if masked(crc32c([block[:-4]])) != int.from_bytes(block[-4:], "little"):
+        if masked(crc32c(block[:-4])) != int.from_bytes(block[-4:], "little"):
             raise self.damaged(f"is damaged: the block at {offset} does not have the checksum stored for it")
         if block[size] != 0:
-            raise self.damaged("has compressed blocks, which TensorFlow does not write")
+            raise self.damaged("has compressed blocks, which TensorFlow does not write; save it with TensorFlow")
         restarts = int.from_bytes(self._take(block, size - 4, 4), "little")
         end = size - 4 - 4 * restarts
         position, key = 0, b""
@@ -201,6 +235,8 @@ class _Table:
             length, position = self._varint(block, position)
             if shared > len(key) or position + added + length > end:
                 raise self.damaged("has an entry that does not fit in its block")
+            if shared + added > _MOST_NAME_BYTES:
+                raise self.damaged(f"has a name of more than {_MOST_NAME_BYTES} bytes")
             key = key[:shared] + block[position : position + added]
             position += added
             yield key, block[position : position + length]

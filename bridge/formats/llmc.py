@@ -34,6 +34,8 @@ OTHER_FILES: Mapping[int, str] = {
     20240328: "llm.c's tokenizer",
     20240520: "llm.c's tokenized text, which is for `gpt2 train --data`",
     20240522: "llm.c's questions for evaluation",
+    20240527: "the state of llm.c's optimizer; the weights are in the model_*.bin beside it",
+    20240801: "llm.c's tokenized text, which is for `gpt2 train --data`",
 }
 VOCAB_MULTIPLE = 128
 """Of the rows that llm.c's own export pads the vocabulary to."""
@@ -105,7 +107,7 @@ def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
     magic, version, *sizes = header[:7]
     rows = header[7]
     if magic in OTHER_FILES:
-        raise CheckpointError(f"{quoted(file.path)} is {OTHER_FILES[magic]}, not a model")
+        raise CheckpointError(f"{quoted(file.path)} is not a model: it is {OTHER_FILES[magic]}")
     if version not in VERSIONS:
         raise CheckpointError(
             f"{quoted(file.path)}: version {version} of llm.c's model; 3 (float32) and 5 (bfloat16) are read, write it "

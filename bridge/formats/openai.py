@@ -35,7 +35,7 @@ _SIZES: Mapping[str, str] = {
     "n_layer": "n_layer",
 }
 _KINDS: Mapping[str, str] = {"kernel": "w", "bias": "b", "scale": "g"}  # a LayerNorm's bias is b, too
-_STATE_LINE = re.compile(r'^model_checkpoint_path: "([^"]*)"$', re.MULTILINE)
+_STATE_LINE = re.compile(r'^model_checkpoint_path: "([^"]*)"\s*$', re.MULTILINE)
 _MOST_STATE_BYTES = 2**16
 # What fine-tuning scripts save beside the weights: Adam's moments and its powers, the step.
 _TRAINING = re.compile(r"model/.*/Adam(_1)?|(.*/)?beta[12]_power(_1)?|(.*/)?global_step|(.*/)?counter")
@@ -50,6 +50,8 @@ def read(path: Path) -> Checkpoint:
     index = _index(path)
     stored = read_bundle(index).entries
     weights = {name: entry for name, entry in stored.items() if not _TRAINING.fullmatch(name)}
+    if config.n_layer > len(weights):  # before the names of so many are made
+        raise ConversionError(f"{quoted(index)}: n_layer is {config.n_layer}, with {len(weights)} tensors")
     expected = {_name(p): p for p in parameters(config)}
     shapes = {name: _shape(p) for name, p in expected.items()}
     if problems := differences(shapes, weights):

@@ -114,7 +114,7 @@ def repair(source: Path) -> None:
         for start, length in handles:
             end = start + length + 1
             if end + 4 <= len(content):
-                content[end : end + 4] = masked(crc32c([content[start:end]])).to_bytes(4, "little")
+                content[end : end + 4] = masked(crc32c(content[start:end])).to_bytes(4, "little")
     except IndexError:
         return
     file.write_bytes(content)
