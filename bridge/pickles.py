@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from bridge.errors import CheckpointError, quoted
 
@@ -88,30 +88,30 @@ class _Machine:
 
     def run(self) -> Any:
         if self.take(1) != b"\x80" or self.take(1)[0] not in _PROTOCOLS:
-            self.refuse(f"is not a pickle of protocol {_PROTOCOLS[0]} to {_PROTOCOLS[-1]}")
+            raise self.refused(f"is not a pickle of protocol {_PROTOCOLS[0]} to {_PROTOCOLS[-1]}")
         opcodes = 0
         while (code := self.take(1)) != b".":
             opcodes += 1
             if opcodes > MOST_OPCODES:
-                self.refuse(f"has more than {MOST_OPCODES} opcodes")
+                raise self.refused(f"has more than {MOST_OPCODES} opcodes")
             _OPCODES.get(code, _unknown)(self)
         return self.finished()
 
     def finished(self) -> Any:
         result = self.pop()
         if self.stack or self.below_marks:
-            self.refuse("ends in the middle of something")
+            raise self.refused("ends in the middle of something")
         if left := len(self.content) - self.position:
-            self.refuse(f"has {left} bytes behind its end")
+            raise self.refused(f"has {left} bytes behind its end")
         return result
 
-    def refuse(self, why: str) -> NoReturn:
-        raise CheckpointError(f"{self.where} {why}")
+    def refused(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self.where} {why}")
 
     def take(self, count: int) -> bytes:
         taken = self.content[self.position : self.position + count]
         if len(taken) != count:
-            self.refuse("is cut off")
+            raise self.refused("is cut off")
         self.position += count
         return taken
 
@@ -121,18 +121,18 @@ class _Machine:
     def line(self) -> str:
         end = self.content.find(b"\n", self.position, self.position + _MOST_NAME_BYTES)
         if end < 0:
-            self.refuse(f"has a name without an end, or longer than {_MOST_NAME_BYTES} bytes")
+            raise self.refused(f"has a name without an end, or longer than {_MOST_NAME_BYTES} bytes")
         line = self.text(end - self.position)
         self.position += 1
         return line
 
     def text(self, count: int) -> str:
         if count > MOST_STRING_BYTES:
-            self.refuse(f"has a string of {count} bytes; at most {MOST_STRING_BYTES} are read")
+            raise self.refused(f"has a string of {count} bytes; at most {MOST_STRING_BYTES} are read")
         try:
             return self.take(count).decode()
         except UnicodeDecodeError:
-            self.refuse("has a string that is not UTF-8")
+            raise self.refused("has a string that is not UTF-8") from None
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -143,39 +143,39 @@ class _Machine:
 
     def top(self, kind: type | None = None) -> Any:
         if not self.stack:
-            self.refuse("takes more from its stack than there is")
+            raise self.refused("takes more from its stack than there is")
         if kind is not None and type(self.stack[-1]) is not kind:
-            self.refuse(f"has {_what(self.stack[-1])} in the place of a {kind.__name__.lower()}")
+            raise self.refused(f"has {_what(self.stack[-1])} in the place of a {kind.__name__.lower()}")
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[Any]:
         if not self.below_marks:
-            self.refuse("goes back to a mark that it has not set")
+            raise self.refused("goes back to a mark that it has not set")
         items, self.stack = self.stack, self.below_marks.pop()
         return items
 
     def resolve(self, module: str, name: str) -> Symbol:
         if (module, name) not in self.symbols:
-            self.refuse(
+            raise self.refused(
                 f"asks for {quoted(f'{module}.{name}')}, which weights do not need; nothing of it was run. If you "
                 "trust the file, load it with torch and save its tensors alone"
             )
         return self.symbols[module, name]
 
 
-def _unknown(m: _Machine) -> NoReturn:
+def _unknown(m: _Machine) -> None:
     code = m.content[m.position - 1]
-    m.refuse(f"has the opcode {_MAKE_OBJECTS.get(code, hex(code))}, which torch does not write for tensors")
+    raise m.refused(f"has the opcode {_MAKE_OBJECTS.get(code, hex(code))}, which torch does not write for tensors")
 
 
 def _instance(m: _Machine) -> None:
     m.resolve(m.line(), m.line())
-    m.refuse("has the opcode INST, which torch does not write for tensors")
+    raise m.refused("has the opcode INST, which torch does not write for tensors")
 
 
 def _frame(m: _Machine) -> None:
     if m.number(8) > len(m.content) - m.position:
-        m.refuse("is cut off")
+        raise m.refused("is cut off")
 
 
 def _mark(m: _Machine) -> None:
@@ -210,25 +210,25 @@ def _set_item(m: _Machine) -> None:
 
 def _set_items(m: _Machine, items: list[Any]) -> None:
     if len(items) % 2:
-        m.refuse("has a key without a value")
+        raise m.refused("has a key without a value")
     target = m.top(dict)
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not (type(key) is str or (type(key) is int and 0 <= key < MOST_KEY)):
-            m.refuse(f"has {_what(key)} as a key; keys are strings, or numbers below {MOST_KEY}")
+            raise m.refused(f"has {_what(key)} as a key; keys are strings, or numbers below {MOST_KEY}")
         if key in target:
-            m.refuse(f"has the key {quoted(key)} twice")
+            raise m.refused(f"has the key {quoted(key)} twice")
         target[key] = value
 
 
 def _put(m: _Machine, index: int) -> None:
     if index >= MOST_OPCODES:
-        m.refuse(f"keeps a value under the number {index}; the largest is {MOST_OPCODES - 1}")
+        raise m.refused(f"keeps a value under the number {index}; the largest is {MOST_OPCODES - 1}")
     m.memo[index] = m.top()
 
 
 def _get(m: _Machine, index: int) -> None:
     if index not in m.memo:
-        m.refuse(f"goes back to the value {index}, which it has not kept")
+        raise m.refused(f"goes back to the value {index}, which it has not kept")
     m.push(m.memo[index])
 
 
@@ -244,7 +244,7 @@ def _persistent(m: _Machine) -> None:
 def _reduce(m: _Machine) -> None:
     arguments, symbol = m.pop(tuple), m.pop(Symbol)
     if symbol.call is None:
-        m.refuse(f"calls {symbol.name}")
+        raise m.refused(f"calls {symbol.name}")
     m.push(symbol.call(arguments))
 
 
@@ -253,7 +253,7 @@ def _build(m: _Machine) -> None:
     attributes = m.pop(dict)
     m.top(dict)
     if set(attributes) - {"_metadata"}:
-        m.refuse(f"sets the attribute {quoted(next(iter(set(attributes) - {'_metadata'})))}")
+        raise m.refused(f"sets the attribute {quoted(next(iter(set(attributes) - {'_metadata'})))}")
 
 
 _OPCODES: Mapping[bytes, Callable[[_Machine], None]] = {
