@@ -252,8 +252,9 @@ def _build(m: _Machine) -> None:
     """A state_dict's `_metadata`, the versions of its modules, which torch sets as an attribute."""
     attributes = m.pop(dict)
     m.top(dict)
-    if set(attributes) - {"_metadata"}:
-        raise m.refused(f"sets the attribute {quoted(next(iter(set(attributes) - {'_metadata'})))}")
+    for name in attributes:
+        if name != "_metadata":
+            raise m.refused(f"sets the attribute {quoted(name)}")
 
 
 _OPCODES: Mapping[bytes, Callable[[_Machine], None]] = {

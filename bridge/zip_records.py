@@ -174,14 +174,14 @@ def _record(file: StoredFile, directory: bytes, position: int, data_end: int) ->
 
 def _wide(file: StoredFile, name: str, extra: bytes, values: list[int]) -> list[int]:
     """`values`, those that do not fit into 32 bits from the extra fields (4.5.3)."""
-    fields: dict[int, bytes] = {}
-    while extra:
-        kind, length = struct.unpack("<2H", extra[:4].ljust(4, b"\xff"))
-        if len(extra) < 4 + length or kind in fields:
+    position, wide = 0, b""
+    while position < len(extra):
+        kind, length = struct.unpack("<2H", extra[position : position + 4].ljust(4, b"\xff"))
+        position += 4 + length
+        if position > len(extra) or (kind == _ZIP64_EXTRA and wide):
             raise _contradicts(file, f"the extra fields of {quoted(name)} are damaged")
-        fields[kind] = extra[4 : 4 + length]
-        extra = extra[4 + length :]
-    wide = fields.get(_ZIP64_EXTRA, b"")
+        if kind == _ZIP64_EXTRA:
+            wide = extra[position - length : position]
     missing = [i for i, value in enumerate(values) if value == _SEE_ZIP64_32]
     if len(wide) < 8 * len(missing):
         raise _contradicts(file, f"the size of {quoted(name)} is missing")
