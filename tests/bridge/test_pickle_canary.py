@@ -73,7 +73,7 @@ CALLS: dict[str, tuple[str, str, bytes]] = {
         ("builtins", "exec", text("import this")),
         ("builtins", "compile", text("1") + text("f") + text("eval")),
         ("builtins", "open", text("canary") + text("w")),
-        ("builtins", "__import__", text("antigravity")),
+        ("builtins", "__import__", text("this")),
         ("builtins", "getattr", text("x") + text("upper")),
         ("builtins", "map", text("x") + text("y")),
         ("__builtin__", "eval", text("1")),
@@ -81,7 +81,7 @@ CALLS: dict[str, tuple[str, str, bytes]] = {
         ("runpy", "run_path", text("canary")),
         ("code", "interact", text("x")),
         ("pty", "spawn", text("sh")),
-        ("socket", "create_connection", text("127.0.0.1")),
+        ("socket", "socket", b""),
         ("urllib.request", "urlopen", text("http://127.0.0.1")),
         ("webbrowser", "open", text("http://127.0.0.1")),
         ("ctypes", "CDLL", text("libc.so.6")),
@@ -119,7 +119,13 @@ OS_SYSTEM = name("os", "system")
 OTHERS: dict[str, bytes] = {
     "a payload before a broken tail": b"\x80\x02" + OS_SYSTEM + b"(" + text("touch canary") + b"tR\xff\xff",
     "a second pickle": pickled(b"N") + pickled(OS_SYSTEM + b"(" + text("touch canary") + b"tR"),
-    "hidden by the memo": pickled(OS_SYSTEM + b"q\x05" + b"0h\x05(" + text("touch canary") + b"tR"),
+    "hidden by the memo": b"\x80\x04("
+    + text("os")
+    + b"q\0"
+    + text("system")
+    + b"q\1th\0h\1\x93("
+    + text("touch canary")
+    + b"tR.",
     "EXT1": pickled(b"\x82\x01"),
     "EXT2": pickled(b"\x83\x01\x00"),
     "EXT4": pickled(b"\x84\x01\x00\x00\x00"),
@@ -185,8 +191,25 @@ def test_no_payload_runs_and_each_is_refused(tmp_path: Path) -> None:
     print(f"{len(found)} payloads")
 
 
-@pytest.mark.parametrize("call", ["builtins.eval", "os.mkdir", "builtins.open", "importlib.import_module"])
-def test_the_hook_would_have_seen_them(tmp_path: Path, call: str) -> None:
+@pytest.mark.parametrize(
+    ("call", "event"),
+    {
+        "os.system": "os.system",
+        "os.mkdir": "os.mkdir",
+        "os.putenv": "os.putenv",
+        "subprocess.Popen": "subprocess.Popen",
+        "builtins.eval": "compile",
+        "builtins.exec": "exec",
+        "builtins.open": "open",
+        "importlib.import_module": "exec",
+        "builtins.__import__": "import",
+        "socket.socket": "socket.__new__",
+        "ctypes.CDLL": "ctypes.dlopen",
+        "pickle.loads": "pickle.find_class",
+        "shutil.rmtree": "shutil.rmtree",
+    }.items(),
+)
+def test_the_hook_would_have_seen_them(tmp_path: Path, call: str, event: str) -> None:
     """Python's own unpickler runs the same payloads, those that do little harm."""
     found = outcomes(tmp_path / "payloads", {call: shapes(*CALLS[call])["REDUCE"]}, "pickle")
-    assert found[call][1], "an event"
+    assert event in found[call][1]
