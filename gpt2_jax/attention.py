@@ -1,10 +1,31 @@
-"""Attention between the heads' queries, keys and values."""
+"""Attention between the heads' queries, keys and values: one function, and the implementation that suits.
+
+`plain` takes everything. The others are causal attention alone, without a mask or dropout, and never have all scores
+in memory: `blocks` for CPU (`gpt2_jax.blocks`), cuDNN's flash attention for GPU (Dao et al. 2022), and the splash
+kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
+"""
 
 from __future__ import annotations
 
+from typing import Any, Literal, get_args
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from gpt2_jax.blocks import causal_attention_by_blocks
+from gpt2_jax.remat import ATTENDED
+
+Implementation = Literal["auto", "plain", "blocks", "cudnn", "splash"]
+
+BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
+"""The axes of a mesh over which rows and heads are spread."""
+
+_HALF_PRECISION = (jnp.bfloat16, jnp.float16)
+_SPLASH_BLOCKS = (512, 256, 128)
+"""Queries and keys that the TPU kernel takes at a time: the largest that divides the length."""
 
 
 def attention(
@@ -17,27 +38,134 @@ def attention(
     scale: float | Float[Array, ""],
     dropout_rate: float = 0.0,
     dropout_key: PRNGKeyArray | None = None,
+    implementation: Implementation = "auto",
 ) -> Float[Array, "B T H K"]:
     """softmax(scale q k^T) v, each query over the keys it may see.
 
     Scores and softmax are in float32 at least, whatever the dtype of q, k and v; products of
     bfloat16 are exact there, so this is what `reorder_and_upcast_attn` asks for, with or without it.
+
+    Args:
+        implementation: "auto" takes what is fast on `jax.default_backend()` for this dtype and length, and `plain`
+            where there is a mask, dropout, or nothing faster. Any other is taken as it is named.
+
+    Raises `ValueError` for what the implementation that was named cannot take.
     """
-    T, S, dtype = q_BTHK.shape[1], k_BSHK.shape[1], v_BSHK.dtype
+    T, S = q_BTHK.shape[1], k_BSHK.shape[1]
     if is_causal and T != S:
         raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
+    only_causal = is_causal and mask is None and dropout_rate == 0.0
+    if implementation == "auto":
+        implementation = fastest(jax.default_backend(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "plain"
+    if implementation == "plain":
+        causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else None
+        visible = causal if mask is None else mask if causal is None else mask & causal
+        return _plain(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
+    if problem := _obstacle(implementation, q_BTHK.dtype, T, q_BTHK.shape[3]):
+        raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'plain'")
+    if not only_causal:
+        raise ValueError(f"attention={implementation!r} is for causal attention without a mask or dropout; use 'plain'")
+    fast = {"blocks": _by_blocks, "cudnn": _cudnn, "splash": _splash}[implementation]
+    return fast(_scaled(q_BTHK, scale), k_BSHK, v_BSHK)
+
+
+def fastest(platform: str, dtype: jnp.dtype, length: int, head_size: int) -> Implementation:
+    """For causal attention on a platform, as `jax.default_backend()` names it, without a mask or dropout."""
+    fast: Implementation
+    fast = {"cpu": "blocks", "gpu": "cudnn", "tpu": "splash"}.get(platform, "plain")  # type: ignore[assignment]
+    return "plain" if _obstacle(fast, dtype, length, head_size) else fast
+
+
+def _obstacle(implementation: str, dtype: jnp.dtype, length: int, head_size: int) -> str | None:
+    """Why an implementation cannot take arrays of this kind."""
+    if implementation not in get_args(Implementation):
+        return f"is none of {', '.join(get_args(Implementation))}"
+    if implementation == "cudnn" and dtype not in _HALF_PRECISION:
+        return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if implementation == "cudnn" and (head_size % 8 or head_size > 128):
+        return f"takes head sizes that are multiples of 8 up to 128, not {head_size}"
+    if implementation == "splash" and length % min(_SPLASH_BLOCKS):
+        return f"takes lengths that are multiples of {min(_SPLASH_BLOCKS)}, not {length}"
+    if implementation == "splash" and dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
+    return None
+
+
+def _scaled(q: Array, scale: float | Array) -> Array:
+    """Rounded once: bfloat16 may not have the scale itself."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return (q.astype(wide) * scale).astype(q.dtype)
+
+
+def _by_blocks(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+    return causal_attention_by_blocks(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(
+        1, 2
+    )
+
+
+def _cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+    return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, is_causal=True, scale=1.0, implementation="cudnn")
+
+
+def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False) -> Array:
+    """XLA does not spread a kernel over a mesh by itself; where one is set, every device takes its rows and heads."""
+
+    def own_part(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+        kernel = _splash_kernel(q_BTHK.shape[2], q_BTHK.shape[1], interpret)
+        return jax.vmap(kernel)(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    heads = HEAD_AXIS if HEAD_AXIS in mesh.axis_names else None
+    if mesh.empty or not (batch or heads):
+        return own_part(q_BTHK, k_BSHK, v_BSHK)
+    spec = PartitionSpec(batch or None, None, heads, None)
+    spread = jax.shard_map(own_part, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return spread(q_BTHK, k_BSHK, v_BSHK)
+
+
+def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
+    from jax.experimental.pallas.ops.tpu import splash_attention  # here, for it is slow to import
+
+    block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads)
+    return splash_attention.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
+        interpret=interpret,
+    )
+
+
+def _plain(
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    mask: Array | None,
+    scale: float | Array,
+    dropout_rate: float,
+    dropout_key: PRNGKeyArray | None,
+) -> Array:
+    dtype = v_BSHK.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=wide)
-    if is_causal:
-        causal = jnp.tril(jnp.ones((T, S), bool))
-        mask = causal if mask is None else mask & causal
     weights_BHTS = _weights(scores_BHTS, mask, scale)
     if dropout_rate > 0.0:
         if dropout_key is None:
             raise ValueError('attention dropout needs a key: pass rngs={"dropout": key} to apply')
         kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights_BHTS.shape)
         weights_BHTS = jnp.where(kept, weights_BHTS / (1.0 - dropout_rate), 0.0)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(dtype), v_BSHK)
+    return checkpoint_name(jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(dtype), v_BSHK), ATTENDED)
 
 
 def cached_attention(

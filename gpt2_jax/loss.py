@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bridge.labels import IGNORED
+from gpt2_jax.model import GPT2
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -26,3 +32,126 @@ def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> F
 def next_token_loss(logits: Float[Array, "B T V"], input_ids: Int[Array, "B T"]) -> Float[Array, ""]:
     """Mean cross-entropy of each token given those before it, in nats; B (T - 1) predictions."""
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], input_ids[:, 1:]).mean()
+
+
+def summed_loss(
+    model: GPT2, params: Any, batch: Mapping[str, Any], dropout_key: PRNGKeyArray | None = None
+) -> Float[Array, ""]:
+    """The sum of `cross_entropy` over a batch: `input_ids`, `labels`, and where there is padding `attention_mask`.
+
+    With a key, dropout is applied at the configured rates.
+    """
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    hidden_BTD: Any = model.apply(
+        {"params": params},
+        batch["input_ids"],
+        batch.get("attention_mask"),
+        deterministic=dropout_key is None,
+        rngs=rngs,
+        method="hidden",
+    )
+    head = params["wte" if model.config.tie_word_embeddings else "lm_head"]["embedding"]
+    return summed_cross_entropy(hidden_BTD, head, batch["labels"], vocab_size=model.config.vocab_size)
+
+
+def summed_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    *,
+    vocab_size: int | None = None,
+    chunk_bytes: int | None = None,
+) -> Float[Array, ""]:
+    """The sum of `cross_entropy` over all positions of hidden embedding^T, without ever having all of those logits.
+
+    Some positions of every row are taken at a time; each part's gradient is made while its logits are there, so that
+    nothing of size V is kept per token, and none of the three products is made twice (as in Hsu et al. 2024, "Liger
+    Kernel", section 3.2). Products are in the dtype of `hidden`, sums in float32 at least.
+
+    Args:
+        vocab_size: rows of the embedding from here on are padding and take no part.
+        chunk_bytes: the largest part of the logits; `default_chunk_bytes` unless given.
+    """
+    B, T, _ = hidden.shape
+    V = embedding.shape[0]
+    size = default_chunk_bytes() if chunk_bytes is None else chunk_bytes
+    length = min(T, max(1, size // (4 * B * V)))
+    length = -(-T // -(-T // length))  # as few chunks, of one length
+    return _summed(hidden, embedding, labels, vocab_size or V, length)
+
+
+def default_chunk_bytes() -> int:
+    """How much of the logits is made at a time: 1/64 of an accelerator's memory, and 256 MiB elsewhere.
+
+    The larger a part, the less often the embedding's gradient is added to; below 64 MiB that begins to show.
+    """
+    memory = jax.local_devices()[0].memory_stats() or {}
+    return max(memory.get("bytes_limit", 0) // 64, 2**28)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _summed(hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int) -> Array:
+    kernel = embedding.astype(hidden.dtype)
+
+    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _chunk_losses(*chunk, kernel, vocab_size)[0].sum(), None
+
+    return jax.lax.scan(add, jnp.zeros((), _wide(hidden)), _chunks(hidden, labels, length))[0]
+
+
+def _summed_forward(
+    hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int
+) -> tuple[Array, tuple[Array, Array]]:
+    kernel, wide = embedding.astype(hidden.dtype), _wide(hidden)
+
+    def add(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        (total, d_embedding), (x, y) = sums, chunk
+        losses, probabilities = _chunk_losses(x, y, kernel, vocab_size)
+        is_label = jax.lax.broadcasted_iota(jnp.int32, probabilities.shape, 2) == y[..., None]
+        d_logits = jnp.where((y != IGNORED)[..., None], probabilities - is_label, 0.0).astype(x.dtype)
+        d_x = jnp.einsum("BTV,VD->BTD", d_logits, kernel)
+        d_embedding += jnp.einsum("BTV,BTD->VD", d_logits, x, preferred_element_type=wide)
+        return (total + losses.sum(), d_embedding), d_x
+
+    zeros = jnp.zeros((), wide), jnp.zeros(embedding.shape, wide)
+    (total, d_embedding), d_chunks = jax.lax.scan(add, zeros, _chunks(hidden, labels, length))
+    B, T, D = hidden.shape
+    d_hidden = d_chunks.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+    return total, (d_hidden, d_embedding.astype(embedding.dtype))
+
+
+def _summed_backward(
+    vocab_size: int, length: int, gradients: tuple[Array, Array], d_total: Array
+) -> tuple[Array, Array, None]:
+    # In d_total's dtype, float32 at least: rounded to bfloat16, it would be wrong by the same factor everywhere.
+    d_hidden, d_embedding = ((gradient * d_total).astype(gradient.dtype) for gradient in gradients)
+    return d_hidden, d_embedding, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def _chunk_losses(x: Array, labels: Array, kernel: Array, vocab_size: int) -> tuple[Array, Array]:
+    """As `cross_entropy`, of one chunk; and the probabilities, [B, T, V]."""
+    logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=_wide(x))
+    if vocab_size < kernel.shape[0]:
+        is_padding = jnp.arange(kernel.shape[0]) >= vocab_size
+        logits = jnp.where(is_padding, -jnp.inf, logits)
+    log_total = jax.nn.logsumexp(logits, -1, keepdims=True)
+    valid = (labels >= 0) & (labels < vocab_size)
+    chosen = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], -1)
+    losses = jnp.where(valid, (log_total - chosen)[..., 0], jnp.nan)
+    return jnp.where(labels == IGNORED, 0.0, losses), jnp.exp(logits - log_total)
+
+
+def _chunks(hidden: Array, labels: Array, length: int) -> tuple[Array, Array]:
+    """Both with a leading axis of chunks, the last filled up with positions that do not count."""
+    B, T, D = hidden.shape
+    fill = -T % length
+    hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0)))
+    labels = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=IGNORED)
+    return hidden.reshape(B, -1, length, D).swapaxes(0, 1), labels.reshape(B, -1, length).swapaxes(0, 1)
+
+
+def _wide(x: Array) -> jnp.dtype:
+    return jnp.promote_types(x.dtype, jnp.float32)

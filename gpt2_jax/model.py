@@ -14,18 +14,20 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
-from gpt2_jax.attention import attention, cached_attention
+from gpt2_jax.attention import Implementation, attention, cached_attention
 from gpt2_jax.functions import gelu_tanh, project, project_to_vocabulary, scaled_norm
+from gpt2_jax.remat import POLICIES, PROJECTED, Remat
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
@@ -78,10 +80,10 @@ class Projection(nn.Module):
     def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
         kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape, self.param_dtype)
         y = project(x.astype(self.dtype), kernel.astype(self.dtype), self.input_axes)
-        if not self.use_bias:
-            return y
-        outputs = self.shape[self.input_axes :]
-        return y + self.param("bias", nn.initializers.zeros, outputs, self.param_dtype).astype(self.dtype)
+        if self.use_bias:
+            outputs = self.shape[self.input_axes :]
+            y = y + self.param("bias", nn.initializers.zeros, outputs, self.param_dtype).astype(self.dtype)
+        return checkpoint_name(y, PROJECTED)
 
 
 class LayerNorm(nn.Module):
@@ -119,8 +121,10 @@ class QKVProjection(nn.Module):
         kernel_D3HK, bias_3HK = kernel.astype(self.dtype), bias.astype(self.dtype)
         if query is key and key is value:  # self-attention: one product
             qkv = project(query.astype(self.dtype), kernel_D3HK, 1)
-            qkv = qkv + bias_3HK if c.bias else qkv
-            return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+            qkv = checkpoint_name(qkv + bias_3HK if c.bias else qkv, PROJECTED)
+            # Not by indexing, whose derivative is a sum of three arrays that are zero elsewhere.
+            q_BTHK, k_BSHK, v_BSHK = (part.squeeze(2) for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
+            return q_BTHK, k_BSHK, v_BSHK
         q_BTHK, k_BSHK, v_BSHK = (
             jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel_D3HK[:, i]) + bias_3HK[i]
             for i, x in enumerate((query, key, value))
@@ -138,6 +142,7 @@ class MultiHeadAttention(nn.Module):
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    attention: Implementation = "auto"
 
     def setup(self) -> None:
         self.c_attn = QKVProjection(self.config, self.dtype, self.param_dtype)
@@ -175,6 +180,7 @@ class MultiHeadAttention(nn.Module):
             scale=self._scale(layer_index),
             dropout_rate=self.config.attn_pdrop if drops else 0.0,
             dropout_key=self.make_rng("dropout") if drops else None,
+            implementation=self.attention,
         )
         return self.c_proj(context_BTHK)
 
@@ -233,10 +239,11 @@ class GPT2Layer(nn.Module):
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    attention: Implementation = "auto"
 
     def setup(self) -> None:
         self.ln_1 = LayerNorm(self.config, self.dtype, self.param_dtype)
-        self.attn = MultiHeadAttention(self.config, self.dtype, self.param_dtype)
+        self.attn = MultiHeadAttention(self.config, self.dtype, self.param_dtype, self.attention)
         self.ln_2 = LayerNorm(self.config, self.dtype, self.param_dtype)
         self.mlp = FeedForward(self.config, self.dtype, self.param_dtype)
         self.drop = nn.Dropout(self.config.resid_pdrop)
@@ -287,8 +294,8 @@ class GPT2(nn.Module):
             code, instead of as a loop over `h_0 ... h_{L-1}`.
         vocab_multiple: the vocabulary's rows are padded to a multiple of this in the parameters;
             logits have `vocab_size` columns all the same.
-        remat: "full" computes the activations inside a layer again in the backward pass instead of
-            keeping them; "none" keeps them.
+        remat: what of a layer is kept for the backward pass, "none" computing nothing again; see `gpt2_jax.remat`.
+        attention: the implementation; see `gpt2_jax.attention.attention`.
     """
 
     config: GPT2Config
@@ -296,7 +303,8 @@ class GPT2(nn.Module):
     param_dtype: DTypeLike = jnp.float32
     scan: bool = False
     vocab_multiple: int = 1
-    remat: Literal["none", "full"] = "none"
+    remat: Remat = "none"
+    attention: Implementation = "auto"
 
     def setup(self) -> None:
         c = self.config
@@ -304,7 +312,7 @@ class GPT2(nn.Module):
         self.wte = self._embedding(rows)
         self.wpe = self._embedding(c.n_positions)
         self.drop = nn.Dropout(c.embd_pdrop)
-        layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype)
+        layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype, self.attention)
         self.h: Any = layer() if self.scan else [layer() for _ in range(c.n_layer)]
         self.ln_f = LayerNorm(c, self.dtype, self.param_dtype)
         self.lm_head = None if c.tie_word_embeddings else self._embedding(rows)
@@ -331,12 +339,22 @@ class GPT2(nn.Module):
                 there such an id makes its row's logits NaN, unless it is negative, which counts
                 from the end, or one of the rows that `vocab_multiple` adds.
         """
+        return self.head(self.hidden(input_ids, attention_mask, deterministic=deterministic)).astype(self.dtype)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "B T"],
+        attention_mask: Int[Array, "B T"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "B T D"]:
+        """What `head` turns into the logits; for losses that never have all of them. Arguments as in `__call__`."""
         check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         x = self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask))
         x = self.drop(x, deterministic=deterministic)
         x = self._scan_layers(x, mask, deterministic) if self.scan else self._loop_layers(x, mask, deterministic)
-        return self.head(self.ln_f(x)).astype(self.dtype)
+        return self.ln_f(x)
 
     def extend(self, input_ids: Int[Array, "B T"], cache: KeyValueCache) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """What `head` turns into the logits after each of T more tokens, and the cache with these tokens in it.
@@ -383,7 +401,7 @@ class GPT2(nn.Module):
         if self.remat == "none":
             return apply_layer
         # A loop body is not merged with what is outside of it, so prevent_cse would only cost time there.
-        return nn.remat(apply_layer, prevent_cse=not self.scan)
+        return nn.remat(apply_layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])
 
     def _embedding(self, rows: int) -> nn.Embed:
         init = nn.initializers.normal(self.config.initializer_range)

@@ -308,12 +308,18 @@ class GPT2(nn.Module):
             ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
             IndexError: for an id outside the vocabulary (on CPU; a GPU asserts by itself).
         """
+        return self.head(self.hidden(input_ids, attention_mask))
+
+    def hidden(
+        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """What `head` turns into the logits. Arguments as in `forward`."""
         check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         x = self.drop(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)))
         for i, layer in enumerate(self.h):
             x = layer(x, mask, layer_index=i)
-        return self.head(self.ln_f(x))
+        return self.ln_f(x)
 
     def extend(self, input_ids: Int[Tensor, "B T"], cache: KeyValueCache) -> Float[Tensor, "B T D"]:
         """What `head` turns into the logits after each of T more tokens, which go into the cache.

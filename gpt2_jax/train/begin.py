@@ -44,6 +44,7 @@ def make_model(config: TrainConfig) -> GPT2:
         scan=config.scan,
         vocab_multiple=config.vocab_multiple,
         remat=config.remat,
+        attention=config.attention,
     )
 
 

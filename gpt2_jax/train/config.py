@@ -97,8 +97,10 @@ class TrainConfig:
     """Of the computation; parameters and optimizer state stay float32."""
     scan: bool = True
     """Compile one layer and loop over it; --no-scan unrolls all of them."""
-    remat: Literal["none", "full"] = "none"
-    """full: compute a layer's activations again in the backward pass instead of keeping them."""
+    remat: Literal["none", "dots", "full"] = "dots"
+    """What of a layer is kept for the backward pass: all; the results of products and attention; or its input."""
+    attention: Literal["auto", "plain", "blocks", "cudnn", "splash"] = "auto"
+    """The implementation of attention; auto takes the fast one for the device, dtype and length."""
     vocab_multiple: int = 1
     """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
     ema_decay: float | None = None

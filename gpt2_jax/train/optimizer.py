@@ -65,16 +65,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any
     return lambda step: schedule(jnp.asarray(step, float))
 
 
-def clip_by_global_norm(grads: Params, max_norm: float | None) -> tuple[Params, Float[Array, ""]]:
-    """The gradients, shrunk where their norm is above `max_norm`, and the norm they had.
+def clip_factor(norm: Float[Array, ""], max_norm: float | None) -> Float[Array, ""]:
+    """What gradients of this global norm are multiplied with, so that it comes to `max_norm` where it is above.
 
-    As `torch.nn.utils.clip_grad_norm_`, whose factor is max_norm / (norm + 1e-6); optax's has no 1e-6.
+    As `torch.nn.utils.clip_grad_norm_`, which divides by norm + 1e-6; optax's clipping has no 1e-6.
     """
-    norm = optax.tree.norm(grads)
-    if max_norm is None:
-        return grads, norm
-    factor = jnp.minimum(1.0, max_norm / (norm + 1e-6))
-    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
+    return jnp.ones_like(norm) if max_norm is None else jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
 
 def decay_mask(params: Params) -> Any:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.loss import IGNORED, cross_entropy
+from gpt2_jax.loss import IGNORED, summed_loss
 from gpt2_jax.model import GPT2
-from gpt2_jax.train.optimizer import clip_by_global_norm
+from gpt2_jax.train.optimizer import clip_factor
 
 Batch = Mapping[str, Any]
 """`input_ids` [B, T]; `labels` [B, T], the token after each, `IGNORED` where none counts; and where there is
@@ -56,18 +56,17 @@ def make_train_step(
     """
     drops = max(model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop) > 0.0
 
-    def summed_loss(params: Any, batch: Batch, key: Array) -> Float[Array, ""]:
-        rngs = {"dropout": key} if drops else {}
-        mask = batch.get("attention_mask")
-        logits_BTV: Any = model.apply({"params": params}, batch["input_ids"], mask, deterministic=not drops, rngs=rngs)
-        return cross_entropy(logits_BTV, batch["labels"]).sum()
+    def total_loss(params: Any, batch: Batch, key: Array) -> Float[Array, ""]:
+        return summed_loss(model, params, batch, key if drops else None)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        total, grads = _accumulated(jax.value_and_grad(summed_loss), state.params, batch, key, accumulate)
+        total, grads = _accumulated(jax.value_and_grad(total_loss), state.params, batch, key, accumulate)
         count = jnp.maximum((batch["labels"] != IGNORED).sum(), 1)
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        grads, norm = clip_by_global_norm(grads, clip_norm)
+        # The mean and the clipping are one factor, so that nothing but the optimizer passes over the gradients again.
+        norm = optax.tree.norm(grads) / count
+        factor = clip_factor(norm, clip_norm) / count
+        grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         mean = state.ema_params
@@ -105,7 +104,6 @@ def make_eval_step(model: GPT2) -> EvalStep:
 
     @jax.jit
     def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
-        logits_BTV: Any = model.apply({"params": params}, batch["input_ids"], batch.get("attention_mask"))
-        return cross_entropy(logits_BTV, batch["labels"]).sum(), (batch["labels"] != IGNORED).sum()
+        return summed_loss(model, params, batch), (batch["labels"] != IGNORED).sum()
 
     return eval_step

@@ -188,6 +188,7 @@ def see_padding(arguments: dict[str, Any], q: Any) -> None:
 def softmax_over_queries(patch: Patch) -> None:
     right = jax.nn.softmax
     patch.setattr(jax.nn, "softmax", lambda x, axis: right(x, axis=-2))
+    with_attention(lambda arguments, q: arguments.update(implementation="plain"))(patch)
 
 
 def with_activation(wrong: Callable[[Any], Any]) -> Callable[[Patch], None]:

@@ -1,0 +1,23 @@
+"""What of a layer is kept for the backward pass, and what is computed again.
+
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+
+Remat = Literal["none", "dots", "full"]
+"""none: keep what the derivatives take. dots: keep the results of products and of attention, and compute norms and
+activations again, which takes less time on CPU than to write and read them. full: keep each layer's input alone."""
+
+PROJECTED, ATTENDED = "projected", "attended"
+"""The names, for `jax.ad_checkpoint.checkpoint_name`, of the results that `dots` keeps."""
+
+POLICIES: Mapping[Remat, Callable[..., Any]] = {
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
