@@ -20,7 +20,6 @@ from gpt2_jax.cli.output import console, json_writer, progress
 from gpt2_jax.data import Data, open_data
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
 from gpt2_jax.train.config import flat, from_flat
-from gpt2_jax.train.memory import keep_freed_memory
 from gpt2_jax.train.run import is_run, stored_identity
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
@@ -125,7 +124,6 @@ def run_training(
     cache: Path | None = None,
 ) -> Outcome:
     """Open what the configuration names, train, and say how it ended."""
-    keep_freed_memory()
     say = console().print
     resumes = resume and is_run(out)
     if resume and not resumes:
