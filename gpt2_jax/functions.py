@@ -1,7 +1,7 @@
 """Functions that XLA on CPU runs slowly in their plain form: in forms that it runs fast, or with written derivatives.
 
-Measured at nanoGPT's CPU size in the training step (`gpt2 bench --preset shakespeare-char`), and at 124M when generating
-(`tests/benchmarks/generate.py`).
+Measured at nanoGPT's CPU size in the training step (`gpt2 bench --preset shakespeare-char`), and at 124M when
+generating (`tests/benchmarks/generate.py`).
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ import tyro
 
 from bridge import BridgeError
 from bridge.errors import quoted
+from gpt2_jax.cli.bench import bench
 from gpt2_jax.cli.convert import convert
 from gpt2_jax.cli.demo import demo
 from gpt2_jax.cli.eval import evaluate
 from gpt2_jax.cli.generate import generate
 from gpt2_jax.cli.inspect import inspect
+from gpt2_jax.cli.process import keep_compiled_programs, take_huge_pages
 from gpt2_jax.cli.train import default_config, train_command
 from gpt2_jax.cli.verify import verify
 
@@ -30,6 +32,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "verify": verify,
     "generate": generate,
     "eval": evaluate,
+    "bench": bench,
     "demo": demo,
 }
 
@@ -39,6 +42,10 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
+    if args is None:  # this is a process of our own
+        if sys.argv[1:2] in (["train"], ["demo"]):
+            take_huge_pages()
+        keep_compiled_programs()
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"gpt2-bridge {version('gpt2-bridge')}")
         sys.exit(0)

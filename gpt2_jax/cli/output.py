@@ -59,8 +59,8 @@ def json_writer(file: Path | None) -> Callable[[dict[str, Any]], None]:
 
     Made before the work begins, so that a file that cannot be written is found before and not after.
     """
-    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
-        raise BridgeError(f"cannot write {file}; give a file in a directory that exists and can be written to")
+    if file is not None:
+        require_writable(file)
 
     def write(value: dict[str, Any]) -> None:
         if file is not None:
@@ -70,6 +70,12 @@ def json_writer(file: Path | None) -> Callable[[dict[str, Any]], None]:
                 raise BridgeError(f"cannot write {file}: {error.strerror}") from error
 
     return write
+
+
+def require_writable(file: Path) -> None:
+    """Raise the message that a name gets to which no file can be written."""
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise BridgeError(f"cannot write {file}; give a file in a directory that exists and can be written to")
 
 
 def _strict(value: Any) -> Any:

@@ -10,7 +10,6 @@ nothing. Needs three times the checkpoint's size on the disk.
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import statistics
 import subprocess
@@ -18,15 +17,12 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 import bridge
-from bridge import GPT2_SIZES, Checkpoint, GPT2Config
-from bridge.arrays import LazyTensors, TensorEntry
+from bridge import GPT2_SIZES
 from bridge.formats import WRITABLE
+from gpt2_jax.cli.bench.on_disk import copy_to_disk, write_checkpoint
 
 CONVERT = "bridge.save(bridge.load(sys.argv[1]), sys.argv[2], format=sys.argv[3])"
 PROGRAM = "import resource, sys; import bridge\n{}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
@@ -45,7 +41,7 @@ def main() -> None:
         print(f"{chosen.size}: {4 * bridge.num_parameters(config):,} bytes, the largest tensor {largest:,}")
         idle = _peak("")[0]
         for activation in ("gelu_new", "gelu"):  # nanoGPT has the one, llm.c and GGUF the other
-            source = _written(folder / activation, replace(config, activation_function=activation))
+            source = write_checkpoint(folder / activation, replace(config, activation_function=activation))
             for format in chosen.formats:
                 if (format == "nanogpt") == (activation == "gelu"):
                     _measure(source, folder, format, chosen.pairs, idle)
@@ -75,28 +71,10 @@ def _measure(source: Path, folder: Path, format: str, pairs: int, idle: int) -> 
     )
 
 
-def _written(path: Path, config: GPT2Config) -> Path:
-    """A checkpoint with a different number in every tensor; it is made as it is written."""
-    entries = {
-        p.torch_name: TensorEntry(np.dtype("f4"), p.torch_shape, partial(_values, p.torch_shape, number))
-        for number, p in enumerate(bridge.parameters(config))
-    }
-    bridge.save(Checkpoint(config, LazyTensors(entries), "memory"), path, format="huggingface", max_shard_bytes=10**11)
-    return path
-
-
-def _values(shape: tuple[int, ...], number: int) -> np.ndarray:
-    """One number, but for every thousandth, so that a wrong turn or place changes the fingerprint."""
-    values = np.full(math.prod(shape), number, np.float32)
-    values[::1000] = np.arange(len(values[::1000]))
-    return values.reshape(shape)
-
-
 def _copied(source: Path, target: Path) -> float:
     """Seconds."""
     began = time.perf_counter()
-    subprocess.run(["cp", source, target], check=True)
-    subprocess.run(["sync", target], check=True)
+    copy_to_disk(source, target)
     seconds = time.perf_counter() - began
     target.unlink()
     return seconds

@@ -23,11 +23,13 @@ import transformers
 import gpt2_jax
 import gpt2_torch
 from bridge import GPT2_SIZES, Checkpoint, Request
+from gpt2_jax.cli.bench.limits import needed_bytes, reading
+from gpt2_jax.cli.bench.on_jax import DECODING_MULTIPLE
+from gpt2_jax.cli.bench.on_torch import DEVICE, generate_with_transformers
 
 PROMPT_LENGTH, NEW_TOKENS = 16, 128
 LONG_PROMPT = 512
 ROWS = (1, 8)
-READ_BYTES = 2**29
 
 
 def main() -> None:
@@ -37,7 +39,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     peers = make_peers(options.size, options.dtype)
-    weights = weight_bytes(options.size, options.dtype)
+    weights = needed_bytes(GPT2_SIZES[options.size], options.dtype)
     print(f"{options.size}, {options.dtype}, {jax.devices()[0].device_kind}; {NEW_TOKENS} tokens after {PROMPT_LENGTH}")
     for rows in ROWS:
         times, bandwidths = measured(peers, rows, PROMPT_LENGTH, NEW_TOKENS, options.pairs)
@@ -80,68 +82,31 @@ def measured(
             began = time.perf_counter()
             run(prompts, new)
             times[name].append(time.perf_counter() - began)
-        bandwidths.append(bandwidth())
+        bandwidths.append(reading()[0])
     return times, bandwidths
 
 
 def make_peers(size: str, dtype: str) -> dict[str, Peer]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SIZES[size].to_hf())).eval()
     state = {name.removeprefix("transformer."): p.detach().numpy() for name, p in hf.named_parameters()}
     checkpoint = Checkpoint.of(state, GPT2_SIZES[size])
-    model, params = gpt2_jax.model_from_checkpoint(checkpoint, vocab_multiple=64)
+    model, params = gpt2_jax.model_from_checkpoint(checkpoint, vocab_multiple=DECODING_MULTIPLE)
     port = gpt2_jax.Decoder(model, params, dtype=jnp.dtype(dtype))
     torch_dtype = getattr(torch, dtype)
-    reference = gpt2_torch.Decoder(gpt2_torch.model_from_checkpoint(checkpoint).to(device, torch_dtype))
-    hf = hf.to(device, torch_dtype)
-
-    @torch.no_grad()
-    def peer(prompts: list[list[int]], new: int, **kwargs: Any) -> None:
-        ids = torch.tensor(prompts, device=device)
-        hf.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            eos_token_id=None,
-            pad_token_id=0,
-            **kwargs,
-        )
-        if device == "cuda":
-            torch.cuda.synchronize()
+    reference = gpt2_torch.Decoder(gpt2_torch.model_from_checkpoint(checkpoint).to(DEVICE, torch_dtype))
+    hf = hf.to(DEVICE, torch_dtype)
 
     peers: dict[str, Peer] = {
-        "transformers": peer,
+        "transformers": lambda prompts, new: generate_with_transformers(hf, prompts, new),
         "gpt2_torch": lambda prompts, new: reference.generate(prompts, Request(new)),
         "gpt2_jax": lambda prompts, new: port.generate(prompts, Request(new)),
     }
-    if device == "cuda":
-        peers["transformers, static"] = lambda prompts, new: peer(prompts, new, cache_implementation="static")
+    if DEVICE == "cuda":
+        peers["transformers, static"] = lambda prompts, new: generate_with_transformers(
+            hf, prompts, new, cache_implementation="static"
+        )
     return peers
-
-
-def weight_bytes(size: str, dtype: str) -> int:
-    """What a token reads: all parameters but the positions', of which it takes one row."""
-    config = GPT2_SIZES[size]
-    model = gpt2_jax.GPT2(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    count = sum(leaf.size for leaf in jax.tree.leaves(shapes)) - config.n_positions * config.n_embd
-    return count * jnp.dtype(dtype).itemsize
-
-
-def bandwidth() -> float:
-    """Bytes a second at which all cores, or the GPU, add up an array of half a gigabyte; the best of five."""
-    array = torch.ones(READ_BYTES // 4, device="cuda" if torch.cuda.is_available() else "cpu")
-
-    def seconds() -> float:
-        began = time.perf_counter()
-        array.sum().item()
-        return time.perf_counter() - began
-
-    seconds()
-    return READ_BYTES / min(seconds() for _ in range(5))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,18 @@ import numpy as np
 
 import bridge
 import gpt2_jax
-from tests.models import random_checkpoint
+from gpt2_jax.cli.bench.on_disk import write_checkpoint
 
 PAIRS = 7
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(sys.argv[1]) if len(sys.argv) > 1 else _written(Path(scratch) / "gpt2")
+        directory = (
+            Path(sys.argv[1])
+            if len(sys.argv) > 1
+            else write_checkpoint(Path(scratch) / "gpt2", bridge.GPT2_SIZES["gpt2"])
+        )
         weights = directory / "model.safetensors"
         measured = [
             (_seconds(lambda: np.fromfile(weights, np.uint8)), _seconds(_load(directory))) for _ in range(PAIRS)
@@ -38,11 +42,6 @@ def main() -> None:
     print(f"np.fromfile                  {peer:.3f} s")
     print(f"gpt2_jax.from_pretrained     {ours:.3f} s")
     print(f"ratio, median of {PAIRS} pairs     {ratio:.2f}  (from {spread[0]:.2f} to {spread[-1]:.2f})")
-
-
-def _written(directory: Path) -> Path:
-    bridge.save(random_checkpoint(bridge.GPT2_SIZES["gpt2"]), directory, format="huggingface")
-    return directory
 
 
 def _load(directory: Path) -> Callable[[], object]:
