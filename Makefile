@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers
+TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers fuzz check bench clean
+.PHONY: demo test test-slow test-peers test-gpu test-tpu fuzz check bench clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -18,6 +19,12 @@ test-slow: $(INSTALLED)  ## the tests at 124M parameters
 test-peers: $(INSTALLED) $(PEERS)/.installed  ## against transformers 4's Flax, in an environment of its own
 	PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m pytest -m peers
 
+test-gpu: $(INSTALLED)  ## cuDNN's attention, on a machine with a GPU and the `cuda` extra
+	$(BIN)/python -m pytest -m gpu
+
+test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it, on any Linux machine
+	JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/$(TPU) $(BIN)/python -m pytest -m tpu
+
 fuzz: $(INSTALLED)  ## 100,000 damaged files of every format; an hour and more
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000
 
@@ -30,11 +37,11 @@ bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.convert
 	$(BIN)/python -m tests.benchmarks.data
-	$(BIN)/python -m tests.benchmarks.train
+	$(BIN)/gpt2 bench --preset shakespeare-char
 	$(BIN)/python -m tests.benchmarks.generate
 
 clean:
-	rm -rf .venv $(PEERS) demo-output
+	rm -rf .venv $(PEERS) $(TPU) demo-output
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -45,4 +52,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PEERS)/.installed:
 	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet transformers==4.57.6 jax==0.10.2 flax==0.12.8
+	touch $@
+
+# Beside the environment and not in it: JAX would look for a TPU in every process that finds this. For jax 0.10.2.
+$(TPU)/.installed:
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TPU) 'libtpu==0.0.42.*'
 	touch $@

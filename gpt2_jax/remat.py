@@ -17,7 +17,15 @@ activations again, which takes less time on CPU than to write and read them. ful
 PROJECTED, ATTENDED = "projected", "attended"
 """The names, for `jax.ad_checkpoint.checkpoint_name`, of the results that `dots` keeps."""
 
+
+def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+    """JAX gives no name to the row sums that cuDNN's backward pass takes besides its result; so all of it is kept."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 POLICIES: Mapping[Remat, Callable[..., Any]] = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(PROJECTED, ATTENDED), _is_cudnn_attention
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }

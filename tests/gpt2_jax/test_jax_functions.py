@@ -16,6 +16,7 @@ from gpt2_jax.functions import (
     BLOCKS,
     FEW_ROWS,
     SUMMANDS,
+    _kernel_gradient,
     gelu_tanh,
     project,
     project_to_vocabulary,
@@ -42,6 +43,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[tuple[in
         partial(project, axes=2),
         lambda x, w: jnp.einsum("BTHK,HKD->BTD", x, w),
         [(2, 5, 4, 3), (4, 3, 7)],
+    ),
+    "two axes to two, of more inputs": (
+        partial(project, axes=2),
+        lambda x, w: jnp.einsum("BTHK,HKDE->BTDE", x, w),
+        [(2, 30, 4, 6), (4, 6, 3, 2)],
     ),
     "one row, one axis to three": (
         partial(project, axes=1),
@@ -119,6 +125,34 @@ def test_values_and_gradients_have_the_dtype_of_what_goes_in(name: str, dtype: A
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(partial(value_and_pullback, written), given))} == {
         jnp.dtype(dtype)
     }
+
+
+KERNELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]] = {
+    "one axis to one": ((2, 5), (7,), (11,), False),
+    "one axis to three": ((2, 5), (12,), (3, 4, 6), False),
+    "two axes to two": ((5,), (4, 3), (2, 7), False),
+    "a row to three axes": ((1,), (4,), (2, 3, 5), False),
+    "more inputs, one axis to one": ((2, 25), (13,), (3,), True),
+    "more inputs, two axes to one": ((2, 25), (4, 6), (5,), True),
+    "more inputs, two axes to two": ((50,), (4, 6), (3, 2), True),
+    "more inputs, three axes to three": ((7, 10), (2, 3, 5), (3, 2, 1), True),
+}
+"""Rows, inputs, outputs, and whether XLA on CPU is given the product turned."""
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs", "turned"), KERNELS.values(), ids=KERNELS)
+def test_a_kernels_gradient_is_that_of_a_plain_product_whichever_side_is_turned(
+    rows: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], turned: bool, x64: None
+) -> None:
+    x, dy = arguments([(*rows, *inputs), (*rows, *outputs)])
+
+    def product(kernel: jax.Array) -> jax.Array:
+        return (jnp.tensordot(x, kernel, len(inputs)) * dy).sum()
+
+    gradient = partial(_kernel_gradient, rows=tuple(range(len(rows))), axes=len(inputs))
+    expected = jax.grad(product)(jnp.zeros((*inputs, *outputs)))
+    np.testing.assert_allclose(jax.jit(gradient)(x, dy), expected, rtol=0, atol=ROUNDING)
+    assert ("platform_index" in str(jax.make_jaxpr(gradient)(x, dy))) == turned
 
 
 @each_vocabulary

@@ -156,7 +156,7 @@ def test_bfloat16_computes_and_float32_is_kept() -> None:
     assert float(metrics["loss"]) != float(in_float32["loss"])
 
 
-@pytest.mark.parametrize("form", [{"remat": "full"}, {"scan": False}], ids=["remat", "loop"])
+@pytest.mark.parametrize("form", [{"remat": "dots"}, {"remat": "full"}, {"scan": False}], ids=["dots", "full", "loop"])
 def test_the_forms_of_the_model_train_alike(form: dict[str, Any]) -> None:
     expected, reference = some_steps(stepper(), first_state(), ragged=True)
     losses, state = some_steps(stepper(**form), first_state(scan=form.get("scan", True)), ragged=True)
@@ -166,8 +166,8 @@ def test_the_forms_of_the_model_train_alike(form: dict[str, Any]) -> None:
 
 def test_remat_is_in_the_program() -> None:
     state = jax.eval_shape(first_state)
-    programs = [str(stepper(remat=remat).trace(state, batch()).jaxpr) for remat in ("none", "full")]
-    assert ["remat" in program for program in programs] == [False, True]
+    programs = [str(stepper(remat=remat).trace(state, batch()).jaxpr) for remat in ("none", "dots", "full")]
+    assert ["remat" in program for program in programs] == [False, True, True]
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])

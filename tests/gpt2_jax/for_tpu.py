@@ -1,0 +1,41 @@
+"""What test_jax_attention.py runs in a process of its own: attention, compiled for four TPUs that are not here.
+
+    python for_tpu.py splash|dots|full|plain LENGTH FILE
+
+Writes the program of value and gradients to FILE; `dots` and `full` are the kernel under that rule of what is kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gpt2_jax.attention import BATCH_AXES, HEAD_AXIS, attention
+from gpt2_jax.remat import POLICIES
+
+
+def program(name: str, length: int) -> str:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    devices = np.array(topology.devices).reshape(2, 1, 2)
+    mesh = Mesh(devices, (*BATCH_AXES, HEAD_AXIS), axis_types=(AxisType.Auto,) * 3)
+    spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, HEAD_AXIS, None))
+    heads = jax.ShapeDtypeStruct((4, length, 12, 64), jnp.bfloat16, sharding=spread)
+
+    def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        kind = "plain" if name == "plain" else "splash"
+        return jnp.sin(attention(q, k, v, None, is_causal=True, scale=0.125, implementation=kind).astype(jnp.float32))
+
+    layer = jax.checkpoint(layer, policy=POLICIES[name]) if name in POLICIES else layer
+    with jax.set_mesh(mesh):
+        total = jax.value_and_grad(lambda *qkv: layer(*qkv).sum(), (0, 1, 2))
+        return jax.jit(total).lower(heads, heads, heads).compile().as_text()
+
+
+if __name__ == "__main__":
+    Path(sys.argv[3]).write_text(program(sys.argv[1], int(sys.argv[2])))
