@@ -7,6 +7,7 @@ kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -47,7 +48,8 @@ def attention(
 
     Args:
         implementation: "auto" takes what is fast on `jax.default_backend()` for this dtype and length, and `plain`
-            where there is a mask, dropout, or nothing faster. Any other is taken as it is named.
+            where there is a mask, dropout, or nothing faster. Any other is taken as it is named; name it where the
+            program is for another device than that.
 
     Raises `ValueError` for what the implementation that was named cannot take.
     """
@@ -56,12 +58,12 @@ def attention(
         raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
     only_causal = is_causal and mask is None and dropout_rate == 0.0
     if implementation == "auto":
-        implementation = fastest(jax.default_backend(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "plain"
+        implementation = fastest(_platform(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "plain"
     if implementation == "plain":
         causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else None
         visible = causal if mask is None else mask if causal is None else mask & causal
         return _plain(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
-    if problem := _obstacle(implementation, q_BTHK.dtype, T, q_BTHK.shape[3]):
+    if problem := obstacle(implementation, q_BTHK.dtype, T, q_BTHK.shape[3]):
         raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'plain'")
     if not only_causal:
         raise ValueError(f"attention={implementation!r} is for causal attention without a mask or dropout; use 'plain'")
@@ -73,10 +75,27 @@ def fastest(platform: str, dtype: jnp.dtype, length: int, head_size: int) -> Imp
     """For causal attention on a platform, as `jax.default_backend()` names it, without a mask or dropout."""
     fast: Implementation
     fast = {"cpu": "blocks", "gpu": "cudnn", "tpu": "splash"}.get(platform, "plain")  # type: ignore[assignment]
-    return "plain" if _obstacle(fast, dtype, length, head_size) else fast
+    return "plain" if obstacle(fast, dtype, length, head_size) else fast
 
 
-def _obstacle(implementation: str, dtype: jnp.dtype, length: int, head_size: int) -> str | None:
+def _platform() -> str:
+    """As `jax.default_backend()`, but for GPUs without cuDNN's attention: other makers', and from before Ampere."""
+    platform, device = jax.default_backend(), jax.local_devices()[0]
+    if platform != "gpu":
+        return platform
+    has_cudnn = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+    return "gpu" if has_cudnn else "other gpu"
+
+
+def require_device(implementation: Implementation) -> None:
+    """Raise `ValueError` for a kernel that is named but that this process's devices do not run."""
+    platform, needed = _platform(), {"cudnn": "gpu", "splash": "tpu"}.get(implementation)
+    if needed not in (None, platform):
+        described = "an NVIDIA GPU from Ampere on" if needed == "gpu" else "a TPU"
+        raise ValueError(f"attention={implementation!r} needs {described}; JAX computes on {platform} here. Use 'auto'")
+
+
+def obstacle(implementation: str, dtype: jnp.dtype, length: int, head_size: int) -> str | None:
     """Why an implementation cannot take arrays of this kind."""
     if implementation not in get_args(Implementation):
         return f"is none of {', '.join(get_args(Implementation))}"
@@ -98,9 +117,8 @@ def _scaled(q: Array, scale: float | Array) -> Array:
 
 
 def _by_blocks(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
-    return causal_attention_by_blocks(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(
-        1, 2
-    )
+    q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
+    return causal_attention_by_blocks(q_BHTK, k_BHSK, v_BHSK).swapaxes(1, 2)
 
 
 def _cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
@@ -108,16 +126,19 @@ def _cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
 
 
 def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False) -> Array:
-    """XLA does not spread a kernel over a mesh by itself; where one is set, every device takes its rows and heads."""
+    """XLA does not spread a kernel over a mesh by itself; where one is set (`jax.set_mesh`), every device takes its
+    rows and heads, and all of them where the mesh does not divide them."""
 
     def own_part(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
         kernel = _splash_kernel(q_BTHK.shape[2], q_BTHK.shape[1], interpret)
         return jax.vmap(kernel)(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
-    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
-    heads = HEAD_AXIS if HEAD_AXIS in mesh.axis_names else None
-    if mesh.empty or not (batch or heads):
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
+    divides_rows, divides_heads = q_BTHK.shape[0] % rows == 0, q_BTHK.shape[2] % mesh.shape.get(HEAD_AXIS, 1) == 0
+    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names) if divides_rows else ()
+    heads = HEAD_AXIS if HEAD_AXIS in mesh.axis_names and divides_heads else None
+    if mesh.empty:
         return own_part(q_BTHK, k_BSHK, v_BSHK)
     spec = PartitionSpec(batch or None, None, heads, None)
     spread = jax.shard_map(own_part, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)

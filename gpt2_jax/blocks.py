@@ -71,7 +71,7 @@ causal_attention_by_blocks.defvjp(_forward, _backward)
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    return ((begin, min(begin + BLOCK, length)) for begin in range(0, length, BLOCK))
+    return ((begin, min(begin + BLOCK, length)) for begin in range(0, max(1, length), BLOCK))
 
 
 def _wide(x: Array) -> jnp.dtype:

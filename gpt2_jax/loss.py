@@ -62,7 +62,7 @@ def summed_cross_entropy(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
 ) -> Float[Array, ""]:
-    """The sum of `cross_entropy` over all positions of hidden embedding^T, without ever having all of those logits.
+    """The sum of `cross_entropy` over all positions of hidden embedding^T, without having more logits than a chunk's.
 
     Some positions of every row are taken at a time; each part's gradient is made while its logits are there, so that
     nothing of size V is kept per token, and none of the three products is made twice (as in Hsu et al. 2024, "Liger
@@ -70,18 +70,20 @@ def summed_cross_entropy(
 
     Args:
         vocab_size: rows of the embedding from here on are padding and take no part.
-        chunk_bytes: the largest part of the logits; `default_chunk_bytes` unless given.
+        chunk_bytes: of logits at a time, but at least one position of every row; `default_chunk_bytes` unless given.
     """
     B, T, _ = hidden.shape
     V = embedding.shape[0]
     size = default_chunk_bytes() if chunk_bytes is None else chunk_bytes
+    if not B * T:
+        return jnp.zeros((), _wide(hidden))
     length = min(T, max(1, size // (4 * B * V)))
     length = -(-T // -(-T // length))  # as few chunks, of one length
     return _summed(hidden, embedding, labels, vocab_size or V, length)
 
 
 def default_chunk_bytes() -> int:
-    """How much of the logits is made at a time: 1/64 of an accelerator's memory, and 256 MiB elsewhere.
+    """How much of the logits is made at a time: 1/64 of an accelerator's memory, at least 256 MiB, and that elsewhere.
 
     The larger a part, the less often the embedding's gradient is added to; below 64 MiB that begins to show.
     """

@@ -25,6 +25,8 @@ from gpt2_jax.cli.train import default_config, train_command
 from gpt2_jax.cli.verify import verify
 
 BAD_INPUT = 2
+COMPILING = {"verify", "generate", "train", "eval", "demo"}
+"""Verbs that keep their compiled programs; what `bench` compiles is a part of what it measures."""
 
 VERBS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
@@ -42,15 +44,15 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
-    if args is None:  # this is a process of our own
-        if sys.argv[1:2] in (["train"], ["demo"]):
-            take_huge_pages()
-        keep_compiled_programs()
+    if args is None and sys.argv[1:2] in (["train"], ["demo"]):  # a process of our own
+        take_huge_pages()
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"gpt2-bridge {version('gpt2-bridge')}")
         sys.exit(0)
     code: int | None
     try:
+        if args is None and set(sys.argv[1:2]) & COMPILING and "--help" not in sys.argv:
+            keep_compiled_programs()
         verbs = {**VERBS, "train": train_command(default_config(sys.argv[1:] if args is None else args))}
         code = tyro.extras.subcommand_cli_from_dict(
             verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args

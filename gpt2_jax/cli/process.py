@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import sys
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 
 from gpt2_jax.data.tokenize import cache_directory
 
-_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
+_STARTED_AGAIN = "GPT2_BRIDGE_STARTED_AGAIN"
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -23,12 +28,23 @@ def take_huge_pages() -> None:
     (mallopt) is as fast, but leaves holes: the peak was 6.8 GiB instead of 4.7 (4 x 1024 tokens). glibc reads its
     tunables only when a process starts.
     """
-    if sys.platform != "linux" or "hugetlb" in os.environ.get(_TUNABLES, "") or not _can_have_huge_pages():
+    environment = with_huge_pages(os.environ)
+    # A variable of its own, because the system may keep glibc's from a privileged process.
+    if environment == dict(os.environ) or os.environ.get(_STARTED_AGAIN):
         return
-    tunables = ":".join(filter(None, (os.environ.get(_TUNABLES), _HUGE_PAGES)))
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, _TUNABLES: tunables})
+        if stream is not None:
+            stream.flush()
+    with suppress(OSError, ValueError):  # it runs as it is, then
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, _STARTED_AGAIN: "1"})
+
+
+def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process whose malloc asks for huge pages, where that is possible and nothing is set."""
+    tunables = environment.get(TUNABLES, "")
+    if sys.platform != "linux" or "hugetlb" in tunables or not _can_have_huge_pages():
+        return dict(environment)
+    return {**environment, TUNABLES: ":".join(filter(None, (tunables, HUGE_PAGES)))}
 
 
 def _can_have_huge_pages() -> bool:
@@ -39,6 +55,29 @@ def _can_have_huge_pages() -> bool:
 
 
 def keep_compiled_programs() -> None:
-    """Let XLA's programs be found again by the next process, unless JAX has been told a directory for them."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
+    """Let XLA's programs be found again by the next process, unless JAX has been told a directory for them.
+
+    Programs for CPUs are kept apart by what the CPU can do, which JAX's own key does not hold: a home directory may be
+    shared. On Intel's, XLA refuses its own programs and says so at length (openxla/xla issue 44565); none are kept.
+    """
+    if jax.config.values.get("jax_compilation_cache_dir") is not None:
+        return
+    about_cpu = ""
+    if jax.default_backend() == "cpu":
+        about_cpu = _cpu()
+        if "GenuineIntel" in about_cpu:
+            return
+    with suppress(OSError, RuntimeError):  # no home directory: nothing is kept
+        folder = cache_directory() / "compiled" / hashlib.sha256(about_cpu.encode()).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _cpu() -> str:
+    """The maker, the model and the abilities of the first core, or what Python knows of it."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        return "\n".join(line for line in first if line.startswith(("vendor_id", "model", "flags", "Features", "CPU ")))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"

@@ -8,8 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import jax.numpy as jnp
+
 from bridge import GPT2_SIZES, BridgeError, GPT2Config
 from bridge.errors import bullet_list
+from gpt2_jax.attention import Implementation, obstacle
+from gpt2_jax.remat import Remat
 
 
 class TrainingError(BridgeError):
@@ -97,9 +101,9 @@ class TrainConfig:
     """Of the computation; parameters and optimizer state stay float32."""
     scan: bool = True
     """Compile one layer and loop over it; --no-scan unrolls all of them."""
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Remat = "dots"
     """What of a layer is kept for the backward pass: all; the results of products and attention; or its input."""
-    attention: Literal["auto", "plain", "blocks", "cudnn", "splash"] = "auto"
+    attention: Implementation = "auto"
     """The implementation of attention; auto takes the fast one for the device, dtype and length."""
     vocab_multiple: int = 1
     """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
@@ -187,6 +191,7 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         yield f"seed={c.seed}: must be between 0 and {2**32 - 1}"
     if c.sample_tokens < 0:
         yield f"sample_tokens={c.sample_tokens}: must not be negative"
+    yield from _attention_problems(c)
     if c.ema_decay is not None and not 0 < c.ema_decay < 1:
         yield f"ema_decay={c.ema_decay}: must be between 0 and 1"
     for name in ("learning_rate", "epsilon", "muon_learning_rate"):
@@ -204,6 +209,16 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         yield f"clip_norm={o.clip_norm}: must be positive, or None"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
+
+
+def _attention_problems(c: TrainConfig) -> Iterator[str]:
+    """Where an implementation is named that cannot run this; `auto` and `plain` take everything."""
+    if c.attention in ("auto", "plain") or c.attention not in get_args(Implementation):
+        return
+    if problem := obstacle(c.attention, jnp.dtype(c.dtype), c.length, c.model.head_size):
+        yield f"attention={c.attention}: {problem}"
+    if c.model.attn_pdrop > 0 or c.examples == "documents":
+        yield f"attention={c.attention}: cannot take attn_pdrop above 0 or --examples documents, which plain does"
 
 
 def _unknown_choices(part: TrainConfig | OptimizerConfig) -> Iterator[str]:

@@ -76,12 +76,12 @@ def train(
     """
     require_validation(data)
     prompt = encoded_prompt(config, data)
+    model, tx = make_model(config), make_optimizer(config.optimizer, config.steps)
     resumes = resume and runs.is_run(run)
     if resumes:
         runs.require_same(run, config, data, accept_changes)
     if not (resumes and steps(run)):  # without a checkpoint nothing is there to go on from: its tokenizer may differ
         runs.begin(run, config, data)
-    model, tx = make_model(config), make_optimizer(config.optimizer, config.steps)
     with StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
         saved = checkpoints.latest() if resumes else None
         if saved is None:

@@ -32,6 +32,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "ema_decay": (0.0, 1.0, NAN),
     "dtype": ("float16",),
     "remat": ("some",),
+    "attention": ("some",),
     "examples": ("words",),
     "optimizer": ("sgd",),
     "schedule": ("linear",),

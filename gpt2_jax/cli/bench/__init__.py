@@ -81,9 +81,9 @@ def bench(
         cases = [case for task in dict.fromkeys(tasks) for case in cases_of(task, configs, Path(scratch))]
         report = run(config, cases, names, pairs)
     write_json(report.to_json())
+    report.show(console())
     if plot_file is not None:
         plot(report, plot_file)
-    report.show(console())
     return DIED if report.failures else 0
 
 

@@ -16,11 +16,10 @@ from types import TracebackType
 from typing import Any
 
 import gpt2_jax
+from gpt2_jax.cli.process import with_huge_pages
 
 WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(gpt2_jax.__file__).parents[1]
-
-_LARGE_PAGES = "glibc.malloc.hugetlb"
 
 
 class WorkerDied(Exception):
@@ -87,7 +86,4 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "HF_HUB_OFFLINE": "1",
     }
-    tunables = inherited.get("GLIBC_TUNABLES", "")
-    if sys.platform.startswith("linux") and _LARGE_PAGES not in tunables:
-        settings["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{_LARGE_PAGES}=1"]))
-    return settings
+    return with_huge_pages(settings)
