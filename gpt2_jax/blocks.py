@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from gpt2_jax.functions import wide_dtype
 from gpt2_jax.remat import ATTENDED
 
 BLOCK = 256
@@ -31,12 +32,14 @@ def causal_attention_by_blocks(
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
     contexts, log_sums = [], []
     for begin, end in _blocks(q.shape[2]):
-        scores = jnp.einsum("BHTK,BHSK->BHTS", q[:, :, begin:end], k[:, :, :end], preferred_element_type=_wide(q))
+        scores = jnp.einsum("BHTK,BHSK->BHTS", q[:, :, begin:end], k[:, :, :end], preferred_element_type=wide_dtype(q))
         scores = jnp.where(jnp.arange(end) <= jnp.arange(begin, end)[:, None], scores, -jnp.inf)
         largest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         sums = weights.sum(-1, keepdims=True)
-        context = jnp.einsum("BHTS,BHSK->BHTK", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=_wide(q))
+        context = jnp.einsum(
+            "BHTS,BHSK->BHTK", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=wide_dtype(q)
+        )
         contexts.append((context / sums).astype(v.dtype))
         log_sums.append((largest + jnp.log(sums))[..., 0])
     context, log_sums = (checkpoint_name(jnp.concatenate(parts, 2), ATTENDED) for parts in (contexts, log_sums))
@@ -45,7 +48,7 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
 
 def _backward(kept: tuple[Array, ...], d_context: Array) -> tuple[Array, Array, Array]:
     q, k, v, context, log_sums = kept
-    wide = _wide(q)
+    wide = wide_dtype(q)
     # Keys before queries: so the products with the scores are of the one kind that XLA on CPU runs at speed (it takes
     # three times as long where the scores' first axis is summed over).
     along = jnp.einsum("BHTK,BHTK->BHT", d_context, context, preferred_element_type=wide)
@@ -72,7 +75,3 @@ causal_attention_by_blocks.defvjp(_forward, _backward)
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + BLOCK, length)) for begin in range(0, max(1, length), BLOCK))
-
-
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)

@@ -24,6 +24,11 @@ XLA on CPU then reads 20 GB/s for 8 rows, with one product 11."""
 FEW_ROWS = 16
 
 
+def wide_dtype(x: Array) -> jnp.dtype:
+    """What sums over `x` are made in: its own dtype, float32 at least."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """The product of each row with each of the embedding's, in float32 at least."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)

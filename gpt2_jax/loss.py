@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bridge.labels import IGNORED
+from gpt2_jax.functions import wide_dtype
 from gpt2_jax.model import GPT2
 
 
@@ -76,7 +77,7 @@ def summed_cross_entropy(
     V = embedding.shape[0]
     size = default_chunk_bytes() if chunk_bytes is None else chunk_bytes
     if not B * T:
-        return jnp.zeros((), _wide(hidden))
+        return jnp.zeros((), wide_dtype(hidden))
     length = min(T, max(1, size // (4 * B * V)))
     length = -(-T // -(-T // length))  # as few chunks, of one length
     return _summed(hidden, embedding, labels, vocab_size or V, length)
@@ -98,13 +99,13 @@ def _summed(hidden: Array, embedding: Array, labels: Array, vocab_size: int, len
     def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _chunk_losses(*chunk, kernel, vocab_size)[0].sum(), None
 
-    return jax.lax.scan(add, jnp.zeros((), _wide(hidden)), _chunks(hidden, labels, length))[0]
+    return jax.lax.scan(add, jnp.zeros((), wide_dtype(hidden)), _chunks(hidden, labels, length))[0]
 
 
 def _summed_forward(
     hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int
 ) -> tuple[Array, tuple[Array, Array]]:
-    kernel, wide = embedding.astype(hidden.dtype), _wide(hidden)
+    kernel, wide = embedding.astype(hidden.dtype), wide_dtype(hidden)
 
     def add(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, d_embedding), (x, y) = sums, chunk
@@ -135,7 +136,7 @@ _summed.defvjp(_summed_forward, _summed_backward)
 
 def _chunk_losses(x: Array, labels: Array, kernel: Array, vocab_size: int) -> tuple[Array, Array]:
     """As `cross_entropy`, of one chunk; and the probabilities, [B, T, V]."""
-    logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=_wide(x))
+    logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=wide_dtype(x))
     if vocab_size < kernel.shape[0]:
         is_padding = jnp.arange(kernel.shape[0]) >= vocab_size
         logits = jnp.where(is_padding, -jnp.inf, logits)
@@ -153,7 +154,3 @@ def _chunks(hidden: Array, labels: Array, length: int) -> tuple[Array, Array]:
     hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0)))
     labels = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=IGNORED)
     return hidden.reshape(B, -1, length, D).swapaxes(0, 1), labels.reshape(B, -1, length).swapaxes(0, 1)
-
-
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
