@@ -28,7 +28,7 @@ from gguf_bytes import (
     text,
     texts,
 )
-from refusals import assert_refused
+from refusals import MOST_SECONDS, assert_refused
 
 from bridge import CheckpointError
 from bridge.arrays import LazyTensors, TensorEntry
@@ -401,14 +401,15 @@ def test_a_vocabulary_of_gpt2s_size_is_skipped_quickly(tmp_path: Path) -> None:
     tokens = texts([f"token {i}" for i in range(50_257)])
     merges = texts([f"tok {i}" for i in range(50_000)])
     (tmp_path / "f").write_bytes(file_of([(b"a.tokens", tokens), (b"a.merges", merges)]))
-    started = time.perf_counter()
+    began = time.process_time()
+    metadata = GGUFFile.open(tmp_path / "f").metadata
+    assert time.process_time() - began < MOST_SECONDS
     tracemalloc.start()
     try:
-        metadata = GGUFFile.open(tmp_path / "f").metadata
+        GGUFFile.open(tmp_path / "f")
         assert tracemalloc.get_traced_memory()[1] < 2**20, "the strings stay in the file"
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started < 1.0
     assert isinstance(metadata["a.tokens"], Array)
     assert metadata["a.tokens"].read()[50_256] == b"token 50256"
 

@@ -151,10 +151,10 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 def test_a_bomb_is_refused_soon_and_in_little_memory(make: Callable[[], bytes], says: str) -> None:
     content = make()
     assert len(content) <= pickles.MOST_BYTES, "it is its content that is refused"
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(CheckpointError, match=says):
         read(content)
-    assert time.perf_counter() - began < MOST_SECONDS
+    assert time.process_time() - began < MOST_SECONDS
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError):

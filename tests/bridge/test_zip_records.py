@@ -238,19 +238,19 @@ def test_a_record_of_more_than_4_gib_lies_where_64_bits_say(tmp_path: Path) -> N
 
 def test_as_many_records_as_may_be_open_soon_and_one_more_does_not(tmp_path: Path) -> None:
     members = [Member(f"a/data/{k}", b"x") for k in range(MOST_RECORDS + 1)]
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(opened(tmp_path / "f", zipped(*members[1:])).records) == MOST_RECORDS
     with pytest.raises(CheckpointError, match="a zip of 10001 records"):
         opened(tmp_path / "f", zipped(*members))
-    assert time.perf_counter() - began < MOST_SECONDS
+    assert time.process_time() - began < MOST_SECONDS
 
 
 def test_long_extra_fields_take_no_quadratic_time(tmp_path: Path) -> None:
     fields = b"".join(struct.pack("<2H", kind, 0) for kind in range(2, 16_000))
     content = zipped(*(Member(f"a/{k}", extra=fields) for k in range(60)))
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(opened(tmp_path / "f", content).records) == 60
-    assert time.perf_counter() - began < MOST_SECONDS
+    assert time.process_time() - began < MOST_SECONDS
 
 
 def test_a_directory_too_long_is_refused(tmp_path: Path) -> None:
