@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -57,26 +58,34 @@ def first_state(
     config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, init_from: Checkpoint | None
 ) -> TrainState:
     """Before the first step: weights from a checkpoint, or random ones drawn from the seed."""
+    device = jax.local_devices()[0]
     if init_from is None:
-        params = jax.jit(model.init)(*_init_arguments(config))["params"]
+        # Drawn once: on CPU what the compiler would save in drawing by thinking longer is less than it takes to think.
+        options = {"xla_backend_optimization_level": 1} if device.platform == "cpu" else None
+        state = jax.jit(_state_from_seed(config, model, tx), compiler_options=options)(*_init_arguments(config))
     else:
         params = model_from_checkpoint(
             init_from, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
         )[1]
-    state = init_state(params, tx, ema=config.ema_decay is not None)
+        state = init_state(params, tx, ema=config.ema_decay is not None)
     # Bound to the device, as what is restored from a checkpoint is: both run the same program.
-    return jax.device_put(state, jax.local_devices()[0])
+    return jax.device_put(state, device)
 
 
 def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransformation) -> TrainState:
     """Shape, dtype and device of each array of a state, without the arrays: a device may have room for one state."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(_state_from_seed(config, model, tx), *_init_arguments(config))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
 
+
+def _state_from_seed(
+    config: TrainConfig, model: GPT2, tx: optax.GradientTransformation
+) -> Callable[[Any, Any], TrainState]:
     def state(key: Any, ids: Any) -> TrainState:
         return init_state(model.init(key, ids)["params"], tx, ema=config.ema_decay is not None)
 
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(state, *_init_arguments(config))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    return state
 
 
 def _init_arguments(config: TrainConfig) -> tuple[Any, Any]:
