@@ -28,6 +28,14 @@ class TensorEntry:
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray] | None = None
+    """Reads these rows (of the first axis, from one up to another) alone, where that is less work than all."""
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """A part of what `read` gives."""
+        if self.read_rows is None or (start, stop) == (0, self.shape[0]):
+            return self.read()[start:stop]
+        return self.read_rows(start, stop)
 
     @classmethod
     def of(cls, array: np.ndarray) -> TensorEntry:

@@ -57,12 +57,16 @@ class StoredFile:
         """A tensor that lies in the file from `offset` on, row by row; it is read at each look-up."""
         self._require_inside(offset, math.prod(shape) * dtype.itemsize)
 
-        def read() -> np.ndarray:
+        def read_from(shape: tuple[int, ...], offset: int) -> np.ndarray:
             array = aligned_empty(shape, dtype)
             self._fill(array.reshape(-1).view(np.uint8).data, offset)
             return array
 
-        return TensorEntry(dtype, shape, read)
+        def read_rows(start: int, stop: int) -> np.ndarray:
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            return read_from((stop - start, *shape[1:]), offset + start * row_bytes)
+
+        return TensorEntry(dtype, shape, lambda: read_from(shape, offset), read_rows if shape else None)
 
     def _fill(self, view: memoryview, offset: int) -> None:
         try:

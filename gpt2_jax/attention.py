@@ -18,11 +18,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gpt2_jax.blocks import causal_attention_by_blocks
 from gpt2_jax.remat import ATTENDED
+from gpt2_jax.sharding import BATCH_AXES, TENSOR
 
 Implementation = Literal["auto", "plain", "blocks", "cudnn", "splash"]
-
-BATCH_AXES, HEAD_AXIS = ("data", "fsdp"), "tensor"
-"""The axes of a mesh over which rows and heads are spread."""
 
 _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 _SPLASH_BLOCKS = (512, 256, 128)
@@ -135,9 +133,9 @@ def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False
 
     mesh = jax.sharding.get_abstract_mesh()
     rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
-    divides_rows, divides_heads = q_BTHK.shape[0] % rows == 0, q_BTHK.shape[2] % mesh.shape.get(HEAD_AXIS, 1) == 0
+    divides_rows, divides_heads = q_BTHK.shape[0] % rows == 0, q_BTHK.shape[2] % mesh.shape.get(TENSOR, 1) == 0
     batch = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names) if divides_rows else ()
-    heads = HEAD_AXIS if HEAD_AXIS in mesh.axis_names and divides_heads else None
+    heads = TENSOR if TENSOR in mesh.axis_names and divides_heads else None
     if mesh.empty:
         return own_part(q_BTHK, k_BSHK, v_BSHK)
     spec = PartitionSpec(batch or None, None, heads, None)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from bridge.labels import IGNORED
 from gpt2_jax.functions import wide_dtype
 from gpt2_jax.model import GPT2
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, batch_parts, constrain, gathered
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -67,12 +68,26 @@ def summed_cross_entropy(
 
     Some positions of every row are taken at a time; each part's gradient is made while its logits are there, so that
     nothing of size V is kept per token, and none of the three products is made twice (as in Hsu et al. 2024, "Liger
-    Kernel", section 3.2). Products are in the dtype of `hidden`, sums in float32 at least.
+    Kernel", section 3.2). Products are in the dtype of `hidden`, sums in float32 at least. On a mesh every device sums
+    over its own rows, with its part of the vocabulary, and the embedding's gradient is added up over devices once.
 
     Args:
         vocab_size: rows of the embedding from here on are padding and take no part.
-        chunk_bytes: of logits at a time, but at least one position of every row; `default_chunk_bytes` unless given.
+        chunk_bytes: of a device's logits at a time, but at least one position of every row; `default_chunk_bytes`
+            unless given.
     """
+    parts = batch_parts(jax.sharding.get_abstract_mesh())
+    if parts > 1 and hidden.shape[0] % parts == 0:
+        hidden, labels = (x.reshape(parts, -1, *x.shape[1:]) for x in (hidden, labels))
+        own = functools.partial(_own_sum, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+        return jax.vmap(own, (0, None, 0), spmd_axis_name=BATCH_AXES)(hidden, embedding, labels).sum()
+    return _own_sum(hidden, embedding, labels, vocab_size, chunk_bytes)
+
+
+def _own_sum(
+    hidden: Array, embedding: Array, labels: Array, vocab_size: int | None, chunk_bytes: int | None
+) -> Float[Array, ""]:
+    """Of the rows of one device."""
     B, T, _ = hidden.shape
     V = embedding.shape[0]
     size = default_chunk_bytes() if chunk_bytes is None else chunk_bytes
@@ -94,7 +109,7 @@ def default_chunk_bytes() -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _summed(hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int) -> Array:
-    kernel = embedding.astype(hidden.dtype)
+    kernel = gathered(embedding.astype(hidden.dtype))
 
     def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
         return total + _chunk_losses(*chunk, kernel, vocab_size)[0].sum(), None
@@ -105,7 +120,7 @@ def _summed(hidden: Array, embedding: Array, labels: Array, vocab_size: int, len
 def _summed_forward(
     hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int
 ) -> tuple[Array, tuple[Array, Array]]:
-    kernel, wide = embedding.astype(hidden.dtype), wide_dtype(hidden)
+    kernel, wide = gathered(embedding.astype(hidden.dtype)), wide_dtype(hidden)
 
     def add(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (total, d_embedding), (x, y) = sums, chunk
@@ -116,7 +131,7 @@ def _summed_forward(
         d_embedding += jnp.einsum("BTV,BTD->VD", d_logits, x, preferred_element_type=wide)
         return (total + losses.sum(), d_embedding), d_x
 
-    zeros = jnp.zeros((), wide), jnp.zeros(embedding.shape, wide)
+    zeros = jnp.zeros((), wide), constrain(jnp.zeros(embedding.shape, wide), TENSOR, None)
     (total, d_embedding), d_chunks = jax.lax.scan(add, zeros, _chunks(hidden, labels, length))
     B, T, D = hidden.shape
     d_hidden = d_chunks.swapaxes(0, 1).reshape(B, -1, D)[:, :T]

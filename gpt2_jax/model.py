@@ -28,6 +28,7 @@ from bridge import GPT2Config, padded_vocab_size
 from gpt2_jax.attention import Implementation, attention, cached_attention
 from gpt2_jax.functions import gelu_tanh, project, project_to_vocabulary, scaled_norm
 from gpt2_jax.remat import POLICIES, PROJECTED, Remat
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, gathered
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
@@ -64,6 +65,23 @@ def empty_cache(config: GPT2Config, padding: Int[Array, " B"], slots: int, dtype
     keys = tuple(jnp.zeros((B * H, K, slots), dtype) for _ in range(L))
     values = tuple(jnp.zeros((B * H, slots, K), dtype) for _ in range(L))
     return KeyValueCache(keys, values, padding, jnp.zeros((), jnp.int32))
+
+
+class Embedding(nn.Module):
+    """A row for each id: NaN for an id past the last, which values inside `jit` cannot be checked for."""
+
+    rows: int
+    width: int
+    std: float
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def setup(self) -> None:
+        init = nn.initializers.normal(self.std)
+        self.embedding = self.param("embedding", init, (self.rows, self.width), self.param_dtype)
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(gathered(self.embedding.astype(self.dtype)), ids, axis=0)
 
 
 class Projection(nn.Module):
@@ -121,7 +139,8 @@ class QKVProjection(nn.Module):
         kernel_D3HK, bias_3HK = kernel.astype(self.dtype), bias.astype(self.dtype)
         if query is key and key is value:  # self-attention: one product
             qkv = project(query.astype(self.dtype), kernel_D3HK, 1)
-            qkv = checkpoint_name(qkv + bias_3HK if c.bias else qkv, PROJECTED)
+            qkv = constrain(qkv + bias_3HK if c.bias else qkv, BATCH_AXES, None, None, TENSOR, None)
+            qkv = checkpoint_name(qkv, PROJECTED)
             # Not by indexing, whose derivative is a sum of three arrays that are zero elsewhere.
             q_BTHK, k_BSHK, v_BSHK = (part.squeeze(2) for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
             return q_BTHK, k_BSHK, v_BSHK
@@ -227,7 +246,8 @@ class FeedForward(nn.Module):
         self.c_proj = Projection(outward, c.residual_std, 1, c.bias, self.dtype, self.param_dtype)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
+        inner = constrain(self.c_fc(x), BATCH_AXES, None, TENSOR)
+        return self.c_proj(ACTIVATIONS[self.config.activation_function](inner))
 
 
 class GPT2Layer(nn.Module):
@@ -351,7 +371,7 @@ class GPT2(nn.Module):
         """What `head` turns into the logits; for losses that never have all of them. Arguments as in `__call__`."""
         check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x = self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask))
+        x = constrain(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)), BATCH_AXES, None, None)
         x = self.drop(x, deterministic=deterministic)
         x = self._scan_layers(x, mask, deterministic) if self.scan else self._loop_layers(x, mask, deterministic)
         return self.ln_f(x)
@@ -396,16 +416,16 @@ class GPT2(nn.Module):
 
     def _layer_function(self, mask: Array | None, deterministic: bool) -> Callable[..., tuple[Array, None]]:
         def apply_layer(layer: GPT2Layer, x: Array, layer_index: int | Array) -> tuple[Array, None]:
-            return layer(x, mask, layer_index=layer_index, deterministic=deterministic), None
+            x = layer(x, mask, layer_index=layer_index, deterministic=deterministic)
+            return constrain(x, BATCH_AXES, None, None), None
 
         if self.remat == "none":
             return apply_layer
         # A loop body is not merged with what is outside of it, so prevent_cse would only cost time there.
         return nn.remat(apply_layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])
 
-    def _embedding(self, rows: int) -> nn.Embed:
-        init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Embed(rows, self.config.n_embd, dtype=self.dtype, param_dtype=self.param_dtype, embedding_init=init)
+    def _embedding(self, rows: int) -> Embedding:
+        return Embedding(rows, self.config.n_embd, self.config.initializer_range, self.dtype, self.param_dtype)
 
 
 def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gpt2_jax.attention import BATCH_AXES, HEAD_AXIS, _splash, attention
+from gpt2_jax.attention import _splash, attention
 from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.sharding import BATCH_AXES, TENSOR
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +41,7 @@ def run(name: str, directory: Path) -> dict[str, np.ndarray]:
 
 
 def make_mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((2, 2, 2), (*BATCH_AXES, HEAD_AXIS), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh((2, 2, 2), (*BATCH_AXES, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 def spread_attention() -> dict[str, Any]:
@@ -61,7 +62,7 @@ def spread_attention() -> dict[str, Any]:
     compiled, results = jax.jit(value_and_gradients, static_argnums=0), {}
     plain = compiled("plain", q, k, v, d)
     mesh = make_mesh()
-    spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, HEAD_AXIS, None))
+    spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, TENSOR, None))
     with jax.set_mesh(mesh):
         given = [jax.device_put(x, spread) for x in (q, k, v, d)]
         for name in ("splash", "blocks"):
@@ -87,7 +88,7 @@ def spread_loss() -> dict[str, Any]:
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1)))
     one = compiled(hidden, embedding, labels)
     mesh = make_mesh()
-    rows = NamedSharding(mesh, PartitionSpec((*BATCH_AXES, HEAD_AXIS)))
+    rows = NamedSharding(mesh, PartitionSpec((*BATCH_AXES, TENSOR)))
     whole = NamedSharding(mesh, PartitionSpec())
     given = jax.device_put(hidden, rows), jax.device_put(embedding, whole), jax.device_put(labels, rows)
     with jax.set_mesh(mesh):

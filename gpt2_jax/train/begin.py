@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from bridge import Checkpoint
 from gpt2_jax.attention import require_device
 from gpt2_jax.data import Data
 from gpt2_jax.model import GPT2
-from gpt2_jax.pretrained import model_from_checkpoint
+from gpt2_jax.pretrained import sharded_params
+from gpt2_jax.sharding import shardings
 from gpt2_jax.train.config import TrainConfig, TrainingError
 from gpt2_jax.train.step import TrainState, init_state
 
@@ -55,28 +58,37 @@ def make_model(config: TrainConfig) -> GPT2:
 
 
 def first_state(
-    config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, init_from: Checkpoint | None
+    config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, init_from: Checkpoint | None, mesh: Mesh
 ) -> TrainState:
-    """Before the first step: weights from a checkpoint, or random ones drawn from the seed."""
-    device = jax.local_devices()[0]
-    if init_from is None:
-        # Drawn once: on CPU what the compiler would save in drawing by thinking longer is less than it takes to think.
-        options = {"xla_backend_optimization_level": 1} if device.platform == "cpu" else None
-        state = jax.jit(_state_from_seed(config, model, tx), compiler_options=options)(*_init_arguments(config))
-    else:
-        params = model_from_checkpoint(
-            init_from, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
-        )[1]
-        state = init_state(params, tx, ema=config.ema_decay is not None)
-    # Bound to the device, as what is restored from a checkpoint is: both run the same program.
-    return jax.device_put(state, device)
+    """Before the first step: weights from a checkpoint, or random ones drawn from the seed; the same on every mesh.
+
+    Every device makes or reads its own parts alone, so that the model need not fit into one.
+    """
+    described = described_state(config, model, tx, mesh)
+    places = jax.tree.map(lambda leaf: leaf.sharding, described)
+    if init_from is not None:
+        params = sharded_params(
+            init_from, mesh, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
+        )
+        init = functools.partial(init_state, tx=tx, ema=config.ema_decay is not None)
+        return jax.jit(init, out_shardings=places, donate_argnums=0)(params)
+    # Drawn once: on CPU what the compiler would save in drawing by thinking longer is less than it takes to think.
+    options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    draw = jax.jit(_state_from_seed(config, model, tx), out_shardings=places, compiler_options=options)
+    return draw(*_init_arguments(config))
 
 
-def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransformation) -> TrainState:
-    """Shape, dtype and device of each array of a state, without the arrays: a device may have room for one state."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shape, dtype and place of each array of a state, without the arrays: a device may have room for one state.
+
+    Raises `MeshError` where the mesh does not divide the model.
+    """
     shapes = jax.eval_shape(_state_from_seed(config, model, tx), *_init_arguments(config))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings(shapes, mesh),
+    )
 
 
 def _state_from_seed(

@@ -97,6 +97,9 @@ class TrainConfig:
     seed: int = 0
     """Of the initial weights, the order of the data, and dropout."""
 
+    mesh: str = "data=-1"
+    """How the devices divide the work: data=..,fsdp=..,tensor=.., those left out being 1, and one of them -1 for all
+    devices that are left. data: rows of the batch; fsdp: rows, and the weights in parts; tensor: heads and columns."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation; parameters and optimizer state stay float32."""
     scan: bool = True
@@ -134,8 +137,10 @@ class TrainConfig:
             raise TrainingError("this run cannot be trained:\n" + bullet_list(problems))
 
 
-REPORTING = frozenset(
+FREE = frozenset(
     {
+        "data",
+        "validation_data",
         "eval_every",
         "eval_batches",
         "sample_tokens",
@@ -145,9 +150,11 @@ REPORTING = frozenset(
         "keep_last",
         "tensorboard",
         "wandb",
+        "mesh",
     }
 )
-"""Fields that a resumed run may change: they alter what is reported and kept, not what is computed."""
+"""Fields that a resumed run may change: they alter what is reported and kept, and where data and devices are, not what
+is computed."""
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:

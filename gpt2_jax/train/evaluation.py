@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from bridge import TokenizerError
 from bridge.completion import printable
@@ -13,25 +14,28 @@ from bridge.tokenizer import decode_known
 from gpt2_jax.data import Data, TokenStream, evaluation_batches
 from gpt2_jax.generate import generate
 from gpt2_jax.model import GPT2
+from gpt2_jax.train.batches import rows_of_part
 from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
 from gpt2_jax.train.step import EvalStep, TrainState, all_finite
 
 SAMPLE_TEMPERATURE = 0.8
 
 
-def validation_loss(eval_step: EvalStep, config: TrainConfig, data: Data, state: TrainState) -> float:
+def validation_loss(eval_step: EvalStep, config: TrainConfig, data: Data, state: TrainState, mesh: Mesh) -> float:
     """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept.
 
     Raises `TrainingError` where there is nothing to predict, and `NonFiniteLoss`, its child.
     """
+    rows = rows_of_part(config, mesh)
     batches = evaluation_batches(
         require_validation(data),
-        batch_size=config.batch_size // config.accumulate,  # what a step has in memory at a time
+        batch_size=rows.size,
         length=config.length,
         most_batches=config.eval_batches and config.eval_batches * config.accumulate,
         examples=config.examples,
+        rows=rows.own,
     )
-    sums = [eval_step(weights(state), batch) for batch in batches]
+    sums = [eval_step(weights(state), rows.put(batch)) for batch in batches]
     count = sum(int(count) for _, count in sums)
     if not count:
         raise TrainingError(

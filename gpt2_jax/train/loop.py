@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 import bridge
@@ -17,7 +19,9 @@ from bridge.formats.run import best_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import run as runs
+from gpt2_jax.train.batches import rows_of_step
 from gpt2_jax.train.begin import described_state, first_state, make_model
 from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.config import TrainConfig
@@ -76,23 +80,22 @@ def train(
     """
     require_validation(data)
     prompt = encoded_prompt(config, data)
-    model, tx = make_model(config), make_optimizer(config.optimizer, config.steps)
+    model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
+    place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
+    rows_of_step(config, mesh)
     resumes = resume and runs.is_run(run)
     if resumes:
         runs.require_same(run, config, data, accept_changes)
     if not (resumes and steps(run)):  # without a checkpoint nothing is there to go on from: its tokenizer may differ
         runs.begin(run, config, data)
-    with StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
+    with jax.set_mesh(mesh), StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
         saved = checkpoints.latest() if resumes else None
-        if saved is None:
-            state = first_state(config, model, tx, init_from)
-        else:
-            state = checkpoints.restore(saved, described_state(config, model, tx))
+        state = first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
         if resumes:  # now that the state fits the configuration
             runs.describe(run, config, data)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         with Report(console or Console(), run, config, int(state.step), schedule) as report:
-            loop = Loop(config, data, model, tx, prompt, checkpoints, report, stop, lowest_loss(run))
+            loop = Loop(config, data, model, tx, mesh, prompt, checkpoints, report, stop, lowest_loss(run))
             state = loop.run(state)
     return finish(run, int(state.step), stop.received if state.step < config.steps else None)
 
@@ -106,13 +109,14 @@ class Loop:
         data: Data,
         model: GPT2,
         tx: optax.GradientTransformation,
+        mesh: Mesh,
         prompt: list[int],
         checkpoints: Checkpoints,
         report: Report,
         stop: StopSignals,
         best: float,
     ) -> None:
-        self.config, self.data, self.model, self.prompt = config, data, model, prompt
+        self.config, self.data, self.model, self.mesh, self.prompt = config, data, model, mesh, prompt
         self.checkpoints, self.report, self.stop, self.best = checkpoints, report, stop, best
         self.eval_step = make_eval_step(model)
         self.train_step = make_train_step(
@@ -129,6 +133,7 @@ class Loop:
         c, start = self.config, int(state.step)
         if start == 0:
             self.report.write(0, {"val_loss": self.validate(state)})
+        rows = rows_of_step(c, self.mesh)
         batches = training_batches(
             self.data.train,
             batch_size=c.batch_size,
@@ -136,9 +141,10 @@ class Loop:
             seed=c.seed,
             start_step=start,
             examples=c.examples,
+            rows=rows.own,
         )
         for step in range(start + 1, c.steps + 1):
-            state, metrics = self.train_step(state, next(batches))
+            state, metrics = self.train_step(state, rows.put(next(batches)))
             self.report.stepped(step, metrics)
             ends = step == c.steps or self.stop.received is not None
             self.take_stock(step, state, ends)
@@ -167,7 +173,7 @@ class Loop:
                 self.report.say(sample(c, self.model, state, self.data, self.prompt))
 
     def validate(self, state: TrainState) -> float:
-        return validation_loss(self.eval_step, self.config, self.data, state)
+        return validation_loss(self.eval_step, self.config, self.data, state, self.mesh)
 
 
 def lowest_loss(run: Path) -> float:

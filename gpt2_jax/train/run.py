@@ -15,7 +15,7 @@ from bridge.errors import bullet_list, quoted
 from bridge.files import flush_to_disk, new_directory
 from bridge.formats.directory import CONFIG, read_json, write_config, write_json
 from bridge.formats.run import RUN, steps
-from gpt2_jax.train.config import REPORTING, TrainConfig, TrainingError, flat, from_flat
+from gpt2_jax.train.config import FREE, TrainConfig, TrainingError, flat, from_flat
 
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
@@ -42,8 +42,7 @@ class Identity:
     def differences(self, other: Identity) -> list[str]:
         """The fields in which `other` is another run, a line each. Where the data is may change, not what it is."""
         mine, theirs = flat(self.config), flat(other.config)
-        free = REPORTING | {"data", "validation_data"}
-        changed = [name for name in mine if mine[name] != theirs[name] and name not in free]
+        changed = [name for name in mine if mine[name] != theirs[name] and name not in FREE]
         lines = [f"{name} was {quoted(mine[name])}, now {quoted(theirs[name])}" for name in changed]
         if self.data != other.data:
             lines.append("data: the tokens are not the same as when the run began")

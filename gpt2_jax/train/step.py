@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax.loss import IGNORED, summed_loss
 from gpt2_jax.model import GPT2
+from gpt2_jax.sharding import constrain_tree
 from gpt2_jax.train.optimizer import clip_factor
 
 Batch = Mapping[str, Any]
@@ -49,7 +50,8 @@ def make_train_step(
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
 ) -> TrainStep:
-    """A compiled `step(state, batch) -> (state, metrics)`; the state that goes in is given up.
+    """A compiled `step(state, batch) -> (state, metrics)`; the state that goes in is given up. Under `jax.set_mesh` it
+    runs on that mesh, and the state that comes out lies where `gpt2_jax.sharding` has it.
 
     The loss is the mean over all counted labels of the batch, also where `accumulate` runs it in parts: sums are
     added up and divided once. Metrics: `loss`, in nats; `grad_norm`, before clipping.
@@ -62,6 +64,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         total, grads = _accumulated(jax.value_and_grad(total_loss), state.params, batch, key, accumulate)
+        grads = constrain_tree(grads)  # a device needs the sums of its own part alone
         count = jnp.maximum((batch["labels"] != IGNORED).sum(), 1)
         # The mean and the clipping are one factor, so that nothing but the optimizer passes over the gradients again.
         norm = optax.tree.norm(grads) / count
@@ -72,7 +75,8 @@ def make_train_step(
         mean = state.ema_params
         if ema_decay is not None:
             mean = optax.incremental_update(params, mean, 1.0 - ema_decay)
-        return TrainState(state.step + 1, params, opt_state, mean), {"loss": total / count, "grad_norm": norm}
+        after = constrain_tree(TrainState(state.step + 1, params, opt_state, mean))
+        return after, {"loss": total / count, "grad_norm": norm}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -83,10 +87,12 @@ def _accumulated(
     """Loss and gradients, summed over the batch's rows in `parts` parts."""
     if parts == 1:
         return value_and_grad(params, batch, key)
-    split = {name: rows.reshape(parts, -1, *rows.shape[1:]) for name, rows in batch.items()}
+    # Every part takes every so-manieth row: of those that a device has, as many as of any other's.
+    split = {name: rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1) for name, rows in batch.items()}
 
     def add(sums: tuple[Array, Any], part: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
-        return jax.tree.map(jnp.add, sums, value_and_grad(params, *part)), None
+        total, grads = value_and_grad(params, *part)
+        return jax.tree.map(jnp.add, sums, (total, constrain_tree(grads))), None
 
     shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda rows: rows[0], split), key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -16,15 +16,16 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_jax.attention import BATCH_AXES, HEAD_AXIS, attention
+from gpt2_jax.attention import attention
 from gpt2_jax.remat import POLICIES
+from gpt2_jax.sharding import BATCH_AXES, TENSOR
 
 
 def program(name: str, length: int) -> str:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
     devices = np.array(topology.devices).reshape(2, 1, 2)
-    mesh = Mesh(devices, (*BATCH_AXES, HEAD_AXIS), axis_types=(AxisType.Auto,) * 3)
-    spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, HEAD_AXIS, None))
+    mesh = Mesh(devices, (*BATCH_AXES, TENSOR), axis_types=(AxisType.Auto,) * 3)
+    spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, TENSOR, None))
     heads = jax.ShapeDtypeStruct((4, length, 12, 64), jnp.bfloat16, sharding=spread)
 
     def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

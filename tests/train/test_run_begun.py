@@ -15,6 +15,7 @@ from training_runs import RECIPE, data_for, files, recipe, run_in, write_text
 
 import bridge
 from gpt2_jax.data import open_data
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import TrainConfig, TrainingError, loop, settle
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.metrics import read_metrics
@@ -66,7 +67,7 @@ def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tm
     settled = settle(config, data_for(config, tmp_path), source)
     assert settled.model == bridge.GPT2Config(**{**vars(source.config), "attn_pdrop": 0.0, "resid_pdrop": 0.25})
     model = loop.make_model(settled)
-    state = loop.first_state(settled, model, loop.make_optimizer(settled.optimizer, 6), source)
+    state = loop.first_state(settled, model, loop.make_optimizer(settled.optimizer, 6), source, make_mesh())
     found = bridge.to_torch(jax.tree.map(np.asarray, state.params), settled.model, vocab_multiple=128)
     assert all(np.array_equal(found[name], array) for name, array in source.tensors.items())
 
@@ -84,9 +85,8 @@ def test_a_length_that_the_model_has_no_positions_for_is_refused(tmp_path: Path)
 def test_the_seed_draws_the_first_weights(tmp_path: Path) -> None:
     def embedding(config: TrainConfig) -> np.ndarray:
         model = loop.make_model(config)
-        return np.array(
-            loop.first_state(config, model, loop.make_optimizer(config.optimizer, 6), None).params["wte"]["embedding"]
-        )
+        state = loop.first_state(config, model, loop.make_optimizer(config.optimizer, 6), None, make_mesh())
+        return np.array(state.params["wte"]["embedding"])
 
     assert np.array_equal(embedding(RECIPE), embedding(RECIPE))
     assert not np.array_equal(embedding(RECIPE), embedding(recipe(seed=1)))

@@ -10,6 +10,7 @@ import pytest
 from training_runs import RECIPE, data_for, files, recipe, records, run_in, write_text
 
 import bridge
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import Outcome, TrainingError, loop, settle
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.metrics import read_metrics
@@ -153,7 +154,8 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(copy: Path) -> None:
 def test_the_description_of_a_state_is_that_of_the_first(changes: dict[str, Any]) -> None:
     config = recipe(**changes)
     model, tx = loop.make_model(config), loop.make_optimizer(config.optimizer, 6)
-    state, described = loop.first_state(config, model, tx, None), loop.described_state(config, model, tx)
+    mesh = make_mesh()
+    state, described = loop.first_state(config, model, tx, None, mesh), loop.described_state(config, model, tx, mesh)
     assert jax.tree.structure(described) == jax.tree.structure(state)
     for array, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(described), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
@@ -170,4 +172,6 @@ def test_the_data_is_read_as_configured_from_the_step_that_the_run_is_at(
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(loop, "training_batches", lambda stream, **options: asked.append(options) or iter(()))
     run_in(copy, recipe(seed=3, length=10, batch_size=2), resume=True, accept_changes=True)
-    assert asked == [{"seed": 3, "length": 10, "batch_size": 2, "start_step": 6, "examples": "stream"}]
+    assert asked == [
+        {"seed": 3, "length": 10, "batch_size": 2, "start_step": 6, "examples": "stream", "rows": slice(0, 2)}
+    ]

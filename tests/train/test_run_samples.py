@@ -12,6 +12,7 @@ from training_runs import data_for, recipe, run_in
 import bridge
 from bridge import TokenizerError
 from gpt2_jax.data import open_data
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import TrainingError, loop, settle
 from gpt2_jax.train.metrics import read_metrics
 
@@ -59,7 +60,9 @@ def test_a_padded_vocabulary_is_no_trouble_to_a_sample(tmp_path: Path) -> None:
     data = data_for(config, tmp_path)
     settled = settle(config, data, random_checkpoint(model))
     gpt2 = loop.make_model(settled)
-    state = loop.first_state(settled, gpt2, loop.make_optimizer(settled.optimizer, 6), random_checkpoint(model))
+    state = loop.first_state(
+        settled, gpt2, loop.make_optimizer(settled.optimizer, 6), random_checkpoint(model), make_mesh()
+    )
     shown = loop.sample(settled, gpt2, state, data, [65, 27, 10])
     assert shown.startswith("A\ufffd\n")  # an escape would move the terminal's cursor
     with pytest.raises((KeyError, TokenizerError)):

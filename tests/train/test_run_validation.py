@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from training_runs import RECIPE, data_for, recipe
 
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import TrainingError, loop
 
 
@@ -21,15 +22,20 @@ def test_the_running_mean_is_what_is_evaluated(tmp_path: Path) -> None:
         seen.append(params)
         return 1.0, 2
 
-    assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state) == 0.5
-    assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state._replace(ema_params=None)) == 0.5
+    assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state, make_mesh()) == 0.5
+    assert (
+        loop.validation_loss(
+            eval_step, RECIPE, data_for(RECIPE, tmp_path), state._replace(ema_params=None), make_mesh()
+        )
+        == 0.5
+    )
     assert set(seen) == {"their mean", "weights"}
 
 
 def test_validation_data_without_a_label_is_an_error(tmp_path: Path) -> None:
     state = loop.TrainState(jax.numpy.int32(0), {}, {})
     with pytest.raises(TrainingError, match="nothing to predict"):
-        loop.validation_loss(lambda params, batch: (0.0, 0), RECIPE, data_for(RECIPE, tmp_path), state)
+        loop.validation_loss(lambda params, batch: (0.0, 0), RECIPE, data_for(RECIPE, tmp_path), state, make_mesh())
 
 
 def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(tmp_path: Path) -> None:
@@ -42,6 +48,6 @@ def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(tmp_path: Path) ->
 
     data, state = data_for(RECIPE, tmp_path), loop.TrainState(jax.numpy.int32(0), {}, {})
     for accumulate in (1, 2):
-        loop.validation_loss(eval_step, recipe(accumulate=accumulate), data, state)
+        loop.validation_loss(eval_step, recipe(accumulate=accumulate), data, state, make_mesh())
     assert [len(ids) for ids in seen] == [4, 4, 2, 2, 2, 2]
     np.testing.assert_array_equal(np.concatenate(seen[:2]), np.concatenate(seen[2:]))

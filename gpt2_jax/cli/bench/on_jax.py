@@ -12,6 +12,7 @@ import numpy as np
 
 import bridge
 import gpt2_jax
+from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import make_optimizer, make_train_step
 from gpt2_jax.train.begin import first_state, make_model
 from gpt2_jax.train.config import TrainConfig, from_flat
@@ -40,8 +41,12 @@ def about() -> dict[str, Any]:
 
 def _train(job: dict[str, Any]) -> Action:
     config = from_flat(job["config"])
-    model, tx = make_model(config), make_optimizer(config.optimizer, config.steps)
-    state = first_state(config, model, tx, None)
+    model, tx, mesh = (
+        make_model(config),
+        make_optimizer(config.optimizer, config.steps),
+        make_mesh(devices=jax.devices()[:1]),
+    )
+    state = first_state(config, model, tx, None, mesh)
     train_step = make_train_step(model, tx, seed=config.seed, clip_norm=config.optimizer.clip_norm)
     ids = job["ids"].astype(np.int32)
     batch = jax.device_put({"input_ids": ids[:, :-1], "labels": ids[:, 1:]})

@@ -1,0 +1,188 @@
+"""How arrays lie on a mesh of devices: one table for parameters, from which everything else follows.
+
+A mesh has three axes. `data`: each device has all of the model and its own rows of the batch. `fsdp`: rows too, and
+the model's weights and optimizer state in parts, of which a layer's are brought together while it runs (Rajbhandari
+et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP"). `tensor`: heads, the feed-forward's columns and the vocabulary
+in parts (Shoeybi et al. 2019, "Megatron-LM").
+
+Nothing here moves data: the compiler does, from what is said here (Xu et al. 2021, "GSPMD").
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bridge import BridgeError
+from bridge.errors import bullet_list
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+AXES = (DATA, FSDP, TENSOR)
+BATCH_AXES = (DATA, FSDP)
+"""Over these the rows of a batch are spread."""
+
+RULES = (
+    (r"(wte|wpe|lm_head)/embedding", PartitionSpec(TENSOR, FSDP)),  # V D, P D
+    (r"attn/c_attn/kernel", PartitionSpec(FSDP, None, TENSOR, None)),  # D 3 H K
+    (r"attn/c_attn/bias", PartitionSpec(None, TENSOR, None)),  # 3 H K
+    (r"attn/c_proj/kernel", PartitionSpec(TENSOR, None, FSDP)),  # H K D
+    (r"mlp/c_fc/kernel", PartitionSpec(FSDP, TENSOR)),  # D F
+    (r"mlp/c_fc/bias", PartitionSpec(TENSOR)),  # F
+    (r"mlp/c_proj/kernel", PartitionSpec(TENSOR, FSDP)),  # F D
+    (r"(attn|mlp)/c_proj/bias", PartitionSpec(None)),  # D
+    (r"ln_[12f]/(scale|bias)", PartitionSpec(None)),  # D
+)
+"""(end of a parameter's path, where its axes lie), for one layer; stacked layers have one more axis in front, which is
+never split. What has few numbers is whole on every device."""
+
+
+class MeshError(BridgeError):
+    """A mesh that cannot be made of these devices, or that does not divide an array; the message names both."""
+
+
+def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh as `data=2,fsdp=4,tensor=1` describes it. Axes left out have size 1; one may be -1, for all that is left.
+
+    Args:
+        devices: those to use; unless given, the first of `jax.devices()` that are enough, and all of them where
+            several processes take part. Those of several TPU slices are parted by `data`.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    sizes = _sizes(wanted, len(found))
+    count, slices = math.prod(sizes), len({getattr(device, "slice_index", 0) for device in found})
+    if count > len(found) or (count < len(found) and (slices > 1 or jax.process_count() > 1)):
+        raise MeshError(f"--mesh {wanted}: {count} devices, and there are {len(found)}")
+    if slices > 1:
+        if sizes[0] % slices:
+            raise MeshError(f"--mesh {wanted}: data={sizes[0]} must be a multiple of the number of slices, {slices}")
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), found, allow_split_physical_axes=True, process_is_granule=False
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, found[:count], allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _sizes(wanted: str, available: int) -> tuple[int, ...]:
+    sizes = dict.fromkeys(AXES, 1)
+    given: list[str] = []
+    for part in wanted.split(","):
+        name, _, size = (text.strip() for text in part.partition("="))
+        if name not in AXES or name in given or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
+            raise MeshError(
+                f"--mesh {wanted}: write data=.., fsdp=.. and tensor=.., each at most once, with numbers from 1 on, "
+                "or -1 in one of them, for all devices that are left"
+            )
+        given.append(name)
+        sizes[name] = int(size)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise MeshError(f"--mesh {wanted}: only one axis may be -1")
+    if free:
+        others = -math.prod(sizes.values())
+        if available % others:
+            raise MeshError(f"--mesh {wanted}: {others} does not divide the {available} devices that there are")
+        sizes[free[0]] = available // others
+    return tuple(sizes.values())
+
+
+def batch_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def spec_of(path: str, ndim: int) -> PartitionSpec:
+    """Of a parameter, or of anything that goes with one under its path; raises KeyError where no rule is for it."""
+    if not ndim:
+        return PartitionSpec()
+    for pattern, spec in RULES:
+        if re.search(rf"(^|/){pattern}$", path):
+            if ndim in (len(spec), len(spec) + 1):
+                return spec if ndim == len(spec) else PartitionSpec(None, *spec)
+            break
+    raise KeyError(f"no rule says how {path} with {ndim} axes is spread over a mesh")
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """Of every leaf of parameters, an optimizer's state, or both; raises `MeshError` where the mesh does not divide."""
+    specs = _specs(tree)
+    leaves, names = jax.tree.leaves(tree), [name for name, _ in _named(tree)]
+    problems = [
+        problem
+        for name, leaf, spec in zip(names, leaves, jax.tree.leaves(specs, is_leaf=_is_spec), strict=True)
+        for problem in _problems(name, leaf.shape, spec, mesh)
+    ]
+    if problems:
+        raise MeshError("the mesh does not divide the model:\n" + bullet_list(dict.fromkeys(problems)))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, _split_axes(spec, mesh)), specs, is_leaf=_is_spec)
+
+
+def constrain_tree(tree: Any) -> Any:
+    """The same inside `jit`, with every leaf where the table has it; as it is where no mesh is set."""
+    return tree if _mesh() is None else jax.lax.with_sharding_constraint(tree, _specs(tree))
+
+
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """The same inside `jit`, its axes spread over these of the mesh that is set (`jax.set_mesh`); over those that there
+    are, and that divide it."""
+    mesh = _mesh()
+    if mesh is None:
+        return x
+    kept = []
+    for size, axis in zip(x.shape, axes, strict=True):
+        there = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in mesh.shape)
+        kept.append(there if there and size % math.prod(mesh.shape[name] for name in there) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+
+def gathered(embedding: jax.Array) -> jax.Array:
+    """An embedding of which every device has the rows of its part of the vocabulary whole; and so has their gradients,
+    until they are added up: from a gradient in columns the compiler would have to turn all activations."""
+    return constrain(embedding, TENSOR, None)
+
+
+def _mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh that is set, if it has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def _specs(tree: Any) -> Any:
+    named = _named(tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), [spec_of(name, leaf.ndim) for name, leaf in named])
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """Every leaf with its path, of which only the keys of dictionaries count: those of parameters are dictionaries."""
+    return [
+        ("/".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _split_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The same as the compiler writes it in its results: what goes in like what came out runs the same program."""
+    axes = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec]
+    while axes and axes[-1] is None:
+        axes.pop()
+    return PartitionSpec(*axes)
+
+
+def _problems(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> Iterator[str]:
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            cure = (
+                "; pad the vocabulary, --vocab-multiple 128" if axis == TENSOR and name.endswith("e/embedding") else ""
+            )
+            yield f"{name} has shape {tuple(shape)}, and {axis}={mesh.shape[axis]} does not divide {size}{cure}"
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec)
