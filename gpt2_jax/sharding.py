@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bridge import BridgeError
 from bridge.errors import bullet_list
+from bridge.params import DECAYS
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
@@ -99,8 +100,11 @@ def batch_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
 
 
 def spec_of(path: str, ndim: int) -> PartitionSpec:
-    """Of a parameter, or of anything that goes with one under its path; raises KeyError where no rule is for it."""
-    if not ndim:
+    """Of a parameter, or of anything that goes with one under its path; raises KeyError where no rule is for it.
+
+    What goes with none, as a count of steps or a coefficient of the optimizer, is whole on every device.
+    """
+    if not ndim or path.split("/")[-1] not in DECAYS:
         return PartitionSpec()
     for pattern, spec in RULES:
         if re.search(rf"(^|/){pattern}$", path):
@@ -178,9 +182,7 @@ def _split_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
 def _problems(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> Iterator[str]:
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            cure = (
-                "; pad the vocabulary, --vocab-multiple 128" if axis == TENSOR and name.endswith("e/embedding") else ""
-            )
+            cure = "; pad the vocabulary, --vocab-multiple 128" if axis == TENSOR and "embedding" in name else ""
             yield f"{name} has shape {tuple(shape)}, and {axis}={mesh.shape[axis]} does not divide {size}{cure}"
 
 

@@ -22,13 +22,9 @@ def test_the_running_mean_is_what_is_evaluated(tmp_path: Path) -> None:
         seen.append(params)
         return 1.0, 2
 
-    assert loop.validation_loss(eval_step, RECIPE, data_for(RECIPE, tmp_path), state, make_mesh()) == 0.5
-    assert (
-        loop.validation_loss(
-            eval_step, RECIPE, data_for(RECIPE, tmp_path), state._replace(ema_params=None), make_mesh()
-        )
-        == 0.5
-    )
+    data, mesh = data_for(RECIPE, tmp_path), make_mesh()
+    assert loop.validation_loss(eval_step, RECIPE, data, state, mesh) == 0.5
+    assert loop.validation_loss(eval_step, RECIPE, data, state._replace(ema_params=None), mesh) == 0.5
     assert set(seen) == {"their mean", "weights"}
 
 
