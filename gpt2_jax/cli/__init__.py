@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -14,6 +15,7 @@ import tyro
 
 from bridge import BridgeError
 from bridge.errors import quoted
+from gpt2_jax import processes
 from gpt2_jax.cli.bench import bench
 from gpt2_jax.cli.convert import convert
 from gpt2_jax.cli.demo import demo
@@ -50,23 +52,33 @@ def main(args: list[str] | None = None) -> None:
         print(f"gpt2-bridge {version('gpt2-bridge')}")
         sys.exit(0)
     code: int | None
+    why = "it was told to"
     try:
-        if args is None and set(sys.argv[1:2]) & COMPILING and "--help" not in sys.argv:
+        asks = {"--help", "--distributed"} & {*sys.argv}  # JAX must not look for its devices before processes join
+        if args is None and set(sys.argv[1:2]) & COMPILING and not asks:
             keep_compiled_programs()
         verbs = {**VERBS, "train": train_command(default_config(sys.argv[1:] if args is None else args))}
         code = tyro.extras.subcommand_cli_from_dict(
             verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
         )
     except BridgeError as error:
-        print(f"gpt2: {error}", file=sys.stderr)
+        why = str(error)
+        print(f"gpt2: {why}", file=sys.stderr)
         code = BAD_INPUT
     except BrokenPipeError:  # as `head` closes its input
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
         code = 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a name that is too long, no permission
         where = f"{quoted(error.filename)}: " if error.filename else ""
-        print(f"gpt2: {where}{error.strerror or error}", file=sys.stderr)
+        why = f"{where}{error.strerror or error}"
+        print(f"gpt2: {why}", file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
         code = 130  # as a shell reports a process ended by SIGINT
-    sys.exit(code or 0)
+    except Exception as error:
+        if not processes.are_joined():
+            raise
+        why = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+        code = 1
+    processes.end(code or 0, why)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jax.errors import JaxRuntimeError
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -17,7 +18,9 @@ from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.output import console, json_writer, progress
+from gpt2_jax.cli.process import keep_compiled_programs
 from gpt2_jax.data import Data, open_data
+from gpt2_jax.processes import first_alone, first_says, is_first, join, leave
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
 from gpt2_jax.train.config import flat, from_flat
 from gpt2_jax.train.run import is_run, stored_identity
@@ -54,6 +57,10 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         accept_changes: bool = False,
         cache: Annotated[Path | None, arg(metavar="DIR")] = None,
         json: JsonFile = None,
+        distributed: bool = False,
+        coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None,
+        processes: int | None = None,
+        process: int | None = None,
     ) -> int:
         """Train a GPT-2, or fine-tune one, in JAX; ends with a Hugging Face export that PyTorch loads.
 
@@ -68,8 +75,18 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             accept_changes: resume although flags or data are not what they were.
             cache: where tokenised text is kept (default: gpt2-bridge in the user's cache directory).
             json: also write how the run ended to this file.
+            distributed: take part with other processes, of which each runs this command; on TPU pods and under SLURM
+                and Open MPI they find each other. RUN is to be a directory that all of them see.
+            coordinator: elsewhere, where the first process is to be reached.
+            processes: and how many there are.
+            process: and which this one is, from 0.
         """
-        write_json = json_writer(json)
+        if distributed:
+            join(coordinator, processes, process)
+            keep_compiled_programs()
+        elif (coordinator, processes, process) != (None, None, None):
+            raise BridgeError("--coordinator, --processes and --process go with --distributed")
+        write_json = json_writer(json if is_first() else None)
         try:
             outcome = run_training(
                 from_flat(flat(config)), out, resume=resume, accept_changes=accept_changes, cache=cache
@@ -88,6 +105,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
                 "lower --batch-size, or raise --accumulate"
             ) from error
         write_json(outcome.to_json())
+        leave()
         return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by  # as shells report a signal
 
     return train
@@ -124,20 +142,22 @@ def run_training(
     cache: Path | None = None,
 ) -> Outcome:
     """Open what the configuration names, train, and say how it ended."""
-    say = console().print
-    resumes = resume and is_run(out)
+    screen = console() if is_first() else Console(quiet=True)
+    say = screen.print
+    resumes = bool(first_says(resume and is_run(out)))
     if resume and not resumes:
         say(f"no run at {out}; beginning one", soft_wrap=True)
     # What goes on has its tokenizer and its sizes in RUN, and needs the checkpoint that it began with no more.
     origin = out if resumes and steps(out) else config.init_from
     source = None if origin is None else bridge.load(origin)
-    data = _open_data(config, source, cache)
+    with first_alone("opening the data"):  # which tokenises text, for the others too
+        data = _open_data(config, source, cache)
     init_from = None if config.init_from is None else source
     config = settle(config, data, init_from)
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
     outcome = train(
-        config, out, data, init_from=init_from, resume=resume, accept_changes=accept_changes, console=console()
+        config, out, data, init_from=init_from, resume=resume, accept_changes=accept_changes, console=screen
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
     say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)

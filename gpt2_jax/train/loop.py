@@ -19,6 +19,7 @@ from bridge.formats.run import best_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
+from gpt2_jax.processes import first_says, is_first, wait_for_all
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.batches import rows_of_step
@@ -26,7 +27,7 @@ from gpt2_jax.train.begin import described_state, first_state, make_model
 from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.config import TrainConfig
 from gpt2_jax.train.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
-from gpt2_jax.train.metrics import plot_losses
+from gpt2_jax.train.metrics import PLOT, plot_losses
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.report import Report
 from gpt2_jax.train.signals import StopSignals
@@ -83,18 +84,21 @@ def train(
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
     place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
     rows_of_step(config, mesh)
-    resumes = resume and runs.is_run(run)
+    resumes = bool(first_says(resume and runs.is_run(run)))
     if resumes:
         runs.require_same(run, config, data, accept_changes)
-    if not (resumes and steps(run)):  # without a checkpoint nothing is there to go on from: its tokenizer may differ
+    # Without a checkpoint nothing is there to go on from: its tokenizer may differ.
+    begins = bool(first_says(not (resumes and steps(run))))
+    if begins and is_first():
         runs.begin(run, config, data)
+    wait_for_all("the run's directory")
     with jax.set_mesh(mesh), StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
-        saved = checkpoints.latest() if resumes else None
+        saved = None if begins else checkpoints.latest()
         state = first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
-        if resumes:  # now that the state fits the configuration
+        if resumes and is_first():  # now that the state fits the configuration
             runs.describe(run, config, data)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
-        with Report(console or Console(), run, config, int(state.step), schedule) as report:
+        with Report(console or Console(), run, config, int(state.step), schedule, mesh.size) as report:
             loop = Loop(config, data, model, tx, mesh, prompt, checkpoints, report, stop, lowest_loss(run))
             state = loop.run(state)
     return finish(run, int(state.step), stop.received if state.step < config.steps else None)
@@ -146,7 +150,7 @@ class Loop:
         for step in range(start + 1, c.steps + 1):
             state, metrics = self.train_step(state, rows.put(next(batches)))
             self.report.stepped(step, metrics)
-            ends = step == c.steps or self.stop.received is not None
+            ends = self.stop.ends_after(step) or step == c.steps
             self.take_stock(step, state, ends)
             if ends:
                 break
@@ -187,5 +191,7 @@ def finish(run: Path, step: int, stopped_by: signal.Signals | None) -> Outcome:
     """Draw the losses and export the best checkpoint."""
     best = best_step(run)
     assert best is not None  # one is saved when the loop ends
-    bridge.save(bridge.load(run).with_biases(), run / runs.EXPORT, format="huggingface", overwrite=True)
-    return Outcome(run, step, best, stored_loss(run, best), stopped_by, run / runs.EXPORT, plot_losses(run))
+    if is_first():
+        bridge.save(bridge.load(run).with_biases(), run / runs.EXPORT, format="huggingface", overwrite=True)
+        plot_losses(run)
+    return Outcome(run, step, best, stored_loss(run, best), stopped_by, run / runs.EXPORT, run / PLOT)

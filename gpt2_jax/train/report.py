@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpt2_jax.processes import is_first
 from gpt2_jax.train.config import NonFiniteLoss, TrainConfig
 from gpt2_jax.train.metrics import Metrics
 from gpt2_jax.train.throughput import flops_per_token, peak_flops
@@ -26,16 +27,26 @@ class Report:
     """
 
     def __init__(
-        self, out: Console, run: Path, config: TrainConfig, start_step: int, schedule: Callable[[int], Any]
+        self,
+        out: Console,
+        run: Path,
+        config: TrainConfig,
+        start_step: int,
+        schedule: Callable[[int], Any],
+        devices: int = 1,
     ) -> None:
         self._out, self._config, self._schedule = out, config, schedule
-        self._metrics = Metrics(run, config, start_step)
+        self._metrics = Metrics(run, config, start_step) if is_first() else None
         self._flops_per_step = flops_per_token(config.model, config.length) * config.batch_size * config.length
-        self._peak, source = peak_flops(config.dtype)
-        self.say(f"MFU is relative to {self._peak / 1e12:.3g} TFLOP/s in {config.dtype}, {source}")
+        peak, source = peak_flops(config.dtype)
+        self._peak = devices * peak
+        each = f" on each of {devices} devices" if devices > 1 else ""
+        self.say(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s in {config.dtype}{each}, {source}")
         watched = Console(stderr=True, markup=False)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
+        self._bar = Progress(
+            *columns, console=watched, transient=True, disable=not (watched.is_terminal and is_first())
+        )
         self._task = self._bar.add_task("compiling", total=config.steps, completed=start_step)
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._resumed_at: float | None = None  # None until the first step, which compiles, is over
@@ -77,7 +88,8 @@ class Report:
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         """Log a record; say it too where there is a validation loss in it."""
-        self._metrics.write(step, values)
+        if self._metrics is not None:
+            self._metrics.write(step, values)
         if values.get("val_loss") is not None:
             self.say(f"step {step:>6}  validation loss {values['val_loss']:.4f}  {self._shown}")
 
@@ -98,4 +110,5 @@ class Report:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()

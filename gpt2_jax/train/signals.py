@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run between two steps, so that it can save first."""
+"""SIGTERM and Ctrl-C end a run between two steps, so that it can save first: all its processes after the same one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import signal
 import threading
 from types import FrameType
 
+from jax.experimental import multihost_utils
+
+from gpt2_jax.processes import are_joined
+
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it always does."""
+    """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it always does.
+
+    Where several processes take part, JAX hears SIGTERM, of a preemption too, and lets them agree on a step.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -18,15 +25,25 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._before = {number: signal.signal(number, self._note) for number in _HANDLED}
+            handled = (signal.SIGINT,) if are_joined() else _HANDLED
+            self._before = {number: signal.signal(number, self._note) for number in handled}
         return self
+
+    def ends_after(self, step: int) -> bool:
+        """Whether the run is to end after this step; every process asks after each."""
+        if are_joined() and multihost_utils.reached_preemption_sync_point(step):
+            self.received = signal.SIGTERM
+        return self.received is not None
 
     def __exit__(self, *error: object) -> None:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
         self._restore()
+        if are_joined():
+            signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
+        else:
+            self.received = signal.Signals(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
