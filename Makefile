@@ -5,7 +5,7 @@ PEERS := .venv-peers
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers test-gpu test-tpu fuzz check bench clean
+.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu fuzz check bench clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -18,6 +18,9 @@ test-slow: $(INSTALLED)  ## the tests at 124M parameters
 
 test-peers: $(INSTALLED) $(PEERS)/.installed  ## against transformers 4's Flax, in an environment of its own
 	PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m pytest -m peers
+
+test-mesh: $(INSTALLED)  ## training on every mesh of eight devices, and in several processes
+	$(BIN)/python -m pytest -m mesh
 
 test-gpu: $(INSTALLED)  ## cuDNN's attention, on a machine with a GPU and the `cuda` extra
 	$(BIN)/python -m pytest -m gpu

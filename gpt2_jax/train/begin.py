@@ -74,7 +74,7 @@ def first_state(
         return jax.jit(init, out_shardings=places, donate_argnums=0)(params)
     # Drawn once: on CPU what the compiler would save in drawing by thinking longer is less than it takes to think.
     options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
-    draw = jax.jit(_state_from_seed(config, model, tx), out_shardings=places, compiler_options=options)
+    draw = jax.jit(state_from_seed(config, model, tx), out_shardings=places, compiler_options=options)
     return draw(*_init_arguments(config))
 
 
@@ -83,7 +83,7 @@ def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransfor
 
     Raises `MeshError` where the mesh does not divide the model.
     """
-    shapes = jax.eval_shape(_state_from_seed(config, model, tx), *_init_arguments(config))
+    shapes = jax.eval_shape(state_from_seed(config, model, tx), *_init_arguments(config))
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
@@ -91,7 +91,7 @@ def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransfor
     )
 
 
-def _state_from_seed(
+def state_from_seed(
     config: TrainConfig, model: GPT2, tx: optax.GradientTransformation
 ) -> Callable[[Any, Any], TrainState]:
     def state(key: Any, ids: Any) -> TrainState:
