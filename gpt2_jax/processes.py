@@ -70,6 +70,12 @@ def end(code: int, why: str) -> None:
     sys.exit(code)
 
 
+def hear_of_others() -> None:
+    """Before an error is explained: where another process has ended, that is why, and this one ends with its reason."""
+    if _joined is not None:
+        _joined.over.wait(3 * _LOOK_EVERY)
+
+
 def are_joined() -> bool:
     return _joined is not None
 
@@ -111,26 +117,26 @@ class _Watch:
         from jax._src.distributed import global_state  # JAX has no public name for its store of keys, as orbax knows
 
         self._client: Any = global_state.client
-        self._over = threading.Event()
+        self.over = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def stop(self) -> None:
-        self._over.set()
+        self.over.set()
 
     def tell(self, why: str) -> None:
-        self._over.set()
+        self.over.set()
         with suppress(Exception):  # another was faster, or the first process is gone
             self._client.key_value_set(_ENDED, why)
         if jax.process_index() == 0:  # the store ends with this process
             threading.Event().wait(4 * _LOOK_EVERY)
 
     def _look(self) -> None:
-        while not self._over.wait(_LOOK_EVERY):
+        while not self.over.wait(_LOOK_EVERY):
             try:
                 why = self._client.key_value_try_get(_ENDED)
             except Exception:  # there is none yet; if the service is gone, JAX itself ends this process
                 continue
-            if not self._over.is_set():
+            if not self.over.is_set():
                 print(f"gpt2: ended with {why}", file=sys.stderr)
                 _now(1)
 

@@ -22,6 +22,7 @@ from gpt2_jax.cli.demo import demo
 from gpt2_jax.cli.eval import evaluate
 from gpt2_jax.cli.generate import generate
 from gpt2_jax.cli.inspect import inspect
+from gpt2_jax.cli.plan import plan_command
 from gpt2_jax.cli.process import keep_compiled_programs, take_huge_pages
 from gpt2_jax.cli.train import default_config, train_command
 from gpt2_jax.cli.verify import verify
@@ -57,11 +58,13 @@ def main(args: list[str] | None = None) -> None:
         asks = {"--help", "--distributed"} & {*sys.argv}  # JAX must not look for its devices before processes join
         if args is None and set(sys.argv[1:2]) & COMPILING and not asks:
             keep_compiled_programs()
-        verbs = {**VERBS, "train": train_command(default_config(sys.argv[1:] if args is None else args))}
+        default = default_config(sys.argv[1:] if args is None else args)
+        verbs = {**VERBS, "train": train_command(default), "plan": plan_command(default)}
         code = tyro.extras.subcommand_cli_from_dict(
             verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
         )
     except BridgeError as error:
+        processes.hear_of_others()
         why = str(error)
         print(f"gpt2: {why}", file=sys.stderr)
         code = BAD_INPUT
@@ -78,6 +81,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if not processes.are_joined():
             raise
+        processes.hear_of_others()
         why = f"{type(error).__name__}: {error}"
         traceback.print_exc()
         code = 1
