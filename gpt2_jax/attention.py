@@ -7,7 +7,6 @@ kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gpt2_jax.blocks import causal_attention_by_blocks
 from gpt2_jax.remat import ATTENDED
-from gpt2_jax.sharding import BATCH_AXES, TENSOR
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts
 
 Implementation = Literal["auto", "plain", "blocks", "cudnn", "splash"]
 
@@ -131,13 +130,12 @@ def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False
         kernel = _splash_kernel(q_BTHK.shape[2], q_BTHK.shape[1], interpret)
         return jax.vmap(kernel)(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(1, 2)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.axis_names)
-    divides_rows, divides_heads = q_BTHK.shape[0] % rows == 0, q_BTHK.shape[2] % mesh.shape.get(TENSOR, 1) == 0
-    batch = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names) if divides_rows else ()
-    heads = TENSOR if TENSOR in mesh.axis_names and divides_heads else None
-    if mesh.empty:
+    axes = axes_of_mesh()
+    if not axes:
         return own_part(q_BTHK, k_BSHK, v_BSHK)
+    divides_rows, divides_heads = q_BTHK.shape[0] % batch_parts(axes) == 0, q_BTHK.shape[2] % axes.get(TENSOR, 1) == 0
+    batch = tuple(axis for axis in BATCH_AXES if axis in axes) if divides_rows else ()
+    heads = TENSOR if TENSOR in axes and divides_heads else None
     spec = PartitionSpec(batch or None, None, heads, None)
     spread = jax.shard_map(own_part, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
     return spread(q_BTHK, k_BSHK, v_BSHK)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from bridge.labels import IGNORED
 from gpt2_jax.functions import wide_dtype
 from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import BATCH_AXES, TENSOR, batch_parts, constrain, gathered
+from gpt2_jax.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts, constrain, gathered
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -76,11 +76,13 @@ def summed_cross_entropy(
         chunk_bytes: of a device's logits at a time, but at least one position of every row; `default_chunk_bytes`
             unless given.
     """
-    parts = batch_parts(jax.sharding.get_abstract_mesh())
+    axes = axes_of_mesh()
+    parts = batch_parts(axes)
     if parts > 1 and hidden.shape[0] % parts == 0:
         hidden, labels = (x.reshape(parts, -1, *x.shape[1:]) for x in (hidden, labels))
         own = functools.partial(_own_sum, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-        return jax.vmap(own, (0, None, 0), spmd_axis_name=BATCH_AXES)(hidden, embedding, labels).sum()
+        spread = tuple(axis for axis in BATCH_AXES if axis in axes)
+        return jax.vmap(own, (0, None, 0), spmd_axis_name=spread)(hidden, embedding, labels).sum()
     return _own_sum(hidden, embedding, labels, vocab_size, chunk_bytes)
 
 
@@ -101,10 +103,11 @@ def _own_sum(
 def default_chunk_bytes() -> int:
     """How much of the logits is made at a time: 1/64 of an accelerator's memory, at least 256 MiB, and that elsewhere.
 
-    The larger a part, the less often the embedding's gradient is added to; below 64 MiB that begins to show.
+    The larger a part, the less often the embedding's gradient is added to; below 64 MiB that begins to show. A power of
+    two, because devices of one kind have a little more or less, and all must run one program.
     """
     memory = jax.local_devices()[0].memory_stats() or {}
-    return max(memory.get("bytes_limit", 0) // 64, 2**28)
+    return max(2 ** ((memory.get("bytes_limit", 0) // 64).bit_length() - 1), 2**28)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

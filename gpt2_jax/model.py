@@ -73,6 +73,8 @@ class Embedding(nn.Module):
     rows: int
     width: int
     std: float
+    rows_axis: str | None = TENSOR
+    """Of a mesh, that rows are spread over."""
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -81,7 +83,7 @@ class Embedding(nn.Module):
         self.embedding = self.param("embedding", init, (self.rows, self.width), self.param_dtype)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(gathered(self.embedding.astype(self.dtype)), ids, axis=0)
+        return jnp.take(gathered(self.embedding.astype(self.dtype), self.rows_axis), ids, axis=0)
 
 
 class Projection(nn.Module):
@@ -330,7 +332,7 @@ class GPT2(nn.Module):
         c = self.config
         rows = padded_vocab_size(c.vocab_size, self.vocab_multiple)
         self.wte = self._embedding(rows)
-        self.wpe = self._embedding(c.n_positions)
+        self.wpe = self._embedding(c.n_positions, None)
         self.drop = nn.Dropout(c.embd_pdrop)
         layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype, self.attention)
         self.h: Any = layer() if self.scan else [layer() for _ in range(c.n_layer)]
@@ -424,8 +426,9 @@ class GPT2(nn.Module):
         # A loop body is not merged with what is outside of it, so prevent_cse would only cost time there.
         return nn.remat(apply_layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])
 
-    def _embedding(self, rows: int) -> Embedding:
-        return Embedding(rows, self.config.n_embd, self.config.initializer_range, self.dtype, self.param_dtype)
+    def _embedding(self, rows: int, rows_axis: str | None = TENSOR) -> Embedding:
+        c = self.config
+        return Embedding(rows, c.n_embd, c.initializer_range, rows_axis, self.dtype, self.param_dtype)
 
 
 def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:

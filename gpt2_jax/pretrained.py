@@ -150,12 +150,7 @@ def _spread(layers: Sequence[_Stored], whole: jax.ShapeDtypeStruct, place: Named
             stored.copy_into([(part[1:], buffer[layer]) for part, buffer in buffers.values()])
         else:
             stored.copy_into([*buffers.values()])
-    arrays, adopted = [], set()
-    for device, index in devices.items():
-        buffer, key = buffers[str(index)][1], str(index)
-        # JAX on CPU adopts a buffer, and writes to what is donated: no two devices may have the same one.
-        arrays.append(jax.device_put(buffer.copy() if key in adopted else buffer, device))
-        adopted.add(key)
+    arrays = [jax.device_put(buffers[str(index)][1], device) for device, index in devices.items()]
     return jax.make_array_from_single_device_arrays(whole.shape, place, arrays)
 
 

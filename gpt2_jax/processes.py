@@ -6,25 +6,28 @@ when one is lost, and hear of a preemption. Where there is one process, nothing 
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from bridge import BridgeError
-from bridge.errors import quoted
+from bridge.errors import bullet_list, quoted
 
 HEARTBEAT_TIMEOUT = 30
 """Seconds without a sign of life after which a process counts as lost, and the others end."""
 
 _ENDED, _LOOK_EVERY = "gpt2_bridge/ended", 0.5
 _joined: _Watch | None = None
+
+T = TypeVar("T")
 
 
 class ProcessesError(BridgeError):
@@ -54,7 +57,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 
 def leave() -> None:
-    """When this process's work is done: wait for the others, and be one process again."""
+    """When this process's work is done, and the others' (`first_says` or `wait_for_all` came last): be one again."""
     global _joined
     if _joined is not None:
         _joined.stop()
@@ -76,37 +79,53 @@ def hear_of_others() -> None:
         _joined.over.wait(3 * _LOOK_EVERY)
 
 
-def are_joined() -> bool:
-    return _joined is not None
+def are_several() -> bool:
+    """Whether others take part, by `join` or by the caller's own `jax.distributed.initialize`."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
     """Whether this is the process that prints, and writes what only one may."""
-    return not are_joined() or jax.process_index() == 0
+    return not are_several() or jax.process_index() == 0
 
 
-def first_says(value: int) -> int:
-    """The first process's value, in all of them; none goes on before all have asked."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if are_joined() else value
+def first_says(value: T) -> T:
+    """The first process's value, of what JSON has, in all of them; none goes on before all have asked.
+
+    What depends on files goes through here: each process may see a shared directory as it was at another moment.
+    """
+    if not are_several():
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    said = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    first: T = json.loads(bytes(np.asarray(said, np.uint8)))
+    return first
+
+
+def require_agreement(told: Mapping[str, Any]) -> None:
+    """Raise `ProcessesError`, in every process that it is true of, where this one was told something else than the
+    first: together they would compute nonsense, or wait for each other for ever."""
+    mine, first = json.loads(json.dumps(told)), first_says(told)
+    differing = [name for name in {**first, **mine} if first.get(name) != mine.get(name)]
+    if differing:
+        lines = [f"{name} is {quoted(mine.get(name))} here, and {quoted(first.get(name))} there" for name in differing]
+        raise ProcessesError("this process was told something else than the first one:\n" + bullet_list(lines))
 
 
 @contextmanager
 def first_alone(what: str) -> Iterator[None]:
     """A block that the first process goes through before the others."""
     if not is_first():
-        _wait(what)
+        wait_for_all(what)
     yield
     if is_first():
-        _wait(what)
+        wait_for_all(what)
 
 
 def wait_for_all(what: str) -> None:
     """Until every process is here."""
-    _wait(what)
-
-
-def _wait(what: str) -> None:
-    if are_joined():
+    if are_several():
         multihost_utils.sync_global_devices(what)
 
 

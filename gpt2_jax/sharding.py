@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ BATCH_AXES = (DATA, FSDP)
 """Over these the rows of a batch are spread."""
 
 RULES = (
-    (r"(wte|wpe|lm_head)/embedding", PartitionSpec(TENSOR, FSDP)),  # V D, P D
+    (r"(wte|lm_head)/embedding", PartitionSpec(TENSOR, FSDP)),  # V D
+    (r"wpe/embedding", PartitionSpec(None, FSDP)),  # P D
     (r"attn/c_attn/kernel", PartitionSpec(FSDP, None, TENSOR, None)),  # D 3 H K
     (r"attn/c_attn/bias", PartitionSpec(None, TENSOR, None)),  # 3 H K
     (r"attn/c_proj/kernel", PartitionSpec(TENSOR, None, FSDP)),  # H K D
@@ -56,11 +57,11 @@ def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> 
     """
     found = list(jax.devices() if devices is None else devices)
     sizes = _sizes(wanted, len(found))
-    count, slices = math.prod(sizes), len({getattr(device, "slice_index", 0) for device in found})
+    count, slices = math.prod(sizes), _slices(found)
     if count > len(found) or (count < len(found) and (slices > 1 or jax.process_count() > 1)):
         raise MeshError(f"--mesh {wanted}: {count} devices, and there are {len(found)}")
     if slices > 1:
-        if sizes[0] % slices:
+        if sizes[0] % slices:  # within one, links are an order of magnitude faster than between them
             raise MeshError(f"--mesh {wanted}: data={sizes[0]} must be a multiple of the number of slices, {slices}")
         inside = (sizes[0] // slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -69,6 +70,12 @@ def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> 
     else:
         grid = mesh_utils.create_device_mesh(sizes, found[:count], allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(devices: Sequence[Any]) -> int:
+    """How many TPU slices. JAX numbers the machines of GPUs by the same name, but any of their axes may span them."""
+    on_tpu = devices[0].platform == "tpu"
+    return len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
 
 
 def _sizes(wanted: str, available: int) -> tuple[int, ...]:
@@ -94,9 +101,9 @@ def _sizes(wanted: str, available: int) -> tuple[int, ...]:
     return tuple(sizes.values())
 
 
-def batch_parts(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
-    """Over how many devices the rows of a batch are spread."""
-    return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+def batch_parts(axes: Mapping[str, int]) -> int:
+    """Over how many devices the rows of a batch are spread, by the sizes of a mesh's axes."""
+    return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def spec_of(path: str, ndim: int) -> PartitionSpec:
@@ -125,37 +132,53 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     ]
     if problems:
         raise MeshError("the mesh does not divide the model:\n" + bullet_list(dict.fromkeys(problems)))
-    return jax.tree.map(lambda spec: NamedSharding(mesh, _split_axes(spec, mesh)), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, _over(spec, mesh.shape)), specs, is_leaf=_is_spec)
 
 
 def constrain_tree(tree: Any) -> Any:
-    """The same inside `jit`, with every leaf where the table has it; as it is where no mesh is set."""
-    return tree if _mesh() is None else jax.lax.with_sharding_constraint(tree, _specs(tree))
+    """The same inside `jit`, with every leaf where the table has it; as it is where no such mesh is set."""
+    axes = axes_of_mesh()
+    if not axes:
+        return tree
+    specs = jax.tree.map(lambda spec: _over(spec, axes), _specs(tree), is_leaf=_is_spec)
+    return jax.lax.with_sharding_constraint(tree, specs)
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """The same inside `jit`, its axes spread over these of the mesh that is set (`jax.set_mesh`); over those that there
-    are, and that divide it."""
-    mesh = _mesh()
-    if mesh is None:
+    """The same inside `jit`, its axes spread over these of the mesh that is set (`jax.set_mesh`), or over none.
+
+    What the mesh does not have, or what does not divide an axis, says nothing of that axis; and where nothing is left
+    to say, as on a mesh with other names, the array lies where it lay.
+    """
+    there = axes_of_mesh()
+    wanted = [((axis,) if isinstance(axis, str) else axis or ()) for axis in axes]
+    kept = [tuple(name for name in names if name in there) for names in wanted]
+    parts = [math.prod(there[name] for name in names) for names in kept]
+    kept = [names if size % n == 0 else () for names, n, size in zip(kept, parts, x.shape, strict=True)]
+    if not there or (any(wanted) and not any(kept)):
         return x
-    kept = []
-    for size, axis in zip(x.shape, axes, strict=True):
-        there = tuple(name for name in ((axis,) if isinstance(axis, str) else axis or ()) if name in mesh.shape)
-        kept.append(there if there and size % math.prod(mesh.shape[name] for name in there) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+    unsaid = PartitionSpec.UNCONSTRAINED
+    spec = [names or (unsaid if asked else None) for names, asked in zip(kept, wanted, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-def gathered(embedding: jax.Array) -> jax.Array:
+def gathered(embedding: jax.Array, rows_axis: str | None = TENSOR) -> jax.Array:
     """An embedding of which every device has the rows of its part of the vocabulary whole; and so has their gradients,
     until they are added up: from a gradient in columns the compiler would have to turn all activations."""
-    return constrain(embedding, TENSOR, None)
+    return constrain(embedding, rows_axis, None)
 
 
-def _mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh that is set, if it has more than one device."""
+def axes_of_mesh() -> dict[str, int]:
+    """The axes of the mesh that is set that this module speaks of, with their sizes; none where they are all 1.
+
+    Auto ones alone: over those of a `shard_map` the caller has spread the arrays already.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    if mesh.empty:
+        return {}
+    named = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    axes = {name: size for name, size, kind in named if name in AXES and kind == AxisType.Auto}
+    return axes if math.prod(axes.values()) > 1 else {}
 
 
 def _specs(tree: Any) -> Any:
@@ -171,19 +194,22 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _split_axes(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
-    """The same as the compiler writes it in its results: what goes in like what came out runs the same program."""
-    axes = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec]
-    while axes and axes[-1] is None:
-        axes.pop()
-    return PartitionSpec(*axes)
+def _over(spec: PartitionSpec, axes: Mapping[str, int]) -> PartitionSpec:
+    """The same over axes of these sizes, as the compiler writes it in its results: what goes in like what came out runs
+    the same program."""
+    kept = [axis if axis is not None and axes.get(axis, 1) > 1 else None for axis in spec]
+    while kept and kept[-1] is None:
+        kept.pop()
+    return PartitionSpec(*kept)
 
 
 def _problems(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> Iterator[str]:
     for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            cure = "; pad the vocabulary, --vocab-multiple 128" if axis == TENSOR and "embedding" in name else ""
-            yield f"{name} has shape {tuple(shape)}, and {axis}={mesh.shape[axis]} does not divide {size}{cure}"
+        parts = 1 if axis is None else mesh.shape.get(axis, 1)
+        if size % parts:
+            is_vocabulary = axis == TENSOR and "embedding" in name
+            cure = f"; pad the vocabulary, with --vocab-multiple {parts} or a multiple of it" if is_vocabulary else ""
+            yield f"{name} has shape {tuple(shape)}, and {axis}={parts} does not divide {size}{cure}"
 
 
 def _is_spec(node: Any) -> bool:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bridge
 from bridge import GPT2Config
@@ -33,7 +34,7 @@ from gpt2_jax.train import OptimizerConfig, TrainConfig, make_optimizer, make_tr
 from gpt2_jax.train.batches import rows_of_step
 from gpt2_jax.train.begin import described_state, first_state, make_model, state_from_seed
 
-MODEL = GPT2Config(vocab_size=71, n_positions=24, n_embd=32, n_layer=3, n_head=8)
+MODEL = GPT2Config(vocab_size=71, n_positions=24, n_embd=32, n_layer=5, n_head=8)
 CONFIG = TrainConfig(
     model=MODEL,
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
@@ -122,9 +123,39 @@ def programs() -> dict[str, Any]:
     return found
 
 
+def foreign_meshes() -> dict[str, Any]:
+    """Logits and the step on meshes that are not this project's: how far they are from one device's, and how many rows
+    of them a device has."""
+    model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    first = first_state(CONFIG, model, tx, None, make_mesh("data=1", jax.devices()[:1]))
+    state, batch = jax.tree.map(np.asarray, first), _batches(CONFIG)[0]
+    ids, found = batch["input_ids"], {}
+
+    def logits(params: Any, ids: Any) -> Any:
+        return model.apply({"params": params}, ids)
+
+    expected = np.asarray(jax.jit(logits)(state.params, ids))
+    loss = float(make_train_step(model, tx)(jax.tree.map(jnp.array, state), batch)[1]["loss"])
+    for names in (("dp",), ("data",), ("data", "model"), ("fsdp", "other")):
+        mesh = jax.make_mesh((8, *[1] * (len(names) - 1)), names, axis_types=(AxisType.Auto,) * len(names))
+        rows = NamedSharding(mesh, PartitionSpec(names[0]))
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(jnp.array, state)
+            given = {name: jax.device_put(array, rows) for name, array in batch.items()}
+            result = jax.jit(logits)(placed.params, given["input_ids"])
+            difference = abs(float(make_train_step(model, tx)(placed, given)[1]["loss"]) - loss)
+        differences = max(difference, float(np.abs(np.asarray(result) - expected).max()))
+        found[" ".join(names)] = differences, result.addressable_shards[0].data.shape[0]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    mapped = jax.shard_map(logits, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False)
+    result = jax.jit(mapped)(state.params, ids)
+    found["shard_map"] = float(np.abs(np.asarray(result) - expected).max()), result.addressable_shards[0].data.shape[0]
+    return found
+
+
 def loaded(directory: str) -> dict[str, Any]:
-    """For each checkpoint there, in each form: which parameters differ, how many tensors were read more than once, and
-    how many parts have another's memory."""
+    """For each checkpoint there, in each form: which parameters differ, and how many tensors were read again."""
     return {
         f"{path.name} {scan}": _loaded(path, scan)
         for path in sorted(Path(directory).iterdir())
@@ -142,7 +173,6 @@ def _loaded(path: Path, scan: bool) -> dict[str, Any]:
     tensors = LazyTensors({name: counted(name, entry) for name, entry in checkpoint.tensors.entries.items()})
     params = sharded_params(replace(checkpoint, tensors=tensors), mesh, scan=scan, vocab_multiple=8)
     arrays = list(zip(*map(jax.tree.leaves, (params, expected, shardings(params, mesh))), strict=True))
-    memory = [part.data.unsafe_buffer_pointer() for array, _, _ in arrays for part in array.addressable_shards]
     return {
         "differing": [
             str(array.shape)
@@ -150,7 +180,6 @@ def _loaded(path: Path, scan: bool) -> dict[str, Any]:
             if array.sharding != place or array.dtype != like.dtype or not np.array_equal(np.asarray(array), like)
         ],
         "read again": len(reads) - len({*reads}),
-        "shared": len(memory) - len({*memory}),
     }
 
 

@@ -53,7 +53,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"gpt2-bridge {version('gpt2-bridge')}")
         sys.exit(0)
     code: int | None
-    why = "it was told to"
+    why = ""
     try:
         asks = {"--help", "--distributed"} & {*sys.argv}  # JAX must not look for its devices before processes join
         if args is None and set(sys.argv[1:2]) & COMPILING and not asks:
@@ -77,9 +77,10 @@ def main(args: list[str] | None = None) -> None:
         print(f"gpt2: {why}", file=sys.stderr)
         code = BAD_INPUT
     except KeyboardInterrupt:
+        why = "it was interrupted"
         code = 130  # as a shell reports a process ended by SIGINT
     except Exception as error:
-        if not processes.are_joined():
+        if not processes.are_several():
             raise
         processes.hear_of_others()
         why = f"{type(error).__name__}: {error}"

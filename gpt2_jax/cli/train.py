@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from jax.errors import JaxRuntimeError
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes, arg
 
 import bridge
@@ -20,7 +20,7 @@ from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.output import console, json_writer, progress
 from gpt2_jax.cli.process import keep_compiled_programs
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.processes import first_alone, first_says, is_first, join, leave
+from gpt2_jax.processes import end, first_alone, first_says, is_first, join, leave
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
 from gpt2_jax.train.config import flat, from_flat
 from gpt2_jax.train.run import is_run, stored_identity
@@ -37,7 +37,7 @@ class _Model(GPT2Config):
 
 
 @dataclass(frozen=True)
-class _Flags(TrainConfig):
+class Flags(TrainConfig):
     model: _Model = field(default_factory=_Model)
     """Sizes of the model; the vocabulary is the tokenizer's, and all are SRC's with --init-from SRC."""
 
@@ -45,13 +45,18 @@ class _Flags(TrainConfig):
         """Checked later, as above."""
 
 
+def flags_of(default: TrainConfig) -> Flags:
+    """Every field as a flag, with `default` as the defaults."""
+    return Flags(**{**vars(default), "model": _Model(**vars(default.model))})
+
+
 def train_command(default: TrainConfig) -> Callable[..., int]:
     """The verb, with `default` as the default of its flags."""
-    flags = _Flags(**{**vars(default), "model": _Model(**vars(default.model))})
+    flags = flags_of(default)
 
     def train(
         *,
-        config: Annotated[_Flags, OmitArgPrefixes] = flags,
+        config: Annotated[Flags, OmitArgPrefixes] = flags,
         out: Annotated[Path, arg(metavar="RUN")],
         resume: bool = False,
         accept_changes: bool = False,
@@ -92,11 +97,10 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
                 from_flat(flat(config)), out, resume=resume, accept_changes=accept_changes, cache=cache
             )
         except NonFiniteLoss as error:
-            print(
-                f"gpt2: {error}; what was saved before is in {out}. Lower --learning-rate, or raise --warmup-steps",
-                file=sys.stderr,
-            )
-            return DIVERGED
+            why = f"{error}; what was saved before is in {out}. Lower --learning-rate, or raise --warmup-steps"
+            if is_first():
+                print(f"gpt2: {why}", file=sys.stderr)
+            end(DIVERGED, why)
         except (MemoryError, JaxRuntimeError) as error:
             if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -112,8 +116,8 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
 
 
 def default_config(args: Sequence[str]) -> TrainConfig:
-    """What the flags of `gpt2 train` are when they are not given: the preset's, or the resumed run's."""
-    if list(args[:1]) != ["train"]:
+    """What the flags of `gpt2 train` and `gpt2 plan` are unless given: the preset's, or the resumed run's."""
+    if not set(args[:1]) & {"train", "plan"}:
         return PRESETS[DEFAULT_PRESET]
     if "--resume" in args and (out := _value(args, "--out")) is not None and is_run(Path(out)):
         return stored_identity(Path(out)).config
@@ -144,11 +148,11 @@ def run_training(
     """Open what the configuration names, train, and say how it ended."""
     screen = console() if is_first() else Console(quiet=True)
     say = screen.print
-    resumes = bool(first_says(resume and is_run(out)))
+    resumes = first_says(resume and is_run(out))
     if resume and not resumes:
         say(f"no run at {out}; beginning one", soft_wrap=True)
     # What goes on has its tokenizer and its sizes in RUN, and needs the checkpoint that it began with no more.
-    origin = out if resumes and steps(out) else config.init_from
+    origin = out if first_says(resumes and bool(steps(out))) else config.init_from
     source = None if origin is None else bridge.load(origin)
     with first_alone("opening the data"):  # which tokenises text, for the others too
         data = _open_data(config, source, cache)
@@ -175,7 +179,7 @@ def _open_data(config: TrainConfig, source: Checkpoint | None, cache: Path | Non
     except NoTokenizerError:
         tokenizer = None  # which token files do not need
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with progress(*columns) as bar:
+    with progress(*columns) if is_first() else Progress(disable=True) as bar:
         task = bar.add_task("reading", total=None)
         return open_data(
             config.data,

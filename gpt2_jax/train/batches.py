@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,10 +60,10 @@ def rows_of_part(config: TrainConfig, mesh: Mesh) -> Rows:
 
 
 def _require_divided(config: TrainConfig, mesh: Mesh) -> None:
-    rows, parts = config.batch_size // config.accumulate, batch_parts(mesh)
+    rows, parts = config.batch_size // config.accumulate, batch_parts(mesh.shape)
     if rows % parts:
         raise TrainingError(
             f"batch_size={config.batch_size} in accumulate={config.accumulate} parts is {rows} rows at a time, which "
-            f"the mesh's data x fsdp = {parts} does not divide; choose a --batch-size that is a multiple of "
-            f"{parts * config.accumulate}, or another --mesh"
+            f"the mesh's data x fsdp = {parts} does not divide; choose --accumulate and a --batch-size that is a "
+            f"multiple of {parts} times that, or another --mesh (data={math.gcd(rows, parts)} takes fewer devices)"
         )

@@ -137,6 +137,9 @@ class TrainConfig:
             raise TrainingError("this run cannot be trained:\n" + bullet_list(problems))
 
 
+PLACES = frozenset({"data", "validation_data", "init_from"})
+"""Fields that say where something lies."""
+
 FREE = frozenset(
     {
         "data",

@@ -19,7 +19,7 @@ from bridge.formats.run import best_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
-from gpt2_jax.processes import first_says, is_first, wait_for_all
+from gpt2_jax.processes import first_says, is_first, require_agreement, wait_for_all
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.batches import rows_of_step
@@ -84,22 +84,26 @@ def train(
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
     place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
     rows_of_step(config, mesh)
-    resumes = bool(first_says(resume and runs.is_run(run)))
+    told = {**runs.told(config, data), "resume": resume, "accept_changes": accept_changes}
+    require_agreement(told)
+    resumes = first_says(resume and runs.is_run(run))
     if resumes:
         runs.require_same(run, config, data, accept_changes)
     # Without a checkpoint nothing is there to go on from: its tokenizer may differ.
-    begins = bool(first_says(not (resumes and steps(run))))
+    begins = first_says(not (resumes and bool(steps(run))))
     if begins and is_first():
         runs.begin(run, config, data)
     wait_for_all("the run's directory")
     with jax.set_mesh(mesh), StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
-        saved = None if begins else checkpoints.latest()
+        saved = None if begins else first_says(checkpoints.latest())
         state = first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
         if resumes and is_first():  # now that the state fits the configuration
             runs.describe(run, config, data)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
-        with Report(console or Console(), run, config, int(state.step), schedule, mesh.size) as report:
-            loop = Loop(config, data, model, tx, mesh, prompt, checkpoints, report, stop, lowest_loss(run))
+        with Report(
+            console or Console(quiet=not is_first()), run, config, int(state.step), schedule, mesh.size
+        ) as report:
+            loop = Loop(config, data, model, tx, mesh, prompt, checkpoints, report, stop, first_says(lowest_loss(run)))
             state = loop.run(state)
     return finish(run, int(state.step), stop.received if state.step < config.steps else None)
 
@@ -189,9 +193,11 @@ def lowest_loss(run: Path) -> float:
 
 def finish(run: Path, step: int, stopped_by: signal.Signals | None) -> Outcome:
     """Draw the losses and export the best checkpoint."""
-    best = best_step(run)
-    assert best is not None  # one is saved when the loop ends
+    best = best_step(run) if is_first() else None
+    loss = None if best is None else stored_loss(run, best)
     if is_first():
         bridge.save(bridge.load(run).with_biases(), run / runs.EXPORT, format="huggingface", overwrite=True)
         plot_losses(run)
-    return Outcome(run, step, best, stored_loss(run, best), stopped_by, run / runs.EXPORT, run / PLOT)
+    best, loss = first_says((best, loss))  # until which the others wait
+    assert best is not None  # one is saved when the loop ends
+    return Outcome(run, step, best, loss, stopped_by, run / runs.EXPORT, run / PLOT)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge import save_tokenizer, tokenizer_fingerprint
 from bridge.bpe import END_OF_TEXT
@@ -15,7 +15,7 @@ from bridge.errors import bullet_list, quoted
 from bridge.files import flush_to_disk, new_directory
 from bridge.formats.directory import CONFIG, read_json, write_config, write_json
 from bridge.formats.run import RUN, steps
-from gpt2_jax.train.config import FREE, TrainConfig, TrainingError, flat, from_flat
+from gpt2_jax.train.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat
 
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
@@ -73,6 +73,13 @@ def require_same(run: Path, config: TrainConfig, data: Data, accept_changes: boo
             f"{quoted(run)} cannot be resumed exactly:\n{bullet_list(lines)}\n"
             "leave these as they were, or continue all the same with --accept-changes"
         )
+
+
+def told(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """What all processes of a run must have been told alike. Where data lies may differ from machine to machine."""
+    identity = Identity.of(config, data)
+    fields = {name: value for name, value in flat(config).items() if name not in PLACES}
+    return {**fields, "data": identity.data, "tokenizer": identity.tokenizer}
 
 
 def is_run(run: Path) -> bool:

@@ -8,7 +8,7 @@ from types import FrameType
 
 from jax.experimental import multihost_utils
 
-from gpt2_jax.processes import are_joined
+from gpt2_jax.processes import are_several
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,7 +16,8 @@ _HANDLED = (signal.SIGINT, signal.SIGTERM)
 class StopSignals:
     """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it always does.
 
-    Where several processes take part, JAX hears SIGTERM, of a preemption too, and lets them agree on a step.
+    Where several processes take part, JAX hears SIGTERM, from when they are joined on, of a preemption too, and lets
+    them agree on a step; a second SIGTERM changes nothing then.
     """
 
     def __init__(self) -> None:
@@ -25,13 +26,13 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            handled = (signal.SIGINT,) if are_joined() else _HANDLED
+            handled = (signal.SIGINT,) if are_several() else _HANDLED
             self._before = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def ends_after(self, step: int) -> bool:
         """Whether the run is to end after this step; every process asks after each."""
-        if are_joined() and multihost_utils.reached_preemption_sync_point(step):
+        if are_several() and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM
         return self.received is not None
 
@@ -40,7 +41,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._restore()
-        if are_joined():
+        if are_several():
             signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
         else:
             self.received = signal.Signals(number)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import random_checkpoint
 from on_meshes import SAME_CURVE
 from several_processes import start, train, wait
+from tokenizers_for_tests import write_byte_tokenizer
 from training_runs import write_text
 
+import bridge
 from bridge.formats.run import steps
 from gpt2_jax.train.metrics import read_metrics
 
@@ -103,6 +106,28 @@ def test_an_error_in_one_ends_all_soon_and_by_its_name(directory: Path) -> None:
     assert "missing.txt" in other.err
     assert "gpt2: ended with process 1:" in one.err
     assert "missing.txt" in one.err
+
+
+def test_processes_that_were_told_different_things_do_not_begin(directory: Path) -> None:
+    write_text(directory / "other", 150)
+    other = ["--data", directory / "other" / "text.txt", "--cache", directory / "other" / "cache"]
+    for name, given, field in (("seed", ["--seed", "5"], "seed is '5' here"), ("data", other, "data is")):
+        ended = train(2, 1, arguments(directory, f"told {name}"), p1=given)
+        assert [e.code != 0 for e in ended] == [True, True], ended
+        assert field in ended[1].err
+        assert "told something else than the first one" in ended[0].err, "it hears why"
+        assert not (directory / f"told {name}").exists()
+
+
+def test_two_begin_with_somebodys_weights(directory: Path) -> None:
+    config = bridge.GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=2, n_head=4)
+    bridge.save(random_checkpoint(config), directory / "source", format="huggingface")
+    write_byte_tokenizer(directory / "source")
+    more = ["--init-from", directory / "source", "--mesh", "fsdp=-1"]
+    for processes in (1, 2):
+        ended = train(processes, 1, arguments(directory, f"from weights {processes}", *more))
+        assert [e.code for e in ended] == [0] * processes, ended
+    assert_the_same_curve(directory / "from weights 2", directory / "from weights 1")
 
 
 def test_a_process_that_finds_nobody_says_what_to_give(directory: Path) -> None:
