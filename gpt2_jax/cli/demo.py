@@ -65,6 +65,7 @@ def _recipe(data: str, steps: int) -> TrainConfig:
         PRESETS["finetune"],
         init_from=BUNDLED,
         data=data,
+        mesh="data=1",  # however many devices there are
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, beta2=0.99),
         steps=steps,
         eval_every=max(1, steps // 3),
