@@ -94,6 +94,8 @@ def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransfor
 def state_from_seed(
     config: TrainConfig, model: GPT2, tx: optax.GradientTransformation
 ) -> Callable[[Any, Any], TrainState]:
+    model = model.clone(attention="plain")  # weights do not depend on it, and it alone takes sequences of any length
+
     def state(key: Any, ids: Any) -> TrainState:
         return init_state(model.init(key, ids)["params"], tx, ema=config.ema_decay is not None)
 

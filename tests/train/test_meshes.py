@@ -171,12 +171,14 @@ class FakeMesh:
 
 
 def test_a_mesh_that_does_not_divide_the_model_is_refused_by_shape_and_axis() -> None:
-    tree = {"wte": {"embedding": np.zeros((71, 6))}, "h_0": {"attn": {"c_attn": {"kernel": np.zeros((6, 3, 5, 1))}}}}
+    embeddings = {"wte": {"embedding": np.zeros((71, 6))}, "wpe": {"embedding": np.zeros((5, 6))}}
+    tree = {**embeddings, "h_0": {"attn": {"c_attn": {"kernel": np.zeros((6, 3, 5, 1))}}}}
     with pytest.raises(MeshError) as refused:
         shardings(tree, FakeMesh(tensor=2, fsdp=4))  # type: ignore[arg-type]
     for line in (
-        "wte/embedding has shape (71, 6), and tensor=2 does not divide 71; pad the vocabulary, with --vocab-multiple",
-        "wte/embedding has shape (71, 6), and fsdp=4 does not divide 6",
+        "wte/embedding has shape (71, 6), and tensor=2 x fsdp=4 does not divide 71; pad the vocabulary, with "
+        "--vocab-multiple 8 or a multiple of it",
+        "wpe/embedding has shape (5, 6), and fsdp=4 does not divide 6\n",
         "h_0/attn/c_attn/kernel has shape (6, 3, 5, 1), and tensor=2 does not divide 5",
     ):
         assert line in str(refused.value)

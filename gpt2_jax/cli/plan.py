@@ -1,0 +1,101 @@
+"""`gpt2 plan`: what a training step takes on devices that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import jax
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from tyro.conf import OmitArgPrefixes, arg
+
+from bridge import BridgeError
+from gpt2_jax.cli.arguments import JsonFile
+from gpt2_jax.cli.output import console, json_writer, progress, require_writable
+from gpt2_jax.cli.train import Flags, flags_of
+from gpt2_jax.plan.errors import PlanError
+from gpt2_jax.plan.plan import make_plan, weak_scaling
+from gpt2_jax.plan.plot import FORMATS, plot
+from gpt2_jax.plan.report import scaling_to_json, show, show_scaling, to_json
+from gpt2_jax.plan.topology import Topology, cpu_topology, tpu_topology
+from gpt2_jax.train import TrainConfig
+from gpt2_jax.train.config import flat, from_flat
+
+DOES_NOT_FIT = 1
+
+
+def plan_command(default: TrainConfig) -> Callable[..., int]:
+    """The verb, with `default` as the default of its flags."""
+    flags = flags_of(default)
+
+    def plan(
+        *,
+        config: Annotated[Flags, OmitArgPrefixes] = flags,
+        topology: Annotated[str | None, arg(metavar="NAME")] = None,
+        devices: int | None = None,
+        scaling: bool = False,
+        json: JsonFile = None,
+        plot_file: Annotated[Path | None, arg(name="plot", metavar="FILE")] = None,
+    ) -> int:
+        """Compile the training step for devices that are not here: does it fit, what do they exchange, how long can it
+        take at the least. Takes the flags of `gpt2 train`; opens no data, so --vocab-size is taken as it is.
+
+        Compiling takes a minute, whatever the size. Exit code 1 if a step does not fit.
+
+        Example: gpt2 plan --preset gpt2-xl --topology v5e:4x4 --mesh fsdp=16 --accumulate 6
+
+        Args:
+            config: the recipe; --preset gives the default of every other flag.
+            topology: a TPU's chip and shape, v5e:4x4, v5p:2x2x1, v6e:8x8 or v4:2x2x4, and the slices where there are
+                several, v5e:4x4*2; compiled by libtpu (extra `tpu`), which needs no TPU.
+            devices: instead, so many devices of this machine's CPU, without libtpu and without an estimate of time.
+            scaling: weak scaling: the same rows for each chip as here, from 1 chip to 256; with --mesh data=-1 or
+                fsdp=-1, which grows with them. A minute for each of five sizes.
+            json: also write everything to this file.
+            plot_file: with --scaling, also draw it to this file (.png, .svg or .pdf).
+        """
+        write_json = json_writer(json)
+        _require_plottable(plot_file, scaling)
+        recipe = from_flat(flat(config))
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: libtpu alone, which compiles, must not seek a TPU
+        chosen = _topology(topology, devices)
+        with ExitStack() as stack:
+            say = _bar(stack)
+            points = weak_scaling(recipe, chosen, say) if scaling else []
+            made = None if scaling else make_plan(recipe, chosen, say)
+        if made is not None:
+            write_json(to_json(made))
+            show(made, console())
+            return 0 if made.fits else DOES_NOT_FIT
+        write_json({"scaling": scaling_to_json(points)})
+        show_scaling(points, console())
+        if plot_file is not None:
+            plot(points, plot_file)
+        return 0
+
+    return plan
+
+
+def _topology(name: str | None, devices: int | None) -> Topology:
+    if (name is None) == (devices is None):
+        raise PlanError("give one of --topology, as v5e:4x4, and --devices, for so many of this machine's CPU")
+    return tpu_topology(name) if name is not None else cpu_topology(devices or 0)
+
+
+def _bar(stack: ExitStack) -> Callable[[str], None]:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    bar = stack.enter_context(progress(*columns))
+    task = bar.add_task("", total=None)
+    return lambda doing: bar.update(task, description=doing)
+
+
+def _require_plottable(file: Path | None, scaling: bool) -> None:
+    if file is None:
+        return
+    if not scaling:
+        raise BridgeError("--plot draws weak scaling: give --scaling too")
+    if file.suffix not in FORMATS:
+        raise BridgeError(f"--plot {file}: the name must end in {', '.join(FORMATS)}")
+    require_writable(file)

@@ -1,0 +1,78 @@
+"""Weak scaling on paper: seconds of a step, bytes of a link, and MFU, over the number of chips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bridge import BridgeError
+from gpt2_jax.plan.plan import Plan, Point
+from gpt2_jax.plan.roofline import ASSUMPTIONS, Roofline
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def plot(points: Sequence[Point], file: Path) -> None:
+    """Write the plot, its assumptions below it; raises `BridgeError` where the file cannot be written."""
+    from matplotlib.figure import Figure
+
+    shown = [(point.plan, point.plan.roofline) for point in points if point.plan and point.plan.roofline]
+    if not shown:
+        raise BridgeError(f"--plot {file}: none of the sizes fits, so there is nothing to draw")
+    figure = Figure(figsize=(11, 4.8))
+    axes = figure.subplots(1, 3)
+    figure.suptitle(_title(shown[-1][0]), fontsize=10)
+    chips = [plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"] for plan, _ in shown]
+    lines = [line for _, line in shown]
+    _panel(axes[0], chips, "seconds of a step", {name: [time(line) for line in lines] for name, time in TIMES.items()})
+    _panel(axes[1], chips, "MB of a link, each way", {"": [line.link_bytes / 1e6 for line in lines]})
+    _panel(
+        axes[2],
+        chips,
+        "MFU, % of the peak",
+        {name: [100 * line.mfu(time(line)) for line in lines] for name, time in TIMES.items()},
+    )
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.88, bottom=0.4, wspace=0.25)
+    figure.text(0.02, 0.01, _wrapped(), fontsize=6.5, va="bottom")
+    try:
+        figure.savefig(file, dpi=150)
+    except OSError as error:
+        raise BridgeError(f"cannot write {file}: {error.strerror}") from error
+
+
+def _overlapped(line: Roofline) -> float:
+    return line.overlapped
+
+
+def _in_turn(line: Roofline) -> float:
+    return line.in_turn
+
+
+TIMES = {"communication overlapped": _overlapped, "communication in turn": _in_turn}
+
+
+def _panel(ax: Any, chips: Sequence[int], title: str, curves: dict[str, list[float]]) -> None:
+    for name, values in curves.items():
+        ax.plot(chips, values, marker="o", label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(chips, [str(count) for count in chips])
+    ax.set_ylim(0, 1.1 * max(max(values) for values in curves.values()) or 1.0)
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_xlabel("chips", fontsize=9)
+    ax.tick_params(labelsize=8)
+    if any(curves):
+        ax.legend(fontsize=7)
+
+
+def _title(plan: Plan) -> str:
+    c, chip = plan.config, plan.topology.chip
+    devices = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"]
+    rows, name = c.batch_size / devices, "" if chip is None else chip.name
+    return f"{c.preset} on {name}: {rows:g} x {c.length} tokens a chip and step in {c.accumulate} parts, estimated"
+
+
+def _wrapped() -> str:
+    import textwrap
+
+    return "\n".join(textwrap.fill(f"- {line}", 210, subsequent_indent="  ") for line in ASSUMPTIONS)
