@@ -169,8 +169,8 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(embedding: jax.Array, rows_axis: str | None = TENSOR) -> jax.Array:
-    """An embedding of which every device has the rows of its part of the vocabulary. Its gradient goes straight to where
-    the table has it; the derived one would be brought together as well."""
+    """An embedding of which every device has the rows of its part of the vocabulary. Its gradient goes straight to
+    where the table has it; the derived one would be brought together as well."""
     return constrain(embedding, rows_axis, None)
 
 
