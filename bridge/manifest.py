@@ -1,0 +1,112 @@
+"""What a directory holds, file by file, so that a damaged one is known before anything in it is used.
+
+The manifest is written last, when all else is on the disk, and is sealed itself: `files` has the size and SHA-256 of
+every file, `about` says whose they are, `seal` is the SHA-256 of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import CheckpointError, quoted
+from bridge.files import flush_to_disk
+
+MANIFEST = "manifest.json"
+_MOST_BYTES = 2**26
+"""Of a manifest: a checkpoint of many hosts has some ten thousand files."""
+
+
+def seal(directory: Path, about: Mapping[str, Any]) -> None:
+    """Put what is below `directory` on the disk, and a manifest of it, with what it is, into it."""
+    files = {}
+    manifest = directory / MANIFEST
+    manifest.unlink(missing_ok=True)
+    for path in _files(directory):
+        flush_to_disk(path)
+        files[path.relative_to(directory).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest.write_bytes(_rendered({"about": dict(about), "files": files}))
+    flush_to_disk(manifest)
+    for folder in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
+        flush_to_disk(folder)
+
+
+def about(directory: Path) -> dict[str, Any]:
+    """What the manifest says that the directory is; the files are not looked at.
+
+    Raises `CheckpointError` where there is none, or it is not as it was written.
+    """
+    return _read(directory)["about"]
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """As `about`, once every file was read and found to be as it was written, and no other there.
+
+    Raises `CheckpointError` naming the first that is not, and for a link or anything else that is no file.
+    """
+    content = _read(directory)
+    there = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
+    there.pop(MANIFEST)
+    for name in {**content["files"], **there}:
+        if name not in there:
+            raise CheckpointError(f"{quoted(directory / name)} is missing")
+        if name not in content["files"]:
+            raise CheckpointError(f"{quoted(there[name])} is not in the manifest")
+        expected, size = content["files"][name], there[name].stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(f"{quoted(there[name])} has {size} bytes, and was written with {expected['bytes']}")
+    for name, path in there.items():
+        if _sha256(path) != content["files"][name]["sha256"]:
+            raise CheckpointError(f"{quoted(path)} is not as it was written")
+    about: dict[str, Any] = content["about"]
+    return about
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    manifest = directory / MANIFEST
+    try:
+        status = os.lstat(manifest)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            raise CheckpointError(f"{quoted(manifest)} is no manifest")
+        written = manifest.read_bytes()
+        content: dict[str, Any] = json.loads(written)
+        del content["seal"]
+        if {*content} != {"about", "files"} or written != _rendered(content):
+            raise ValueError
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{quoted(directory)} has no manifest: it was not written to its end") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(manifest)}: {error.strerror}") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise (
+            error
+            if isinstance(error, CheckpointError)
+            else CheckpointError(f"{quoted(manifest)} is not as it was written")
+        ) from error
+    return content
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """All below it, in the order of their names; a link may lead anywhere, and is refused."""
+    for path in sorted(directory.rglob("*")):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise CheckpointError(f"{quoted(path)} is a link, or no file; a checkpoint has neither")
+        if stat.S_ISREG(mode):
+            yield path
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rendered(content: Mapping[str, Any]) -> bytes:
+    """The manifest, byte for byte: of what has another byte nothing is believed."""
+    seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**content, "seal": seal}, indent=1) + "\n").encode()
