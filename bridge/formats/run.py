@@ -1,27 +1,32 @@
 """What `gpt2 train` leaves: `config.json`, the tokenizer, and numbered checkpoints that orbax wrote.
 
 A run is read as its best checkpoint by validation loss, or its newest if none was evaluated; one of its
-`checkpoints/STEP` directories is read as that one. Where a running mean of the weights is kept (EMA), the mean
+`checkpoints/STEP` directories is read as that one. Either is first held against its manifest, file by file; of a run,
+what is damaged is passed over, and said to be. Where a running mean of the weights is kept (EMA), the mean
 is what is read. Orbax stores arrays with tensorstore (zarr in an OCDBT database), which needs no JAX to read.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bridge import manifest
 from bridge.arrays import TensorEntry, first_rows
 from bridge.checkpoint import Checkpoint
 from bridge.config import harmless_fields
 from bridge.convert import STACK
-from bridge.errors import CheckpointError, quoted
-from bridge.formats.directory import CONFIG, read_config, read_json, tensors_of_tree
+from bridge.errors import CheckpointError, bullet_list, quoted
+from bridge.formats.directory import CONFIG, read_config, tensors_of_tree
 
 NAME = "run"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+_NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 WEIGHTS = ("ema_params", "params")
 """Where a saved state has the weights: the first of these that it holds."""
 
@@ -31,34 +36,80 @@ def sniff(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    run, step = (path.parent.parent, path) if _is_step(path) else (path, _best(path))
+    skipped: list[str] = []
+    if _is_step(path):
+        run, step = path.parent.parent, path
+        verified(run, int(step.name))
+    else:
+        run, step = path, _best(path, skipped.append)
     config, fields = read_config(run / CONFIG)
     entries = {
         name: first_rows(entry, config.vocab_size) if name in ("wte/embedding", "lm_head/embedding") else entry
         for name, entry in _unstacked(_arrays(step / "state")).items()
     }
     tensors = tensors_of_tree(entries, config, step)
-    return Checkpoint(config, tensors, NAME, run, harmless_fields(fields), (f"read from {CHECKPOINTS}/{step.name}",))
+    return Checkpoint(
+        config, tensors, NAME, run, harmless_fields(fields), (f"read from {CHECKPOINTS}/{step.name}", *skipped)
+    )
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of the complete checkpoints, in order. Orbax gives a checkpoint its number once it is complete."""
+    """The steps of the checkpoints, in order. One gets its number once all of it is on the disk."""
     folder = run / CHECKPOINTS
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    return sorted(int(p.name) for p in folder.iterdir() if _NUMBER.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def sealed_steps(run: Path) -> list[int]:
+    """Of those, the ones whose manifest is as it was written; what it says of the files is not looked at."""
+    return [step for step in steps(run) if _about(run, step) is not None]
 
 
 def validation_loss(run: Path, step: int) -> float | None:
     """What was measured when this checkpoint was written, in nats per token; None if nothing was."""
-    file = run / CHECKPOINTS / str(step) / "metrics" / "metrics"
-    loss = read_json(file).get("val_loss") if file.is_file() else None
+    loss = (_about(run, step) or {}).get("val_loss")
     return float(loss) if isinstance(loss, int | float) else None
 
 
 def best_step(run: Path) -> int | None:
     """The checkpoint with the lowest validation loss; the newest if none was evaluated."""
-    losses = {step: validation_loss(run, step) for step in steps(run)}
+    return next(iter(_best_first(run)), None)
+
+
+def verified(run: Path, step: int) -> dict[str, Any]:
+    """What the manifest of a checkpoint says, every file being as it was written.
+
+    Raises `CheckpointError` naming the first that is not, also where it is another step's.
+    """
+    path = run / CHECKPOINTS / str(step)
+    about = manifest.verify(path)
+    if about.get("step") != step:
+        raise CheckpointError(f"{quoted(path)} is the checkpoint of step {about.get('step')}")
+    return about
+
+
+def sound(run: Path, candidates: Iterable[int], say: Callable[[str], object]) -> int | None:
+    """The first of these checkpoints that is as it was written; `say` is told of those before it, which are not."""
+    for step in candidates:
+        try:
+            verified(run, step)
+            return step
+        except CheckpointError as error:
+            say(f"the checkpoint of step {step} is damaged and passed over: {error}")
+    return None
+
+
+def _best_first(run: Path) -> list[int]:
+    losses = {step: validation_loss(run, step) for step in sealed_steps(run)}
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(evaluated, key=lambda step: evaluated[step]) if evaluated else max(losses, default=None)
+    return sorted(evaluated, key=lambda step: evaluated[step]) + sorted({*losses} - {*evaluated}, reverse=True)
+
+
+def _about(run: Path, step: int) -> dict[str, Any] | None:
+    try:
+        about = manifest.about(run / CHECKPOINTS / str(step))
+    except CheckpointError:
+        return None
+    return about if about.get("step") == step else None
 
 
 def _is_run(path: Path) -> bool:
@@ -66,13 +117,19 @@ def _is_run(path: Path) -> bool:
 
 
 def _is_step(path: Path) -> bool:
-    return path.name.isdigit() and path.parent.name == CHECKPOINTS and _is_run(path.parent.parent)
+    return bool(_NUMBER.fullmatch(path.name)) and path.parent.name == CHECKPOINTS and _is_run(path.parent.parent)
 
 
-def _best(run: Path) -> Path:
-    step = best_step(run)
+def _best(run: Path, say: Callable[[str], object]) -> Path:
+    damaged: list[str] = []
+    best = _best_first(run)
+    step = sound(run, [*best, *(step for step in reversed(steps(run)) if step not in best)], damaged.append)
+    if step is None and damaged:
+        raise CheckpointError(f"the run {quoted(run)} has no checkpoint that is sound:\n{bullet_list(damaged)}")
     if step is None:
         raise CheckpointError(f"the run {quoted(run)} has no checkpoint yet; let it train until its first one")
+    for line in damaged:
+        say(line)
     return run / CHECKPOINTS / str(step)
 
 

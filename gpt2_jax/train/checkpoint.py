@@ -1,43 +1,64 @@
-"""Checkpoints of a run, written by orbax while training goes on: the last few, and the best."""
+"""Checkpoints of a run, written by orbax while training goes on: the last few, and the best.
+
+Orbax gives a checkpoint its name once it has written all, but does not wait for the disk, and on reading does not
+notice a chunk that is gone (it gives zeros) or bytes that changed. So it writes under a hidden name here; what it wrote
+is put on the disk, sealed with a manifest (`bridge.manifest`), read again, and only then given its step for a name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-from orbax.checkpoint.experimental.v1 import training
-from orbax.checkpoint.experimental.v1.training import preservation_policies as keep
+import orbax.checkpoint.experimental.v1 as ocp
 
+from bridge import manifest
 from bridge.errors import bullet_list, quoted
-from bridge.formats.run import CHECKPOINTS
+from bridge.files import flush_to_disk
+from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps
+from gpt2_jax.processes import first_says, is_first, wait_for_all
 from gpt2_jax.train.config import TrainingError
 from gpt2_jax.train.step import TrainState
+
+PARTIAL = ".{}.partial"
 
 
 class Checkpoints:
     """The checkpoints of one run, numbered by their step.
 
-    A context: on leaving, saves that are under way are waited for, and their errors raised.
+    A context: on leaving, a save that is under way is waited for, and its error raised. Where several processes take
+    part each writes its own parts, and the first seals and names them.
+
+    Args:
+        about: what else the manifests say, beside the step and the loss: whose run it is.
+        say: told of every checkpoint that is damaged and passed over.
     """
 
-    def __init__(self, run: Path, keep_last: int = 2) -> None:
-        best = keep.BestN(
-            n=1, get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, keep_checkpoints_without_metrics=False
-        )
-        self._orbax = training.Checkpointer(
-            (run / CHECKPOINTS).absolute(),
-            preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(keep_last), best]),
-            cleanup_tmp_directories=True,
-        )
-        self._saving: tuple[int, Any] | None = None
+    def __init__(
+        self,
+        run: Path,
+        keep_last: int = 2,
+        about: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._run, self._folder = run, (run / CHECKPOINTS).absolute()
+        self._keep_last, self._about, self._say = keep_last, dict(about or {}), say
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        if is_first():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for left in self._folder.glob(PARTIAL.format("*")):  # by a process that was killed
+                shutil.rmtree(left)
+        wait_for_all("the folder of checkpoints")
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        newest = self._orbax.latest
-        return None if newest is None else newest.step
+        """The step of the newest checkpoint that is as it was written."""
+        return first_says(sound(self._run, reversed(steps(self._run)), self._say) if is_first() else None)
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Begin to write `state`; the copy is taken before this returns, so its buffers may be donated.
@@ -47,9 +68,16 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        metrics = None if val_loss is None else {"val_loss": val_loss}
+        partial = self._folder / PARTIAL.format(step)
         with _explained(f"the checkpoint of step {step} could not be written"):
-            self._saving = step, self._orbax.save_async(step, state, force=True, metrics=metrics)
+            writing = ocp.save_async(partial, state, overwrite=True)
+        about = {**self._about, "step": step, "val_loss": val_loss}
+        self._saving = step, self._thread.submit(self._commit, writing, partial, about)
+
+    def check(self) -> None:
+        """Raise `TrainingError` where what `save` began has failed by now."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
 
     def wait(self) -> None:
         """Until what `save` began is on the disk; raises `TrainingError` where that failed."""
@@ -63,11 +91,11 @@ class Checkpoints:
 
         Raises `TrainingError` for one that is damaged, or that has other shapes.
         """
-        expected = _shapes(like)
+        expected, path = _shapes(like), self._folder / str(step)
         with _explained(f"the checkpoint of step {step} could not be read; is it damaged?"):
-            found = _shapes(self._orbax.metadata(step).metadata)
+            found = _shapes(ocp.metadata(path).metadata)
             if found == expected:
-                return self._orbax.load(step, jax.tree.map(_description, like))
+                return ocp.load(path, jax.tree.map(_description, like))
         names = [name for name in expected | found if expected.get(name) != found.get(name)]
         problems = [f"{n}: {found.get(n, 'nothing')} is stored, {expected.get(n, 'nothing')} expected" for n in names]
         raise TrainingError(f"the checkpoint of step {step} is of another model or optimizer:\n{bullet_list(problems)}")
@@ -75,12 +103,41 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         try:
             self.wait()
         finally:
-            with suppress(Exception):  # orbax raises once more what `wait` has explained
-                self._orbax.close()
+            self._thread.shutdown()
+        if kind is None:
+            wait_for_all("the last checkpoint")
+
+    def _commit(self, writing: Any, partial: Path, about: Mapping[str, Any]) -> None:
+        """Once orbax has written all, on every process."""
+        try:
+            writing.result()
+            if is_first():
+                manifest.seal(partial, about)
+                manifest.verify(partial)
+                target = self._folder / str(about["step"])
+                if target.exists():  # damaged, and passed over when this run went on from one before it
+                    target.rename(_free(target.with_name(f"{target.name}.damaged")))
+                partial.rename(target)
+                flush_to_disk(self._folder)
+                self._prune()
+        except BaseException:
+            if is_first():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+    def _prune(self) -> None:
+        """Leave the last and the best; now that there is a newer one that is sound."""
+        sealed = sealed_steps(self._run)
+        kept = {*sealed[-self._keep_last :], best_step(self._run)}
+        for step in sealed:  # what is damaged stays, to be looked at
+            if step not in kept:
+                leaving = self._folder / PARTIAL.format(step)
+                (self._folder / str(step)).rename(leaving)  # at once: half of one must not look like one
+                shutil.rmtree(leaving)
 
 
 @contextmanager
@@ -89,6 +146,15 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # orbax raises its own, tensorstore's and the system's
         raise TrainingError(f"{what}\n{type(error).__name__}: {quoted(error, 400)}") from error
+
+
+def _free(path: Path) -> Path:
+    """A name that nothing has: this one, or with a number."""
+    return next(
+        name
+        for number in range(10**6)
+        if not (name := path.with_name(path.name + (f".{number}" if number else ""))).exists()
+    )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

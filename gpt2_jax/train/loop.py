@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 import bridge
-from bridge import Checkpoint
+from bridge import Checkpoint, manifest
+from bridge.errors import quoted
+from bridge.files import new_directory
 from bridge.formats.run import best_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
@@ -25,7 +29,7 @@ from gpt2_jax.train import run as runs
 from gpt2_jax.train.batches import rows_of_step
 from gpt2_jax.train.begin import described_state, first_state, make_model
 from gpt2_jax.train.checkpoint import Checkpoints
-from gpt2_jax.train.config import TrainConfig
+from gpt2_jax.train.config import TrainConfig, TrainingError
 from gpt2_jax.train.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
 from gpt2_jax.train.metrics import PLOT, plot_losses
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -94,18 +98,24 @@ def train(
     if begins and is_first():
         runs.begin(run, config, data)
     wait_for_all("the run's directory")
-    with jax.set_mesh(mesh), StopSignals() as stop, Checkpoints(run, config.keep_last) as checkpoints:
-        saved = None if begins else first_says(checkpoints.latest())
+    console, about = console or Console(quiet=not is_first()), runs.about(config, data)
+    with (
+        runs.locked(run) if is_first() else nullcontext(),
+        jax.set_mesh(mesh),
+        StopSignals() as stop,
+        Checkpoints(run, config.keep_last, about, console.print) as checkpoints,
+    ):
+        saved = None if begins else checkpoints.latest()
+        if saved is None and not begins:
+            raise TrainingError(f"none of the checkpoints in {quoted(run)} is sound; begin again, with another --out")
         state = first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
         if resumes and is_first():  # now that the state fits the configuration
             runs.describe(run, config, data)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
-        with Report(
-            console or Console(quiet=not is_first()), run, config, int(state.step), schedule, mesh.size
-        ) as report:
+        with Report(console, run, config, int(state.step), schedule, mesh.size) as report:
             loop = Loop(config, data, model, tx, mesh, prompt, checkpoints, report, stop, first_says(lowest_loss(run)))
             state = loop.run(state)
-    return finish(run, int(state.step), stop.received if state.step < config.steps else None)
+    return finish(run, about, int(state.step), stop.received if state.step < config.steps else None)
 
 
 class Loop:
@@ -154,6 +164,7 @@ class Loop:
         for step in range(start + 1, c.steps + 1):
             state, metrics = self.train_step(state, rows.put(next(batches)))
             self.report.stepped(step, metrics)
+            self.checkpoints.check()
             ends = self.stop.ends_after(step) or step == c.steps
             self.take_stock(step, state, ends)
             if ends:
@@ -191,12 +202,14 @@ def lowest_loss(run: Path) -> float:
     return float("inf") if loss is None else loss
 
 
-def finish(run: Path, step: int, stopped_by: signal.Signals | None) -> Outcome:
-    """Draw the losses and export the best checkpoint."""
+def finish(run: Path, about: Mapping[str, Any], step: int, stopped_by: signal.Signals | None) -> Outcome:
+    """Draw the losses and export the best checkpoint, with a manifest that says whose it is."""
     best = best_step(run) if is_first() else None
     loss = None if best is None else stored_loss(run, best)
     if is_first():
-        bridge.save(bridge.load(run).with_biases(), run / runs.EXPORT, format="huggingface", overwrite=True)
+        with new_directory(run / runs.EXPORT, overwrite=True) as export:
+            bridge.save(bridge.load(run).with_biases(), export, format="huggingface")
+            manifest.seal(export, {**about, "step": best, "val_loss": loss})
         plot_losses(run)
     best, loss = first_says((best, loss))  # until which the others wait
     assert best is not None  # one is saved when the loop ends

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from gpt2_jax.data import Data
 
 EXPORT = "export"
+_FLAGS = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
+"""Environment variables that change what is computed."""
 _VERSION = 1
 
 
@@ -59,10 +62,28 @@ def begin(run: Path, config: TrainConfig, data: Data) -> None:
         )
     if run.exists() and not is_run(run) and not (run.is_dir() and not any(run.iterdir())):
         raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
-    with new_directory(run, overwrite=is_run(run)) as directory:
+    with locked(run) if run.exists() else nullcontext(), new_directory(run, overwrite=is_run(run)) as directory:
         if data.tokenizer is not None:
             save_tokenizer(data.tokenizer, directory)
         describe(directory, config, data)
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """As long as the block lasts no other process is in here; raises `TrainingError` where one is.
+
+    The system forgets the lock with the process, however that ends; there is no file to be left behind.
+    """
+    import fcntl
+
+    directory = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out") from error
+    finally:
+        os.close(directory)
 
 
 def require_same(run: Path, config: TrainConfig, data: Data, accept_changes: bool) -> None:
@@ -96,16 +117,21 @@ def stored_identity(run: Path) -> Identity:
 
 def describe(run: Path, config: TrainConfig, data: Data) -> None:
     """Write config.json and run.json, each whole or not at all."""
+    _replace(run / CONFIG, lambda beside: write_config(beside, config.model, _end_of_text(data)))
+    _replace(run / RUN, lambda beside: write_json(beside, about(config, data)))
+
+
+def about(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """Whose a file of this run is, and what wrote it."""
     identity = Identity.of(config, data)
-    about = {
+    return {
         "version": _VERSION,
         "config": flat(config),
         "data": identity.data,
         "tokenizer": identity.tokenizer,
-        "versions": {name: version(name) for name in ("gpt2-bridge", "jax", "flax", "optax")},
+        "versions": {name: version(name) for name in ("gpt2-bridge", "jax", "jaxlib", "flax", "optax")},
+        "flags": {name: os.environ[name] for name in _FLAGS if name in os.environ},
     }
-    _replace(run / CONFIG, lambda beside: write_config(beside, config.model, _end_of_text(data)))
-    _replace(run / RUN, lambda beside: write_json(beside, about))
 
 
 def _end_of_text(data: Data) -> dict[str, int | None]:

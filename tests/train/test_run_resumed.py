@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
-from training_runs import RECIPE, data_for, files, recipe, records, run_in, write_text
+from rich.console import Console
+from training_runs import RECIPE, all_weights, data_for, files, recipe, records, run_in, write_text
 
 import bridge
+from bridge.formats.run import steps
 from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import Outcome, TrainingError, loop, settle
+from gpt2_jax.train import Outcome, TrainingError, loop, settle, train
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.metrics import read_metrics
 
@@ -143,11 +149,43 @@ def test_a_damaged_run_json_is_an_error_that_says_so(copy: Path, text: str) -> N
         run_in(copy, RECIPE, resume=True)
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(copy: Path) -> None:
-    # Not the arrays: where one fails, orbax may leave reads of others unfinished, which Python warns of at any time.
-    (copy / "run" / "checkpoints" / "6" / "state" / "_METADATA").unlink()
-    with pytest.raises(TrainingError, match="checkpoint of step 6 could not be read"):
+def test_a_damaged_checkpoint_is_named_passed_over_and_kept(copy: Path) -> None:
+    """The run goes on from the one before it, to the same end."""
+    run = copy / "run"
+    damaged = run / "checkpoints" / "6"
+    before, there = all_weights(damaged), steps(run)
+    file = next(p for p in sorted((damaged / "state").rglob("*")) if p.stat().st_size > 1000)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 4
+    file.write_bytes(data)
+    said, data_of_run = io.StringIO(), data_for(RECIPE, copy)
+    console = Console(file=said, width=1000)
+    outcome = train(settle(RECIPE, data_of_run), run, data_of_run, resume=True, console=console)
+    assert f"the checkpoint of step 6 is damaged and passed over: '{file}' is not as it was written" in said.getvalue()
+    assert (outcome.step, steps(run)) == (6, there)
+    again = all_weights(run / "checkpoints" / "6")
+    assert all(np.array_equal(again[name], array) for name, array in before.items())
+    assert (run / "checkpoints" / "6.damaged" / file.relative_to(damaged)).read_bytes() == data
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_not_begun_again(copy: Path) -> None:
+    for step in steps(copy / "run"):
+        (copy / "run" / "checkpoints" / str(step) / "manifest.json").write_text("{}")
+    with pytest.raises(TrainingError, match=r"none of the checkpoints in .* is sound"):
         run_in(copy, RECIPE, resume=True)
+
+
+def test_a_run_that_is_trained_by_another_process_is_refused(copy: Path) -> None:
+    code = "import sys; from pathlib import Path; from gpt2_jax.train.run import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(copy / "run")], text=True, **pipes) as other:  # type: ignore[call-overload]
+        assert other.stdout.readline() == "in\n"
+        before = files(copy / "run")
+        with pytest.raises(TrainingError, match="another process trains in"):
+            run_in(copy, RECIPE, resume=True)
+        assert files(copy / "run") == before
+    assert run_in(copy, RECIPE, resume=True).step == 6
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "ema_decay": 0.9, "scan": False}], ids=str)

@@ -35,6 +35,8 @@ def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path: Path, monkeypatc
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
+
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # which ends the process
