@@ -1,0 +1,74 @@
+"""kill -9 at random moments: every run that goes on afterwards ends as the one that was never killed.
+
+    python -m tests.faults.kills --kills 200 --seed 0
+
+Prints how many kills fell inside a save; exits with 1 where any run ended otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.faults import runs
+
+
+def kill_until_done(directory: Path, name: str, kills: int, rng: random.Random, seen: Counter[str]) -> str:
+    """A run that is killed so many times, and then left alone; what it comes to."""
+    for _ in range(kills):
+        process = runs.start(directory, name)
+        wait = _moment(directory / name, process, rng)
+        time.sleep(wait)
+        if process.poll() is not None:
+            break  # it was faster
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        seen["kills"] += 1
+        seen["inside a save"] += any((directory / name / "checkpoints").glob(".*.partial"))
+    return runs.finish(directory, name)
+
+
+def _moment(run: Path, process: subprocess.Popen[str], rng: random.Random) -> float:
+    """One kill in eight falls while the process starts; the others in the second after it has begun to save."""
+    if rng.random() < 1 / 8:
+        return rng.uniform(0, 3)
+    known = _files(run)
+    while process.poll() is None and not any(name.startswith(".") for name in _files(run) - known):
+        time.sleep(0.002)
+    return rng.uniform(0, 0.4)
+
+
+def _files(run: Path) -> set[str]:
+    folder = run / "checkpoints"
+    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, seen, ends = random.Random(options.seed), Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        runs.write_text(directory)
+        expected = runs.finish(directory, "whole")
+        while seen["kills"] < options.kills:
+            kills, before = rng.randint(1, 6), seen["kills"]
+            same = kill_until_done(directory, f"run {seen['runs']}", kills, rng, seen) == expected
+            seen["runs"] += 1
+            seen["runs of three or more"] += seen["kills"] - before >= 3
+            ends["the same" if same else "OTHERWISE"] += 1
+            print(dict(seen), dict(ends), flush=True)
+    return int(ends["OTHERWISE"] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A small run of `gpt2 train` in a process of its own, on one thread, and what it comes to in the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tensorstore
+
+from bridge.formats.run import steps, verified
+from gpt2_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+STEPS = 60
+FLAGS = shlex.split(f"""
+    --tokenizer bytes --n-positions 16 --n-embd 96 --n-layer 3 --n-head 3 --vocab-multiple 128 --resid-pdrop 0.1
+    --steps {STEPS} --batch-size 4 --length 12 --accumulate 2 --ema-decay 0.9 --learning-rate 1e-2 --warmup-steps 2
+    --eval-every 20 --eval-batches 1 --log-every 1 --checkpoint-every 3 --keep-last 2 --sample-tokens 0
+""")
+
+
+def write_text(directory: Path) -> None:
+    lines = (f"line {i} says that {i} times {i} is {i * i};\n" for i in range(300))
+    (directory / "text.txt").write_text("".join(lines))
+
+
+def start(directory: Path, name: str, *more: object) -> subprocess.Popen[str]:
+    """Begin the run, or go on with it."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": ONE_THREAD,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]
+    command = [sys.executable, "-m", "tests.faults.train", "train", *map(str, [*places, *FLAGS, *more]), "--resume"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with _one_processor():
+        return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+
+
+def finish(directory: Path, name: str) -> str:
+    """Let the run go on to its end; the hash of what it comes to."""
+    process = start(directory, name)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return outcome(directory / name)
+
+
+def outcome(run: Path) -> str:
+    """SHA-256 over every array of the last checkpoint (parameters, their mean, the optimizer's state), the export, and
+    the log, in which each line has the loss of a step's own batch."""
+    last = steps(run)[-1]
+    verified(run, last)
+    assert last == STEPS
+    seen = hashlib.sha256()
+    for name, array in arrays(run, last):
+        seen.update(f"{name} {array.dtype} {array.shape}".encode())
+        seen.update(array.tobytes())
+    for file in ("export/model.safetensors", "export/config.json"):
+        seen.update((run / file).read_bytes())
+    for record in read_metrics(run):
+        seen.update(repr(sorted((k, v) for k, v in record.items() if k not in ("tokens_per_second", "mfu"))).encode())
+    return seen.hexdigest()
+
+
+def arrays(run: Path, step: int) -> Iterator[tuple[str, Any]]:
+    database: Any = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{run}/checkpoints/{step}/state/"}}
+    keys = tensorstore.KvStore.open(database).result().list().result()
+    for name in sorted({key.decode().split("/")[0] for key in keys}):
+        spec: Any = {"driver": "zarr3", "kvstore": {**database, "path": f"{name}/"}}
+        yield name, tensorstore.open(spec).result().read().result()
+
+
+@contextmanager
+def _one_processor() -> Iterator[None]:
+    """A process that is started inside sees one processor, so that JAX makes one thread."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    yield
+    os.sched_setaffinity(0, allowed)
