@@ -5,7 +5,7 @@ PEERS := .venv-peers
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu fuzz check bench clean
+.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu fuzz faults check bench clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -30,6 +30,9 @@ test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it
 
 fuzz: $(INSTALLED)  ## 100,000 damaged files of every format; an hour and more
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000
+
+faults: $(INSTALLED)  ## 200 times kill -9 on a small run that goes on each time; half an hour
+	PYTHONPATH=.:tests $(BIN)/python -m faults.kills --kills 200
 
 check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check

@@ -80,7 +80,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
 
 def _topology(name: str | None, devices: int | None) -> Topology:
     if (name is None) == (devices is None):
-        raise PlanError("give one of --topology, as v5e:4x4, and --devices, for so many of this machine's CPU")
+        raise PlanError("give either --topology, as v5e:4x4, or --devices N, for so many made of this machine's CPU")
     return tpu_topology(name) if name is not None else cpu_topology(devices or 0)
 
 

@@ -64,6 +64,14 @@ def _require_divided(config: TrainConfig, mesh: Mesh) -> None:
     if rows % parts:
         raise TrainingError(
             f"batch_size={config.batch_size} in accumulate={config.accumulate} parts is {rows} rows at a time, which "
-            f"the mesh's data x fsdp = {parts} does not divide; choose --accumulate and a --batch-size that is a "
-            f"multiple of {parts} times that, or another --mesh (data={math.gcd(rows, parts)} takes fewer devices)"
+            f"the mesh's data x fsdp = {parts} does not divide; {_cure(config.batch_size, config.accumulate, parts)}, "
+            f"or another --mesh (data={math.gcd(rows, parts)} takes fewer devices)"
         )
+
+
+def _cure(batch_size: int, accumulate: int, parts: int) -> str:
+    """The flags nearest to those given that go."""
+    fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n % parts == 0]
+    if fitting:
+        return f"choose --accumulate {min(fitting, key=lambda n: abs(n - accumulate))}"
+    return f"choose --batch-size {-(-batch_size // (parts * accumulate)) * parts * accumulate}"

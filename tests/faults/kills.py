@@ -1,6 +1,6 @@
 """kill -9 at random moments: every run that goes on afterwards ends as the one that was never killed.
 
-    python -m tests.faults.kills --kills 200 --seed 0
+    PYTHONPATH=.:tests python -m faults.kills --kills 200 --seed 0
 
 Prints how many kills fell inside a save; exits with 1 where any run ended otherwise.
 """
@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.faults import runs
+from faults import runs
 
 
 def kill_until_done(directory: Path, name: str, kills: int, rng: random.Random, seen: Counter[str]) -> str:

@@ -38,12 +38,12 @@ def start(directory: Path, name: str, *more: object) -> subprocess.Popen[str]:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": ONE_THREAD,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]
-    command = [sys.executable, "-m", "tests.faults.train", "train", *map(str, [*places, *FLAGS, *more]), "--resume"]
+    command = [sys.executable, "-m", "faults.train", "train", *map(str, [*places, *FLAGS, *more]), "--resume"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with _one_processor():
         return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)

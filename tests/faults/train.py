@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from gpt2_jax.cli import main
 from gpt2_jax.train import throughput
 
 if __name__ == "__main__":
     throughput._measured_peak = lambda dtype: 1e9
-    import sys
-
     main(sys.argv[1:])

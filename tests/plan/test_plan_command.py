@@ -73,8 +73,8 @@ def test_a_step_on_devices_of_the_cpu(tmp_path: Path) -> None:
 
 
 BAD = {
-    "neither topology nor devices": ((), "give one of --topology"),
-    "both": (("--topology", "v5e:2x2", "--devices", "4"), "give one of --topology"),
+    "neither topology nor devices": ((), "give either --topology"),
+    "both": (("--topology", "v5e:2x2", "--devices", "4"), "give either --topology"),
     "unknown chip": (("--topology", "v9:2x2"), "write a chip (v4, v5e, v5p, v6e)"),
     "no shape": (("--topology", "v5e"), "as v5e:4x4, v5p:2x2x1 or v5e:4x4*2"),
     "no slices": (("--topology", "v5e:2x2*0"), "v5e:4x4*2"),

@@ -185,11 +185,13 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_by_shape_and_axis() ->
 
 
 @pytest.mark.parametrize("rows", [rows_of_step, rows_of_part])
-def test_rows_that_the_mesh_does_not_divide_are_refused(rows: Any) -> None:
-    with pytest.raises(
-        TrainingError, match=r"2 rows at a time.*data x fsdp = 4 .* multiple of 4 times that.*data=2 takes fewer"
-    ):
-        rows(recipe(batch_size=4, accumulate=2), FakeMesh(data=2, fsdp=2))
+@pytest.mark.parametrize(("batch_size", "cure"), [(4, "--accumulate 1"), (24, "--accumulate 3"), (6, "--batch-size 8")])
+def test_rows_that_the_mesh_does_not_divide_are_refused_with_what_to_choose(
+    rows: Any, batch_size: int, cure: str
+) -> None:
+    config = recipe(batch_size=batch_size, accumulate=4 if batch_size == 24 else 2)
+    with pytest.raises(TrainingError, match=rf"rows at a time.* = 4 does not divide; choose {cure}, or another"):
+        rows(config, FakeMesh(data=2, fsdp=2))
 
 
 class FakeDevice:

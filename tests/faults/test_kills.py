@@ -1,0 +1,16 @@
+"""The short version of `make faults`."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+from faults import kills, runs
+
+
+def test_a_run_that_is_killed_ends_as_the_one_that_is_not(tmp_path: Path) -> None:
+    runs.write_text(tmp_path)
+    expected, seen = runs.finish(tmp_path, "whole"), Counter[str]()
+    assert kills.kill_until_done(tmp_path, "killed", 2, random.Random(3), seen) == expected
+    assert seen["kills"], "it was killed at least once"
