@@ -78,10 +78,15 @@ def locked(run: Path) -> Iterator[None]:
 
     directory = os.open(run, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TrainingError(
+                f"another process trains in {quoted(run)}; wait for it, or choose another --out"
+            ) from error
+        except OSError:
+            pass  # a file system without locks, as those over object stores are
         yield
-    except BlockingIOError as error:
-        raise TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out") from error
     finally:
         os.close(directory)
 
