@@ -88,16 +88,7 @@ def train(
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
     place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
     rows_of_step(config, mesh)
-    told = {**runs.told(config, data), "resume": resume, "accept_changes": accept_changes}
-    require_agreement(told)
-    resumes = first_says(resume and runs.is_run(run))
-    if resumes:
-        runs.require_same(run, config, data, accept_changes)
-    # Without a checkpoint nothing is there to go on from: its tokenizer may differ.
-    begins = first_says(not (resumes and bool(steps(run))))
-    if begins and is_first():
-        runs.begin(run, config, data)
-    wait_for_all("the run's directory")
+    resumes, begins = _enter(run, config, data, resume, accept_changes)
     console, about = console or Console(quiet=not is_first()), runs.about(config, data)
     with (
         runs.locked(run) if is_first() else nullcontext(),
@@ -116,6 +107,20 @@ def train(
             loop = Loop(config, data, model, tx, mesh, prompt, checkpoints, report, stop, first_says(lowest_loss(run)))
             state = loop.run(state)
     return finish(run, about, int(state.step), stop.received if state.step < config.steps else None)
+
+
+def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_changes: bool) -> tuple[bool, bool]:
+    """Make the run's directory, or find that it is this run's: whether there was one, and whether it begins anew."""
+    require_agreement({**runs.told(config, data), "resume": resume, "accept_changes": accept_changes})
+    resumes = first_says(resume and runs.is_run(run))
+    if resumes:
+        runs.require_same(run, config, data, accept_changes)
+    # Without a checkpoint nothing is there to go on from: its tokenizer may differ.
+    begins = first_says(not (resumes and bool(steps(run))))
+    if begins and is_first():
+        runs.begin(run, config, data)
+    wait_for_all("the run's directory")
+    return resumes, begins
 
 
 class Loop:
