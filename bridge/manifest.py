@@ -18,6 +18,7 @@ from bridge.errors import CheckpointError, quoted
 from bridge.files import flush_to_disk
 
 MANIFEST = "manifest.json"
+_ENTRY = {"bytes": int, "sha256": str}
 _MOST_BYTES = 2**26
 """Of a manifest: a checkpoint of many hosts has some ten thousand files."""
 
@@ -49,6 +50,15 @@ def verify(directory: Path) -> dict[str, Any]:
 
     Raises `CheckpointError` naming the first that is not, and for a link or anything else that is no file.
     """
+    try:
+        return _verified(directory)
+    except OSError as error:  # a disk that fails, or somebody removes it meanwhile
+        raise CheckpointError(
+            f"cannot read {quoted(error.filename or directory)}: {error.strerror or error}"
+        ) from error
+
+
+def _verified(directory: Path) -> dict[str, Any]:
     content = _read(directory)
     there = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
     there.pop(MANIFEST)
@@ -78,6 +88,8 @@ def _read(directory: Path) -> dict[str, Any]:
         del content["seal"]
         if {*content} != {"about", "files"} or written != _rendered(content):
             raise ValueError
+        if not isinstance(content["about"], dict) or not all(map(_is_entry, content["files"].values())):
+            raise ValueError
     except FileNotFoundError as error:
         raise CheckpointError(f"{quoted(directory)} has no manifest: it was not written to its end") from error
     except OSError as error:
@@ -89,6 +101,10 @@ def _read(directory: Path) -> dict[str, Any]:
             else CheckpointError(f"{quoted(manifest)} is not as it was written")
         ) from error
     return content
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and {name: type(value) for name, value in entry.items()} == _ENTRY
 
 
 def _files(directory: Path) -> Iterator[Path]:

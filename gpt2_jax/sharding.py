@@ -63,7 +63,7 @@ def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> 
     found = list(jax.devices() if devices is None else devices)
     sizes = _sizes(wanted, len(found))
     count, slices = math.prod(sizes), _slices(found)
-    if count > len(found) or (count < len(found) and (slices > 1 or jax.process_count() > 1)):
+    if count > len(found) or (count < len(found) and len({device.process_index for device in found}) > 1):
         raise MeshError(f"--mesh {wanted}: {count} devices, and there are {len(found)}")
     if slices > 1:
         if sizes[0] % slices:  # within one, links are an order of magnitude faster than between them

@@ -26,6 +26,8 @@ from bridge.formats.directory import CONFIG, read_config, tensors_of_tree
 NAME = "run"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+_ARRAY = {"driver": "zarr3", "fill_missing_data_reads": False}
+"""A chunk that is gone, as where training removes a checkpoint while it is read, is an error and not zeros."""
 _NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 WEIGHTS = ("ema_params", "params")
 """Where a saved state has the weights: the first of these that it holds."""
@@ -41,7 +43,7 @@ def read(path: Path) -> Checkpoint:
         run, step = path.parent.parent, path
         verified(run, int(step.name))
     else:
-        run, step = path, _best(path, skipped.append)
+        run, step = path, path / CHECKPOINTS / str(best_sound_step(path, skipped.append))
     config, fields = read_config(run / CONFIG)
     entries = {
         name: first_rows(entry, config.vocab_size) if name in ("wte/embedding", "lm_head/embedding") else entry
@@ -98,6 +100,23 @@ def sound(run: Path, candidates: Iterable[int], say: Callable[[str], object]) ->
     return None
 
 
+def best_sound_step(run: Path, say: Callable[[str], object]) -> int:
+    """As `best_step`, of those that are as they were written; `say` is told of each that would have been better.
+
+    Raises `CheckpointError` where there is none.
+    """
+    damaged: list[str] = []
+    best = _best_first(run)
+    step = sound(run, [*best, *(step for step in reversed(steps(run)) if step not in best)], damaged.append)
+    if step is None and damaged:
+        raise CheckpointError(f"the run {quoted(run)} has no checkpoint that is sound:\n{bullet_list(damaged)}")
+    if step is None:
+        raise CheckpointError(f"the run {quoted(run)} has no checkpoint yet; let it train until its first one")
+    for line in damaged:
+        say(line)
+    return step
+
+
 def _best_first(run: Path) -> list[int]:
     losses = {step: validation_loss(run, step) for step in sealed_steps(run)}
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
@@ -120,19 +139,6 @@ def _is_step(path: Path) -> bool:
     return bool(_NUMBER.fullmatch(path.name)) and path.parent.name == CHECKPOINTS and _is_run(path.parent.parent)
 
 
-def _best(run: Path, say: Callable[[str], object]) -> Path:
-    damaged: list[str] = []
-    best = _best_first(run)
-    step = sound(run, [*best, *(step for step in reversed(steps(run)) if step not in best)], damaged.append)
-    if step is None and damaged:
-        raise CheckpointError(f"the run {quoted(run)} has no checkpoint that is sound:\n{bullet_list(damaged)}")
-    if step is None:
-        raise CheckpointError(f"the run {quoted(run)} has no checkpoint yet; let it train until its first one")
-    for line in damaged:
-        say(line)
-    return run / CHECKPOINTS / str(step)
-
-
 def _arrays(state: Path) -> dict[str, _Stored]:
     """The saved weights by their path in the Flax tree, none of them read."""
     import tensorstore
@@ -146,7 +152,7 @@ def _arrays(state: Path) -> dict[str, _Stored]:
             raise CheckpointError(f"{quoted(state)} holds no weights; use another checkpoint of the run")
         return {
             name.removeprefix(prefix).replace(".", "/"): _Stored(
-                tensorstore.open({"driver": "zarr3", "kvstore": {**database, "path": f"{name}/"}}).result(), state
+                tensorstore.open({**_ARRAY, "kvstore": {**database, "path": f"{name}/"}}).result(), state
             )
             for name in names
             if name.startswith(prefix)

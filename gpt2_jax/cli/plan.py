@@ -42,7 +42,8 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         """Compile the training step for devices that are not here: does it fit, what do they exchange, how long can it
         take at the least. Takes the flags of `gpt2 train`; opens no data, so --vocab-size is taken as it is.
 
-        Compiling takes a minute, whatever the size. Exit code 1 if a step does not fit.
+        Compiling takes a minute, whatever the size. Exit code 1 if the step does not fit; with --scaling, which lists
+        what does not, 0.
 
         Example: gpt2 plan --preset gpt2-xl --topology v5e:4x4 --mesh fsdp=16 --accumulate 6
 

@@ -96,6 +96,8 @@ def weak_scaling(config: TrainConfig, topology: Topology, say: Say = lambda _: N
     chip, devices = topology.chip, len(topology.devices)
     if chip is None:
         raise PlanError("--scaling is about chips: give --topology")
+    if len({getattr(device, "slice_index", 0) for device in topology.devices}) > 1:
+        raise PlanError("--scaling goes from one chip to one slice: give a topology without *N")
     if "-1" not in config.mesh:
         raise PlanError(
             f"--scaling needs a mesh that grows: -1 for one of its axes, which --mesh {config.mesh} has not"

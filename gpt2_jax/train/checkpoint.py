@@ -18,9 +18,9 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from bridge import manifest
-from bridge.errors import bullet_list, quoted
+from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.files import flush_to_disk
-from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps
+from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, steps, verified
 from gpt2_jax.processes import first_says, is_first, wait_for_all
 from gpt2_jax.train.config import TrainingError
 from gpt2_jax.train.step import TrainState
@@ -52,13 +52,31 @@ class Checkpoints:
         self._saving: tuple[int, Future[None]] | None = None
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
-            for left in self._folder.glob(PARTIAL.format("*")):  # by a process that was killed
+            flush_to_disk(self._folder.parent)
+            for left in self._folder.glob(PARTIAL.format("*") + "*"):  # by a process that was killed, or its orbax
                 shutil.rmtree(left)
         wait_for_all("the folder of checkpoints")
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint that is as it was written."""
-        return first_says(sound(self._run, reversed(steps(self._run)), self._say) if is_first() else None)
+        """The step of the newest checkpoint that is as it was written.
+
+        Where there is one, those that are damaged are set aside, as STEP.damaged: they are neither the last nor the
+        best of what is kept.
+        """
+        return first_says(self._newest_sound() if is_first() else None)
+
+    def _newest_sound(self) -> int | None:
+        newest, damaged = None, []
+        for step in steps(self._run):
+            try:
+                verified(self._run, step)
+                newest = step
+            except CheckpointError as error:
+                self._say(f"the checkpoint of step {step} is damaged and passed over: {error}")
+                damaged.append(self._folder / str(step))
+        for path in damaged if newest is not None else ():
+            path.rename(_free(path.with_name(f"{path.name}.damaged")))
+        return newest
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
         """Begin to write `state`; the copy is taken before this returns, so its buffers may be donated.
@@ -118,10 +136,7 @@ class Checkpoints:
             if is_first():
                 manifest.seal(partial, about)
                 manifest.verify(partial)
-                target = self._folder / str(about["step"])
-                if target.exists():  # damaged, and passed over when this run went on from one before it
-                    target.rename(_free(target.with_name(f"{target.name}.damaged")))
-                partial.rename(target)
+                partial.rename(self._folder / str(about["step"]))
                 flush_to_disk(self._folder)
                 self._prune()
         except BaseException:

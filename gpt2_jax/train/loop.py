@@ -19,7 +19,7 @@ import bridge
 from bridge import Checkpoint, manifest
 from bridge.errors import quoted
 from bridge.files import new_directory
-from bridge.formats.run import best_step, steps
+from bridge.formats.run import CHECKPOINTS, best_sound_step, best_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
@@ -96,6 +96,8 @@ def train(
         StopSignals() as stop,
         Checkpoints(run, config.keep_last, about, console.print) as checkpoints,
     ):
+        if begins and is_first():
+            runs.require_own(run, config, data)
         saved = None if begins else checkpoints.latest()
         if saved is None and not begins:
             raise TrainingError(f"none of the checkpoints in {quoted(run)} is sound; begin again, with another --out")
@@ -209,13 +211,13 @@ def lowest_loss(run: Path) -> float:
 
 def finish(run: Path, about: Mapping[str, Any], step: int, stopped_by: signal.Signals | None) -> Outcome:
     """Draw the losses and export the best checkpoint, with a manifest that says whose it is."""
-    best = best_step(run) if is_first() else None
-    loss = None if best is None else stored_loss(run, best)
+    best, loss = 0, None
     if is_first():
+        best = best_sound_step(run, lambda _: None)  # they were named when the run went on
+        loss = stored_loss(run, best)
         with new_directory(run / runs.EXPORT, overwrite=True) as export:
-            bridge.save(bridge.load(run).with_biases(), export, format="huggingface")
+            bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
             manifest.seal(export, {**about, "step": best, "val_loss": loss})
         plot_losses(run)
     best, loss = first_says((best, loss))  # until which the others wait
-    assert best is not None  # one is saved when the loop ends
     return Outcome(run, step, best, loss, stopped_by, run / runs.EXPORT, run / PLOT)

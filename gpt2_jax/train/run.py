@@ -91,6 +91,12 @@ def locked(run: Path) -> Iterator[None]:
         os.close(directory)
 
 
+def require_own(run: Path, config: TrainConfig, data: Data) -> None:
+    """Raise `TrainingError` where another run has begun in the same directory before this one could lock it."""
+    if stored_identity(run) != Identity.of(config, data):
+        raise TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out")
+
+
 def require_same(run: Path, config: TrainConfig, data: Data, accept_changes: bool) -> None:
     """Raise `TrainingError` naming every field in which the run to be resumed is not the one that was stopped."""
     lines = stored_identity(run).differences(Identity.of(config, data))
@@ -151,3 +157,4 @@ def _replace(file: Path, write: Callable[[Path], None]) -> None:
     write(beside)
     flush_to_disk(beside)
     os.replace(beside, file)
+    flush_to_disk(file.parent)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bridge import CheckpointError
-from bridge.manifest import MANIFEST, about, seal, verify
+from bridge.manifest import MANIFEST, _rendered, about, seal, verify
 
 ABOUT = {"step": 7, "val_loss": 1.25, "config": {"n_layer": 2}, "none": None}
 FILES = {"a": b"first", "b/c": b"x" * 70_000, "b/d/e": b"", "b/f": b"first"}
@@ -90,6 +90,23 @@ def change_about(content: dict[str, Any]) -> Any:
 def test_a_manifest_that_was_written_to_is_noticed(sealed: Path, change: Callable[[Any], Any]) -> None:
     manifest = sealed / MANIFEST
     manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
+    for read in (about, verify):
+        with pytest.raises(CheckpointError, match="is not as it was written"):
+            read(sealed)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"about": [1], "files": {}},
+        {"about": {}, "files": []},
+        {"about": {}, "files": {"a": 3}},
+        {"about": {}, "files": {"a": {"bytes": "5", "sha256": "x"}}},
+        {"about": {}, "files": {"a": {"bytes": True, "sha256": "x"}}},
+    ],
+)
+def test_a_manifest_of_another_form_is_refused_though_it_is_sealed(sealed: Path, content: dict[str, Any]) -> None:
+    (sealed / MANIFEST).write_bytes(_rendered(content))
     for read in (about, verify):
         with pytest.raises(CheckpointError, match="is not as it was written"):
             read(sealed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from test_import_boundaries import JAX, TORCH, assert_runs_without
 from tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
-from bridge import CheckpointError, ConversionError, GPT2Config
+from bridge import CheckpointError, ConversionError, GPT2Config, manifest
 from bridge.formats import run as run_format
 from bridge.formats.directory import write_config
 from gpt2_jax.cli import main
@@ -194,6 +196,39 @@ def test_a_run_whose_checkpoints_are_all_damaged_names_each(tmp_path: Path) -> N
         CheckpointError, match=r"(?s)no checkpoint that is sound:.*step 2 is damaged.*step 1 is damaged"
     ):
         bridge.load(run)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_an_error_and_not_zeros(copy: Path) -> None:
+    """As training removes an older one; the arrays that are zero are read as they are."""
+    tensors = bridge.load(copy).tensors
+    assert tensors["wte.weight"].any()
+    shutil.rmtree(copy / "checkpoints")
+    for name in tensors:
+        with pytest.raises(CheckpointError, match="another checkpoint"):
+            tensors[name]
+
+
+def test_weights_that_are_zero_are_read_as_zero(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", losses={7: 1.0})
+    zeros = jax.tree.map(jnp.zeros_like, bridge.to_flax(random_state(CONFIG, seed=7), CONFIG, stacked=True))
+    with Checkpoints(run, keep_last=9) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(8), zeros, {"count": jnp.int32(3)}), 0.5)
+    assert not any(array.any() for array in bridge.load(run).tensors.values())
+
+
+def test_a_disk_that_fails_is_as_good_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
+    inner = manifest._sha256
+
+    def read(path: Path) -> str:
+        if "checkpoints/2/" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return inner(path)
+
+    monkeypatch.setattr(manifest, "_sha256", read)
+    assert_weights(run, CONFIG, seed=1)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        bridge.load(run / "checkpoints" / "2")
 
 
 def test_a_checkpoint_under_another_number_is_none(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def kill_until_done(directory: Path, name: str, kills: int, rng: random.Random, 
         process.send_signal(signal.SIGKILL)
         process.communicate()
         seen["kills"] += 1
-        seen["inside a save"] += any((directory / name / "checkpoints").glob(".*.partial"))
+        seen["inside a save"] += any((directory / name / "checkpoints").glob(".*.partial*"))
     return runs.finish(directory, name)
 
 

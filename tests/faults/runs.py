@@ -45,7 +45,7 @@ def start(directory: Path, name: str, *more: object) -> subprocess.Popen[str]:
     places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]
     command = [sys.executable, "-m", "faults.train", "train", *map(str, [*places, *FLAGS, *more]), "--resume"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with _one_processor():
+    with one_processor():
         return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
 
 
@@ -78,12 +78,12 @@ def arrays(run: Path, step: int) -> Iterator[tuple[str, Any]]:
     database: Any = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{run}/checkpoints/{step}/state/"}}
     keys = tensorstore.KvStore.open(database).result().list().result()
     for name in sorted({key.decode().split("/")[0] for key in keys}):
-        spec: Any = {"driver": "zarr3", "kvstore": {**database, "path": f"{name}/"}}
+        spec: Any = {"driver": "zarr3", "fill_missing_data_reads": False, "kvstore": {**database, "path": f"{name}/"}}
         yield name, tensorstore.open(spec).result().read().result()
 
 
 @contextmanager
-def _one_processor() -> Iterator[None]:
+def one_processor() -> Iterator[None]:
     """A process that is started inside sees one processor, so that JAX makes one thread."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})

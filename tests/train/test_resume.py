@@ -6,14 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tensorstore
+from faults.runs import ONE_THREAD, arrays, one_processor
 from training_runs import records
 
 from bridge.formats.run import steps
@@ -21,7 +18,6 @@ from bridge.formats.run import steps
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("interrupted.py")
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -40,15 +36,6 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, quick_compilation: Non
     return directory
 
 
-@contextmanager
-def one_processor() -> Iterator[None]:
-    """A process that is started inside sees one processor, so that JAX makes one thread."""
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
-    yield
-    os.sched_setaffinity(0, allowed)
-
-
 @pytest.fixture(params=["adamw", "muon"])
 def both(request: pytest.FixtureRequest, interrupted: Path) -> Path:
     """`adamw` has dropout, accumulation and a running mean of the weights besides."""
@@ -57,14 +44,7 @@ def both(request: pytest.FixtureRequest, interrupted: Path) -> Path:
 
 def stored(run: Path, step: int) -> dict[str, np.ndarray]:
     """Every array of a checkpoint: weights, their mean, the optimizer's state, the step."""
-    database: Any = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{run}/checkpoints/{step}/state/"}}
-    keys = tensorstore.KvStore.open(database).result().list().result()
-    names = {key.decode().split("/")[0] for key in keys}
-    spec = {"driver": "zarr3"}
-    return {
-        name: tensorstore.open({**spec, "kvstore": {**database, "path": f"{name}/"}}).result().read().result()
-        for name in sorted(names)
-    }
+    return dict(arrays(run, step))
 
 
 def test_weights_and_the_optimizers_state_are_the_same_bits(both: Path) -> None:

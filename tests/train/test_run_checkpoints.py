@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from training_runs import all_weights, recipe, run_in, stop_at
 
+from bridge import manifest
 from bridge.formats.run import best_step, steps
 from gpt2_jax.train import TrainingError, loop
 from gpt2_jax.train.checkpoint import Checkpoints
@@ -75,6 +76,37 @@ def test_what_is_saved_is_the_state_at_that_step_and_not_what_became_of_it(tmp_p
             assert int(found.step) == saved
             np.testing.assert_array_equal(found.params["a"], saved)
             np.testing.assert_array_equal(found.params["b"], saved + 1)
+
+
+def test_damaged_ones_take_no_place_among_those_that_are_kept(tmp_path: Path) -> None:
+    """Neither as the last nor as the best."""
+
+    def save(*losses: tuple[int, float]) -> None:
+        with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+            checkpoints.latest()
+            for step, loss in losses:
+                checkpoints.save(loop.TrainState(jax.numpy.int32(step), {"a": jax.numpy.ones(9)}, None), loss)
+                checkpoints.wait()
+
+    save((3, 0.5), (6, 1.5), (9, 1.0))
+    assert steps(tmp_path) == [3, 6, 9]
+    for damaged in ("3", "9"):
+        next((tmp_path / "checkpoints" / damaged / "state").glob("*")).rename(tmp_path / f"of {damaged}")
+    (tmp_path / "checkpoints" / ".7.partial.orbax-checkpoint-tmp").mkdir()
+    save((7, 0.9))
+    assert steps(tmp_path) == [6, 7]
+    assert best_step(tmp_path) == 7
+    save((8, 1.2), (10, 1.3), (11, 1.4))
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["10", "11", "3.damaged", "7", "9.damaged"]
+
+
+def test_the_export_says_which_checkpoint_it_is(tmp_path: Path) -> None:
+    outcome = run_in(tmp_path, recipe())
+    about = manifest.verify(outcome.export)
+    assert (about["step"], about["val_loss"]) == (outcome.best_step, outcome.best_val_loss)
+    best, export = all_weights(outcome.run / "checkpoints" / str(about["step"])), all_weights(outcome.export)
+    assert all(np.array_equal(export[name], array) for name, array in best.items())
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
