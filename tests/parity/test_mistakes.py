@@ -274,13 +274,13 @@ def loss_without_shift(patch: Patch) -> None:
 
 
 def frozen_positions(patch: Patch) -> None:
-    right = nn.Embed.__call__
+    right = jax_model.Embedding.__call__
 
     def call(self: Any, ids: Any) -> Any:
         rows = right(self, ids)
         return jax.lax.stop_gradient(rows) if self.name == "wpe" else rows
 
-    patch.setattr(nn.Embed, "__call__", call)
+    patch.setattr(jax_model.Embedding, "__call__", call)
 
 
 def with_optimizer(**changed: Any) -> Callable[[Patch], None]:
