@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ import pytest
 from commands import run
 from matplotlib.image import imread
 
-from bridge import BridgeError, GPT2Config, num_parameters
+from bridge import BridgeError, GPT2Config, num_parameters, parameters
 from gpt2_jax.cli.output import console
 from gpt2_jax.plan.chips import BY_NAME
 from gpt2_jax.plan.collectives import exchange
@@ -190,12 +192,23 @@ def state_bytes(c: GPT2Config, fsdp: int) -> int:
 
 
 def require_consistent(found: dict, preset: str, fsdp: int) -> None:
-    parameters = state_bytes(PRESETS[preset].model, fsdp)
-    assert found["state"]["parameters"] == parameters
-    assert found["state"]["optimizer"] == 2 * parameters + 8
+    own = state_bytes(PRESETS[preset].model, fsdp)
+    assert found["state"]["parameters"] == own
+    assert found["state"]["optimizer"] == 2 * own + 8
     assert sum(found["state"].values()) <= found["program"]["arguments"]  # which lie in tiles
     assert found["program"]["arguments"] < found["peak"] <= found["sum_of_parts"]
     assert found["uncounted_loops"] == []
+    c = PRESETS[preset].model
+    stacked = {c.n_layer * math.prod(p.flax_shape) for p in parameters(c) if p.layer == 0 and p.decays}
+    gathered = [
+        math.prod(map(int, re.findall(r"\d+", operand.split("[")[1]))) * one["group_size"]
+        for one in found["collectives"]
+        if one["kind"] == "all-gather"
+        for operand in one["operands"]
+    ]
+    assert gathered
+    assert not stacked & {*gathered}, "the layers' weights are brought together one layer at a time"
+    assert max(gathered) <= 50304 * c.n_embd, "nothing larger than the embedding is: logits would be"
 
 
 @pytest.mark.tpu
