@@ -18,9 +18,9 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
 from bridge import manifest
-from bridge.errors import CheckpointError, bullet_list, quoted
+from bridge.errors import bullet_list, quoted
 from bridge.files import flush_to_disk
-from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, steps, verified
+from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps
 from gpt2_jax.processes import first_says, is_first, wait_for_all
 from gpt2_jax.train.config import TrainingError
 from gpt2_jax.train.step import TrainState
@@ -68,12 +68,10 @@ class Checkpoints:
     def _newest_sound(self) -> int | None:
         newest, damaged = None, []
         for step in steps(self._run):
-            try:
-                verified(self._run, step)
-                newest = step
-            except CheckpointError as error:
-                self._say(f"the checkpoint of step {step} is damaged and passed over: {error}")
+            if sound(self._run, [step], self._say) is None:
                 damaged.append(self._folder / str(step))
+            else:
+                newest = step
         for path in damaged if newest is not None else ():
             path.rename(_free(path.with_name(f"{path.name}.damaged")))
         return newest
