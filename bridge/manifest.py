@@ -37,6 +37,18 @@ def seal(directory: Path, about: Mapping[str, Any]) -> None:
         flush_to_disk(folder)
 
 
+def amend(directory: Path, changes: Mapping[str, Any], beside: Path) -> None:
+    """Say something else of a sealed directory; the file `beside` it is where the new manifest is written first.
+
+    Raises as `about`.
+    """
+    content = _read(directory)
+    beside.write_bytes(_rendered({"about": {**content["about"], **changes}, "files": content["files"]}))
+    flush_to_disk(beside)
+    beside.replace(directory / MANIFEST)
+    flush_to_disk(directory)
+
+
 def about(directory: Path) -> dict[str, Any]:
     """What the manifest says that the directory is; the files are not looked at.
 

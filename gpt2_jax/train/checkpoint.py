@@ -20,7 +20,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import manifest
 from bridge.errors import bullet_list, quoted
 from bridge.files import flush_to_disk
-from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps
+from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps, validation_loss
 from gpt2_jax.processes import first_says, is_first, wait_for_all
 from gpt2_jax.train.config import TrainingError
 from gpt2_jax.train.step import TrainState
@@ -50,11 +50,13 @@ class Checkpoints:
         self._keep_last, self._about, self._say = keep_last, dict(about or {}), say
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
+        self.newest: int | None = None
+        """The step that was last saved, or restored."""
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             flush_to_disk(self._folder.parent)
             for left in self._folder.glob(PARTIAL.format("*") + "*"):  # by a process that was killed, or its orbax
-                shutil.rmtree(left)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         wait_for_all("the folder of checkpoints")
 
     def latest(self) -> int | None:
@@ -87,6 +89,7 @@ class Checkpoints:
         partial = self._folder / PARTIAL.format(step)
         with _explained(f"the checkpoint of step {step} could not be written"):
             writing = ocp.save_async(partial, state, overwrite=True)
+        self.newest = step
         about = {**self._about, "step": step, "val_loss": val_loss}
         self._saving = step, self._thread.submit(self._commit, writing, partial, about)
 
@@ -111,10 +114,27 @@ class Checkpoints:
         with _explained(f"the checkpoint of step {step} could not be read; is it damaged?"):
             found = _shapes(ocp.metadata(path).metadata)
             if found == expected:
+                self.newest = step
                 return ocp.load(path, jax.tree.map(_description, like))
         names = [name for name in expected | found if expected.get(name) != found.get(name)]
         problems = [f"{n}: {found.get(n, 'nothing')} is stored, {expected.get(n, 'nothing')} expected" for n in names]
         raise TrainingError(f"the checkpoint of step {step} is of another model or optimizer:\n{bullet_list(problems)}")
+
+    def loss(self, step: int) -> float | None:
+        """The validation loss that was measured when this checkpoint was written."""
+        return first_says(validation_loss(self._run, step) if is_first() else None)
+
+    def lowest_loss(self) -> float:
+        """Of all that there are."""
+        step = first_says(best_step(self._run) if is_first() else None)
+        loss = None if step is None else self.loss(step)
+        return float("inf") if loss is None else loss
+
+    def add_loss(self, step: int, val_loss: float) -> None:
+        """Of a checkpoint that was written before it could be measured."""
+        if is_first():
+            path = self._folder / str(step)
+            manifest.amend(path, {"val_loss": val_loss}, beside=self._folder / PARTIAL.format(step))
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -21,7 +21,7 @@ class TrainingError(BridgeError):
 
 
 class NonFiniteLoss(TrainingError):
-    """A loss, a gradient or a weight became infinite or NaN; the message names the step."""
+    """A loss, a gradient or a weight is infinite or NaN; the message names the step."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,11 @@ class TrainConfig:
     """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
     ema_decay: float | None = None
     """Keep a running mean of the weights with this decay, and evaluate and export that."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What a step does whose loss or gradient is infinite or NaN: end the run; or leave everything as it was, be
+    counted, and let the next one go on with its own batch."""
+    deterministic: bool = False
+    """The same bits in every run: on GPU by kernels that add in a fixed order, on CPU by one thread. Slower."""
 
     eval_every: int = 250
     """Steps between evaluations on the validation data; there is one after the last step too."""
@@ -154,10 +159,12 @@ FREE = frozenset(
         "tensorboard",
         "wandb",
         "mesh",
+        "non_finite",
+        "deterministic",
     }
 )
-"""Fields that a resumed run may change: they alter what is reported and kept, and where data and devices are, not what
-is computed."""
+"""Fields that a resumed run may change: they alter what is reported and kept, where data and devices are, and how
+numbers are rounded or lost, not what is computed."""
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -21,10 +23,18 @@ from gpt2_jax.train.step import EvalStep, TrainState, all_finite
 SAMPLE_TEMPERATURE = 0.8
 
 
-def validation_loss(eval_step: EvalStep, config: TrainConfig, data: Data, state: TrainState, mesh: Mesh) -> float:
+def validation_loss(
+    eval_step: EvalStep,
+    config: TrainConfig,
+    data: Data,
+    state: TrainState,
+    mesh: Mesh,
+    check: Callable[[], object] = lambda: None,
+) -> float:
     """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept.
 
-    Raises `TrainingError` where there is nothing to predict, and `NonFiniteLoss`, its child.
+    `check` is called before every batch, to end the evaluation with an error of its own. Raises `TrainingError` where
+    there is nothing to predict, and `NonFiniteLoss`, its child.
     """
     rows = rows_of_part(config, mesh)
     batches = evaluation_batches(
@@ -35,7 +45,11 @@ def validation_loss(eval_step: EvalStep, config: TrainConfig, data: Data, state:
         examples=config.examples,
         rows=rows.own,
     )
-    sums = [eval_step(weights(state), rows.put(batch)) for batch in batches]
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        check()
+        jax.block_until_ready(sums[-2:-1])  # one batch ahead of the device, which has work, and no more: to be heard
+        sums.append(eval_step(weights(state), rows.put(batch)))
     count = sum(int(count) for _, count in sums)
     if not count:
         raise TrainingError(

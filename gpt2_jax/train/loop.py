@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import bridge
 from bridge import Checkpoint, manifest
 from bridge.errors import quoted
 from bridge.files import new_directory
-from bridge.formats.run import CHECKPOINTS, best_sound_step, best_step, steps
+from bridge.formats.run import CHECKPOINTS, best_sound_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
@@ -30,11 +30,12 @@ from gpt2_jax.train.batches import rows_of_step
 from gpt2_jax.train.begin import described_state, first_state, make_model
 from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.config import TrainConfig, TrainingError
+from gpt2_jax.train.determinism import require_deterministic
 from gpt2_jax.train.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
 from gpt2_jax.train.metrics import PLOT, plot_losses
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.report import Report
-from gpt2_jax.train.signals import StopSignals
+from gpt2_jax.train.signals import Stopped, StopSignals
 from gpt2_jax.train.step import TrainState, make_eval_step, make_train_step
 
 
@@ -69,6 +70,7 @@ def train(
     resume: bool = False,
     accept_changes: bool = False,
     console: Console | None = None,
+    stop: StopSignals | None = None,
 ) -> Outcome:
     """Train, evaluate, keep checkpoints, and export; everything is written below the directory `run`.
 
@@ -79,10 +81,13 @@ def train(
         resume: go on from the newest checkpoint in `run`, if there is one.
         accept_changes: resume although the configuration or the data are not what they were.
         console: where to print; None is standard output.
+        stop: how signals are heard; unless given, a second one acts as it did before.
 
     Raises `TrainingError` for what cannot be trained or resumed, and `NonFiniteLoss`, its child, naming the
     step, where the loss is no longer finite; the checkpoints saved before then stay.
     """
+    if config.deterministic:
+        require_deterministic()
     require_validation(data)
     prompt = encoded_prompt(config, data)
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
@@ -93,7 +98,7 @@ def train(
     with (
         runs.locked(run) if is_first() else nullcontext(),
         jax.set_mesh(mesh),
-        StopSignals() as stop,
+        stop or StopSignals() as stop,
         Checkpoints(run, config.keep_last, about, console.print) as checkpoints,
     ):
         if begins and is_first():
@@ -106,9 +111,9 @@ def train(
             runs.describe(run, config, data)
         schedule = learning_rate_schedule(config.optimizer, config.steps)
         with Report(console, run, config, int(state.step), schedule, mesh.size) as report:
-            loop = Loop(config, data, model, tx, mesh, prompt, checkpoints, report, stop, first_says(lowest_loss(run)))
-            state = loop.run(state)
-    return finish(run, about, int(state.step), stop.received if state.step < config.steps else None)
+            loop = Loop(config, data, model, tx, mesh, prompt, state, checkpoints, report, stop)
+            loop.run()
+    return finish(run, about, int(loop.state.step), None if loop.is_complete else stop.received)
 
 
 def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_changes: bool) -> tuple[bool, bool]:
@@ -136,29 +141,41 @@ class Loop:
         tx: optax.GradientTransformation,
         mesh: Mesh,
         prompt: list[int],
+        state: TrainState,
         checkpoints: Checkpoints,
         report: Report,
         stop: StopSignals,
-        best: float,
     ) -> None:
         self.config, self.data, self.model, self.mesh, self.prompt = config, data, model, mesh, prompt
-        self.checkpoints, self.report, self.stop, self.best = checkpoints, report, stop, best
-        self.eval_step = make_eval_step(model)
-        self.train_step = make_train_step(
+        self.state, self.checkpoints, self.report, self.stop = state, checkpoints, report, stop
+        self.val_loss = None if checkpoints.newest is None else checkpoints.loss(checkpoints.newest)
+        """Of `state`, where it was evaluated."""
+        self.best = checkpoints.lowest_loss()
+        self.eval_step = stop.compiled_aside(make_eval_step(model), mesh)
+        train_step = make_train_step(
             model,
             tx,
             seed=config.seed,
             accumulate=config.accumulate,
             clip_norm=config.optimizer.clip_norm,
             ema_decay=config.ema_decay,
+            skip_non_finite=config.non_finite == "skip",
         )
+        self.train_step = stop.compiled_aside(train_step, mesh)
 
-    def run(self, state: TrainState) -> TrainState:
-        """Train from `state` to the last step, or until a signal."""
-        c, start = self.config, int(state.step)
-        if start == 0:
-            self.report.write(0, {"val_loss": self.validate(state)})
-        rows = rows_of_step(c, self.mesh)
+    def run(self) -> None:
+        """Train to the last step, or until a signal; the state that it comes to is saved."""
+        try:
+            self.train()
+        except Stopped:
+            self.report.require_finite()
+            if self.checkpoints.newest != int(self.state.step):
+                self.save()
+
+    def train(self) -> None:
+        c, start, rows = self.config, int(self.state.step), rows_of_step(self.config, self.mesh)
+        self.stop.check()
+        self.evaluate_first(start)
         batches = training_batches(
             self.data.train,
             batch_size=c.batch_size,
@@ -169,44 +186,57 @@ class Loop:
             rows=rows.own,
         )
         for step in range(start + 1, c.steps + 1):
-            state, metrics = self.train_step(state, rows.put(next(batches)))
+            self.state, metrics = self.train_step(self.state, rows.put(next(batches)))
+            self.val_loss = None
             self.report.stepped(step, metrics)
             self.checkpoints.check()
-            ends = self.stop.ends_after(step) or step == c.steps
-            self.take_stock(step, state, ends)
-            if ends:
-                break
-        return state
+            self.take_stock(step)
 
-    def take_stock(self, step: int, state: TrainState, ends: bool) -> None:
-        """Log, evaluate, save and sample, as far as it is due after `step`."""
+    def evaluate_first(self, start: int) -> None:
+        """Before the first step; and where a signal came before the evaluation that was due at the one gone on from."""
+        missed = start > 0 and self.is_evaluated(start) and self.val_loss is None
+        if start == 0 or missed:
+            loss = self.validate()
+            self.report.write(start, {"val_loss": loss})
+            if missed:
+                self.checkpoints.add_loss(start, loss)
+                self.val_loss, self.best = loss, min(loss, self.best)
+
+    def take_stock(self, step: int) -> None:
+        """Log, evaluate, save and sample, as far as it is due after `step`. Of a signal it hears where little is lost:
+        before each batch of the evaluation, and when all that is due is saved."""
         c = self.config
-        logs, evaluates = step % c.log_every == 0, step % c.eval_every == 0 or step == c.steps
-        saves = ends or step % c.checkpoint_every == 0
-        if not (logs or evaluates or saves):
-            return
-        record = self.report.fetch()
-        with self.report.not_training("evaluating" if evaluates else "saving"):
-            if evaluates:
-                record["val_loss"] = loss = self.validate(state)
-                saves, self.best = saves or loss < self.best, min(loss, self.best)
-            if logs or evaluates:  # before it is saved: a resumed run keeps the lines up to its checkpoint
-                self.report.write(step, record)
-            if saves:
-                require_finite(state)
-                self.checkpoints.save(state, record.get("val_loss"))
-            if evaluates and self.prompt:
-                self.report.say(sample(c, self.model, state, self.data, self.prompt))
+        logs, evaluates = step % c.log_every == 0, self.is_evaluated(step)
+        saves = step % c.checkpoint_every == 0 or step == c.steps
+        if logs or evaluates or saves:
+            record = self.report.fetch()
+            with self.report.not_training("evaluating" if evaluates else "saving"):
+                if evaluates:
+                    with suppress(Stopped):
+                        record["val_loss"] = self.val_loss = loss = self.validate()
+                        saves, self.best = saves or loss < self.best, min(loss, self.best)
+                if logs or evaluates:  # before it is saved: a resumed run keeps the lines up to its checkpoint
+                    self.report.write(step, record)
+                if saves:
+                    self.save()
+                if evaluates and self.prompt:
+                    self.stop.check()
+                    self.report.say(sample(c, self.model, self.state, self.data, self.prompt))
+        self.stop.check()
 
-    def validate(self, state: TrainState) -> float:
-        return validation_loss(self.eval_step, self.config, self.data, state, self.mesh)
+    @property
+    def is_complete(self) -> bool:
+        return int(self.state.step) >= self.config.steps and self.val_loss is not None
 
+    def is_evaluated(self, step: int) -> bool:
+        return step % self.config.eval_every == 0 or step == self.config.steps
 
-def lowest_loss(run: Path) -> float:
-    """Of the checkpoints that the run has."""
-    step = best_step(run)
-    loss = None if step is None else stored_loss(run, step)
-    return float("inf") if loss is None else loss
+    def validate(self) -> float:
+        return validation_loss(self.eval_step, self.config, self.data, self.state, self.mesh, self.stop.check)
+
+    def save(self) -> None:
+        require_finite(self.state)
+        self.checkpoints.save(self.state, self.val_loss)
 
 
 def finish(run: Path, about: Mapping[str, Any], step: int, stopped_by: signal.Signals | None) -> Outcome:

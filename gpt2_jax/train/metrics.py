@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bridge.files import flush_to_disk
+from bridge.errors import quoted
+from bridge.files import new_file
 from gpt2_jax.train.config import TrainConfig, TrainingError, flat
 
 METRICS = "metrics.jsonl"
@@ -23,14 +24,17 @@ class Metrics:
     def __init__(self, run: Path, config: TrainConfig, start_step: int) -> None:
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
         self._wandb = _wandb(run, config, start_step) if config.wandb else None
-        _forget_after(run / METRICS, start_step)
-        self._lines = (run / METRICS).open("a", encoding="utf-8")
+        self._file = run / METRICS
+        _forget_after(self._file, start_step)
+        with _named(self._file):
+            self._lines = self._file.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """One record: `step`, and every value that there is."""
         record = {name: value for name, value in values.items() if value is not None}
-        self._lines.write(json.dumps({"step": step, **record}) + "\n")
-        self._lines.flush()
+        with _named(self._file):
+            self._lines.write(json.dumps({"step": step, **record}) + "\n")
+            self._lines.flush()
         if self._tensorboard is not None:
             for name, value in record.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -38,7 +42,8 @@ class Metrics:
             self._wandb.log(record, step=step)
 
     def close(self) -> None:
-        self._lines.close()
+        with _named(self._file):  # what could not be written is tried again
+            self._lines.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -46,15 +51,19 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a line that a crash cut short is left out."""
+    """The records of a run, in order; a line that a crash cut short is left out.
+
+    A step has one record, though an evaluation that was made up for after a resume has a line of its own.
+    """
     file = run / METRICS
-    records = []
+    records: dict[int, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return records
+        records.setdefault(record["step"], {}).update(record)
+    return list(records.values())
 
 
 def plot_losses(run: Path) -> Path:
@@ -74,19 +83,25 @@ def plot_losses(run: Path) -> Path:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    beside = run / f".{PLOT}.partial"
-    figure.savefig(beside, format="png", dpi=120)
-    flush_to_disk(beside)
-    os.replace(beside, run / PLOT)
+    with new_file(run / PLOT, overwrite=True) as beside:
+        figure.savefig(beside, format="png", dpi=120)
     return run / PLOT
 
 
 def _forget_after(file: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that a run resumes from: it happens again."""
     kept = [record for record in read_metrics(file.parent) if record["step"] <= step] if step else []
-    beside = file.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(beside, file)
+    with new_file(file, overwrite=True) as beside:
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """The system does not say which file it is that could not be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"cannot write {quoted(file)}: {error.strerror or error}") from error
 
 
 def _tensorboard(run: Path) -> Any:

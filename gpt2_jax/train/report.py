@@ -18,6 +18,9 @@ from gpt2_jax.train.config import NonFiniteLoss, TrainConfig
 from gpt2_jax.train.metrics import Metrics
 from gpt2_jax.train.throughput import flops_per_token, peak_flops
 
+MOST_SKIPPED = 100
+"""Steps in a row; where so many have no finite loss and gradient, the next will have none either."""
+
 
 class Report:
     """A bar on standard error where a person is watching, lines on standard output, records in metrics.jsonl.
@@ -49,6 +52,7 @@ class Report:
         )
         self._task = self._bar.add_task("compiling", total=config.steps, completed=start_step)
         self._pending: list[tuple[int, dict[str, Any]]] = []
+        self._skipped_in_a_row = 0
         self._resumed_at: float | None = None  # None until the first step, which compiles, is over
         self._shown = ""
 
@@ -62,29 +66,48 @@ class Report:
     def fetch(self) -> dict[str, float | None]:
         """The newest step's metrics, once the device has them, and the speed since the last fetch.
 
-        Raises `NonFiniteLoss` naming the first step since then that has no finite loss and gradient.
+        Raises as `require_finite`.
         """
-        steps = [(step, {name: float(x) for name, x in metrics.items()}) for step, metrics in self._pending]
-        self._pending = []
-        for step, metrics in steps:
-            if not all(math.isfinite(value) for value in metrics.values()):
-                raise NonFiniteLoss(f"step {step}: loss {metrics['loss']}, norm of the gradient {metrics['grad_norm']}")
+        count, (step, metrics) = len(self._pending), self._pending[-1]
+        self.require_finite()
         now = time.perf_counter()
-        speed = None if self._resumed_at is None else len(steps) / (now - self._resumed_at)
+        speed = None if self._resumed_at is None else count / (now - self._resumed_at)
         self._resumed_at = now
-        step, metrics = steps[-1]
+        loss, norm, skipped = float(metrics["loss"]), float(metrics["grad_norm"]), int(metrics["skipped"])
+        was_skipped = not _are_finite(loss, norm)
         values = {
-            "train_loss": metrics["loss"],
-            "grad_norm": metrics["grad_norm"],
-            "learning_rate": float(self._schedule(step - 1)),
+            "train_loss": None if was_skipped else loss,
+            "grad_norm": None if was_skipped else norm,
+            "learning_rate": float(self._schedule(max(0, step - skipped - 1))),  # skipped steps have no place in it
+            "skipped": skipped if self._config.non_finite == "skip" else None,
             "tokens_per_second": speed and speed * self._config.batch_size * self._config.length,
             "mfu": speed and speed * self._flops_per_step / self._peak,
         }
-        self._shown = f"loss {metrics['loss']:.4f}"
+        self._shown = f"loss {loss:.4f}"
         if speed:
             self._shown += f"  {values['tokens_per_second']:,.0f} tokens/s  MFU {values['mfu']:.0%}"
         self._bar.update(self._task, completed=step, description=self._shown)
         return values
+
+    def require_finite(self) -> None:
+        """Look at the steps since the last time; say which of them were skipped.
+
+        Raises `NonFiniteLoss` naming the first that has no finite loss and gradient; where those are skipped, the
+        one that is too many in a row.
+        """
+        pending, self._pending = self._pending, []
+        for step, metrics in pending:
+            loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+            what = f"step {step}: loss {loss}, norm of the gradient {norm}"
+            if _are_finite(loss, norm):
+                self._skipped_in_a_row = 0
+            elif self._config.non_finite == "stop":
+                raise NonFiniteLoss(what)
+            else:
+                self._skipped_in_a_row += 1
+                self.say(f"{what}; skipped, {int(metrics['skipped'])} in all")
+                if self._skipped_in_a_row == MOST_SKIPPED:
+                    raise NonFiniteLoss(f"{what}; it is the last of {MOST_SKIPPED} in a row that were skipped")
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         """Log a record; say it too where there is a validation loss in it."""
@@ -112,3 +135,7 @@ class Report:
         self._bar.stop()
         if self._metrics is not None:
             self._metrics.close()
+
+
+def _are_finite(loss: float, norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(norm)

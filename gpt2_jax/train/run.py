@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bridge import save_tokenizer, tokenizer_fingerprint
 from bridge.bpe import END_OF_TEXT
 from bridge.errors import bullet_list, quoted
-from bridge.files import flush_to_disk, new_directory
+from bridge.files import exclusive_lock, new_directory, new_file
 from bridge.formats.directory import CONFIG, read_json, write_config, write_json
 from bridge.formats.run import RUN, steps
 from gpt2_jax.train.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gpt2_jax.data import Data
 
 EXPORT = "export"
-_FLAGS = ("XLA_FLAGS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
+_FLAGS = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change what is computed."""
 _VERSION = 1
 
@@ -70,25 +70,11 @@ def begin(run: Path, config: TrainConfig, data: Data) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """As long as the block lasts no other process is in here; raises `TrainingError` where one is.
-
-    The system forgets the lock with the process, however that ends; there is no file to be left behind.
-    """
-    import fcntl
-
-    directory = os.open(run, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainingError(
-                f"another process trains in {quoted(run)}; wait for it, or choose another --out"
-            ) from error
-        except OSError:
-            pass  # a file system without locks, as those over object stores are
+    """As long as the block lasts no other process is in here; raises `TrainingError` where one is."""
+    with exclusive_lock(run) as held:
+        if held is False:  # None, on a file system without locks, will do
+            raise TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out")
         yield
-    finally:
-        os.close(directory)
 
 
 def require_own(run: Path, config: TrainConfig, data: Data) -> None:
@@ -128,8 +114,10 @@ def stored_identity(run: Path) -> Identity:
 
 def describe(run: Path, config: TrainConfig, data: Data) -> None:
     """Write config.json and run.json, each whole or not at all."""
-    _replace(run / CONFIG, lambda beside: write_config(beside, config.model, _end_of_text(data)))
-    _replace(run / RUN, lambda beside: write_json(beside, about(config, data)))
+    with new_file(run / CONFIG, overwrite=True) as beside:
+        write_config(beside, config.model, _end_of_text(data))
+    with new_file(run / RUN, overwrite=True) as beside:
+        write_json(beside, about(config, data))
 
 
 def about(config: TrainConfig, data: Data) -> dict[str, Any]:
@@ -150,11 +138,3 @@ def _end_of_text(data: Data) -> dict[str, int | None]:
     tokenizer = data.tokenizer
     has_one = tokenizer is not None and END_OF_TEXT in tokenizer.special_tokens_set
     return dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token if tokenizer and has_one else None)
-
-
-def _replace(file: Path, write: Callable[[Path], None]) -> None:
-    beside = file.with_name(f".{file.name}.partial")
-    write(beside)
-    flush_to_disk(beside)
-    os.replace(beside, file)
-    flush_to_disk(file.parent)

@@ -1,28 +1,44 @@
-"""SIGTERM and Ctrl-C end a run between two steps, so that it can save first: all its processes after the same one."""
+"""SIGTERM and Ctrl-C end a run where it can save: between two steps, in an evaluation, while a step is compiled.
+
+Where several processes take part, JAX hears SIGTERM, from when they are joined on, of a preemption too, and lets them
+agree: all are told at the same of their questions.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from types import FrameType
+from typing import Any
 
+import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from gpt2_jax.processes import are_several
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
+_LOOK_EVERY = 0.2
+"""Seconds."""
+
+
+class Stopped(Exception):
+    """A signal has come: save, and end."""
 
 
 class StopSignals:
-    """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it always does.
+    """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it did before, or as `second`.
 
-    Where several processes take part, JAX hears SIGTERM, from when they are joined on, of a preemption too, and lets
-    them agree on a step; a second SIGTERM changes nothing then.
+    Python runs a handler between two calls alone. So a program of its own gives signal.SIG_DFL for `second`: then the
+    system ends it at once, whatever it is in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, second: signal.Handlers | None = None) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._second, self._questions = second, 0
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
@@ -30,23 +46,62 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in handled}
         return self
 
-    def ends_after(self, step: int) -> bool:
-        """Whether the run is to end after this step; every process asks after each."""
-        if are_several() and multihost_utils.reached_preemption_sync_point(step):
+    def check(self) -> None:
+        """Raise `Stopped` where a signal has come. Every process asks, and as often as the others."""
+        self._questions += 1
+        if are_several() and self.received is None and multihost_utils.reached_preemption_sync_point(self._questions):
             self.received = signal.SIGTERM
-        return self.received is not None
+            if self._before:  # until now JAX swallowed each of them; a second one is to end the process
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.received is not None:
+            raise Stopped
+
+    def compiled_aside(self, function: Any, mesh: Mesh) -> Callable[..., Any]:
+        """`function`, jitted, but that its first call can be left by a signal while it is compiled: raises `Stopped`.
+
+        Compiling takes minutes, and the system gives seconds to save. The compiler cannot be stopped; it goes on in a
+        thread that nobody waits for. Several processes wait for it, because they leave together.
+        """
+        compiled = False
+
+        def call(*arguments: Any) -> Any:
+            nonlocal compiled
+            if not compiled and not are_several():
+                self._unless_received(lambda: _compile(function, mesh, arguments))
+            compiled = True
+            return function(*arguments)  # which JAX has compiled by now
+
+        return call
+
+    def _unless_received(self, work: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                work()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        while not wait([done], _LOOK_EVERY).done:
+            if self.received is not None:
+                raise Stopped
+        done.result()
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._restore()
+        for handled, handler in self._before.items():
+            signal.signal(handled, handler if self._second is None else self._second)
         if are_several():
             signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
         else:
             self.received = signal.Signals(number)
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
-        self._before = {}
+
+def _compile(function: Any, mesh: Mesh, arguments: tuple[Any, ...]) -> None:
+    with jax.set_mesh(mesh):  # each thread has its own
+        function.lower(*arguments).compile()

@@ -33,12 +33,14 @@ class TrainState(NamedTuple):
     opt_state: Any
     ema_params: Any = None
     """A running mean of the parameters, where one is kept."""
+    skipped: Any = None
+    """How many steps left everything else as it was, because their loss or gradient was not finite."""
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
     """The state before the first step."""
     mean = jax.tree.map(jnp.copy, params) if ema else None  # copied: donated buffers must be distinct
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), mean)
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), mean, jnp.zeros((), jnp.int32))
 
 
 def make_train_step(
@@ -49,12 +51,15 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float | None = 1.0,
     ema_decay: float | None = None,
+    skip_non_finite: bool = False,
 ) -> TrainStep:
     """A compiled `step(state, batch) -> (state, metrics)`; the state that goes in is given up. Under `jax.set_mesh` it
     runs on that mesh, and the state that comes out lies where `gpt2_jax.sharding` has it.
 
     The loss is the mean over all counted labels of the batch, also where `accumulate` runs it in parts: sums are
-    added up and divided once. Metrics: `loss`, in nats; `grad_norm`, before clipping.
+    added up and divided once. Metrics: `loss`, in nats; `grad_norm`, before clipping; `skipped`, the steps so far whose
+    loss or gradient was not finite and which, with `skip_non_finite`, changed nothing but the two counts: parameters,
+    moments, and the place in the schedule, which is theirs, are those before.
     """
     drops = max(model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop) > 0.0
 
@@ -75,10 +80,18 @@ def make_train_step(
         mean = state.ema_params
         if ema_decay is not None:
             mean = optax.incremental_update(params, mean, 1.0 - ema_decay)
-        after = constrain_tree(TrainState(state.step + 1, params, opt_state, mean))
-        return after, {"loss": total / count, "grad_norm": norm}
+        after = TrainState(state.step + 1, params, opt_state, mean, state.skipped)
+        if skip_non_finite:
+            after = _unless(jnp.isfinite(total) & jnp.isfinite(norm), after, state)
+        return constrain_tree(after), {"loss": total / count, "grad_norm": norm, "skipped": after.skipped}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _unless(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> TrainState:
+    """The state after a step that counts if it was `finite`, and that otherwise is skipped."""
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+    return kept._replace(step=after.step, skipped=before.skipped + ~finite)
 
 
 def _accumulated(

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def scripted_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
-    monkeypatch.setattr(loop, "validation_loss", lambda eval_step, config, data, state, mesh: losses[int(state.step)])
+    monkeypatch.setattr(
+        loop, "validation_loss", lambda eval_step, config, data, state, mesh, check: losses[int(state.step)]
+    )
 
 
 def test_the_best_stays_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,22 @@
-"""A loss that is not finite ends a run, at its step, and what is kept is finite."""
+"""A loss that is not finite ends a run, at its step, or is skipped and counted; what is kept is finite."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from models import random_checkpoint
-from training_runs import RECIPE, all_weights, recipe, run_in
+from rich.console import Console
+from training_runs import RECIPE, all_weights, data_for, recipe, run_in, stop_at
 
 import bridge
 from bridge.formats.run import steps
-from gpt2_jax.train import NonFiniteLoss, loop
+from gpt2_jax.train import NonFiniteLoss, learning_rate_schedule, loop, report, settle, train
 from gpt2_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -37,6 +40,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, before: bool, ema: boo
             state, metrics = inner(spoiled(state) if now and before else state, batch)
             return spoiled(state) if now and not before else state, metrics
 
+        poisoned.lower = inner.lower  # type: ignore[attr-defined]
         return poisoned
 
     monkeypatch.setattr(loop, "make_train_step", make_poisoned)
@@ -80,3 +84,49 @@ def test_a_checkpoint_that_is_nan_already_is_found_before_the_first_step(tmp_pat
     with pytest.raises(NonFiniteLoss, match=r"^step 0: validation loss nan"):
         run_in(tmp_path, recipe(init_from="memory"), init_from=bridge.Checkpoint.of(weights, good.config))
     assert steps(tmp_path / "run") == []
+
+
+def bad_batches(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Give these steps a token that is none, which makes their loss NaN."""
+    inner = loop.training_batches
+
+    def batches(*args: Any, start_step: int, **options: Any) -> Iterator[Any]:
+        for step, batch in enumerate(inner(*args, start_step=start_step, **options), start=start_step + 1):
+            ids = np.full_like(batch["input_ids"], 9999) if step in steps else batch["input_ids"]
+            yield {**batch, "input_ids": ids}
+
+    monkeypatch.setattr(loop, "training_batches", batches)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a resume too; what is learned from the others is what a run without the skipped batches learns."""
+    bad_batches(monkeypatch, 2, 4)
+    changes = recipe(non_finite="skip", log_every=1, steps=6)
+    with monkeypatch.context() as stopping:
+        stop_at(stopping, 3, lambda: signal.raise_signal(signal.SIGTERM))
+        run_in(tmp_path, changes)
+    said = io.StringIO()
+    data = data_for(changes, tmp_path)
+    outcome = train(settle(changes, data), tmp_path / "run", data, resume=True, console=Console(file=said, width=1000))
+    assert outcome.step == 6
+    assert "step 4: loss nan, norm of the gradient nan; skipped, 2 in all" in said.getvalue()
+    records = {record["step"]: record for record in read_metrics(outcome.run)}
+    assert [records[step]["skipped"] for step in range(1, 7)] == [0, 1, 1, 2, 2, 2]
+    assert [step for step in range(1, 7) if "train_loss" not in records[step]] == [2, 4]
+    assert all(np.isfinite(value) for record in records.values() for value in record.values())
+    schedule = learning_rate_schedule(changes.optimizer, 6)
+    assert [records[step]["learning_rate"] for step in (1, 3, 5, 6)] == [float(schedule(n)) for n in range(4)]
+
+
+def test_a_run_that_was_stopped_so_goes_on_by_skipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad_batches(monkeypatch, 4)
+    with pytest.raises(NonFiniteLoss, match=r"^step 4: loss nan"):
+        run_in(tmp_path, RECIPE)
+    assert run_in(tmp_path, recipe(non_finite="skip"), resume=True).step == 6
+
+
+def test_where_nothing_is_finite_any_more_skipping_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "MOST_SKIPPED", 3)
+    bad_batches(monkeypatch, 1, 3, 4, 5, 6)
+    with pytest.raises(NonFiniteLoss, match=r"^step 5: loss nan.*the last of 3 in a row"):
+        run_in(tmp_path, recipe(non_finite="skip", steps=9))

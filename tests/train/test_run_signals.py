@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
-from training_runs import RECIPE, run_in, stop_at
+from training_runs import RECIPE, all_weights, records, run_in, stop_at
 
 import bridge
-from bridge.formats.run import steps
+from bridge.formats.run import steps, validation_loss, verified
+from gpt2_jax.train import Outcome, loop
+from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -28,10 +36,130 @@ def test_a_signal_ends_a_run_after_its_step(tmp_path: Path, monkeypatch: pytest.
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
-def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stop_at(monkeypatch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+def test_a_signal_when_all_is_done_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoints.save
+
+    def signal_in_the_last(self: Checkpoints, state: Any, loss: float | None) -> None:
+        save(self, state, loss)
+        if int(state.step) == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", signal_in_the_last)
     outcome = run_in(tmp_path, RECIPE)
     assert (outcome.step, outcome.stopped_by) == (6, None)
+
+
+@pytest.mark.parametrize("step", [0, 4, 6])
+def test_an_evaluation_is_left_saved_and_made_up_for(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Outcome
+) -> None:
+    """Before the first step, in the middle, and after the last: a run that is not evaluated has not ended."""
+    with monkeypatch.context() as stopping:
+        signal_in_evaluation(stopping, step)
+        outcome = run_in(tmp_path, RECIPE)
+    assert (outcome.step, outcome.stopped_by) == (step, signal.SIGTERM)
+    assert steps(outcome.run)[-1] == step
+    assert validation_loss(outcome.run, step) is None
+    assert all("val_loss" not in record for record in read_metrics(outcome.run) if record["step"] == step)
+    resumed = run_in(tmp_path, RECIPE, resume=True)
+    assert (resumed.step, resumed.stopped_by, resumed.best_step) == (6, None, finished.best_step)
+    assert records(resumed.run) == records(finished.run)
+    for name, array in all_weights(finished.export).items():
+        np.testing.assert_allclose(all_weights(resumed.export)[name], array, atol=1e-6)
+    if step:
+        assert verified(resumed.run, step)["val_loss"] == validation_loss(finished.run, step)
+
+
+def signal_in_evaluation(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Between the two batches of the one after `step`."""
+    inner, seen = loop.validation_loss, []
+
+    def signalled(*args: Any) -> float:
+        *rest, state, mesh, check = args
+
+        def check_after_one() -> None:
+            seen.append(int(state.step))
+            if seen.count(step) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            check()
+
+        return inner(*rest, state, mesh, check_after_one)
+
+    monkeypatch.setattr(loop, "validation_loss", signalled)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("which", ["make_train_step", "make_eval_step"])
+def test_compiling_is_left_at_once(
+    which: str, start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Outcome
+) -> None:
+    """Here it would take for ever. What goes on is gone on with from where it was."""
+    if start:
+        shutil.copytree(finished.run.parent, tmp_path, dirs_exist_ok=True)
+        for step in steps(tmp_path / "run"):
+            if step > start:
+                shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    released, make = threading.Event(), getattr(loop, which)
+
+    def make_slow(*args: Any, **options: Any) -> Any:
+        function = make(*args, **options)
+
+        def lower(*arguments: Any) -> Any:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # type: ignore[arg-type]
+            assert released.wait(300)
+            return function.lower(*arguments)
+
+        return Compiled(function, lower)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(loop, which, make_slow)
+        outcome = run_in(tmp_path, RECIPE, resume=True)
+    released.set()
+    # After a checkpoint that was evaluated the next evaluation, for which it is compiled, is that of step 6.
+    stopped_at = 6 if start and which == "make_eval_step" else start
+    assert (outcome.step, outcome.stopped_by, steps(outcome.run)[-1]) == (stopped_at, signal.SIGTERM, stopped_at)
+    resumed = run_in(tmp_path, RECIPE, resume=True)
+    assert (resumed.step, resumed.stopped_by) == (6, None)
+    assert records(resumed.run) == records(finished.run)
+
+
+class Compiled:
+    """A compiled function whose `lower` is another."""
+
+    def __init__(self, function: Callable[..., Any], lower: Callable[..., Any]) -> None:
+        self._function, self.lower = function, lower
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+def test_an_error_of_the_compiler_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise MemoryError("too large")
+
+    make = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", lambda *a, **o: Compiled(make(*a, **o), fail))
+    with pytest.raises(MemoryError, match="too large"):
+        run_in(tmp_path, RECIPE)
+
+
+def test_a_step_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread's compilation is the one that the step then uses."""
+    made: list[Any] = []
+    make = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", lambda *a, **o: made.append(make(*a, **o)) or made[-1])
+    compiled: list[str] = []
+
+    def count(event: str, duration: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and about.get("fun_name") == "jit(step)":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        run_in(tmp_path, RECIPE)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert len(compiled) == 1
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,9 +37,9 @@ PADDING = {"input_ids": 5, "labels": IGNORED, "attention_mask": 0}
 @cache
 def stepper(tx: Any = MOMENTUM, *, drop: float = 0.0, seed: int = 0, ema: float | None = None, **options: Any) -> Any:
     """A compiled step, the same for all tests that ask for this one."""
-    accumulate = options.pop("accumulate", 1)
+    of_step = {name: options.pop(name) for name in ("accumulate", "skip_non_finite") if name in options}
     model = GPT2(replace(CONFIG, embd_pdrop=drop), **{"scan": True, **options})
-    return make_train_step(model, tx, seed=seed, accumulate=accumulate, ema_decay=ema)
+    return make_train_step(model, tx, seed=seed, ema_decay=ema, **of_step)
 
 
 def first_state(tx: Any = MOMENTUM, *, scan: bool = True, ema: bool = False) -> TrainState:
@@ -177,3 +177,31 @@ def test_one_number_that_is_not_finite_is_found(poison: float) -> None:
     bias = params["h"]["attn"]["c_attn"]["bias"]
     params["h"]["attn"]["c_attn"]["bias"] = bias.at[1, 2, 0, 3].set(poison)
     assert not all_finite(params)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(accumulate: int) -> None:
+    """Weights, moments, their counts and the mean are those of a run that never had its batch."""
+    tx = make_optimizer(OptimizerConfig(warmup_steps=1), 9)
+    step = stepper(tx, accumulate=accumulate, ema=0.5, skip_non_finite=True)
+    bad = batch(1)
+    bad["input_ids"][0, 0] = CONFIG.vocab_size  # which makes its row NaN
+    state, expected = first_state(tx, ema=True), first_state(tx, ema=True)
+    metrics = []
+    for given in (batch(0), bad, bad, batch(2)):
+        state, measured = step(state, given)
+        metrics.append({name: float(value) for name, value in measured.items()})
+    for given in (batch(0), batch(2)):
+        expected, last = step(expected, given)
+    assert [m["skipped"] for m in metrics] == [0, 1, 2, 2]
+    assert [np.isfinite(m["loss"]) for m in metrics] == [True, False, False, True]
+    assert metrics[-1]["loss"] == float(last["loss"])
+    assert (int(state.step), int(state.skipped), int(expected.step)) == (4, 2, 2)
+    assert_equal(state._replace(step=0, skipped=0), expected._replace(step=0, skipped=0))
+
+
+def test_without_being_told_no_step_is_skipped() -> None:
+    bad = batch(1)
+    bad["input_ids"][0, 0] = CONFIG.vocab_size
+    state, metrics = stepper()(first_state(), bad)
+    assert (int(metrics["skipped"]), bool(all_finite(state.params))) == (0, False)
