@@ -47,7 +47,7 @@ def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool)
 
     def copy_what_is_there() -> None:
         assert not target.exists()
-        [partial] = [p for p in tmp_path.iterdir() if p != states] or [None]
+        [partial] = [*tmp_path.glob(".*.partial/new")] or [None]
         if partial is not None:
             copy = states / f"{len(list(states.iterdir()))}{target.suffix}"
             (shutil.copytree if partial.is_dir() else shutil.copy)(partial, copy)
