@@ -237,6 +237,19 @@ def test_without_locks_nothing_is_taken_for_left(tmp_path: Path, monkeypatch: py
     assert tree(tmp_path) == {".out.0123abcd.partial": None, "out": None, "out/new": b"new"}
 
 
+def test_a_writer_whose_lock_is_not_seen_names_nothing_that_is_being_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where each of two machines has its own locks."""
+    monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: None)
+    with pytest.raises(CheckpointError, match="cannot write"), new_directory(tmp_path / "out") as directory:
+        (directory / "first").write_text("first")
+        with monkeypatch.context() as removing:
+            removing.setattr(files.shutil, "rmtree", lambda path, **options: next(path.rglob("first")).unlink())
+            files._clear_away(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_only_looks_as_if_it_was_left_stays(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old").write_text("mine")
