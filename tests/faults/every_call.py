@@ -1,0 +1,383 @@
+"""kill -9 at every call by which a conversion, a save, and the end of a run change what is on the disk.
+
+    PYTHONPATH=.:tests python -m faults.every_call
+
+Each is traced once, which gives its K calls (`faults.syscalls`), and then done K times by a process that is killed
+before the first call, before the second, and so on. What is left is the old one whole or the new one whole, under its
+name and wherever else something loads; and doing it again succeeds and leaves nothing beside it. The trace shows too
+that everything is on the disk before it gets its name, and the name before anything else is done.
+Prints what was found after how many kills; exits with 1 where anything was otherwise. Linux on x86-64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import matplotlib.backends.backend_agg  # noqa: F401  # here, so that not every forked process has to
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from models import TINY, config_for, random_checkpoint, random_state
+
+import bridge
+from bridge import BridgeError, manifest
+from bridge.formats import FORMATS, WRITABLE
+from bridge.formats.directory import CONFIG, write_config, write_json
+from bridge.formats.run import CHECKPOINTS, RUN, steps
+from faults.syscalls import Call, end_with, flushed, trace, why_not
+from gpt2_jax.train.checkpoint import Checkpoints
+from gpt2_jax.train.loop import finish
+from gpt2_jax.train.metrics import METRICS, PLOT
+from gpt2_jax.train.run import EXPORT
+from gpt2_jax.train.step import TrainState
+
+WRONG = "OTHERWISE"
+
+T = TypeVar("T")
+
+
+class Case(Protocol):
+    """Something that is done in a directory."""
+
+    @property
+    def result(self) -> str:
+        """What it gives there, by name."""
+
+    def prepare(self, directory: Path) -> None:
+        """What is there before."""
+
+    def act(self, directory: Path) -> None: ...
+
+    def found(self, directory: Path, before: Path, whole: Path) -> str:
+        """What is there after a kill, in a few words, and then is done again; `AssertionError` for what must not be.
+
+        before, whole: the directory as it was, and as it is when nobody is killed.
+        """
+
+
+@dataclass(frozen=True)
+class Conversion:
+    format: str
+    as_file: bool = False
+    overwrite: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.format}, {'file' if self.as_file else 'directory'}, {'overwritten' if self.overwrite else 'new'}"
+
+    @property
+    def result(self) -> str:
+        return f"out{FORMATS[self.format].SUFFIXES[0]}" if self.as_file else "out"
+
+    def prepare(self, directory: Path) -> None:
+        config = config_for(self.format, TINY)
+        bridge.save(random_checkpoint(config), directory / "source", format="huggingface")
+        bridge.save_tokenizer(bridge.byte_tokenizer(), directory / "source")
+        if self.overwrite:
+            bridge.save(random_checkpoint(config, seed=1), directory / self.result, format=self.format)
+
+    def act(self, directory: Path) -> None:
+        self._convert(directory, self.overwrite)
+
+    def found(self, directory: Path, before: Path, whole: Path) -> str:
+        is_there = (directory / self.result).exists()
+        state = _which(directory, before, whole, self.result)
+        _require_whole_where_it_loads(directory, before, whole)
+        self._convert(directory, self.overwrite or is_there)
+        assert tree(directory) == tree(whole), "done again it is the same, and nothing is left beside it"
+        return state
+
+    def _convert(self, directory: Path, overwrite: bool) -> None:
+        checkpoint = bridge.load(directory / "source")
+        bridge.save(checkpoint, directory / self.result, format=self.format, overwrite=overwrite)
+
+
+class InPlace(Conversion):
+    """A conversion as none must be, by which is seen that it would be noticed."""
+
+    def act(self, directory: Path) -> None:
+        (directory / self.result).mkdir(exist_ok=True)
+        FORMATS[self.format].write(bridge.load(directory / "source"), directory / self.result)
+
+
+@dataclass(frozen=True)
+class Save:
+    """The checkpoint of step 9, where there are those of 3 and 6 and two are kept."""
+
+    result = f"{CHECKPOINTS}/9"
+
+    def __str__(self) -> str:
+        return "save"
+
+    def prepare(self, directory: Path) -> None:
+        _begin_run(directory, 3, 6)
+
+    def act(self, directory: Path) -> None:
+        with Checkpoints(directory, keep_last=2) as checkpoints:
+            checkpoints.latest()
+            checkpoints.save(_state(9), _loss(9))
+
+    def found(self, directory: Path, before: Path, whole: Path) -> str:
+        there = steps(directory)
+        assert there in ([3, 6], [3, 6, 9], [6, 9])
+        _require_whole_where_it_loads(directory, before, whole)
+        assert bridge.fingerprint(bridge.load(directory).tensors) == _fingerprint(there[-1])
+        with Checkpoints(directory, keep_last=2) as checkpoints:
+            assert _names(directory) == {*map(str, there)}, "nothing is left beside them"
+            assert checkpoints.latest() == there[-1]
+            for step in there:
+                _require_restored(checkpoints, step)
+            checkpoints.save(_state(12), _loss(12))
+        assert _names(directory) == {str(there[-1]), "12"}
+        return f"steps {', '.join(map(str, there))}"
+
+
+@dataclass(frozen=True)
+class LaterLoss:
+    """The validation loss of a checkpoint that was saved before it was evaluated."""
+
+    result = f"{CHECKPOINTS}/6/{manifest.MANIFEST}"
+
+    def __str__(self) -> str:
+        return "loss added to a save"
+
+    def prepare(self, directory: Path) -> None:
+        _begin_run(directory, 3, 6)
+
+    def act(self, directory: Path) -> None:
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.add_loss(6, _loss(9))
+
+    def found(self, directory: Path, before: Path, whole: Path) -> str:
+        state = _which(directory, before, whole, self.result)
+        _require_whole_where_it_loads(directory, before, whole)
+        with Checkpoints(directory) as checkpoints:
+            assert checkpoints.latest() == 6
+            _require_restored(checkpoints, 6)
+        self.act(directory)
+        assert tree(directory) == tree(whole), "done again it is the same, and nothing is left beside it"
+        return state
+
+
+@dataclass(frozen=True)
+class End:
+    """The export of a run and its plot, in the place of those of an earlier end or of none."""
+
+    overwrite: bool = False
+    result = EXPORT
+
+    def __str__(self) -> str:
+        return f"end of a run, {'overwritten' if self.overwrite else 'new'}"
+
+    def prepare(self, directory: Path) -> None:
+        _begin_run(directory, 3)
+        if self.overwrite:
+            finish(directory, {}, 3, None)
+        _begin_run(directory, 6)
+
+    def act(self, directory: Path) -> None:
+        finish(directory, {}, 6, None)
+
+    def found(self, directory: Path, before: Path, whole: Path) -> str:
+        states = [_which(directory, before, whole, name) for name in (EXPORT, PLOT)]
+        _require_whole_where_it_loads(directory, before, whole)
+        assert bridge.fingerprint(bridge.load(directory).tensors) == _fingerprint(6)
+        if (directory / EXPORT).exists():
+            manifest.verify(directory / EXPORT)
+        self.act(directory)
+        assert tree(directory) == tree(whole), "done again it is the same, and nothing is left beside it"
+        return f"export {states[0]}, plot {states[1]}"
+
+
+def cases() -> Iterator[Case]:
+    for format in WRITABLE:
+        for as_file in (False, True) if hasattr(FORMATS[format], "FILE") else (False,):
+            for overwrite in (False, True):
+                yield Conversion(format, as_file, overwrite)
+    yield from (Save(), LaterLoss())
+    yield from (End(), End(overwrite=True))
+
+
+def kill_at_each(case: Case, home: Path, only: int | None = None) -> tuple[list[Call], Counter[str], Counter[str]]:
+    """The calls of `case`, what was found after a kill, and the names of the calls that were then about to be made.
+
+    only: so many kills, spread evenly, and not one at each call.
+    """
+    before, whole, directory = (home / state / "run" for state in ("before", "whole", "killed"))
+    calls = traced(case, before, whole)
+    found, at = Counter[str](), Counter[str]()
+    if late := named_early(calls, whole, case.result):
+        print(f"{case}: not on the disk before it has its name: {late}", file=sys.stderr)
+        found[WRONG] += 1
+    every = range(1, len(calls) + 1)
+    for number in every if only is None else sorted({round(n) for n in np.linspace(1, len(calls), only)}):
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(before, directory)
+        made, code = trace(lambda: case.act(directory), directory, kill_at=number)
+        if code == 0:  # the order of threads is not always the same, nor is how often they try
+            found["ended before its kill"] += 1
+            continue
+        assert code == -signal.SIGKILL, f"{case} fails"
+        at[made[-1].name] += 1
+        try:
+            found[in_child(lambda: case.found(directory, before, whole))] += 1
+        except EOFError:
+            print(f"{case}: killed at call {number}, {made[-1]}, it left this ^", file=sys.stderr)
+            found[WRONG] += 1
+    return calls, found, at
+
+
+def traced(case: Case, before: Path, whole: Path) -> list[Call]:
+    """The calls of `case` when nobody is killed. Makes both directories, which are as it finds and leaves them."""
+    before.mkdir(parents=True)
+    in_child(lambda: case.prepare(before))
+    shutil.copytree(before, whole)
+    calls, code = trace(lambda: case.act(whole), whole)
+    assert code == 0, f"{case} fails"
+    return calls
+
+
+def named_early(calls: list[Call], directory: Path, result: str) -> list[str]:
+    """What of the result is not on the disk when it gets its name, and what has the name, if it is not flushed next."""
+    named = [n for n, call in enumerate(calls) if call.name.startswith("rename") and call.to == result]
+    if not named:
+        return [result]  # which had it from the beginning
+    at, on_disk, parent = named[-1], flushed(calls[: named[-1]]), str(Path(result).parent)
+    there = [Path(), *(path.relative_to(directory / result) for path in (directory / result).rglob("*"))]
+    late = [name for name in (str(calls[at].path / path) for path in there) if name not in on_disk]
+    return sorted(late) + ([parent] if calls[at + 1] != Call("fsync", parent) else [])
+
+
+def save_by_orbax_alone(home: Path) -> tuple[list[Call], set[str]]:
+    """The calls, and the files and directories that it leaves."""
+    home.mkdir()
+    calls, code = trace(lambda: ocp.save(home / "3", _state(3)), home)
+    assert code == 0
+    return calls, {str(path.relative_to(home)) for path in home.rglob("*")}
+
+
+def use_the_cpu() -> None:
+    jax.config.update("jax_platforms", "cpu")
+
+
+def in_child(work: Callable[[], T]) -> T:
+    """What `work` gives in a forked process. This one never starts JAX's backend, whose threads a fork would lack.
+
+    Raises `EOFError` where it fails; the child has said why.
+    """
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        end_with(lambda: send.send(work()))
+    send.close()
+    try:
+        given: T = receive.recv()
+        return given
+    finally:
+        os.waitpid(child, 0)
+
+
+def tree(path: Path) -> dict[str, str | None] | None:
+    """Everything there, hidden files too: name -> SHA-256, None for a directory. None where nothing is."""
+    if not path.exists():
+        return None
+    return {
+        str(p.relative_to(path)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else None
+        for p in (path, *path.rglob("*"))
+    }
+
+
+def _which(directory: Path, before: Path, whole: Path, name: str) -> str:
+    now, old, new = (tree(place / name) for place in (directory, before, whole))
+    assert now in (old, new), f"{name} is neither as it was nor as it will be"
+    return "new" if now == new else "none" if old is None else "old"
+
+
+def _require_whole_where_it_loads(directory: Path, *wholes: Path) -> None:
+    """Whatever somebody points at: it is refused, or has the weights of something that is whole."""
+    known = {found for whole in wholes for found in _loadable(whole)}
+    assert _loadable(directory) <= known, "something loads that is not whole"
+
+
+def _loadable(directory: Path) -> set[str]:
+    """Fingerprints of what loads at a directory and everywhere below it."""
+    found = set()
+    for path in (directory, *directory.rglob("*")):
+        try:
+            found.add(bridge.fingerprint(bridge.load(path).tensors))
+        except BridgeError:
+            continue
+    return found
+
+
+def _begin_run(directory: Path, *saved: int) -> None:
+    """A run with these checkpoints, or with these too; and a line of its log for each."""
+    write_config(directory / CONFIG, TINY)
+    write_json(directory / RUN, {})
+    for step in saved:
+        with Checkpoints(directory, keep_last=2) as checkpoints:
+            checkpoints.save(_state(step), _loss(step))
+        with (directory / METRICS).open("a") as lines:
+            lines.write(json.dumps({"step": step, "train_loss": _loss(step), "val_loss": _loss(step)}) + "\n")
+
+
+def _loss(step: int) -> float:
+    return 1 + 1 / step
+
+
+def _weights(step: int) -> dict[str, np.ndarray]:
+    return random_state(TINY, seed=step)
+
+
+def _fingerprint(step: int) -> str:
+    return bridge.fingerprint(_weights(step))
+
+
+def _state(step: int) -> TrainState:
+    params = bridge.stack_layers(bridge.to_flax(_weights(step), TINY))
+    moments = jax.tree.map(np.square, params)
+    return jax.tree.map(jnp.asarray, TrainState(jnp.int32(step), params, {"count": np.int32(step), "mu": moments}))
+
+
+def _require_restored(checkpoints: Checkpoints, step: int) -> None:
+    expected = _state(step)
+    found = checkpoints.restore(step, expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def _names(run: Path) -> set[str]:
+    return {path.name for path in (run / CHECKPOINTS).iterdir()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=int, metavar="N", help="N kills in each case, spread evenly, and not all")
+    options = parser.parse_args()
+    if why := why_not():
+        parser.error(why)
+    use_the_cpu()
+    total, at = Counter[str](), Counter[str]()
+    for case in cases():
+        with tempfile.TemporaryDirectory() as home:
+            calls, found, names = kill_at_each(case, Path(home), options.only)
+        print(f"{case}: {len(calls)} calls, {names.total()} kills: {dict(found)}", flush=True)
+        total, at = total + found, at + names
+    print(f"{at.total()} kills, before {dict(at)}: {total[WRONG]} {WRONG}")
+    return int(total[WRONG] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
