@@ -101,13 +101,14 @@ def sound(run: Path, candidates: Iterable[int], say: Callable[[str], object]) ->
 
 
 def best_sound_step(run: Path, say: Callable[[str], object]) -> int:
-    """As `best_step`, of those that are as they were written; `say` is told of each that would have been better.
+    """As `best_step`, of those that are as they were written; `say` is told of each that would or could have been
+    better: of one without a sound manifest the loss is not known.
 
     Raises `CheckpointError` where there is none.
     """
     damaged: list[str] = []
     best = _best_first(run)
-    step = sound(run, [*best, *(step for step in reversed(steps(run)) if step not in best)], damaged.append)
+    step = sound(run, [*(step for step in reversed(steps(run)) if step not in best), *best], damaged.append)
     if step is None and damaged:
         raise CheckpointError(f"the run {quoted(run)} has no checkpoint that is sound:\n{bullet_list(damaged)}")
     if step is None:

@@ -188,12 +188,25 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_and_named(tmp_path: Path) -
     assert damaged.read_bytes() == data, "it is left as it is"
 
 
+def test_one_whose_manifest_is_damaged_is_named_too(tmp_path: Path) -> None:
+    """Its loss is not known: it could have been the best."""
+    run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5, 3: 2.0})
+    for step in (1, 2):
+        (run / "checkpoints" / str(step) / "manifest.json").unlink()
+    assert_weights(run, CONFIG, seed=3)
+    assert [line.partition(" is damaged")[0] for line in bridge.load(run).oddities] == [
+        "read from checkpoints/3",
+        "the checkpoint of step 2",
+        "the checkpoint of step 1",
+    ]
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_names_each(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
     (run / "checkpoints" / "1" / "manifest.json").unlink()
     shutil.rmtree(run / "checkpoints" / "2" / "state")
     with pytest.raises(
-        CheckpointError, match=r"(?s)no checkpoint that is sound:.*step 2 is damaged.*step 1 is damaged"
+        CheckpointError, match=r"(?s)no checkpoint that is sound:.*step 1 is damaged.*step 2 is damaged"
     ):
         bridge.load(run)
 
