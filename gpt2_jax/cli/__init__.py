@@ -23,7 +23,7 @@ from gpt2_jax.cli.eval import evaluate
 from gpt2_jax.cli.generate import generate
 from gpt2_jax.cli.inspect import inspect
 from gpt2_jax.cli.plan import plan_command
-from gpt2_jax.cli.process import keep_compiled_programs, take_huge_pages
+from gpt2_jax.cli.process import keep_compiled_programs, leave_errors_to_their_message, take_huge_pages
 from gpt2_jax.cli.train import default_config, train_command
 from gpt2_jax.cli.verify import verify
 
@@ -49,6 +49,7 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
     if args is None and sys.argv[1:2] in (["train"], ["demo"]):  # a process of our own
         take_huge_pages()
+    leave_errors_to_their_message()
     if (sys.argv[1:] if args is None else args) == ["--version"]:
         print(f"gpt2-bridge {version('gpt2-bridge')}")
         sys.exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import sys
@@ -72,6 +73,16 @@ def keep_compiled_programs() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def leave_errors_to_their_message() -> None:
+    """Orbax's threads log each error with a traceback, of which one line was asked for: it is raised as well."""
+    logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
+    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)  # what calls back when orbax has closed its loop
+
+
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
 
 
 def _cpu() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,14 @@ import pytest
 from commands import run
 
 from gpt2_jax.cli import process
-from gpt2_jax.cli.process import HUGE_PAGES, TUNABLES, keep_compiled_programs, take_huge_pages, with_huge_pages
+from gpt2_jax.cli.process import (
+    HUGE_PAGES,
+    TUNABLES,
+    keep_compiled_programs,
+    leave_errors_to_their_message,
+    take_huge_pages,
+    with_huge_pages,
+)
 
 
 @pytest.fixture
@@ -129,3 +137,18 @@ def test_attention_that_cannot_run_is_refused_before_the_run_is_made(
     out = tmp_path / "run"
     code = run("train", "--preset", "nano", "--data", text, "--tokenizer", "bytes", "--out", out, *flags)
     assert code == 2 and said in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "error", "is_said"),
+    [
+        ("site-packages/orbax/checkpoint/_src/futures/future.py", OSError("no space"), False),
+        ("site-packages/orbax/checkpoint/_src/futures/future.py", None, True),
+        ("site-packages/absl/app.py", OSError("no space"), True),
+    ],
+)
+def test_tracebacks_of_orbaxs_threads_are_not_said(file: str, error: OSError | None, is_said: bool) -> None:
+    leave_errors_to_their_message()
+    said = error and (type(error), error, None)
+    record = logging.LogRecord("absl", logging.ERROR, file, 1, "it raised an exception", (), said)
+    assert bool(logging.getLogger("absl").filter(record)) == is_said
