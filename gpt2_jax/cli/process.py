@@ -7,9 +7,11 @@ import logging
 import os
 import platform
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -17,6 +19,7 @@ from gpt2_jax.data.tokenize import cache_directory
 
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 _STARTED_AGAIN = "GPT2_BRIDGE_STARTED_AGAIN"
+_unraisable_before, _in_thread_before = sys.unraisablehook, threading.excepthook
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -76,13 +79,26 @@ def keep_compiled_programs() -> None:
 
 
 def leave_errors_to_their_message() -> None:
-    """Orbax's threads log each error with a traceback, of which one line was asked for: it is raised as well."""
+    """The threads of orbax and tensorboard give their errors to who waits for them, which makes one line of them here;
+    and print a traceback of each as well."""
     logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
-    logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)  # what calls back when orbax has closed its loop
+    sys.unraisablehook = _unraisable
+    threading.excepthook = _in_thread
 
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+
+
+def _unraisable(what: Any) -> None:
+    """After an error orbax closes its event loop, and tensorstore's threads still want to tell that of the others."""
+    if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+        _unraisable_before(what)
+
+
+def _in_thread(what: Any) -> None:
+    if not type(what.thread).__module__.startswith("tensorboard."):
+        _in_thread_before(what)
 
 
 def _cpu() -> str:

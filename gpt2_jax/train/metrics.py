@@ -16,6 +16,7 @@ from gpt2_jax.train.config import TrainConfig, TrainingError, flat
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
+TENSORBOARD = "tensorboard"
 
 
 class Metrics:
@@ -36,8 +37,9 @@ class Metrics:
             self._lines.write(json.dumps({"step": step, **record}) + "\n")
             self._lines.flush()
         if self._tensorboard is not None:
-            for name, value in record.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with _named(self._file.with_name(TENSORBOARD)):
+                for name, value in record.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(record, step=step)
 
@@ -45,7 +47,8 @@ class Metrics:
         with _named(self._file):  # what could not be written is tried again
             self._lines.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with _named(self._file.with_name(TENSORBOARD)):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -105,7 +108,8 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def _tensorboard(run: Path) -> Any:
-    return _optional("tensorboard.summary", "tensorboard").Writer(str(run / "tensorboard"))
+    with _named(run / TENSORBOARD):
+        return _optional("tensorboard.summary", "tensorboard").Writer(str(run / TENSORBOARD))
 
 
 def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -152,3 +154,26 @@ def test_tracebacks_of_orbaxs_threads_are_not_said(file: str, error: OSError | N
     said = error and (type(error), error, None)
     record = logging.LogRecord("absl", logging.ERROR, file, 1, "it raised an exception", (), said)
     assert bool(logging.getLogger("absl").filter(record)) == is_said
+
+
+@pytest.mark.parametrize(("error", "is_said"), [("Event loop is closed", False), ("another", True)])
+def test_nor_is_what_they_would_have_told_a_loop_that_is_closed(
+    error: str, is_said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(process, "_unraisable_before", said.append)
+    monkeypatch.setattr(sys, "unraisablehook", None)
+    leave_errors_to_their_message()
+    sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(error)))  # type: ignore[arg-type]
+    assert bool(said) == is_said
+
+
+@pytest.mark.parametrize(("module", "is_said"), [("tensorboard.summary.writer", False), ("threading", True)])
+def test_nor_are_those_of_tensorboards(module: str, is_said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(process, "_in_thread_before", said.append)
+    monkeypatch.setattr(threading, "excepthook", None)
+    leave_errors_to_their_message()
+    thread = type("Writer", (threading.Thread,), {"__module__": module})()
+    threading.excepthook(SimpleNamespace(exc_value=OSError("no space"), thread=thread))  # type: ignore[arg-type]
+    assert bool(said) == is_said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,18 @@ def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path: Path, cut: str
     assert [record["step"] for record in read_metrics(tmp_path)] == [2]
     write(tmp_path, RECIPE, 4, (6, {"train_loss": 6.0}))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2, 6]
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, RECIPE, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        for write_or_close in (lambda: metrics.write(1, {"train_loss": 1.0}), metrics.close):
+            with pytest.raises(TrainingError, match=r"cannot write '.*metrics\.jsonl': File too large"):
+                write_or_close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_run_that_has_logged_nothing_has_no_records(tmp_path: Path) -> None:
