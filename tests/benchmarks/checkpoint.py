@@ -1,0 +1,121 @@
+"""What a checkpoint costs the training that goes on meanwhile: orbax alone, and put on the disk, hashed and verified.
+
+    python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch 1] [--length 512] [--steps 6]
+
+A round has a turn of each kind: so many training steps after no save, after `orbax.save_async` alone, and after
+`Checkpoints.save`, in alternating order, each from a quiet disk. Given are medians and ranges of the steps' time over
+that of the steps without a save in the same round, and the seconds until the checkpoint is complete. Beside them, what
+the disk and SHA-256 do alone. Needs three times the state's size on the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from bridge import manifest
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train import PRESETS, make_optimizer, make_train_step
+from gpt2_jax.train.begin import first_state, make_model
+from gpt2_jax.train.checkpoint import Checkpoints
+
+Waiting = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", type=int, nargs="?", default=5)
+    parser.add_argument("--preset", choices=PRESETS, default="gpt2")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    config = replace(
+        PRESETS[options.preset], batch_size=options.batch, length=options.length, accumulate=1, dtype="float32"
+    )
+    model, tx, mesh = make_model(config), make_optimizer(config.optimizer, 1000), make_mesh()
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (options.batch, options.length), np.int32)
+    batch = {"input_ids": ids, "labels": ids}
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory(dir=".") as scratch:
+        folder = Path(scratch).absolute()
+        train_step = make_train_step(model, tx)
+        state, _ = train_step(first_state(config, model, tx, None, mesh), batch)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        print(
+            f"{options.preset}, {options.batch} x {options.length}: a state of {size:,} bytes; {_limits(folder, size)}"
+        )
+        checkpoints = Checkpoints(folder, keep_last=1)
+
+        def sealed(state: Any) -> Waiting:
+            checkpoints.save(state)
+            return checkpoints.wait
+
+        def bare(state: Any) -> Waiting:
+            return ocp.save_async(folder / "orbax", state, overwrite=True).result
+
+        kinds: dict[str, Callable[[Any], Waiting]] = {
+            "none": lambda state: lambda: None,
+            "orbax": bare,
+            "sealed": sealed,
+        }
+        stepping: dict[str, list[float]] = {name: [] for name in kinds}
+        complete: dict[str, list[float]] = {name: [] for name in kinds}
+        for _ in range(options.rounds):
+            for name, save in kinds.items():
+                os.sync()
+                began = time.perf_counter()
+                wait = save(state)
+                for _ in range(options.steps):
+                    state, metrics = train_step(state, batch)
+                    float(metrics["loss"])
+                stepping[name].append(time.perf_counter() - began)
+                wait()
+                complete[name].append(time.perf_counter() - began)
+            kinds = dict(reversed(kinds.items()))
+        for name, times in stepping.items():
+            ratios = sorted(mine / alone for mine, alone in zip(times, stepping["none"], strict=True))
+            print(
+                f"{name}: {options.steps} steps in {statistics.median(times):.2f} s, {statistics.median(ratios):.3f} "
+                f"({ratios[0]:.3f} to {ratios[-1]:.3f}) times; all done after {statistics.median(complete[name]):.2f} s"
+            )
+        _seal_alone(folder / "orbax")
+
+
+def _limits(folder: Path, size: int) -> str:
+    """How fast one thread writes so many bytes to the disk, and hashes them."""
+    content, file = np.random.default_rng(1).bytes(2**28), folder / "limit"
+    began = time.perf_counter()
+    with file.open("wb") as out:
+        for _ in range(-(-size // len(content))):
+            out.write(content)
+        os.fsync(out.fileno())
+    written = time.perf_counter() - began
+    file.unlink()
+    began = time.perf_counter()
+    hashlib.sha256(content)
+    hashed = (time.perf_counter() - began) / len(content)
+    return f"written to the disk in {written:.2f} s, hashed once in {hashed * size:.2f} s"
+
+
+def _seal_alone(directory: Path) -> None:
+    began = time.perf_counter()
+    manifest.seal(directory, {})
+    sealed = time.perf_counter()
+    manifest.verify(directory)
+    print(f"with nothing else: sealed in {sealed - began:.2f} s, verified in {time.perf_counter() - sealed:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
