@@ -235,7 +235,8 @@ class Loop:
         return validation_loss(self.eval_step, self.config, self.data, self.state, self.mesh, self.stop.check)
 
     def save(self) -> None:
-        require_finite(self.state)
+        if int(self.state.step) > 0:  # before the first step the weights are those that were given
+            require_finite(self.state)
         self.checkpoints.save(self.state, self.val_loss)
 
 

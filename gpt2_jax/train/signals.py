@@ -60,30 +60,33 @@ class StopSignals:
         """`function`, jitted, but that its first call can be left by a signal while it is compiled: raises `Stopped`.
 
         Compiling takes minutes, and the system gives seconds to save. The compiler cannot be stopped; it goes on in a
-        thread that nobody waits for. Several processes wait for it, because they leave together.
+        thread that nobody waits for. What is waited for is tracing, which takes seconds, as it is Python and would
+        have to share that with what saves; and where there are several processes, all of it: they leave together.
         """
         compiled = False
 
         def call(*arguments: Any) -> Any:
             nonlocal compiled
             if not compiled and not are_several():
-                self._unless_received(lambda: _compile(function, mesh, arguments))
+                self._compile(function, mesh, arguments)
             compiled = True
             return function(*arguments)  # which JAX has compiled by now
 
         return call
 
-    def _unless_received(self, work: Callable[[], None]) -> None:
+    def _compile(self, function: Any, mesh: Mesh, arguments: tuple[Any, ...]) -> None:
         done: Future[None] = Future()
 
-        def run() -> None:
+        def compile_lowered() -> None:
             try:
-                work()
+                with jax.set_mesh(mesh):  # each thread has its own
+                    lowered.compile()
                 done.set_result(None)
             except BaseException as error:
                 done.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()
+        lowered = function.lower(*arguments)
+        threading.Thread(target=compile_lowered, daemon=True).start()
         while not wait([done], _LOOK_EVERY).done:
             if self.received is not None:
                 raise Stopped
@@ -100,8 +103,3 @@ class StopSignals:
             signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
         else:
             self.received = signal.Signals(number)
-
-
-def _compile(function: Any, mesh: Mesh, arguments: tuple[Any, ...]) -> None:
-    with jax.set_mesh(mesh):  # each thread has its own
-        function.lower(*arguments).compile()
