@@ -1,8 +1,9 @@
 """kill -9 at random moments: every run that goes on afterwards ends as the one that was never killed.
 
-    PYTHONPATH=.:tests python -m faults.kills --kills 200 --seed 0
+    PYTHONPATH=.:tests python -m faults.kills --kills 200 --runs 50 --seed 0
 
-Prints how many kills fell inside a save; exits with 1 where any run ended otherwise.
+Kills runs three to five times each, until there were so many kills, half of them inside a save, and so many runs.
+Exits with 1 where any run ended otherwise.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def _files(run: Path) -> set[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, seen, ends = random.Random(options.seed), Counter[str](), Counter[str]()
@@ -60,8 +62,12 @@ def main() -> int:
         directory = Path(temporary)
         runs.write_text(directory)
         expected = runs.finish(directory, "whole")
-        while seen["kills"] < options.kills:
-            kills, before = rng.randint(1, 6), seen["kills"]
+        while (
+            seen["kills"] < options.kills
+            or seen["inside a save"] < options.kills / 2
+            or seen["runs of three or more"] < options.runs
+        ):
+            kills, before = rng.randint(3, 5), seen["kills"]
             same = kill_until_done(directory, f"run {seen['runs']}", kills, rng, seen) == expected
             seen["runs"] += 1
             seen["runs of three or more"] += seen["kills"] - before >= 3
