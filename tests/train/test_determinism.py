@@ -15,7 +15,8 @@ from gpt2_jax.cli.train import wants_determinism
 from gpt2_jax.train import PRESETS, TrainingError
 from gpt2_jax.train.determinism import is_deterministic, make_deterministic
 
-SHORT = "--tokenizer bytes --steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --length 8 --n-layer 1 --n-embd 8 --n-head 1"
+SHORT = "--tokenizer bytes --steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --length 8"
+TINY = "--n-layer 1 --n-embd 8 --n-head 1"
 
 
 def test_it_adds_to_the_flags_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +79,7 @@ finally:
         "--out",
         tmp_path / "run",
     ]
-    command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), "--deterministic"]
+    command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), *TINY.split(), "--deterministic"]
     # The second start would leave this program; huge pages change no bits.
     environment = {**os.environ, "GPT2_BRIDGE_STARTED_AGAIN": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
