@@ -1,8 +1,9 @@
 """Checkpoints of a run, written by orbax while training goes on: the last few, and the best.
 
-Orbax gives a checkpoint its name once it has written all, but does not wait for the disk, and on reading does not
-notice a chunk that is gone (it gives zeros) or bytes that changed. So it writes under a hidden name here; what it wrote
-is put on the disk, sealed with a manifest (`bridge.manifest`), read again, and only then given its step for a name.
+Orbax gives a checkpoint its name once it has written all, but waits for the disk with the arrays alone, not with what
+they are found by, nor with the name; and on reading it does not notice a chunk that is gone (it gives zeros) or bytes
+that changed. So it writes under a hidden name here; what it wrote is put on the disk, sealed with a manifest
+(`bridge.manifest`), read again, and only then given its step for a name.
 """
 
 from __future__ import annotations
