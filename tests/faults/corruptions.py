@@ -1,0 +1,275 @@
+"""Corruptions of the latest checkpoint: each is found and named, and the run goes on from the newest that is sound.
+
+    PYTHONPATH=.:tests python -m faults.corruptions --corruptions 500 --resumed 10 --seed 0
+
+Prints how many there were of each kind; exits with 1 where any was otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import bridge
+from bridge import BridgeError
+from bridge.formats.run import CHECKPOINTS, best_step, steps, validation_loss
+from bridge.manifest import MANIFEST
+from faults import runs
+from gpt2_jax.sharding import make_mesh
+from gpt2_jax.train import TrainState, make_optimizer
+from gpt2_jax.train.begin import described_state, make_model
+from gpt2_jax.train.checkpoint import Checkpoints
+from gpt2_jax.train.run import stored_identity
+
+FLAGS = ("--n-embd", 24, "--learning-rate", 1e-3, "--eval-every", 3, "--keep-last", 4)
+"""A run whose loss falls to its end, so that the newest checkpoint is the best too, and four are kept."""
+
+Damage = Callable[[Path, random.Random], dict[Path, Path]]
+"""Does it to a checkpoint; returns, for each that has changed, what a message has to name. Empty: nothing could be."""
+
+
+def flip(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    file, data = _contents(checkpoint, rng)
+    if data:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return _written(checkpoint, file, data)
+
+
+def truncate(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    file, data = _contents(checkpoint, rng)
+    return _written(checkpoint, file, data[: rng.randrange(len(data) or 1)])
+
+
+def append(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    file, data = _contents(checkpoint, rng)
+    return _written(checkpoint, file, data + rng.randbytes(rng.randint(1, 100)))
+
+
+def zero(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    """A range, as a disk's block is that was never written, or all of it."""
+    file, data = _contents(checkpoint, rng)
+    start, stop = sorted(rng.choices(range(len(data) + 1), k=2)) if rng.random() < 0.7 else (0, len(data))
+    return _written(checkpoint, file, data[:start] + bytes(stop - start) + data[stop:])
+
+
+def delete(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    file, _ = _contents(checkpoint, rng)
+    file.unlink()
+    return _named(checkpoint, file)
+
+
+def delete_directory(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    directory = rng.choice([path for path in sorted(checkpoint.rglob("*")) if path.is_dir()])
+    shutil.rmtree(directory)
+    return {checkpoint: directory}
+
+
+def swap(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    """Two files, of two steps: of the same name, or in the same place, as the files of a database have names of their
+    own, or of the same size."""
+    file, data = _contents(checkpoint, rng)
+    other = checkpoint.with_name(rng.choice([name for name in _names(checkpoint) if name != checkpoint.name]))
+    like = file.relative_to(checkpoint)
+    partners = [
+        path
+        for path in _files(other)
+        if (path.parent == other / like.parent and (like.name == path.name or like.parent.name == "d"))
+        or path.stat().st_size == len(data)
+    ]
+    partners = [path for path in partners if path.read_bytes() != data]
+    if not partners:
+        return {}
+    partner = rng.choice(partners)
+    file.write_bytes(partner.read_bytes())
+    partner.write_bytes(data)
+    return {**_named(checkpoint, file), **_named(other, partner)}
+
+
+def exchange(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
+    """The names of two checkpoints."""
+    other = checkpoint.with_name(rng.choice([name for name in _names(checkpoint) if name != checkpoint.name]))
+    aside = checkpoint.with_name("aside")
+    checkpoint.rename(aside)
+    other.rename(checkpoint)
+    aside.rename(other)
+    return {checkpoint: checkpoint, other: other}
+
+
+KINDS: tuple[Damage, ...] = (flip, truncate, append, zero, delete, delete_directory, swap, exchange)
+
+
+def _contents(checkpoint: Path, rng: random.Random) -> tuple[Path, bytearray]:
+    """One of its files; half of the time any, half of the time one that has the more bytes, as a disk would hit it."""
+    files = _files(checkpoint)
+    by_size = rng.choices(files, [path.stat().st_size for path in files])[0]
+    file = rng.choice([rng.choice(files), by_size])
+    return file, bytearray(file.read_bytes())
+
+
+def _written(checkpoint: Path, file: Path, data: bytes) -> dict[Path, Path]:
+    if data == file.read_bytes():
+        return {}
+    file.write_bytes(data)
+    return _named(checkpoint, file)
+
+
+def _named(checkpoint: Path, file: Path) -> dict[Path, Path]:
+    """Without its manifest nothing is known of the files."""
+    return {checkpoint: checkpoint if file.name == MANIFEST else file}
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+
+
+def _names(checkpoint: Path) -> list[str]:
+    return [str(step) for step in steps(checkpoint.parents[1])]
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A run as it was before, and what each of its checkpoints holds."""
+
+    run: Path
+    like: TrainState
+    states: dict[int, str]
+    weights: dict[int, str]
+
+    @classmethod
+    def of(cls, run: Path) -> Sound:
+        config = stored_identity(run).config
+        tx = make_optimizer(config.optimizer, config.steps)
+        like = described_state(config, make_model(config), tx, make_mesh(config.mesh))
+        with Checkpoints(run) as checkpoints:
+            states = {step: hash_of_state(checkpoints.restore(step, like)) for step in steps(run)}
+        weights = {step: bridge.fingerprint(bridge.load(run / CHECKPOINTS / str(step)).tensors) for step in steps(run)}
+        assert len({*states.values()}) == len({*weights.values()}) == len(steps(run)) > 2
+        assert best_step(run) == steps(run)[-1]
+        return cls(run, like, states, weights)
+
+    def copy(self, to: Path) -> Path:
+        """Without what it has exported."""
+        return Path(shutil.copytree(self.run, to, ignore=shutil.ignore_patterns("export", "*.png")))
+
+
+def hash_of_state(state: TrainState) -> str:
+    seen = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(leaf)
+        seen.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return seen.hexdigest()
+
+
+def corrupt(run: Path, kind: Damage, rng: random.Random) -> dict[int, str]:
+    """Damage the newest checkpoint; the steps that are damaged now, and what is to be named of each."""
+    newest = run / CHECKPOINTS / str(steps(run)[-1])
+    changed: dict[Path, Path] = {}
+    while not changed:
+        changed = kind(newest, rng)
+    return {int(checkpoint.name): str(path) for checkpoint, path in changed.items()}
+
+
+def assert_passed_over(sound: Sound, run: Path, damaged: dict[int, str]) -> None:
+    """By whoever reads the run, and by the run that goes on."""
+    good = [step for step in steps(sound.run) if step not in damaged]
+    best = min(good, key=lambda step: validation_loss(sound.run, step) or float("inf"))
+    loaded = bridge.load(run)
+    assert bridge.fingerprint(loaded.tensors) == sound.weights[best]
+    assert loaded.oddities[0] == f"read from {CHECKPOINTS}/{best}"
+    unknown = {step for step, what in damaged.items() if what == str(run / CHECKPOINTS / str(step))}
+    assert_named({step: what for step, what in damaged.items() if step > best or step in unknown}, loaded.oddities[1:])
+    for step, what in damaged.items():
+        try:
+            bridge.load(run / CHECKPOINTS / str(step))
+            raise AssertionError(f"the damaged step {step} was read")
+        except BridgeError as error:
+            assert what in str(error), str(error)
+    said: list[str] = []
+    with Checkpoints(run, say=said.append) as checkpoints:
+        newest = checkpoints.latest()
+        assert newest == good[-1]
+        assert hash_of_state(checkpoints.restore(newest, sound.like)) == sound.states[newest]
+    assert_named(damaged, said)
+    assert all((run / CHECKPOINTS / f"{step}.damaged").is_dir() for step in damaged)
+
+
+def assert_named(damaged: dict[int, str], said: tuple[str, ...] | list[str]) -> None:
+    """These steps and no other, each with what is damaged of it."""
+    told = {
+        int(found[1]): line for line in said if (found := re.match(r"the checkpoint of step (\d+) is damaged", line))
+    }
+    assert told.keys() == damaged.keys(), f"{damaged} was damaged, and this was said: {said}"
+    assert all(what in told[step] for step, what in damaged.items()), (
+        f"{damaged} was damaged, and this was said: {said}"
+    )
+
+
+def assert_resumed(sound: Sound, run: Path, damaged: dict[int, str], expected: str) -> None:
+    """By the whole command, to the end that the run had before."""
+    before = {step: _bytes(run / CHECKPOINTS / str(step)) for step in damaged}
+    process = runs.start(run.parent, run.name, *FLAGS)
+    output, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (0, ""), errors
+    assert_named(damaged, output.splitlines())
+    assert runs.outcome(run) == expected
+    assert {step: _bytes(run / CHECKPOINTS / f"{step}.damaged") for step in damaged} == before
+
+
+def _bytes(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in _files(directory)}
+
+
+def corruptions(sound: Sound, rng: random.Random, beside: Path) -> Iterator[tuple[str, Path, dict[int, str]]]:
+    """One after the other, kind by kind, each of a fresh copy of the run, which stands where it stood."""
+    while True:
+        for kind in KINDS:
+            run = sound.copy(beside)
+            yield kind.__name__.replace("_", " "), run, corrupt(run, kind, rng)
+            shutil.rmtree(run)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corruptions", type=int, default=500)
+    parser.add_argument("--resumed", type=int, default=10, help="how many of them through the whole command")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, seen, wrong = random.Random(options.seed), Counter[str](), 0
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        runs.write_text(directory)
+        errors = runs.start(directory, "whole", *FLAGS).communicate(timeout=300)[1]
+        assert not errors, errors
+        sound, expected = Sound.of(directory / "whole"), runs.outcome(directory / "whole")
+        cases = corruptions(sound, rng, directory / "run")
+        for number, (kind, run, damaged) in enumerate(islice(cases, options.corruptions)):
+            try:
+                if number < options.resumed:
+                    assert_resumed(sound, run, damaged, expected)
+                    seen["resumed by the whole command"] += 1
+                else:
+                    assert_passed_over(sound, run, damaged)
+            except AssertionError as error:
+                print(f"OTHERWISE: {kind} of {damaged}: {error}", flush=True)
+                wrong += 1
+            seen[kind] += 1
+            if (number + 1) % 50 == 0 or number + 1 == options.corruptions:
+                print(f"{number + 1} corruptions: {dict(seen)}, otherwise {wrong}", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
