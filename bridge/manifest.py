@@ -91,6 +91,8 @@ def _verified(directory: Path) -> dict[str, Any]:
 
 def _read(directory: Path) -> dict[str, Any]:
     manifest = directory / MANIFEST
+    if directory.is_symlink():
+        raise CheckpointError(f"{quoted(directory)} is a link; a checkpoint is none")
     try:
         status = os.lstat(manifest)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:

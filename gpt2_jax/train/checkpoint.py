@@ -1,9 +1,9 @@
 """Checkpoints of a run, written by orbax while training goes on: the last few, and the best.
 
 Orbax gives a checkpoint its name once it has written all, but waits for the disk with the arrays alone, not with what
-they are found by, nor with the name; and on reading it does not notice a chunk that is gone (it gives zeros) or bytes
-that changed. So it writes under a hidden name here; what it wrote is put on the disk, sealed with a manifest
-(`bridge.manifest`), read again, and only then given its step for a name.
+they are found by, nor with the name; and on reading it does not notice bytes of an array that changed. (A chunk that is
+gone it does notice; tensorstore alone gives zeros for it.) So it writes under a hidden name here; what it wrote is put
+on the disk, sealed with a manifest (`bridge.manifest`), read again, and only then given its step for a name.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             flush_to_disk(self._folder.parent)
             for left in self._folder.glob(PARTIAL.format("*") + "*"):  # by a process that was killed, or its orbax
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         wait_for_all("the folder of checkpoints")
 
     def latest(self) -> int | None:
@@ -134,8 +134,9 @@ class Checkpoints:
     def add_loss(self, step: int, val_loss: float) -> None:
         """Of a checkpoint that was written before it could be measured."""
         if is_first():
-            path = self._folder / str(step)
-            manifest.amend(path, {"val_loss": val_loss}, beside=self._folder / PARTIAL.format(step))
+            beside = self._folder / PARTIAL.format(step)
+            with _explained(f"the loss of the checkpoint of step {step} could not be written"):
+                manifest.amend(self._folder / str(step), {"val_loss": val_loss}, beside)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -160,7 +161,8 @@ class Checkpoints:
                 self._prune()
         except BaseException:
             if is_first():
-                shutil.rmtree(partial, ignore_errors=True)
+                for left in self._folder.glob(f"{partial.name}*"):  # orbax has one of its own beside
+                    shutil.rmtree(left, ignore_errors=True)
             raise
 
     def _prune(self) -> None:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from gpt2_jax.train import run as runs
 from gpt2_jax.train.batches import rows_of_step
 from gpt2_jax.train.begin import described_state, first_state, make_model
 from gpt2_jax.train.checkpoint import Checkpoints
-from gpt2_jax.train.config import TrainConfig, TrainingError
+from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
 from gpt2_jax.train.determinism import require_deterministic
 from gpt2_jax.train.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
 from gpt2_jax.train.metrics import PLOT, plot_losses
@@ -94,26 +95,30 @@ def train(
     place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
     rows_of_step(config, mesh)
     resumes, begins = _enter(run, config, data, resume, accept_changes)
-    console, about = console or Console(quiet=not is_first()), runs.about(config, data)
-    with (
-        runs.locked(run) if is_first() else nullcontext(),
-        jax.set_mesh(mesh),
-        stop or StopSignals() as stop,
-        Checkpoints(run, config.keep_last, about, console.print) as checkpoints,
-    ):
-        if begins and is_first():
-            runs.require_own(run, config, data)
-        saved = None if begins else checkpoints.latest()
-        if saved is None and not begins:
-            raise TrainingError(f"none of the checkpoints in {quoted(run)} is sound; begin again, with another --out")
-        state = first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
-        if resumes and is_first():  # now that the state fits the configuration
-            runs.describe(run, config, data)
-        schedule = learning_rate_schedule(config.optimizer, config.steps)
-        with Report(console, run, config, int(state.step), schedule, mesh.size) as report:
-            loop = Loop(config, data, model, tx, mesh, prompt, state, checkpoints, report, stop)
-            loop.run()
-    return finish(run, about, int(loop.state.step), None if loop.is_complete else stop.received)
+    console, about = console or Console(quiet=not is_first(), markup=False), runs.about(config, data)
+    with runs.locked(run) if is_first() else nullcontext():
+        with (
+            jax.set_mesh(mesh),
+            stop or StopSignals() as stop,
+            Checkpoints(run, config.keep_last, about, partial(console.print, soft_wrap=True)) as checkpoints,
+        ):
+            if begins and is_first():
+                runs.require_own(run, config, data)
+            saved = None if begins else checkpoints.latest()
+            if saved is None and not begins:
+                raise TrainingError(
+                    f"none of the checkpoints in {quoted(run)} is sound; begin again, with another --out"
+                )
+            state = (
+                first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
+            )
+            if resumes and is_first():  # now that the state fits the configuration
+                runs.describe(run, config, data)
+            schedule = learning_rate_schedule(config.optimizer, config.steps)
+            with Report(console, run, config, int(state.step), schedule, mesh.size) as report:
+                loop = Loop(config, data, model, tx, mesh, prompt, state, checkpoints, report, stop)
+                loop.run()
+        return finish(run, about, int(loop.state.step), None if loop.is_complete else stop.received)
 
 
 def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_changes: bool) -> tuple[bool, bool]:
@@ -196,11 +201,16 @@ class Loop:
         """Before the first step; and where a signal came before the evaluation that was due at the one gone on from."""
         missed = start > 0 and self.is_evaluated(start) and self.val_loss is None
         if start == 0 or missed:
-            loss = self.validate()
-            self.report.write(start, {"val_loss": loss})
+            try:
+                loss = self.validate()
+            except NonFiniteLoss as error:
+                if missed:
+                    raise NonFiniteLoss(f"{error}; remove {CHECKPOINTS}/{start} to go on from before it") from error
+                raise
             if missed:
                 self.checkpoints.add_loss(start, loss)
                 self.val_loss, self.best = loss, min(loss, self.best)
+            self.report.write(start, {"val_loss": loss})
 
     def take_stock(self, step: int) -> None:
         """Log, evaluate, save and sample, as far as it is due after `step`. Of a signal it hears where little is lost:

@@ -168,6 +168,20 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_kept(copy: Path) -> None:
     assert (run / "checkpoints" / "6.damaged" / file.relative_to(damaged)).read_bytes() == data
 
 
+def test_a_checkpoint_that_is_a_link_is_none(copy: Path) -> None:
+    """Where it leads may be written to by others, and pruning would not know what to remove."""
+    folder = copy / "run" / "checkpoints"
+    (folder / "6").rename(copy / "elsewhere")
+    (folder / "6").symlink_to(copy / "elsewhere")
+    (folder / ".5.partial").symlink_to(copy / "elsewhere")
+    before = files(copy / "elsewhere")
+    assert any("'6' is a link" in note or "/6' is a link" in note for note in bridge.load(copy / "run").oddities)
+    assert run_in(copy, RECIPE, resume=True).step == 6
+    assert sorted(p.name for p in folder.iterdir()) == ["4", "6", "6.damaged"]
+    assert not (folder / "6").is_symlink()
+    assert files(copy / "elsewhere") == before
+
+
 def test_a_run_with_damaged_checkpoints_alone_is_not_begun_again(copy: Path) -> None:
     for step in steps(copy / "run"):
         (copy / "run" / "checkpoints" / str(step) / "manifest.json").write_text("{}")
