@@ -6,10 +6,13 @@ agree: all are told at the same of their questions.
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -31,19 +34,24 @@ class Stopped(Exception):
 class StopSignals:
     """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it did before, or as `second`.
 
-    Python runs a handler between two calls alone. So a program of its own gives signal.SIG_DFL for `second`: then the
-    system ends it at once, whatever it is in.
+    Python runs a handler between two calls alone. So a program of its own gives signal.SIG_DFL for `second`: then it
+    ends at once, whatever it is in.
     """
 
     def __init__(self, second: signal.Handlers | None = None) -> None:
         self.received: signal.Signals | None = None
         self._second, self._questions = second, 0
         self._before: dict[signal.Signals, Any] = {}
+        self._undo = ExitStack()
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             handled = (signal.SIGINT,) if are_several() else _HANDLED
             self._before = {number: signal.signal(number, self._note) for number in handled}
+            for number, handler in self._before.items():
+                self._undo.callback(signal.signal, number, handler)
+            if self._second is signal.SIG_DFL:
+                self._undo.enter_context(_ended_by_the_second())
         return self
 
     def check(self) -> None:
@@ -86,15 +94,16 @@ class StopSignals:
                 done.set_exception(error)
 
         lowered = function.lower(*arguments)
-        threading.Thread(target=compile_lowered, daemon=True).start()
+        thread = threading.Thread(target=compile_lowered, daemon=True)
+        thread.start()
         while not wait([done], _LOOK_EVERY).done:
             if self.received is not None:
+                atexit.register(thread.join)  # Python must not end under it; a program that will not wait has os._exit
                 raise Stopped
         done.result()
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._undo.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         for handled, handler in self._before.items():
@@ -103,3 +112,27 @@ class StopSignals:
             signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
         else:
             self.received = signal.Signals(number)
+
+
+@contextmanager
+def _ended_by_the_second() -> Iterator[None]:
+    """In which a second signal ends the process also where the handler of the first has not run, as in a call of C that
+    waits for the device: Python's own half of the handler, which is C too, writes each into a pipe."""
+    heard, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        count = 0
+        while number := os.read(heard, 1):
+            count += number[0] in _HANDLED
+            if count == 2:
+                os._exit(128 + number[0])
+        os.close(heard)
+
+    before = signal.set_wakeup_fd(write)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +20,7 @@ import pytest
 from training_runs import RECIPE, all_weights, records, run_in, stop_at
 
 import bridge
+from bridge.files import exclusive_lock
 from bridge.formats.run import steps, validation_loss, verified
 from gpt2_jax.train import Outcome, loop
 from gpt2_jax.train.checkpoint import Checkpoints
@@ -134,11 +139,12 @@ class Compiled:
 
 
 def test_an_error_of_the_compiler_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any) -> Any:
+    def fail() -> None:
         raise MemoryError("too large")
 
     make = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", lambda *a, **o: Compiled(make(*a, **o), fail))
+    lowered = SimpleNamespace(compile=fail)
+    monkeypatch.setattr(loop, "make_train_step", lambda *a, **o: Compiled(make(*a, **o), lambda *arguments: lowered))
     with pytest.raises(MemoryError, match="too large"):
         run_in(tmp_path, RECIPE)
 
@@ -174,3 +180,46 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         run_in(tmp_path, RECIPE)
     assert steps(tmp_path / "run") == [3]
+
+
+def test_two_signals_within_one_call_end_the_process(tmp_path: Path) -> None:
+    """Python runs no handler before the call is over, and then one for both."""
+    code = """
+import signal, jax
+from gpt2_jax.train.signals import StopSignals
+once = lambda x: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: x * 1.5 % 1.0, x)
+long = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, lambda i, x: once(x), x)).lower(1.0).compile()
+with StopSignals(second=signal.SIG_DFL):
+    print("in", flush=True)
+    float(long(1.0))
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "in\n"
+        time.sleep(0.5)
+        for _ in range(2):
+            assert child.poll() is None
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        try:
+            assert child.wait(60) == 128 + signal.SIGTERM
+        finally:
+            child.kill()
+
+
+def test_the_run_is_locked_until_all_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, held = loop.finish, []
+
+    def finish(run: Path, *arguments: Any) -> Outcome:
+        with exclusive_lock(run) as free:
+            held.append(not free)
+        return inner(run, *arguments)
+
+    monkeypatch.setattr(loop, "finish", finish)
+    run = run_in(tmp_path, RECIPE).run
+    assert held == [True]
+    with exclusive_lock(run) as free:
+        assert free
