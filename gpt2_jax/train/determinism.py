@@ -11,20 +11,29 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from bridge.errors import quoted
 from gpt2_jax.train.config import TrainingError
 
-_FLAG, _THREADS = "--xla_gpu_deterministic_ops=true", "NPROC"
+_NAME, _THREADS = "--xla_gpu_deterministic_ops", "NPROC"
+_FLAG = f"{_NAME}=true"
 
 
 def make_deterministic() -> None:
-    """For this process, before JAX has looked for its devices; later it changes nothing."""
+    """For this process, before JAX has looked for its devices; later it changes nothing.
+
+    Raises `TrainingError` where XLA's flags are in a file, to which none can be added.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if flags and not flags.startswith("--"):
+        raise TrainingError(f"--deterministic: XLA_FLAGS is the file {quoted(flags)}; give the flags themselves")
     if not is_deterministic(os.environ):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()  # the last of a name counts
+        os.environ["XLA_FLAGS"] = f"{flags} {_FLAG}".strip()
         os.environ[_THREADS] = "1"
 
 
 def is_deterministic(environment: Mapping[str, str]) -> bool:
-    return _FLAG in environment.get("XLA_FLAGS", "").split() and environment.get(_THREADS) == "1"
+    given = [word for word in environment.get("XLA_FLAGS", "").split() if word.partition("=")[0] == _NAME]
+    return given[-1:] == [_FLAG] and environment.get(_THREADS) == "1"  # XLA takes the last of a name
 
 
 def require_deterministic() -> None:

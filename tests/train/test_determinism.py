@@ -30,6 +30,21 @@ def test_it_adds_to_the_flags_that_are_there(monkeypatch: pytest.MonkeyPatch) ->
     assert is_deterministic(os.environ)
 
 
+def test_what_is_said_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false")
+    monkeypatch.setenv("NPROC", "1")
+    assert not is_deterministic(os.environ)
+    make_deterministic()
+    assert is_deterministic(os.environ)
+
+
+def test_flags_in_a_file_are_not_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "/etc/xla.flags")
+    with pytest.raises(TrainingError, match=r"XLA_FLAGS is the file '/etc/xla\.flags'"):
+        make_deterministic()
+    assert os.environ["XLA_FLAGS"] == "/etc/xla.flags"
+
+
 def test_the_library_says_what_must_be_set_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NPROC", raising=False)
     with pytest.raises(
