@@ -125,6 +125,8 @@ def exclusive_lock(path: Path) -> Iterator[bool | None]:
             held = False
         except OSError:
             held = None
+        if held and not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            held = False  # it has lost its name to another meanwhile, whose lock is not this one
         yield held
     finally:
         os.close(descriptor)
@@ -142,8 +144,7 @@ def _hidden_place(target: Path) -> Iterator[Path]:
             place = _hidden_name(target)
             place.mkdir()
             with suppress(FileNotFoundError):  # between its making and its lock another may have cleared it away
-                held = stack.enter_context(exclusive_lock(place))
-                if held is not False and place.exists():
+                if stack.enter_context(exclusive_lock(place)) is not False and place.exists():
                     break
         stack.callback(shutil.rmtree, place, ignore_errors=True)
         yield place
