@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from gpt2_jax.data.tokenize import cache_directory
+from gpt2_jax.processes import are_several
 
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
 _STARTED_AGAIN = "GPT2_BRIDGE_STARTED_AGAIN"
@@ -63,13 +64,15 @@ def keep_compiled_programs() -> None:
 
     Programs for CPUs are kept apart by what the CPU can do, which JAX's own key does not hold: a home directory may be
     shared. On Intel's, XLA refuses its own programs and says so at length (openxla/xla issue 44565); none are kept.
+    Nor are those of several processes on CPUs: read back, a program's collectives have no order any more, and with two
+    threads one process takes for a sum what the other sent for another (jaxlib 0.10.2).
     """
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
     about_cpu = ""
     if jax.default_backend() == "cpu":
         about_cpu = _cpu()
-        if "GenuineIntel" in about_cpu:
+        if "GenuineIntel" in about_cpu or are_several():
             return
     with suppress(OSError, RuntimeError):  # no home directory: nothing is kept
         folder = cache_directory() / "compiled" / hashlib.sha256(about_cpu.encode()).hexdigest()[:16]

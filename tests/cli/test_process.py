@@ -103,6 +103,17 @@ def test_programs_are_kept_by_what_the_cpu_can_do(
         assert jax.config.values["jax_compilation_cache_dir"] != folder
 
 
+def test_programs_of_several_processes_on_cpus_are_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_setting: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(process, "_cpu", lambda: "vendor_id : AuthenticAMD")
+    monkeypatch.setattr(process, "are_several", lambda: True)
+    jax.config.update("jax_compilation_cache_dir", None)
+    keep_compiled_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
 def test_the_users_own_directory_stays(tmp_path: Path, cache_setting: None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     keep_compiled_programs()
