@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,9 @@ from bridge.errors import bullet_list, quoted
 HEARTBEAT_TIMEOUT = 30
 """Seconds without a sign of life after which a process counts as lost, and the others end."""
 
-_ENDED, _LOOK_EVERY = "gpt2_bridge/ended", 0.5
+_ENDED, _SIGNS = "gpt2_bridge/ended", "gpt2_bridge/signs"
+_LOOK_EVERY = 0.5
+_GO_ON = "what was saved is sound; go on with --resume in all processes"
 _joined: _Watch | None = None
 
 T = TypeVar("T")
@@ -69,14 +72,26 @@ def end(code: int, why: str) -> None:
     """End this process now; and the others, with its reason, where it ends before the work is done."""
     if _joined is not None:
         _joined.tell(f"process {jax.process_index()}: {why}")
-        _now(code)
+        end_now(code)
     sys.exit(code)
 
 
-def hear_of_others() -> None:
-    """Before an error is explained: where another process has ended, that is why, and this one ends with its reason."""
+def end_now(code: int) -> None:
+    """Without what Python and JAX do at the end, which would wait for the others."""
     if _joined is not None:
-        _joined.over.wait(3 * _LOOK_EVERY)
+        _joined.last_words.are_said()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def hear_of_others(error: Exception) -> None:
+    """Before an error is explained: where another process has ended or is lost, that is why, and this one ends so."""
+    if _joined is not None and (lost := _joined.without_a_sign()):
+        why = f"{' and '.join(lost)} was lost: no sign of life, and {type(error).__name__}: {quoted(error, 400)}"
+        print(f"gpt2: {why}; {_GO_ON}", file=sys.stderr)
+        end(1, why)
 
 
 def are_several() -> bool:
@@ -136,11 +151,13 @@ class _Watch:
         from jax._src.distributed import global_state  # JAX has no public name for its store of keys, as orbax knows
 
         self._client: Any = global_state.client
+        self.last_words = _LastWords()
         self.over = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def stop(self) -> None:
         self.over.set()
+        self.last_words.are_said()
 
     def tell(self, why: str) -> None:
         self.over.set()
@@ -149,20 +166,50 @@ class _Watch:
         if jax.process_index() == 0:  # the store ends with this process
             threading.Event().wait(4 * _LOOK_EVERY)
 
+    def without_a_sign(self) -> list[str]:
+        """The processes that give no sign of life for a while, in which the others may be heard of."""
+        try:
+            before = self._signs()
+            self.over.wait(4 * _LOOK_EVERY)
+            after = self._signs()
+        except Exception:  # the store is gone
+            return ["process 0"]
+        return [name for name, sign in before.items() if after.get(name) == sign]
+
+    def _signs(self) -> dict[str, str]:
+        return {key.rpartition("/")[2]: sign for key, sign in self._client.key_value_dir_get(_SIGNS)}
+
     def _look(self) -> None:
+        sign, mine = 0, f"{_SIGNS}/process {jax.process_index()}"
         while not self.over.wait(_LOOK_EVERY):
+            sign += 1
             try:
+                self._client.key_value_set(mine, str(sign), allow_overwrite=True)
                 why = self._client.key_value_try_get(_ENDED)
             except Exception:  # there is none yet; if the service is gone, JAX itself ends this process
                 continue
             if not self.over.is_set():
                 print(f"gpt2: ended with {why}", file=sys.stderr)
-                _now(1)
+                end_now(1)
 
 
-def _now(code: int) -> None:
-    """Without what Python and JAX do at the end, which would wait for the others."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(code)
+class _LastWords:
+    """A line on standard error where this process ends without a word of its own.
+
+    JAX ends a process that has lost the others by abort(), in a thread of which Python does not hear; then there are
+    the kernel, when memory is short, and kill -9. So a shell waits beside it for its end.
+    """
+
+    def __init__(self) -> None:
+        line = f"gpt2: process {jax.process_index()} was killed, or JAX ended it for what it says above; {_GO_ON}"
+        script = 'trap "" HUP INT TERM; read -r said || echo "$0" >&2'
+        self._shell: subprocess.Popen[bytes] | None = None
+        with suppress(OSError):  # no shell, no words
+            self._shell = subprocess.Popen(
+                ["sh", "-c", script, line], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+            )
+
+    def are_said(self) -> None:
+        if self._shell is not None:
+            with suppress(OSError):
+                self._shell.communicate(b"\n")

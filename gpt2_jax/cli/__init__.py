@@ -65,7 +65,7 @@ def main(args: list[str] | None = None) -> None:
             verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
         )
     except BridgeError as error:
-        processes.hear_of_others()
+        processes.hear_of_others(error)
         why = str(error)
         print(f"gpt2: {why}", file=sys.stderr)
         code = BAD_INPUT
@@ -83,7 +83,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if not processes.are_several():
             raise
-        processes.hear_of_others()
+        processes.hear_of_others(error)
         why = f"{type(error).__name__}: {error}"
         traceback.print_exc()
         code = 1
