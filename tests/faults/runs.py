@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,13 @@ def write_text(directory: Path) -> None:
     (directory / "text.txt").write_text("".join(lines))
 
 
-def start(directory: Path, name: str, *more: object) -> subprocess.Popen[str]:
-    """Begin the run, or go on with it."""
+def start(
+    directory: Path, name: str, *more: object, processor: int = 0, variables: Mapping[str, str] = {}
+) -> subprocess.Popen[str]:
+    """Begin the run, or go on with it: on one processor, and with more variables in its environment."""
     environment = {
         **os.environ,
+        **variables,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": ONE_THREAD,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
@@ -45,24 +48,23 @@ def start(directory: Path, name: str, *more: object) -> subprocess.Popen[str]:
     places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]
     command = [sys.executable, "-m", "faults.train", "train", *map(str, [*places, *FLAGS, *more]), "--resume"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with one_processor():
+    with one_processor(processor):
         return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
 
 
-def finish(directory: Path, name: str) -> str:
+def finish(directory: Path, name: str, *more: object) -> str:
     """Let the run go on to its end; the hash of what it comes to."""
-    process = start(directory, name)
+    process = start(directory, name, *more)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     return outcome(directory / name)
 
 
-def outcome(run: Path) -> str:
+def outcome(run: Path, last: int = STEPS) -> str:
     """SHA-256 over every array of the last checkpoint (parameters, their mean, the optimizer's state), the export, and
     the log, in which each line has the loss of a step's own batch."""
-    last = steps(run)[-1]
+    assert steps(run)[-1] == last
     verified(run, last)
-    assert last == STEPS
     seen = hashlib.sha256()
     for name, array in arrays(run, last):
         seen.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -83,9 +85,9 @@ def arrays(run: Path, step: int) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def one_processor() -> Iterator[None]:
+def one_processor(number: int = 0) -> Iterator[None]:
     """A process that is started inside sees one processor, so that JAX makes one thread."""
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(allowed)})
+    os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
     yield
     os.sched_setaffinity(0, allowed)

@@ -1,0 +1,93 @@
+"""The phases of a run in which a fault is to fall: the process makes a file there, and stays until it is gone."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge import manifest
+from gpt2_jax.cli import train as verb
+from gpt2_jax.train import loop
+from gpt2_jax.train.checkpoint import Checkpoints
+
+ENVIRONMENT = "FAULTS_PHASES"
+"""JSON: the name of a phase -> the file."""
+_PATIENCE = 120
+"""Seconds, if whoever waits for the file is gone."""
+
+
+class Phase(NamedTuple):
+    """One of the calls of a function."""
+
+    owner: Any
+    function: str
+    call: int = 1
+    first_process_alone: bool = False
+
+
+PHASES = {
+    "opening the data": Phase(verb, "_open_data"),
+    "drawing the weights": Phase(loop, "first_state"),
+    "restoring": Phase(Checkpoints, "restore"),
+    "the first evaluation": Phase(loop.Loop, "validate"),
+    "compiling the step": Phase(loop.Loop, "train_step"),
+    "training": Phase(loop.Loop, "train_step", 10),
+    "evaluating": Phase(loop.Loop, "eval_step", 4),  # the second batch of the second one, after step 8
+    "sampling": Phase(loop, "sample"),
+    "saving": Phase(Checkpoints, "save", 3),
+    "writing": Phase(Checkpoints, "_commit", 4),  # orbax writes while the training goes on
+    "sealing": Phase(manifest, "seal", 5, first_process_alone=True),
+    "pruning": Phase(Checkpoints, "_prune", 6, first_process_alone=True),
+    "the last step": Phase(loop.Loop, "train_step", 24),
+    "the last save": Phase(Checkpoints, "__exit__"),
+    "exporting": Phase(loop, "finish"),
+    "leaving": Phase(verb, "leave"),
+}
+
+
+def stay_in(files: Mapping[str, str]) -> None:
+    """From now on, in each of the phases named, as long as its file is there."""
+    for name, file in files.items():
+        phase = PHASES[name]
+        if phase.owner is loop.Loop and phase.function in ("train_step", "eval_step"):
+            _once_made(phase, Path(file))
+        else:
+            function = getattr(phase.owner, phase.function)
+            setattr(phase.owner, phase.function, _staying(function, phase.call, Path(file)))
+
+
+def wait_for(file: Path, *processes: subprocess.Popen[str]) -> None:
+    """Until a process has come to the phase."""
+    while not file.exists():
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.005)
+
+
+def _once_made(phase: Phase, file: Path) -> None:
+    """What the loop compiles is its own, not its class's."""
+    make = loop.Loop.__init__
+
+    def made(self: loop.Loop, *arguments: Any, **named: Any) -> None:
+        make(self, *arguments, **named)
+        setattr(self, phase.function, _staying(getattr(self, phase.function), phase.call, file))
+
+    setattr(loop.Loop, "__init__", made)  # noqa: B010
+
+
+def _staying(function: Callable[..., Any], call: int, file: Path) -> Callable[..., Any]:
+    calls = 0
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            file.touch()
+            deadline = time.monotonic() + _PATIENCE
+            while file.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return function(*arguments, **named)
+
+    return wrapped

@@ -1,0 +1,260 @@
+"""Faults of one of two processes that train as one: what becomes of the other, and how the run ends that goes on.
+
+    PYTHONPATH=.:tests python -m faults.two_processes
+
+SIGTERM at every phase: both save the same step, within the grace period. A second one while they save: that process
+ends at once. kill -9, and a machine that hangs (SIGSTOP): the other process ends by itself, with a message. After each
+the run goes on, and ends as the one that nothing happened to. Prints each, and the longest times; exits with 1 where
+anything was otherwise. `--only KIND` takes one kind of fault, `--seed` another order of the meshes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.formats.run import steps, verified
+from faults import phases, runs
+from gpt2_jax.processes import HEARTBEAT_TIMEOUT
+
+GRACE = 30
+"""Seconds from a SIGTERM within which both processes must have ended."""
+ALONE = HEARTBEAT_TIMEOUT + 10
+"""Seconds within which a process must have ended that has lost the other."""
+NOTICED = 2.0
+"""Seconds that a process stays in its phase after a SIGTERM: JAX looks for one every second."""
+MESHES = ("fsdp=2", "data=2")
+STEPS = 24
+FLAGS = shlex.split(f"""
+    --steps {STEPS} --eval-every 8 --eval-batches 2 --accumulate 1 --n-layer 1 --n-embd 48 --sample-tokens 2
+""")
+STOPPED, COMPLETE = 128 + signal.SIGTERM, 0
+LATE = {"the last step", "the last save", "exporting", "leaving"}
+"""Phases in which a SIGTERM finds the training at its end."""
+KILLED_IN = ("compiling the step", "training", "evaluating", "saving", "writing", "sealing", "pruning", "exporting")
+
+Process = subprocess.Popen[str]
+
+
+@dataclass(frozen=True)
+class Fault:
+    kind: str
+    told: int
+    """The process."""
+    at: tuple[str, ...]
+    """The phases in which it is sent the signal, once in each."""
+    mesh: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} to process {self.told}, {' and '.join(self.at)}, {self.mesh}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int | None
+    """None where it had to be killed."""
+    seconds: float
+    """After the last signal."""
+    out: str
+    err: str
+
+
+SIGNALS = {
+    "SIGTERM": signal.SIGTERM,
+    "second SIGTERM": signal.SIGTERM,
+    "kill -9": signal.SIGKILL,
+    "hang": signal.SIGSTOP,
+}
+
+
+def all_faults() -> Iterator[Fault]:
+    meshes = itertools.cycle(MESHES)
+    for phase in phases.PHASES:
+        if phase != "leaving":  # its work is done, and nothing hears of the signal
+            for told in (0, 1):
+                yield Fault("SIGTERM", told, (phase,), next(meshes))
+        next(meshes)  # so that each process is told on both
+    for told in (0, 1):
+        yield Fault("second SIGTERM", told, ("training", "the last save"), next(meshes))
+    for phase in KILLED_IN:
+        for told in (0, 1):
+            yield Fault("kill -9", told, (phase,), next(meshes))
+        next(meshes)
+    for told in (0, 1):
+        yield Fault("hang", told, ("training",), next(meshes))
+
+
+class Trial:
+    """A directory with the text, what an undisturbed run comes to on each mesh, and the faults' runs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        runs.write_text(directory)
+        self._expected: dict[str, str] = {}
+
+    def expected(self, mesh: str) -> str:
+        if mesh not in self._expected:
+            self._expected[mesh] = self.finish(f"whole {mesh}", mesh)
+        return self._expected[mesh]
+
+    def half(self, mesh: str) -> Path:
+        """A run whose processes were both killed in the middle."""
+        half = self.directory / f"half {mesh}"
+        if not half.exists():
+            file = self.directory / "half of it"
+            started = self.start(half.name, mesh, 0, {"evaluating": file})
+            _until(file, started)
+            for process in started:
+                process.kill()
+                process.communicate()
+            file.unlink()
+        return half
+
+    def strike(self, fault: Fault) -> list[Ended]:
+        """Begin the run, and send its signals; how both processes end."""
+        run = self.directory / str(fault)
+        if "restoring" in fault.at:
+            shutil.copytree(self.half(fault.mesh), run)
+        files = {phase: self.directory / f"{fault} {phase}" for phase in fault.at}
+        stays = 0 if phases.PHASES[fault.at[-1]].first_process_alone else fault.told
+        started = self.start(run.name, fault.mesh, stays, files)
+        for file in files.values():
+            _until(file, started)
+            started[fault.told].send_signal(SIGNALS[fault.kind])
+            sent = time.monotonic()
+            if fault.kind.endswith("SIGTERM"):
+                time.sleep(NOTICED)
+            file.unlink(missing_ok=True)
+        if fault.kind == "hang":
+            [ended] = _ends([started[1 - fault.told]], sent, 2 * ALONE)
+            started[fault.told].kill()
+            return [*_ends([started[fault.told]], sent, 1), ended][:: -1 if fault.told else 1]
+        return _ends(started, sent, 2 * ALONE)
+
+    def start(self, run: str, mesh: str, stays: int = 0, files: dict[str, Path] | None = None) -> list[Process]:
+        """Begin the run, or go on with it; the process `stays` stays in the phases of `files`."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        variables = {phases.ENVIRONMENT: json.dumps({phase: str(file) for phase, file in (files or {}).items()})}
+        return [
+            runs.start(
+                self.directory,
+                run,
+                *(*FLAGS, "--mesh", mesh, "--distributed", "--processes", 2, "--process", process),
+                *("--coordinator", f"127.0.0.1:{port}"),
+                processor=process,
+                variables=variables if process == stays else {},
+            )
+            for process in (0, 1)
+        ]
+
+    def finish(self, run: str, mesh: str) -> str:
+        """Let the run go on to its end; the hash of what it comes to."""
+        ended = _ends(self.start(run, mesh), time.monotonic(), 300)
+        assert [e.code for e in ended] == [0, 0], ended
+        return runs.outcome(self.directory / run, STEPS)
+
+
+def _until(file: Path, started: Sequence[Process]) -> None:
+    while not file.exists():
+        assert all(process.poll() is None for process in started), [p.communicate() for p in started]
+        time.sleep(0.005)
+
+
+def _ends(started: Sequence[Process], since: float, limit: float) -> list[Ended]:
+    """How each ends by itself, or that it does not within so many seconds."""
+    seconds: dict[int, float] = {}
+    while len(seconds) < len(started) and time.monotonic() < since + limit:
+        for number, process in enumerate(started):
+            if number not in seconds and process.poll() is not None:
+                seconds[number] = time.monotonic() - since
+        time.sleep(0.005)
+    for process in started:
+        process.kill()
+    texts = [process.communicate() for process in started]
+    return [
+        Ended(process.returncode if number in seconds else None, seconds.get(number, limit), *texts[number])
+        for number, process in enumerate(started)
+    ]
+
+
+def complaints(fault: Fault, ended: Sequence[Ended], run: Path) -> list[str]:
+    """What is not as it must be right after the fault."""
+    wrong = []
+    told, other = ended[fault.told], ended[1 - fault.told]
+    if fault.kind == "SIGTERM":
+        codes = [e.code for e in ended]
+        if codes != [STOPPED] * 2 and not (fault.at[0] in LATE and codes == [COMPLETE] * 2):
+            wrong.append(f"they ended with {codes}")
+        if max(e.seconds for e in ended) > GRACE:
+            wrong.append(f"they took {[e.seconds for e in ended]} seconds")
+        if codes == [STOPPED] * 2 and f"saved at step {steps(run)[-1]}" not in ended[0].out:
+            wrong.append("the last checkpoint is not of the step that it said")
+    else:
+        if other.code is None or other.seconds > ALONE:
+            wrong.append("the other did not end by itself in time")
+        if not other.err.rstrip().rpartition("\n")[2].startswith("gpt2: ") or "--resume" not in other.err:
+            wrong.append("the other ended without saying what to do")
+        if fault.kind == "second SIGTERM" and (told.code != -signal.SIGTERM or told.seconds > NOTICED):
+            wrong.append(f"the second signal did not end it at once, but after {told.seconds:.1f} s with {told.code}")
+    for step in steps(run):
+        verified(run, step)  # raises
+    return wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=[*SIGNALS], help="one kind of fault")
+    parser.add_argument("--phase", help="one phase")
+    options = parser.parse_args()
+    chosen = [
+        fault
+        for fault in all_faults()
+        if options.only in (None, fault.kind) and (options.phase is None or options.phase in fault.at)
+    ]
+    count, longest = Counter[str](), Counter[str]()
+    with tempfile.TemporaryDirectory() as temporary:
+        trial = Trial(Path(temporary))
+        for fault in chosen:
+            wrong = examine(trial, fault, longest)
+            count["as they must"] += not wrong
+            count["OTHERWISE"] += bool(wrong)
+    print({**count, "longest": {kind: f"{seconds:.1f} s" for kind, seconds in longest.items()}})
+    return int(count["OTHERWISE"] > 0)
+
+
+def examine(trial: Trial, fault: Fault, longest: Counter[str]) -> list[str]:
+    """One fault, and the run that goes on after it; what was not as it must be."""
+    expected, run = trial.expected(fault.mesh), trial.directory / str(fault)
+    ended = trial.strike(fault)
+    at = steps(run)[-1:]
+    wrong = complaints(fault, ended, run)
+    heeds = ended if fault.kind == "SIGTERM" else [ended[1 - fault.told]]
+    seconds = max(e.seconds for e in heeds)
+    longest[fault.kind] = max(longest[fault.kind], seconds)
+    if trial.finish(run.name, fault.mesh) != expected:
+        wrong.append("the run that went on ended otherwise")
+    shutil.rmtree(run)
+    print(f"{fault}: codes {[e.code for e in ended]}, {seconds:.1f} s, went on from {at}: {wrong or 'as it must'}")
+    for line in wrong and [f"{i} {text}" for i, e in enumerate(ended) for text in (e.out + e.err).splitlines()]:
+        print(f"    {line}")
+    sys.stdout.flush()
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())
