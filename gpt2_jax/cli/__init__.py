@@ -24,8 +24,9 @@ from gpt2_jax.cli.generate import generate
 from gpt2_jax.cli.inspect import inspect
 from gpt2_jax.cli.plan import plan_command
 from gpt2_jax.cli.process import keep_compiled_programs, leave_errors_to_their_message, take_huge_pages
-from gpt2_jax.cli.train import default_config, train_command
+from gpt2_jax.cli.train import default_config, train_command, wants_determinism
 from gpt2_jax.cli.verify import verify
+from gpt2_jax.train.determinism import make_deterministic
 
 BAD_INPUT = 2
 COMPILING = {"verify", "generate", "train", "eval", "demo"}
@@ -56,10 +57,12 @@ def main(args: list[str] | None = None) -> None:
     code: int | None
     why = ""
     try:
+        default = default_config(sys.argv[1:] if args is None else args)
+        if args is None and sys.argv[1:2] == ["train"] and wants_determinism(sys.argv, default):
+            make_deterministic()
         asks = {"--help", "--distributed"} & {*sys.argv}  # JAX must not look for its devices before processes join
         if args is None and set(sys.argv[1:2]) & COMPILING and not asks:
             keep_compiled_programs()
-        default = default_config(sys.argv[1:] if args is None else args)
         verbs = {**VERBS, "train": train_command(default), "plan": plan_command(default)}
         code = tyro.extras.subcommand_cli_from_dict(
             verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
@@ -87,4 +90,6 @@ def main(args: list[str] | None = None) -> None:
         why = f"{type(error).__name__}: {error}"
         traceback.print_exc()
         code = 1
+    if code and args is None and not processes.are_several():
+        processes.end_now(code)  # without waiting for what may still be compiled, or written
     processes.end(code or 0, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +21,16 @@ from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.output import console, json_writer, progress
 from gpt2_jax.cli.process import keep_compiled_programs
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.processes import end, first_alone, first_says, is_first, join, leave
+from gpt2_jax.processes import end, end_now, first_alone, first_says, is_first, join, leave
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
 from gpt2_jax.train.config import flat, from_flat
 from gpt2_jax.train.run import is_run, stored_identity
+from gpt2_jax.train.signals import StopSignals
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 NO_TOKENIZER = "none"
 DIVERGED = 1
+_DETERMINISTIC = {"--deterministic": True, "--no-deterministic": False}
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             ) from error
         write_json(outcome.to_json())
         leave()
-        return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by  # as shells report a signal
+        if outcome.stopped_by is not None:  # without waiting for a step that may still be compiled
+            end_now(128 + outcome.stopped_by)  # as shells report a signal
+        return 0
 
     return train
 
@@ -126,6 +131,12 @@ def default_config(args: Sequence[str]) -> TrainConfig:
     if name not in PRESETS:
         raise BridgeError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def wants_determinism(args: Sequence[str], default: TrainConfig) -> bool:
+    """What `--deterministic` will be, which JAX must know before the flags are read."""
+    given = [word for word in (word.replace("_", "-") for word in args) if word in _DETERMINISTIC]
+    return _DETERMINISTIC[given[-1]] if given else default.deterministic
 
 
 def _value(args: Sequence[str], flag: str) -> str | None:
@@ -161,7 +172,14 @@ def run_training(
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
     outcome = train(
-        config, out, data, init_from=init_from, resume=resume, accept_changes=accept_changes, console=screen
+        config,
+        out,
+        data,
+        init_from=init_from,
+        resume=resume,
+        accept_changes=accept_changes,
+        console=screen,
+        stop=StopSignals(second=signal.SIG_DFL),
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
     say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)
