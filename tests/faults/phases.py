@@ -1,4 +1,7 @@
-"""The phases of a run in which a fault is to fall: the process makes a file there, and stays until it is gone."""
+"""The phases of a run in which a fault is to fall: the process makes a file there, and stays until it is gone.
+
+It also notes the steps that it saves, as each of several processes writes its own part of a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,10 @@ from bridge import manifest
 from gpt2_jax.cli import train as verb
 from gpt2_jax.train import loop
 from gpt2_jax.train.checkpoint import Checkpoints
+from gpt2_jax.train.step import TrainState
 
-ENVIRONMENT = "FAULTS_PHASES"
-"""JSON: the name of a phase -> the file."""
+PLACES, SAVED = "FAULTS_PHASES", "FAULTS_SAVED"
+"""Of the environment: JSON, the name of a phase -> the file; and where to note the steps."""
 _PATIENCE = 120
 """Seconds, if whoever waits for the file is gone."""
 
@@ -64,6 +68,17 @@ def wait_for(file: Path, *processes: subprocess.Popen[str]) -> None:
     while not file.exists():
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
         time.sleep(0.005)
+
+
+def note_saves(file: Path) -> None:
+    save = Checkpoints.save
+
+    def noted(self: Checkpoints, state: TrainState, *more: Any) -> None:
+        with file.open("a") as lines:
+            lines.write(f"{int(state.step)}\n")
+        save(self, state, *more)
+
+    setattr(Checkpoints, "save", noted)  # noqa: B010
 
 
 def _once_made(phase: Phase, file: Path) -> None:

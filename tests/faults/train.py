@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 from faults import phases
 from gpt2_jax.cli import main
@@ -12,5 +13,7 @@ from gpt2_jax.train import throughput
 
 if __name__ == "__main__":
     throughput._measured_peak = lambda dtype: 1e9
-    phases.stay_in(json.loads(os.environ.get(phases.ENVIRONMENT, "{}")))
+    phases.stay_in(json.loads(os.environ.get(phases.PLACES, "{}")))
+    if phases.SAVED in os.environ:
+        phases.note_saves(Path(os.environ[phases.SAVED]))
     main(sys.argv[1:])

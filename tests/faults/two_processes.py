@@ -149,7 +149,7 @@ class Trial:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        variables = {phases.ENVIRONMENT: json.dumps({phase: str(file) for phase, file in (files or {}).items()})}
+        places = {phases.PLACES: json.dumps({phase: str(file) for phase, file in (files or {}).items()})}
         return [
             runs.start(
                 self.directory,
@@ -157,10 +157,14 @@ class Trial:
                 *(*FLAGS, "--mesh", mesh, "--distributed", "--processes", 2, "--process", process),
                 *("--coordinator", f"127.0.0.1:{port}"),
                 processor=process,
-                variables=variables if process == stays else {},
+                variables={phases.SAVED: f"{self.saved(run, process)}", **(places if process == stays else {})},
             )
             for process in (0, 1)
         ]
+
+    def saved(self, run: str, process: int) -> Path:
+        """Where this process notes the steps that it saves."""
+        return self.directory / f"saved by {process} of {run}"
 
     def finish(self, run: str, mesh: str) -> str:
         """Let the run go on to its end; the hash of what it comes to."""
@@ -192,9 +196,9 @@ def _ends(started: Sequence[Process], since: float, limit: float) -> list[Ended]
     ]
 
 
-def complaints(fault: Fault, ended: Sequence[Ended], run: Path) -> list[str]:
+def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
     """What is not as it must be right after the fault."""
-    wrong = []
+    wrong, run = [], trial.directory / str(fault)
     told, other = ended[fault.told], ended[1 - fault.told]
     if fault.kind == "SIGTERM":
         codes = [e.code for e in ended]
@@ -202,6 +206,9 @@ def complaints(fault: Fault, ended: Sequence[Ended], run: Path) -> list[str]:
             wrong.append(f"they ended with {codes}")
         if max(e.seconds for e in ended) > GRACE:
             wrong.append(f"they took {[e.seconds for e in ended]} seconds")
+        last = {trial.saved(run.name, process).read_text().split()[-1] for process in (0, 1)}
+        if last != {str(steps(run)[-1])}:
+            wrong.append(f"they saved {last}, and the last checkpoint is {steps(run)[-1]}")
         if codes == [STOPPED] * 2 and f"saved at step {steps(run)[-1]}" not in ended[0].out:
             wrong.append("the last checkpoint is not of the step that it said")
     else:
@@ -242,7 +249,7 @@ def examine(trial: Trial, fault: Fault, longest: Counter[str]) -> list[str]:
     expected, run = trial.expected(fault.mesh), trial.directory / str(fault)
     ended = trial.strike(fault)
     at = steps(run)[-1:]
-    wrong = complaints(fault, ended, run)
+    wrong = complaints(trial, fault, ended)
     heeds = ended if fault.kind == "SIGTERM" else [ended[1 - fault.told]]
     seconds = max(e.seconds for e in heeds)
     longest[fault.kind] = max(longest[fault.kind], seconds)

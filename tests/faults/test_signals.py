@@ -1,0 +1,17 @@
+"""The short version of the driver: a second signal, while what the first asked for is written."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from faults import runs
+from faults.signals import SAMPLES, Fault, examine
+
+
+def test_a_second_signal_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    runs.write_text(tmp_path)
+    _, wrong = examine(
+        tmp_path, Fault(("training", "writing"), signal.SIGINT), runs.finish(tmp_path, "whole", *SAMPLES)
+    )
+    assert not wrong
