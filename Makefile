@@ -31,8 +31,9 @@ test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it
 fuzz: $(INSTALLED)  ## 100,000 damaged files of every format; an hour and more
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000
 
-faults: $(INSTALLED)  ## 200 times kill -9 on a small run that goes on each time; half an hour
-	PYTHONPATH=.:tests $(BIN)/python -m faults.kills --kills 200
+FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
+faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that go on each time; an hour and a half
+	for fault in $(FAULTS); do PYTHONPATH=.:tests $(BIN)/python -m faults.$$fault || exit 1; done
 
 check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check
