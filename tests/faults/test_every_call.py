@@ -27,7 +27,7 @@ def fresh() -> Iterator[Executor]:
 @pytest.mark.parametrize(
     ("case", "states"),
     [(Conversion("huggingface", overwrite=True), {"old", "new"}), (Save(), {"steps 3, 6", "steps 6, 9"})],
-    ids=str,
+    ids=["conversion", "save"],
 )
 def test_after_a_kill_it_is_the_old_one_or_the_new_one(
     fresh: Executor, tmp_path: Path, case: Case, states: set[str]
