@@ -62,6 +62,7 @@ def main() -> int:
         print("--deterministic:", spread(one), flush=True)
         many = [train(directory, f"many {n}") for n in range(count)]
         print(f"{os.cpu_count()} processors:", spread(many), flush=True)
+        print("one of each:", spread([one[0], many[0]]), flush=True)
         return int(len({runs.outcome(run) for run in one}) > 1)
 
 
