@@ -34,6 +34,8 @@ GRACE = 30
 """Seconds from a SIGTERM within which both processes must have ended."""
 ALONE = HEARTBEAT_TIMEOUT + 10
 """Seconds within which a process must have ended that has lost the other."""
+AT_ONCE = 1.0
+"""Seconds."""
 NOTICED = 2.0
 """Seconds that a process stays in its phase after a SIGTERM: JAX looks for one every second."""
 MESHES = ("fsdp=2", "data=2")
@@ -116,7 +118,7 @@ class Trial:
         if not half.exists():
             file = self.directory / "half of it"
             started = self.start(half.name, mesh, 0, {"evaluating": file})
-            _until(file, started)
+            phases.wait_for(file, *started)
             for process in started:
                 process.kill()
                 process.communicate()
@@ -132,10 +134,10 @@ class Trial:
         stays = 0 if phases.PHASES[fault.at[-1]].first_process_alone else fault.told
         started = self.start(run.name, fault.mesh, stays, files)
         for file in files.values():
-            _until(file, started)
+            phases.wait_for(file, *started)
             started[fault.told].send_signal(SIGNALS[fault.kind])
             sent = time.monotonic()
-            if fault.kind.endswith("SIGTERM"):
+            if fault.kind == "SIGTERM" or file != [*files.values()][-1]:
                 time.sleep(NOTICED)
             file.unlink(missing_ok=True)
         if fault.kind == "hang":
@@ -157,13 +159,17 @@ class Trial:
                 *(*FLAGS, "--mesh", mesh, "--distributed", "--processes", 2, "--process", process),
                 *("--coordinator", f"127.0.0.1:{port}"),
                 processor=process,
-                variables={phases.SAVED: f"{self.saved(run, process)}", **(places if process == stays else {})},
+                variables={phases.SAVED: f"{self._saves(run, process)}", **(places if process == stays else {})},
             )
             for process in (0, 1)
         ]
 
-    def saved(self, run: str, process: int) -> Path:
-        """Where this process notes the steps that it saves."""
+    def saved(self, run: str, process: int) -> list[int]:
+        """The steps that this process saved; none where it went on from the one at which it stopped."""
+        file = self._saves(run, process)
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+    def _saves(self, run: str, process: int) -> Path:
         return self.directory / f"saved by {process} of {run}"
 
     def finish(self, run: str, mesh: str) -> str:
@@ -171,12 +177,6 @@ class Trial:
         ended = _ends(self.start(run, mesh), time.monotonic(), 300)
         assert [e.code for e in ended] == [0, 0], ended
         return runs.outcome(self.directory / run, STEPS)
-
-
-def _until(file: Path, started: Sequence[Process]) -> None:
-    while not file.exists():
-        assert all(process.poll() is None for process in started), [p.communicate() for p in started]
-        time.sleep(0.005)
 
 
 def _ends(started: Sequence[Process], since: float, limit: float) -> list[Ended]:
@@ -206,9 +206,9 @@ def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
             wrong.append(f"they ended with {codes}")
         if max(e.seconds for e in ended) > GRACE:
             wrong.append(f"they took {[e.seconds for e in ended]} seconds")
-        last = {trial.saved(run.name, process).read_text().split()[-1] for process in (0, 1)}
-        if last != {str(steps(run)[-1])}:
-            wrong.append(f"they saved {last}, and the last checkpoint is {steps(run)[-1]}")
+        saved = [trial.saved(run.name, process) for process in (0, 1)]
+        if saved[0] != saved[1] or saved[0][-1:] not in ([], steps(run)[-1:]):
+            wrong.append(f"they saved {saved}, and the last checkpoint is {steps(run)[-1:]}")
         if codes == [STOPPED] * 2 and f"saved at step {steps(run)[-1]}" not in ended[0].out:
             wrong.append("the last checkpoint is not of the step that it said")
     else:
@@ -216,8 +216,8 @@ def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
             wrong.append("the other did not end by itself in time")
         if not other.err.rstrip().rpartition("\n")[2].startswith("gpt2: ") or "--resume" not in other.err:
             wrong.append("the other ended without saying what to do")
-        if fault.kind == "second SIGTERM" and (told.code != -signal.SIGTERM or told.seconds > NOTICED):
-            wrong.append(f"the second signal did not end it at once, but after {told.seconds:.1f} s with {told.code}")
+        if fault.kind == "second SIGTERM" and (told.code != -signal.SIGTERM or told.seconds > AT_ONCE):
+            wrong.append(f"the second signal ended it after {told.seconds:.1f} s with {told.code}")
     for step in steps(run):
         verified(run, step)  # raises
     return wrong
