@@ -33,7 +33,7 @@ def write_text(directory: Path) -> None:
 
 
 def start(
-    directory: Path, name: str, *more: object, processor: int = 0, variables: Mapping[str, str] = {}
+    directory: Path, name: str, *more: object, processor: int | None = None, variables: Mapping[str, str] = {}
 ) -> subprocess.Popen[str]:
     """Begin the run, or go on with it: on one processor, and with more variables in its environment."""
     environment = {
@@ -85,9 +85,11 @@ def arrays(run: Path, step: int) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def one_processor(number: int = 0) -> Iterator[None]:
-    """A process that is started inside sees one processor, so that JAX makes one thread."""
+def one_processor(number: int | None = None) -> Iterator[None]:
+    """A process that is started inside sees one processor, so that JAX makes one thread; every pytest worker its own."""
     allowed = os.sched_getaffinity(0)
+    if number is None:
+        number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
     yield
     os.sched_setaffinity(0, allowed)
