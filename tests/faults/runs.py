@@ -86,7 +86,7 @@ def arrays(run: Path, step: int) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def one_processor(number: int | None = None) -> Iterator[None]:
-    """A process that is started inside sees one processor, so that JAX makes one thread; every pytest worker its own."""
+    """A process that is started inside sees one processor, so that JAX makes one thread; pytest workers differ."""
     allowed = os.sched_getaffinity(0)
     if number is None:
         number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
