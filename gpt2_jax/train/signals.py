@@ -36,6 +36,9 @@ class StopSignals:
 
     Python runs a handler between two calls alone. So a program of its own gives signal.SIG_DFL for `second`: then it
     ends at once, whatever it is in.
+
+    Of several processes each may be told, one sooner than another: the first SIGTERM that comes to a process once all
+    have agreed to stop may be its first, and is noted too.
     """
 
     def __init__(self, second: signal.Handlers | None = None) -> None:
@@ -46,12 +49,10 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            handled = (signal.SIGINT,) if are_several() else _HANDLED
-            self._before = {number: signal.signal(number, self._note) for number in handled}
-            for number, handler in self._before.items():
-                self._undo.callback(signal.signal, number, handler)
             if self._second is signal.SIG_DFL:
                 self._undo.enter_context(_ended_by_the_second())
+            for number in (signal.SIGINT,) if are_several() else _HANDLED:
+                self._handle(number, signal.getsignal(number))
         return self
 
     def check(self) -> None:
@@ -59,8 +60,8 @@ class StopSignals:
         self._questions += 1
         if are_several() and self.received is None and multihost_utils.reached_preemption_sync_point(self._questions):
             self.received = signal.SIGTERM
-            if self._before:  # until now JAX swallowed each of them; a second one is to end the process
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if self._before:  # until now JAX swallowed each of them, and it has no more use for one
+                self._handle(signal.SIGTERM, signal.SIG_DFL)
         if self.received is not None:
             raise Stopped
 
@@ -105,13 +106,18 @@ class StopSignals:
     def __exit__(self, *error: object) -> None:
         self._undo.close()
 
+    def _handle(self, number: signal.Signals, before: Any) -> None:
+        self._before[number] = before  # first: it may come at once
+        self._undo.callback(signal.signal, number, before)
+        signal.signal(number, self._note)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         for handled, handler in self._before.items():
             signal.signal(handled, handler if self._second is None else self._second)
-        if are_several():
-            signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
-        else:
+        if not are_several():
             self.received = signal.Signals(number)
+        elif self.received is None:
+            signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +17,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from training_runs import RECIPE, all_weights, records, run_in, stop_at
+from training_runs import RECIPE, all_weights, recipe, records, run_in, stop_at
 
 import bridge
 from bridge.files import exclusive_lock
 from bridge.formats.run import steps, validation_loss, verified
-from gpt2_jax.train import Outcome, loop
+from gpt2_jax.train import Outcome, loop, signals
 from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.metrics import read_metrics
+from gpt2_jax.train.run import LOCK
+from gpt2_jax.train.signals import Stopped, StopSignals
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -53,6 +55,35 @@ def test_a_signal_when_all_is_done_stops_nothing(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Checkpoints, "save", signal_in_the_last)
     outcome = run_in(tmp_path, RECIPE)
     assert (outcome.step, outcome.stopped_by) == (6, None)
+
+
+def test_no_more_than_one_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal is heard after what was begun: with steps of a minute that must not be all up to the next record."""
+    awaited: list[int] = []
+    make = loop.make_train_step
+
+    class Loss(float):
+        step: int
+
+        def block_until_ready(self) -> None:
+            awaited.append(self.step)
+
+    def make_watched(*args: Any, **options: Any) -> Any:
+        train_step = make(*args, **options)
+
+        def step(state: Any, batch: Any) -> Any:
+            begun = int(state.step) + 1
+            assert awaited == [*range(1, begun - 1)]
+            state, metrics = train_step(state, batch)
+            loss = Loss(metrics["loss"])
+            loss.step = begun
+            return state, {**metrics, "loss": loss}
+
+        return Compiled(step, train_step.lower)
+
+    monkeypatch.setattr(loop, "make_train_step", make_watched)
+    outcome = run_in(tmp_path, recipe(log_every=6, eval_every=6, checkpoint_every=6))
+    assert (outcome.step, awaited) == (6, [1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize("step", [0, 4, 6])
@@ -214,12 +245,60 @@ def test_the_run_is_locked_until_all_is_exported(tmp_path: Path, monkeypatch: py
     inner, held = loop.finish, []
 
     def finish(run: Path, *arguments: Any) -> Outcome:
-        with exclusive_lock(run) as free:
+        with exclusive_lock(run / LOCK) as free:
             held.append(not free)
         return inner(run, *arguments)
 
     monkeypatch.setattr(loop, "finish", finish)
     run = run_in(tmp_path, RECIPE).run
     assert held == [True]
-    with exclusive_lock(run) as free:
+    with exclusive_lock(run / LOCK) as free:
         assert free
+
+
+@pytest.fixture
+def heard_by_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """As if this process was one of several: what JAX's own handler of SIGTERM hears."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    monkeypatch.setattr(signals, "are_several", lambda: True)
+    monkeypatch.setattr(signals.multihost_utils, "reached_preemption_sync_point", lambda question: question == 3)
+    yield heard
+    signal.signal(signal.SIGTERM, before)
+
+
+def agree(stop: StopSignals) -> None:
+    stop.check()
+    stop.check()
+    with pytest.raises(Stopped):
+        stop.check()
+
+
+def test_of_several_one_that_is_told_late_goes_on_saving(heard_by_jax: list[int]) -> None:
+    """Where the system tells each of them, and the first has them stop before the last hears of it."""
+    with StopSignals() as stop:
+        agree(stop)
+        signal.raise_signal(signal.SIGTERM)
+        assert (heard_by_jax, stop.received) == ([], signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the next ends it
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_of_several_the_one_with_the_keyboard_tells_the_others(heard_by_jax: list[int]) -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert (heard_by_jax, stop.received) == ([signal.SIGTERM], None)
+        agree(stop)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_of_several_a_keyboard_that_is_late_goes_unheard(heard_by_jax: list[int]) -> None:
+    with StopSignals() as stop:
+        agree(stop)
+        signal.raise_signal(signal.SIGINT)
+        assert heard_by_jax == []
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
