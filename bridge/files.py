@@ -89,8 +89,9 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
             for name, text in files.items():
                 (Path(beside) / name).write_bytes(text.encode())
                 flush_to_disk(Path(beside) / name)
-            for name in {*remove} - {*files}:
+            for name in {*remove, *files}:  # all, so that a kill leaves nothing of the old beside the new
                 (directory / name).unlink(missing_ok=True)
+            flush_to_disk(directory)
             for name in files:
                 (Path(beside) / name).replace(directory / name)
         flush_to_disk(directory)
@@ -108,15 +109,16 @@ def flush_to_disk(path: Path) -> None:
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[bool | None]:
-    """Hold the lock of a file or directory for a block. Gives whether it is held: False where another holds it, None
-    where the file system has no locks, as those over object stores.
+def exclusive_lock(path: Path, *, is_file: bool = False) -> Iterator[bool | None]:
+    """Hold the lock of a directory, or of a file, which is made where there is none, for a block. Gives whether it is
+    held: False where another holds it, None where the file system has no locks, as those over object stores.
 
-    The system forgets the lock with the process, however that ends; there is no file to be left behind.
+    The system forgets the lock with the process, however that ends. NFS has locks of files alone, and for those alone
+    who may write to them.
     """
     import fcntl
 
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT if is_file else os.O_RDONLY, 0o666)
     try:
         held: bool | None = True
         try:
@@ -125,11 +127,18 @@ def exclusive_lock(path: Path) -> Iterator[bool | None]:
             held = False
         except OSError:
             held = None
-        if held and not os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            held = False  # it has lost its name to another meanwhile, whose lock is not this one
+        if held and not _is_named(descriptor, path):
+            held = False  # another has the name now, whose lock is not this one
         yield held
     finally:
         os.close(descriptor)
+
+
+def _is_named(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _hidden_name(target: Path) -> Path:

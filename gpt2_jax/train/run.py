@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from gpt2_jax.train.config import FREE, PLACES, TrainConfig, TrainingError, flat
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
 
-EXPORT = "export"
+EXPORT, LOCK = "export", ".lock"
+MOST_SECONDS_UNSEEN = 90
+"""NFS answers for so long from memory, in what it has when nothing is changed, that a file is not there."""
 _FLAGS = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change what is computed."""
 _VERSION = 1
@@ -56,31 +59,46 @@ class Identity:
 
 def begin(run: Path, config: TrainConfig, data: Data) -> None:
     """Make the directory of a new run, in the place of one that ended before its first checkpoint."""
-    if steps(run):
-        raise TrainingError(
-            f"{quoted(run)} is a run with checkpoints; continue it with --resume, or choose another --out"
-        )
-    if run.exists() and not is_run(run) and not (run.is_dir() and not any(run.iterdir())):
+    replaces = is_run(run)
+    if not replaces and run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
-    with locked(run) if run.exists() else nullcontext(), new_directory(run, overwrite=is_run(run)) as directory:
-        if data.tokenizer is not None:
-            save_tokenizer(data.tokenizer, directory)
-        describe(directory, config, data)
+    with locked(run) if replaces else nullcontext():
+        if steps(run):
+            raise TrainingError(
+                f"{quoted(run)} is a run with checkpoints; continue it with --resume, or choose another --out"
+            )
+        with new_directory(run, overwrite=replaces) as directory:
+            if data.tokenizer is not None:
+                save_tokenizer(data.tokenizer, directory)
+            describe(directory, config, data)
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """As long as the block lasts no other process is in here; raises `TrainingError` where one is."""
-    with exclusive_lock(run) as held:
+    with exclusive_lock(run / LOCK, is_file=True) as held:
         if held is False:  # None, on a file system without locks, will do
-            raise TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out")
+            raise _another_trains(run)
         yield
 
 
 def require_own(run: Path, config: TrainConfig, data: Data) -> None:
     """Raise `TrainingError` where another run has begun in the same directory before this one could lock it."""
     if stored_identity(run) != Identity.of(config, data):
-        raise TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out")
+        raise _another_trains(run)
+
+
+def require_seen(run: Path) -> None:
+    """Raise `TrainingError` where the first process has made the run's directory, and this one does not see it."""
+    for _ in range(MOST_SECONDS_UNSEEN):
+        if is_run(run):
+            return
+        time.sleep(1)
+    raise TrainingError(f"{quoted(run)} is not there for this process; --out must be a directory that all of them see")
+
+
+def _another_trains(run: Path) -> TrainingError:
+    return TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out")
 
 
 def require_same(run: Path, config: TrainConfig, data: Data, accept_changes: bool) -> None:

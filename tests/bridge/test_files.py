@@ -16,7 +16,7 @@ from models import huggingface_directory, random_checkpoint
 
 import bridge
 from bridge import CheckpointError, files
-from bridge.files import new_directory, new_file
+from bridge.files import new_directory, new_file, replace_files
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
@@ -303,6 +303,23 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     with pytest.raises(CheckpointError, match="cannot write"):
         fill(tmp_path / name)
     assert tree(tmp_path) == {"file": b"mine"}
+
+
+def test_several_files_are_never_old_and_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two renames, or with a machine that stops there."""
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (tmp_path / name).write_text("old")
+    replace = Path.replace
+
+    def stop_at_the_second(path: Path, target: Path) -> Path:
+        if target.name == "merges.txt":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        replace_files(tmp_path, {"vocab.json": "new", "merges.txt": "new"}, remove=["tokenizer.json"])
+    assert tree(tmp_path) == {"vocab.json": b"new"}
 
 
 # The same through bridge.save

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from models import random_checkpoint
 from training_runs import RECIPE, data_for, files, recipe, run_in, write_text
 
 import bridge
+from bridge import CheckpointError
 from gpt2_jax.data import open_data
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import TrainConfig, TrainingError, loop, settle
@@ -57,6 +59,54 @@ def test_a_run_that_ended_before_its_first_checkpoint_is_made_anew(tmp_path: Pat
     assert json.loads((tmp_path / "run" / "config.json").read_text())["n_layer"] == 2
     assert (tmp_path / "run" / "merges.txt").exists()  # the bytes' tokenizer, and not the characters'
     assert read_metrics(tmp_path / "run") == []
+
+
+def test_a_checkpoint_that_another_saves_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other had the lock when this one looked, and was killed before it asked for it."""
+    data, run = data_for(RECIPE, tmp_path), tmp_path / "run"
+    runs.begin(run, RECIPE, data)
+    lock = runs.exclusive_lock
+
+    @contextmanager
+    def late(path: Path, **options: bool) -> Iterator[bool | None]:
+        (run / "checkpoints" / "3").mkdir(parents=True)
+        with lock(path, **options) as held:
+            yield held
+
+    monkeypatch.setattr(runs, "exclusive_lock", late)
+    with pytest.raises(TrainingError, match="is a run with checkpoints"):
+        runs.begin(run, RECIPE, data)
+    assert (run / "checkpoints" / "3").exists()
+
+
+def test_a_run_that_another_begins_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, run, describe = data_for(RECIPE, tmp_path), tmp_path / "run", runs.describe
+
+    def another_first(directory: Path, *others: Any) -> None:
+        describe(directory, *others)
+        run.mkdir()
+        (run / "run.json").write_text("theirs")
+
+    monkeypatch.setattr(runs, "describe", another_first)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        runs.begin(run, RECIPE, data)
+    assert files(run) == {"run.json": b"theirs"}
+
+
+def test_a_directory_that_this_process_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS it may take a while until one does."""
+    data, run, waited = data_for(RECIPE, tmp_path), tmp_path / "run", []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if sum(waited) == 30:
+            runs.begin(run, RECIPE, data)
+
+    monkeypatch.setattr(runs.time, "sleep", wait)
+    runs.require_seen(run)
+    assert sum(waited) == 30
+    with pytest.raises(TrainingError, match="elsewhere' is not there for this process; --out must be a directory"):
+        runs.require_seen(tmp_path / "elsewhere")
 
 
 def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tmp_path: Path) -> None:
