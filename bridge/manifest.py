@@ -57,20 +57,21 @@ def about(directory: Path) -> dict[str, Any]:
     return _read(directory)["about"]
 
 
-def verify(directory: Path) -> dict[str, Any]:
+def verify(directory: Path, *, from_disk: bool = False) -> dict[str, Any]:
     """As `about`, once every file was read and found to be as it was written, and no other there.
 
-    Raises `CheckpointError` naming the first that is not, and for a link or anything else that is no file.
+    `from_disk`: and not what the system still has of the files in memory, where it can be asked to forget that. Raises
+    `CheckpointError` naming the first that is not, and for a link or anything else that is no file.
     """
     try:
-        return _verified(directory)
+        return _verified(directory, from_disk)
     except OSError as error:  # a disk that fails, or somebody removes it meanwhile
         raise CheckpointError(
             f"cannot read {quoted(error.filename or directory)}: {error.strerror or error}"
         ) from error
 
 
-def _verified(directory: Path) -> dict[str, Any]:
+def _verified(directory: Path, from_disk: bool) -> dict[str, Any]:
     content = _read(directory)
     there = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
     there.pop(MANIFEST)
@@ -83,7 +84,7 @@ def _verified(directory: Path) -> dict[str, Any]:
         if size != expected["bytes"]:
             raise CheckpointError(f"{quoted(there[name])} has {size} bytes, and was written with {expected['bytes']}")
     for name, path in there.items():
-        if _sha256(path) != content["files"][name]["sha256"]:
+        if _sha256(path, from_disk) != content["files"][name]["sha256"]:
             raise CheckpointError(f"{quoted(path)} is not as it was written")
     about: dict[str, Any] = content["about"]
     return about
@@ -131,8 +132,10 @@ def _files(directory: Path) -> Iterator[Path]:
             yield path
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, from_disk: bool = False) -> str:
     with open(path, "rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

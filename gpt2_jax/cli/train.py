@@ -23,7 +23,7 @@ from gpt2_jax.cli.process import keep_compiled_programs
 from gpt2_jax.data import Data, open_data
 from gpt2_jax.processes import end, end_now, first_alone, first_says, is_first, join, leave
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
-from gpt2_jax.train.config import flat, from_flat
+from gpt2_jax.train.config import flat, from_flat, is_out_of_memory
 from gpt2_jax.train.run import is_run, stored_identity
 from gpt2_jax.train.signals import StopSignals
 
@@ -105,7 +105,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
                 print(f"gpt2: {why}", file=sys.stderr)
             end(DIVERGED, why)
         except (MemoryError, JaxRuntimeError) as error:
-            if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise BridgeError(
                 f"out of memory, in {config.batch_size} sequences a step in {config.accumulate} parts; "

@@ -8,6 +8,8 @@ on the disk, sealed with a manifest (`bridge.manifest`), read again, and only th
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +25,7 @@ from bridge.errors import bullet_list, quoted
 from bridge.files import flush_to_disk
 from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps, validation_loss
 from gpt2_jax.processes import first_says, is_first, wait_for_all
-from gpt2_jax.train.config import TrainingError
+from gpt2_jax.train.config import TrainingError, is_out_of_memory
 from gpt2_jax.train.step import TrainState
 
 PARTIAL = ".{}.partial"
@@ -155,15 +157,16 @@ class Checkpoints:
             writing.result()
             if is_first():
                 manifest.seal(partial, about)
-                manifest.verify(partial)
+                manifest.verify(partial, from_disk=True)
                 partial.rename(self._folder / str(about["step"]))
                 flush_to_disk(self._folder)
-                self._prune()
         except BaseException:
             if is_first():
                 for left in self._folder.glob(f"{partial.name}*"):  # orbax has one of its own beside
                     shutil.rmtree(left, ignore_errors=True)
             raise
+        if is_first():
+            self._prune()
 
     def _prune(self) -> None:
         """Leave the last and the best; now that there is a newer one that is sound."""
@@ -172,8 +175,12 @@ class Checkpoints:
         for step in sealed:  # what is damaged stays, to be looked at
             if step not in kept:
                 leaving = self._folder / PARTIAL.format(step)
-                (self._folder / str(step)).rename(leaving)  # at once: half of one must not look like one
-                shutil.rmtree(leaving)
+                try:
+                    (self._folder / str(step)).rename(leaving)  # at once: half of one must not look like one
+                    flush_to_disk(self._folder)
+                    shutil.rmtree(leaving)
+                except OSError as error:  # another's file, or one that is being read over NFS: the next start tries
+                    self._say(f"the checkpoint of step {step} could not be removed: {error.strerror or error}")
 
 
 @contextmanager
@@ -181,16 +188,15 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax raises its own, tensorstore's and the system's
+        if is_out_of_memory(error):
+            raise
         raise TrainingError(f"{what}\n{type(error).__name__}: {quoted(error, 400)}") from error
 
 
 def _free(path: Path) -> Path:
     """A name that nothing has: this one, or with a number."""
-    return next(
-        name
-        for number in range(10**6)
-        if not (name := path.with_name(path.name + (f".{number}" if number else ""))).exists()
-    )
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
 
 from bridge import GPT2_SIZES, BridgeError, GPT2Config
 from bridge.errors import bullet_list
@@ -22,6 +23,11 @@ class TrainingError(BridgeError):
 
 class NonFiniteLoss(TrainingError):
     """A loss, a gradient or a weight is infinite or NaN; the message names the step."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's memory, or the device's, was too small."""
+    return isinstance(error, MemoryError) or (isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 @dataclass(frozen=True)

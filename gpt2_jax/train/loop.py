@@ -118,7 +118,7 @@ def train(
             with Report(console, run, config, int(state.step), schedule, mesh.size) as report:
                 loop = Loop(config, data, model, tx, mesh, prompt, state, checkpoints, report, stop)
                 loop.run()
-        return finish(run, about, int(loop.state.step), None if loop.is_complete else stop.received)
+        return finish(run, about, int(loop.state.step), None if loop.is_complete else stop.received, console)
 
 
 def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_changes: bool) -> tuple[bool, bool]:
@@ -132,6 +132,7 @@ def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_chan
     if begins and is_first():
         runs.begin(run, config, data)
     wait_for_all("the run's directory")
+    runs.require_seen(run)
     return resumes, begins
 
 
@@ -190,9 +191,11 @@ class Loop:
             examples=c.examples,
             rows=rows.own,
         )
+        before = None
         for step in range(start + 1, c.steps + 1):
             self.state, metrics = self.train_step(self.state, rows.put(next(batches)))
-            self.val_loss = None
+            jax.block_until_ready(before)  # one step ahead of the device, which has work, and no more: to hear a signal
+            before, self.val_loss = metrics, None
             self.report.stepped(step, metrics)
             self.checkpoints.check()
             self.take_stock(step)
@@ -247,14 +250,17 @@ class Loop:
     def save(self) -> None:
         if int(self.state.step) > 0:  # before the first step the weights are those that were given
             require_finite(self.state)
+        self.report.flush()  # after the system has crashed, too, no checkpoint is to be newer than its log
         self.checkpoints.save(self.state, self.val_loss)
 
 
-def finish(run: Path, about: Mapping[str, Any], step: int, stopped_by: signal.Signals | None) -> Outcome:
+def finish(
+    run: Path, about: Mapping[str, Any], step: int, stopped_by: signal.Signals | None, console: Console
+) -> Outcome:
     """Draw the losses and export the best checkpoint, with a manifest that says whose it is."""
     best, loss = 0, None
     if is_first():
-        best = best_sound_step(run, lambda _: None)  # they were named when the run went on
+        best = best_sound_step(run, partial(console.print, soft_wrap=True))
         loss = stored_loss(run, best)
         with new_directory(run / runs.EXPORT, overwrite=True) as export:
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")

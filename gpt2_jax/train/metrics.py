@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ class Metrics:
                     self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(record, step=step)
+
+    def flush(self) -> None:
+        """Until the records are on the disk."""
+        with _named(self._file):
+            os.fsync(self._lines.fileno())
 
     def close(self) -> None:
         with _named(self._file):  # what could not be written is tried again

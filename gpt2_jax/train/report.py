@@ -116,6 +116,11 @@ class Report:
         if values.get("val_loss") is not None:
             self.say(f"step {step:>6}  validation loss {values['val_loss']:.4f}  {self._shown}")
 
+    def flush(self) -> None:
+        """What was logged is on the disk."""
+        if self._metrics is not None:
+            self._metrics.flush()
+
     @contextmanager
     def not_training(self, doing: str) -> Iterator[None]:
         """What happens inside does not count as time of training."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import resource
+import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
 import pytest
-from training_runs import all_weights, recipe, run_in, stop_at
+from jax.errors import JaxRuntimeError
+from rich.console import Console
+from training_runs import all_weights, data_for, recipe, run_in, stop_at
 
 from bridge import manifest
 from bridge.formats.run import best_step, steps
-from gpt2_jax.train import TrainingError, loop
+from gpt2_jax.train import TrainingError, loop, settle
 from gpt2_jax.train.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -125,3 +133,64 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_that_names_it(tmp_path:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert steps(tmp_path) == []
+
+
+def save_all(checkpoints: Checkpoints, *all_steps: int) -> None:
+    for step in all_steps:
+        checkpoints.save(state_at(step))
+        checkpoints.wait()
+
+
+def state_at(step: int) -> loop.TrainState:
+    return loop.TrainState(jax.numpy.int32(step), {"a": jax.numpy.ones(9)}, None)
+
+
+def test_an_old_one_that_cannot_be_removed_is_named_and_no_new_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    remove = shutil.rmtree
+
+    def busy(path: Path, **options: Any) -> None:
+        if path.name == ".3.partial":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        remove(path, **options)
+
+    with Checkpoints(tmp_path, keep_last=1, say=said.append) as checkpoints, monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        save_all(checkpoints, 3, 6, 9)
+    assert said == ["the checkpoint of step 3 could not be removed: Directory not empty"]
+    assert steps(tmp_path) == [9]
+    with Checkpoints(tmp_path):
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["9"]
+
+
+def test_what_is_verified_is_what_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *_: forgotten.append(os.readlink(f"/proc/self/fd/{file}")))
+    with Checkpoints(tmp_path) as checkpoints:
+        save_all(checkpoints, 3)
+    named = {name.replace(".3.partial", "3") for name in forgotten}
+    written = {str(path) for path in (tmp_path / "checkpoints" / "3").rglob("*") if path.is_file()}
+    assert named == written - {str(tmp_path / "checkpoints" / "3" / "manifest.json")}
+
+
+def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> None:
+        raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        save_all(checkpoints, 3)
+        monkeypatch.setattr(ocp, "load", too_large)
+        with pytest.raises(JaxRuntimeError):
+            checkpoints.restore(3, state_at(3))
+
+
+def test_a_best_one_that_was_damaged_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted_losses(monkeypatch, {0: 9.0, 2: 3.0, 4: 4.0, 6: 5.0})
+    screen = io.StringIO()
+    config = settle(recipe(eval_every=2, checkpoint_every=2), data := data_for(recipe(), tmp_path), None)
+    stop_at(monkeypatch, 6, lambda: (tmp_path / "run" / "checkpoints" / "2" / "more").touch())
+    outcome = loop.train(config, tmp_path / "run", data, console=Console(file=screen, width=1000))
+    assert outcome.best_step == 4
+    assert "the checkpoint of step 2 is damaged and passed over" in screen.getvalue()
