@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -27,6 +28,9 @@ HEARTBEAT_TIMEOUT = 30
 
 _ENDED, _SIGNS = "gpt2_bridge/ended", "gpt2_bridge/signs"
 _LOOK_EVERY = 0.5
+_SILENCE = 10
+"""Seconds without a sign of life after which an error is taken for the other process's: compiling may take some."""
+_FIRST = "process 0"
 _GO_ON = "what was saved is sound; go on with --resume in all processes"
 _joined: _Watch | None = None
 
@@ -46,9 +50,12 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         processes: how many take part.
         process: which this one is, from 0.
 
-    Raises `ProcessesError` where they do not find each other within five minutes.
+    Raises `ProcessesError` where it is not known who they are. Where they do not find each other within five minutes,
+    JAX ends this one.
     """
     global _joined
+    where = f" at {coordinator}" if coordinator else ""
+    last_words = _LastWords(f"the processes did not find each other{where}; is each started, and is that the first?")
     try:
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     except (ValueError, RuntimeError) as error:
@@ -56,13 +63,16 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             f"--distributed: {quoted(error, 400)}; on TPU pods and under SLURM and Open MPI the processes find each "
             "other, elsewhere give each --coordinator HOST:PORT, --processes N and --process I"
         ) from error
+    finally:
+        last_words.are_said()
     _joined = _Watch()
 
 
 def leave() -> None:
-    """When this process's work is done, and the others' (`first_says` or `wait_for_all` came last): be one again."""
+    """When this process's work is done, and the others': be one again."""
     global _joined
     if _joined is not None:
+        wait_for_all("the end")
         _joined.stop()
         _joined = None
         jax.distributed.shutdown()
@@ -71,7 +81,7 @@ def leave() -> None:
 def end(code: int, why: str) -> None:
     """End this process now; and the others, with its reason, where it ends before the work is done."""
     if _joined is not None:
-        _joined.tell(f"process {jax.process_index()}: {why}")
+        _joined.tell(why)
         end_now(code)
     sys.exit(code)
 
@@ -151,7 +161,8 @@ class _Watch:
         from jax._src.distributed import global_state  # JAX has no public name for its store of keys, as orbax knows
 
         self._client: Any = global_state.client
-        self.last_words = _LastWords()
+        self._name = f"process {global_state.process_id}"  # jax.process_index() looks for devices, and may fail in that
+        self.last_words = _LastWords(f"{self._name} was killed, or JAX ended it for what it says above; {_GO_ON}")
         self.over = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -162,25 +173,29 @@ class _Watch:
     def tell(self, why: str) -> None:
         self.over.set()
         with suppress(Exception):  # another was faster, or the first process is gone
-            self._client.key_value_set(_ENDED, why)
-        if jax.process_index() == 0:  # the store ends with this process
-            threading.Event().wait(4 * _LOOK_EVERY)
+            self._client.key_value_set(_ENDED, f"{self._name}: {why}")
+        if self._name == _FIRST:  # the store ends with this process
+            time.sleep(4 * _LOOK_EVERY)
 
     def without_a_sign(self) -> list[str]:
-        """The processes that give no sign of life for a while, in which the others may be heard of."""
+        """The processes that give no sign of life for ten seconds, in which the others may be heard of."""
         try:
-            before = self._signs()
-            self.over.wait(4 * _LOOK_EVERY)
-            after = self._signs()
+            before = silent = self._signs()
+            for _ in range(round(_SILENCE / _LOOK_EVERY)):
+                self.over.wait(_LOOK_EVERY)
+                signs = self._signs()
+                silent = {name: sign for name, sign in silent.items() if signs.get(name) == before[name]}
+                if not silent:
+                    break
         except Exception:  # the store is gone
-            return ["process 0"]
-        return [name for name, sign in before.items() if after.get(name) == sign]
+            return [_FIRST]
+        return [*silent]
 
     def _signs(self) -> dict[str, str]:
         return {key.rpartition("/")[2]: sign for key, sign in self._client.key_value_dir_get(_SIGNS)}
 
     def _look(self) -> None:
-        sign, mine = 0, f"{_SIGNS}/process {jax.process_index()}"
+        sign, mine = 0, f"{_SIGNS}/{self._name}"
         while not self.over.wait(_LOOK_EVERY):
             sign += 1
             try:
@@ -197,19 +212,22 @@ class _LastWords:
     """A line on standard error where this process ends without a word of its own.
 
     JAX ends a process that has lost the others by abort(), in a thread of which Python does not hear; then there are
-    the kernel, when memory is short, and kill -9. So a shell waits beside it for its end.
+    the kernel, when memory is short, and kill -9. So a shell waits beside it for its end. (jaxlib 0.10.2 takes a
+    callback instead of abort(), and fails to give it the reason: std::bad_cast.)
     """
 
-    def __init__(self) -> None:
-        line = f"gpt2: process {jax.process_index()} was killed, or JAX ended it for what it says above; {_GO_ON}"
-        script = 'trap "" HUP INT TERM; read -r said || echo "$0" >&2'
+    def __init__(self, words: str) -> None:
+        script = 'trap "" HUP INT TERM; read -r said || echo "gpt2: $0" >&2'
+        self._lock = threading.Lock()
         self._shell: subprocess.Popen[bytes] | None = None
         with suppress(OSError):  # no shell, no words
             self._shell = subprocess.Popen(
-                ["sh", "-c", script, line], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+                ["sh", "-c", script, words], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
             )
 
     def are_said(self) -> None:
-        if self._shell is not None:
-            with suppress(OSError):
-                self._shell.communicate(b"\n")
+        with self._lock:
+            shell, self._shell = self._shell, None
+            if shell is not None:
+                with suppress(OSError):
+                    shell.communicate(b"\n")

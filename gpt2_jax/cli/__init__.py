@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> None:
         code = BAD_INPUT
     except BrokenPipeError:  # as `head` closes its input
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
-        code = 128 + signal.SIGPIPE
+        why, code = "nobody reads what it prints", 128 + signal.SIGPIPE
     except OSError as error:  # a full disk, a name that is too long, no permission
         where = f"{quoted(error.filename)}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"

@@ -108,6 +108,15 @@ def test_an_error_in_one_ends_all_soon_and_by_its_name(directory: Path) -> None:
     assert "missing.txt" in one.err
 
 
+def test_an_error_of_the_first_after_all_is_done_is_its_own(directory: Path) -> None:
+    """The other waits for it, and is not what is lost."""
+    one, other = train(2, 1, arguments(directory, "full"), p0=["--json", "/dev/full"])
+    assert (one.code, other.code) == (2, 1), (one, other)
+    assert "cannot write /dev/full" in one.err
+    assert "lost" not in one.err
+    assert "gpt2: ended with process 0: cannot write /dev/full" in other.err
+
+
 def test_processes_that_were_told_different_things_do_not_begin(directory: Path) -> None:
     write_text(directory / "other", 150)
     other = ["--data", directory / "other" / "text.txt", "--cache", directory / "other" / "cache"]
