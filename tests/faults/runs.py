@@ -1,4 +1,4 @@
-"""A small run of `gpt2 train` in a process of its own, on one thread, and what it comes to in the end."""
+"""A small run of `gpt2 train --deterministic` in a process of its own, and what it comes to in the end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from bridge.formats.run import steps, verified
 from gpt2_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+DETERMINISTIC = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true", "NPROC": "1"}
+"""What the flag puts into the environment of a process of its own."""
 STEPS = 60
 FLAGS = shlex.split(f"""
     --tokenizer bytes --n-positions 16 --n-embd 96 --n-layer 3 --n-head 3 --vocab-multiple 128 --resid-pdrop 0.1
@@ -32,24 +32,22 @@ def write_text(directory: Path) -> None:
     (directory / "text.txt").write_text("".join(lines))
 
 
-def start(
-    directory: Path, name: str, *more: object, processor: int | None = None, variables: Mapping[str, str] = {}
-) -> subprocess.Popen[str]:
-    """Begin the run, or go on with it: on one processor, and with more variables in its environment."""
+def start(directory: Path, name: str, *more: object, variables: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+    """Begin the run, or go on with it, with more variables in its environment."""
     environment = {
         **os.environ,
         **variables,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": ONE_THREAD,
+        **DETERMINISTIC,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]
-    command = [sys.executable, "-m", "faults.train", "train", *map(str, [*places, *FLAGS, *more]), "--resume"]
+    flags = map(str, [*places, *FLAGS, "--deterministic", *more])
+    command = [sys.executable, "-m", "faults.train", "train", *flags, "--resume"]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with one_processor(processor):
-        return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
 
 
 def finish(directory: Path, name: str, *more: object) -> str:
@@ -82,14 +80,3 @@ def arrays(run: Path, step: int) -> Iterator[tuple[str, Any]]:
     for name in sorted({key.decode().split("/")[0] for key in keys}):
         spec: Any = {"driver": "zarr3", "fill_missing_data_reads": False, "kvstore": {**database, "path": f"{name}/"}}
         yield name, tensorstore.open(spec).result().read().result()
-
-
-@contextmanager
-def one_processor(number: int | None = None) -> Iterator[None]:
-    """A process that is started inside sees one processor, so that JAX makes one thread; pytest workers differ."""
-    allowed = os.sched_getaffinity(0)
-    if number is None:
-        number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    os.sched_setaffinity(0, {sorted(allowed)[number % len(allowed)]})
-    yield
-    os.sched_setaffinity(0, allowed)

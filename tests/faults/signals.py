@@ -27,10 +27,10 @@ GRACE = 30
 AT_ONCE = 1.0
 """Seconds within which a second signal must have ended it."""
 SAMPLES = ("--sample-tokens", 3)
-BEFORE = {"opening the data"}
-"""Phases in which there is nothing to save: a signal acts as in any other program."""
-LATE = {"the last save", "exporting", "leaving"}
-"""Phases after the last step: what is left of the run is written, or written when it goes on."""
+OUTSIDE = {"opening the data", "exporting", "leaving"}
+"""Phases in which nothing is to be saved: a signal acts as in any other program in Python."""
+DONE = {"the last save"}
+"""Phases in which all is saved: the run goes on to its end."""
 LONG = ("--no-scan", "--n-layer", 12, "--remat", "none")
 """Flags of a model that takes XLA long to compile."""
 
@@ -73,9 +73,12 @@ def examine(directory: Path, fault: Fault, expected: str) -> tuple[float, list[s
     if len(fault.at) == 2:
         if process.returncode not in (killed, stopped) or "saved at step" in out or seconds > AT_ONCE:
             wrong.append("the second signal did not end it at once")
-    elif fault.at[0] in BEFORE | LATE:
-        if process.returncode not in (0, killed, stopped):
+    elif fault.at[0] in OUTSIDE:
+        if process.returncode != (stopped if fault.number == signal.SIGINT else killed):
             wrong.append("it did not end as any program does")
+    elif fault.at[0] in DONE:
+        if process.returncode != 0:
+            wrong.append("it did not end as one that is done")
     elif process.returncode != stopped or f"saved at step {steps(run)[-1]}" not in out:
         wrong.append("it did not say that it saved")
     if seconds > GRACE or "Traceback" in errors:

@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests python -m faults.two_processes
 
-SIGTERM at every phase: both save the same step, within the grace period. A second one while they save: that process
-ends at once. kill -9, and a machine that hangs (SIGSTOP): the other process ends by itself, with a message. After each
-the run goes on, and ends as the one that nothing happened to. Prints each, and the longest times; exits with 1 where
-anything was otherwise. `--only KIND` takes one kind of fault, `--seed` another order of the meshes.
+SIGTERM at every phase: both save the same step, within the grace period, also where the other process is told later,
+while they save. A second one to a process then: it ends at once. kill -9, and a machine that hangs (SIGSTOP): the other
+process ends by itself, with a message. After each the run goes on, and ends as the one that nothing happened to. Prints
+each, and the longest times; exits with 1 where anything was otherwise. `--only KIND` takes one kind of fault.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ STEPS = 24
 FLAGS = shlex.split(f"""
     --steps {STEPS} --eval-every 8 --eval-batches 2 --accumulate 1 --n-layer 1 --n-embd 48 --sample-tokens 2
 """)
+HEARD = 0.1
+"""Seconds after which Python has run the handler of a signal."""
+TO_SAVE = {"SIGTERM", "SIGTERM to both"}
 STOPPED, COMPLETE = 128 + signal.SIGTERM, 0
 LATE = {"the last step", "the last save", "exporting", "leaving"}
 """Phases in which a SIGTERM finds the training at its end."""
@@ -76,6 +79,7 @@ class Ended:
 
 SIGNALS = {
     "SIGTERM": signal.SIGTERM,
+    "SIGTERM to both": signal.SIGTERM,
     "second SIGTERM": signal.SIGTERM,
     "kill -9": signal.SIGKILL,
     "hang": signal.SIGSTOP,
@@ -90,6 +94,7 @@ def all_faults() -> Iterator[Fault]:
                 yield Fault("SIGTERM", told, (phase,), next(meshes))
         next(meshes)  # so that each process is told on both
     for told in (0, 1):
+        yield Fault("SIGTERM to both", told, ("training", "the last save"), next(meshes))
         yield Fault("second SIGTERM", told, ("training", "the last save"), next(meshes))
     for phase in KILLED_IN:
         for told in (0, 1):
@@ -135,9 +140,13 @@ class Trial:
         started = self.start(run.name, fault.mesh, stays, files)
         for file in files.values():
             phases.wait_for(file, *started)
-            started[fault.told].send_signal(SIGNALS[fault.kind])
-            sent = time.monotonic()
-            if fault.kind == "SIGTERM" or file != [*files.values()][-1]:
+            is_last = file == [*files.values()][-1]
+            told = 1 - fault.told if fault.kind == "SIGTERM to both" and is_last else fault.told
+            for _ in range(1 + (fault.kind == "second SIGTERM" and is_last)):  # the first is taken for one that is late
+                started[told].send_signal(SIGNALS[fault.kind])
+                sent = time.monotonic()
+                time.sleep(HEARD)
+            if fault.kind in TO_SAVE or not is_last:
                 time.sleep(NOTICED)
             file.unlink(missing_ok=True)
         if fault.kind == "hang":
@@ -158,7 +167,6 @@ class Trial:
                 run,
                 *(*FLAGS, "--mesh", mesh, "--distributed", "--processes", 2, "--process", process),
                 *("--coordinator", f"127.0.0.1:{port}"),
-                processor=process,
                 variables={phases.SAVED: f"{self._saves(run, process)}", **(places if process == stays else {})},
             )
             for process in (0, 1)
@@ -200,7 +208,7 @@ def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
     """What is not as it must be right after the fault."""
     wrong, run = [], trial.directory / str(fault)
     told, other = ended[fault.told], ended[1 - fault.told]
-    if fault.kind == "SIGTERM":
+    if fault.kind in TO_SAVE:
         codes = [e.code for e in ended]
         if codes != [STOPPED] * 2 and not (fault.at[0] in LATE and codes == [COMPLETE] * 2):
             wrong.append(f"they ended with {codes}")
@@ -250,7 +258,7 @@ def examine(trial: Trial, fault: Fault, longest: Counter[str]) -> list[str]:
     ended = trial.strike(fault)
     at = steps(run)[-1:]
     wrong = complaints(trial, fault, ended)
-    heeds = ended if fault.kind == "SIGTERM" else [ended[1 - fault.told]]
+    heeds = ended if fault.kind in TO_SAVE else [ended[1 - fault.told]]
     seconds = max(e.seconds for e in heeds)
     longest[fault.kind] = max(longest[fault.kind], seconds)
     if trial.finish(run.name, fault.mesh) != expected:

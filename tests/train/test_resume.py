@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.runs import ONE_THREAD, arrays, one_processor
+from faults.runs import DETERMINISTIC, arrays
 from training_runs import records
 
 from bridge.formats.run import steps
@@ -25,14 +25,12 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
     directory = tmp_path_factory.mktemp("interrupted")
-    environment = {**os.environ, "PYTHONPATH": PATHS, "XLA_FLAGS": ONE_THREAD}
+    environment = {**os.environ, "PYTHONPATH": PATHS, **DETERMINISTIC}
     command = [sys.executable, "-W", "error", PROGRAM, directory]
-    with one_processor():
-        program = subprocess.Popen(
-            command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-        )
-    _, errors = program.communicate(timeout=500)
-    assert program.returncode == 0, errors
+    program = subprocess.run(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, timeout=500, check=False
+    )
+    assert program.returncode == 0, program.stderr
     return directory
 
 
