@@ -80,8 +80,9 @@ def _beside(target: str | Path, overwrite: bool) -> Iterator[Path]:
 def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[str] = ()) -> None:
     """Put `files`, name -> text, into `directory`, in the place of those named in `remove`.
 
-    Nothing is touched before all are on the disk under other names. Makes the directory where there is
-    none; raises `CheckpointError` where it cannot be written.
+    Nothing is touched before all are on the disk under other names; then all of the old ones go before the first new
+    one comes, so that what is left by a kill between is incomplete and not a mixture. Makes the directory where there
+    is none; raises `CheckpointError` where it cannot be written, and leaves it as it was.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -89,11 +90,19 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
             for name, text in files.items():
                 (Path(beside) / name).write_bytes(text.encode())
                 flush_to_disk(Path(beside) / name)
-            for name in {*remove, *files}:  # all, so that a kill leaves nothing of the old beside the new
-                (directory / name).unlink(missing_ok=True)
-            flush_to_disk(directory)
-            for name in files:
-                (Path(beside) / name).replace(directory / name)
+            old = Path(beside) / _OLD
+            old.mkdir()
+            try:
+                for name in {*remove, *files}:
+                    with suppress(FileNotFoundError):
+                        (directory / name).rename(old / name)
+                flush_to_disk(directory)
+                for name in files:
+                    (Path(beside) / name).rename(directory / name)
+            except BaseException:
+                for path in old.iterdir():
+                    path.replace(directory / path.name)
+                raise
         flush_to_disk(directory)
     except OSError as error:
         raise CheckpointError(f"cannot write into {quoted(directory)}: {error.strerror or error}") from error

@@ -306,20 +306,33 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
 
 
 def test_several_files_are_never_old_and_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between two renames, or with a machine that stops there."""
-    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
-        (tmp_path / name).write_text("old")
-    replace = Path.replace
+    """Looked at where a kill could come: before each rename. An error at any of them leaves the old ones."""
+    old, new = (dict.fromkeys(("vocab.json", "merges.txt"), text) for text in (b"old", b"new"))
+    rename, seen = Path.rename, []
 
-    def stop_at_the_second(path: Path, target: Path) -> Path:
-        if target.name == "merges.txt":
-            raise KeyboardInterrupt
-        return replace(path, target)
+    def there() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
-    monkeypatch.setattr(Path, "replace", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        replace_files(tmp_path, {"vocab.json": "new", "merges.txt": "new"}, remove=["tokenizer.json"])
-    assert tree(tmp_path) == {"vocab.json": b"new"}
+    def watched(path: Path, target: Path) -> Path:
+        seen.append(there())
+        if len(seen) == fails_at:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    for fails_at in range(6, 0, -1):
+        (tmp_path / "vocab.json").write_text("old")
+        (tmp_path / "merges.txt").write_text("old")
+        (tmp_path / "tokenizer.json").write_text("old")
+        seen.clear()
+        try:
+            replace_files(tmp_path, {"vocab.json": "new", "merges.txt": "new"}, remove=["tokenizer.json"])
+            assert (fails_at, there()) == (6, new)
+        except CheckpointError:
+            assert there() == {**old, "tokenizer.json": b"old"}
+        assert all(len({*files.values()}) <= 1 for files in seen)
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(seen) == 1
 
 
 # The same through bridge.save
