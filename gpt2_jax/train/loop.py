@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -96,12 +96,9 @@ def train(
     rows_of_step(config, mesh)
     resumes, begins = _enter(run, config, data, resume, accept_changes)
     console, about = console or Console(quiet=not is_first(), markup=False), runs.about(config, data)
-    with runs.locked(run) if is_first() else nullcontext():
-        with (
-            jax.set_mesh(mesh),
-            stop or StopSignals() as stop,
-            Checkpoints(run, config.keep_last, about, partial(console.print, soft_wrap=True)) as checkpoints,
-        ):
+    say = partial(console.print, soft_wrap=True)
+    with runs.locked(run) if is_first() else nullcontext(), stop or StopSignals() as stop:
+        with jax.set_mesh(mesh), Checkpoints(run, config.keep_last, about, say) as checkpoints:
             if begins and is_first():
                 runs.require_own(run, config, data)
             saved = None if begins else checkpoints.latest()
@@ -118,7 +115,7 @@ def train(
             with Report(console, run, config, int(state.step), schedule, mesh.size) as report:
                 loop = Loop(config, data, model, tx, mesh, prompt, state, checkpoints, report, stop)
                 loop.run()
-        return finish(run, about, int(loop.state.step), None if loop.is_complete else stop.received, console)
+        return finish(run, about, int(loop.state.step), None if loop.is_complete else stop.received, say)
 
 
 def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_changes: bool) -> tuple[bool, bool]:
@@ -255,12 +252,19 @@ class Loop:
 
 
 def finish(
-    run: Path, about: Mapping[str, Any], step: int, stopped_by: signal.Signals | None, console: Console
+    run: Path,
+    about: Mapping[str, Any],
+    step: int,
+    stopped_by: signal.Signals | None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> Outcome:
-    """Draw the losses and export the best checkpoint, with a manifest that says whose it is."""
+    """Draw the losses and export the best checkpoint, with a manifest that says whose it is.
+
+    `say` is told of every checkpoint that is damaged and passed over.
+    """
     best, loss = 0, None
     if is_first():
-        best = best_sound_step(run, partial(console.print, soft_wrap=True))
+        best = best_sound_step(run, say)
         loss = stored_loss(run, best)
         with new_directory(run / runs.EXPORT, overwrite=True) as export:
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")

@@ -25,7 +25,7 @@ MOST_SKIPPED = 100
 class Report:
     """A bar on standard error where a person is watching, lines on standard output, records in metrics.jsonl.
 
-    Metrics stay on the device until `fetch`, so that the host can run ahead of it. Time that goes into other
+    Metrics stay on the device until `fetch`, so that nothing waits for each of them. Time that goes into other
     things than training steps is spent inside `not_training`.
     """
 

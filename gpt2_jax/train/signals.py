@@ -38,7 +38,7 @@ class StopSignals:
     ends at once, whatever it is in.
 
     Of several processes each may be told, one sooner than another: the first SIGTERM that comes to a process once all
-    have agreed to stop may be its first, and is noted too.
+    have agreed to stop may be its first, and is noted too, unless it had Ctrl-C before.
     """
 
     def __init__(self, second: signal.Handlers | None = None) -> None:
