@@ -59,7 +59,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             flush_to_disk(self._folder.parent)
             for left in self._folder.glob(PARTIAL.format("*") + "*"):  # by a process that was killed, or its orbax
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                self._remove(left)
         wait_for_all("the folder of checkpoints")
 
     def latest(self) -> int | None:
@@ -85,7 +85,7 @@ class Checkpoints:
         """Begin to write `state`; the copy is taken before this returns, so its buffers may be donated.
 
         `val_loss`: by which the best is chosen. Raises `TrainingError` where this save, or the one before,
-        fails.
+        fails; or that memory is too small, as the system or JAX says it.
         """
         self.wait()
         step = int(state.step)
@@ -176,13 +176,17 @@ class Checkpoints:
         kept = {*sealed[-self._keep_last :], best_step(self._run)}
         for step in sealed:  # what is damaged stays, to be looked at
             if step not in kept:
-                leaving = self._folder / PARTIAL.format(step)
-                try:
-                    (self._folder / str(step)).rename(leaving)  # at once: half of one must not look like one
-                    flush_to_disk(self._folder)
-                    shutil.rmtree(leaving)
-                except OSError as error:  # another's file, or one that is being read over NFS: the next start tries
-                    self._say(f"the checkpoint of step {step} could not be removed: {error.strerror or error}")
+                self._remove(self._folder / str(step), self._folder / PARTIAL.format(step))
+
+    def _remove(self, path: Path, hidden: Path | None = None) -> None:
+        """Tell where it cannot be removed, as if it is another's, or is being read over NFS: the next start tries."""
+        try:
+            if hidden is not None:
+                path = path.rename(hidden)  # at once: half of one must not look like one
+                flush_to_disk(self._folder)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            self._say(f"{quoted(path)} could not be removed: {error.strerror or error}")
 
 
 def _uncompressed() -> ocp.Context:

@@ -156,11 +156,14 @@ def test_an_old_one_that_cannot_be_removed_is_named_and_no_new_one_fails(
             raise OSError(errno.ENOTEMPTY, "Directory not empty")
         remove(path, **options)
 
-    with Checkpoints(tmp_path, keep_last=1, say=said.append) as checkpoints, monkeypatch.context() as patched:
+    with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", busy)
-        save_all(checkpoints, 3, 6, 9)
-    assert said == ["the checkpoint of step 3 could not be removed: Directory not empty"]
-    assert steps(tmp_path) == [9]
+        with Checkpoints(tmp_path, keep_last=1, say=said.append) as checkpoints:
+            save_all(checkpoints, 3, 6, 9)
+        assert steps(tmp_path) == [9]
+        with Checkpoints(tmp_path, say=said.append) as checkpoints:
+            assert checkpoints.latest() == 9
+    assert [text.endswith("/.3.partial' could not be removed: Directory not empty") for text in said] == [True, True]
     with Checkpoints(tmp_path):
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["9"]
 
@@ -173,6 +176,32 @@ def test_what_is_verified_is_what_the_disk_has(tmp_path: Path, monkeypatch: pyte
     named = {name.replace(".3.partial", "3") for name in forgotten}
     written = {str(path) for path in (tmp_path / "checkpoints" / "3").rglob("*") if path.is_file()}
     assert named == written - {str(tmp_path / "checkpoints" / "3" / "manifest.json")}
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, save, flush = [], ocp.save_async, os.fsync
+
+    def note(file: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{file}"))
+        flush(file)
+
+    def save_after(*arguments: Any, **options: Any) -> Any:
+        assert str(tmp_path / "run" / "metrics.jsonl") in flushed
+        flushed.clear()
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(ocp, "save_async", save_after)
+    assert steps(run_in(tmp_path, recipe()).run) == [4, 6]
+
+
+def test_nothing_is_compressed(tmp_path: Path) -> None:
+    """It costs the training more than it saves, as weights and moments hardly can be."""
+    state = loop.TrainState(jax.numpy.int32(3), {"a": jax.numpy.zeros(2**20)}, None)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state)
+    files = [path for path in (tmp_path / "checkpoints" / "3").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) > 2**22
 
 
 def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
