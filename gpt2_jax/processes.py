@@ -54,8 +54,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     JAX ends this one.
     """
     global _joined
-    where = f" at {coordinator}" if coordinator else ""
-    last_words = _LastWords(f"the processes did not find each other{where}; is each started, and is that the first?")
+    where = f" (the first at {coordinator})" if coordinator else ""
+    last_words = _LastWords(f"ended before the processes had found each other{where}; was each started?")
     try:
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     except (ValueError, RuntimeError) as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,14 @@ def test_a_process_that_finds_nobody_says_what_to_give(directory: Path) -> None:
     [ended] = train(1, 1, arguments(directory, "nobody", "--distributed"))
     assert ended.code == 2
     assert "--coordinator HOST:PORT, --processes N and --process I" in ended.err
+
+
+def test_a_process_that_waits_in_vain_says_for_whom(directory: Path) -> None:
+    code = "import functools, jax; jax.distributed.initialize = functools.partial(jax.distributed.initialize, "
+    code += "initialization_timeout=2); from gpt2_jax.processes import join; join('127.0.0.1:9', 2, 1)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "gpt2: ended before the processes had found each other (the first at 127.0.0.1:9)" in ended.stderr
 
 
 @pytest.mark.parametrize("told", [0, 1])
