@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
 from bridge import manifest
+from bridge.formats.run import CHECKPOINTS
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import PRESETS, make_optimizer, make_train_step
 from gpt2_jax.train.begin import first_state, make_model
@@ -90,7 +91,7 @@ def main() -> None:
                 f"{name}: {options.steps} steps in {statistics.median(times):.2f} s, {statistics.median(ratios):.3f} "
                 f"({ratios[0]:.3f} to {ratios[-1]:.3f}) times; all done after {statistics.median(complete[name]):.2f} s"
             )
-        _seal_alone(folder / "orbax")
+        _seal_alone(folder / CHECKPOINTS / str(checkpoints.newest))
 
 
 def _limits(folder: Path, size: int) -> str:
@@ -113,7 +114,7 @@ def _seal_alone(directory: Path) -> None:
     began = time.perf_counter()
     manifest.seal(directory, {})
     sealed = time.perf_counter()
-    manifest.verify(directory)
+    manifest.verify(directory, from_disk=True)
     print(f"with nothing else: sealed in {sealed - began:.2f} s, verified in {time.perf_counter() - sealed:.2f} s")
 
 

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from bridge.formats.run import steps
 from faults import runs
 
 
@@ -33,9 +34,15 @@ def kill_until_done(directory: Path, name: str, kills: int, rng: random.Random, 
         process.send_signal(signal.SIGKILL)
         process.communicate()
         seen["kills"] += 1
-        partial = (directory / name / "checkpoints").glob(".*.partial*")
-        seen["inside a save"] += any(path.stat().st_mtime > began for path in partial)  # not left by the last kill
+        seen["inside a save"] += _saves(directory / name, began)
     return runs.finish(directory, name)
+
+
+def _saves(run: Path, began: float) -> bool:
+    """Whether a checkpoint is partly there that was not left by the last kill, and is not one that is removed."""
+    newest = (steps(run) or [0])[-1]
+    partial = {path: int(path.name.split(".")[1]) for path in (run / "checkpoints").glob(".*.partial*")}
+    return any(step > newest and path.stat().st_mtime > began for path, step in partial.items())
 
 
 def _moment(run: Path, process: subprocess.Popen[str], rng: random.Random) -> float:

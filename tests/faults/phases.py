@@ -23,6 +23,10 @@ _PATIENCE = 120
 """Seconds, if whoever waits for the file is gone."""
 
 
+LAST = -1
+"""Call of `train_step`."""
+
+
 class Phase(NamedTuple):
     """One of the calls of a function."""
 
@@ -45,7 +49,7 @@ PHASES = {
     "writing": Phase(Checkpoints, "_commit", 4),  # orbax writes while the training goes on
     "sealing": Phase(manifest, "seal", 5, first_process_alone=True),
     "pruning": Phase(Checkpoints, "_prune", 6, first_process_alone=True),
-    "the last step": Phase(loop.Loop, "train_step", 24),
+    "the last step": Phase(loop.Loop, "train_step", LAST),
     "the last save": Phase(Checkpoints, "__exit__"),
     "exporting": Phase(loop, "finish"),
     "leaving": Phase(verb, "leave"),
@@ -87,7 +91,8 @@ def _once_made(phase: Phase, file: Path) -> None:
 
     def made(self: loop.Loop, *arguments: Any, **named: Any) -> None:
         make(self, *arguments, **named)
-        setattr(self, phase.function, _staying(getattr(self, phase.function), phase.call, file))
+        call = self.config.steps if phase.call == LAST else phase.call
+        setattr(self, phase.function, _staying(getattr(self, phase.function), call, file))
 
     setattr(loop.Loop, "__init__", made)  # noqa: B010
 

@@ -27,10 +27,10 @@ GRACE = 30
 AT_ONCE = 1.0
 """Seconds within which a second signal must have ended it."""
 SAMPLES = ("--sample-tokens", 3)
-OUTSIDE = {"opening the data", "exporting", "leaving"}
+OUTSIDE = {"opening the data", "leaving"}
 """Phases in which nothing is to be saved: a signal acts as in any other program in Python."""
-DONE = {"the last save"}
-"""Phases in which all is saved: the run goes on to its end."""
+DONE = {"the last save", "exporting"}
+"""Phases in which all is evaluated and saved: the run goes on to its end."""
 LONG = ("--no-scan", "--n-layer", 12, "--remat", "none")
 """Flags of a model that takes XLA long to compile."""
 

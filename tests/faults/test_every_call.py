@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from faults import every_call, syscalls
-from faults.every_call import WRONG, Case, Conversion, InPlace, Save
+from faults.every_call import WRONG, Case, Conversion, End, InPlace, Save
 from faults.syscalls import Call
 
 
@@ -26,8 +26,12 @@ def fresh() -> Iterator[Executor]:
 
 @pytest.mark.parametrize(
     ("case", "states"),
-    [(Conversion("huggingface", overwrite=True), {"old", "new"}), (Save(), {"steps 3, 6", "steps 6, 9"})],
-    ids=["conversion", "save"],
+    [
+        (Conversion("huggingface", overwrite=True), {"old", "new"}),
+        (Save(), {"steps 3, 6", "steps 6, 9"}),
+        (End(overwrite=True), {f"export {e}, plot {p}" for e, p in (("old", "old"), ("new", "old"), ("new", "new"))}),
+    ],
+    ids=["conversion", "save", "end"],
 )
 def test_after_a_kill_it_is_the_old_one_or_the_new_one(
     fresh: Executor, tmp_path: Path, case: Case, states: set[str]

@@ -3,9 +3,10 @@
     PYTHONPATH=.:tests python -m faults.two_processes
 
 SIGTERM at every phase: both save the same step, within the grace period, also where the other process is told later,
-while they save. A second one to a process then: it ends at once. kill -9, and a machine that hangs (SIGSTOP): the other
-process ends by itself, with a message. After each the run goes on, and ends as the one that nothing happened to. Prints
-each, and the longest times; exits with 1 where anything was otherwise. `--only KIND` takes one kind of fault.
+while they save or export. A second one to a process then is taken for such a late one, and a third ends it at once.
+kill -9, and a machine that hangs (SIGSTOP): the other process ends by itself, with a message. After each the run goes
+on, and ends as the one that nothing happened to. Prints each, and the longest times; exits with 1 where anything was
+otherwise. `--only KIND` takes one kind of fault.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ TO_SAVE = {"SIGTERM", "SIGTERM to both"}
 STOPPED, COMPLETE = 128 + signal.SIGTERM, 0
 LATE = {"the last step", "the last save", "exporting", "leaving"}
 """Phases in which a SIGTERM finds the training at its end."""
-KILLED_IN = ("compiling the step", "training", "evaluating", "saving", "writing", "sealing", "pruning", "exporting")
+KILLED_IN = (
+    *("compiling the step", "training", "evaluating", "saving", "writing", "sealing", "pruning", "exporting"),
+    "leaving",
+)
 
 Process = subprocess.Popen[str]
 
@@ -80,7 +84,7 @@ class Ended:
 SIGNALS = {
     "SIGTERM": signal.SIGTERM,
     "SIGTERM to both": signal.SIGTERM,
-    "second SIGTERM": signal.SIGTERM,
+    "third SIGTERM": signal.SIGTERM,
     "kill -9": signal.SIGKILL,
     "hang": signal.SIGSTOP,
 }
@@ -94,8 +98,9 @@ def all_faults() -> Iterator[Fault]:
                 yield Fault("SIGTERM", told, (phase,), next(meshes))
         next(meshes)  # so that each process is told on both
     for told in (0, 1):
-        yield Fault("SIGTERM to both", told, ("training", "the last save"), next(meshes))
-        yield Fault("second SIGTERM", told, ("training", "the last save"), next(meshes))
+        for late in ("the last save", "exporting"):
+            yield Fault("SIGTERM to both", told, ("training", late), next(meshes))
+        yield Fault("third SIGTERM", told, ("training", "the last save"), next(meshes))
     for phase in KILLED_IN:
         for told in (0, 1):
             yield Fault("kill -9", told, (phase,), next(meshes))
@@ -142,10 +147,12 @@ class Trial:
             phases.wait_for(file, *started)
             is_last = file == [*files.values()][-1]
             told = 1 - fault.told if fault.kind == "SIGTERM to both" and is_last else fault.told
-            for _ in range(1 + (fault.kind == "second SIGTERM" and is_last)):  # the first is taken for one that is late
-                started[told].send_signal(SIGNALS[fault.kind])
-                sent = time.monotonic()
+            if fault.kind == "third SIGTERM" and is_last:
+                started[told].send_signal(signal.SIGTERM)  # the second
                 time.sleep(HEARD)
+                assert started[told].poll() is None, "it was taken for a late one"
+            started[told].send_signal(SIGNALS[fault.kind])
+            sent = time.monotonic()
             if fault.kind in TO_SAVE or not is_last:
                 time.sleep(NOTICED)
             file.unlink(missing_ok=True)
@@ -224,8 +231,8 @@ def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
             wrong.append("the other did not end by itself in time")
         if not other.err.rstrip().rpartition("\n")[2].startswith("gpt2: ") or "--resume" not in other.err:
             wrong.append("the other ended without saying what to do")
-        if fault.kind == "second SIGTERM" and (told.code != -signal.SIGTERM or told.seconds > AT_ONCE):
-            wrong.append(f"the second signal ended it after {told.seconds:.1f} s with {told.code}")
+        if fault.kind == "third SIGTERM" and (told.code != -signal.SIGTERM or told.seconds > AT_ONCE):
+            wrong.append(f"the third signal ended it after {told.seconds:.1f} s with {told.code}")
     for step in steps(run):
         verified(run, step)  # raises
     return wrong
