@@ -32,7 +32,7 @@ fuzz: $(INSTALLED)  ## 100,000 damaged files of every format; an hour and more
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000
 
 FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
-faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that go on each time; an hour and a half
+faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that go on each time; an hour and more
 	for fault in $(FAULTS); do PYTHONPATH=.:tests $(BIN)/python -m faults.$$fault || exit 1; done
 
 check: $(INSTALLED)  ## style and types
