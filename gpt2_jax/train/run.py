@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EXPORT, LOCK = "export", ".lock"
 MOST_SECONDS_UNSEEN = 90
-"""NFS answers for so long from memory, in what it has when nothing is changed, that a file is not there."""
+"""For so long NFS may remember, as it is set up unless told otherwise, that a file was not there."""
 _FLAGS = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change what is computed."""
 _VERSION = 1
