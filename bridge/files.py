@@ -94,6 +94,8 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
             old.mkdir()
             try:
                 for name in {*remove, *files}:
+                    if (directory / name).is_dir():
+                        raise CheckpointError(f"{quoted(directory / name)} is a directory; move it away")
                     with suppress(FileNotFoundError):
                         (directory / name).rename(old / name)
                 flush_to_disk(directory)

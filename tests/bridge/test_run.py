@@ -233,10 +233,10 @@ def test_a_disk_that_fails_is_as_good_as_damage(tmp_path: Path, monkeypatch: pyt
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
     inner = manifest._sha256
 
-    def read(path: Path) -> str:
+    def read(path: Path, from_disk: bool = False) -> str:
         if "checkpoints/2/" in str(path):
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
-        return inner(path)
+        return inner(path, from_disk)
 
     monkeypatch.setattr(manifest, "_sha256", read)
     assert_weights(run, CONFIG, seed=1)
