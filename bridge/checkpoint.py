@@ -42,6 +42,8 @@ class Checkpoint:
     """How far training had come, in the words of the file: nanoGPT's `iter_num`, `best_val_loss` and `config`."""
     own_tokenizer: Callable[[], tiktoken.Encoding] | None = None
     """Makes the tokenizer that is inside the file; None where it is in files beside it."""
+    source: Path | None = None
+    """What `bridge.load` opened: a file or a directory. Its tensors are read from there, so no writer replaces it."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any], config: GPT2Config, like: Checkpoint | None = None) -> Checkpoint:

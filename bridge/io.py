@@ -14,10 +14,11 @@ import numpy as np
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
 from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
-from bridge.files import new_directory, new_file
+from bridge.files import Replaceable, new_directory, new_file
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
-from bridge.formats.directory import CONFIG, carry_files, write_config
+from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
+from bridge.manifest import recorded
 from bridge.stored_file import StoredFile
 from bridge.tokenizer import TOKENIZER_FILES
 
@@ -27,6 +28,17 @@ _HUB_WEIGHTS = (
     ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
     ("flax_model*.msgpack", "flax_model.msgpack.index.json"),
 )
+_SUFFIXES = frozenset(
+    {
+        ".safetensors",
+        ".msgpack",
+        ".ckpt",
+        ".h5",
+        ".zip",
+        *(s for m in FORMATS.values() for s in getattr(m, "SUFFIXES", ())),
+    }
+)
+"""Endings of checkpoints' files: a directory with such a name would be a mistake."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -53,7 +65,7 @@ def load(source: str | Path) -> Checkpoint:
     if module is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
     try:
-        return module.read(path)
+        return replace(module.read(path), source=path)
     except BridgeError as error:
         if quoted(path)[1:-1] in str(error):
             raise
@@ -69,34 +81,42 @@ def save(
     keep_not_finite: bool = False,
     **options: Any,
 ) -> tuple[str, ...]:
-    """Write `checkpoint` as a new directory, or file; it appears under its name complete, or not at all.
+    """Write `checkpoint` as a new directory, or file. It appears under its name complete, or not at all.
 
     A format that is one file is written as `target` if that ends as its files do (`.pt`, `.bin`, `.gguf`). Any other
     `target` is a directory: the file in it, with the tokenizer and a `config.json` of what the file does not say.
 
     Args:
         format: a name in `bridge.formats.WRITABLE`.
-        overwrite: replace the checkpoint that is at `target`. Without it an existing target is an
-            error; with it, one that is anything else than a checkpoint still is.
+        overwrite: replace the checkpoint at `target`: files that a manifest of this project records, and a recognised
+            checkpoint's files of the names that `format` writes. If there are other files, nothing is written. Without
+            it an existing target is an error.
         keep_not_finite: write NaN and infinity too; without it they are a `ConversionError` that names the tensor.
         options: the format's own, for example `max_shard_bytes` for "huggingface".
 
     Returns what was left out because the target has no place for it, a sentence each. That is never anything that
     the function depends on: a format that cannot say it is refused with a child of `BridgeError` naming the field.
+
+    Raises:
+        CheckpointError: the target exists and may not be replaced, is or contains the checkpoint's source, or has a
+            name of another format; or it cannot be written.
     """
     if format not in WRITABLE:
         raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(WRITABLE)}")
-    if overwrite and os.path.lexists(target) and not _may_be_replaced(Path(target)):
-        raise CheckpointError(f"{quoted(target)} is not a checkpoint; it is not overwritten: choose another name")
+    target = Path(target)
+    as_file = _names_a_file(target, format)
+    _require_apart(target, checkpoint)
     if not keep_not_finite:
         checkpoint = replace(checkpoint, tensors=_watched(checkpoint.tensors))
     module = FORMATS[format]
     left_out: tuple[str, ...] = ()
-    if hasattr(module, "FILE") and Path(target).suffix in module.SUFFIXES:
+    if as_file:
+        if overwrite and os.path.isfile(target) and _format_of(target) != format:
+            raise CheckpointError(f"{quoted(target)} is no {format} checkpoint and is kept; choose another name")
         with new_file(target, overwrite=overwrite) as file:
             left_out = module.write(checkpoint, file, **options)
     else:
-        with new_directory(target, overwrite=overwrite) as directory:
+        with new_directory(target, replaceable=_replaceable(target, format) if overwrite else None) as directory:
             if hasattr(module, "FILE"):
                 module.write(checkpoint, directory / module.FILE, **options)
                 write_config(directory / CONFIG, checkpoint.config, checkpoint.extra)
@@ -134,13 +154,54 @@ def _recognized(path: Path) -> ModuleType | None:
         raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
 
 
-def _may_be_replaced(target: Path) -> bool:
+def _names_a_file(target: Path, format: str) -> bool:
+    """Whether `target` is the file itself. Raises `CheckpointError` for a name that ends as another format's files."""
+    suffix = target.suffix.lower()
+    if suffix in getattr(FORMATS[format], "SUFFIXES", ()):
+        return True
+    if suffix in _SUFFIXES:
+        written = getattr(FORMATS[format], "SUFFIXES", None)
+        instead = f"a file that ends in {written[0]}, or a directory" if written else "a directory"
+        raise CheckpointError(
+            f"{quoted(target)} ends in {suffix}, and {format} is written as {instead}; choose a name without {suffix}"
+        )
+    return False
+
+
+def _require_apart(target: Path, checkpoint: Checkpoint) -> None:
+    """Tensors are read from the source while the target is written, and what replaced it could not be undone."""
+    if checkpoint.source is None or not os.path.exists(target):
+        return
+    if any(os.path.samefile(target, place) for place in (checkpoint.source, *checkpoint.source.resolve().parents)):
+        raise CheckpointError(
+            f"{quoted(target)} is, or contains, the checkpoint that is read; choose another name for the target"
+        )
+
+
+def _replaceable(target: Path, format: str) -> Replaceable:
+    """The files of a checkpoint at `target` that a manifest of this project records, or that `format` writes too.
+
+    None if there is no checkpoint, or a training run, which is never overwritten.
+    """
+    if not os.path.isdir(target) or _format_of(target) not in WRITABLE:
+        return lambda name: False
+    known, names = recorded(target), _writes(format)
+    return lambda name: name in known or names.fullmatch(name) is not None
+
+
+def _writes(format: str) -> re.Pattern[str]:
+    """The names of all files that a directory of this format may hold."""
+    module = FORMATS[format]
+    weights = re.escape(module.FILE) if hasattr(module, "FILE") else module.WRITES
+    return re.compile("|".join([weights, *map(re.escape, (CONFIG, *CARRIED_FILES))]))
+
+
+def _format_of(path: Path) -> str | None:
+    """The format of the checkpoint at `path`, if there is one that can be read."""
     try:
-        module = _recognized(target)  # what cannot be written, a training run, is not thrown away either
-        empty = target.is_dir() and not any(target.iterdir())
-        return empty or (module is not None and module.NAME in WRITABLE)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(target)}: {error.strerror}") from error
+        return load(path).format
+    except BridgeError:
+        return None
 
 
 def _what_it_lacks(path: Path) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bridge.errors import CheckpointError, quoted
@@ -69,6 +69,19 @@ def verify(directory: Path, *, from_disk: bool = False) -> dict[str, Any]:
         raise CheckpointError(
             f"cannot read {quoted(error.filename or directory)}: {error.strerror or error}"
         ) from error
+
+
+def recorded(directory: Path) -> frozenset[str]:
+    """List what a sealed directory may hold: the files of its manifest, their directories, and the manifest itself.
+
+    Directories end with a slash. Empty if there is no manifest, or it is not as it was written.
+    """
+    try:
+        files = _read(directory)["files"]
+    except CheckpointError:
+        return frozenset()
+    folders = {f"{folder.as_posix()}/" for name in files for folder in PurePosixPath(name).parents}
+    return frozenset({MANIFEST, *files, *folders})
 
 
 def _verified(directory: Path, from_disk: bool) -> dict[str, Any]:

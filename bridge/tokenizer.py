@@ -36,6 +36,9 @@ TOKENIZER_FILES = (
 OPENAI_VOCAB_SIZE = 50257
 """A model of exactly this vocabulary uses OpenAI's tokenizer, which tiktoken calls "gpt2"."""
 
+NO_LIMIT = 2**31
+"""The vocabulary's size for a tokenizer whose model is not known."""
+
 CHARACTERS_APART = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 """The pre-tokenizer in a `tokenizer.json` of single characters."""
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.bpe import END_OF_TEXT, SPELLINGS_OF_WORDS, merges_of, printable_bytes, require_all_bytes
-from bridge.errors import TokenizerError, quoted
+from bridge.errors import CheckpointError, TokenizerError, quoted
 from bridge.files import replace_files
-from bridge.tokenizer import CHARACTERS_APART, TOKENIZER_FILES
+from bridge.tokenizer import CHARACTERS_APART, NO_LIMIT, TOKENIZER_FILES, load_tokenizer
 
 if TYPE_CHECKING:
     import tiktoken
@@ -20,17 +21,43 @@ if TYPE_CHECKING:
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
-def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path) -> None:
+def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwrite: bool = False) -> None:
     """Write `encoding` into `directory`, so that transformers' AutoTokenizer gives the same ids from there.
 
     Byte-level BPE becomes `vocab.json`, `merges.txt` and `tokenizer.json`; single characters become
-    `tokenizer.json`; each with a `tokenizer_config.json`. Other tokenizer files that are there go.
-    Raises `TokenizerError` for a tokenizer that those files cannot hold, before anything is written.
+    `tokenizer.json`; each with a `tokenizer_config.json`. No other file of the directory changes.
+
+    Args:
+        overwrite: replace the tokenizer that the directory has, and remove its files that are not written anew. Without
+            it a directory that has any of them is an error.
+
+    Raises:
+        TokenizerError: those files cannot hold the tokenizer. Nothing is written.
+        CheckpointError: the directory has tokenizer files that may not be replaced, or cannot be written to.
     """
     from bridge.characters import CharacterEncoding
 
     files = _of_characters(encoding) if isinstance(encoding, CharacterEncoding) else _of_byte_level_bpe(encoding)
-    replace_files(Path(directory), files, remove=TOKENIZER_FILES)
+    directory = Path(directory)
+    there = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
+    if there and not (overwrite and _is_tokenizer(directory)):
+        why = (
+            "are not a tokenizer that this project reads"
+            if overwrite
+            else "exist already; overwrite=True replaces them"
+        )
+        raise CheckpointError(
+            f"{quoted(directory)}: {', '.join(there)} {why}; choose another directory, or move them away"
+        )
+    replace_files(directory, files, remove=there)
+
+
+def _is_tokenizer(directory: Path) -> bool:
+    try:
+        load_tokenizer(directory, NO_LIMIT)
+    except TokenizerError:
+        return False
+    return True
 
 
 def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:

@@ -7,6 +7,8 @@ read(path) -> Checkpoint                  canonical names and layout, tensors re
 write(checkpoint, target, **options)      fill an empty directory, or write a new file; the caller makes it atomic
                                           (left out where a format is only read)
 
+A format that is a directory and is written has WRITES, a pattern of the names of its weights' files: these may be
+replaced where the caller allows to overwrite.
 A format that is one file also has FILE, the name it gets in a directory, and SUFFIXES, those by which a target is
 taken for the file itself; its `write` may return sentences on what the file has no place for. A format that keeps
 `Checkpoint.optimizer` and `progress` sets KEEPS_OPTIMIZER.

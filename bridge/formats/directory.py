@@ -23,7 +23,7 @@ from bridge.tokenizer_files import save_tokenizer
 
 CONFIG = "config.json"
 _MOST_JSON_BYTES = 2**20  # a GPT-2 XL's index is 50 kB; parsed, hostile JSON takes 33 times its size
-_CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
         return
     if checkpoint.path is None:
         return
-    for name in _CARRIED_FILES:
+    for name in CARRIED_FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
 

@@ -18,6 +18,7 @@ from bridge.safetensors_file import read_file, write_file
 
 NAME = "flax"
 WEIGHTS = "flax_model.safetensors"
+WRITES = r"flax_model\.safetensors"
 
 
 def sniff(path: Path) -> bool:

@@ -24,6 +24,7 @@ from bridge.params import Parameter, parameters
 NAME = "flax_msgpack"
 WEIGHTS = ("flax_model.msgpack", "flax_model.msgpack.index.json")
 """The first of these that a directory has is read, as transformers does."""
+WRITES = r"flax_model(-\d{5}-of-\d{5})?\.msgpack|flax_model\.msgpack\.index\.json"
 MAX_SHARD_BYTES = 10 * 10**9  # transformers' own default for Flax, "10GB"
 
 _TRANSFORMER, _HEAD = "transformer/", "lm_head/kernel"

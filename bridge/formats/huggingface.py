@@ -29,6 +29,7 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """The first of these that a directory has is read."""
+WRITES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, "5GB"
 
 

@@ -42,13 +42,13 @@ def convert(
         activation: write the weights as a model with this activation, another function; nanogpt has only gelu.
         vocab_size: cut off the rows that pad the vocabulary past this size.
         keep_not_finite: write weights that are NaN or infinite too; without it they are an error.
-        overwrite: replace what is at the target.
+        overwrite: replace the checkpoint at the target, and the report of an earlier command.
         json: also write what was done to this file.
     """
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     if options and to not in IN_SHARDS:
         raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; {to} is one file")
-    write_json = json_writer(json)
+    write_json = json_writer(json, overwrite, (source, target))
     opened = bridge.load(source)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)
     with reading_bar(checkpoint, f"writing {to}") as watched:

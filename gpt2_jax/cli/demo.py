@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from gpt2_jax.cli.output import console, json_writer, require_torch
 from gpt2_jax.cli.train import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
 from gpt2_jax.train.config import PRESETS, OptimizerConfig, TrainConfig
+from gpt2_jax.train.run import remove as remove_run
 
 SHAKESPEARE, PYTHON = "ROMEO:", "def "
 SAMPLING = Request(max_new_tokens=60, temperature=0.8, top_p=0.9, seed=1)
@@ -32,12 +32,17 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
         out: where to put the report and the run; they take 50 MB.
         data: the text to fine-tune on, as `gpt2 train --data` takes it.
         steps: of fine-tuning.
-        overwrite: replace what an earlier demo left there.
+        overwrite: replace the report and the run of an earlier demo; other files there stay.
     """
     require_torch("gpt2 demo")
     say = console().print
     run, report_file = out / "run", out / "report.json"
-    _make_room(out, run, overwrite)
+    if run.exists() and not overwrite:
+        raise BridgeError(f"{quoted(run)} exists; choose another --out, or replace an earlier demo with --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+    write_report = json_writer(report_file, overwrite)
+    if run.exists():
+        remove_run(run)
     say(f"1. the bundled GPT-2 in PyTorch: {bridge.BUNDLED}", soft_wrap=True)
     say(continued_text("torch", bridge.load(BUNDLED), SHAKESPEARE, SAMPLING), soft_wrap=True)
     say("\n2. is it the same function in JAX?")
@@ -45,7 +50,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
 
     with progress_bar(ALL_CHECKS) as begin:
         report = verify(bridge.load(BUNDLED), source=BUNDLED, length=128, progress=begin)
-    code = finish(report, json_writer(report_file))
+    code = finish(report, write_report)
     say(f"\n3. fine-tuned in JAX, on {data}")
     outcome = run_training(_recipe(data, steps), run, cache=out / "tokens")
     say("\n4. the export, in both")
@@ -73,13 +78,3 @@ def _recipe(data: str, steps: int) -> TrainConfig:
         checkpoint_every=steps,
         sample_tokens=0,
     )
-
-
-def _make_room(out: Path, run: Path, overwrite: bool) -> None:
-    from gpt2_jax.train.run import is_run
-
-    if run.exists() and not (overwrite and is_run(run)):
-        raise BridgeError(f"{quoted(run)} exists; choose another --out, or replace an earlier demo with --overwrite")
-    if run.exists():
-        shutil.rmtree(run)
-    out.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,7 @@ def evaluate(
     batch: Count = None,
     max_tokens: Count = None,
     json: JsonFile = None,
+    overwrite: bool = False,
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity per token and per word, bits per byte.
 
@@ -72,8 +73,9 @@ def evaluate(
         batch: windows run together; about 4096 tokens' worth unless given.
         max_tokens: stop after so many tokens of the text.
         json: also write the figures to this file.
+        overwrite: replace the report of an earlier command.
     """
-    write_json = json_writer(json)
+    write_json = json_writer(json, overwrite, (source, data))
     data = str(bridge.BUNDLED / "validation.txt") if data is None else data
     if max_tokens is not None and max_tokens < 2:
         raise bridge.BridgeError(f"--max-tokens {max_tokens}: it takes two, because the first has nothing before it")

@@ -48,6 +48,7 @@ def generate(
     seed: int = 0,
     dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
     json: JsonFile = None,
+    overwrite: bool = False,
 ) -> None:
     """Continue a prompt, or many.
 
@@ -74,8 +75,9 @@ def generate(
         seed: the same seed gives the same text, in both backends but for rounding.
         dtype: of the weights and the computation; bfloat16 reads half the bytes, which is faster on GPU and TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.
+        overwrite: replace the report of an earlier command.
     """
-    write_json = json_writer(json)
+    write_json = json_writer(json, overwrite, (source, lines))
     checkpoint = bridge.load(source)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)

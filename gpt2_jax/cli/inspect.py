@@ -15,7 +15,9 @@ from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 
-def inspect(source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json: JsonFile = None) -> None:
+def inspect(
+    source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json: JsonFile = None, overwrite: bool = False
+) -> None:
     """Show what a checkpoint is: format, configuration, tensors, dtypes, and what is odd about it.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
@@ -24,8 +26,9 @@ def inspect(source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         tensors: list every tensor too.
         json: also write it to this file.
+        overwrite: replace the report of an earlier command.
     """
-    write_json = json_writer(json)
+    write_json = json_writer(json, overwrite, (source,))
     checkpoint = bridge.load(source)
     with reading_bar(checkpoint, "reading", times=2) as watched:
         facts = _facts(watched)

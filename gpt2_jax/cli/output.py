@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 
 from bridge import BridgeError, Checkpoint
 from bridge.arrays import LazyTensors, TensorEntry
+from gpt2_jax.report_files import require_report_path, write_json_report
 
 REPORT_WIDTH = 120
 """Columns where the output is no terminal; tables need more than the customary 80."""
@@ -54,37 +52,21 @@ def reading_bar(checkpoint: Checkpoint, doing: str, times: int = 1) -> Iterator[
         yield replace(checkpoint, tensors=LazyTensors({name: watched(entry) for name, entry in entries.items()}))
 
 
-def json_writer(file: Path | None) -> Callable[[dict[str, Any]], None]:
-    """What writes `--json FILE`, or nothing where it was not given.
+def json_writer(
+    file: Path | None, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
+) -> Callable[[dict[str, Any]], None]:
+    """Return what writes `--json FILE`, or what does nothing if it was not given.
 
-    Made before the work begins, so that a file that cannot be written is found before and not after.
+    Call it before the work begins: it raises for a file that cannot be written, or may not be replaced.
+
+    Args:
+        overwrite: an earlier report may be replaced.
+        inputs: files and directories that the command reads.
     """
-    if file is not None:
-        require_writable(file)
-
-    def write(value: dict[str, Any]) -> None:
-        if file is not None:
-            try:
-                file.write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise BridgeError(f"cannot write {file}: {error.strerror}") from error
-
-    return write
-
-
-def require_writable(file: Path) -> None:
-    """Raise the message that a name gets to which no file can be written."""
-    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise BridgeError(f"cannot write {file}; give a file in a directory that exists and can be written to")
-
-
-def _strict(value: Any) -> Any:
-    """The same with numbers that JSON does not have, as a checkpoint's own fields may be, spelled as strings."""
-    if isinstance(value, dict):
-        return {name: _strict(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if file is None:
+        return lambda value: None
+    require_report_path(file, overwrite=overwrite, inputs=inputs)
+    return lambda value: write_json_report(file, value, overwrite=overwrite)
 
 
 def require_torch(what: str) -> None:

@@ -13,13 +13,14 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from bridge import BridgeError
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.cli.output import console, json_writer, progress, require_writable
+from gpt2_jax.cli.output import console, json_writer, progress
 from gpt2_jax.cli.train import Flags, flags_of
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.plan.plan import make_plan, weak_scaling
-from gpt2_jax.plan.plot import FORMATS, plot
+from gpt2_jax.plan.plot import plot
 from gpt2_jax.plan.report import scaling_to_json, show, show_scaling, to_json
 from gpt2_jax.plan.topology import Topology, cpu_topology, tpu_topology
+from gpt2_jax.report_files import require_plot_path
 from gpt2_jax.train import TrainConfig
 from gpt2_jax.train.config import flat, from_flat
 
@@ -38,6 +39,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         scaling: bool = False,
         json: JsonFile = None,
         plot_file: Annotated[Path | None, arg(name="plot", metavar="FILE")] = None,
+        overwrite: bool = False,
     ) -> int:
         """Compile the training step for devices that are not here: does it fit, what do they exchange, how long can it
         take at the least. Takes the flags of `gpt2 train`; opens no data, so --vocab-size is taken as it is.
@@ -56,9 +58,13 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
                 fsdp=-1, which grows with them. A minute for each of five sizes.
             json: also write everything to this file.
             plot_file: with --scaling, also draw it to this file (.png, .svg or .pdf).
+            overwrite: replace the report and the plot of an earlier command.
         """
-        write_json = json_writer(json)
-        _require_plottable(plot_file, scaling)
+        write_json = json_writer(json, overwrite)
+        if plot_file is not None and not scaling:
+            raise BridgeError("--plot draws weak scaling: give --scaling too")
+        if plot_file is not None:
+            require_plot_path(plot_file, overwrite=overwrite)
         recipe = from_flat(flat(config))
         jax.config.update("jax_platforms", "cpu")  # nothing runs: libtpu alone, which compiles, must not seek a TPU
         chosen = _topology(topology, devices)
@@ -73,7 +79,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         write_json({"scaling": scaling_to_json(points)})
         show_scaling(points, console())
         if plot_file is not None:
-            plot(points, plot_file)
+            plot(points, plot_file, overwrite=overwrite)
         return 0
 
     return plan
@@ -90,13 +96,3 @@ def _bar(stack: ExitStack) -> Callable[[str], None]:
     bar = stack.enter_context(progress(*columns))
     task = bar.add_task("", total=None)
     return lambda doing: bar.update(task, description=doing)
-
-
-def _require_plottable(file: Path | None, scaling: bool) -> None:
-    if file is None:
-        return
-    if not scaling:
-        raise BridgeError("--plot draws weak scaling: give --scaling too")
-    if file.suffix not in FORMATS:
-        raise BridgeError(f"--plot {file}: the name must end in {', '.join(FORMATS)}")
-    require_writable(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
+from bridge.errors import quoted
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.output import console, json_writer, progress
@@ -65,6 +67,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         accept_changes: bool = False,
         cache: Annotated[Path | None, arg(metavar="DIR")] = None,
         json: JsonFile = None,
+        overwrite: bool = False,
         distributed: bool = False,
         coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None,
         processes: int | None = None,
@@ -83,6 +86,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             accept_changes: resume although flags or data are not what they were.
             cache: where tokenised text is kept (default: gpt2-bridge in the user's cache directory).
             json: also write how the run ended to this file.
+            overwrite: replace the report of an earlier command; a run is continued or kept.
             distributed: take part with other processes, of which each runs this command; on TPU pods and under SLURM
                 and Open MPI they find each other. RUN is to be a directory that all of them see.
             coordinator: elsewhere, where the first process is to be reached.
@@ -94,7 +98,9 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             keep_compiled_programs()
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process go with --distributed")
-        write_json = json_writer(json if is_first() else None)
+        write_json = json_writer(
+            json if is_first() else None, overwrite, (config.data, config.validation_data, config.init_from)
+        )
         try:
             outcome = run_training(
                 from_flat(flat(config)), out, resume=resume, accept_changes=accept_changes, cache=cache
@@ -187,6 +193,16 @@ def run_training(
     if outcome.stopped_by is not None:
         say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; go on with --resume")
     return outcome
+
+
+def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
+    """A cache of its own: in a directory that is read, its files would be taken for data or for a checkpoint's."""
+    if cache is None or not cache.exists():
+        return
+    if not cache.is_dir() or any(source and os.path.exists(source) and cache.samefile(source) for source in inputs):
+        raise BridgeError(
+            f"--cache {quoted(cache)}: is a file, or is read by this command; give a directory of its own"
+        )
 
 
 def _open_data(config: TrainConfig, source: Checkpoint | None, cache: Path | None) -> Data:

@@ -35,6 +35,7 @@ def verify(
     untrained: bool = False,
     checks: tuple[CheckName, ...] = ALL_CHECKS,
     json: JsonFile = None,
+    overwrite: bool = False,
 ) -> int:
     """Prove that PyTorch and JAX compute the same from this checkpoint; exit code 0 only if all checks hold.
 
@@ -50,9 +51,10 @@ def verify(
         untrained: the weights are random, so do not expect them to predict text.
         checks: run only these.
         json: also write the report to this file.
+        overwrite: replace the report of an earlier command.
     """
     require_torch("gpt2 verify")
-    write_json = json_writer(json)
+    write_json = json_writer(json, overwrite, (source, text_file))
     if not checks:
         raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
     if text is not None and text_file is not None:

@@ -35,6 +35,7 @@ SIDECAR = "tokens.json"
 _FORMAT = 1
 _ENDS = "document_ends.bin"
 _TOKENS = {"<u2": "tokens.bin", "<u4": "tokens.uint32"}  # `.bin` alone means uint16, as in nanoGPT
+_FILES = {SIDECAR, _ENDS, *_TOKENS.values()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def cached_text(
     text = open_cached(directory)
     if text is None:
         try:
-            with new_directory(directory, overwrite=directory.exists()) as beside:
+            with new_directory(directory, replaceable=_FILES.__contains__) as beside:
                 _write(beside, documents, encoding, progress)
         except BridgeError:
             # Another process may have made the same directory meanwhile; what it holds is the same.

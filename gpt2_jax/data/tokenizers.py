@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import bridge
 from bridge.errors import BridgeError, quoted
 from bridge.files import new_directory
-from bridge.tokenizer import byte_tokenizer, character_tokenizer, load_tokenizer, openai_tokenizer
+from bridge.tokenizer import (
+    NO_LIMIT,
+    TOKENIZER_FILES,
+    byte_tokenizer,
+    character_tokenizer,
+    load_tokenizer,
+    openai_tokenizer,
+)
 from bridge.tokenizer_files import save_tokenizer
 from gpt2_jax.data.bpe import train_bpe
 from gpt2_jax.data.errors import DataError
@@ -20,9 +27,6 @@ if TYPE_CHECKING:
     import tiktoken
 
 MADE_FROM_TEXT = ("characters", "bpe")
-
-_NO_LIMIT = 2**31
-"""For a tokenizer whose model is not known yet."""
 
 
 def make_tokenizer(
@@ -88,19 +92,19 @@ def _saved(path: Path) -> tiktoken.Encoding:
         raise DataError(
             f"the tokenizer {quoted(str(path))} is none of gpt2, bytes, characters, bpe, and no directory that has one"
         )
-    return bridge.load(path).tokenizer() if (path / "config.json").exists() else load_tokenizer(path, _NO_LIMIT)
+    return bridge.load(path).tokenizer() if (path / "config.json").exists() else load_tokenizer(path, NO_LIMIT)
 
 
 def _kept(directory: Path) -> tiktoken.Encoding | None:
     try:
-        return load_tokenizer(directory, _NO_LIMIT)
+        return load_tokenizer(directory, NO_LIMIT)
     except BridgeError:  # not there, or damaged
         return None
 
 
 def _keep(encoding: tiktoken.Encoding, directory: Path) -> None:
     try:
-        with new_directory(directory, overwrite=directory.exists()) as beside:
+        with new_directory(directory, replaceable=TOKENIZER_FILES.__contains__) as beside:
             save_tokenizer(encoding, beside)
     except BridgeError:
         # Another process may have made the same one meanwhile.

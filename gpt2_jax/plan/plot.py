@@ -9,12 +9,11 @@ from typing import Any
 from bridge import BridgeError
 from gpt2_jax.plan.plan import Plan, Point
 from gpt2_jax.plan.roofline import ASSUMPTIONS, Roofline
+from gpt2_jax.report_files import save_plot
 
-FORMATS = (".png", ".svg", ".pdf")
 
-
-def plot(points: Sequence[Point], file: Path) -> None:
-    """Write the plot, its assumptions below it; raises `BridgeError` where the file cannot be written."""
+def plot(points: Sequence[Point], file: Path, *, overwrite: bool = False) -> None:
+    """Write the plot with its assumptions below it. Raises `BridgeError` if the file cannot be written."""
     from matplotlib.figure import Figure
 
     shown = [(point.plan, point.plan.roofline) for point in points if point.plan and point.plan.roofline]
@@ -35,10 +34,7 @@ def plot(points: Sequence[Point], file: Path) -> None:
     )
     figure.subplots_adjust(left=0.06, right=0.98, top=0.88, bottom=0.4, wspace=0.25)
     figure.text(0.02, 0.01, _wrapped(), fontsize=6.5, va="bottom")
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise BridgeError(f"cannot write {file}: {error.strerror}") from error
+    save_plot(figure, file, overwrite=overwrite)
 
 
 def _overlapped(line: Roofline) -> float:

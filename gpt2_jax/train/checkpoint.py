@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,13 +23,15 @@ import orbax.checkpoint.experimental.v1 as ocp
 
 from bridge import manifest
 from bridge.errors import bullet_list, quoted
-from bridge.files import flush_to_disk
+from bridge.files import flush_to_disk, foreign_files
 from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps, validation_loss
 from gpt2_jax.processes import first_says, is_first, wait_for_all
 from gpt2_jax.train.config import TrainingError, is_out_of_memory
 from gpt2_jax.train.step import TrainState
 
 PARTIAL = ".{}.partial"
+_LEFT = re.compile(r"\.(0|[1-9]\d*)\.partial(\.orbax-checkpoint-tmp.*)?")
+"""What a killed process leaves, and Orbax's own temporary directory beside it."""
 
 
 class Checkpoints:
@@ -58,7 +61,7 @@ class Checkpoints:
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             flush_to_disk(self._folder.parent)
-            for left in self._folder.glob(PARTIAL.format("*") + "*"):  # by a process that was killed, or its orbax
+            for left in [path for path in self._folder.iterdir() if _LEFT.fullmatch(path.name)]:
                 self._remove(left)
         wait_for_all("the folder of checkpoints")
 
@@ -174,9 +177,14 @@ class Checkpoints:
         """Leave the last and the best; now that there is a newer one that is sound."""
         sealed = sealed_steps(self._run)
         kept = {*sealed[-self._keep_last :], best_step(self._run)}
-        for step in sealed:  # what is damaged stays, to be looked at
+        for step in sealed:  # a damaged checkpoint stays for inspection
             if step not in kept:
-                self._remove(self._folder / str(step), self._folder / PARTIAL.format(step))
+                path = self._folder / str(step)
+                if foreign := foreign_files(path, manifest.recorded(path).__contains__):
+                    names = ", ".join(map(quoted, foreign[:10]))
+                    self._say(f"{quoted(path)} is kept, because it holds files that training did not write: {names}")
+                else:
+                    self._remove(path, self._folder / PARTIAL.format(step))
 
     def _remove(self, path: Path, hidden: Path | None = None) -> None:
         """Tell where it cannot be removed, as if it is another's, or is being read over NFS: the next start tries."""

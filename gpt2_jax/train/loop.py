@@ -126,8 +126,10 @@ def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_chan
         runs.require_same(run, config, data, accept_changes)
     # Without a checkpoint nothing is there to go on from: its tokenizer may differ.
     begins = first_says(not (resumes and bool(steps(run))))
-    if begins and is_first():
-        runs.begin(run, config, data)
+    if is_first():
+        runs.require_replaceable_export(run)
+        if begins:
+            runs.begin(run, config, data, resume=resume)
     wait_for_all("the run's directory")
     runs.require_seen(run)
     return resumes, begins
@@ -266,7 +268,7 @@ def finish(
     if is_first():
         best = best_sound_step(run, say)
         loss = stored_loss(run, best)
-        with new_directory(run / runs.EXPORT, overwrite=True) as export:
+        with new_directory(run / runs.EXPORT, replaceable=runs.exported(run)) as export:
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
             manifest.seal(export, {**about, "step": best, "val_loss": loss})
         plot_losses(run)

@@ -9,15 +9,26 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bridge import save_tokenizer, tokenizer_fingerprint
+from bridge import manifest, save_tokenizer, tokenizer_fingerprint
 from bridge.bpe import END_OF_TEXT
 from bridge.errors import bullet_list, quoted
-from bridge.files import exclusive_lock, new_directory, new_file
+from bridge.files import (
+    Replaceable,
+    exclusive_lock,
+    foreign_files,
+    new_directory,
+    new_file,
+    replace_files,
+    require_replaceable,
+)
 from bridge.formats.directory import CONFIG, read_json, write_config, write_json
-from bridge.formats.run import RUN, steps
+from bridge.formats.run import CHECKPOINTS, RUN, steps
+from bridge.tokenizer import TOKENIZER_FILES
 from gpt2_jax.train.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat
+from gpt2_jax.train.metrics import METRICS, PLOT
 
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
@@ -57,20 +68,73 @@ class Identity:
         return lines
 
 
-def begin(run: Path, config: TrainConfig, data: Data) -> None:
-    """Make the directory of a new run, in the place of one that ended before its first checkpoint."""
-    replaces = is_run(run)
-    if not replaces and run.exists() and not (run.is_dir() and not any(run.iterdir())):
+def begin(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) -> None:
+    """Make the directory of a new run.
+
+    With `resume` a run that ended before its first checkpoint begins again: its configuration and tokenizer are
+    replaced, and no other file changes.
+
+    Raises:
+        TrainingError: the directory exists and is not empty, or with `resume` not such a run.
+    """
+    if not os.path.lexists(run) or (run.is_dir() and not any(run.iterdir())):
+        with new_directory(run) as directory:
+            _describe_new(directory, config, data)
+        return
+    require_run(run)
+    with locked(run) if resume else nullcontext():
+        if steps(run) or not resume:
+            raise TrainingError(f"{quoted(run)} is a run; continue it with --resume, or choose another --out")
+        with TemporaryDirectory() as beside:
+            _describe_new(Path(beside), config, data)
+            files = {path.name: path.read_text(encoding="utf-8") for path in Path(beside).iterdir()}
+        replace_files(run, files, remove=TOKENIZER_FILES)
+
+
+def require_run(run: Path) -> None:
+    """Raise `TrainingError` unless `run` is the directory of a run of this project."""
+    if not is_run(run):
         raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
-    with locked(run) if replaces else nullcontext():
-        if steps(run):
-            raise TrainingError(
-                f"{quoted(run)} is a run with checkpoints; continue it with --resume, or choose another --out"
-            )
-        with new_directory(run, overwrite=replaces) as directory:
-            if data.tokenizer is not None:
-                save_tokenizer(data.tokenizer, directory)
-            describe(directory, config, data)
+    stored_identity(run)  # raises if another program wrote a file of this name
+
+
+def remove(run: Path) -> None:
+    """Remove a run, if all that its directory holds was written by training.
+
+    Raises:
+        TrainingError: it is no run, or holds other files, which are listed. Nothing is removed.
+    """
+    require_run(run)
+    if run.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise TrainingError(f"{quoted(run)} is the working directory; leave it first, or choose another --out")
+    own = sorted(run.rglob("*"), reverse=True)  # the contents of a directory before the directory
+    if kept := foreign_files(run, _written_by_training(run).__contains__):
+        raise TrainingError(
+            f"{quoted(run)} is not removed, because it also holds files that training did not write; move them "
+            f"away:\n{bullet_list(map(quoted, kept))}"
+        )
+    with locked(run):
+        for path in (*own, run / LOCK, run):
+            path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def require_replaceable_export(run: Path) -> None:
+    """Raise `CheckpointError` if the export of a run holds files that training did not write."""
+    if (run / EXPORT).exists():
+        require_replaceable(run / EXPORT, exported(run))
+
+
+def exported(run: Path) -> Replaceable:
+    """Which files an export of this run may replace: those that the manifest of the earlier export records."""
+    return manifest.recorded(run / EXPORT).__contains__
+
+
+def _written_by_training(run: Path) -> set[str]:
+    names = {RUN, CONFIG, LOCK, METRICS, PLOT, *TOKENIZER_FILES, f"{CHECKPOINTS}/", f"{EXPORT}/"}
+    for folder in (EXPORT, *(f"{CHECKPOINTS}/{step}" for step in steps(run))):
+        if recorded := manifest.recorded(run / folder):
+            names |= {f"{folder}/", *(f"{folder}/{name}" for name in recorded)}
+    return names
 
 
 @contextmanager
@@ -128,6 +192,12 @@ def stored_identity(run: Path) -> Identity:
     if stored.get("version") != _VERSION or not {"config", "data", "tokenizer"} <= stored.keys():
         raise TrainingError(f"{quoted(run / RUN)} is damaged, or was written by another version of gpt2-bridge")
     return Identity(from_flat(stored["config"]), stored["data"], stored["tokenizer"])
+
+
+def _describe_new(directory: Path, config: TrainConfig, data: Data) -> None:
+    if data.tokenizer is not None:
+        save_tokenizer(data.tokenizer, directory)
+    describe(directory, config, data)
 
 
 def describe(run: Path, config: TrainConfig, data: Data) -> None:

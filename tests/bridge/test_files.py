@@ -7,16 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
-from models import huggingface_directory, random_checkpoint
+from faults.disks import namespace
+from models import config_for, huggingface_directory
 
 import bridge
 from bridge import CheckpointError, files
-from bridge.files import new_directory, new_file, replace_files
+from bridge.files import Replaceable, foreign_files, new_directory, new_file, replace_files
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
@@ -24,9 +25,14 @@ def tree(path: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
 
 
-def fill(path: Path, **options: bool) -> None:
-    with new_directory(path, **options) as directory:
+def fill(path: Path, replaceable: Replaceable | None = None) -> None:
+    with new_directory(path, replaceable=replaceable) as directory:
         (directory / "new").write_text("new")
+
+
+def own(name: str) -> bool:
+    """The files that these tests' writers may replace."""
+    return name in ("old", "new")
 
 
 def test_a_new_directory_appears_complete_and_alone(tmp_path: Path) -> None:
@@ -52,44 +58,102 @@ def test_a_directory_with_contents_is_refused(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replaceable", [None, own])
+def test_a_file_is_never_replaced_by_a_directory(tmp_path: Path, replaceable: Replaceable | None) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"out' exists"):
-        fill(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"out' exists and is not a directory"):
+        fill(tmp_path / "out", replaceable)
     assert tree(tmp_path) == {"out": b"mine"}
 
 
-def test_overwrite_replaces_a_directory_and_keeps_none_of_it(tmp_path: Path) -> None:
+def test_a_directory_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match="is a directory"), new_file(tmp_path / "out", overwrite=overwrite):
+            pass
+    assert tree(tmp_path) == {"out": None}
+
+
+def test_a_directory_of_replaceable_files_is_replaced_and_none_of_them_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o750)
     (tmp_path / "out" / "old").write_text("old")
-    fill(tmp_path / "out", overwrite=True)
+    fill(tmp_path / "out", own)
     assert tree(tmp_path) == {"out": None, "out/new": b"new"}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "empty directory", "link", "pipe"])
+def test_a_directory_with_any_other_file_is_refused_with_a_list(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("old")
+    (tmp_path / "elsewhere").write_text("mine")
+    match kind:
+        case "file":
+            (out / "thesis").write_text("mine")
+        case "directory":
+            (out / "thesis" / "old").mkdir(parents=True)
+        case "empty directory":
+            (out / "thesis").mkdir()
+        case "link":
+            (out / "new").symlink_to(tmp_path / "elsewhere")
+        case "pipe":
+            os.mkfifo(out / "new")
+    before = tree(tmp_path)
+    name = {"link": "new", "pipe": "new", "file": "thesis"}.get(kind, "thesis/")
+    with pytest.raises(CheckpointError, match=f"not overwritten, because it also holds files .*\n  - '{name}'$"):
+        fill(out, own)
+    assert tree(tmp_path) == before
+
+
+def test_files_in_folders_are_named_by_their_path(tmp_path: Path) -> None:
+    for name in ("state/a", "state/b/c", "run/d"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(foreign_files(tmp_path, {"state/", "state/a"}.__contains__)) == ["run/", "state/b/"]
+    folders = {"state/", "state/b/", "run/"}
+    assert sorted(foreign_files(tmp_path, folders.__contains__)) == ["run/d", "state/a", "state/b/c"]
 
 
 def test_overwrite_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("old")
-    fill(tmp_path / "out", overwrite=True)
-    assert tree(tmp_path) == {"out": None, "out/new": b"new"}
+    with new_file(tmp_path / "out", overwrite=True) as file:
+        file.write_text("new")
+    assert tree(tmp_path) == {"out": b"new"}
 
 
-def test_overwrite_of_what_is_not_there_is_an_ordinary_write(tmp_path: Path) -> None:
-    fill(tmp_path / "out", overwrite=True)
-    assert tree(tmp_path) == {"out": None, "out/new": b"new"}
+def test_permission_to_replace_what_is_not_there_changes_nothing(tmp_path: Path) -> None:
+    fill(tmp_path / "out", own)
+    with new_file(tmp_path / "file", overwrite=True) as file:
+        file.write_text("new")
+    assert tree(tmp_path) == {"file": b"new", "out": None, "out/new": b"new"}
 
 
 def test_a_link_to_a_directory_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "old").write_text("old")
     (tmp_path / "out").symlink_to(tmp_path / "disk")
-    fill(tmp_path / "out", overwrite=True)
+    fill(tmp_path / "out", own)
     assert (tmp_path / "out").is_symlink()
     assert tree(tmp_path / "disk") == {"new": b"new"}
 
 
+def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match="is a link to nothing"):
+        fill(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is a link to nothing"), new_file(tmp_path / "out"):
+        pass
+    assert {p.name for p in tmp_path.iterdir()} == {"out"}
+
+
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), CheckpointError("damaged")])
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path, error: BaseException, overwrite: bool) -> None:
-    with pytest.raises(type(error)), new_directory(tmp_path / "a" / "b" / "out", overwrite=overwrite) as directory:
+@pytest.mark.parametrize("replaceable", [None, own])
+def test_an_error_in_the_middle_leaves_nothing(
+    tmp_path: Path, error: BaseException, replaceable: Replaceable | None
+) -> None:
+    target = tmp_path / "a" / "b" / "out"
+    with pytest.raises(type(error)), new_directory(target, replaceable=replaceable) as directory:
         (directory / "half").write_text("half")
         raise error
     assert tree(tmp_path) == {}
@@ -100,42 +164,104 @@ def test_a_full_disk_is_a_checkpoint_error_and_leaves_the_old_directory(tmp_path
     (tmp_path / "out" / "old").write_text("old")
     before = tree(tmp_path)
     says = r"cannot write .*out': No space left on device"
-    with pytest.raises(CheckpointError, match=says), new_directory(tmp_path / "out", overwrite=True):
+    with pytest.raises(CheckpointError, match=says), new_directory(tmp_path / "out", replaceable=own):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert tree(tmp_path) == before
-
-
-def test_a_directory_that_somebody_filled_meanwhile_is_not_destroyed(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot write"), new_directory(tmp_path / "out") as directory:
-        (directory / "new").write_text("new")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "theirs").write_text("theirs")
-    assert tree(tmp_path) == {"out": None, "out/theirs": b"theirs"}
 
 
 @pytest.fixture(params=[True, False], ids=["exchange", "no exchange"])
 def exchange(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the system can exchange two names."""
     if not request.param:
-        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(files, "_rename_at_once", lambda one, other, flag: False)
         return False
     for name in ("one", "other"):
         (tmp_path / name).touch()
-    if not files._exchanged(tmp_path / "one", tmp_path / "other"):
+    if not files._rename_at_once(tmp_path / "one", tmp_path / "other", files._EXCHANGE):
         pytest.skip("this system, or this file system, does not exchange names")
     for name in ("one", "other"):
         (tmp_path / name).unlink()
     return True
 
 
-def test_a_directory_and_a_file_take_each_others_place(tmp_path: Path, exchange: bool) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").write_text("old")
-    with new_file(tmp_path / "out", overwrite=True) as file:
+@pytest.mark.parametrize("replaceable", [None, own])
+def test_a_directory_that_appears_meanwhile_is_kept(
+    tmp_path: Path, exchange: bool, replaceable: Replaceable | None
+) -> None:
+    with (
+        pytest.raises(
+            CheckpointError, match="not overwritten, because" if replaceable else "exists; choose another name"
+        ),
+        new_directory(tmp_path / "out", replaceable=replaceable) as directory,
+    ):
+        (directory / "new").write_text("new")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("theirs")
+    assert tree(tmp_path) == {"out": None, "out/theirs": b"theirs"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, exchange: bool, overwrite: bool) -> None:
+    says = "changed while it was written" if overwrite else "exists; choose another name"
+    with pytest.raises(CheckpointError, match=says), new_file(tmp_path / "out", overwrite=overwrite) as file:
+        file.write_text("new")
+        (tmp_path / "out").write_text("theirs")
+    assert tree(tmp_path) == {"out": b"theirs"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_at_the_last_moment_is_kept(
+    tmp_path: Path, exchange: bool, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last look at the name, before the rename."""
+    rename = files._rename_without_replacing
+
+    def late(new: Path, target: Path) -> None:
+        target.write_text("theirs")
+        rename(new, target)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(files, "_rename_without_replacing", late)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(CheckpointError, match="appeared while it was written"), new_file(tmp_path / "out") as file:
+        file.write_text("new")
+    assert tree(tmp_path) == {"out": b"theirs"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_is_named_without_renameat2(tmp_path: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_rename_at_once", lambda one, other, flag: False)
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: os.open(tmp_path / "no" / "links", 0))
+    with new_file(tmp_path / "out") as file:
         file.write_text("new")
     assert tree(tmp_path) == {"out": b"new"}
-    fill(tmp_path / "out", overwrite=True)
-    assert tree(tmp_path) == {"out": None, "out/new": b"new"}
+
+
+def test_a_file_that_changes_while_it_is_overwritten_is_kept(tmp_path: Path, exchange: bool) -> None:
+    (tmp_path / "out").write_text("old")
+    with (
+        pytest.raises(CheckpointError, match="changed while it was written"),
+        new_file(tmp_path / "out", overwrite=True) as file,
+    ):
+        file.write_text("new")
+        (tmp_path / "out").write_text("theirs")
+    assert tree(tmp_path) == {"out": b"theirs"}
+
+
+def test_a_file_that_appears_in_a_directory_while_that_is_overwritten_is_kept(tmp_path: Path, exchange: bool) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with (
+        pytest.raises(CheckpointError, match="- 'theirs'"),
+        new_directory(tmp_path / "out", replaceable=own) as directory,
+    ):
+        (directory / "new").write_text("new")
+        (tmp_path / "out" / "theirs").write_text("theirs")
+    assert tree(tmp_path) == {"out": None, "out/old": b"old", "out/theirs": b"theirs"}
 
 
 def test_the_old_one_is_there_until_the_new_one_is(
@@ -152,7 +278,7 @@ def test_the_old_one_is_there_until_the_new_one_is(
             return inner(*arguments)  # type: ignore[operator]
 
         monkeypatch.setattr(owner, name, looked)
-    fill(tmp_path / "out", overwrite=True)
+    fill(tmp_path / "out", own)
     old, new = {"old": b"old"}, {"new": b"new"}
     assert [state for n, state in enumerate(seen) if not n or state != seen[n - 1]] == (
         [old, new] if exchange else [old, {}, new]
@@ -172,10 +298,10 @@ def test_the_old_directory_comes_back_if_the_new_one_cannot_take_its_name(
             raise OSError(errno.EIO, "broken")
         return rename(self, target)
 
-    monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    monkeypatch.setattr(files, "_rename_at_once", lambda one, other, flag: False)
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(CheckpointError, match="cannot write"):
-        fill(tmp_path / "out", overwrite=True)
+        fill(tmp_path / "out", own)
     assert tree(tmp_path) == before
 
 
@@ -268,7 +394,7 @@ def test_one_that_was_killed_between_two_renames_has_its_old_directory_back(tmp_
         (tmp_path / ".out.0123abcd.partial" / name).mkdir(parents=True)
         (tmp_path / ".out.0123abcd.partial" / name / name).write_text(name)
     if overwrite:
-        fill(tmp_path / "out", overwrite=True)
+        fill(tmp_path / "out", own)
     else:
         with pytest.raises(CheckpointError, match=r"out' exists"):
             fill(tmp_path / "out")
@@ -306,33 +432,188 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
 
 
 def test_several_files_are_never_old_and_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looked at where a kill could come: before each rename. An error at any of them leaves the old ones."""
+    """The state before each rename, where a kill could come. An error at any of them leaves the old files."""
     old, new = (dict.fromkeys(("vocab.json", "merges.txt"), text) for text in (b"old", b"new"))
-    rename, seen = Path.rename, []
+    seen: list[dict[str, bytes]] = []
 
     def there() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
-    def watched(path: Path, target: Path) -> Path:
-        seen.append(there())
-        if len(seen) == fails_at:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(path, target)
+    def watched(rename: Callable[[Path, Path], object]) -> Callable[[Path, Path], object]:
+        def watching(path: Path, target: Path) -> object:
+            seen.append(there())
+            if len(seen) == fails_at:
+                raise OSError(errno.EIO, "Input/output error")
+            return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", watched)
-    for fails_at in range(6, 0, -1):
+        return watching
+
+    monkeypatch.setattr(Path, "rename", watched(Path.rename))
+    monkeypatch.setattr(files, "_rename_without_replacing", watched(files._rename_without_replacing))
+    for fails_at in range(7, 0, -1):  # three files leave, that is recorded, and two arrive
         (tmp_path / "vocab.json").write_text("old")
         (tmp_path / "merges.txt").write_text("old")
         (tmp_path / "tokenizer.json").write_text("old")
         seen.clear()
         try:
             replace_files(tmp_path, {"vocab.json": "new", "merges.txt": "new"}, remove=["tokenizer.json"])
-            assert (fails_at, there()) == (6, new)
+            assert (fails_at, there()) == (7, new)
         except CheckpointError:
             assert there() == {**old, "tokenizer.json": b"old"}
-        assert all(len({*files.values()}) <= 1 for files in seen)
+        assert all(len({*contents.values()}) <= 1 for contents in seen[:6])
         assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert len(seen) == 1
+    assert seen
+
+
+def test_replacing_files_keeps_the_others_and_makes_the_directory(tmp_path: Path) -> None:
+    replace_files(tmp_path / "out", {"a": "first"})
+    (tmp_path / "out" / "mine").write_text("mine")
+    replace_files(tmp_path / "out", {"b": "second"}, remove=["a", "gone"])
+    assert tree(tmp_path) == {"out": None, "out/b": b"second", "out/mine": b"mine"}
+
+
+# Directories that cannot be renamed: the working directory and mount points
+
+
+def test_the_working_directory_is_filled_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.chdir(out)
+    before = out.stat().st_ino
+    fill(Path())
+    assert (out.stat().st_ino, tree(tmp_path)) == (before, {"out": None, "out/new": b"new"})
+    (out / "old").write_text("old")
+    with pytest.raises(CheckpointError, match=r"'\.' exists"):
+        fill(Path())
+    fill(Path(), own)
+    assert (out.stat().st_ino, tree(tmp_path)) == (before, {"out": None, "out/new": b"new"})
+    (out / "mine").write_text("mine")
+    with pytest.raises(CheckpointError, match="- 'mine'"):
+        fill(Path(), own)
+    assert Path.cwd() == out
+    assert tree(tmp_path) == {"out": None, "out/mine": b"mine", "out/new": b"new"}
+
+
+def test_a_file_that_appears_in_the_working_directory_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="exists"), new_directory(".") as directory:
+        (directory / "new").write_text("new")
+        (tmp_path / "theirs").write_text("theirs")
+    assert tree(tmp_path) == {"theirs": b"theirs"}
+
+
+@pytest.mark.parametrize("name", ["new", "z"])
+def test_a_file_that_appears_between_two_moves_is_kept(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = files._rename_without_replacing
+
+    def late(path: Path, target: Path) -> None:
+        (tmp_path / name).write_text("theirs")
+        rename(path, target)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "_rename_without_replacing", late)
+    (tmp_path / "old").write_text("old")
+    refused = pytest.raises(CheckpointError, match="appeared while") if name == "new" else nullcontext()
+    with refused, new_directory(".", replaceable=own) as directory:
+        (directory / "new").write_text("new")
+    contents = {"new": b"new"} if name == "z" else {"old": b"old"}
+    assert tree(tmp_path) == {**contents, name: b"theirs"}
+
+
+@pytest.mark.parametrize("state", ["leaving", "replaced"])
+def test_the_next_writer_ends_what_a_killed_one_was_moving(
+    tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / f".{tmp_path.name}.0123abcd.partial"
+    for name in (state, "new"):
+        (place / name).mkdir(parents=True)
+    (place / state / "old").write_text("old")
+    (place / "new" / "new").write_text("new")
+    (place / "new" / "more").write_text("new")
+    with pytest.raises(CheckpointError, match="exists"):
+        fill(Path())
+    assert tree(tmp_path) == ({"old": b"old"} if state == "leaving" else {"more": b"new", "new": b"new"})
+
+
+MOUNTED = """
+import subprocess, sys
+from pathlib import Path
+from bridge import CheckpointError
+from bridge.files import new_directory, new_file
+
+place = Path(sys.argv[1])
+(place / "disk").mkdir()
+for options in (["-t", "tmpfs", "none"], ["--bind", place / "disk"]):
+    out = place / "with space"
+    out.mkdir()
+    subprocess.run(["mount", *options, out], check=True)
+    device = out.stat().st_dev, out.stat().st_ino
+    for replaceable in (None, {"new"}.__contains__):
+        with new_directory(out, replaceable=replaceable) as directory:
+            (directory / "new").write_text("new")
+        assert (out.stat().st_dev, out.stat().st_ino) == device
+        assert {p.name: p.read_text() for p in out.iterdir()} == {"new": "new"}
+    (out / "mine").write_text("mine")
+    for replaceable in (None, {"new"}.__contains__):
+        try:
+            with new_directory(out, replaceable=replaceable):
+                raise AssertionError
+        except CheckpointError as error:
+            print(error)
+        assert {p.name for p in out.iterdir()} == {"new", "mine"}
+    subprocess.run(["umount", out], check=True)
+    out.rmdir()
+
+(place / "data").write_text("data")
+(place / "file").touch()
+subprocess.run(["mount", "--bind", place / "data", place / "file"], check=True)
+try:
+    with new_file(place / "file", overwrite=True):
+        raise AssertionError
+except CheckpointError as error:
+    print(error)
+assert (place / "data").read_text() == "data"
+subprocess.run(["umount", place / "file"], check=True)
+"""
+
+
+def test_a_mount_point_is_filled_and_stays_mounted(tmp_path: Path) -> None:
+    """A container's volume, also a bind mount of the same file system."""
+    try:
+        command = namespace()
+    except OSError as error:
+        pytest.skip(str(error))
+    done = subprocess.run([*command, sys.executable, "-c", MOUNTED, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("with space' exists; choose another name") == 2
+    assert done.stdout.count("- 'mine'") == 2
+    assert "file' is a mount point and cannot be replaced" in done.stdout
+
+
+# Systems without fcntl
+
+WITHOUT_FCNTL = """
+import sys
+sys.modules["fcntl"] = None
+import bridge
+source, target = sys.argv[1:]
+bridge.save(bridge.load(source), target, format="flax")
+bridge.save(bridge.load(source), target, format="flax", overwrite=True)
+bridge.save_tokenizer(bridge.byte_tokenizer(), target)
+bridge.save(bridge.load(source), target + ".gguf", format="gguf")
+print(bridge.fingerprint(bridge.load(target).tensors))
+"""
+
+
+def test_conversions_work_where_there_is_no_fcntl(tmp_path: Path) -> None:
+    source = huggingface_directory(tmp_path / "source", config_for("gguf"))
+    arguments = [sys.executable, "-c", WITHOUT_FCNTL, str(source), str(tmp_path / "out")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (bridge.fingerprint(bridge.load(source).tensors) + "\n", "")
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "out", "out.gguf"}
 
 
 # The same through bridge.save
@@ -346,15 +627,3 @@ def test_a_source_that_fails_while_it_is_read_leaves_everything_as_it_was(tmp_pa
     with pytest.raises(CheckpointError, match="changed since it was opened"):
         bridge.save(checkpoint, tmp_path / "out", format="flax")
     assert tree(tmp_path) == before
-
-
-def test_saving_refuses_an_existing_target_and_overwrite_replaces_it(tmp_path: Path) -> None:
-    path = huggingface_directory(tmp_path / "out")
-    (path / "leftover.txt").write_text("old")
-    before = tree(tmp_path)
-    with pytest.raises(CheckpointError, match="exists; choose another name"):
-        bridge.save(random_checkpoint(seed=1), path, format="flax")
-    assert tree(tmp_path) == before
-    bridge.save(random_checkpoint(seed=1), path, format="flax", overwrite=True)
-    assert set(tree(path)) == {"config.json", "flax_model.safetensors"}
-    assert (bridge.load(path).tensors["wpe.weight"] == random_checkpoint(seed=1).tensors["wpe.weight"]).all()

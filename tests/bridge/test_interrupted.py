@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import SMALLEST, config_for, huggingface_directory, random_checkpoint
+from models import SMALLEST, config_for, random_checkpoint
 
 import bridge
 from bridge import BridgeError
@@ -68,7 +68,7 @@ def test_an_error_on_the_way_leaves_everything_as_it_was(
     tmp_path: Path, format: str, overwrite: bool, error: Exception
 ) -> None:
     if overwrite:
-        huggingface_directory(tmp_path / "out")
+        bridge.save(random_checkpoint(config_for(format, SMALLEST)), tmp_path / "out", format=format)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     calls = []
 

@@ -198,14 +198,6 @@ def test_tokenizer_and_generation_files_travel(tmp_path: Path, format: str) -> N
     assert not (tmp_path / "out" / "training_args.bin").exists()
 
 
-def test_a_checkpoint_can_overwrite_the_directory_it_is_read_from(tmp_path: Path) -> None:
-    path = huggingface_directory(tmp_path / "model")
-    bridge.save(bridge.load(path), path, format="flax", overwrite=True)
-    back = bridge.load(path)
-    assert back.format == "flax"
-    assert all((array == random_checkpoint().tensors[name]).all() for name, array in back.tensors.items())
-
-
 def test_a_checkpoint_in_memory_has_no_tokenizer() -> None:
     with pytest.raises(TokenizerError, match="in memory has no tokenizer"):
         random_checkpoint().tokenizer()
@@ -229,17 +221,6 @@ def test_a_setting_given_twice_is_refused(tmp_path: Path) -> None:
     (path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 5, "n_layer": 6}')
     with pytest.raises(CheckpointError, match="'n_layer' appears twice"):
         bridge.load(path)
-
-
-def test_overwriting_replaces_checkpoints_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("a plain file")
-    for name in ("notes", "file"):
-        with pytest.raises(CheckpointError, match="is not a checkpoint; it is not overwritten"):
-            bridge.save(random_checkpoint(), tmp_path / name, format="flax", overwrite=True)
-    assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
-    assert (tmp_path / "file").read_text() == "a plain file"
 
 
 def test_the_tokenizer_is_found_after_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

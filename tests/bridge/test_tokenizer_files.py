@@ -163,14 +163,26 @@ def test_characters_travel_with_a_checkpoint(tmp_path: Path) -> None:
     assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(characters)
 
 
-def test_another_tokenizer_in_the_directory_gives_way(tmp_path: Path) -> None:
-    for name in (*TOKENIZER_FILES, "config.json"):
-        (tmp_path / name).write_text("of before")
+def test_another_tokenizer_in_the_directory_is_replaced_where_that_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("of before")
+    bridge.save_tokenizer(trained({END: 400}), tmp_path)
     for ours in (bridge.character_tokenizer("hello"), trained({END: 400}), bridge.character_tokenizer("hello")):
-        bridge.save_tokenizer(ours, str(tmp_path))
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json exist already; overwrite=True replaces"):
+            bridge.save_tokenizer(ours, tmp_path)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+        bridge.save_tokenizer(ours, str(tmp_path), overwrite=True)
         assert bridge.tokenizer_fingerprint(load_tokenizer(tmp_path, 401)) == bridge.tokenizer_fingerprint(ours)
     assert {file.name for file in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "config.json"}
     assert (tmp_path / "config.json").read_text() == "of before"
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_a_file_with_the_name_of_a_tokenizers_is_kept(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("something else")
+    with pytest.raises(CheckpointError, match=f"{name} are not a tokenizer that this project reads"):
+        bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path, overwrite=True)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "something else"}
 
 
 # What cannot be saved
@@ -203,12 +215,13 @@ def test_what_the_files_cannot_hold_is_refused_and_nothing_is_written(
 
 def test_where_it_cannot_be_written_is_an_error_and_the_old_stays(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
-    with pytest.raises(CheckpointError, match=r"cannot write into '.*file'"):
+    with pytest.raises(CheckpointError, match=r"file' is not a directory; choose another name"):
         bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "file")
     (tmp_path / "in the way" / "vocab.json" / "x").mkdir(parents=True)
     (tmp_path / "in the way" / "merges.txt").write_text("old")
-    with pytest.raises(CheckpointError, match=r"vocab.json' is a directory; move it away"):
-        bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "in the way")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match=r"vocab\.json, merges\.txt"):
+            bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "in the way", overwrite=overwrite)
     assert {file.name for file in (tmp_path / "in the way").rglob("*")} == {"vocab.json", "x", "merges.txt"}
 
 

@@ -15,12 +15,11 @@ from models import random_checkpoint
 from training_runs import RECIPE, data_for, files, recipe, run_in, write_text
 
 import bridge
-from bridge import CheckpointError
+from bridge import BridgeError, CheckpointError
 from gpt2_jax.data import open_data
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.train import TrainConfig, TrainingError, loop, settle
 from gpt2_jax.train import run as runs
-from gpt2_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -48,17 +47,48 @@ def test_without_validation_data_no_run_is_begun(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_made_anew(tmp_path: Path) -> None:
+def test_a_resumed_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
     first = recipe(tokenizer="characters", n_layer=3, vocab_size=50)
     data = data_for(first, tmp_path)
     runs.begin(tmp_path / "run", settle(first, data), data)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n')
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     again = data_for(RECIPE, tmp_path)
-    runs.begin(tmp_path / "run", RECIPE, again)
+    before = files(tmp_path)
+    with pytest.raises(TrainingError, match="is a run; continue it with --resume"):
+        runs.begin(tmp_path / "run", RECIPE, again)
+    assert files(tmp_path) == before
+    runs.begin(tmp_path / "run", RECIPE, again, resume=True)
     assert runs.stored_identity(tmp_path / "run") == runs.Identity.of(RECIPE, again)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["n_layer"] == 2
     assert (tmp_path / "run" / "merges.txt").exists()  # the bytes' tokenizer, and not the characters'
-    assert read_metrics(tmp_path / "run") == []
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("content", ["{}", '{"distance_km": 10}', "not JSON"])
+def test_a_directory_with_somebody_elses_run_json_is_kept(tmp_path: Path, content: str, resume: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(content)
+    (tmp_path / "run" / "race.gpx").write_text("mine")
+    before = files(tmp_path)
+    with pytest.raises(BridgeError, match=r"run\.json"):
+        runs.begin(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path / "data"), resume=resume)
+    assert {name: data for name, data in files(tmp_path).items() if name in before} == before
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "race.gpx"}
+
+
+def test_a_run_is_removed_only_if_all_of_it_was_written_by_training(copy: Path) -> None:
+    run = copy / "run"
+    for name in ("notes.txt", "export/README.md", "checkpoints/6/notes.txt", "checkpoints/mine", "run.json.bak"):
+        (run / name).write_text("mine")
+        before = files(copy)
+        with pytest.raises(TrainingError, match=f"not removed, because it also holds files.*\n  - '{name}'"):
+            runs.remove(run)
+        assert files(copy) == before
+        (run / name).unlink()
+    runs.remove(run)
+    assert not run.exists()
 
 
 def test_a_checkpoint_that_another_saves_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +104,8 @@ def test_a_checkpoint_that_another_saves_meanwhile_stays(tmp_path: Path, monkeyp
             yield held
 
     monkeypatch.setattr(runs, "exclusive_lock", late)
-    with pytest.raises(TrainingError, match="is a run with checkpoints"):
-        runs.begin(run, RECIPE, data)
+    with pytest.raises(TrainingError, match="is a run; continue it with --resume"):
+        runs.begin(run, RECIPE, data, resume=True)
     assert (run / "checkpoints" / "3").exists()
 
 
@@ -88,7 +118,7 @@ def test_a_run_that_another_begins_meanwhile_stays(tmp_path: Path, monkeypatch: 
         (run / "run.json").write_text("theirs")
 
     monkeypatch.setattr(runs, "describe", another_first)
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(CheckpointError, match="exists; choose another name"):
         runs.begin(run, RECIPE, data)
     assert files(run) == {"run.json": b"theirs"}
 

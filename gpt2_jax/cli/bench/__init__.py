@@ -16,9 +16,10 @@ from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.bench.cases import Case, at_sizes, cases_of, recipe
 from gpt2_jax.cli.bench.measure import Limits, measure
 from gpt2_jax.cli.bench.peers import TASKS, Task, chosen_peers, ours, rivals
-from gpt2_jax.cli.bench.plot import FORMATS, plot
+from gpt2_jax.cli.bench.plot import plot
 from gpt2_jax.cli.bench.report import Report, Result, system_load
-from gpt2_jax.cli.output import console, json_writer, progress, require_writable
+from gpt2_jax.cli.output import console, json_writer, progress
+from gpt2_jax.report_files import require_plot_path
 from gpt2_jax.train.config import TrainConfig
 
 DIED = 1
@@ -41,6 +42,7 @@ def bench(
     vocab_multiple: Annotated[int | None, arg(metavar="INT")] = None,
     json: JsonFile = None,
     plot_file: Annotated[Path | None, arg(name="plot", metavar="FILE")] = None,
+    overwrite: bool = False,
 ) -> int:
     """Time this beside PyTorch and transformers on this machine, and against what the machine can do at most.
 
@@ -66,9 +68,11 @@ def bench(
         vocab_multiple: JAX pads the vocabulary's rows to a multiple of this.
         json: also write all times, versions and rates to this file.
         plot_file: also draw the medians, their range and the limits to this file (.png, .svg or .pdf).
+        overwrite: replace the report and the plot of an earlier command.
     """
-    write_json = json_writer(json)
-    _require_plottable(plot_file)
+    write_json = json_writer(json, overwrite)
+    if plot_file is not None:
+        require_plot_path(plot_file, overwrite=overwrite)
     scans = _scans(scan, no_scan)
     config = recipe(preset, dtype=dtype, remat=remat, scan=scans, vocab_multiple=vocab_multiple)
     names = chosen_peers(peers)
@@ -83,7 +87,7 @@ def bench(
     write_json(report.to_json())
     report.show(console())
     if plot_file is not None:
-        plot(report, plot_file)
+        plot(report, plot_file, overwrite=overwrite)
     return DIED if report.failures else 0
 
 
@@ -114,11 +118,3 @@ def _scans(scan: bool, no_scan: bool) -> bool | None:
     if scan and no_scan:
         raise BridgeError("--scan and --no-scan are opposites; give one")
     return True if scan else False if no_scan else None
-
-
-def _require_plottable(file: Path | None) -> None:
-    if file is None:
-        return
-    if file.suffix not in FORMATS:
-        raise BridgeError(f"--plot {file}: the name must end in {', '.join(FORMATS)}")
-    require_writable(file)

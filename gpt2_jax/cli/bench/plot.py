@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bridge import BridgeError
 from gpt2_jax.cli.bench.report import Report, Result
+from gpt2_jax.report_files import save_plot
 
-FORMATS = (".png", ".svg", ".pdf")
 COLOURS = {
     "jax": "tab:blue",
     "convert": "tab:blue",
@@ -20,8 +19,8 @@ COLOURS = {
 }
 
 
-def plot(report: Report, file: Path) -> None:
-    """Write the plot; raises `BridgeError` where the file cannot be written."""
+def plot(report: Report, file: Path, *, overwrite: bool = False) -> None:
+    """Write the plot. Raises `BridgeError` if the file cannot be written."""
     from matplotlib.figure import Figure
 
     shown = [result for result in report.results if any(row.seconds for row in result.summaries)]
@@ -30,10 +29,7 @@ def plot(report: Report, file: Path) -> None:
     figure.suptitle(f"{report.config.preset}, {report.config.dtype}, {', '.join(report.devices)}", fontsize=11)
     for ax, result in zip(axes, shown, strict=False):
         _bars(ax, result)
-    try:
-        figure.savefig(file, dpi=150)
-    except OSError as error:
-        raise BridgeError(f"cannot write {file}: {error.strerror}") from error
+    save_plot(figure, file, overwrite=overwrite)
 
 
 def _bars(ax: Any, result: Result) -> None:

@@ -1,0 +1,87 @@
+"""Files that a command writes its result to, JSON or a plot: a new file, or an earlier one of the same kind.
+
+Each names its generator, so that a later command can tell a report from any other file: only a report is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge import BridgeError
+from bridge.errors import quoted
+from bridge.files import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GENERATOR = "gpt2-bridge"
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+_METADATA_FIELD = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
+_JSON_START = f'{{\n  "generator": "{GENERATOR} '.encode()
+_MAX_PLOT_BYTES = 2**24
+
+
+def require_report_path(path: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise `BridgeError` unless a report can be written to `path`. To be called before the work begins.
+
+    Args:
+        path: what `--json` or `--plot` names.
+        overwrite: an earlier report may be replaced.
+        inputs: files and directories that the command reads.
+    """
+    for source in inputs:
+        if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
+            raise BridgeError(f"{quoted(path)} is read by this command; choose another file for its report")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BridgeError(f"cannot write {quoted(path)}; give a file in a directory that exists and can be written to")
+    if path.exists() and not overwrite:
+        raise BridgeError(f"{quoted(path)} exists; choose another name, or replace an earlier report with --overwrite")
+    if path.exists() and not _is_report(path):
+        raise BridgeError(f"{quoted(path)} is not a report of this command and is kept; choose another name")
+
+
+def require_plot_path(path: Path, *, overwrite: bool) -> None:
+    """As `require_report_path`, for a plot: the name must end in one of `PLOT_FORMATS`."""
+    if path.suffix not in PLOT_FORMATS:
+        raise BridgeError(f"--plot {quoted(path)}: the name must end in {', '.join(PLOT_FORMATS)}")
+    require_report_path(path, overwrite=overwrite)
+
+
+def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Write `value` as JSON with its generator; numbers that JSON does not have are spelled as strings."""
+    content = {"generator": f"{GENERATOR} {version(GENERATOR)}", **value}
+    text = json.dumps(_strict(content), indent=2, allow_nan=False) + "\n"
+    with new_file(path, overwrite=overwrite and _is_report(path)) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def save_plot(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int = 150) -> None:
+    """Write a figure in the format that the name ends in, with its generator among the metadata."""
+    with new_file(path, overwrite=overwrite and _is_report(path)) as beside:
+        metadata = {_METADATA_FIELD[path.suffix]: GENERATOR}
+        figure.savefig(beside, format=path.suffix.removeprefix("."), dpi=dpi, metadata=metadata)
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_JSON_START))
+            if start == _JSON_START:
+                return True
+            return path.suffix in PLOT_FORMATS and GENERATOR.encode() in start + file.read(_MAX_PLOT_BYTES)
+    except OSError:
+        return False
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _strict(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
