@@ -181,7 +181,7 @@ def _require_apart(target: Path, checkpoint: Checkpoint) -> None:
 def _replaceable(target: Path, format: str) -> Replaceable:
     """The files of a checkpoint at `target` that a manifest of this project records, or that `format` writes too.
 
-    None if there is no checkpoint, or a training run, which is never overwritten.
+    Nothing is replaced where there is no checkpoint, or a training run.
     """
     if not os.path.isdir(target) or _format_of(target) not in WRITABLE:
         return lambda name: False
