@@ -52,7 +52,7 @@ def read(path: Path) -> Checkpoint:
     hf = read_json(directory / CONFIG)
     config = GPT2Config.from_hf(hf)
     tensors = _canonical(stored, config, weights)
-    return Checkpoint(config, tensors, NAME, directory, harmless_fields(hf), _oddities(stored, config))
+    return Checkpoint(config, tensors, NAME, directory, harmless_fields(hf), _diagnostics(stored, config))
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -116,15 +116,15 @@ def _as_stored(entry: TensorEntry, parameter: Parameter) -> TensorEntry:
     return turned(entry) if _is_turned(parameter) else entry
 
 
-def _oddities(stored: Mapping[str, TensorEntry], config: GPT2Config) -> tuple[str, ...]:
-    odd = [
-        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignored: there this model computed "
-        "another function"
+def _diagnostics(stored: Mapping[str, TensorEntry], config: GPT2Config) -> tuple[str, ...]:
+    notes = [
+        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: this model computed "
+        "another function there"
         for name, obeyed in _IGNORED.items()
         if getattr(config, name) != obeyed
     ]
     if _is_bare(stored):
-        odd.append("it was saved without a head, from FlaxGPT2Model; the head is tied")
+        notes.append("the file has no head, because it was saved from FlaxGPT2Model; the head is tied")
     if config.tie_word_embeddings and _HEAD in stored:
-        odd.append(f"{_HEAD} is stored although it is tied; it equals wte/embedding")
-    return tuple(odd)
+        notes.append(f"{_HEAD} is stored although the head is tied; it equals wte/embedding")
+    return tuple(notes)

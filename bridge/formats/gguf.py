@@ -110,17 +110,17 @@ def read(path: Path) -> Checkpoint:
     stored = _narrowed(gguf)
     config = _config(gguf.metadata, stored, file)
     entries = _canonical(stored, config, file)
-    oddities = _oddities(gguf.metadata, config)
+    diagnostics = _diagnostics(gguf.metadata, config)
     if not config.tie_word_embeddings and same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
         config = replace(config, tie_word_embeddings=True)
         del entries["lm_head.weight"]
-        oddities.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
+        diagnostics.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
     config, extra = with_sidecar(config, file)
     own_tokenizer = None
     if gguf.metadata.get(MODEL) not in (None, *NO_TOKENIZER):
         own_tokenizer = partial(tokenizer_of, gguf.metadata, config.vocab_size, quoted(file))
     tensors = LazyTensors(entries)
-    return Checkpoint(config, tensors, NAME, file.parent, extra, tuple(oddities), own_tokenizer=own_tokenizer)
+    return Checkpoint(config, tensors, NAME, file.parent, extra, tuple(diagnostics), own_tokenizer=own_tokenizer)
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
@@ -307,13 +307,13 @@ def _file_type(tensors: LazyTensors) -> int:
     return _FILE_TYPES[bytes_of.most_common(1)[0][0]]
 
 
-def _oddities(metadata: Mapping[str, Value], config: GPT2Config) -> list[str]:
+def _diagnostics(metadata: Mapping[str, Value], config: GPT2Config) -> list[str]:
     tokens = metadata.get(TOKENS)
     if not isinstance(tokens, Array) or tokens.count == config.vocab_size:
         return []
     return [
-        f"{TOKENS} has {tokens.count} entries and {_EMBEDDING} {config.vocab_size} rows; llama.cpp takes only files "
-        "where they are as many"
+        f"{TOKENS} has {tokens.count} entries and {_EMBEDDING} has {config.vocab_size} rows; llama.cpp refuses files "
+        "where the two numbers differ"
     ]
 
 

@@ -52,7 +52,7 @@ def read(path: Path) -> Checkpoint:
     hf = read_json(directory / CONFIG)
     config = GPT2Config.from_hf(hf)
     tensors = canonicalize(stored, config)
-    return Checkpoint(config, tensors, NAME, directory, harmless_fields(hf), _oddities(stored, config))
+    return Checkpoint(config, tensors, NAME, directory, harmless_fields(hf), _diagnostics(stored, config))
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -103,13 +103,13 @@ def _state_dict(file: Path, saved: Any) -> dict[str, TensorEntry]:
     return saved
 
 
-def _oddities(stored: LazyTensors, config: GPT2Config) -> tuple[str, ...]:
+def _diagnostics(stored: LazyTensors, config: GPT2Config) -> tuple[str, ...]:
     used = canonical_names(stored)
-    odd = []
+    notes = []
     if dropped := len(stored) - len(used):
-        odd.append(f"{dropped} causal-mask buffers of an old transformers version were left out")
+        notes.append(f"{dropped} causal-mask buffers, which old versions of transformers saved, were left out")
     if config.tie_word_embeddings and "lm_head.weight" in used:
-        odd.append("lm_head.weight is stored although it is tied; it equals wte.weight")
+        notes.append("lm_head.weight is stored although the head is tied; it equals wte.weight")
     if any(name.endswith((".gamma", ".beta")) for name in stored):
-        odd.append("LayerNorms have gamma and beta, as before transformers: they are weight and bias")
-    return tuple(odd)
+        notes.append("the LayerNorm parameters have their old names, gamma and beta; they were read as weight and bias")
+    return tuple(notes)

@@ -65,8 +65,8 @@ def read(path: Path) -> Checkpoint:
     tensors = LazyTensors({p.torch_name: entries[p.torch_name] for p in parameters(config)})
     config, extra = with_sidecar(config, file.path)
     padding = rows - config.vocab_size
-    odd = (f"{padding} rows that pad the vocabulary were left out",) if padding else ()
-    return Checkpoint(config, tensors, NAME, file.path.parent, extra, odd)
+    notes = (f"{padding} rows of vocabulary padding were left out",) if padding else ()
+    return Checkpoint(config, tensors, NAME, file.path.parent, extra, notes)
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:

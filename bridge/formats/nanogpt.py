@@ -122,13 +122,13 @@ def _checkpoint(file: Path, saved: Any) -> Checkpoint:
     if config.n_layer > len(stored):  # before every layer's parameters are named
         raise ConversionError(f"n_layer={config.n_layer}, and model has only {len(stored)} tensors")
     adamw, is_old = _adamw(saved.get("optimizer"), config)
-    odd = _oddities(saved, stored)
+    notes = _diagnostics(saved, stored)
     if is_old or "bias" not in saved["model_args"]:
         config = replace(config, activation_function="gelu_new")
-        odd += ("it is of before June 2023, when nanoGPT computed the tanh GELU: its activation_function is gelu_new",)
+        notes += ("the file was written before June 2023, when nanoGPT computed the tanh GELU (gelu_new)",)
     config, extra = with_sidecar(config, file)
     tensors = canonicalize(_canonical_layout(stored, config), config)
-    return Checkpoint(config, tensors, NAME, file.parent, extra, odd, adamw, _progress(saved))
+    return Checkpoint(config, tensors, NAME, file.parent, extra, notes, adamw, _progress(saved))
 
 
 def _config(model_args: Any) -> GPT2Config:
@@ -224,13 +224,13 @@ def _progress(saved: Mapping[str, Any]) -> dict[str, Any]:
     return progress
 
 
-def _oddities(saved: Mapping[str, Any], stored: Mapping[str, TensorEntry]) -> tuple[str, ...]:
-    odd = []
+def _diagnostics(saved: Mapping[str, Any], stored: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+    notes = []
     if dropped := len(stored) - len(canonical_names(stored)):
-        odd.append(f"{dropped} causal-mask buffers were left out")
+        notes.append(f"{dropped} causal-mask buffers were left out")
     if unread := [quoted(name) for name in saved if name not in ("model", "model_args", "optimizer", *_PROGRESS)]:
-        odd.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not and which is not read")
-    return tuple(odd)
+        notes.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not and which is not read")
+    return tuple(notes)
 
 
 def _require_nanogpt(config: GPT2Config) -> None:

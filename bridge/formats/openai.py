@@ -57,7 +57,7 @@ def read(path: Path) -> Checkpoint:
     if problems := differences(shapes, weights):
         raise ConversionError(f"{quoted(index)} does not hold the tensors of its GPT-2:\n" + bullet_list(problems))
     entries = {p.torch_name: reshaped(weights[name], p.torch_shape) for name, p in expected.items()}
-    return Checkpoint(config, LazyTensors(entries), NAME, path, {}, _oddities(stored, weights))
+    return Checkpoint(config, LazyTensors(entries), NAME, path, {}, _diagnostics(stored, weights))
 
 
 def _config(file: Path) -> GPT2Config:
@@ -100,6 +100,6 @@ def _shape(p: Parameter) -> tuple[int, ...]:
     return (1, *p.torch_shape) if p.is_projection else p.torch_shape
 
 
-def _oddities(stored: Mapping[str, TensorEntry], weights: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+def _diagnostics(stored: Mapping[str, TensorEntry], weights: Mapping[str, TensorEntry]) -> tuple[str, ...]:
     left_out = len(stored) - len(weights)
-    return (f"{left_out} variables of its training, Adam's for one, were left out",) if left_out else ()
+    return (f"{left_out} training variables, such as Adam's moments, were left out",) if left_out else ()

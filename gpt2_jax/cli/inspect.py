@@ -16,7 +16,7 @@ from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 
 def inspect(source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json: JsonFile = None) -> None:
-    """Show what a checkpoint is: format, configuration, tensors, dtypes, and what is odd about it.
+    """Show what a checkpoint is: format, configuration, tensors, dtypes, warnings.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
 
@@ -44,7 +44,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": asdict(checkpoint.config),
         "extra": dict(checkpoint.extra),
         "dtypes": dict(dtypes),
-        "oddities": bridge.find_oddities(checkpoint),
+        "diagnostics": bridge.find_diagnostics(checkpoint),
         "fingerprint": bridge.fingerprint(checkpoint.tensors),
         "optimizer_step": checkpoint.optimizer.step if checkpoint.optimizer else None,
         "progress": dict(checkpoint.progress),
@@ -65,8 +65,8 @@ def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: 
         summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
-    for k, oddity in enumerate(facts["oddities"] or ["nothing found"]):
-        summary.add_row("odd" if k == 0 else "", oddity, style="yellow" if facts["oddities"] else "")
+    for k, diagnostic in enumerate(facts["diagnostics"] or ["none"]):
+        summary.add_row("warnings" if k == 0 else "", diagnostic, style="yellow" if facts["diagnostics"] else "")
     summary.add_row("fingerprint", facts["fingerprint"])
     out.print(summary)
     if tensors:

@@ -65,7 +65,7 @@ def test_what_is_written_has_llmcs_layout_and_is_read_back(tmp_path: Path, dtype
         found = bridge.load(source)
         assert (found.format, found.config) == ("llmc", CONFIG)
         assert bridge.fingerprint(found.tensors) == fingerprint
-        assert found.oddities == ("127 rows that pad the vocabulary were left out",)
+        assert found.diagnostics == ("127 rows of vocabulary padding were left out",)
 
 
 @pytest.mark.parametrize("version", [3, 5])

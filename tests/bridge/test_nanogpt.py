@@ -116,7 +116,7 @@ def test_what_nanogpt_saves_is_read(tmp_path: Path, bias: bool, prefix: str) -> 
         ckpt = bridge.load(source)
         assert (ckpt.format, ckpt.path) == ("nanogpt", tmp_path)
         assert ckpt.config == replace(CONFIG, bias=bias)
-        assert ckpt.oddities == ()
+        assert ckpt.diagnostics == ()
         assert ckpt.progress == {"iter_num": 3, "best_val_loss": 2.5, "config": saved["config"]}
         for name, array in ckpt.tensors.items():
             assert_is_layout_of(array, saved["model"][f"{prefix}transformer.{name}"], name)
@@ -153,7 +153,7 @@ def test_the_optimizer_of_before_june_2023_is_told_by_its_groups(tmp_path: Path)
     torch.save(checkpoint(model, optimizer, args), tmp_path / "ckpt.pt")
     ckpt = bridge.load(tmp_path)
     assert ckpt.config.activation_function == "gelu_new"
-    assert any("before June 2023" in line for line in ckpt.oddities)
+    assert any("before June 2023" in line for line in ckpt.diagnostics)
     assert ckpt.optimizer is not None
     for name, parameter in model.named_parameters():
         name = name.removeprefix("transformer.")
@@ -171,7 +171,7 @@ def test_model_args_of_before_the_switch_for_biases_mean_biases_and_the_tanh_gel
     nanogpts(tmp_path / "ckpt.pt", older)
     ckpt = bridge.load(tmp_path)
     assert ckpt.config == replace(CONFIG, activation_function="gelu_new")
-    assert ckpt.oddities[0] == "3 causal-mask buffers were left out"
+    assert ckpt.diagnostics[0] == "3 causal-mask buffers were left out"
     assert len(ckpt.tensors) == len(names_in_order())
 
 
@@ -185,7 +185,7 @@ def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
     nanogpts(tmp_path / "mine.pth", alone)
     ckpt = bridge.load(tmp_path)
     assert ckpt.optimizer is None and ckpt.progress == {}
-    assert ckpt.oddities == ("the file also has 'note', which nanoGPT does not and which is not read",)
+    assert ckpt.diagnostics == ("the file also has 'note', which nanoGPT does not and which is not read",)
 
 
 def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ def test_what_tensorflow_wrote_is_read_bit_for_bit(sample: str) -> None:
     assert found.tensors["wte.weight"].tobytes() == weights["model/wte"].tobytes()
     assert found.tensors["h.1.attn.c_attn.weight"].tobytes() == weights["model/h1/attn/c_attn/w"][0].tobytes()
     assert found.tensors["h.0.ln_2.bias"].tobytes() == weights["model/h0/ln_2/b"].tobytes()
-    assert found.oddities == (
-        ("59 variables of its training, Adam's for one, were left out",) if sample == "adam" else ()
+    assert found.diagnostics == (
+        ("59 training variables, such as Adam's moments, were left out",) if sample == "adam" else ()
     )
 
 
