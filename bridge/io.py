@@ -18,6 +18,7 @@ from bridge.files import new_directory, new_file
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CONFIG, carry_files, write_config
+from bridge.recognition import Found, choose_checkpoint, own_config
 from bridge.stored_file import StoredFile
 from bridge.tokenizer import TOKENIZER_FILES
 
@@ -34,10 +35,16 @@ BUNDLED = Path(__file__).parent / "bundled"
 """A small GPT-2 that this project trained on Shakespeare, in Hugging Face format; `load("bundled")` opens it."""
 
 
-def load(source: str | Path) -> Checkpoint:
-    """The checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`, or `bundled`.
+def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
+    """Open the checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`, or `bundled`.
 
     Only names, shapes and the configuration are read; a tensor is read when it is looked up.
+
+    Args:
+        source: a file, or a directory with one checkpoint. A directory with several is an error that lists them.
+        activation: for a nanoGPT file that does not state its activation: `gelu` or `gelu_new`. An error for all
+            other files, which state theirs.
+
     Raises a child of `BridgeError` naming what is wrong with the source and what to do.
     """
     if not str(source):
@@ -49,15 +56,34 @@ def load(source: str | Path) -> Checkpoint:
         if not _HUB_ID.fullmatch(str(source)):
             raise CheckpointError(f"{quoted(source)} does not exist")
         path = _from_hub(str(source))
-    module = _recognized(path)
-    if module is None:
+    chosen = choose_checkpoint(path)
+    if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
     try:
-        return module.read(path)
+        return _read(*chosen, activation)
     except BridgeError as error:
         if quoted(path)[1:-1] in str(error):
             raise
         raise type(error)(f"{quoted(path)}: {error}") from error
+
+
+def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Checkpoint:
+    module = found.format
+    options: dict[str, Any] = {}
+    if hasattr(module, "FILE"):
+        options["config_json"] = config_json = own_config(found.path)
+        if config_json is None and (found.path.parent / CONFIG).is_file():
+            notes += (f"{CONFIG} beside the file was not read, because the directory holds several checkpoints",)
+    if hasattr(module, "STATES_NO_ACTIVATION"):
+        options["activation"] = activation
+    elif activation is not None:
+        raise CheckpointError(
+            f"{quoted(found.path)}: activation={quoted(activation)} was given, but {module.NAME} states its own; "
+            "leave the argument out (--source-activation), or change the model with checkpoint.with_activation() "
+            "(--activation)"
+        )
+    checkpoint = module.read(found.path, **options)
+    return replace(checkpoint, diagnostics=(*checkpoint.diagnostics, *notes))
 
 
 def save(
@@ -128,10 +154,8 @@ def _watched(tensors: LazyTensors) -> LazyTensors:
 
 
 def _recognized(path: Path) -> ModuleType | None:
-    try:
-        return next((module for module in FORMATS.values() if module.sniff(path)), None)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
+    chosen = choose_checkpoint(path)
+    return None if chosen is None else chosen[0].format
 
 
 def _may_be_replaced(target: Path) -> bool:

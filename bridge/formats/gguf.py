@@ -33,7 +33,8 @@ from bridge.errors import (
     bullet_list,
     quoted,
 )
-from bridge.formats.single_file import find_file, left_out, require_dtypes, require_implied, with_sidecar
+from bridge.formats.finding import files_by_content
+from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.gguf_file import (
     DTYPES,
     Array,
@@ -98,13 +99,11 @@ _WIDENED_FROM: Mapping[np.dtype, str] = {
 _FILE_TYPES = {DTYPES["F32"]: 0, DTYPES["F16"]: 1, DTYPES["BF16"]: 32}  # llama_ftype: what most of the weights are
 
 
-def sniff(path: Path) -> bool:
-    return find_file(path, SUFFIXES, is_gguf) is not None
+def find(path: Path) -> list[Path]:
+    return files_by_content(path, SUFFIXES, is_gguf)
 
 
-def read(path: Path) -> Checkpoint:
-    file = find_file(path, SUFFIXES, is_gguf)
-    assert file is not None  # or sniff would have said no
+def read(file: Path, config_json: Path | None) -> Checkpoint:
     gguf = GGUFFile.open(file)
     _require_gpt2(gguf.metadata, file)
     stored = _narrowed(gguf)
@@ -115,7 +114,7 @@ def read(path: Path) -> Checkpoint:
         config = replace(config, tie_word_embeddings=True)
         del entries["lm_head.weight"]
         diagnostics.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
-    config, extra = with_sidecar(config, file)
+    config, extra = with_sidecar(config, file, config_json)
     own_tokenizer = None
     if gguf.metadata.get(MODEL) not in (None, *NO_TOKENIZER):
         own_tokenizer = partial(tokenizer_of, gguf.metadata, config.vocab_size, quoted(file))

@@ -11,11 +11,18 @@ from rich.table import Table
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 
-def inspect(source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json: JsonFile = None) -> None:
+def inspect(
+    source: SourceOrBundled = BUNDLED,
+    /,
+    *,
+    tensors: bool = False,
+    source_activation: SourceActivation = None,
+    json: JsonFile = None,
+) -> None:
     """Show what a checkpoint is: format, configuration, tensors, dtypes, warnings.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
@@ -26,7 +33,7 @@ def inspect(source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json
         json: also write it to this file.
     """
     write_json = json_writer(json)
-    checkpoint = bridge.load(source)
+    checkpoint = bridge.load(source, activation=source_activation)
     with reading_bar(checkpoint, "reading", times=2) as watched:
         facts = _facts(watched)
     write_json(facts)

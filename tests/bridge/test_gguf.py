@@ -470,7 +470,9 @@ def test_a_directory_with_several_files_is_refused(tmp_path: Path, capsys: pytes
     (tmp_path / "d").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "d" / name).write_bytes(gpt2())
-    assert_refused(tmp_path / "d", "holds several checkpoints: 'a.gguf', 'b.gguf'; name one", capsys, CheckpointError)
+    assert_refused(
+        tmp_path / "d", "holds several checkpoints:\n  - gguf: 'a.gguf'\n  - gguf: 'b.gguf'\n", capsys, CheckpointError
+    )
     assert_same(bridge.load(tmp_path / "d" / "b.gguf"), random_checkpoint(SMALLEST))
 
 

@@ -185,7 +185,7 @@ def test_a_directory_whose_index_is_none_is_not_recognised(plain: Path, capsys: 
 def test_two_checkpoints_and_no_state_file_are_refused(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(plain / INDEX, plain / "other.index")
     (plain / "checkpoint").unlink()
-    assert_refused(plain, "'model.ckpt.index', 'other.index'; name one in a file", capsys, CheckpointError)
+    assert_refused(plain, "  - openai: 'model.ckpt.index'\n  - openai: 'other.index'\n", capsys, CheckpointError)
 
 
 def test_an_unknown_variable_is_named(tmp_path: Path) -> None:
