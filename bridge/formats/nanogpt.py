@@ -131,8 +131,9 @@ def _checkpoint(file: Path, saved: Any, config_json: Path | None, activation: st
     notes = _diagnostics(saved, stored)
     is_old = is_old or "bias" not in saved["model_args"]
     settled = _settled_activation(is_old, config_json)
-    if activation not in (None, _EXACT, _TANH) or (activation is not None and settled not in (None, activation)):
-        raise ConfigError(f"activation={quoted(activation)}: this file's is {settled or f'{_EXACT} or {_TANH}'}")
+    possible = (settled,) if settled else (_EXACT, _TANH)
+    if activation is not None and activation not in possible:
+        raise ConfigError(f"activation={quoted(activation)}: this file's is {' or '.join(possible)}")
     config = replace(config, activation_function=settled or activation or _EXACT)
     if is_old:
         notes += ("the file was written before June 2023, when nanoGPT computed the tanh GELU (gelu_new)",)

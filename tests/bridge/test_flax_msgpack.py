@@ -172,7 +172,7 @@ def test_a_directory_and_its_file_are_one_checkpoint(tmp_path: Path, source: str
 def test_a_file_without_config_json_is_refused(tmp_path: Path) -> None:
     ours(tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack' holds tensors and there is no config\.json"):
+    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack' holds tensors, but there is no config\.json"):
         bridge.load(tmp_path / "out" / "flax_model.msgpack")
 
 
