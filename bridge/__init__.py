@@ -4,10 +4,10 @@ from bridge.checkpoint import Checkpoint
 from bridge.completion import Completion, complete, end_of_text_ids, stream_text
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
+from bridge.diagnostics import find_diagnostics
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.fingerprint import fingerprint
 from bridge.io import BUNDLED, load, save
-from bridge.oddities import find_oddities
 from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.sampling import Request
 from bridge.tokenizer import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
@@ -33,7 +33,7 @@ __all__ = [
     "character_tokenizer",
     "complete",
     "end_of_text_ids",
-    "find_oddities",
+    "find_diagnostics",
     "fingerprint",
     "load",
     "num_parameters",

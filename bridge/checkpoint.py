@@ -34,8 +34,8 @@ class Checkpoint:
     """The directory it was read from, or that its file lies in, where its tokenizer is."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of its `config.json` that do not change the mathematics, kept for a round trip."""
-    oddities: tuple[str, ...] = ()
-    """What is unusual about how it was stored, a sentence each."""
+    diagnostics: tuple[str, ...] = ()
+    """What is unusual about how it is stored, and what the reader had to assume; one sentence each."""
     optimizer: AdamWState | None = None
     """AdamW's moments, where the file has them; they are read as the tensors are."""
     progress: Mapping[str, Any] = field(default_factory=dict)

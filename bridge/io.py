@@ -6,7 +6,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
 from bridge.manifest import recorded
+from bridge.recognition import Found, choose_checkpoint, own_config
 from bridge.stored_file import StoredFile
 from bridge.tokenizer import TOKENIZER_FILES
 
@@ -46,10 +46,16 @@ BUNDLED = Path(__file__).parent / "bundled"
 """A small GPT-2 that this project trained on Shakespeare, in Hugging Face format; `load("bundled")` opens it."""
 
 
-def load(source: str | Path) -> Checkpoint:
-    """The checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`, or `bundled`.
+def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
+    """Open the checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`, or `bundled`.
 
     Only names, shapes and the configuration are read; a tensor is read when it is looked up.
+
+    Args:
+        source: a file, or a directory with one checkpoint. A directory with several is an error that lists them.
+        activation: for a nanoGPT file that does not state its activation: `gelu` or `gelu_new`. An error for all
+            other files, which state theirs.
+
     Raises a child of `BridgeError` naming what is wrong with the source and what to do.
     """
     if not str(source):
@@ -61,15 +67,34 @@ def load(source: str | Path) -> Checkpoint:
         if not _HUB_ID.fullmatch(str(source)):
             raise CheckpointError(f"{quoted(source)} does not exist")
         path = _from_hub(str(source))
-    module = _recognized(path)
-    if module is None:
+    chosen = choose_checkpoint(path)
+    if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
     try:
-        return replace(module.read(path), source=path)
+        return replace(_read(*chosen, activation), source=chosen[0].path)
     except BridgeError as error:
         if quoted(path)[1:-1] in str(error):
             raise
         raise type(error)(f"{quoted(path)}: {error}") from error
+
+
+def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Checkpoint:
+    module = found.format
+    options: dict[str, Any] = {}
+    if hasattr(module, "FILE"):
+        options["config_json"] = config_json = own_config(found.path)
+        if config_json is None and (found.path.parent / CONFIG).is_file():
+            notes += (f"{CONFIG} beside the file was not read, because the directory holds several checkpoints",)
+    if hasattr(module, "STATES_NO_ACTIVATION"):
+        options["activation"] = activation
+    elif activation is not None:
+        raise CheckpointError(
+            f"{quoted(found.path)}: activation={quoted(activation)} was given, but {module.NAME} states its own; "
+            "leave the argument out (--source-activation), or change the model with checkpoint.with_activation() "
+            "(--activation)"
+        )
+    checkpoint = module.read(found.path, **options)
+    return replace(checkpoint, diagnostics=(*checkpoint.diagnostics, *notes))
 
 
 def save(
@@ -147,13 +172,6 @@ def _watched(tensors: LazyTensors) -> LazyTensors:
     return LazyTensors({name: watched(name, entry) for name, entry in tensors.entries.items()})
 
 
-def _recognized(path: Path) -> ModuleType | None:
-    try:
-        return next((module for module in FORMATS.values() if module.sniff(path)), None)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
-
-
 def _names_a_file(target: Path, format: str) -> bool:
     """Whether `target` is the file itself. Raises `CheckpointError` for a name that ends as another format's files."""
     suffix = target.suffix.lower()
@@ -227,7 +245,7 @@ def _from_hub(repo_id: str) -> Path:
     try:
         for weights in _HUB_WEIGHTS:  # one kind, not all that are there: each is the whole model
             path = Path(snapshot_download(repo_id, allow_patterns=[*_HUB_COMPANIONS, *weights]))
-            if _recognized(path) is not None:
+            if choose_checkpoint(path) is not None:
                 break
         return path
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's

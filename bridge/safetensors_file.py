@@ -60,6 +60,14 @@ def is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _FORMATS_MOST_HEADER_BYTES
 
 
+def header_names(path: Path, tensor: str) -> bool:
+    """Whether a safetensors file has a tensor of this name; False for a file that cannot be read."""
+    if not is_safetensors(path):
+        return False
+    start = first_bytes(path, 8 + _MOST_HEADER_BYTES)
+    return json.dumps(tensor).encode() in start[8 : 8 + int.from_bytes(start[:8], "little")]
+
+
 def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
     """The tensors of a safetensors file, each read when it is looked up, and its metadata.
 

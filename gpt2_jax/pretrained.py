@@ -25,6 +25,7 @@ from gpt2_jax.sharding import shardings
 def from_pretrained(
     source: str | Path,
     *,
+    activation: str | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     scan: bool = False,
@@ -34,6 +35,7 @@ def from_pretrained(
     """The model of a checkpoint in any format, or of a Hugging Face id, and its parameters on the device.
 
     Args:
+        activation: of a nanoGPT file that does not state it; see `bridge.load`.
         dtype: of the computation.
         param_dtype: cast the parameters to this; None keeps them as they are stored.
         scan, vocab_multiple: as in `GPT2`.
@@ -41,7 +43,7 @@ def from_pretrained(
 
     Raises a child of `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
     """
-    checkpoint = bridge.load(source)
+    checkpoint = bridge.load(source, activation=activation)
     return model_from_checkpoint(
         checkpoint, dtype=dtype, param_dtype=param_dtype, scan=scan, vocab_multiple=vocab_multiple, mesh=mesh
     )

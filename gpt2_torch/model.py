@@ -344,14 +344,17 @@ class GPT2(nn.Module):
         return F.linear(x, head.weight)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> GPT2:
+    def from_pretrained(cls, source: str | Path, *, activation: str | None = None) -> GPT2:
         """The model of a checkpoint in any format, or of a Hugging Face id, in its own dtype and in eval mode.
+
+        Args:
+            activation: of a nanoGPT file that does not state it; see `bridge.load`.
 
         Raises a child of `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
         """
         from gpt2_torch.pretrained import model_from_checkpoint
 
-        return model_from_checkpoint(bridge.load(source))
+        return model_from_checkpoint(bridge.load(source, activation=activation))
 
 
 def positions(input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None) -> Int[Tensor, "#B T"]:

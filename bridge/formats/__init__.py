@@ -1,17 +1,21 @@
 """One file per checkpoint format, all with the same verbs. To add one, write it and add a row (CONTRIBUTING.md).
 
 NAME                                      as in `FORMATS`
-sniff(path) -> bool                       is this file or directory a checkpoint of this format? by content; cheap,
-                                          reads no weights, and says False rather than raise
-read(path) -> Checkpoint                  canonical names and layout, tensors read lazily
+find(path) -> list[Path]                  the checkpoints of this format at `path`: the file itself, recognised by its
+                                          content; the weights (or their index) in a directory; or the directory, where
+                                          it is one checkpoint as a whole. Cheap: reads no weights. Raises no error of
+                                          ours; what cannot be read is not found.
+read(path) -> Checkpoint                  one result of `find`, in canonical names and layout, tensors read lazily
 write(checkpoint, target, **options)      fill an empty directory, or write a new file; the caller makes it atomic
                                           (left out where a format is only read)
 
-A format that is a directory and is written has WRITES, a pattern of the names of its weights' files: these may be
-replaced where the caller allows to overwrite.
-A format that is one file also has FILE, the name it gets in a directory, and SUFFIXES, those by which a target is
-taken for the file itself; its `write` may return sentences on what the file has no place for. A format that keeps
-`Checkpoint.optimizer` and `progress` sets KEEPS_OPTIMIZER.
+A format that is one file also has FILE, its name in a directory, and SUFFIXES; a target with one of these is the file
+itself. Its `read(path, config_json)` also takes the `config.json` that describes the file, or None. Its `write` may
+return sentences on what the file has no place for. A format that writes a directory has WRITES instead, a pattern of
+the names of its weights' files: an earlier checkpoint's files of these names may be overwritten.
+
+Optional: KEEPS_OPTIMIZER, where a format keeps `Checkpoint.optimizer` and `progress`. STATES_NO_ACTIVATION, where its
+files do not; `read` then takes `activation` too. FAMILY, where all files in one directory are forms of one model.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ FORMATS: Mapping[str, ModuleType] = {
     "llmc": llmc,
     "gguf": gguf,
 }
-"""Name -> the module. The first whose `sniff` says yes is used."""
+"""Name -> the module, in the order in which they are asked; the first that recognises a file reads it."""
 
 WRITABLE = tuple(name for name, module in FORMATS.items() if hasattr(module, "write"))
 """The names that `gpt2 convert --to NAME` takes."""

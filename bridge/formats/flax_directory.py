@@ -13,22 +13,27 @@ from bridge.arrays import LazyTensors
 from bridge.checkpoint import Checkpoint
 from bridge.config import harmless_fields
 from bridge.formats.directory import CONFIG, carry_files, read_config, reshaped, tensors_of_tree, write_config
+from bridge.formats.finding import config_beside, files_beside_config
 from bridge.params import parameters
-from bridge.safetensors_file import read_file, write_file
+from bridge.safetensors_file import header_names, read_file, write_file
 
 NAME = "flax"
 WEIGHTS = "flax_model.safetensors"
 WRITES = r"flax_model\.safetensors"
 
-
-def sniff(path: Path) -> bool:
-    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+_A_LEAF = "wte/embedding"  # a name that no state_dict has
 
 
-def read(path: Path) -> Checkpoint:
-    config, fields = read_config(path / CONFIG)
-    tensors = tensors_of_tree(read_file(path / WEIGHTS)[0].entries, config, path / WEIGHTS)
-    return Checkpoint(config, tensors, NAME, path, harmless_fields(fields))
+def find(path: Path) -> list[Path]:
+    if path.is_dir():
+        return files_beside_config(path, (WEIGHTS,))
+    return [path] if header_names(path, _A_LEAF) else []
+
+
+def read(weights: Path) -> Checkpoint:
+    config, fields = read_config(config_beside(weights))
+    tensors = tensors_of_tree(read_file(weights)[0].entries, config, weights)
+    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(fields))
 
 
 def write(checkpoint: Checkpoint, directory: Path) -> None:

@@ -14,18 +14,22 @@ from bridge.arrays import LazyTensors, TensorEntry, turned
 from bridge.checkpoint import Checkpoint
 from bridge.config import ACTIVATIONS, GPT2Config, harmless_fields
 from bridge.convert import canonicalize, differences
-from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
+from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
-from bridge.formats.sharded import read_shards, write_shards
+from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.formats.single_file import require_implied
 from bridge.msgpack_file import is_msgpack, read_file, write_file
 from bridge.params import Parameter, parameters
 
 NAME = "flax_msgpack"
 WEIGHTS = ("flax_model.msgpack", "flax_model.msgpack.index.json")
-"""The first of these that a directory has is read, as transformers does."""
+"""In transformers' order: the first of these that a directory holds is read."""
 WRITES = r"flax_model(-\d{5}-of-\d{5})?\.msgpack|flax_model\.msgpack\.index\.json"
+FAMILY = "transformers"
 MAX_SHARD_BYTES = 10 * 10**9  # transformers' own default for Flax, "10GB"
+
+_SHARDS = (".msgpack",)
 
 _TRANSFORMER, _HEAD = "transformer/", "lm_head/kernel"
 
@@ -34,26 +38,18 @@ _IGNORED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False
 _ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "gelu_fast")  # ACT2FN of its modeling_flax_utils.py
 
 
-def sniff(path: Path) -> bool:
+def find(path: Path) -> list[Path]:
     if path.is_dir():
-        return (path / CONFIG).is_file() and _weights(path) is not None
-    return is_msgpack(path)
+        return files_beside_config(path, WEIGHTS)
+    return [path] if is_index(path, _SHARDS) or is_msgpack(path) else []
 
 
-def read(path: Path) -> Checkpoint:
-    weights = _weights(path) if path.is_dir() else path
-    assert weights is not None  # or sniff would have said no
+def read(weights: Path) -> Checkpoint:
     stored = read_shards(weights, read_file) if weights.suffix == ".json" else read_file(weights)
-    directory = weights.parent
-    if not (directory / CONFIG).is_file():
-        raise CheckpointError(
-            f"{quoted(weights)} holds tensors and there is no {CONFIG} beside it; put the model's there, because what "
-            "they compute cannot be told from them"
-        )
-    hf = read_json(directory / CONFIG)
+    hf = read_json(config_beside(weights))
     config = GPT2Config.from_hf(hf)
     tensors = _canonical(stored, config, weights)
-    return Checkpoint(config, tensors, NAME, directory, harmless_fields(hf), _oddities(stored, config))
+    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), _diagnostics(stored, config))
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -73,10 +69,6 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     entries = {_path(p): _as_stored(checkpoint.tensors.entries[p.torch_name], p) for p in parameters(config)}
     write_shards(directory, "flax_model", "msgpack", entries, max_shard_bytes, write_file)
     carry_files(checkpoint, directory)
-
-
-def _weights(directory: Path) -> Path | None:
-    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
 
 
 def _canonical(stored: Mapping[str, TensorEntry], config: GPT2Config, weights: Path) -> LazyTensors:
@@ -117,15 +109,15 @@ def _as_stored(entry: TensorEntry, parameter: Parameter) -> TensorEntry:
     return turned(entry) if _is_turned(parameter) else entry
 
 
-def _oddities(stored: Mapping[str, TensorEntry], config: GPT2Config) -> tuple[str, ...]:
-    odd = [
-        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignored: there this model computed "
-        "another function"
+def _diagnostics(stored: Mapping[str, TensorEntry], config: GPT2Config) -> tuple[str, ...]:
+    notes = [
+        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: this model computed "
+        "another function there"
         for name, obeyed in _IGNORED.items()
         if getattr(config, name) != obeyed
     ]
     if _is_bare(stored):
-        odd.append("it was saved without a head, from FlaxGPT2Model; the head is tied")
+        notes.append("the file has no head, because it was saved from FlaxGPT2Model; the head is tied")
     if config.tie_word_embeddings and _HEAD in stored:
-        odd.append(f"{_HEAD} is stored although it is tied; it equals wte/embedding")
-    return tuple(odd)
+        notes.append(f"{_HEAD} is stored although the head is tied; it equals wte/embedding")
+    return tuple(notes)

@@ -33,7 +33,8 @@ from bridge.errors import (
     bullet_list,
     quoted,
 )
-from bridge.formats.single_file import find_file, left_out, require_dtypes, require_implied, with_sidecar
+from bridge.formats.finding import files_by_content
+from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.gguf_file import (
     DTYPES,
     Array,
@@ -98,29 +99,27 @@ _WIDENED_FROM: Mapping[np.dtype, str] = {
 _FILE_TYPES = {DTYPES["F32"]: 0, DTYPES["F16"]: 1, DTYPES["BF16"]: 32}  # llama_ftype: what most of the weights are
 
 
-def sniff(path: Path) -> bool:
-    return find_file(path, SUFFIXES, is_gguf) is not None
+def find(path: Path) -> list[Path]:
+    return files_by_content(path, SUFFIXES, is_gguf)
 
 
-def read(path: Path) -> Checkpoint:
-    file = find_file(path, SUFFIXES, is_gguf)
-    assert file is not None  # or sniff would have said no
+def read(file: Path, config_json: Path | None) -> Checkpoint:
     gguf = GGUFFile.open(file)
     _require_gpt2(gguf.metadata, file)
     stored = _narrowed(gguf)
     config = _config(gguf.metadata, stored, file)
     entries = _canonical(stored, config, file)
-    oddities = _oddities(gguf.metadata, config)
+    diagnostics = _diagnostics(gguf.metadata, config)
     if not config.tie_word_embeddings and same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
         config = replace(config, tie_word_embeddings=True)
         del entries["lm_head.weight"]
-        oddities.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
-    config, extra = with_sidecar(config, file)
+        diagnostics.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
+    config, extra = with_sidecar(config, file, config_json)
     own_tokenizer = None
     if gguf.metadata.get(MODEL) not in (None, *NO_TOKENIZER):
         own_tokenizer = partial(tokenizer_of, gguf.metadata, config.vocab_size, quoted(file))
     tensors = LazyTensors(entries)
-    return Checkpoint(config, tensors, NAME, file.parent, extra, tuple(oddities), own_tokenizer=own_tokenizer)
+    return Checkpoint(config, tensors, NAME, file.parent, extra, tuple(diagnostics), own_tokenizer=own_tokenizer)
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
@@ -307,13 +306,13 @@ def _file_type(tensors: LazyTensors) -> int:
     return _FILE_TYPES[bytes_of.most_common(1)[0][0]]
 
 
-def _oddities(metadata: Mapping[str, Value], config: GPT2Config) -> list[str]:
+def _diagnostics(metadata: Mapping[str, Value], config: GPT2Config) -> list[str]:
     tokens = metadata.get(TOKENS)
     if not isinstance(tokens, Array) or tokens.count == config.vocab_size:
         return []
     return [
-        f"{TOKENS} has {tokens.count} entries and {_EMBEDDING} {config.vocab_size} rows; llama.cpp takes only files "
-        "where they are as many"
+        f"{TOKENS} has {tokens.count} entries and {_EMBEDDING} has {config.vocab_size} rows; llama.cpp refuses files "
+        "where the two numbers differ"
     ]
 
 

@@ -16,7 +16,8 @@ from bridge.config import GPT2Config, harmless_fields
 from bridge.convert import canonical_names, canonicalize
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
-from bridge.formats.sharded import read_shards, write_shards
+from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.safetensors_file import is_safetensors, read_file, write_file
 from bridge.torch_file import is_torch_file
 from bridge.torch_file import read_file as read_torch_file
@@ -28,32 +29,26 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""The first of these that a directory has is read."""
+"""In transformers' order: the first of these that a directory holds is read."""
 WRITES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+FAMILY = "transformers"
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, "5GB"
 
+_SHARDS = (".safetensors", ".bin")
 
-def sniff(path: Path) -> bool:
+
+def find(path: Path) -> list[Path]:
     if path.is_dir():
-        return (path / CONFIG).is_file() and _weights(path) is not None
-    return is_safetensors(path) or is_torch_file(path)
+        return files_beside_config(path, WEIGHTS)
+    return [path] if is_safetensors(path) or is_torch_file(path) or is_index(path, _SHARDS) else []
 
 
-def read(path: Path) -> Checkpoint:
-    weights = _weights(path) if path.is_dir() else path
-    assert weights is not None  # or sniff would have said no
-    is_index = weights.suffix == ".json"
-    stored = LazyTensors(read_shards(weights, _tensors) if is_index else _tensors(weights))
-    directory = weights.parent
-    if not (directory / CONFIG).is_file():
-        raise CheckpointError(
-            f"{quoted(weights)} holds tensors and there is no {CONFIG} beside it; put the model's there, because what "
-            "they compute cannot be told from them"
-        )
-    hf = read_json(directory / CONFIG)
+def read(weights: Path) -> Checkpoint:
+    stored = LazyTensors(read_shards(weights, _tensors) if weights.suffix == ".json" else _tensors(weights))
+    hf = read_json(config_beside(weights))
     config = GPT2Config.from_hf(hf)
     tensors = canonicalize(stored, config)
-    return Checkpoint(config, tensors, NAME, directory, harmless_fields(hf), _oddities(stored, config))
+    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), _diagnostics(stored, config))
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -71,10 +66,6 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
 
     write_shards(directory, "model", "safetensors", entries, max_shard_bytes, write_shard)
     carry_files(checkpoint, directory)
-
-
-def _weights(directory: Path) -> Path | None:
-    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
 
 
 def _saved_name(canonical: str) -> str:
@@ -104,13 +95,13 @@ def _state_dict(file: Path, saved: Any) -> dict[str, TensorEntry]:
     return saved
 
 
-def _oddities(stored: LazyTensors, config: GPT2Config) -> tuple[str, ...]:
+def _diagnostics(stored: LazyTensors, config: GPT2Config) -> tuple[str, ...]:
     used = canonical_names(stored)
-    odd = []
+    notes = []
     if dropped := len(stored) - len(used):
-        odd.append(f"{dropped} causal-mask buffers of an old transformers version were left out")
+        notes.append(f"{dropped} causal-mask buffers, which old versions of transformers saved, were left out")
     if config.tie_word_embeddings and "lm_head.weight" in used:
-        odd.append("lm_head.weight is stored although it is tied; it equals wte.weight")
+        notes.append("lm_head.weight is stored although the head is tied; it equals wte.weight")
     if any(name.endswith((".gamma", ".beta")) for name in stored):
-        odd.append("LayerNorms have gamma and beta, as before transformers: they are weight and bias")
-    return tuple(odd)
+        notes.append("the LayerNorm parameters have their old names, gamma and beta; they were read as weight and bias")
+    return tuple(notes)

@@ -19,7 +19,8 @@ from bridge.arrays import LazyTensors, TensorEntry, turned
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
-from bridge.formats.single_file import find_file, left_out, require_dtypes, require_implied, with_sidecar
+from bridge.formats.finding import files_by_content
+from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.params import Parameter, num_parameters, padded_vocab_size, parameters
 from bridge.stored_file import StoredFile, first_bytes, write_array
 
@@ -54,19 +55,20 @@ _IMPLIED: Mapping[str, Any] = {
 }
 
 
-def sniff(path: Path) -> bool:
-    return find_file(path, SUFFIXES, _is_model) is not None or _magic(path) in OTHER_FILES
+def find(path: Path) -> list[Path]:
+    """The models; also a file of another kind that is named itself, of which `read` says what it is."""
+    return files_by_content(path, SUFFIXES, _is_model if path.is_dir() else _is_known)
 
 
-def read(path: Path) -> Checkpoint:
-    file = StoredFile.open(find_file(path, SUFFIXES, _is_model) or path)
+def read(path: Path, config_json: Path | None) -> Checkpoint:
+    file = StoredFile.open(path)
     config, dtype, rows = _header(file)
     entries = {p.torch_name: _entry(file, dtype, p, offset) for p, offset in _places(config, dtype, rows)}
     tensors = LazyTensors({p.torch_name: entries[p.torch_name] for p in parameters(config)})
-    config, extra = with_sidecar(config, file.path)
+    config, extra = with_sidecar(config, file.path, config_json)
     padding = rows - config.vocab_size
-    odd = (f"{padding} rows that pad the vocabulary were left out",) if padding else ()
-    return Checkpoint(config, tensors, NAME, file.path.parent, extra, odd)
+    notes = (f"{padding} rows of vocabulary padding were left out",) if padding else ()
+    return Checkpoint(config, tensors, NAME, file.path.parent, extra, notes)
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
@@ -97,6 +99,10 @@ def _magic(file: Path) -> int:
 
 def _is_model(file: Path) -> bool:
     return _magic(file) == MAGIC
+
+
+def _is_known(file: Path) -> bool:
+    return _magic(file) in (MAGIC, *OTHER_FILES)
 
 
 def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:

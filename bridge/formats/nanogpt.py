@@ -1,12 +1,15 @@
 """nanoGPT's `ckpt.pt`: a torch file with the weights, AdamW's state, and how far training had come.
 
 Weights are named as Hugging Face's are and, being `nn.Linear`'s, `[out, in]`; so are their moments. The architecture
-is in `model_args`; what it does not say is fixed in the code: feed-forward layers of 4 D, epsilon 1e-5, a tied head,
-and the exact GELU; that one only since June 2023, before which it was GPT-2's own, `gelu_new`. A checkpoint does not
-say which, but an older one mostly shows it, by an optimizer in which embeddings do not decay or by `model_args` without
-`bias`, and then is read as what it was.
+is in `model_args`. The code fixes the rest: feed-forward layers of 4 D, epsilon 1e-5, a tied head, and the activation.
 
-Source: https://github.com/karpathy/nanoGPT, model.py and train.py; for the GELU its pull request 274.
+The activation is the exact GELU since June 14, 2023 (pull request 274), and was the tanh form, `gelu_new`, before. No
+field of the file states it. Two marks show an older file: `model_args` without `bias` (until January 27, 2023), and an
+optimizer in which embeddings do not decay (until May 6, 2023). No later commit changed the keys of a checkpoint, of
+`model_args` or of `config`. The marks that versions of torch leave date the file and not nanoGPT's code,
+so they do not count. A file without the two marks is read with the exact GELU unless `activation` says otherwise.
+
+Source: https://github.com/karpathy/nanoGPT, model.py and train.py with their history.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.convert import canonical_names, canonicalize, differences
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, bullet_list, quoted
-from bridge.formats.single_file import find_file, left_out, require_implied, with_sidecar
+from bridge.formats.directory import read_config
+from bridge.formats.finding import files_by_content
+from bridge.formats.single_file import left_out, require_implied, with_sidecar
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.params import parameters
 from bridge.stored_file import first_bytes
@@ -37,6 +42,7 @@ NAME = "nanogpt"
 FILE = "ckpt.pt"
 SUFFIXES = (".pt", ".pth")
 KEEPS_OPTIMIZER = True
+STATES_NO_ACTIVATION = True
 
 _ALWAYS_THERE = {
     "n_layer": "n_layer",
@@ -46,6 +52,8 @@ _ALWAYS_THERE = {
     "vocab_size": "vocab_size",
 }
 """`model_args` -> our name. `dropout` stands for three rates here; older files have no `bias`."""
+
+_EXACT, _TANH = "gelu", "gelu_new"
 
 _PROGRESS = ("iter_num", "best_val_loss", "config")
 _NO_LOSS_YET = 1e9  # as train.py has it
@@ -63,21 +71,19 @@ _PLAIN_ADAMW = {
 _MOST_PICKLE = 2**22  # bytes; GPT-2 XL's, with its optimizer, has 0.3 MB
 
 
-def sniff(path: Path) -> bool:
-    return find_file(path, SUFFIXES, _is_nanogpt) is not None
+def find(path: Path) -> list[Path]:
+    return files_by_content(path, SUFFIXES, _is_nanogpt)
 
 
-def read(path: Path) -> Checkpoint:
-    """All but `model` and `model_args` may be missing, as it is where somebody kept the model alone.
+def read(file: Path, config_json: Path | None, activation: str | None = None) -> Checkpoint:
+    """Everything but `model` and `model_args` may be missing, as in a file that keeps the model alone.
 
-    Raises `ConfigError` for `model_args` that are not nanoGPT's, `ConversionError` for tensors and moments that are
-    not the model's.
+    Raises `ConfigError` for `model_args` that are not nanoGPT's and for an `activation` that is not the file's,
+    `ConversionError` for tensors and moments that are not the model's.
     """
-    file = find_file(path, SUFFIXES, _is_nanogpt)
-    assert file is not None  # or sniff would have said no
     saved = read_file(file)
     try:
-        return _checkpoint(file, saved)
+        return _checkpoint(file, saved, config_json, activation)
     except BridgeError as error:
         raise type(error)(f"{quoted(file)}: {error}") from error
 
@@ -115,20 +121,46 @@ def _is_nanogpt(file: Path) -> bool:
     return start.startswith(b"PK\x03\x04") and b"\x0a\0\0\0model_args" in start
 
 
-def _checkpoint(file: Path, saved: Any) -> Checkpoint:
+def _checkpoint(file: Path, saved: Any, config_json: Path | None, activation: str | None) -> Checkpoint:
     if not isinstance(saved, dict):
         raise CheckpointError(f"it holds a {type(saved).__name__}, not what nanoGPT saves")
     config, stored = _config(saved.get("model_args")), _stored(saved.get("model"))
     if config.n_layer > len(stored):  # before every layer's parameters are named
         raise ConversionError(f"n_layer={config.n_layer}, and model has only {len(stored)} tensors")
     adamw, is_old = _adamw(saved.get("optimizer"), config)
-    odd = _oddities(saved, stored)
-    if is_old or "bias" not in saved["model_args"]:
-        config = replace(config, activation_function="gelu_new")
-        odd += ("it is of before June 2023, when nanoGPT computed the tanh GELU: its activation_function is gelu_new",)
-    config, extra = with_sidecar(config, file)
+    notes = _diagnostics(saved, stored)
+    is_old = is_old or "bias" not in saved["model_args"]
+    settled = _settled_activation(is_old, config_json)
+    possible = (settled,) if settled else (_EXACT, _TANH)
+    if activation is not None and activation not in possible:
+        raise ConfigError(f"activation={quoted(activation)}: this file's is {' or '.join(possible)}")
+    config = replace(config, activation_function=settled or activation or _EXACT)
+    if is_old:
+        notes += ("the file was written before June 2023, when nanoGPT computed the tanh GELU (gelu_new)",)
+    elif settled is None and activation is None:
+        notes += (_assumption(has_optimizer=adamw is not None),)
+    config, extra = with_sidecar(config, file, config_json)
     tensors = canonicalize(_canonical_layout(stored, config), config)
-    return Checkpoint(config, tensors, NAME, file.parent, extra, odd, adamw, _progress(saved))
+    return Checkpoint(config, tensors, NAME, file.parent, extra, notes, adamw, _progress(saved))
+
+
+def _settled_activation(is_old: bool, config_json: Path | None) -> str | None:
+    """The activation that the file's age shows or its `config.json` states; None where neither does."""
+    if is_old:
+        return _TANH
+    if config_json is None:
+        return None
+    stated = read_config(config_json)[0].activation_function
+    return stated if stated in (_EXACT, _TANH) else None  # another is refused with the other differences
+
+
+def _assumption(has_optimizer: bool) -> str:
+    since = "May 6" if has_optimizer else "January 27"
+    return (
+        f"the file does not state its activation; it was read with the exact GELU ({_EXACT}), which nanoGPT computes "
+        f"since June 14, 2023. A file of nanoGPT's code between {since} and June 14, 2023 has the tanh GELU: "
+        f'bridge.load(..., activation="{_TANH}"), or --source-activation {_TANH}'
+    )
 
 
 def _config(model_args: Any) -> GPT2Config:
@@ -146,7 +178,7 @@ def _config(model_args: Any) -> GPT2Config:
     for field in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
         values[field] = model_args.get("dropout", 0.0)
     try:
-        return GPT2Config(**values, bias=model_args.get("bias", True), activation_function="gelu")
+        return GPT2Config(**values, bias=model_args.get("bias", True), activation_function=_EXACT)
     except ConfigError as error:
         raise ConfigError(f"model_args, with block_size as n_positions and dropout as three: {error}") from error
 
@@ -224,13 +256,13 @@ def _progress(saved: Mapping[str, Any]) -> dict[str, Any]:
     return progress
 
 
-def _oddities(saved: Mapping[str, Any], stored: Mapping[str, TensorEntry]) -> tuple[str, ...]:
-    odd = []
+def _diagnostics(saved: Mapping[str, Any], stored: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+    notes = []
     if dropped := len(stored) - len(canonical_names(stored)):
-        odd.append(f"{dropped} causal-mask buffers were left out")
+        notes.append(f"{dropped} causal-mask buffers were left out")
     if unread := [quoted(name) for name in saved if name not in ("model", "model_args", "optimizer", *_PROGRESS)]:
-        odd.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not and which is not read")
-    return tuple(odd)
+        notes.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not and which is not read")
+    return tuple(notes)
 
 
 def _require_nanogpt(config: GPT2Config) -> None:

@@ -8,7 +8,7 @@ Source: https://github.com/openai/gpt-2, src/model.py and download_model.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from bridge.convert import differences
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import read_json, reshaped
 from bridge.params import Parameter, parameters
-from bridge.stored_file import StoredFile
+from bridge.stored_file import first_bytes
 from bridge.tensor_bundle import is_index, read_bundle
 
 NAME = "openai"
@@ -41,13 +41,31 @@ _MOST_STATE_BYTES = 2**16
 _TRAINING = re.compile(r"model/.*/Adam(_1)?|(.*/)?beta[12]_power(_1)?|(.*/)?global_step|(.*/)?counter")
 
 
-def sniff(path: Path) -> bool:
-    return (path / HPARAMS).is_file() and any(is_index(index) for index in path.glob("*.index"))
+def find(path: Path) -> list[Path]:
+    """In a directory: the index that the state file names, or every index where there is no state file.
+
+    Where the state file names an index that is missing, the state file itself is found, and `read` raises.
+    """
+    if not path.is_dir():
+        return [path] if is_index(path) or _is_state(path) else []
+    if not (path / HPARAMS).is_file():
+        return []
+    there, state = _indexes(path), path / STATE
+    if not there or not state.is_file():
+        return there
+    named = _named_by(state)
+    return [named if named in there else state]
 
 
 def read(path: Path) -> Checkpoint:
-    config = _config(path / HPARAMS)
-    index = _index(path)
+    """Reads an index, or the state file that names one."""
+    directory = path.parent
+    config = _config(directory / HPARAMS)
+    index = path if is_index(path) else _named_by(path)
+    if index != path and index not in _indexes(directory):
+        raise CheckpointError(
+            f"{quoted(path)} names the checkpoint {quoted(index.name.removesuffix('.index'))}, which is not beside it"
+        )
     stored = read_bundle(index).entries
     weights = {name: entry for name, entry in stored.items() if not _TRAINING.fullmatch(name)}
     if config.n_layer > len(weights):  # before the names of so many are made
@@ -57,7 +75,7 @@ def read(path: Path) -> Checkpoint:
     if problems := differences(shapes, weights):
         raise ConversionError(f"{quoted(index)} does not hold the tensors of its GPT-2:\n" + bullet_list(problems))
     entries = {p.torch_name: reshaped(weights[name], p.torch_shape) for name, p in expected.items()}
-    return Checkpoint(config, LazyTensors(entries), NAME, path, {}, _oddities(stored, weights))
+    return Checkpoint(config, LazyTensors(entries), NAME, directory, {}, tuple(_diagnostics(index, stored, weights)))
 
 
 def _config(file: Path) -> GPT2Config:
@@ -70,23 +88,19 @@ def _config(file: Path) -> GPT2Config:
     return GPT2Config(**sizes)
 
 
-def _index(path: Path) -> Path:
-    """The checkpoint that the state file names, which has to lie beside it, or the only one that there is."""
-    there = sorted(index for index in path.glob("*.index") if is_index(index))
-    if not (path / STATE).is_file():
-        if len(there) > 1:
-            names = ", ".join(quoted(index.name) for index in there)
-            raise CheckpointError(f"{quoted(path)} holds several checkpoints: {names}; name one in a file {STATE!r}")
-        return there[0]
-    file = StoredFile.open(path / STATE)
-    text = file.read(0, min(file.size, _MOST_STATE_BYTES)).decode("utf-8", "replace")
-    found = _STATE_LINE.search(text)
-    # Training scripts write absolute paths of machines that are gone: only the last part is looked for.
-    named = found.group(1).rpartition("/")[2] if found else ""
-    index = path / f"{named}.index"
-    if index not in there:
-        raise CheckpointError(f"{quoted(file.path)} names the checkpoint {quoted(named)}, which is not beside it")
-    return index
+def _indexes(directory: Path) -> list[Path]:
+    return sorted(index for index in directory.glob("*.index") if is_index(index))
+
+
+def _is_state(file: Path) -> bool:
+    return first_bytes(file, 64).startswith(b"model_checkpoint_path:")
+
+
+def _named_by(state: Path) -> Path:
+    """The index that a state file names, looked for beside it: training scripts write paths of other machines."""
+    found = _STATE_LINE.search(first_bytes(state, _MOST_STATE_BYTES).decode("utf-8", "replace"))
+    name = found.group(1).rpartition("/")[2] if found else ""
+    return state.parent / f"{name}.index"
 
 
 def _name(p: Parameter) -> str:
@@ -100,6 +114,8 @@ def _shape(p: Parameter) -> tuple[int, ...]:
     return (1, *p.torch_shape) if p.is_projection else p.torch_shape
 
 
-def _oddities(stored: Mapping[str, TensorEntry], weights: Mapping[str, TensorEntry]) -> tuple[str, ...]:
-    left_out = len(stored) - len(weights)
-    return (f"{left_out} variables of its training, Adam's for one, were left out",) if left_out else ()
+def _diagnostics(index: Path, stored: Mapping[str, TensorEntry], weights: Mapping[str, TensorEntry]) -> Iterator[str]:
+    if left_out := len(stored) - len(weights):
+        yield f"{left_out} training variables, such as Adam's moments, were left out"
+    if others := [quoted(other.name) for other in _indexes(index.parent) if other != index]:
+        yield f"read from {quoted(index.name)}; the directory also holds {', '.join(others[:10])}, which was not read"

@@ -33,8 +33,8 @@ WEIGHTS = ("ema_params", "params")
 """Where a saved state has the weights: the first of these that it holds."""
 
 
-def sniff(path: Path) -> bool:
-    return _is_run(path) or _is_step(path)
+def find(path: Path) -> list[Path]:
+    return [path] if _is_run(path) or _is_step(path) else []
 
 
 def read(path: Path) -> Checkpoint:

@@ -12,6 +12,15 @@ import numpy as np
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import read_json, write_json
+from bridge.stored_file import first_bytes
+
+_INDEX_START = 2**16  # bytes: some of the names of shards are in them
+
+
+def is_index(file: Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a JSON file is an index of shards whose names end in one of `suffixes`; False where it cannot be read."""
+    start = first_bytes(file, _INDEX_START) if file.suffix == ".json" else b""
+    return b'"weight_map"' in start and any(f'{suffix}"'.encode() in start for suffix in suffixes)
 
 
 def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:

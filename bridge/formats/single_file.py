@@ -7,44 +7,27 @@ format implies. The rest (`TRAINING_ONLY`, and the fields that Hugging Face's co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bridge.arrays import LazyTensors
 from bridge.config import TRAINING_ONLY, GPT2Config, harmless_fields
-from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
+from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config
 
 
-def find_file(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> Path | None:
-    """The file that `path` is, or the one file in the directory that it is, if its content is recognised.
-
-    In a directory only files with one of the `suffixes` are looked at; `CheckpointError` if several are recognised.
-    """
-    if path.is_file():
-        return path if recognised(path) else None
-    if not path.is_dir():
-        return None
-    found = [p for p in sorted(path.iterdir()) if p.suffix in suffixes and p.is_file() and recognised(p)]
-    if len(found) > 1:
-        names = ", ".join(quoted(p.name) for p in found)
-        raise CheckpointError(f"{quoted(path)} holds several checkpoints: {names}; name one of them")
-    return found[0] if found else None
-
-
-def with_sidecar(config: GPT2Config, file: Path) -> tuple[GPT2Config, dict[str, Any]]:
-    """`config` with what a `config.json` beside `file` adds to it, and that one's harmless fields.
+def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tuple[GPT2Config, dict[str, Any]]:
+    """`config` with what the `config.json` of `file` adds to it, and the harmless fields of that one.
 
     Raises `ConfigError` where the two disagree on the function.
     """
-    beside = file.parent / CONFIG
-    if not beside.is_file():
+    if config_json is None:
         return config, {}
-    full, read = read_config(beside)
+    full, read = read_config(config_json)
     unlike = [
-        f"{name} is {getattr(full, name)!r} in {CONFIG}, {getattr(config, name)!r} in {file.name}"
+        f"{name} is {getattr(full, name)!r} in {CONFIG}, {getattr(config, name)!r} in {quoted(file.name)}"
         for name in _function_fields()
         if _value(full, name) != _value(config, name)
     ]

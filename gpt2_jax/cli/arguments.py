@@ -15,4 +15,13 @@ BUNDLED = str(bridge.BUNDLED)
 
 Source = Annotated[Positional[str], arg(metavar="SRC")]
 SourceOrBundled = Annotated[Positional[str], arg(metavar="SRC", help_behavior_hint="(default: bundled)")]
+SourceActivation = Annotated[
+    str | None,
+    arg(
+        metavar="gelu|gelu_new",
+        help="the activation of a nanoGPT file, which does not state it; gelu_new for nanoGPT's code before June 14, "
+        "2023. An error for every other source. (default: gelu)",
+        help_behavior_hint="",
+    ),
+]
 JsonFile = Annotated[Path | None, arg(metavar="FILE")]

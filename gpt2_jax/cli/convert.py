@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 import bridge
 from bridge import Checkpoint
-from gpt2_jax.cli.arguments import JsonFile, Source
+from gpt2_jax.cli.arguments import JsonFile, Source, SourceActivation
 from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 IN_SHARDS = ("huggingface", "flax_msgpack")
@@ -21,6 +21,7 @@ def convert(
     /,
     *,
     to: Literal["huggingface", "flax", "flax_msgpack", "nanogpt", "llmc", "gguf"],
+    source_activation: SourceActivation = None,
     max_shard_bytes: Annotated[int | None, arg(metavar="BYTES")] = None,
     zero_biases: bool = False,
     activation: Annotated[str | None, arg(metavar="NAME")] = None,
@@ -49,7 +50,7 @@ def convert(
     if options and to not in IN_SHARDS:
         raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; {to} is one file")
     write_json = json_writer(json, overwrite, (source, target))
-    opened = bridge.load(source)
+    opened = bridge.load(source, activation=source_activation)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)
     with reading_bar(checkpoint, f"writing {to}") as watched:
         left_out = bridge.save(
@@ -60,9 +61,13 @@ def convert(
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
     count = len(checkpoint.tensors)
     done = {"source": source, "from": checkpoint.format, "target": str(target), "to": to}
-    write_json({**done, "tensors": count, "bytes": total, "left_out": list(left_out)})
+    write_json(
+        {**done, "tensors": count, "bytes": total, "left_out": list(left_out), "diagnostics": list(opened.diagnostics)}
+    )
     out = console()
     out.print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}", soft_wrap=True)
+    for warning in opened.diagnostics:
+        out.print(f"warning: {warning}", soft_wrap=True)
     for what in left_out:
         out.print(f"left out: {what}", soft_wrap=True)
 

@@ -19,7 +19,7 @@ import bridge
 from bridge.bpe import END_OF_TEXT
 from bridge.errors import quoted
 from bridge.perplexity import Evaluation, Progress, exp
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import console, json_writer, progress, require_torch
 from gpt2_jax.data import open_data
@@ -46,6 +46,7 @@ def evaluate(
     source: SourceOrBundled = BUNDLED,
     /,
     *,
+    source_activation: SourceActivation = None,
     data: Annotated[str | None, arg(metavar="TEXT")] = None,
     backend: Literal["jax", "torch"] = "jax",
     context: Count = None,
@@ -81,7 +82,7 @@ def evaluate(
         raise bridge.BridgeError(f"--max-tokens {max_tokens}: it takes two, because the first has nothing before it")
     if backend == "torch":
         require_torch("--backend torch")
-    checkpoint = bridge.load(source)
+    checkpoint = bridge.load(source, activation=source_activation)
     run = _with_torch if backend == "torch" else _with_jax
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with progress(*columns) as bar:

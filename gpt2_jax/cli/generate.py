@@ -15,7 +15,7 @@ import bridge
 from bridge import BridgeError, Checkpoint, decoding
 from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
 from bridge.sampling import Request
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import json_writer, require_torch
 
@@ -30,6 +30,7 @@ def generate(
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None,
     /,
     *,
+    source_activation: SourceActivation = None,
     lines: Annotated[Path | None, arg(metavar="FILE")] = None,
     interactive: bool = False,
     backend: Backend = "jax",
@@ -78,7 +79,7 @@ def generate(
         overwrite: replace the report of an earlier command.
     """
     write_json = json_writer(json, overwrite, (source, lines))
-    checkpoint = bridge.load(source)
+    checkpoint = bridge.load(source, activation=source_activation)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
     request = Request(

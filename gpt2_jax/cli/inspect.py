@@ -11,14 +11,20 @@ from rich.table import Table
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, reading_bar
 
 
 def inspect(
-    source: SourceOrBundled = BUNDLED, /, *, tensors: bool = False, json: JsonFile = None, overwrite: bool = False
+    source: SourceOrBundled = BUNDLED,
+    /,
+    *,
+    tensors: bool = False,
+    source_activation: SourceActivation = None,
+    json: JsonFile = None,
+    overwrite: bool = False,
 ) -> None:
-    """Show what a checkpoint is: format, configuration, tensors, dtypes, and what is odd about it.
+    """Show what a checkpoint is: format, configuration, tensors, dtypes, warnings.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
 
@@ -29,7 +35,7 @@ def inspect(
         overwrite: replace the report of an earlier command.
     """
     write_json = json_writer(json, overwrite, (source,))
-    checkpoint = bridge.load(source)
+    checkpoint = bridge.load(source, activation=source_activation)
     with reading_bar(checkpoint, "reading", times=2) as watched:
         facts = _facts(watched)
     write_json(facts)
@@ -47,7 +53,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": asdict(checkpoint.config),
         "extra": dict(checkpoint.extra),
         "dtypes": dict(dtypes),
-        "oddities": bridge.find_oddities(checkpoint),
+        "diagnostics": bridge.find_diagnostics(checkpoint),
         "fingerprint": bridge.fingerprint(checkpoint.tensors),
         "optimizer_step": checkpoint.optimizer.step if checkpoint.optimizer else None,
         "progress": dict(checkpoint.progress),
@@ -68,8 +74,8 @@ def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: 
         summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
-    for k, oddity in enumerate(facts["oddities"] or ["nothing found"]):
-        summary.add_row("odd" if k == 0 else "", oddity, style="yellow" if facts["oddities"] else "")
+    for k, diagnostic in enumerate(facts["diagnostics"] or ["none"]):
+        summary.add_row("warnings" if k == 0 else "", diagnostic, style="yellow" if facts["diagnostics"] else "")
     summary.add_row("fingerprint", facts["fingerprint"])
     out.print(summary)
     if tensors:

@@ -169,8 +169,12 @@ def run_training(
     if resume and not resumes:
         say(f"no run at {out}; beginning one", soft_wrap=True)
     # What goes on has its tokenizer and its sizes in RUN, and needs the checkpoint that it began with no more.
-    origin = out if first_says(resumes and bool(steps(out))) else config.init_from
-    source = None if origin is None else bridge.load(origin)
+    continues = first_says(resumes and bool(steps(out)))
+    origin, activation = (out, None) if continues else (config.init_from, config.source_activation)
+    source = None if origin is None else bridge.load(origin, activation=activation)
+    if source is not None and not continues:
+        for warning in source.diagnostics:
+            say(f"warning: {warning}", soft_wrap=True)
     with first_alone("opening the data"):  # which tokenises text, for the others too
         data = _open_data(config, source, cache)
     init_from = None if config.init_from is None else source

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from tyro.conf import arg
 
 import bridge
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.output import console, json_writer, progress, require_torch
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def verify(
     source: SourceOrBundled = BUNDLED,
     /,
     *,
+    source_activation: SourceActivation = None,
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
     text_file: Annotated[Path | None, arg(metavar="FILE")] = None,
     batch: int = 2,
@@ -61,7 +62,7 @@ def verify(
         raise bridge.BridgeError("--text and --text-file are two texts; give one")
     if text_file is not None:
         text = _read_text(text_file)
-    checkpoint = bridge.load(source)
+    checkpoint = bridge.load(source, activation=source_activation)
     from gpt2_jax.parity import verify as run
 
     with progress_bar(checks) as begin:

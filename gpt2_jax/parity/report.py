@@ -55,6 +55,8 @@ class Report:
     source: str
     about: Mapping[str, Any]
     checks: tuple[Check, ...]
+    diagnostics: tuple[str, ...] = ()
+    """`Checkpoint.diagnostics`."""
 
     @property
     def holds(self) -> bool:
@@ -75,12 +77,20 @@ class Report:
             }
             for check in self.checks
         ]
-        return {"source": self.source, "about": dict(self.about), "holds": self.holds, "checks": checks}
+        return {
+            "source": self.source,
+            "about": dict(self.about),
+            "diagnostics": list(self.diagnostics),
+            "holds": self.holds,
+            "checks": checks,
+        }
 
     def show(self, console: Console) -> None:
         console.print(Text.assemble(("Parity of ", "bold"), (self.source, "bold cyan")))
         for name, value in self.about.items():
             console.print(Text(f"  {name}: {value}", style="dim"))
+        for warning in self.diagnostics:
+            console.print(Text(f"  warning: {warning}", style="yellow"))
         table = Table(show_edge=False, pad_edge=False, header_style="bold")
         table.add_column("")
         table.add_column("check", no_wrap=True)

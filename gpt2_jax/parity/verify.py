@@ -71,7 +71,7 @@ def verify(
     for name in checks:
         progress(name)
         results.append(CHECKS[name](subject))
-    return Report(source or str(checkpoint.path or checkpoint.format), about, tuple(results))
+    return Report(source or str(checkpoint.path or checkpoint.format), about, tuple(results), checkpoint.diagnostics)
 
 
 def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, str]:

@@ -91,6 +91,9 @@ class TrainConfig:
     """stream: windows of one long text; documents: each document one padded, masked example."""
     init_from: str | None = None
     """Begin with the weights of this checkpoint: any source that `gpt2 inspect` reads."""
+    source_activation: str | None = None
+    """The activation of a nanoGPT file in --init-from, which does not state it: gelu, or gelu_new for nanoGPT's code
+    before June 14, 2023."""
 
     steps: int = 2000
     """Updates of the parameters."""
@@ -212,6 +215,8 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         yield f"validation_fraction={c.validation_fraction}: must be between 0 and 1"
     if not 0 <= c.seed < 2**32:
         yield f"seed={c.seed}: must be between 0 and {2**32 - 1}"
+    if c.source_activation is not None and c.init_from is None:
+        yield f"source_activation={c.source_activation}: it is for --init-from"
     if c.sample_tokens < 0:
         yield f"sample_tokens={c.sample_tokens}: must not be negative"
     yield from _attention_problems(c)

@@ -128,9 +128,9 @@ def test_what_transformers_saved_is_written_again_with_the_same_arrays(tmp_path:
 
 
 def test_a_checkpoint_without_a_head_is_said_to_be_one() -> None:
-    (oddity,) = bridge.load(WRITTEN_BY_TRANSFORMERS / "without_head").oddities
-    assert "from FlaxGPT2Model" in oddity
-    assert bridge.load(WRITTEN_BY_TRANSFORMERS / "tied").oddities == ()
+    (diagnostic,) = bridge.load(WRITTEN_BY_TRANSFORMERS / "without_head").diagnostics
+    assert "from FlaxGPT2Model" in diagnostic
+    assert bridge.load(WRITTEN_BY_TRANSFORMERS / "tied").diagnostics == ()
 
 
 # Round trips
@@ -145,7 +145,7 @@ def test_weights_and_configuration_come_back(tmp_path: Path, tied: bool, dtype: 
     found = bridge.load(tmp_path / "out")
     assert (found.format, found.config, found.path) == ("flax_msgpack", config, tmp_path / "out")
     assert bridge.fingerprint(found.tensors) == bridge.fingerprint(ckpt.tensors)
-    assert found.oddities == ()
+    assert found.diagnostics == ()
 
 
 def test_flax_reads_what_is_written_and_the_kernels_are_turned(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_directory_and_its_file_are_one_checkpoint(tmp_path: Path, source: str
 def test_a_file_without_config_json_is_refused(tmp_path: Path) -> None:
     ours(tmp_path / "out")
     (tmp_path / "out" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack' holds tensors and there is no config\.json"):
+    with pytest.raises(CheckpointError, match=r"flax_model\.msgpack' holds tensors, but there is no config\.json"):
         bridge.load(tmp_path / "out" / "flax_model.msgpack")
 
 
@@ -236,7 +236,7 @@ def test_what_transformers_ignored_is_read_as_it_stands_and_said(tmp_path: Path,
     config = replace(SMALLEST, **{field: value})
     found = bridge.load(flaxs(tmp_path / "out", random_leaves(tmp_path), config))
     assert found.config == config
-    assert [oddity.split(",")[0] for oddity in found.oddities] == [f"{field}={value}"]
+    assert [diagnostic.split(",")[0] for diagnostic in found.diagnostics] == [f"{field}={value}"]
 
 
 # Trees that are not those of the configured model
@@ -337,7 +337,7 @@ def test_a_tied_head_that_is_stored_and_equal_is_left_out_and_said(tmp_path: Pat
     leaves = random_leaves(tmp_path)
     found = bridge.load(flaxs(tmp_path / "out", leaves | {"lm_head/kernel": leaves[WTE].T}))
     assert "lm_head.weight" not in found.tensors
-    assert found.oddities == ("lm_head/kernel is stored although it is tied; it equals wte/embedding",)
+    assert found.diagnostics == ("lm_head/kernel is stored although the head is tied; it equals wte/embedding",)
 
 
 def test_every_difference_is_in_one_message(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ from tokenizers_for_tests import END, OPENAI_CACHE, TEXTS, needs_openai_cache
 import bridge
 from bridge import Checkpoint, CheckpointError, ConfigError, ConversionError, GPT2Config, TokenizerError
 from bridge.bpe import WORDS
+from bridge.diagnostics import find_diagnostics
 from bridge.errors import BridgeError
-from bridge.oddities import find_oddities
 
 FOUR_HEADS = replace(TINY, n_head=4)
 UNTIED = replace(FOUR_HEADS, tie_word_embeddings=False)
@@ -75,7 +75,7 @@ def test_the_round_trip_is_bit_for_bit(tmp_path: Path, config: GPT2Config, dtype
     assert bridge.save(checkpoint, tmp_path / name, format="gguf") == ()
     back = bridge.load(tmp_path / name)
     assert back.format == "gguf"
-    assert back.oddities == ()
+    assert back.diagnostics == ()
     assert_same(back, checkpoint)
     if name == "directory":
         assert sorted(file.name for file in (tmp_path / name).iterdir()) == ["config.json", "model.gguf"]
@@ -174,7 +174,7 @@ def test_what_the_package_writes_as_llama_cpps_converter_does_is_read(
     expected = {name: values.astype(dtype) if values.ndim == 2 else values for name, values in exact.items()}
     back = bridge.load(path)
     assert_same(back, Checkpoint.of(expected, config))
-    mixed = [odd for odd in find_oddities(back) if "mixed dtypes" in odd]
+    mixed = [line for line in find_diagnostics(back) if "mixed dtypes" in line]
     assert len(mixed) == (kind != "F32")
 
 
@@ -240,7 +240,7 @@ def test_a_head_that_equals_the_embedding_is_tied(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(with_head(gguf_tensors()["token_embd.weight"]))
     back = bridge.load(tmp_path / "m.gguf")
     assert_same(back, random_checkpoint(SMALLEST))
-    assert back.oddities == ("output.weight is stored although it equals token_embd.weight: the head is tied",)
+    assert back.diagnostics == ("output.weight is stored although it equals token_embd.weight: the head is tied",)
 
 
 def test_a_head_that_differs_in_a_bit_is_untied(tmp_path: Path) -> None:
@@ -470,7 +470,9 @@ def test_a_directory_with_several_files_is_refused(tmp_path: Path, capsys: pytes
     (tmp_path / "d").mkdir()
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / "d" / name).write_bytes(gpt2())
-    assert_refused(tmp_path / "d", "holds several checkpoints: 'a.gguf', 'b.gguf'; name one", capsys, CheckpointError)
+    assert_refused(
+        tmp_path / "d", "holds several checkpoints:\n  - gguf: 'a.gguf'\n  - gguf: 'b.gguf'\n", capsys, CheckpointError
+    )
     assert_same(bridge.load(tmp_path / "d" / "b.gguf"), random_checkpoint(SMALLEST))
 
 
@@ -478,7 +480,7 @@ def test_a_config_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.Captu
     path = saved(tmp_path / "d", random_checkpoint(SMALLEST))
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**fields, "activation_function": "relu"}))
-    says = "activation_function is 'relu' in config.json, 'gelu_new' in model.gguf"
+    says = "activation_function is 'relu' in config.json, 'gelu_new' in 'model.gguf'"
     assert_refused(path, says, capsys, ConfigError)
 
 
@@ -507,7 +509,7 @@ def assert_same_tokenizer(found: tiktoken.Encoding, expected: tiktoken.Encoding)
 def test_the_tokenizer_comes_back(tmp_path: Path, make: Any, name: str) -> None:
     back = bridge.load(saved(tmp_path / name, with_tokenizer(make())))
     assert back.own_tokenizer is not None
-    assert back.oddities == ()
+    assert back.diagnostics == ()
     assert_same_tokenizer(back.tokenizer(), make())
 
 
@@ -598,9 +600,9 @@ def test_merges_are_needed_for_what_bytes_do_not_make(tmp_path: Path) -> None:
     back = bridge.load(tmp_path / "old.gguf")
     assert back.tokenizer().special_tokens_set == {END, "<|é|>"}
     assert back.tokenizer().encode(" the") == [tokens.index("Ġthe")]
-    assert back.oddities == (
-        f"tokenizer.ggml.tokens has {len(tokens)} entries and token_embd.weight {len(tokens) + 1} rows; llama.cpp "
-        "takes only files where they are as many",
+    assert back.diagnostics == (
+        f"tokenizer.ggml.tokens has {len(tokens)} entries and token_embd.weight has {len(tokens) + 1} rows; llama.cpp "
+        "refuses files where the two numbers differ",
     )
 
 

@@ -72,7 +72,7 @@ def test_what_transformers_saves_is_loaded_bit_for_bit(
     checkpoint = bridge.load(tmp_path)
     assert checkpoint.config == config
     assert checkpoint.format == "huggingface"
-    assert checkpoint.oddities == ()
+    assert checkpoint.diagnostics == ()
     assert_tensors_of(checkpoint.tensors, model)
 
 
@@ -358,9 +358,9 @@ def test_old_files_with_buffers_and_a_stored_head_load_and_are_called_odd(tmp_pa
     bridge.safetensors_file.write_file(path / "model.safetensors", bridge.arrays.LazyTensors.of(stored), {})
     checkpoint = bridge.load(path)
     assert_same(checkpoint.tensors, state)
-    assert len(checkpoint.oddities) == 2
-    assert "10 causal-mask buffers" in checkpoint.oddities[0]
-    assert "lm_head.weight" in checkpoint.oddities[1]
+    assert len(checkpoint.diagnostics) == 2
+    assert "10 causal-mask buffers" in checkpoint.diagnostics[0]
+    assert "lm_head.weight" in checkpoint.diagnostics[1]
 
 
 def test_mixed_dtypes_load_and_are_called_odd(tmp_path: Path) -> None:
@@ -368,8 +368,8 @@ def test_mixed_dtypes_load_and_are_called_odd(tmp_path: Path) -> None:
     state["ln_f.weight"] = state["ln_f.weight"].astype(np.float32)
     bridge.save(bridge.Checkpoint.of(state, TINY), tmp_path / "mixed", format="huggingface")
     checkpoint = bridge.load(tmp_path / "mixed")
-    [oddity] = bridge.find_oddities(checkpoint)
-    assert oddity.startswith("mixed dtypes: bfloat16 in 63 (wte.weight), float32 in 1 (ln_f.weight)")
+    [diagnostic] = bridge.find_diagnostics(checkpoint)
+    assert diagnostic.startswith("mixed dtypes: bfloat16 in 63 (wte.weight), float32 in 1 (ln_f.weight)")
     assert_same(checkpoint.tensors, state)
 
 

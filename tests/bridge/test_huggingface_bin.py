@@ -95,9 +95,9 @@ def test_the_file_alone_is_enough_under_any_name(tmp_path: Path) -> None:
 
 def test_what_was_found_is_told(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", with_head(with_mask_buffers(as_before_transformers(state_dict()))))
-    buffers, head, names = bridge.load(path).oddities
+    buffers, head, names = bridge.load(path).diagnostics
     assert buffers.startswith("4 causal-mask buffers")
-    assert "lm_head.weight is stored although it is tied" in head
+    assert "lm_head.weight is stored although the head is tied" in head
     assert "gamma and beta" in names
 
 

@@ -58,7 +58,7 @@ def test_the_file_of_weights_is_as_good_as_its_directory(tmp_path: Path) -> None
     checkpoint = bridge.load(path / "any-name")
     assert (checkpoint.format, checkpoint.path, checkpoint.config) == ("huggingface", path, TINY)
     (path / "config.json").unlink()
-    assert "holds tensors and there is no config.json beside it" in message(path / "any-name")
+    assert "holds tensors, but there is no config.json beside it" in message(path / "any-name")
 
 
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
@@ -94,10 +94,10 @@ def test_every_format_is_recognised_by_what_it_wrote(tmp_path: Path, format: str
     assert bridge.load(str(tmp_path / "out")).path == tmp_path / "out"
 
 
-def test_no_sniff_raises_whatever_the_path(tmp_path: Path) -> None:
+def test_no_find_raises_whatever_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path, tmp_path / "gone", tmp_path / "file", Path("/dev/null"), Path("a\0b")):
-        assert not any(module.sniff(path) for module in FORMATS.values())
+        assert not any(module.find(path) for module in FORMATS.values())
 
 
 def test_loading_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_what_is_written_has_llmcs_layout_and_is_read_back(tmp_path: Path, dtype
         found = bridge.load(source)
         assert (found.format, found.config) == ("llmc", CONFIG)
         assert bridge.fingerprint(found.tensors) == fingerprint
-        assert found.oddities == ("127 rows that pad the vocabulary were left out",)
+        assert found.diagnostics == ("127 rows of vocabulary padding were left out",)
 
 
 @pytest.mark.parametrize("version", [3, 5])
@@ -119,7 +119,9 @@ def test_a_config_beside_the_file_has_to_agree(tmp_path: Path, capsys: pytest.Ca
 def test_two_models_in_a_directory_have_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.bin", "b.bin"):
         bridge.save(random_checkpoint(CONFIG), tmp_path / "two" / name, format="llmc")
-    assert_refused(tmp_path / "two", "holds several checkpoints: 'a.bin', 'b.bin'; name one", capsys, CheckpointError)
+    assert_refused(
+        tmp_path / "two", "holds several checkpoints:\n  - llmc: 'a.bin'\n  - llmc: 'b.bin'\n", capsys, CheckpointError
+    )
     assert bridge.load(tmp_path / "two" / "b.bin").config == CONFIG
 
 

@@ -122,13 +122,13 @@ def test_what_means_nothing_is_refused_by_name(
     "dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_odd_and_not_written_unless_asked(
+def test_values_that_are_not_finite_are_reported_and_not_written_unless_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: type, value: float
 ) -> None:
     state = random_state(SMALLEST, dtype)
     state["h.1.mlp.c_fc.bias"][3] = value
     checkpoint = bridge.Checkpoint.of(state, SMALLEST)
-    assert "h.1.mlp.c_fc.bias has 1 values that are not finite" in bridge.find_oddities(checkpoint)
+    assert "h.1.mlp.c_fc.bias has 1 values that are not finite" in bridge.find_diagnostics(checkpoint)
     bridge.save(checkpoint, tmp_path / "kept", format="huggingface", keep_not_finite=True)
     assert bridge.fingerprint(bridge.load(tmp_path / "kept").tensors) == bridge.fingerprint(checkpoint.tensors)
 
@@ -138,27 +138,27 @@ def test_values_that_are_not_finite_are_odd_and_not_written_unless_asked(
     assert run("convert", tmp_path / "kept", tmp_path / "out", "--to", "flax", "--keep-not-finite") == 0
 
 
-def test_a_layer_norm_of_zeros_is_odd() -> None:
+def test_a_layer_norm_of_zeros_is_reported() -> None:
     state = random_state(SMALLEST)
     state["h.1.ln_2.weight"][:] = 0
-    assert bridge.find_oddities(bridge.Checkpoint.of(state, SMALLEST)) == ["h.1.ln_2.weight is all zeros"]
+    assert bridge.find_diagnostics(bridge.Checkpoint.of(state, SMALLEST)) == ["h.1.ln_2.weight is all zeros"]
 
 
-def test_wide_and_mixed_dtypes_are_odd_and_kept(tmp_path: Path) -> None:
+def test_wide_and_mixed_dtypes_are_reported_and_kept(tmp_path: Path) -> None:
     state = random_state(SMALLEST, np.float64)
     state["ln_f.weight"] = state["ln_f.weight"].astype(np.float32)
     checkpoint = bridge.Checkpoint.of(state, SMALLEST)
-    mixed, wide = bridge.find_oddities(checkpoint)
-    assert "mixed dtypes: float64 in 27 (wte.weight), float32 in 1 (ln_f.weight); converting keeps each" in mixed
-    assert "float64, which JAX cuts" in wide
+    mixed, wide = bridge.find_diagnostics(checkpoint)
+    assert "mixed dtypes: float64 in 27 (wte.weight), float32 in 1 (ln_f.weight); conversion keeps them" in mixed
+    assert "float64 weights, which JAX casts" in wide
     bridge.save(checkpoint, tmp_path / "kept", format="flax")
     assert bridge.fingerprint(bridge.load(tmp_path / "kept").tensors) == bridge.fingerprint(checkpoint.tensors)
 
 
-def test_a_padded_vocabulary_is_odd_and_is_cut_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_padded_vocabulary_is_reported_and_is_cut_on_request(tmp_path: Path) -> None:
     padded = replace(SMALLEST, vocab_size=50304, n_layer=1, tie_word_embeddings=False)
     checkpoint = random_checkpoint(padded)
-    assert any("is OpenAI's 50257 padded" in oddity for oddity in bridge.find_oddities(checkpoint))
+    assert any("is OpenAI's 50257 with padding" in diagnostic for diagnostic in bridge.find_diagnostics(checkpoint))
     bridge.save(checkpoint, tmp_path / "padded", format="huggingface")
     assert run("convert", tmp_path / "padded", tmp_path / "cut", "--to", "flax", "--vocab-size", 50257) == 0
     cut = bridge.load(tmp_path / "cut")

@@ -128,7 +128,7 @@ write_file(sys.argv[2] + "/model.safetensors", tensors, {})
     shutil.copy(huggingface / "config.json", path)
     try:
         assert peak_bytes(head_beside, huggingface, path) - idle <= MOST_TO_CONVERT
-        used = peak_bytes("assert len(bridge.load(sys.argv[1]).oddities) == 1", path) - idle
+        used = peak_bytes("assert len(bridge.load(sys.argv[1]).diagnostics) == 1", path) - idle
     finally:
         shutil.rmtree(path)
     print(f"load with a stored tied head: {used / MIB:.0f} MiB")

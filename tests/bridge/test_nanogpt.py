@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from models import random_checkpoint
+from models import config_for, random_checkpoint
 from nanogpt_model import NanoGPT, adamw, adamw_before_june_2023, checkpoint, random_model, resumed, step
 from refusals import assert_refused
 
@@ -26,6 +26,7 @@ import gpt2_torch
 import gpt2_torch.train
 from bridge import BridgeError, Checkpoint, CheckpointError, ConfigError, ConversionError, GPT2Config
 from bridge.arrays import LazyTensors
+from bridge.formats import WRITABLE
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.zip_records import Archive
 from gpt2_jax.train.optimizer import decay_mask
@@ -105,6 +106,15 @@ def assert_same_state(found: AdamWState, expected: AdamWState) -> None:
 # Read
 
 
+def assumed(since: str) -> str:
+    """What every file says that does not show which GELU it was trained with."""
+    return (
+        "the file does not state its activation; it was read with the exact GELU (gelu), which nanoGPT computes since "
+        f"June 14, 2023. A file of nanoGPT's code between {since} and June 14, 2023 has the tanh GELU: "
+        'bridge.load(..., activation="gelu_new"), or --source-activation gelu_new'
+    )
+
+
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
 def test_what_nanogpt_saves_is_read(tmp_path: Path, bias: bool, prefix: str) -> None:
@@ -116,7 +126,7 @@ def test_what_nanogpt_saves_is_read(tmp_path: Path, bias: bool, prefix: str) -> 
         ckpt = bridge.load(source)
         assert (ckpt.format, ckpt.path) == ("nanogpt", tmp_path)
         assert ckpt.config == replace(CONFIG, bias=bias)
-        assert ckpt.oddities == ()
+        assert ckpt.diagnostics == (assumed("May 6"),)
         assert ckpt.progress == {"iter_num": 3, "best_val_loss": 2.5, "config": saved["config"]}
         for name, array in ckpt.tensors.items():
             assert_is_layout_of(array, saved["model"][f"{prefix}transformer.{name}"], name)
@@ -153,7 +163,7 @@ def test_the_optimizer_of_before_june_2023_is_told_by_its_groups(tmp_path: Path)
     torch.save(checkpoint(model, optimizer, args), tmp_path / "ckpt.pt")
     ckpt = bridge.load(tmp_path)
     assert ckpt.config.activation_function == "gelu_new"
-    assert any("before June 2023" in line for line in ckpt.oddities)
+    assert any("before June 2023" in line for line in ckpt.diagnostics)
     assert ckpt.optimizer is not None
     for name, parameter in model.named_parameters():
         name = name.removeprefix("transformer.")
@@ -171,8 +181,47 @@ def test_model_args_of_before_the_switch_for_biases_mean_biases_and_the_tanh_gel
     nanogpts(tmp_path / "ckpt.pt", older)
     ckpt = bridge.load(tmp_path)
     assert ckpt.config == replace(CONFIG, activation_function="gelu_new")
-    assert ckpt.oddities[0] == "3 causal-mask buffers were left out"
+    assert ckpt.diagnostics[0] == "3 causal-mask buffers were left out"
     assert len(ckpt.tensors) == len(names_in_order())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_the_activation_of_a_file_that_does_not_state_it_can_be_given(tmp_path: Path, activation: str) -> None:
+    nanogpts(tmp_path / "ckpt.pt")
+    ckpt = bridge.load(tmp_path, activation=activation)
+    assert ckpt.config == replace(CONFIG, activation_function=activation)
+    assert ckpt.diagnostics == ()
+    in_torch = gpt2_torch.GPT2.from_pretrained(tmp_path, activation=activation)
+    in_jax, _ = gpt2_jax.from_pretrained(tmp_path, activation=activation)
+    assert in_torch.config == in_jax.config == ckpt.config
+
+
+def test_an_activation_that_is_not_the_files_is_refused(tmp_path: Path) -> None:
+    nanogpts(tmp_path / "ckpt.pt")
+    with pytest.raises(ConfigError, match=r"ckpt\.pt': activation='relu': this file's is gelu or gelu_new"):
+        bridge.load(tmp_path, activation="relu")
+    nanogpts(tmp_path / "ckpt.pt", lambda saved: saved["model_args"].pop("bias"))
+    assert bridge.load(tmp_path, activation="gelu_new").config.activation_function == "gelu_new"
+    with pytest.raises(ConfigError, match="activation='gelu': this file's is gelu_new"):
+        bridge.load(tmp_path, activation="gelu")
+
+
+def test_the_config_beside_a_file_states_its_activation(tmp_path: Path) -> None:
+    bridge.save(random_checkpoint(CONFIG), tmp_path / "saved", format="nanogpt")
+    assert bridge.load(tmp_path / "saved").diagnostics == ()
+    assert bridge.load(tmp_path / "saved", activation="gelu").config == CONFIG
+    with pytest.raises(ConfigError, match="activation='gelu_new': this file's is gelu"):
+        bridge.load(tmp_path / "saved", activation="gelu_new")
+    config = tmp_path / "saved" / "config.json"
+    config.write_text(config.read_text().replace('"gelu"', '"gelu_new"'))
+    assert bridge.load(tmp_path / "saved").config == replace(CONFIG, activation_function="gelu_new")
+
+
+@pytest.mark.parametrize("format", [name for name in WRITABLE if name != "nanogpt"])
+def test_an_activation_for_a_format_that_states_it_is_refused(tmp_path: Path, format: str) -> None:
+    bridge.save(random_checkpoint(config_for(format)), tmp_path / "out", format=format)
+    with pytest.raises(CheckpointError, match=f"activation='gelu_new' was given, but {format} states its own"):
+        bridge.load(tmp_path / "out", activation="gelu_new")
 
 
 def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
@@ -185,7 +234,8 @@ def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
     nanogpts(tmp_path / "mine.pth", alone)
     ckpt = bridge.load(tmp_path)
     assert ckpt.optimizer is None and ckpt.progress == {}
-    assert ckpt.oddities == ("the file also has 'note', which nanoGPT does not and which is not read",)
+    note = "the file also has 'note', which nanoGPT does not and which is not read"
+    assert ckpt.diagnostics == (note, assumed("January 27"))
 
 
 def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -610,7 +660,9 @@ def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path: Path, good: Saved) 
 def test_two_checkpoints_in_a_directory_are_a_question(tmp_path: Path, good: Saved) -> None:
     for name in ("ckpt.pt", "best.pt"):
         torch.save(good, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"several checkpoints: 'best\.pt', 'ckpt\.pt'; name one"):
+    with pytest.raises(
+        CheckpointError, match=r"several checkpoints:\n  - nanogpt: 'best\.pt'\n  - nanogpt: 'ckpt\.pt'\n"
+    ):
         bridge.load(tmp_path)
 
 
@@ -618,4 +670,4 @@ def test_a_config_beside_it_that_says_otherwise_is_refused(tmp_path: Path, capsy
     bridge.save(random_checkpoint(CONFIG), tmp_path / "saved", format="nanogpt")
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace('"n_head": 4', '"n_head": 2'))
-    assert_refused(tmp_path / "saved", "n_head is 2 in config.json, 4 in ckpt.pt", capsys, ConfigError)
+    assert_refused(tmp_path / "saved", "n_head is 2 in config.json, 4 in 'ckpt.pt'", capsys, ConfigError)

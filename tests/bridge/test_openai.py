@@ -36,8 +36,8 @@ def test_what_tensorflow_wrote_is_read_bit_for_bit(sample: str) -> None:
     assert found.tensors["wte.weight"].tobytes() == weights["model/wte"].tobytes()
     assert found.tensors["h.1.attn.c_attn.weight"].tobytes() == weights["model/h1/attn/c_attn/w"][0].tobytes()
     assert found.tensors["h.0.ln_2.bias"].tobytes() == weights["model/h0/ln_2/b"].tobytes()
-    assert found.oddities == (
-        ("59 variables of its training, Adam's for one, were left out",) if sample == "adam" else ()
+    assert found.diagnostics == (
+        ("59 training variables, such as Adam's moments, were left out",) if sample == "adam" else ()
     )
 
 
@@ -185,7 +185,7 @@ def test_a_directory_whose_index_is_none_is_not_recognised(plain: Path, capsys: 
 def test_two_checkpoints_and_no_state_file_are_refused(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(plain / INDEX, plain / "other.index")
     (plain / "checkpoint").unlink()
-    assert_refused(plain, "'model.ckpt.index', 'other.index'; name one in a file", capsys, CheckpointError)
+    assert_refused(plain, "  - openai: 'model.ckpt.index'\n  - openai: 'other.index'\n", capsys, CheckpointError)
 
 
 def test_an_unknown_variable_is_named(tmp_path: Path) -> None:

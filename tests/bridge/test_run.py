@@ -79,7 +79,7 @@ def test_every_form_is_read_back_bit_for_bit(
 ) -> None:
     make_run(tmp_path / "run", config, stacked=stacked, vocab_multiple=vocab_multiple)
     assert_weights(tmp_path / "run", config, seed=7)
-    assert bridge.load(tmp_path / "run").oddities == ("read from checkpoints/7",)
+    assert bridge.load(tmp_path / "run").diagnostics == ("read from checkpoints/7",)
     assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 256
 
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_and_named(tmp_path: Path) -
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     assert_weights(run, CONFIG, seed=3)
-    assert bridge.load(run).oddities == (
+    assert bridge.load(run).diagnostics == (
         "read from checkpoints/3",
         f"the checkpoint of step 2 is damaged and passed over: '{damaged}' is not as it was written",
     )
@@ -194,7 +194,7 @@ def test_one_whose_manifest_is_damaged_is_named_too(tmp_path: Path) -> None:
     for step in (1, 2):
         (run / "checkpoints" / str(step) / "manifest.json").unlink()
     assert_weights(run, CONFIG, seed=3)
-    assert [line.partition(" is damaged")[0] for line in bridge.load(run).oddities] == [
+    assert [line.partition(" is damaged")[0] for line in bridge.load(run).diagnostics] == [
         "read from checkpoints/3",
         "the checkpoint of step 2",
         "the checkpoint of step 1",

@@ -23,7 +23,7 @@ from gpt2_jax.parity import CHECKS
 def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", model, "--tensors", "--json", tmp_path / "facts.json") == 0
     shown = capsys.readouterr().out
-    for expected in ("huggingface", "float32 x 28", "h.1.attn.c_attn.weight", "[48, 144]", "nothing found"):
+    for expected in ("huggingface", "float32 x 28", "h.1.attn.c_attn.weight", "[48, 144]", "warnings", "none"):
         assert expected in shown
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert facts["parameters"] == bridge.num_parameters(CONFIG)
@@ -31,11 +31,11 @@ def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys:
     assert facts["tensors"]["wte.weight"] == {"dtype": "float32", "shape": [256, 48]}
 
 
-def test_inspect_says_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(CONFIG, activation_function="relu", tie_word_embeddings=False)
-    run("inspect", huggingface_directory(tmp_path / "odd", config))
+    run("inspect", huggingface_directory(tmp_path / "unusual", config))
     shown = capsys.readouterr().out
-    assert "activation relu" in shown
+    assert "the activation is relu" in shown
     assert "head is not tied" in shown
 
 

@@ -188,9 +188,11 @@ def assert_passed_over(sound: Sound, run: Path, damaged: dict[int, str]) -> None
     best = min(good, key=lambda step: validation_loss(sound.run, step) or float("inf"))
     loaded = bridge.load(run)
     assert bridge.fingerprint(loaded.tensors) == sound.weights[best]
-    assert loaded.oddities[0] == f"read from {CHECKPOINTS}/{best}"
+    assert loaded.diagnostics[0] == f"read from {CHECKPOINTS}/{best}"
     unknown = {step for step, what in damaged.items() if what == str(run / CHECKPOINTS / str(step))}
-    assert_named({step: what for step, what in damaged.items() if step > best or step in unknown}, loaded.oddities[1:])
+    assert_named(
+        {step: what for step, what in damaged.items() if step > best or step in unknown}, loaded.diagnostics[1:]
+    )
     for step, what in damaged.items():
         try:
             bridge.load(run / CHECKPOINTS / str(step))

@@ -197,7 +197,7 @@ def assert_readable(run: Path, begun: str) -> None:
         for source in (run, newest(run)):
             loaded = bridge.load(source)
             bridge.fingerprint(loaded.tensors)
-            assert len(loaded.oddities) == 1, f"a checkpoint is damaged: {loaded.oddities}"
+            assert len(loaded.diagnostics) == 1, f"a checkpoint is damaged: {loaded.diagnostics}"
 
 
 def newest(run: Path) -> Path:

@@ -91,18 +91,18 @@ def assert_passed_over(run: Path) -> None:
     with pytest.raises(CheckpointError, match="checkpoints/2"):
         bridge.load(run / "checkpoints" / "2")
     loaded = bridge.load(run)
-    assert loaded.oddities[0] == "read from checkpoints/1"
-    assert loaded.oddities[1].startswith("the checkpoint of step 2 is damaged and passed over: ")
+    assert loaded.diagnostics[0] == "read from checkpoints/1"
+    assert loaded.diagnostics[1].startswith("the checkpoint of step 2 is damaged and passed over: ")
     said: list[str] = []
     with Checkpoints(run, say=said.append) as checkpoints:
         assert checkpoints.latest() == 1
         assert numbers(checkpoints.restore(1, state_of(1))) == numbers(state_of(1))
-    assert said == list(loaded.oddities[1:])
+    assert said == list(loaded.diagnostics[1:])
 
 
 def test_what_is_not_damaged_is_what_was_saved(run: Path) -> None:
     assert numbers(by_orbax(run, 2)) == numbers(state_of(2))
-    assert bridge.load(run).oddities == ("read from checkpoints/2",)
+    assert bridge.load(run).diagnostics == ("read from checkpoints/2",)
 
 
 def test_a_bit_that_flips_is_another_number_to_orbax(run: Path) -> None:

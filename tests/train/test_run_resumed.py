@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_a_link_is_none(copy: Path) -> None:
     (folder / "6").symlink_to(copy / "elsewhere")
     (folder / ".5.partial").symlink_to(copy / "elsewhere")
     before = files(copy / "elsewhere")
-    assert any("'6' is a link" in note or "/6' is a link" in note for note in bridge.load(copy / "run").oddities)
+    assert any("'6' is a link" in note or "/6' is a link" in note for note in bridge.load(copy / "run").diagnostics)
     assert run_in(copy, RECIPE, resume=True).step == 6
     assert sorted(p.name for p in folder.iterdir()) == ["4", "6", "6.damaged"]
     assert not (folder / "6").is_symlink()

@@ -1,4 +1,4 @@
-"""What is unusual about a checkpoint although it loads: worth a look before it is trusted."""
+"""What is unusual about a checkpoint that loads; a user should read this before relying on it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from bridge.finite import count_not_finite
 from bridge.tokenizer import OPENAI_VOCAB_SIZE
 
 
-def find_oddities(checkpoint: Checkpoint) -> list[str]:
-    """A sentence for each; reads every tensor once, one at a time."""
-    return [*checkpoint.oddities, *_in_config(checkpoint.config), *_in_dtypes(checkpoint), *_in_values(checkpoint)]
+def find_diagnostics(checkpoint: Checkpoint) -> list[str]:
+    """One sentence per finding. Reads every tensor once, one at a time."""
+    return [*checkpoint.diagnostics, *_in_config(checkpoint.config), *_in_dtypes(checkpoint), *_in_values(checkpoint)]
 
 
 def _in_config(config: GPT2Config) -> Iterator[str]:
     if OPENAI_VOCAB_SIZE < config.vocab_size < OPENAI_VOCAB_SIZE + 256:
         yield (
-            f"vocab_size {config.vocab_size} is OpenAI's {OPENAI_VOCAB_SIZE} padded; the last rows may mean nothing "
-            f"(gpt2 convert --vocab-size {OPENAI_VOCAB_SIZE} cuts them off)"
+            f"vocab_size {config.vocab_size} is OpenAI's {OPENAI_VOCAB_SIZE} with padding; the last rows may be "
+            f"unused (gpt2 convert --vocab-size {OPENAI_VOCAB_SIZE} removes them)"
         )
     if config.activation_function != "gelu_new":
-        yield f"activation {config.activation_function}, where GPT-2 has gelu_new"
+        yield f"the activation is {config.activation_function}; GPT-2 uses gelu_new"
     if not config.tie_word_embeddings:
-        yield "the head is not tied to the token embedding, where GPT-2's is"
+        yield "the head is not tied to the token embedding; GPT-2 ties them"
     if not config.bias:
-        yield "no biases, where GPT-2 has them"
+        yield "the model has no biases; GPT-2 has them"
 
 
 def _in_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
@@ -34,10 +34,10 @@ def _in_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     for name, entry in checkpoint.tensors.entries.items():
         names.setdefault(str(entry.dtype), []).append(name)
     if len(names) > 1:
-        counted = ", ".join(f"{dtype} in {len(those)} ({those[0]})" for dtype, those in names.items())
-        yield f"mixed dtypes: {counted}; converting keeps each, computing casts all to one"
+        counted = ", ".join(f"{dtype} in {len(its)} ({its[0]})" for dtype, its in names.items())
+        yield f"mixed dtypes: {counted}; conversion keeps them, computation casts all to one"
     if "float64" in names:
-        yield "float64, which JAX cuts to float32 unless JAX_ENABLE_X64=1"
+        yield "float64 weights, which JAX casts to float32 unless JAX_ENABLE_X64=1"
 
 
 def _in_values(checkpoint: Checkpoint) -> Iterator[str]:
