@@ -117,7 +117,8 @@ class TrainConfig:
     vocab_multiple: int = 1
     """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
     ema_decay: float | None = None
-    """Keep a running mean of the weights with this decay, and evaluate and export that."""
+    """Keep an exponential moving average of the weights, and evaluate and export that. After t updates the decay is
+    min(this, (1 + t) / (10 + t)), so that the average of a short run is not the initial weights."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is infinite or NaN: end the run; or leave everything as it was, be
     counted, and let the next one go on with its own batch."""
