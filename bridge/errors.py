@@ -44,6 +44,11 @@ def quoted(text: object, limit: int = 80) -> str:
     return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) + "'"
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an optional dependency of this package, for a message."""
+    return f"pip install 'gpt2-bridge[{extra}]'"
+
+
 def bullet_list(problems: Iterable[str], limit: int = 40) -> str:
     """Many problems in one message, a line each; all are counted, at most `limit` are spelled out."""
     lines = list(problems)

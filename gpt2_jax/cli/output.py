@@ -19,6 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 
 from bridge import BridgeError, Checkpoint
 from bridge.arrays import LazyTensors, TensorEntry
+from bridge.errors import install_command
 
 REPORT_WIDTH = 120
 """Columns where the output is no terminal; tables need more than the customary 80."""
@@ -90,4 +91,4 @@ def _strict(value: Any) -> Any:
 def require_torch(what: str) -> None:
     """Raise the message that a newcomer needs, before an import error does."""
     if importlib.util.find_spec("torch") is None:
-        raise BridgeError(f"{what} needs PyTorch; install it, or this project's extra: pip install '.[torch]'")
+        raise BridgeError(f"{what} needs PyTorch; install it, or this package's extra: {install_command('torch')}")

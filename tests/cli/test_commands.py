@@ -132,7 +132,7 @@ def test_verify_without_torch_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("verify", model) == 2
-    assert "pip install '.[torch]'" in capsys.readouterr().err
+    assert "pip install 'gpt2-bridge[torch]'" in capsys.readouterr().err
 
 
 def test_names_in_brackets_are_not_markup(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_without_the_compiler_it_says_how_to_get_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
     assert run("plan", "--topology", "v5e:2x2") == 2
     errors = capsys.readouterr().err
-    assert "pip install '.[tpu]'" in errors
+    assert "pip install 'gpt2-bridge[tpu]'" in errors
     assert "--devices N" in errors
 
 
