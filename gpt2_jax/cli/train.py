@@ -24,6 +24,7 @@ from gpt2_jax.data import Data, open_data
 from gpt2_jax.processes import end, end_now, first_alone, first_says, is_first, join, leave
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
 from gpt2_jax.train.config import flat, from_flat, is_out_of_memory
+from gpt2_jax.train.metrics import require_packages
 from gpt2_jax.train.run import is_run, stored_identity
 from gpt2_jax.train.signals import StopSignals
 
@@ -158,6 +159,8 @@ def run_training(
 ) -> Outcome:
     """Open what the configuration names, train, and say how it ended."""
     screen = console() if is_first() else Console(quiet=True)
+    if is_first():  # before tokens are cached
+        require_packages(config)
     say = screen.print
     resumes = first_says(resume and is_run(out))
     if resume and not resumes:

@@ -33,7 +33,7 @@ from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
 from gpt2_jax.train.determinism import require_deterministic
 from gpt2_jax.train.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
-from gpt2_jax.train.metrics import PLOT, plot_losses
+from gpt2_jax.train.metrics import PLOT, plot_losses, require_packages
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.report import Report
 from gpt2_jax.train.signals import Stopped, StopSignals
@@ -90,6 +90,8 @@ def train(
     if config.deterministic:
         require_deterministic()
     require_validation(data)
+    if is_first():
+        require_packages(config)
     prompt = encoded_prompt(config, data)
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
     place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
@@ -105,6 +107,11 @@ def train(
             if saved is None and not begins:
                 raise TrainingError(
                     f"none of the checkpoints in {quoted(run)} is sound; begin again, with another --out"
+                )
+            if saved is not None and saved > config.steps:
+                raise TrainingError(
+                    f"steps={config.steps}: the newest checkpoint in {quoted(run)} is already at step {saved}; give "
+                    f"--steps {saved} or more, or begin again with another --out"
                 )
             state = (
                 first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
