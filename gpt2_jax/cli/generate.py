@@ -164,7 +164,7 @@ def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[
 def _read(file: str) -> str:
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        return data.decode("utf-8").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BridgeError(f"{'standard input' if file == '-' else file} is not UTF-8 text: {error}") from error
 
@@ -187,7 +187,7 @@ def _converse(continued: Callable[[str], Iterator[str]]) -> None:
 
 def _asked() -> str:
     try:
-        return input("> ")
+        return input("> ").removeprefix("\ufeff")  # a byte-order mark, if a file is standard input
     except EOFError:
         return ""
     except UnicodeDecodeError as error:

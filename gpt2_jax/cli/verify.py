@@ -42,11 +42,12 @@ def verify(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        text: what to run the models on, in place of the built-in text.
+        text: what to run the models on, in place of the built-in text; without either, where the tokenizer lacks its
+            characters, they run on characters drawn from the seed, and the check of predictions is left out.
         text_file: the same, from a UTF-8 file.
         batch: sequences in the batch.
         length: tokens in each; at most n_positions are used.
-        seed: for the token ids, where the checkpoint has no tokenizer.
+        seed: for the token ids, where the checkpoint has no tokenizer, or one without the built-in text's characters.
         untrained: the weights are random, so do not expect them to predict text.
         checks: run only these.
         json: also write the report to this file.
@@ -102,6 +103,6 @@ def finish(report: Report, write_json: Callable[[dict[str, Any]], None]) -> int:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise bridge.BridgeError(f"cannot read {file}: {error}") from error
