@@ -41,7 +41,14 @@ def quoted(text: object, limit: int = 80) -> str:
     shown = str(text)
     if len(shown) > limit and not isinstance(text, PurePath):
         shown = shown[: limit - 3] + "..."
-    return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) + "'"
+    return f"'{escaped(shown, keep='')}'"
+
+
+def escaped(text: str, keep: str = "\n") -> str:
+    """Text in which nothing can control a terminal: characters that are not printable are escaped, except `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def install_command(extra: str) -> str:

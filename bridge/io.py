@@ -113,8 +113,11 @@ def _watched(checkpoint: Checkpoint) -> Checkpoint:
     """The same checkpoint; reading a weight or a moment of AdamW that has NaN or infinity raises."""
     adamw = checkpoint.optimizer
     if adamw is not None:
-        moments = {name: LazyTensors.of(getattr(adamw, name)) for name in ("first", "second")}
-        adamw = replace(adamw, **{name: _watched_tensors(m, f"the {name} moment of ") for name, m in moments.items()})
+        adamw = replace(
+            adamw,
+            first=_watched_tensors(LazyTensors.of(adamw.first), "the first moment of "),
+            second=_watched_tensors(LazyTensors.of(adamw.second), "the second moment of "),
+        )
     return replace(checkpoint, tensors=_watched_tensors(checkpoint.tensors), optimizer=adamw)
 
 

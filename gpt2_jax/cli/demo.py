@@ -11,9 +11,10 @@ from bridge import BridgeError, Request
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.generate import Backend, continued_text
-from gpt2_jax.cli.output import console, json_writer, require_torch
+from gpt2_jax.cli.output import json_writer, require_torch
 from gpt2_jax.cli.train import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
+from gpt2_jax.terminal import console
 from gpt2_jax.train.config import PRESETS, OptimizerConfig, TrainConfig
 
 SHAKESPEARE, PYTHON = "ROMEO:", "def "

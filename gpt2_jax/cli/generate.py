@@ -18,6 +18,7 @@ from bridge.sampling import Request
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import json_writer, require_torch
+from gpt2_jax.terminal import print_error
 
 MOST_BY_DEFAULT = 50
 
@@ -182,7 +183,7 @@ def _converse(continued: Callable[[str], Iterator[str]]) -> None:
         try:
             _print_pieces(prompt, continued(prompt))
         except BridgeError as error:
-            print(f"gpt2: {error}", file=sys.stderr)
+            print_error(str(error))
 
 
 def _asked() -> str:

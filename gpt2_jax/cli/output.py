@@ -1,4 +1,4 @@
-"""What the verbs share: consoles, progress bars, JSON files, and the message for a missing extra."""
+"""What the verbs share: progress bars, JSON files, and the message for a missing extra."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,25 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from bridge import BridgeError, Checkpoint
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.errors import install_command
-
-REPORT_WIDTH = 120
-"""Columns where the output is no terminal; tables need more than the customary 80."""
-
-
-def console() -> Console:
-    """Standard output, for what was asked for. Paths and names are printed as they are, never as markup."""
-    return Console(width=None if sys.stdout.isatty() else REPORT_WIDTH, markup=False, highlight=False)
+from gpt2_jax.terminal import Console
 
 
 def progress(*columns: ProgressColumn) -> Progress:
     """A bar on standard error, and only where a person is watching."""
-    watched = Console(stderr=True, markup=False)
+    watched = Console(stderr=True)
     return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from jax.errors import JaxRuntimeError
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -18,10 +16,11 @@ import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.cli.output import console, json_writer, progress
+from gpt2_jax.cli.output import json_writer, progress
 from gpt2_jax.cli.process import keep_compiled_programs
 from gpt2_jax.data import Data, open_data
 from gpt2_jax.processes import end, end_now, first_alone, first_says, is_first, join, leave
+from gpt2_jax.terminal import Console, console, print_error
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
 from gpt2_jax.train.config import flat, from_flat, is_out_of_memory
 from gpt2_jax.train.metrics import require_packages
@@ -103,7 +102,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         except NonFiniteLoss as error:
             why = f"{error}; what was saved before is in {out}. Lower --learning-rate, or raise --warmup-steps"
             if is_first():
-                print(f"gpt2: {why}", file=sys.stderr)
+                print_error(why)
             end(DIVERGED, why)
         except (MemoryError, JaxRuntimeError) as error:
             if not is_out_of_memory(error):

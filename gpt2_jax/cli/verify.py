@@ -12,7 +12,8 @@ from tyro.conf import arg
 
 import bridge
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
-from gpt2_jax.cli.output import console, json_writer, progress, require_torch
+from gpt2_jax.cli.output import json_writer, progress, require_torch
+from gpt2_jax.terminal import console
 
 if TYPE_CHECKING:
     from gpt2_jax.parity import Report

@@ -107,10 +107,10 @@ def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], se
             return _Tokens(ids, f"random characters of its tokenizer from seed {seed}", are_text=False)
         if len(text) < len(BUILT_IN_TEXT):
             origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
-    ids = tokenizer.encode_ordinary(text)
-    if not ids:
+    encoded = tokenizer.encode_ordinary(text)
+    if not encoded:
         raise TokenizerError("the text is empty; give at least one token")
-    return _Tokens(np.resize(np.array(ids, np.int64), shape), origin, are_text=True)
+    return _Tokens(np.resize(np.array(encoded, np.int64), shape), origin, are_text=True)
 
 
 def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import optax
+import rich.console
 from jax.sharding import Mesh
-from rich.console import Console
 
 import bridge
 from bridge import Checkpoint, manifest
@@ -26,6 +26,7 @@ from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
 from gpt2_jax.processes import first_says, is_first, require_agreement, wait_for_all
 from gpt2_jax.sharding import make_mesh
+from gpt2_jax.terminal import Console
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.batches import rows_of_step
 from gpt2_jax.train.begin import described_state, first_state, make_model
@@ -70,7 +71,7 @@ def train(
     init_from: Checkpoint | None = None,
     resume: bool = False,
     accept_changes: bool = False,
-    console: Console | None = None,
+    console: rich.console.Console | None = None,
     stop: StopSignals | None = None,
 ) -> Outcome:
     """Train, evaluate, keep checkpoints, and export; everything is written below the directory `run`.
@@ -97,7 +98,7 @@ def train(
     place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
     rows_of_step(config, mesh)
     resumes, begins = _enter(run, config, data, resume, accept_changes)
-    console, about = console or Console(quiet=not is_first(), markup=False), runs.about(config, data)
+    console, about = console or Console(quiet=not is_first()), runs.about(config, data)
     say = partial(console.print, soft_wrap=True)
     with runs.locked(run) if is_first() else nullcontext(), stop or StopSignals() as stop:
         with jax.set_mesh(mesh), Checkpoints(run, config.keep_last, about, say) as checkpoints:

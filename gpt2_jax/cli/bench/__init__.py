@@ -18,7 +18,8 @@ from gpt2_jax.cli.bench.measure import Limits, measure
 from gpt2_jax.cli.bench.peers import TASKS, Task, chosen_peers, ours, rivals
 from gpt2_jax.cli.bench.plot import FORMATS, plot
 from gpt2_jax.cli.bench.report import Report, Result, system_load
-from gpt2_jax.cli.output import console, json_writer, progress, require_writable
+from gpt2_jax.cli.output import json_writer, progress, require_writable
+from gpt2_jax.terminal import console
 from gpt2_jax.train.config import TrainConfig
 
 DIED = 1
