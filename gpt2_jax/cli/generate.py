@@ -14,13 +14,20 @@ from tyro.conf import Positional, UseAppendAction, arg
 import bridge
 from bridge import BridgeError, Checkpoint, decoding
 from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
-from bridge.sampling import Request
+from bridge.sampling import GREEDY_BELOW, Request
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import json_writer, require_torch
 from gpt2_jax.terminal import print_error
 
 MOST_BY_DEFAULT = 50
+
+RULES = (
+    Rule(("seed",), lambda v: v["beams"] == 1 and v["temperature"] < GREEDY_BELOW, "without a --temperature above 0"),
+    Rule(("seed",), lambda v: v["beams"] > 1, "with --beams"),
+    Rule(("length_penalty",), lambda v: v["beams"] == 1, "without --beams above 1"),
+)
 
 Backend = Literal["jax", "torch"]
 Float32OrBfloat16 = Literal["float32", "bfloat16"]
@@ -76,6 +83,7 @@ def generate(
         dtype: of the weights and the computation; bfloat16 reads half the bytes, which is faster on GPU and TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.
     """
+    require_effect(locals(), defaults_of(generate), RULES)
     write_json = json_writer(json)
     checkpoint = bridge.load(source)
     tokenizer = checkpoint.tokenizer()

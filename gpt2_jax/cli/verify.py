@@ -12,6 +12,7 @@ from tyro.conf import arg
 
 import bridge
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceOrBundled
+from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
 from gpt2_jax.cli.output import json_writer, progress, require_torch
 from gpt2_jax.terminal import console
 
@@ -22,6 +23,8 @@ CheckName = Literal[
     "logits", "hidden-states", "gradients", "training", "padding", "round-trip", "prediction", "transformers"
 ]
 ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defined]
+
+RULES = (Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),)
 
 
 def verify(
@@ -53,6 +56,7 @@ def verify(
         checks: run only these.
         json: also write the report to this file.
     """
+    require_effect(locals(), defaults_of(verify), RULES)
     require_torch("gpt2 verify")
     write_json = json_writer(json)
     if not checks:

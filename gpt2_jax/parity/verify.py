@@ -61,7 +61,7 @@ def verify(
         progress: called with the name of each check before it starts.
 
     Raises `TokenizerError` if the checkpoint's tokenizer is damaged, or missing for a `text` that is
-    given, and `BridgeError` if there are fewer than two tokens to a sequence.
+    given, and `BridgeError` if there are fewer than two tokens to a sequence, or a `seed` is given that is not used.
     """
     config = checkpoint.config
     shape = (batch, min(length, config.n_positions))
@@ -107,6 +107,8 @@ def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], se
             return _Tokens(ids, f"random characters of its tokenizer from seed {seed}", are_text=False)
         if len(text) < len(BUILT_IN_TEXT):
             origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
+    if seed:
+        raise BridgeError(f"seed={seed}: has no effect, because the tokens are those of a text; leave it out")
     encoded = tokenizer.encode_ordinary(text)
     if not encoded:
         raise TokenizerError("the text is empty; give at least one token")
