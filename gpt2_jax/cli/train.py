@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
-from bridge.errors import quoted
+from bridge.errors import escaped, quoted
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.effect import Rule, flag, require_effect
@@ -153,7 +153,8 @@ def default_config(args: Sequence[str]) -> TrainConfig:
     if not set(args[:1]) & {"train", "plan"}:
         return PRESETS[DEFAULT_PRESET]
     if "--resume" in args and (out := _value(args, "--out")) is not None and is_run(Path(out)):
-        return stored_identity(Path(out)).config
+        stored = stored_identity(Path(out)).config
+        return _printable(stored) if {"-h", "--help"} & {*args} else stored
     init_from = _value(args, "--init-from")
     name = _value(args, "--preset") or (DEFAULT_FINETUNING_PRESET if init_from else DEFAULT_PRESET)
     if name not in PRESETS:
@@ -161,6 +162,12 @@ def default_config(args: Sequence[str]) -> TrainConfig:
     preset = PRESETS[name]
     # Both together, because a configuration is checked when it is made.
     return replace(preset, tokenizer=TOKENIZER_OF_INIT_FROM, init_from=init_from) if init_from else preset
+
+
+def _printable(config: TrainConfig) -> TrainConfig:
+    """For the help, which shows defaults: with control characters in strings escaped."""
+    values = flat(config)
+    return from_flat({name: escaped(v, keep="") if isinstance(v, str) else v for name, v in values.items()})
 
 
 def wants_determinism(args: Sequence[str], default: TrainConfig) -> bool:

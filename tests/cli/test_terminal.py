@@ -16,6 +16,8 @@ from rich.text import Text
 from bridge.errors import escaped
 from gpt2_jax.cli.output import progress
 from gpt2_jax.terminal import Console, print_error
+from gpt2_jax.train import PRESETS
+from gpt2_jax.train.config import flat
 
 NAME = "a\x1b]0;x\x07\x1b[31m\u202eb\x9b1m\x7f"
 """Sets a terminal's title and colour, turns the direction of text, and begins a sequence in one byte."""
@@ -112,6 +114,14 @@ def test_no_verb_prints_a_control_character(
     code = run(*arguments)
     assert code == (2 if " that " in name else 0)
     assert printed(capsys)
+
+
+def test_the_help_of_a_resumed_run_escapes_its_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {**flat(PRESETS["nano"]), "data": NAME, "sample_prompt": NAME, "tokenizer": NAME}
+    stored = {"version": 1, "config": config, "data": "", "tokenizer": None}
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    assert run("train", "--resume", "--out", tmp_path, "--help") == 0
+    assert SHOWN[:9] in printed(capsys)
 
 
 @pytest.mark.usefixtures("quick_compilation")
