@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from bridge.decoding import Continuation, Decoder, Prompts, check_ids, left_padded
+from bridge.decoding import Continuation, Decoder, InvalidLogits, Prompts, check_ids, left_padded
 from bridge.sampling import Request
 
 
@@ -81,6 +81,8 @@ def beam_search(decoder: Decoder[Any, Any], prompts: Prompts, request: Request) 
         for b, search in enumerate(searches):
             if not search.done:
                 rows = slice(b * width, b * width + len(search.live))
+                if np.isnan(log_probs[rows]).any():  # as they are if and only if the logits are invalid
+                    raise InvalidLogits(b * request.samples, step)
                 parents[b] = search.step(log_probs[rows], ids[rows])
         if step + 1 == request.max_new_tokens or all(search.done for search in searches):
             break

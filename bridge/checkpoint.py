@@ -51,8 +51,10 @@ class Checkpoint:
 
         `like`: where they came from, whose tokenizer and harmless fields go along.
         """
-        path, extra = (like.path, like.extra) if like else (None, {})
-        return cls(config, canonicalize(tensors, config), "memory", path, extra)
+        made = cls(config, canonicalize(tensors, config), "memory")
+        if like is None:
+            return made
+        return replace(made, path=like.path, extra=like.extra, own_tokenizer=like.own_tokenizer)
 
     def with_biases(self) -> Checkpoint:
         """The same function with `bias=True`: where there was no bias there is one of zeros, without an optimizer."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bridge.bpe import END_OF_TEXT
-from bridge.decoding import ENDED, Decoder
+from bridge.decoding import ENDED, Decoder, InvalidLogits
 from bridge.errors import BridgeError, TokenizerError
 from bridge.sampling import Request
 
@@ -54,13 +54,17 @@ def complete(
     """For each prompt, its completions: `request.samples` of them, each ended by any of the strings `stop` too.
 
     At the end of a document they end with `stop_ids=bridge.end_of_text_ids(tokenizer)` in the request.
-    Raises `BridgeError` for a request that cannot be honoured, or a text that the tokenizer cannot encode.
+    Raises `BridgeError` for a request that cannot be honoured, a text that the tokenizer cannot encode, and logits
+    that are NaN or infinite.
     """
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
     request.check(decoder.config, ids)
     found = []
     for i in range(0, len(ids), PROMPTS_AT_A_TIME):
-        found += _complete(decoder, tokenizer, ids[i : i + PROMPTS_AT_A_TIME], request, stop)
+        try:
+            found += _complete(decoder, tokenizer, ids[i : i + PROMPTS_AT_A_TIME], request, stop)
+        except InvalidLogits as error:
+            raise InvalidLogits(i * request.samples + error.row, error.step) from None
     return found
 
 

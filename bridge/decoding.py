@@ -24,6 +24,21 @@ Beams = TypeVar("Beams")
 ENDED = -1
 """Stands in a chunk where a row had ended."""
 
+INVALID = -2
+"""What a backend puts in place of a token that cannot be chosen: of the model's logits one is NaN or +inf, or all are
+-inf. All rows end there. A backend finds it on its device, so that nothing waits for every token."""
+
+
+class InvalidLogits(BridgeError):
+    """A model's logits are not finite, so that they say nothing about the next token."""
+
+    def __init__(self, row: int, step: int) -> None:
+        super().__init__(
+            f"row {row}, new token {step}, counted from 0: the model's logits are NaN or infinite; look for weights "
+            "that are not finite (`gpt2 inspect` names them), or compute in float32 if bfloat16 or float16 overflows"
+        )
+        self.row, self.step = row, step
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -52,8 +67,8 @@ class Decoder(ABC, Generic[State, Beams]):
     def generate(self, prompts: Prompts, request: Request) -> list[list[Continuation]]:
         """For each prompt, a list of token ids, its continuations: `request.samples` of them.
 
-        Raises `BridgeError`, a `ValueError`, for a request that cannot be honoured, and `IndexError`
-        for an id outside the vocabulary.
+        Raises `BridgeError`, a `ValueError`, for a request that cannot be honoured, its child `InvalidLogits` for
+        logits that are NaN or infinite, and `IndexError` for an id outside the vocabulary.
         """
         if request.beams > 1:
             from bridge.beams import beam_search
@@ -95,11 +110,12 @@ class Decoder(ABC, Generic[State, Beams]):
             first, n = made, 1
             while True:
                 chunk = self._made(state, made - first, n)
+                if len(invalid := np.argwhere(chunk.ids == INVALID)):
+                    r, step = invalid[0].tolist()
+                    raise InvalidLogits(r, made + step)
                 for row, ids in zip(rows, chunk.ids, strict=True):
                     row.extend(ids[ids != ENDED].tolist())
                 ended = np.isin(chunk.ids[:, -1], [ENDED, *request.stop_ids])
-                if chunk.log_probs is not None and np.isnan(chunk.log_probs[chunk.ids != ENDED]).any():
-                    raise BridgeError("the model's logits are not numbers; look for weights that are not finite")
                 yield chunk
                 made += n
                 n = min(at_a_time or last, last - made)

@@ -41,7 +41,19 @@ def quoted(text: object, limit: int = 80) -> str:
     shown = str(text)
     if len(shown) > limit and not isinstance(text, PurePath):
         shown = shown[: limit - 3] + "..."
-    return "'" + "".join(c if c.isprintable() else repr(c)[1:-1] for c in shown) + "'"
+    return f"'{escaped(shown, keep='')}'"
+
+
+def escaped(text: str, keep: str = "\n") -> str:
+    """Text in which nothing can control a terminal: characters that are not printable are escaped, except `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an optional dependency of this package, for a message."""
+    return f"pip install 'gpt2-bridge[{extra}]'"
 
 
 def bullet_list(problems: Iterable[str], limit: int = 40) -> str:

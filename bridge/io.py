@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bridge.arrays import LazyTensors, TensorEntry
+from bridge.arrays import FLOAT_DTYPES, LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
-from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
+from bridge.errors import BridgeError, CheckpointError, ConversionError, install_command, quoted
 from bridge.files import Replaceable, new_directory, new_file
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
@@ -132,7 +132,7 @@ def save(
     as_file = _names_a_file(target, format)
     _require_apart(target, checkpoint)
     if not keep_not_finite:
-        checkpoint = replace(checkpoint, tensors=_watched(checkpoint.tensors))
+        checkpoint = _watched(checkpoint)
     module = FORMATS[format]
     left_out: tuple[str, ...] = ()
     if as_file:
@@ -154,16 +154,26 @@ def save(
     return left_out
 
 
-def _watched(tensors: LazyTensors) -> LazyTensors:
-    """The same tensors; reading one that has NaN or infinity raises."""
+def _watched(checkpoint: Checkpoint) -> Checkpoint:
+    """The same checkpoint; reading a weight or a moment of AdamW that has NaN or infinity raises."""
+    adamw = checkpoint.optimizer
+    if adamw is not None:
+        adamw = replace(
+            adamw,
+            first=_watched_tensors(LazyTensors.of(adamw.first), "the first moment of "),
+            second=_watched_tensors(LazyTensors.of(adamw.second), "the second moment of "),
+        )
+    return replace(checkpoint, tensors=_watched_tensors(checkpoint.tensors), optimizer=adamw)
 
+
+def _watched_tensors(tensors: LazyTensors, what: str = "") -> LazyTensors:
     def watched(name: str, entry: TensorEntry) -> TensorEntry:
         def read() -> np.ndarray:
             array = entry.read()
-            if bad := count_not_finite(array):
+            if array.dtype in FLOAT_DTYPES and (bad := count_not_finite(array)):
                 raise ConversionError(
-                    f"{name} has {bad} values that are not finite; the checkpoint is damaged, or its training diverged "
-                    "(--keep-not-finite, or keep_not_finite=True, writes them as they are)"
+                    f"{what}{name} has {bad} values that are not finite; the checkpoint is damaged, or its training "
+                    "diverged (--keep-not-finite, or keep_not_finite=True, writes them as they are)"
                 )
             return array
 
@@ -240,7 +250,7 @@ def _from_hub(repo_id: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"{missing}; to load it from the Hugging Face hub, install its extra: pip install '.[hub]'"
+            f"{missing}; to load it from the Hugging Face hub, install its extra: {install_command('hub')}"
         ) from None
     try:
         for weights in _HUB_WEIGHTS:  # one kind, not all that are there: each is the whole model

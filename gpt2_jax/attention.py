@@ -45,14 +45,16 @@ def attention(
 
     Args:
         implementation: "auto" takes what is fast on `jax.default_backend()` for this dtype and length, and `plain`
-            where there is a mask, dropout, or nothing faster. Any other is taken as it is named; name it where the
-            program is for another device than that.
+            where there is a mask, dropout, no query, or nothing faster. Any other is taken as it is named; name it
+            where the program is for another device than that.
 
     Raises `ValueError` for what the implementation that was named cannot take.
     """
     T, S = q_BTHK.shape[1], k_BSHK.shape[1]
     if is_causal and T != S:
         raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
+    if T == 0:  # of no tokens the others cannot take the largest score
+        implementation = "plain"
     only_causal = is_causal and mask is None and dropout_rate == 0.0
     if implementation == "auto":
         implementation = fastest(_platform(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "plain"

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge import decoding
-from bridge.decoding import ENDED, Chunk, with_continuations
+from bridge.decoding import ENDED, INVALID, Chunk, with_continuations
 from bridge.sampling import Request
 from gpt2_jax.filters import Filters, choose
 from gpt2_jax.model import GPT2, KeyValueCache, check_form, empty_cache
@@ -49,7 +49,8 @@ def generate(
     lengths, tokens as they are made, or log-probabilities use `Decoder`, which also prepares the
     parameters once for many prompts.
 
-    Raises `ValueError` for a request that cannot be honoured, and `IndexError` for an id outside the vocabulary.
+    Raises `ValueError` for a request that cannot be honoured and for logits that are NaN or infinite, and `IndexError`
+    for an id outside the vocabulary.
     """
     check_form(input_ids)
     request = Request(
@@ -76,7 +77,7 @@ class _State(NamedTuple):
 
     cache: KeyValueCache
     ids_RN: Int[Array, "R N"]
-    """`ENDED` where there is no token yet, or no more."""
+    """`ENDED` where there is no token yet, or no more; `INVALID` where none could be chosen."""
     log_probs_RN: Float[Array, "R N"] | None
     draws_RN: Float[Array, "R N"]
     seen_RV: Bool[Array, "R V"] | None
@@ -242,14 +243,20 @@ def _with_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
         log_probs_RN = write(log_probs_RN, jnp.take_along_axis(log_probs_RV, chosen_R[:, None], axis=1), n, axis=1)
     if seen_RV is not None:
         seen_RV = seen_RV.at[jnp.arange(len(chosen_R)), chosen_R].set(True)
-    new_R = jnp.where(state.ended_R, ENDED, chosen_R)
+    invalid_R = _are_invalid(logits_RV) & ~state.ended_R
+    new_R = jnp.where(state.ended_R, ENDED, jnp.where(invalid_R, INVALID, chosen_R))
     return state._replace(
         ids_RN=write(state.ids_RN, new_R[:, None], n, axis=1),
         log_probs_RN=log_probs_RN,
         seen_RV=seen_RV,
         made=n + 1,
-        ended_R=state.ended_R | (chosen_R[:, None] == state.stop_ids).any(-1),
+        ended_R=state.ended_R | (chosen_R[:, None] == state.stop_ids).any(-1) | invalid_R.any(),
     )
+
+
+def _are_invalid(logits_RV: Float[Array, "R V"]) -> Bool[Array, " R"]:
+    """Whether a row has NaN or +inf, or nothing but -inf: see `bridge.decoding.INVALID`."""
+    return jnp.isnan(logits_RV).any(-1) | jnp.isinf(logits_RV.max(-1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -22,6 +22,7 @@ from jax.experimental import multihost_utils
 
 from bridge import BridgeError
 from bridge.errors import bullet_list, quoted
+from gpt2_jax.terminal import print_error
 
 HEARTBEAT_TIMEOUT = 30
 """Seconds without a sign of life after which a process counts as lost, and the others end."""
@@ -100,7 +101,7 @@ def hear_of_others(error: Exception) -> None:
     """Before an error is explained: where another process has ended or is lost, that is why, and this one ends so."""
     if _joined is not None and (lost := _joined.without_a_sign()):
         why = f"{' and '.join(lost)} was lost: no sign of life, and {type(error).__name__}: {quoted(error, 400)}"
-        print(f"gpt2: {why}; {_GO_ON}", file=sys.stderr)
+        print_error(f"{why}; {_GO_ON}")
         end(1, why)
 
 
@@ -204,7 +205,7 @@ class _Watch:
             except Exception:  # there is none yet; if the service is gone, JAX itself ends this process
                 continue
             if not self.over.is_set():
-                print(f"gpt2: ended with {why}", file=sys.stderr)
+                print_error(f"ended with {why}")
                 end_now(1)
 
 

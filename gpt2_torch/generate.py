@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridge import decoding
-from bridge.decoding import ENDED, Chunk, with_continuations
+from bridge.decoding import ENDED, INVALID, Chunk, with_continuations
 from bridge.sampling import Request
 from gpt2_torch.filters import choose
 from gpt2_torch.model import GPT2, KeyValueCache, check_form, empty_cache
@@ -40,7 +40,8 @@ def generate(
     After a row's stop id the rest of it is filled with the first of `stop_ids`. For prompts of different
     lengths, tokens as they are made, or log-probabilities use `Decoder`.
 
-    Raises `ValueError` for a request that cannot be honoured, and `IndexError` for an id outside the vocabulary.
+    Raises `ValueError` for a request that cannot be honoured and for logits that are NaN or infinite, and `IndexError`
+    for an id outside the vocabulary.
     """
     check_form(input_ids)
     request = Request(
@@ -68,7 +69,7 @@ class _State:
 
     cache: KeyValueCache
     ids_RN: Int[Tensor, "R N"]
-    """`ENDED` where there is no token yet, or no more."""
+    """`ENDED` where there is no token yet, or no more; `INVALID` where none could be chosen."""
     log_probs_RN: Float[Tensor, "R N"] | None
     draws_RN: Float[Tensor, "R N"]
     seen_RV: Bool[Tensor, "R V"] | None
@@ -168,9 +169,10 @@ def _add_token(state: _State, logits_RV: Float[Tensor, "R V"]) -> None:
         state.log_probs_RN[:, n] = logits_RV.float().log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
     if state.seen_RV is not None:
         state.seen_RV.scatter_(1, chosen_R[:, None], True)
-    state.ids_RN[:, n] = chosen_R.masked_fill(state.ended_R, ENDED)
+    invalid_R = ~logits_RV.amax(-1).isfinite() & ~state.ended_R  # the largest is NaN if any is
+    state.ids_RN[:, n] = chosen_R.masked_fill(state.ended_R, ENDED).masked_fill(invalid_R, INVALID)
     state.made = n + 1
-    state.ended_R = state.ended_R | torch.isin(chosen_R, state.stop_ids)
+    state.ended_R = state.ended_R | torch.isin(chosen_R, state.stop_ids) | invalid_R.any()
 
 
 def _likeliest(number: int, logits_RV: Float[Tensor, "R V"]) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from typing import Any
 import tyro
 
 from bridge import BridgeError
-from bridge.errors import quoted
+from bridge.errors import escaped, quoted
 from gpt2_jax import processes
 from gpt2_jax.cli.bench import bench
 from gpt2_jax.cli.convert import convert
@@ -26,6 +26,7 @@ from gpt2_jax.cli.plan import plan_command
 from gpt2_jax.cli.process import keep_compiled_programs, leave_errors_to_their_message, take_huge_pages
 from gpt2_jax.cli.train import default_config, train_command, wants_determinism
 from gpt2_jax.cli.verify import verify
+from gpt2_jax.terminal import print_error
 from gpt2_jax.train.determinism import make_deterministic
 
 BAD_INPUT = 2
@@ -70,7 +71,7 @@ def main(args: list[str] | None = None) -> None:
     except BridgeError as error:
         processes.hear_of_others(error)
         why = str(error)
-        print(f"gpt2: {why}", file=sys.stderr)
+        print_error(why)
         code = BAD_INPUT
     except BrokenPipeError:  # as `head` closes its input
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
@@ -78,7 +79,7 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:  # a full disk, a name that is too long, no permission
         where = f"{quoted(error.filename)}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
-        print(f"gpt2: {why}", file=sys.stderr)
+        print_error(why)
         code = BAD_INPUT
     except KeyboardInterrupt:
         why = "it was interrupted"
@@ -88,7 +89,7 @@ def main(args: list[str] | None = None) -> None:
             raise
         processes.hear_of_others(error)
         why = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
+        print(escaped(traceback.format_exc()), file=sys.stderr, end="")
         code = 1
     if code and args is None and not processes.are_several():
         processes.end_now(code)  # without waiting for what may still be compiled, or written

@@ -10,10 +10,11 @@ from bridge import BridgeError, Request
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.generate import Backend, continued_text
-from gpt2_jax.cli.output import console, json_writer, require_torch
+from gpt2_jax.cli.output import json_writer, require_torch
 from gpt2_jax.cli.train import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
-from gpt2_jax.train.config import PRESETS, OptimizerConfig, TrainConfig
+from gpt2_jax.terminal import console
+from gpt2_jax.train.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
 from gpt2_jax.train.run import remove as remove_run
 
 SHAKESPEARE, PYTHON = "ROMEO:", "def "
@@ -69,6 +70,7 @@ def _recipe(data: str, steps: int) -> TrainConfig:
     return replace(
         PRESETS["finetune"],
         init_from=BUNDLED,
+        tokenizer=TOKENIZER_OF_INIT_FROM,
         data=data,
         mesh="data=1",  # however many devices there are
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, beta2=0.99),

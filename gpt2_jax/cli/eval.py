@@ -21,11 +21,12 @@ from bridge.errors import quoted
 from bridge.perplexity import Evaluation, Progress, exp
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.models import jax_model
-from gpt2_jax.cli.output import console, json_writer, progress, require_torch
+from gpt2_jax.cli.output import json_writer, progress, require_torch
 from gpt2_jax.data import open_data
 from gpt2_jax.data.text import STDLIB, Documents, find_documents
 from gpt2_jax.data.tokenize import SIDECAR
 from gpt2_jax.data.tokens import is_token_source
+from gpt2_jax.terminal import console
 
 if TYPE_CHECKING:
     import tiktoken

@@ -14,12 +14,20 @@ from tyro.conf import Positional, UseAppendAction, arg
 import bridge
 from bridge import BridgeError, Checkpoint, decoding
 from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
-from bridge.sampling import Request
+from bridge.sampling import GREEDY_BELOW, Request
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import json_writer, require_torch
+from gpt2_jax.terminal import print_error
 
 MOST_BY_DEFAULT = 50
+
+RULES = (
+    Rule(("seed",), lambda v: v["beams"] == 1 and v["temperature"] < GREEDY_BELOW, "without a --temperature above 0"),
+    Rule(("seed",), lambda v: v["beams"] > 1, "with --beams"),
+    Rule(("length_penalty",), lambda v: v["beams"] == 1, "without --beams above 1"),
+)
 
 Backend = Literal["jax", "torch"]
 Float32OrBfloat16 = Literal["float32", "bfloat16"]
@@ -78,6 +86,7 @@ def generate(
         json: also write prompts, texts, ids and log-probabilities to this file.
         overwrite: replace the report of an earlier command.
     """
+    require_effect(locals(), defaults_of(generate), RULES)
     write_json = json_writer(json, overwrite, (source, lines))
     checkpoint = bridge.load(source, activation=source_activation)
     tokenizer = checkpoint.tokenizer()
@@ -167,7 +176,7 @@ def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[
 def _read(file: str) -> str:
     data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        return data.decode("utf-8").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise BridgeError(f"{'standard input' if file == '-' else file} is not UTF-8 text: {error}") from error
 
@@ -185,12 +194,12 @@ def _converse(continued: Callable[[str], Iterator[str]]) -> None:
         try:
             _print_pieces(prompt, continued(prompt))
         except BridgeError as error:
-            print(f"gpt2: {error}", file=sys.stderr)
+            print_error(str(error))
 
 
 def _asked() -> str:
     try:
-        return input("> ")
+        return input("> ").removeprefix("\ufeff")  # a byte-order mark, if a file is standard input
     except EOFError:
         return ""
     except UnicodeDecodeError as error:

@@ -12,7 +12,8 @@ from rich.table import Table
 import bridge
 from bridge import Checkpoint, GPT2Config
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
-from gpt2_jax.cli.output import console, json_writer, reading_bar
+from gpt2_jax.cli.output import json_writer, reading_bar
+from gpt2_jax.terminal import console
 
 
 def inspect(

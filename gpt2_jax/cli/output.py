@@ -1,9 +1,8 @@
-"""What the verbs share: consoles, progress bars, JSON files, and the message for a missing extra."""
+"""What the verbs share: progress bars, JSON files, and the message for a missing extra."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,25 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from bridge import BridgeError, Checkpoint
 from bridge.arrays import LazyTensors, TensorEntry
+from bridge.errors import install_command
 from gpt2_jax.report_files import require_report_path, write_json_report
-
-REPORT_WIDTH = 120
-"""Columns where the output is no terminal; tables need more than the customary 80."""
-
-
-def console() -> Console:
-    """Standard output, for what was asked for. Paths and names are printed as they are, never as markup."""
-    return Console(width=None if sys.stdout.isatty() else REPORT_WIDTH, markup=False, highlight=False)
+from gpt2_jax.terminal import Console
 
 
 def progress(*columns: ProgressColumn) -> Progress:
     """A bar on standard error, and only where a person is watching."""
-    watched = Console(stderr=True, markup=False)
+    watched = Console(stderr=True)
     return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
 
 
@@ -72,4 +64,4 @@ def json_writer(
 def require_torch(what: str) -> None:
     """Raise the message that a newcomer needs, before an import error does."""
     if importlib.util.find_spec("torch") is None:
-        raise BridgeError(f"{what} needs PyTorch; install it, or this project's extra: pip install '.[torch]'")
+        raise BridgeError(f"{what} needs PyTorch; install it, or this package's extra: {install_command('torch')}")

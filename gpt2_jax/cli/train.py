@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jax.errors import JaxRuntimeError
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
-from bridge.errors import quoted
+from bridge.errors import escaped, quoted
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.cli.output import console, json_writer, progress
+from gpt2_jax.cli.effect import Rule, flag, require_effect
+from gpt2_jax.cli.output import json_writer, progress
 from gpt2_jax.cli.process import keep_compiled_programs
 from gpt2_jax.data import Data, open_data
+from gpt2_jax.data.tokenizers import MADE_FROM_TEXT, make_tokenizer
 from gpt2_jax.processes import end, end_now, first_alone, first_says, is_first, join, leave
+from gpt2_jax.terminal import Console, console, print_error
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
-from gpt2_jax.train.config import flat, from_flat, is_out_of_memory
-from gpt2_jax.train.run import is_run, stored_identity
+from gpt2_jax.train.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
+from gpt2_jax.train.metrics import require_packages
+from gpt2_jax.train.run import Identity, is_run, stored_identity
 from gpt2_jax.train.signals import StopSignals
+
+if TYPE_CHECKING:
+    import tiktoken
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 NO_TOKENIZER = "none"
 DIVERGED = 1
+RULES = (
+    Rule(("accept_changes",), lambda v: not v["resume"], "without --resume"),
+    Rule(("validation_fraction",), lambda v: v["validation_data"] is not None, "with --validation-data"),
+    Rule(
+        ("muon_learning_rate", "muon_momentum", "muon_weight_decay"),
+        lambda v: v["optimizer"] != "muon",
+        "without --optimizer muon",
+    ),
+    Rule(("min_learning_rate",), lambda v: v["schedule"] == "constant", "with --schedule constant"),
+    Rule(("decay_steps",), lambda v: v["schedule"] != "cosine", "without --schedule cosine"),
+    Rule(("decay_fraction",), lambda v: v["schedule"] != "wsd", "without --schedule wsd"),
+    Rule(("sample_prompt",), lambda v: v["sample_tokens"] == 0, "with --sample-tokens 0"),
+)
+DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+
 _DETERMINISTIC = {"--deterministic": True, "--no-deterministic": False}
 
 
@@ -98,17 +118,24 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             keep_compiled_programs()
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process go with --distributed")
-        write_json = json_writer(
-            json if is_first() else None, overwrite, (config.data, config.validation_data, config.init_from)
-        )
+        asked = {"resume": resume, "accept_changes": accept_changes}
+        require_effect({**flat(config), **asked}, {**flat(default), **dict.fromkeys(asked, False)}, RULES)
+        inputs = (config.data, config.validation_data, config.init_from)
+        _require_cache(cache, inputs)
+        write_json = json_writer(json if is_first() else None, overwrite, inputs)
         try:
             outcome = run_training(
-                from_flat(flat(config)), out, resume=resume, accept_changes=accept_changes, cache=cache
+                from_flat(flat(config)),
+                out,
+                default=default,
+                resume=resume,
+                accept_changes=accept_changes,
+                cache=cache,
             )
         except NonFiniteLoss as error:
             why = f"{error}; what was saved before is in {out}. Lower --learning-rate, or raise --warmup-steps"
             if is_first():
-                print(f"gpt2: {why}", file=sys.stderr)
+                print_error(why)
             end(DIVERGED, why)
         except (MemoryError, JaxRuntimeError) as error:
             if not is_out_of_memory(error):
@@ -131,12 +158,21 @@ def default_config(args: Sequence[str]) -> TrainConfig:
     if not set(args[:1]) & {"train", "plan"}:
         return PRESETS[DEFAULT_PRESET]
     if "--resume" in args and (out := _value(args, "--out")) is not None and is_run(Path(out)):
-        return stored_identity(Path(out)).config
-    fallback = DEFAULT_FINETUNING_PRESET if _value(args, "--init-from") else DEFAULT_PRESET
-    name = _value(args, "--preset") or fallback
+        stored = stored_identity(Path(out)).config
+        return _printable(stored) if {"-h", "--help"} & {*args} else stored
+    init_from = _value(args, "--init-from")
+    name = _value(args, "--preset") or (DEFAULT_FINETUNING_PRESET if init_from else DEFAULT_PRESET)
     if name not in PRESETS:
         raise BridgeError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
-    return PRESETS[name]
+    preset = PRESETS[name]
+    # Both together, because a configuration is checked when it is made.
+    return replace(preset, tokenizer=TOKENIZER_OF_INIT_FROM, init_from=init_from) if init_from else preset
+
+
+def _printable(config: TrainConfig) -> TrainConfig:
+    """For the help, which shows defaults: with control characters in strings escaped."""
+    values = flat(config)
+    return from_flat({name: escaped(v, keep="") if isinstance(v, str) else v for name, v in values.items()})
 
 
 def wants_determinism(args: Sequence[str], default: TrainConfig) -> bool:
@@ -158,12 +194,18 @@ def run_training(
     config: TrainConfig,
     out: Path,
     *,
+    default: TrainConfig | None = None,
     resume: bool = False,
     accept_changes: bool = False,
     cache: Path | None = None,
 ) -> Outcome:
-    """Open what the configuration names, train, and say how it ended."""
+    """Open what the configuration names, train, and say how it ended.
+
+    `default`: sizes of the model in which `config` differs from it were asked for, and must be those of the run.
+    """
     screen = console() if is_first() else Console(quiet=True)
+    if is_first():  # before tokens are cached
+        require_packages(config)
     say = screen.print
     resumes = first_says(resume and is_run(out))
     if resume and not resumes:
@@ -175,10 +217,16 @@ def run_training(
     if source is not None and not continues:
         for warning in source.diagnostics:
             say(f"warning: {warning}", soft_wrap=True)
-    with first_alone("opening the data"):  # which tokenises text, for the others too
-        data = _open_data(config, source, cache)
     init_from = None if config.init_from is None else source
+    asked = _sizes_asked_for(config, default)
+    if init_from is not None:
+        _require_sizes(asked, init_from.config, "it is that of --init-from")
+    with first_alone("opening the data"):  # which tokenises text, for the others too
+        tokenizer = _chosen_tokenizer(config, source, stored_identity(out) if resumes else None)
+        data = _open_data(config, tokenizer, source, cache)
     config = settle(config, data, init_from)
+    if config.tokenizer != "bpe":  # which a short text trains to fewer
+        _require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
     outcome = train(
@@ -204,22 +252,87 @@ def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
     if cache is None or not cache.exists():
         return
     if not cache.is_dir() or any(source and os.path.exists(source) and cache.samefile(source) for source in inputs):
+        raise BridgeError(f"--cache {quoted(cache)} is a file, or is read by this command; give another directory")
+
+
+def _sizes_asked_for(config: TrainConfig, default: TrainConfig | None) -> dict[str, Any]:
+    """Sizes of the model, by name, that differ from the default."""
+    if default is None:
+        return {}
+    given, usual = vars(config.model), vars(default.model)
+    return {name: value for name, value in given.items() if value != usual[name] and name not in DROPOUT_RATES}
+
+
+def _require_sizes(asked: Mapping[str, Any], model: GPT2Config, whose: str) -> None:
+    """Raise `BridgeError` for sizes that were asked for and that the model does not have."""
+    lines = [
+        f"{flag(name)} {quoted(value)}: has no effect, because {whose}, {getattr(model, name)}; leave it out"
+        for name, value in asked.items()
+        if value != getattr(model, name)
+    ]
+    if lines:
+        raise BridgeError("\n".join(lines))
+
+
+def _chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, begun: Identity | None) -> Any:
+    """The tokenizer of `source`, or the configured one where it has none: what `open_data` takes.
+
+    Raises `BridgeError` where one was asked for that is not the tokenizer of `source`, or does not fit its vocabulary.
+
+    Args:
+        begun: what the run that is resumed was begun with.
+    """
+    named = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
+    if source is None:
+        return named
+    try:
+        own = source.tokenizer()
+    except NoTokenizerError:
+        own = None
+    is_default = config.tokenizer == (TOKENIZER_OF_INIT_FROM if begun is None else begun.config.tokenizer)
+    if own is None:
+        has_none = begun is not None and begun.tokenizer is None  # whatever its flags said
+        return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _fitting(named, source)
+    if not is_default and not _is_same(named, own):
         raise BridgeError(
-            f"--cache {quoted(cache)}: is a file, or is read by this command; give a directory of its own"
+            f"--tokenizer {quoted(config.tokenizer)}: is not the tokenizer of {quoted(source.path)}, whose weights "
+            "are for its own tokens; leave it out"
+        )
+    return own
+
+
+def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
+    """Whether this names the tokenizer; one that would be made from the data is another."""
+    if named == TOKENIZER_OF_INIT_FROM:
+        return True
+    if named is None or named in MADE_FROM_TEXT:
+        return False
+    return bridge.tokenizer_fingerprint(make_tokenizer(named)) == bridge.tokenizer_fingerprint(own)
+
+
+def _fitting(named: str, source: Checkpoint) -> Any:
+    """The tokenizer with this name; what is made from the data is checked once it is."""
+    if named in MADE_FROM_TEXT:
+        return named
+    tokenizer = make_tokenizer(named)
+    _require_rows(tokenizer, source)
+    return tokenizer
+
+
+def _require_rows(tokenizer: tiktoken.Encoding, source: Checkpoint) -> None:
+    rows, needed = source.config.vocab_size, tokenizer.max_token_value + 1
+    if needed > rows:
+        raise BridgeError(
+            f"the tokenizer {quoted(tokenizer.name)} has ids up to {needed - 1}, and the vocabulary of "
+            f"{quoted(source.path)} has {rows} rows; choose the --tokenizer that it was trained with"
         )
 
 
-def _open_data(config: TrainConfig, source: Checkpoint | None, cache: Path | None) -> Data:
-    """The data, with the tokenizer of `source`, or the configured one where there is none."""
-    try:
-        named = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
-        tokenizer: Any = named if source is None else source.tokenizer()
-    except NoTokenizerError:
-        tokenizer = None  # which token files do not need
+def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, cache: Path | None) -> Data:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with progress(*columns) if is_first() else Progress(disable=True) as bar:
         task = bar.add_task("reading", total=None)
-        return open_data(
+        data = open_data(
             config.data,
             tokenizer=tokenizer,
             vocab_size=config.model.vocab_size if source is None else source.config.vocab_size,
@@ -228,3 +341,6 @@ def _open_data(config: TrainConfig, source: Checkpoint | None, cache: Path | Non
             cache=cache,
             progress=lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total),
         )
+    if source is not None and data.tokenizer is not None:
+        _require_rows(data.tokenizer, source)
+    return data

@@ -12,7 +12,9 @@ from tyro.conf import arg
 
 import bridge
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
-from gpt2_jax.cli.output import console, json_writer, progress, require_torch
+from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
+from gpt2_jax.cli.output import json_writer, progress, require_torch
+from gpt2_jax.terminal import console
 
 if TYPE_CHECKING:
     from gpt2_jax.parity import Report
@@ -21,6 +23,8 @@ CheckName = Literal[
     "logits", "hidden-states", "gradients", "training", "padding", "round-trip", "prediction", "transformers"
 ]
 ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defined]
+
+RULES = (Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),)
 
 
 def verify(
@@ -44,16 +48,18 @@ def verify(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        text: what to run the models on, in place of the built-in text.
+        text: what to run the models on, in place of the built-in text; without either, where the tokenizer lacks its
+            characters, they run on characters drawn from the seed, and the check of predictions is left out.
         text_file: the same, from a UTF-8 file.
         batch: sequences in the batch.
         length: tokens in each; at most n_positions are used.
-        seed: for the token ids, where the checkpoint has no tokenizer.
+        seed: for the token ids, where the checkpoint has no tokenizer, or one without the built-in text's characters.
         untrained: the weights are random, so do not expect them to predict text.
         checks: run only these.
         json: also write the report to this file.
         overwrite: replace the report of an earlier command.
     """
+    require_effect(locals(), defaults_of(verify), RULES)
     require_torch("gpt2 verify")
     write_json = json_writer(json, overwrite, (source, text_file))
     if not checks:
@@ -105,6 +111,6 @@ def finish(report: Report, write_json: Callable[[dict[str, Any]], None]) -> int:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise bridge.BridgeError(f"cannot read {file}: {error}") from error

@@ -132,7 +132,7 @@ def round_trip(subject: Subject) -> Check:
 def prediction(subject: Subject) -> Check:
     """The loss on text beside ln(V): a checkpoint laid out wrongly agrees with itself and predicts nothing."""
     if not subject.is_text:
-        return Check("prediction", note="it needs text, and the checkpoint has no tokenizer")
+        return Check("prediction", note="it needs text in the checkpoint's own tokens, which --text gives")
     uniform = math.log(subject.checkpoint.config.vocab_size)
     limit = None if subject.untrained else tolerances.PREDICTS
     measurements = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,6 +12,9 @@ import bridge
 from bridge import BridgeError, Checkpoint, NoTokenizerError, TokenizerError
 from gpt2_jax.parity.checks import CHECKS, Subject
 from gpt2_jax.parity.report import Report
+
+if TYPE_CHECKING:
+    import tiktoken
 
 BUILT_IN_TEXT = """\
 When in the Course of human events, it becomes necessary for one people to dissolve the political bands \
@@ -28,7 +32,8 @@ Safety and Happiness.
 """
 """The Declaration of Independence of the United States, 1776; in the public domain."""
 
-_FROM_SEED = "random ids from seed"
+ENOUGH_OF_TEXT = 0.9
+"""With at least this part of the built-in text's characters it is still text, which a trained model predicts."""
 
 
 def verify(
@@ -47,25 +52,26 @@ def verify(
 
     Args:
         source: what to call the checkpoint in the report.
-        text: what to run it on, in the checkpoint's tokens; by default a built-in text. Without a
-            tokenizer it runs on ids drawn from `seed`, and cannot tell whether the model predicts.
+        text: what to run it on, in the checkpoint's tokens; by default a built-in text, without the characters that a
+            tokenizer of characters lacks. If more than a tenth of it is lacking, it runs on characters drawn from
+            `seed`, and without a tokenizer on ids; neither can tell whether the model predicts text.
         batch, length: how many sequences of how many tokens; cut to `n_positions`.
         untrained: the weights are known to be random, so a loss above ln(V) is no fault.
         checks: names from `gpt2_jax.parity.CHECKS`.
         progress: called with the name of each check before it starts.
 
     Raises `TokenizerError` if the checkpoint's tokenizer is damaged, or missing for a `text` that is
-    given, and `BridgeError` if there are fewer than two tokens to a sequence.
+    given, and `BridgeError` if there are fewer than two tokens to a sequence, or a `seed` is given that is not used.
     """
     config = checkpoint.config
     shape = (batch, min(length, config.n_positions))
     if shape[0] < 1 or shape[1] < 2 or seed < 0:
         raise BridgeError(f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: a prediction takes two tokens")
-    ids, origin = _tokens(checkpoint, text, shape, seed)
-    subject = Subject(checkpoint, ids, is_text=origin != _FROM_SEED, untrained=untrained)
+    tokens = _tokens(checkpoint, text, shape, seed)
+    subject = Subject(checkpoint, tokens.ids, is_text=tokens.are_text, untrained=untrained)
     about: dict[str, Any] = {
         "model": f"{bridge.num_parameters(config):,} parameters, {config.n_layer} layers, width {config.n_embd}",
-        "tokens": f"{shape[0]} x {shape[1]}, {origin if origin != _FROM_SEED else f'{origin} {seed}'}",
+        "tokens": f"{shape[0]} x {shape[1]}, {tokens.origin}",
     }
     results = []
     for name in checks:
@@ -74,14 +80,45 @@ def verify(
     return Report(source or str(checkpoint.path or checkpoint.format), about, tuple(results), checkpoint.diagnostics)
 
 
-def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> tuple[np.ndarray, str]:
-    """[B, T] ids and where they come from; a text too short is repeated."""
+@dataclass(frozen=True)
+class _Tokens:
+    """[B, T] ids, where they come from, and whether they are text that a trained model predicts."""
+
+    ids: np.ndarray
+    origin: str
+    are_text: bool
+
+
+def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> _Tokens:
+    """A text that is too short is repeated."""
+    rng = np.random.default_rng(seed)
     try:
-        tokens = checkpoint.tokenizer().encode_ordinary(BUILT_IN_TEXT if text is None else text)
+        tokenizer = checkpoint.tokenizer()
     except NoTokenizerError:
         if text is not None:
             raise
-        return np.random.default_rng(seed).integers(0, checkpoint.config.vocab_size, shape), _FROM_SEED
-    if not tokens:
+        ids = rng.integers(0, checkpoint.config.vocab_size, shape)
+        return _Tokens(ids, f"random ids from seed {seed}", are_text=False)
+    origin = "the built-in text" if text is None else "the given text"
+    if text is None:
+        text = _encodable(BUILT_IN_TEXT, tokenizer)
+        if len(text) < ENOUGH_OF_TEXT * len(BUILT_IN_TEXT):
+            ids = rng.choice(sorted(tokenizer._mergeable_ranks.values()), shape)
+            return _Tokens(ids, f"random characters of its tokenizer from seed {seed}", are_text=False)
+        if len(text) < len(BUILT_IN_TEXT):
+            origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
+    if seed:
+        raise BridgeError(f"seed={seed}: has no effect, because the tokens are those of a text; leave it out")
+    encoded = tokenizer.encode_ordinary(text)
+    if not encoded:
         raise TokenizerError("the text is empty; give at least one token")
-    return np.resize(np.array(tokens, np.int64), shape), "the built-in text" if text is None else "the given text"
+    return _Tokens(np.resize(np.array(encoded, np.int64), shape), origin, are_text=True)
+
+
+def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:
+    """The text without the characters that a tokenizer of characters lacks; any other encodes every text."""
+    from bridge.characters import CharacterEncoding  # imports tiktoken
+
+    if not isinstance(tokenizer, CharacterEncoding):
+        return text
+    return "".join(character for character in text if character.encode() in tokenizer._mergeable_ranks)

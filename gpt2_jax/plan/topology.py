@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.errors import JaxRuntimeError
 
+from bridge.errors import install_command
 from gpt2_jax.plan.chips import BY_NAME, Chip
 from gpt2_jax.plan.errors import PlanError
 
@@ -54,8 +55,8 @@ def tpu_topology(name: str) -> Topology:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(
-            f"--topology {name} needs the TPU's compiler, which runs on any Linux machine: pip install '.[tpu]'; or "
-            "see what a step takes on N devices of the CPU with --devices N"
+            f"--topology {name} needs the TPU's compiler, which runs on any Linux machine: "
+            f"{install_command('tpu')}; or see what a step takes on N devices of the CPU with --devices N"
         )
     slices = int(found["slices"] or 1)
     return Topology(name, tuple(_devices(chip, found["shape"], slices)), chip, slices)

@@ -16,6 +16,9 @@ from bridge.errors import bullet_list
 from gpt2_jax.attention import Implementation, obstacle
 from gpt2_jax.remat import Remat
 
+TOKENIZER_OF_INIT_FROM = "init-from"
+"""The value of `TrainConfig.tokenizer` for the tokenizer of the checkpoint in `init_from`, if it has one."""
+
 
 class TrainingError(BridgeError):
     """A training run cannot be started or continued as asked; the message names the field."""
@@ -86,7 +89,8 @@ class TrainConfig:
     """The part of --data, at its end, that is kept for validation."""
     tokenizer: str = "bpe"
     """gpt2, bytes, characters, bpe (trained on the data, to --vocab-size), a directory that has one, or none,
-    for token files, whose ids are below --vocab-size; with --init-from it is SRC's own."""
+    for token files, whose ids are below --vocab-size. With --init-from SRC the default is init-from: SRC's own. Another
+    is used if SRC has none; if SRC has one, it must be the same."""
     examples: Literal["stream", "documents"] = "stream"
     """stream: windows of one long text; documents: each document one padded, masked example."""
     init_from: str | None = None
@@ -120,7 +124,8 @@ class TrainConfig:
     vocab_multiple: int = 1
     """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
     ema_decay: float | None = None
-    """Keep a running mean of the weights with this decay, and evaluate and export that."""
+    """Keep an exponential moving average of the weights, and evaluate and export that. After t updates the decay is
+    min(this, (1 + t) / (10 + t)), so that the average of a short run is not the initial weights."""
     non_finite: Literal["stop", "skip"] = "stop"
     """What a step does whose loss or gradient is infinite or NaN: end the run; or leave everything as it was, be
     counted, and let the next one go on with its own batch."""
@@ -219,6 +224,8 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         yield f"source_activation={c.source_activation}: it is for --init-from"
     if c.sample_tokens < 0:
         yield f"sample_tokens={c.sample_tokens}: must not be negative"
+    if c.tokenizer == TOKENIZER_OF_INIT_FROM and c.init_from is None:
+        yield f"tokenizer={c.tokenizer}: is the tokenizer of init_from, which is not given"
     yield from _attention_problems(c)
     if c.ema_decay is not None and not 0 < c.ema_decay < 1:
         yield f"ema_decay={c.ema_decay}: must be between 0 and 1"

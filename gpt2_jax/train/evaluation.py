@@ -70,9 +70,15 @@ def require_validation(data: Data) -> TokenStream:
 
 
 def require_finite(state: TrainState) -> None:
-    """A step with a finite loss can still leave weights that have none; they are no checkpoint."""
-    if not all_finite(state.params):
-        raise NonFiniteLoss(f"step {state.step}: its update made weights infinite or NaN")
+    """Raise `NonFiniteLoss` if any number in the state is infinite or NaN: after a finite loss, one still can be."""
+    parts = {
+        "weights": state.params,
+        "the optimizer's state": state.opt_state,
+        "the moving average of the weights": state.ema_params,
+    }
+    for what, tree in parts.items():
+        if not all_finite(tree):
+            raise NonFiniteLoss(f"step {state.step}: its update made {what} infinite or NaN")
 
 
 def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:

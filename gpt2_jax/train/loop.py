@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 import optax
+import rich.console
 from jax.sharding import Mesh
-from rich.console import Console
 
 import bridge
 from bridge import Checkpoint, manifest
@@ -26,6 +26,7 @@ from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
 from gpt2_jax.processes import first_says, is_first, require_agreement, wait_for_all
 from gpt2_jax.sharding import make_mesh
+from gpt2_jax.terminal import Console
 from gpt2_jax.train import run as runs
 from gpt2_jax.train.batches import rows_of_step
 from gpt2_jax.train.begin import described_state, first_state, make_model
@@ -33,7 +34,7 @@ from gpt2_jax.train.checkpoint import Checkpoints
 from gpt2_jax.train.config import NonFiniteLoss, TrainConfig, TrainingError
 from gpt2_jax.train.determinism import require_deterministic
 from gpt2_jax.train.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
-from gpt2_jax.train.metrics import PLOT, plot_losses
+from gpt2_jax.train.metrics import PLOT, plot_losses, require_packages
 from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.train.report import Report
 from gpt2_jax.train.signals import Stopped, StopSignals
@@ -70,7 +71,7 @@ def train(
     init_from: Checkpoint | None = None,
     resume: bool = False,
     accept_changes: bool = False,
-    console: Console | None = None,
+    console: rich.console.Console | None = None,
     stop: StopSignals | None = None,
 ) -> Outcome:
     """Train, evaluate, keep checkpoints, and export; everything is written below the directory `run`.
@@ -90,12 +91,14 @@ def train(
     if config.deterministic:
         require_deterministic()
     require_validation(data)
+    if is_first():
+        require_packages(config)
     prompt = encoded_prompt(config, data)
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
     place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
     rows_of_step(config, mesh)
     resumes, begins = _enter(run, config, data, resume, accept_changes)
-    console, about = console or Console(quiet=not is_first(), markup=False), runs.about(config, data)
+    console, about = console or Console(quiet=not is_first()), runs.about(config, data)
     say = partial(console.print, soft_wrap=True)
     with runs.locked(run) if is_first() else nullcontext(), stop or StopSignals() as stop:
         with jax.set_mesh(mesh), Checkpoints(run, config.keep_last, about, say) as checkpoints:
@@ -105,6 +108,11 @@ def train(
             if saved is None and not begins:
                 raise TrainingError(
                     f"none of the checkpoints in {quoted(run)} is sound; begin again, with another --out"
+                )
+            if saved is not None and saved > config.steps:
+                raise TrainingError(
+                    f"steps={config.steps}: the newest checkpoint in {quoted(run)} is already at step {saved}; give "
+                    f"--steps {saved} or more, or begin again with another --out"
                 )
             state = (
                 first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)

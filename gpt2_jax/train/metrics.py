@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import quoted
+from bridge.errors import escaped, install_command, quoted
 from bridge.files import new_file
 from gpt2_jax.train.config import TrainConfig, TrainingError, flat
 
@@ -88,7 +88,8 @@ def plot_losses(run: Path) -> Path:
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss, nats per token", title=run.name)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set_title(escaped(run.name), parse_math=False)
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -133,8 +134,16 @@ def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
     )
 
 
+def require_packages(config: TrainConfig) -> None:
+    """Raise `TrainingError` if `--tensorboard` or `--wandb` needs a package that is not installed."""
+    if config.tensorboard:
+        _optional("tensorboard.summary", "tensorboard")
+    if config.wandb:
+        _optional("wandb", "wandb")
+
+
 def _optional(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise TrainingError(f"--{extra} needs a package that is not here: pip install '.[{extra}]'") from error
+        raise TrainingError(f"--{extra} needs a package that is not installed: {install_command(extra)}") from error

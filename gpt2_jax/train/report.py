@@ -10,10 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gpt2_jax.processes import is_first
+from gpt2_jax.terminal import Console
 from gpt2_jax.train.config import NonFiniteLoss, TrainConfig
 from gpt2_jax.train.metrics import Metrics
 from gpt2_jax.train.throughput import flops_per_token, peak_flops
@@ -31,7 +32,7 @@ class Report:
 
     def __init__(
         self,
-        out: Console,
+        out: rich.console.Console,
         run: Path,
         config: TrainConfig,
         start_step: int,
@@ -45,7 +46,7 @@ class Report:
         self._peak = devices * peak
         each = f" on each of {devices} devices" if devices > 1 else ""
         self.say(f"MFU is relative to {peak / 1e12:.3g} TFLOP/s in {config.dtype}{each}, {source}")
-        watched = Console(stderr=True, markup=False)
+        watched = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bar = Progress(
             *columns, console=watched, transient=True, disable=not (watched.is_terminal and is_first())

@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema_params: Any = None
-    """A running mean of the parameters, where one is kept."""
+    """The exponential moving average of the parameters, where one is kept."""
     skipped: Any = None
     """How many steps left everything else as it was, because their loss or gradient was not finite."""
 
@@ -79,13 +79,22 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         mean = state.ema_params
         if ema_decay is not None:
-            mean = optax.incremental_update(params, mean, 1.0 - ema_decay)
+            updates_made = state.step - state.skipped + 1
+            mean = optax.incremental_update(params, mean, 1.0 - warmed_up_decay(ema_decay, updates_made))
         after = TrainState(state.step + 1, params, opt_state, mean, state.skipped)
         if skip_non_finite:
             after = _unless(jnp.isfinite(total) & jnp.isfinite(norm), after, state)
         return constrain_tree(after), {"loss": total / count, "grad_norm": norm, "skipped": after.skipped}
 
     return jax.jit(step, donate_argnums=0)
+
+
+def warmed_up_decay(decay: float, updates: Int[Array, ""]) -> Float[Array, ""]:
+    """min(decay, (1 + t) / (10 + t)) after t updates, so that the initial weights leave the mean of a short run.
+
+    Source: `num_updates` of TensorFlow's `tf.train.ExponentialMovingAverage`.
+    """
+    return jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
 
 
 def _unless(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> TrainState:
@@ -115,7 +124,7 @@ def _accumulated(
 @jax.jit
 def all_finite(tree: Any) -> Bool[Array, ""]:
     """Whether no number in it is infinite or NaN."""
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+    return jax.tree.reduce(lambda so_far, leaf: so_far & jnp.isfinite(leaf).all(), tree, jnp.array(True))
 
 
 def make_eval_step(model: GPT2) -> EvalStep:

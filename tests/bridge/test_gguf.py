@@ -513,6 +513,14 @@ def test_the_tokenizer_comes_back(tmp_path: Path, make: Any, name: str) -> None:
     assert_same_tokenizer(back.tokenizer(), make())
 
 
+def test_arrays_made_from_a_file_with_a_tokenizer_inside_keep_it(tmp_path: Path) -> None:
+    opened = bridge.load(saved(tmp_path / "m.gguf", with_tokenizer(small_bpe())))
+    made = Checkpoint.of(dict(opened.tensors.items()), opened.config, like=opened)
+    assert_same_tokenizer(made.tokenizer(), small_bpe())
+    bridge.save(made, tmp_path / "hf", format="huggingface")
+    assert_same_tokenizer(bridge.load(tmp_path / "hf").tokenizer(), small_bpe())
+
+
 def test_the_tokenizer_goes_on_to_other_formats(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.gguf", with_tokenizer(small_bpe()))
     bridge.save(bridge.load(path), tmp_path / "hf", format="huggingface")

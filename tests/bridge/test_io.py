@@ -128,7 +128,7 @@ def test_a_hub_id_offline_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("source", ["gpt2", "someone/tiny-gpt2"])
 def test_without_huggingface_hub_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install '.[hub]'" in message(source)
+    assert "pip install 'gpt2-bridge[hub]'" in message(source)
 
 
 def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from commands import run
-from models import SMALLEST, random_checkpoint, random_state
+from models import SMALLEST, config_for, random_checkpoint, random_state
 from refusals import assert_refused
 
 import bridge
 from bridge import BridgeError, ConfigError, ConversionError
 from bridge.arrays import LazyTensors
+from bridge.optimizer_state import AdamWState
 from bridge.safetensors_file import write_file
 
 State = dict[str, np.ndarray]
@@ -136,6 +137,20 @@ def test_values_that_are_not_finite_are_reported_and_not_written_unless_asked(
     assert "h.1.mlp.c_fc.bias has 1 values that are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert run("convert", tmp_path / "kept", tmp_path / "out", "--to", "flax", "--keep-not-finite") == 0
+
+
+@pytest.mark.parametrize("moment", ["first", "second"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_moments_that_are_not_finite_are_not_written_unless_asked(tmp_path: Path, moment: str, value: float) -> None:
+    config = config_for("nanogpt", SMALLEST)
+    moments = {name: random_state(config) for name in ("first", "second")}
+    moments[moment]["h.1.mlp.c_fc.bias"][3] = value
+    checkpoint = replace(random_checkpoint(config), optimizer=AdamWState(5, **moments))
+    with pytest.raises(bridge.ConversionError, match=rf"the {moment} moment of h\.1\.mlp\.c_fc\.bias has 1 values"):
+        bridge.save(checkpoint, tmp_path / "out.pt", format="nanogpt")
+    assert not [*tmp_path.iterdir()]
+    bridge.save(checkpoint, tmp_path / "out.pt", format="nanogpt", keep_not_finite=True)
+    bridge.save(checkpoint, tmp_path / "hf", format="huggingface")  # which has no moments
 
 
 def test_a_layer_norm_of_zeros_is_reported() -> None:

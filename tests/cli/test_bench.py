@@ -29,7 +29,7 @@ from gpt2_jax.cli.bench.process import Worker, WorkerDied, environment
 from gpt2_jax.cli.bench.report import Report, Result
 from gpt2_jax.cli.bench.summary import summaries
 from gpt2_jax.cli.bench.worker import FILES
-from gpt2_jax.cli.output import console
+from gpt2_jax.terminal import console
 from gpt2_jax.train.config import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -71,6 +71,11 @@ BAD = {
     "lines that are not there": ("generate", "{model}", "--lines", "{tmp}/nowhere.txt"),
     "sampled beams": ("generate", "{model}", "We", "--beams", "2", "--temperature", "1"),
     "several at a time, interactively": ("generate", "{model}", "--interactive", "--samples", "2"),
+    "seed without sampling": ("generate", "{model}", "We", "--seed", "1"),
+    "seed of beams": ("generate", "{model}", "We", "--beams", "2", "--seed", "1"),
+    "length penalty without beams": ("generate", "{model}", "We", "--length-penalty", "2"),
+    "seed beside a text": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
+    "untrained and no prediction": ("verify", "{model}", "--untrained", "--checks", "round-trip"),
     "no sequence": ("verify", "{model}", "--batch", "0"),
     "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
     "unwritable json": ("convert", "{model}", "{tmp}/out", "--to", "flax", "--json", "{tmp}/nowhere/facts.json"),
@@ -132,7 +137,7 @@ def test_verify_without_torch_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert run("verify", model) == 2
-    assert "pip install '.[torch]'" in capsys.readouterr().err
+    assert "pip install 'gpt2-bridge[torch]'" in capsys.readouterr().err
 
 
 def test_names_in_brackets_are_not_markup(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from commands import CONFIG, run
 
+from gpt2_jax.cli.generate import _asked
+
 BACKENDS = ("jax", "torch")
 
 
@@ -86,6 +88,18 @@ def test_lines_of_a_file_are_prompts_of_their_own(
 def test_a_prompt_from_standard_input(completions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"We\r\nhold\n")))
     assert completions("-")[0]["prompt"] == "We\nhold"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    completions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = "\ufeffWe\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(marked)))
+    assert completions("-")[0]["prompt"] == "We"
+    (tmp_path / "lines").write_bytes(marked)
+    assert completions("--lines", tmp_path / "lines")[0]["prompt"] == "We"
+    monkeypatch.setattr("builtins.input", lambda _: marked.decode().strip())
+    assert _asked() == "We"
 
 
 def test_a_prompt_that_is_no_text_is_refused(

@@ -85,7 +85,15 @@ def test_eval_and_generate_compute_with_it(nanogpt: Path, tmp_path: Path) -> Non
     (tmp_path / "text.txt").write_text("We predict this text.")
     losses, log_probs = {}, {}
     for activation in ("gelu", "gelu_new"):
-        flags = ("--backend", "torch", "--source-activation", activation, "--json", tmp_path / "found.json", "--overwrite")
+        flags = (
+            "--backend",
+            "torch",
+            "--source-activation",
+            activation,
+            "--json",
+            tmp_path / "found.json",
+            "--overwrite",
+        )
         assert run("eval", nanogpt, "--data", tmp_path / "text.txt", *flags) == 0
         losses[activation] = facts(tmp_path / "found.json")["loss"]
         assert run("generate", nanogpt, "We", "--max-new-tokens", 2, *flags) == 0

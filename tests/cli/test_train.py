@@ -8,6 +8,7 @@ import inspect
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import torch
 import transformers
 from implementations import relative_error
 from jax.errors import JaxRuntimeError
-from models import random_ids
+from models import huggingface_directory, random_ids
 from training_runs import RECIPE, write_text
 
 import bridge
@@ -164,7 +165,7 @@ def test_fine_tuning_takes_sizes_and_tokenizer_and_needs_its_source_only_to_begi
     source, out = copy / "run" / "export", copy / "tuned"
     quick = ("--steps", 1, "--batch-size", 2, "--length", 8, "--eval-batches", 1, "--sample-tokens", 0)
     places = ("--out", out, "--data", copy / "text.txt", "--cache", copy / "cache")
-    code, _, errors = run("train", "--init-from", source, *places, *quick, "--n-layer", 7)
+    code, _, errors = run("train", "--init-from", source, *places, *quick, "--n-layer", 2)  # as it has
     assert (code, errors) == (0, "")
     config = stored_identity(out).config
     assert config.preset == "finetune"
@@ -172,8 +173,48 @@ def test_fine_tuning_takes_sizes_and_tokenizer_and_needs_its_source_only_to_begi
     assert bridge.load(out).tokenizer().n_vocab == 257
     trained, begun = (read_metrics(run)[-1 - last]["val_loss"] for run, last in ((copy / "run", 0), (out, 1)))
     assert abs(trained - begun) < 0.5  # random weights are at 5.5; other windows of the same text
+    assert config.tokenizer == "init-from"
     shutil.rmtree(source)
-    assert run("train", "--resume", "--out", out, "--cache", copy / "cache")[0] == 0
+    again = ("train", "--resume", "--out", out, "--cache", copy / "cache")
+    assert run(*again)[0] == 0
+    stored = json.loads((out / "run.json").read_text())
+    stored["config"]["tokenizer"] = "gpt2"  # as runs said that began before there was "init-from"
+    (out / "run.json").write_text(json.dumps(stored))
+    assert run(*again)[0] == 0
+    code, _, errors = run(*again, "--tokenizer", "characters", "--accept-changes")
+    assert (code, "is not the tokenizer of" in errors) == (2, True)
+
+
+QUICK = ("--steps", 1, "--batch-size", 2, "--length", 8, "--eval-batches", 1, "--sample-tokens", 0)
+
+
+def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path: Path) -> None:
+    source = huggingface_directory(tmp_path / "source", replace(RECIPE.model, vocab_size=300, bias=True))
+    places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", tmp_path / "run")
+    code, _, errors = run("train", "--init-from", source, *places, *QUICK)
+    assert (code, "say by which tokenizer" in errors) == (2, True)
+    assert run("train", "--init-from", source, *places, *QUICK, "--tokenizer", "bytes")[0] == 0
+    made = bridge.load(tmp_path / "run")
+    assert (made.config.vocab_size, made.tokenizer().n_vocab) == (300, 257)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had ended before the first
+    assert run("train", "--resume", "--cache", tmp_path / "cache", "--out", tmp_path / "run")[0] == 0
+    assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 257
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
+def test_a_tokenizer_with_more_ids_than_the_checkpoint_has_rows_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    source = huggingface_directory(tmp_path / "source", replace(RECIPE.model, vocab_size=20, bias=True))
+    places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", tmp_path / "run")
+    code, _, errors = run("train", "--init-from", source, *places, *QUICK, "--tokenizer", tokenizer)
+    assert code == 2
+    assert re.search(r"has ids up to \d+, and the vocabulary of '.*source' has 20 rows", errors)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_checkpoints_own_tokenizer_may_be_named(tmp_path: Path) -> None:
+    places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", tmp_path / "run")
+    code, _, errors = run("train", "--init-from", "bundled", *places, *QUICK, "--tokenizer", bridge.BUNDLED)
+    assert (code, errors) == (0, "")
 
 
 def test_what_diverges_ends_with_1_and_names_the_step(trained: Path, tmp_path: Path) -> None:
@@ -196,16 +237,25 @@ def test_what_diverges_ends_with_1_and_names_the_step(trained: Path, tmp_path: P
         (["--out", "x"], "nano"),
         (["--preset", "gpt2-xl", "--out", "x"], "gpt2-xl"),
         (["--out", "x", "--preset=shakespeare-char"], "shakespeare-char"),
-        (["--init-from", "gpt2"], "finetune"),
-        (["--init-from=gpt2"], "finetune"),
-        (["--init_from", "gpt2"], "finetune"),
-        (["--init-from", "gpt2", "--preset", "nano"], "nano"),
         (["--resume", "--out", "nowhere"], "nano"),
         (["--preset"], "nano"),
     ],
 )
 def test_the_preset_gives_the_defaults(arguments: list[str], expected: str) -> None:
     assert default_config(["train", *arguments]) == PRESETS[expected]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--init-from", "gpt2"], "finetune"),
+        (["--init-from=gpt2"], "finetune"),
+        (["--init_from", "gpt2"], "finetune"),
+        (["--init-from", "gpt2", "--preset", "nano"], "nano"),
+    ],
+)
+def test_with_a_checkpoint_the_default_tokenizer_is_its_own(arguments: list[str], expected: str) -> None:
+    assert default_config(["train", *arguments]) == replace(PRESETS[expected], init_from="gpt2", tokenizer="init-from")
 
 
 def test_other_verbs_have_no_preset() -> None:
@@ -230,6 +280,33 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "something else in the way": (("--out", "{text}", "--data", "{text}", "--tokenizer", "bytes"), "is not a run"),
     "unwritable json": (("--out", "{out}", "--json", "{tmp}/nowhere/x.json"), "cannot write"),
+    "tokenizer of no checkpoint": (("--out", "{out}", "--tokenizer", "init-from"), "init_from, which is not given"),
+    **{
+        f"no effect of {flags[0]}": (("--out", "{out}", "--data", "{text}", *flags), f"{flags[0]}: has no effect")
+        for flags in (
+            ("--accept-changes",),
+            ("--validation-fraction", "0.2", "--validation-data", "{text}"),
+            ("--muon-learning-rate", "0.1"),
+            ("--muon-momentum", "0.5"),
+            ("--muon-weight-decay", "0.5"),
+            ("--min-learning-rate", "1e-5", "--schedule", "constant"),
+            ("--decay-steps", "900", "--schedule", "wsd"),
+            ("--decay-fraction", "0.5"),
+            ("--sample-prompt", "x", "--sample-tokens", "0"),
+        )
+    },
+    "size that the tokenizer decides": (
+        ("--out", "{out}", "--data", "{text}", "--tokenizer", "bytes", "--vocab-size", "300"),
+        "--vocab-size '300': has no effect, because it is the tokenizer's, 257",
+    ),
+    "size that the checkpoint decides": (
+        ("--out", "{out}", "--data", "{text}", "--init-from", "bundled", "--n-layer", "7"),
+        "--n-layer '7': has no effect, because it is that of --init-from, 5",
+    ),
+    "tokenizer beside the checkpoint's": (
+        ("--out", "{out}", "--data", "{text}", "--init-from", "bundled", "--tokenizer", "bytes"),
+        "--tokenizer 'bytes': is not the tokenizer of",
+    ),
     "prompt without a character": (
         ("--out", "{out}", "--data", "{text}", "--tokenizer", "characters", "--sample-prompt", "é"),
         "sample_prompt",

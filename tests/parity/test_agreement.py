@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ import transformers
 from implementations import (
     jax_gradients,
     jax_logits,
+    jax_model,
     largest_divergence,
     relative_error,
     relative_l2,
@@ -22,12 +25,14 @@ from implementations import (
     transformers_logits,
     transformers_model,
 )
-from models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
+from models import SMALLEST, TINY, huggingface_directory, random_checkpoint, random_ids, random_state
 
 import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
 from bridge.config import ACTIVATIONS
+from gpt2_jax import loss as jax_loss
+from gpt2_torch import loss as torch_loss
 
 FP64_RELATIVE = 1e-10  # rounding gives 1e-14; any difference in the mathematics gives 1e-7 or more
 FP32_ABSOLUTE = 1e-5  # logits here are of order 1, where float32 steps are 1e-7 and five layers add some up
@@ -202,3 +207,29 @@ def test_padding_the_vocabulary_leaves_the_logits_alone(scan: bool, tied: bool, 
     padded = jax_logits(checkpoint, ids, scan=scan, vocab_multiple=64)
     assert padded.shape[-1] == config.vocab_size
     assert relative_error(padded, jax_logits(checkpoint, ids, scan=scan)) <= FP64_RELATIVE
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
+@pytest.mark.parametrize("form", [{}, {"jit": True}, {"scan": True}], ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_no_tokens_have_no_logits(shape: tuple[int, int], form: dict[str, Any], masked: bool) -> None:
+    checkpoint, ids = random_checkpoint(SMALLEST), np.zeros(shape, np.int64)
+    mask = np.ones(shape, np.int64) if masked else None
+    ours = jax_logits(checkpoint, ids, mask, **form)
+    assert ours.shape == torch_logits(checkpoint, ids, mask).shape == (*shape, SMALLEST.vocab_size)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
+def test_the_losses_of_no_tokens_are_torchs(shape: tuple[int, int]) -> None:
+    checkpoint, ids = random_checkpoint(SMALLEST), np.zeros(shape, np.int64)
+    model, params = jax_model(checkpoint)
+    logits = jax_logits(checkpoint, ids), torch.from_numpy(np.array(jax_logits(checkpoint, ids)))
+    assert (
+        jax_loss.cross_entropy(logits[0], ids).shape == torch_loss.cross_entropy(logits[1], torch.from_numpy(ids)).shape
+    )
+    assert np.isnan(jax_loss.next_token_loss(logits[0], ids))
+    assert torch_loss.next_token_loss(logits[1], torch.from_numpy(ids)).isnan()  # a mean of nothing
+    batch = {"input_ids": ids, "labels": ids}
+    total, gradients = jax.value_and_grad(lambda p: jax_loss.summed_loss(model, p, batch))(params)
+    assert total == 0.0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))

@@ -20,7 +20,7 @@ import gpt2_torch
 from bridge import Checkpoint
 from gpt2_jax.cli import main
 from gpt2_jax.parity import CHECKS, Check, Measurement, Report, third_opinion, verify
-from gpt2_jax.parity.verify import BUILT_IN_TEXT
+from gpt2_jax.parity.verify import BUILT_IN_TEXT, _tokens
 from gpt2_torch.loss import next_token_loss
 
 CONFIG = replace(TINY, n_layer=2, vocab_size=263)
@@ -152,6 +152,47 @@ def test_a_given_text_is_used_and_needs_a_tokenizer(trained: Path) -> None:
         verify(random_checkpoint(CONFIG), text="We hold these truths", checks=("prediction",))
     with pytest.raises(bridge.TokenizerError, match="empty"):
         verify(bridge.load(trained), text="", checks=("prediction",))
+
+
+def of_characters(path: Path, characters: str) -> Checkpoint:
+    encoding = bridge.character_tokenizer(characters)
+    bridge.save(random_checkpoint(replace(CONFIG, vocab_size=encoding.n_vocab)), path, format="huggingface")
+    bridge.save_tokenizer(encoding, path)
+    return bridge.load(path)
+
+
+@pytest.mark.parametrize("characters", ["αβγδε ", "🎵🎶"])
+def test_a_tokenizer_of_other_characters_runs_on_its_own(tmp_path: Path, characters: str) -> None:
+    report = verify(
+        of_characters(tmp_path / "model", characters), checks=("hidden-states", "prediction"), length=9, seed=3
+    )
+    assert report.holds
+    assert report.about["tokens"] == "2 x 9, random characters of its tokenizer from seed 3"
+    assert not report.checks[1].was_run
+    assert "--text" in report.checks[1].note
+
+
+def test_characters_are_drawn_from_all_that_the_tokenizer_has_and_no_others() -> None:
+    encoding = bridge.character_tokenizer("αβγ")
+    checkpoint = replace(random_checkpoint(replace(CONFIG, vocab_size=9)), own_tokenizer=lambda: encoding)
+    assert {*_tokens(checkpoint, None, (2, 40), 0).ids.ravel().tolist()} == {0, 1, 2}
+
+
+def test_a_tokenizer_that_lacks_a_few_characters_runs_on_the_rest_of_the_text(tmp_path: Path) -> None:
+    known = {*BUILT_IN_TEXT} - {*"JLv"}
+    report = verify(of_characters(tmp_path / "model", "".join(known)), checks=("prediction",), length=9)
+    lacking = sum(character in "JLv" for character in BUILT_IN_TEXT)
+    assert report.about["tokens"] == f"2 x 9, the built-in text, without {lacking} characters that the tokenizer lacks"
+    assert report.checks[0].was_run
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:
+    of_characters(tmp_path / "model", "ab")
+    (tmp_path / "text").write_bytes("\ufeffabba".encode())
+    arguments = ["verify", str(tmp_path / "model"), "--text-file", str(tmp_path / "text"), "--checks", "round-trip"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
 
 
 def test_the_command_exits_with_0_only_if_all_hold(

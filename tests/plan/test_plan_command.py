@@ -18,7 +18,6 @@ from commands import run
 from matplotlib.image import imread
 
 from bridge import BridgeError, GPT2Config, num_parameters, parameters
-from gpt2_jax.cli.output import console
 from gpt2_jax.plan.chips import BY_NAME
 from gpt2_jax.plan.collectives import exchange
 from gpt2_jax.plan.compiled import Program, described_step
@@ -28,6 +27,7 @@ from gpt2_jax.plan.report import show, show_scaling, to_json
 from gpt2_jax.plan.roofline import roofline
 from gpt2_jax.plan.topology import Topology
 from gpt2_jax.sharding import make_mesh
+from gpt2_jax.terminal import console
 from gpt2_jax.train import PRESETS
 
 COMMAND = (sys.executable, "-c", "from gpt2_jax.cli import main; main()", "plan")
@@ -106,7 +106,7 @@ def test_without_the_compiler_it_says_how_to_get_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name))
     assert run("plan", "--topology", "v5e:2x2") == 2
     errors = capsys.readouterr().err
-    assert "pip install '.[tpu]'" in errors
+    assert "pip install 'gpt2-bridge[tpu]'" in errors
     assert "--devices N" in errors
 
 

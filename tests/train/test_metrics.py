@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 import pytest
-from training_runs import RECIPE, recipe
+from training_runs import RECIPE, data_for, files, recipe, write_text
 
 from bridge import GPT2_SIZES, GPT2Config
-from gpt2_jax.train import TrainConfig, TrainingError, throughput
+from gpt2_jax.cli.train import run_training
+from gpt2_jax.train import TrainConfig, TrainingError, settle, throughput, train
 from gpt2_jax.train.metrics import Metrics, plot_losses, read_metrics
 from gpt2_jax.train.throughput import flops_per_token, peak_flops
 
@@ -137,9 +138,28 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     for module in [m for m in sys.modules if m.partition(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
-    with pytest.raises(TrainingError, match=rf"--{name} needs .* pip install '\.\[{name}\]'"):
+    with pytest.raises(TrainingError, match=rf"--{name} needs .* pip install 'gpt2-bridge\[{name}\]'"):
         Metrics(tmp_path, recipe(**{name: value}), 0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), [("tensorboard", True), ("wandb", "project")])
+def test_a_missing_package_ends_a_run_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    text = write_text(tmp_path)
+    before = files(tmp_path)
+    config = recipe(**{name: value}, data=str(text))
+    with pytest.raises(TrainingError, match=f"--{name} needs"):
+        run_training(config, tmp_path / "run", cache=tmp_path / "cache")
+    assert files(tmp_path) == before
+    data = data_for(config, tmp_path)
+    with pytest.raises(TrainingError, match=f"--{name} needs"):
+        train(settle(config, data), tmp_path / "run", data)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_arithmetic_of_a_step_is_6n_and_12ldt() -> None:

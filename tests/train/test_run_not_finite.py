@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from models import random_checkpoint
@@ -44,6 +45,32 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, before: bool, ema: boo
         return poisoned
 
     monkeypatch.setattr(loop, "make_train_step", make_poisoned)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"), [("opt_state", "the optimizer's state"), ("ema_params", "the moving average of the weights")]
+)
+@pytest.mark.parametrize("non_finite", ["stop", "skip"])
+def test_a_state_that_is_not_finite_anywhere_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, message: str, non_finite: str
+) -> None:
+    def spoiled(state: Any) -> Any:
+        leaves, tree = jax.tree.flatten(getattr(state, field))
+        last = max(range(len(leaves)), key=lambda i: leaves[i].ndim)  # not a count
+        leaves[last] = leaves[last].at[0].set(np.inf)
+        return state._replace(**{field: jax.tree.unflatten(tree, leaves)})
+
+    monkeypatch.setattr(loop.Loop, "validate", lambda self: 1.0)
+    save = loop.Loop.save
+
+    def save_spoiled(self: loop.Loop) -> None:
+        self.state = spoiled(self.state)
+        save(self)
+
+    monkeypatch.setattr(loop.Loop, "save", save_spoiled)
+    with pytest.raises(NonFiniteLoss, match=f"^step 3: its update made {message} infinite or NaN"):
+        run_in(tmp_path, recipe(ema_decay=0.9, non_finite=non_finite))
+    assert steps(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,13 @@ def test_a_resume_with_another_value_is_refused_by_its_name(copy: Path, name: st
     assert files(copy / "run") == before
 
 
+def test_a_last_step_behind_the_newest_checkpoint_is_refused(copy: Path) -> None:
+    before = files(copy / "run")
+    with pytest.raises(TrainingError, match=r"steps=5: the newest checkpoint in '.*run' is already at step 6; give"):
+        run_in(copy, recipe(steps=5), resume=True, accept_changes=True)
+    assert files(copy / "run") == before
+
+
 def test_every_change_is_named_at_once(copy: Path) -> None:
     with pytest.raises(TrainingError) as raised:
         run_in(copy, recipe(seed=1, batch_size=2, beta2=0.5), resume=True)

@@ -139,11 +139,33 @@ def test_the_running_mean_is_its_formula() -> None:
     state = first_state(ema=True)
     expected = copied(state.params)
     assert_equal(state.ema_params, expected)
-    for seed in range(3):
+    for t, seed in enumerate(range(3), start=1):
         state, _ = stepper(drop=0.3, ema=0.9)(state, batch(seed))
-        expected = jax.tree.map(lambda mean, new: 0.9 * mean + 0.1 * np.asarray(new), expected, state.params)
+        d = (1 + t) / (10 + t)
+        expected = jax.tree.map(lambda mean, new, d=d: d * mean + (1 - d) * np.asarray(new), expected, state.params)
     assert_close(state.ema_params, expected)
     assert not np.array_equal(state.ema_params["wpe"]["embedding"], state.params["wpe"]["embedding"])
+
+
+def test_after_the_warm_up_the_running_mean_has_the_configured_decay() -> None:
+    """For 0.9 from t = 80 on; steps that were skipped are not counted."""
+    for step, skipped, decay in ((79, 0, 0.9), (1000, 0, 0.9), (1000, 999, 3 / 12)):
+        state = first_state(ema=True)._replace(step=jnp.int32(step), skipped=jnp.int32(skipped))
+        before = copied(state.ema_params)
+        after, _ = stepper(drop=0.3, ema=0.9)(state, batch())
+        expected = jax.tree.map(lambda old, new: decay * old + (1 - decay) * np.asarray(new), before, after.params)  # noqa: B023
+        assert_close(after.ema_params, expected)
+
+
+def test_the_running_mean_of_a_short_run_predicts_as_well_as_the_last_weights() -> None:
+    state, evaluated = first_state(ema=True), make_eval_step(GPT2(CONFIG, scan=True))
+    initial = float(evaluated(state.params, batch())[0])
+    step = stepper(ema=0.999)
+    for _ in range(100):
+        state, _ = step(state, batch())
+    raw, mean = (float(evaluated(params, batch())[0]) for params in (state.params, state.ema_params))
+    assert raw < 0.2 * initial
+    assert mean < raw + 0.05 * initial
 
 
 def test_bfloat16_computes_and_float32_is_kept() -> None:

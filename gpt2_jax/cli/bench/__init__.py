@@ -18,8 +18,9 @@ from gpt2_jax.cli.bench.measure import Limits, measure
 from gpt2_jax.cli.bench.peers import TASKS, Task, chosen_peers, ours, rivals
 from gpt2_jax.cli.bench.plot import plot
 from gpt2_jax.cli.bench.report import Report, Result, system_load
-from gpt2_jax.cli.output import console, json_writer, progress
+from gpt2_jax.cli.output import json_writer, progress
 from gpt2_jax.report_files import require_plot_path
+from gpt2_jax.terminal import console
 from gpt2_jax.train.config import TrainConfig
 
 DIED = 1

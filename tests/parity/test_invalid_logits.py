@@ -1,0 +1,125 @@
+"""Logits that are NaN or infinite are an error in every mode of generation, which names the row and the token."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import run
+from implementations import jax_model, torch_model
+from models import TINY, random_checkpoint, random_ids
+from tokenizers_for_tests import write_byte_tokenizer
+
+import bridge
+from bridge import Checkpoint
+from bridge.completion import PROMPTS_AT_A_TIME, complete, stream_text
+from bridge.decoding import Decoder, InvalidLogits
+from bridge.sampling import Request
+from gpt2_jax.generate import Decoder as JaxDecoder
+from gpt2_torch.generate import Decoder as TorchDecoder
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIG = replace(TINY, n_layer=1, tie_word_embeddings=False)
+PROMPTS = [random_ids(CONFIG, 1, length, seed=length)[0].tolist() for length in (3, 7)]
+LARGE = 3e38
+
+FILTERED = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
+REQUESTS = {
+    "greedy": Request(4),
+    "sampled": Request(4, **FILTERED),
+    "several": Request(4, temperature=0.7, samples=2, log_probs=True, stop_ids=(5,)),
+    "beams": Request(4, beams=3),
+}
+each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
+
+
+def decoder(backend: str, checkpoint: Checkpoint) -> Decoder[Any, Any]:
+    if backend == "gpt2_torch":
+        return TorchDecoder(torch_model(checkpoint))
+    return JaxDecoder(*jax_model(checkpoint))
+
+
+def with_head(rows: Any) -> Checkpoint:
+    """A model whose logits are n_embd times these numbers, one for each token."""
+    state = dict(random_checkpoint(CONFIG).tensors.items())
+    head = np.broadcast_to(np.asarray(rows, np.float32)[:, None], state["lm_head.weight"].shape)
+    norm = {"ln_f.weight": np.zeros_like(state["ln_f.weight"]), "ln_f.bias": np.ones_like(state["ln_f.bias"])}
+    return Checkpoint.of({**state, **norm, "lm_head.weight": head.copy()}, CONFIG)
+
+
+def one_token(value: float) -> np.ndarray:
+    return np.where(np.arange(CONFIG.vocab_size) == 9, value, 0.1)
+
+
+LOGITS = {"NaN": one_token(np.nan), "infinite": one_token(LARGE), "all -inf": np.full(CONFIG.vocab_size, -LARGE)}
+
+
+@each_backend
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("name", REQUESTS)
+def test_it_is_an_error_in_every_mode(name: str, logits: str, backend: str) -> None:
+    with pytest.raises(InvalidLogits, match=r"^row 0, new token 0, counted from 0: the model's logits are NaN or inf"):
+        decoder(backend, with_head(LOGITS[logits])).generate(PROMPTS, REQUESTS[name])
+
+
+@each_backend
+@pytest.mark.parametrize("name", REQUESTS)
+def test_minus_infinity_for_some_tokens_is_none(name: str, backend: str) -> None:
+    found = decoder(backend, with_head(one_token(-LARGE))).generate(PROMPTS, REQUESTS[name])
+    assert all(0 <= i < CONFIG.vocab_size and i != 9 for row in found for c in row for i in c.ids)
+
+
+@each_backend
+@pytest.mark.parametrize("at_a_time", [None, 1, 3])
+def test_the_row_and_the_token_are_named(backend: str, at_a_time: int | None) -> None:
+    """The embedding of a token is NaN that row 1 has first; what was streamed before is right."""
+    right = random_checkpoint(CONFIG)
+    request = Request(8)
+    ids = [row[0].ids for row in decoder(backend, right).generate(PROMPTS, request)]
+    step = next(n for n in range(1, 7) if ids[1][n] not in {0, *ids[0], *ids[1][:n], *PROMPTS[0], *PROMPTS[1]})
+    state = {name: np.array(array) for name, array in right.tensors.items()}
+    state["wte.weight"][ids[1][step]] = np.nan
+    chunks = decoder(backend, Checkpoint.of(state, CONFIG)).stream(PROMPTS, request, at_a_time)
+    streamed: list[list[int]] = [[], []]
+    with pytest.raises(InvalidLogits) as raised:
+        for chunk in chunks:
+            for row, new in zip(streamed, chunk.ids.tolist(), strict=True):
+                row.extend(new)
+    assert (raised.value.row, raised.value.step) == (1, step + 1)
+    assert streamed == [row[: len(streamed[0])] for row in ids]
+    assert at_a_time != 1 or len(streamed[0]) == step + 1
+
+
+def test_the_row_is_counted_over_all_prompts() -> None:
+    encoding = bridge.byte_tokenizer()
+    state = {name: np.array(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
+    state["wte.weight"][ord("!")] = np.nan
+    broken = decoder("gpt2_torch", Checkpoint.of(state, CONFIG))
+    prompts = ["a"] * PROMPTS_AT_A_TIME + ["a", "!"]
+    with pytest.raises(InvalidLogits, match=rf"^row {2 * (PROMPTS_AT_A_TIME + 1)}, new token 0,"):
+        complete(broken, encoding, prompts, Request(1, temperature=1.0, samples=2))
+    with pytest.raises(InvalidLogits):
+        list(stream_text(broken, encoding, "!", Request(2)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_the_command_exits_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str
+) -> None:
+    bridge.save(with_head(LOGITS["NaN"]), tmp_path / "m", format="huggingface", keep_not_finite=True)
+    write_byte_tokenizer(tmp_path / "m")
+    arguments = ("generate", tmp_path / "m", "--backend", backend, "--max-new-tokens", 4)
+    for more in (("We",), ("We", "--json", tmp_path / "g.json")):
+        assert run(*arguments, *more) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "logits are NaN or infinite" in printed.err
+    assert not (tmp_path / "g.json").exists()
+    lines = iter(["We", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    run(*arguments, "--interactive")
+    assert "logits are NaN or infinite" in capsys.readouterr().err
