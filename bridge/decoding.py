@@ -25,8 +25,8 @@ ENDED = -1
 """Stands in a chunk where a row had ended."""
 
 INVALID = -2
-"""What a backend puts in place of a token that cannot be chosen: of the model's logits one is NaN or +inf, or all are
--inf. All rows end there. A backend finds it on its device, so that nothing waits for every token."""
+"""Stands in place of a token that cannot be chosen, because a logit is NaN or +inf, or all are -inf. Every row ends
+there. The device writes it, so that the host need not wait for every token."""
 
 
 class InvalidLogits(BridgeError):

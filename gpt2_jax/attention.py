@@ -53,7 +53,7 @@ def attention(
     T, S = q_BTHK.shape[1], k_BSHK.shape[1]
     if is_causal and T != S:
         raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
-    if T == 0:  # of no tokens the others cannot take the largest score
+    if T == 0:  # the other implementations reduce over scores, of which there are none
         implementation = "plain"
     only_causal = is_causal and mask is None and dropout_rate == 0.0
     if implementation == "auto":

@@ -1,6 +1,6 @@
-"""A flag that was given and would have no effect is an error.
+"""Flags without an effect are an error: each verb has a table of rules that say when a flag has none.
 
-That a flag was given is known by its value: it is not the default. A verb has a table of rules and checks it first.
+A flag counts as given if its value is not the default.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """When these flags, by the names of their parameters, have no effect."""
+    """A condition under which some flags have no effect."""
 
     names: tuple[str, ...]
+    """The parameters of the flags."""
     applies: Callable[[Values], bool]
-    """Given the values of all flags."""
+    """The condition, a function of the values of all flags."""
     when: str
-    """The same in words, after "has no effect"."""
+    """The condition in words, to follow "has no effect"."""
 
 
 def require_effect(values: Values, defaults: Values, rules: Iterable[Rule]) -> None:
-    """Raise `BridgeError` naming every flag that is not at its default and has no effect."""
+    """Raise `BridgeError` naming every flag that was given and has no effect."""
     problems = [
         f"{flag(name)}: has no effect {rule.when}; leave it out"
         for rule in rules

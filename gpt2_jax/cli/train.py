@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from jax.errors import JaxRuntimeError
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import OmitArgPrefixes, arg
 
 import bridge
-from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
-from bridge.errors import escaped, quoted
+from bridge import BridgeError, Checkpoint, GPT2Config
+from bridge.errors import escaped
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.cli.effect import Rule, flag, require_effect
+from gpt2_jax.cli.effect import Rule, require_effect
+from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes, sizes_asked_for
 from gpt2_jax.cli.output import json_writer, progress
 from gpt2_jax.cli.process import keep_compiled_programs
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.data.tokenizers import MADE_FROM_TEXT, make_tokenizer
 from gpt2_jax.processes import end, end_now, first_alone, first_says, is_first, join, leave
 from gpt2_jax.terminal import Console, console, print_error
 from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
 from gpt2_jax.train.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
 from gpt2_jax.train.metrics import require_packages
-from gpt2_jax.train.run import Identity, is_run, stored_identity
+from gpt2_jax.train.run import is_run, stored_identity
 from gpt2_jax.train.signals import StopSignals
 
-if TYPE_CHECKING:
-    import tiktoken
-
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
-NO_TOKENIZER = "none"
 DIVERGED = 1
 RULES = (
     Rule(("accept_changes",), lambda v: not v["resume"], "without --resume"),
@@ -50,7 +46,6 @@ RULES = (
     Rule(("decay_fraction",), lambda v: v["schedule"] != "wsd", "without --schedule wsd"),
     Rule(("sample_prompt",), lambda v: v["sample_tokens"] == 0, "with --sample-tokens 0"),
 )
-DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 _DETERMINISTIC = {"--deterministic": True, "--no-deterministic": False}
 
@@ -170,7 +165,7 @@ def default_config(args: Sequence[str]) -> TrainConfig:
 
 
 def _printable(config: TrainConfig) -> TrainConfig:
-    """For the help, which shows defaults: with control characters in strings escaped."""
+    """The configuration with control characters in strings escaped, for the help, which shows it as defaults."""
     values = flat(config)
     return from_flat({name: escaped(v, keep="") if isinstance(v, str) else v for name, v in values.items()})
 
@@ -201,7 +196,7 @@ def run_training(
 ) -> Outcome:
     """Open what the configuration names, train, and say how it ended.
 
-    `default`: sizes of the model in which `config` differs from it were asked for, and must be those of the run.
+    `default`: sizes in which `config` differs from it were given as flags; an error if the run has others.
     """
     screen = console() if is_first() else Console(quiet=True)
     if is_first():  # before tokens are cached
@@ -218,15 +213,15 @@ def run_training(
         for warning in source.diagnostics:
             say(f"warning: {warning}", soft_wrap=True)
     init_from = None if config.init_from is None else source
-    asked = _sizes_asked_for(config, default)
+    asked = sizes_asked_for(config, default)
     if init_from is not None:
-        _require_sizes(asked, init_from.config, "it is that of --init-from")
+        require_sizes(asked, init_from.config, "it is that of --init-from")
     with first_alone("opening the data"):  # which tokenises text, for the others too
-        tokenizer = _chosen_tokenizer(config, source, stored_identity(out) if resumes else None)
+        tokenizer = chosen_tokenizer(config, source, stored_identity(out) if resumes else None)
         data = _open_data(config, tokenizer, source, cache)
     config = settle(config, data, init_from)
     if config.tokenizer != "bpe":  # which a short text trains to fewer
-        _require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
+        require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
     outcome = train(
@@ -255,79 +250,6 @@ def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
         raise BridgeError(f"--cache {quoted(cache)} is a file, or is read by this command; give another directory")
 
 
-def _sizes_asked_for(config: TrainConfig, default: TrainConfig | None) -> dict[str, Any]:
-    """Sizes of the model, by name, that differ from the default."""
-    if default is None:
-        return {}
-    given, usual = vars(config.model), vars(default.model)
-    return {name: value for name, value in given.items() if value != usual[name] and name not in DROPOUT_RATES}
-
-
-def _require_sizes(asked: Mapping[str, Any], model: GPT2Config, whose: str) -> None:
-    """Raise `BridgeError` for sizes that were asked for and that the model does not have."""
-    lines = [
-        f"{flag(name)} {quoted(value)}: has no effect, because {whose}, {getattr(model, name)}; leave it out"
-        for name, value in asked.items()
-        if value != getattr(model, name)
-    ]
-    if lines:
-        raise BridgeError("\n".join(lines))
-
-
-def _chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, begun: Identity | None) -> Any:
-    """The tokenizer of `source`, or the configured one where it has none: what `open_data` takes.
-
-    Raises `BridgeError` where one was asked for that is not the tokenizer of `source`, or does not fit its vocabulary.
-
-    Args:
-        begun: what the run that is resumed was begun with.
-    """
-    named = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
-    if source is None:
-        return named
-    try:
-        own = source.tokenizer()
-    except NoTokenizerError:
-        own = None
-    is_default = config.tokenizer == (TOKENIZER_OF_INIT_FROM if begun is None else begun.config.tokenizer)
-    if own is None:
-        has_none = begun is not None and begun.tokenizer is None  # whatever its flags said
-        return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _fitting(named, source)
-    if not is_default and not _is_same(named, own):
-        raise BridgeError(
-            f"--tokenizer {quoted(config.tokenizer)}: is not the tokenizer of {quoted(source.path)}, whose weights "
-            "are for its own tokens; leave it out"
-        )
-    return own
-
-
-def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
-    """Whether this names the tokenizer; one that would be made from the data is another."""
-    if named == TOKENIZER_OF_INIT_FROM:
-        return True
-    if named is None or named in MADE_FROM_TEXT:
-        return False
-    return bridge.tokenizer_fingerprint(make_tokenizer(named)) == bridge.tokenizer_fingerprint(own)
-
-
-def _fitting(named: str, source: Checkpoint) -> Any:
-    """The tokenizer with this name; what is made from the data is checked once it is."""
-    if named in MADE_FROM_TEXT:
-        return named
-    tokenizer = make_tokenizer(named)
-    _require_rows(tokenizer, source)
-    return tokenizer
-
-
-def _require_rows(tokenizer: tiktoken.Encoding, source: Checkpoint) -> None:
-    rows, needed = source.config.vocab_size, tokenizer.max_token_value + 1
-    if needed > rows:
-        raise BridgeError(
-            f"the tokenizer {quoted(tokenizer.name)} has ids up to {needed - 1}, and the vocabulary of "
-            f"{quoted(source.path)} has {rows} rows; choose the --tokenizer that it was trained with"
-        )
-
-
 def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, cache: Path | None) -> Data:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with progress(*columns) if is_first() else Progress(disable=True) as bar:
@@ -342,5 +264,5 @@ def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, c
             progress=lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total),
         )
     if source is not None and data.tokenizer is not None:
-        _require_rows(data.tokenizer, source)
+        require_rows(data.tokenizer, source)
     return data

@@ -48,12 +48,12 @@ def verify(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        text: what to run the models on, in place of the built-in text; without either, where the tokenizer lacks its
-            characters, they run on characters drawn from the seed, and the check of predictions is left out.
+        text: what to run the models on, in place of the built-in text. If the tokenizer lacks more than a tenth of the
+            built-in text's characters, the models run on random characters and predictions are not checked.
         text_file: the same, from a UTF-8 file.
         batch: sequences in the batch.
         length: tokens in each; at most n_positions are used.
-        seed: for the token ids, where the checkpoint has no tokenizer, or one without the built-in text's characters.
+        seed: of the random ids of a checkpoint without a tokenizer, or of the random characters.
         untrained: the weights are random, so do not expect them to predict text.
         checks: run only these.
         json: also write the report to this file.

@@ -53,8 +53,9 @@ def verify(
     Args:
         source: what to call the checkpoint in the report.
         text: what to run it on, in the checkpoint's tokens; by default a built-in text, without the characters that a
-            tokenizer of characters lacks. If more than a tenth of it is lacking, it runs on characters drawn from
-            `seed`, and without a tokenizer on ids; neither can tell whether the model predicts text.
+            tokenizer of characters lacks. If it lacks more than a tenth of the text, the tokens are random characters
+            of the tokenizer, and if there is no tokenizer, random ids; both are drawn from `seed`, and both leave the
+            check of predictions out, because no model predicts them.
         batch, length: how many sequences of how many tokens; cut to `n_positions`.
         untrained: the weights are known to be random, so a loss above ln(V) is no fault.
         checks: names from `gpt2_jax.parity.CHECKS`.
@@ -90,7 +91,7 @@ class _Tokens:
 
 
 def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> _Tokens:
-    """A text that is too short is repeated."""
+    """The tokens to run on. A text that is too short is repeated."""
     rng = np.random.default_rng(seed)
     try:
         tokenizer = checkpoint.tokenizer()
@@ -116,7 +117,7 @@ def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], se
 
 
 def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:
-    """The text without the characters that a tokenizer of characters lacks; any other encodes every text."""
+    """The text without the characters that a tokenizer of characters lacks. Other tokenizers encode every text."""
     from bridge.characters import CharacterEncoding  # imports tiktoken
 
     if not isinstance(tokenizer, CharacterEncoding):

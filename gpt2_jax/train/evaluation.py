@@ -70,7 +70,7 @@ def require_validation(data: Data) -> TokenStream:
 
 
 def require_finite(state: TrainState) -> None:
-    """Raise `NonFiniteLoss` if any number in the state is infinite or NaN: after a finite loss, one still can be."""
+    """Raise `NonFiniteLoss` if a number in the state is infinite or NaN, which is possible after a finite loss."""
     parts = {
         "weights": state.params,
         "the optimizer's state": state.opt_state,

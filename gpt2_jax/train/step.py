@@ -80,7 +80,7 @@ def make_train_step(
         mean = state.ema_params
         if ema_decay is not None:
             updates_made = state.step - state.skipped + 1
-            mean = optax.incremental_update(params, mean, 1.0 - warmed_up_decay(ema_decay, updates_made))
+            mean = optax.incremental_update(params, mean, average_step_size(ema_decay, updates_made))
         after = TrainState(state.step + 1, params, opt_state, mean, state.skipped)
         if skip_non_finite:
             after = _unless(jnp.isfinite(total) & jnp.isfinite(norm), after, state)
@@ -89,12 +89,13 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def warmed_up_decay(decay: float, updates: Int[Array, ""]) -> Float[Array, ""]:
-    """min(decay, (1 + t) / (10 + t)) after t updates, so that the initial weights leave the mean of a short run.
+def average_step_size(decay: float, updates: Int[Array, ""]) -> Float[Array, ""]:
+    """How much of the new weights goes into their moving average, after t updates: 1 - min(decay, (1 + t) / (10 + t)).
 
-    Source: `num_updates` of TensorFlow's `tf.train.ExponentialMovingAverage`.
+    The rising decay removes the initial weights from the average of a short run. Source: `num_updates` of TensorFlow's
+    `tf.train.ExponentialMovingAverage`.
     """
-    return jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
+    return jnp.maximum(1.0 - decay, 9.0 / (10.0 + updates))  # 1 - decay in float32 would not be exact
 
 
 def _unless(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> TrainState:

@@ -32,7 +32,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def figures(tmp_path: Path, *arguments: object) -> dict:
-    assert run("eval", *arguments, "--json", tmp_path / "figures.json") == 0
+    assert run("eval", *arguments, "--json", tmp_path / "figures.json", "--overwrite") == 0
     return json.loads((tmp_path / "figures.json").read_text())
 
 

@@ -23,7 +23,7 @@ def completions(model: Path, tmp_path: Path) -> Any:
     """A function of arguments that gives what `--json` wrote."""
 
     def made(*arguments: object) -> list[dict[str, Any]]:
-        assert run("generate", model, *arguments, "--json", tmp_path / "g.json") == 0
+        assert run("generate", model, *arguments, "--json", tmp_path / "g.json", "--overwrite") == 0
         return json.loads((tmp_path / "g.json").read_text())["completions"]
 
     return made

@@ -134,7 +134,7 @@ def test_two_begin_with_somebodys_weights(directory: Path) -> None:
     config = bridge.GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     bridge.save(random_checkpoint(config), directory / "source", format="huggingface")
     write_byte_tokenizer(directory / "source")
-    more = ["--init-from", directory / "source", "--mesh", "fsdp=-1"]
+    more = ["--init-from", directory / "source", "--tokenizer", "init-from", "--mesh", "fsdp=-1"]
     for processes in (1, 2):
         ended = train(processes, 1, arguments(directory, f"from weights {processes}", *more))
         assert [e.code for e in ended] == [0] * processes, ended

@@ -1,0 +1,95 @@
+"""What a training run takes from the checkpoint that it starts from, and which flags that leaves without effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import bridge
+from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
+from bridge.errors import quoted
+from gpt2_jax.cli.effect import flag
+from gpt2_jax.data.tokenizers import MADE_FROM_TEXT, make_tokenizer
+from gpt2_jax.train import TrainConfig
+from gpt2_jax.train.config import TOKENIZER_OF_INIT_FROM
+from gpt2_jax.train.run import Identity
+
+if TYPE_CHECKING:
+    import tiktoken
+
+NO_TOKENIZER = "none"
+DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+
+
+def sizes_asked_for(config: TrainConfig, default: TrainConfig | None) -> dict[str, Any]:
+    """Sizes of the model, by name, that differ from the default."""
+    if default is None:
+        return {}
+    given, usual = vars(config.model), vars(default.model)
+    return {name: value for name, value in given.items() if value != usual[name] and name not in DROPOUT_RATES}
+
+
+def require_sizes(asked: Mapping[str, Any], model: GPT2Config, whose: str) -> None:
+    """Raise `BridgeError` for requested sizes that the model does not have."""
+    lines = [
+        f"{flag(name)} {quoted(value)}: has no effect, because {whose}, {getattr(model, name)}; leave it out"
+        for name, value in asked.items()
+        if value != getattr(model, name)
+    ]
+    if lines:
+        raise BridgeError("\n".join(lines))
+
+
+def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, begun: Identity | None) -> Any:
+    """The tokenizer for `open_data`: that of `source`, or the configured one if `source` has none.
+
+    Args:
+        begun: the identity of the run that is resumed, if one is.
+
+    Raises `BridgeError` for a `--tokenizer` that is not the tokenizer of `source`, or does not fit its vocabulary.
+    """
+    named = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
+    if source is None:
+        return named
+    try:
+        own = source.tokenizer()
+    except NoTokenizerError:
+        own = None
+    is_default = config.tokenizer == (TOKENIZER_OF_INIT_FROM if begun is None else begun.config.tokenizer)
+    if own is None:
+        has_none = begun is not None and begun.tokenizer is None
+        return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _fitting(named, source)
+    if not is_default and not _is_same(named, own):
+        raise BridgeError(
+            f"--tokenizer {quoted(config.tokenizer)}: is not the tokenizer of {quoted(source.path)}, whose weights "
+            "are for its own tokens; leave it out"
+        )
+    return own
+
+
+def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
+    """Whether `named` is the tokenizer `own`. A tokenizer made from the data never is."""
+    if named == TOKENIZER_OF_INIT_FROM:
+        return True
+    if named is None or named in MADE_FROM_TEXT:
+        return False
+    return bridge.tokenizer_fingerprint(make_tokenizer(named)) == bridge.tokenizer_fingerprint(own)
+
+
+def _fitting(named: str, source: Checkpoint) -> Any:
+    """The named tokenizer. One that is made from the data is checked after `open_data` has made it."""
+    if named in MADE_FROM_TEXT:
+        return named
+    tokenizer = make_tokenizer(named)
+    require_rows(tokenizer, source)
+    return tokenizer
+
+
+def require_rows(tokenizer: tiktoken.Encoding, source: Checkpoint) -> None:
+    """Raise `BridgeError` if the tokenizer has ids for which the vocabulary of `source` has no row."""
+    rows, needed = source.config.vocab_size, tokenizer.max_token_value + 1
+    if needed > rows:
+        raise BridgeError(
+            f"the tokenizer {quoted(tokenizer.name)} has ids up to {needed - 1}, and the vocabulary of "
+            f"{quoted(source.path)} has {rows} rows; choose the --tokenizer that it was trained with"
+        )
