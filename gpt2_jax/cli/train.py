@@ -15,7 +15,7 @@ from tyro.conf import OmitArgPrefixes, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config
-from bridge.errors import escaped
+from bridge.errors import escaped, quoted
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.effect import Rule, require_effect
