@@ -16,6 +16,9 @@ import numpy as np
 from bridge.errors import quoted
 from gpt2_jax.data.errors import DataError
 
+SIDECAR = "tokens.json"
+"""The file by which a directory of the token cache is recognized."""
+
 # llm.c, dev/data/data_common.py: 256 int32 of header, of which the first three are the magic number,
 # the version and the number of tokens.
 _LLMC_HEADER = 256 * 4
