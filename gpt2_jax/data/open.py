@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -155,9 +155,9 @@ def _tokenizer(
 def _description(
     source: str, train: TokenStream, validation: TokenStream | None, encoding: tiktoken.Encoding | None, skipped: int
 ) -> str:
-    parts = [f"{source}: {len(train):,} tokens"]
+    parts = [f"{_escaped(source)}: {len(train):,} tokens"]
     if encoding is not None:
-        parts[0] += f" ({encoding.name})"
+        parts[0] += f" ({_escaped(encoding.name)})"
     if train.document_ends is not None:
         parts[0] += f" in {len(train.document_ends):,} document{'s' * (len(train.document_ends) > 1)}"
     if validation is not None:
@@ -167,3 +167,8 @@ def _description(
             f"{skipped:,} file{'s' * (skipped > 1)} left out that {'are' if skipped > 1 else 'is'} no UTF-8 text"
         )
     return ", ".join(parts)
+
+
+def _escaped(name: str) -> str:
+    """A name of a file, for a terminal."""
+    return quoted(PurePath(name))[1:-1]
