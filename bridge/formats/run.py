@@ -9,7 +9,8 @@ is what is read. Orbax stores arrays with tensorstore (zarr in an OCDBT database
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,9 @@ def sealed_steps(run: Path) -> list[int]:
 
 def validation_loss(run: Path, step: int) -> float | None:
     """What was measured when this checkpoint was written, in nats per token; None if nothing was."""
-    loss = (_about(run, step) or {}).get("val_loss")
-    return float(loss) if isinstance(loss, int | float) else None
+    loss: Any = (_about(run, step) or {}).get("val_loss")
+    is_number = type(loss) in (int, float) and abs(loss) <= sys.float_info.max  # which NaN is not
+    return float(loss) if is_number else None
 
 
 def best_step(run: Path) -> int | None:
@@ -84,8 +86,8 @@ def verified(run: Path, step: int) -> dict[str, Any]:
     """
     path = run / CHECKPOINTS / str(step)
     about = manifest.verify(path)
-    if about.get("step") != step:
-        raise CheckpointError(f"{quoted(path)} is the checkpoint of step {about.get('step')}")
+    if not _is_of(about, step):
+        raise CheckpointError(f"{quoted(path)} is the checkpoint of step {quoted(about.get('step'))}")
     return about
 
 
@@ -129,7 +131,11 @@ def _about(run: Path, step: int) -> dict[str, Any] | None:
         about = manifest.about(run / CHECKPOINTS / str(step))
     except CheckpointError:
         return None
-    return about if about.get("step") == step else None
+    return about if _is_of(about, step) else None
+
+
+def _is_of(about: Mapping[str, Any], step: int) -> bool:
+    return type(about.get("step")) is int and about["step"] == step
 
 
 def _is_run(path: Path) -> bool:
