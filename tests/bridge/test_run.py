@@ -249,7 +249,7 @@ def test_a_checkpoint_under_another_number_is_none(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
     (run / "checkpoints" / "2").rename(run / "checkpoints" / "5")
     assert_weights(run, CONFIG, seed=1)
-    with pytest.raises(CheckpointError, match="is the checkpoint of step 2"):
+    with pytest.raises(CheckpointError, match="is the checkpoint of step '2'"):
         bridge.load(run / "checkpoints" / "5")
 
 
