@@ -205,12 +205,12 @@ def test_nothing_is_compressed(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*_: Any) -> None:
+    def too_large(*_: Any, **__: Any) -> None:
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with Checkpoints(tmp_path) as checkpoints:
         save_all(checkpoints, 3)
-        monkeypatch.setattr(ocp, "load", too_large)
+        monkeypatch.setattr(jax, "make_array_from_callback", too_large)
         with pytest.raises(JaxRuntimeError):
             checkpoints.restore(3, state_at(3))
 
