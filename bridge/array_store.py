@@ -14,8 +14,11 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 _MANIFEST, _MOST_MANIFEST_BYTES = "manifest.ocdbt", 2**20
-_MOST_TREE_BYTES, _MOST_NODES, _MOST_KEYS, _MOST_KEY_BYTES = 2**24, 10_000, 200_000, 512
+_MOST_TREE_BYTES, _MOST_NODES, _MOST_KEYS, _MOST_KEY_BYTES = 2**24, 1000, 200_000, 512
 """Of all nodes together, decompressed. A node holds for each array about a kilobyte of description."""
 _MOST_DESCRIPTION_BYTES = 2**14
 _HEADER = 14
@@ -41,6 +44,8 @@ _LOCATION = re.compile(r"(btreenode|value):([\w./-]*):([\w./-]+):(\d{1,19}):(\d{
 _KEY = re.compile(r"([\w.-]+)/(zarr\.json|c(?:/\d{1,9}){0,16})", re.ASCII)
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _INDEX_CODECS = [_BYTES, {"name": "crc32c"}]
+_INDEX_BYTES = 8 + 8 + 4
+"""Of a shard of one chunk: the chunk's offset and size, and a checksum."""
 _SLACK = 2**20
 
 
@@ -53,17 +58,31 @@ class _Piece:
     size: int
     inline: bytes = b""
 
-    def read(self, start: int, count: int) -> bytes:
-        """Bytes from `start` on, fewer where the piece ends."""
-        count = max(0, min(count, self.size - start))
-        if self.file is None:
-            return self.inline[start : start + count]
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset + start)
-            return file.read(count)
+    def read(self) -> bytes:
+        with self.opened() as read:
+            return read(0, self.size)
 
-    def part(self, start: int, count: int) -> _Piece:
-        return _Piece(self.file, self.offset + start, count, self.inline[start : start + count])
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[int, int], bytes]]:
+        """A function that gives bytes from a position on, fewer where the piece ends."""
+        if self.file is None:
+            yield lambda start, count: self.inline[start : start + count]
+            return
+        with open(self.file, "rb", buffering=0) as file:
+
+            def read(start: int, count: int) -> bytes:
+                file.seek(self.offset + start)
+                return file.read(max(0, min(count, self.size - start)))
+
+            yield read
+
+    def part(self, start: int, stop: int) -> _Piece:
+        return _Piece(self.file, self.offset + start, max(0, stop - start), self.inline[start:stop])
+
+    def largest_content(self, most: int) -> int | None:
+        """An upper bound of what it decompresses to, as `bridge.zstd_frame.largest_content` says."""
+        with self.opened() as read:
+            return largest_content(read, self.size, most)
 
 
 @dataclass(frozen=True)
@@ -75,15 +94,18 @@ class StoredArray:
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self, index: Any = ...) -> np.ndarray:
-        """The array, or a part of it; raises `CheckpointError` where it cannot be read."""
+    @cached_property
+    def _array(self) -> Any:
         import tensorstore
 
         # A missing chunk, as where training removes a checkpoint while it is read, is an error and not zeros.
         spec = {"driver": "zarr3", "fill_missing_data_reads": False}
+        return tensorstore.open({**spec, "kvstore": {**_database(self.state), "path": f"{self.name}/"}}).result()
+
+    def read(self, index: Any = ...) -> np.ndarray:
+        """The array, or a part of it; raises `CheckpointError` where it cannot be read."""
         try:
-            array = tensorstore.open({**spec, "kvstore": {**_database(self.state), "path": f"{self.name}/"}}).result()
-            return np.asarray(array[index].read().result(), order="C")
+            return np.asarray(self._array[index].read().result(), order="C")
         except (ValueError, OSError, IndexError) as error:
             raise _unreadable(self.state, str(error).partition("\n")[0]) from error
 
@@ -121,10 +143,10 @@ def _arrays(state: Path) -> Iterator[tuple[str, StoredArray]]:
         description = pieces.pop("zarr.json")
         if description.size > _MOST_DESCRIPTION_BYTES:
             raise CheckpointError(f"{where} has a description of {description.size} bytes")
-        fields = parse_object(description.read(0, description.size), where, CheckpointError)
+        fields = parse_object(description.read(), where, CheckpointError)
         form = _Form.of(fields, where)
-        for key, piece in pieces.items():
-            form.require_chunk(key, piece, where)
+        for chunk, piece in pieces.items():
+            form.require_chunk(chunk, piece, where)
         yield name, StoredArray(state, name, form.shape, form.dtype)
 
 
@@ -142,25 +164,23 @@ def _entries(state: Path) -> Iterator[tuple[bytes, _Piece]]:
     versions = tensorstore.ocdbt.dump(base).result()["versions"]
     root = versions[-1]["root"] if versions else {}
     waiting = [root["location"]] if "location" in root else []
-    seen, left, keys = set(waiting), _MOST_TREE_BYTES, 0
+    left, keys, nodes = _MOST_TREE_BYTES, 0, 0
     while waiting:
         location = waiting.pop()
         left -= _require_small(_piece(state, location, "btreenode"), left, state)
         for entry in tensorstore.ocdbt.dump(base, location).result()["entries"]:
-            if "key" in entry:
-                keys += 1
-                inline = entry.get("inline_value")
-                yield (
-                    entry["key"],
-                    _piece(state, entry["indirect_value"], "value")
-                    if inline is None
-                    else _Piece(None, 0, len(inline), inline),
-                )
-            else:
+            if "location" in entry:
                 waiting.append(entry["location"])
-        if len({*seen, *waiting}) < len(seen) + len(waiting) or len(seen) > _MOST_NODES or keys > _MOST_KEYS:
-            raise _unreadable(state, "a node of its tree is reached twice, or there are too many")
-        seen.update(waiting)
+                continue
+            keys += 1
+            inline = entry.get("inline_value")
+            if inline is None:
+                yield entry["key"], _piece(state, entry["indirect_value"], "value")
+            else:
+                yield entry["key"], _Piece(None, 0, len(inline), inline)
+        nodes += 1
+        if nodes + len(waiting) > _MOST_NODES or keys > _MOST_KEYS:  # nodes may refer to each other
+            raise _unreadable(state, "its tree has too many nodes or keys")
 
 
 def _piece(state: Path, location: str, kind: str) -> _Piece:
@@ -181,12 +201,12 @@ def _piece(state: Path, location: str, kind: str) -> _Piece:
 
 def _require_small(node: _Piece, most: int, where: Path) -> int:
     """Raise unless a node decompresses to at most `most` bytes; gives how many it may decompress to."""
-    header = node.read(0, _HEADER)
+    header = node.part(0, min(_HEADER, node.size)).read()
     size: int | None = node.size
     if len(header) < _HEADER or header[12] or header[13] > 1:  # version, kind of compression
         raise _unreadable(where, "a node of its tree is damaged")
     if header[13] == 1:  # zstd
-        size = largest_content(node.part(_HEADER, node.size - _HEADER - 4).read, node.size - _HEADER - 4)
+        size = node.part(_HEADER, node.size - 4).largest_content(most)
     if size is None or max(size, node.size) > most:
         raise _unreadable(where, "a node of its tree is damaged or too large")
     return size
@@ -203,8 +223,6 @@ class _Form:
     dtype: np.dtype
     chunk: tuple[int, ...]
     """Shape of what is stored under one key."""
-    inner: tuple[int, ...]
-    """Shape of what is encoded at once."""
     is_sharded: bool
     is_compressed: bool
 
@@ -214,17 +232,18 @@ class _Form:
         shape = _sizes(fields.get("shape"), None, where)
         grid = fields.get("chunk_grid")
         chunk = _sizes(_configuration(grid, "regular", {"chunk_shape"}, where)["chunk_shape"], shape, where)
-        codecs, inner = fields.get("codecs"), chunk
-        is_sharded = isinstance(codecs, list) and len(codecs) == 1 and _name(codecs[0]) == "sharding_indexed"
+        codecs = fields.get("codecs")
+        only = codecs[0] if isinstance(codecs, list) and len(codecs) == 1 else None
+        is_sharded = isinstance(only, dict) and only.get("name") == "sharding_indexed"
         if is_sharded:
             shard = _configuration(
-                codecs[0], "sharding_indexed", {"chunk_shape", "codecs", "index_codecs", "index_location"}, where
+                only, "sharding_indexed", {"chunk_shape", "codecs", "index_codecs", "index_location"}, where
             )
-            inner, codecs = _sizes(shard.get("chunk_shape"), chunk, where), shard.get("codecs")
+            codecs = shard.get("codecs")
+            if _sizes(shard.get("chunk_shape"), chunk, where) != chunk:
+                raise CheckpointError(f"{where} has shards of several chunks; orbax writes one")
             if shard.get("index_codecs") != _INDEX_CODECS or shard.get("index_location", "end") != "end":
                 raise CheckpointError(f"{where} has an index of another form than orbax writes")
-            if any(whole % part for whole, part in zip(chunk, inner, strict=True)):
-                raise CheckpointError(f"{where} has chunks that do not divide their shards")
         others = {name: value for name, value in fields.items() if name not in ("chunk_grid", "codecs", "shape")}
         fill = others.pop("fill_value", 0)
         expected = {"chunk_key_encoding": {"name": "default"}, "data_type": dtype, "node_type": "array"}
@@ -234,7 +253,7 @@ class _Form:
             raise CheckpointError(f"{where} is described in another form than orbax writes")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             raise CheckpointError(f"{where} holds {quoted(dtype)}; {', '.join(_DTYPES)} are read")
-        return cls(shape, _DTYPES[dtype], chunk, inner, is_sharded, _is_compressed(codecs, where))
+        return cls(shape, _DTYPES[dtype], chunk, is_sharded, _is_compressed(codecs, where))
 
     def require_chunk(self, key: str, piece: _Piece, where: str) -> None:
         """Raise unless a chunk lies in the array, and is not larger than its part of it when it is decompressed."""
@@ -243,30 +262,19 @@ class _Form:
             index * step >= max(size, 1) for index, step, size in zip(indices, self.chunk, self.shape, strict=True)
         ):
             raise CheckpointError(f"{where} has a chunk {quoted(key)} outside its shape {self.shape}")
-        count = math.prod(self.chunk) // math.prod(self.inner) if self.is_sharded else 1
-        nbytes, index_bytes = math.prod(self.inner) * self.dtype.itemsize, (16 * count + 4) * self.is_sharded
-        damaged = CheckpointError(f"{where}: its chunk {quoted(key)} is damaged; use another checkpoint of the run")
-        if not index_bytes <= piece.size <= count * (2 * nbytes + 64) + index_bytes:
-            raise damaged
-        if not self.is_compressed:
-            if piece.size != count * nbytes + index_bytes:
-                raise damaged
-            return
-        spans = [(0, piece.size)]
-        if self.is_sharded:
-            index = np.frombuffer(piece.read(piece.size - index_bytes, index_bytes - 4), "<u8").reshape(-1, 2).tolist()
-            spans = [(offset, size) for offset, size in index if (offset, size) != (2**64 - 1, 2**64 - 1)]
-        for offset, size in spans:
+        nbytes, index_bytes = math.prod(self.chunk) * self.dtype.itemsize, _INDEX_BYTES * self.is_sharded
+        if self.is_compressed:
+            end = piece.size - index_bytes
+            if self.is_sharded:
+                offset, size, _ = struct.unpack("<QQI", piece.part(end, piece.size).read().rjust(index_bytes, b"\0"))
+                end = end if (offset, size) == (0, end) else -1
             # A block of 128 KiB may be split in sixteen, of which each may be as large for all that its header says.
-            if offset + size > piece.size:
-                raise damaged
-            largest = largest_content(piece.part(offset, size).read, size)
-            if largest is None or largest > 16 * nbytes + _SLACK:
-                raise damaged
-
-
-def _name(codec: Any) -> Any:
-    return codec.get("name") if isinstance(codec, dict) else None
+            largest = piece.part(0, end).largest_content(nbytes) if end > 0 else None
+            is_valid = largest is not None and largest <= 16 * nbytes + _SLACK
+        else:
+            is_valid = piece.size == nbytes + index_bytes
+        if not is_valid:
+            raise CheckpointError(f"{where}: its chunk {quoted(key)} is damaged; use another checkpoint of the run")
 
 
 def _configuration(value: Any, name: str, allowed: set[str], where: str) -> dict[str, Any]:
@@ -292,8 +300,7 @@ def _sizes(value: Any, within: tuple[int, ...] | None, where: str) -> tuple[int,
 
 def _is_compressed(codecs: Any, where: str) -> bool:
     """Whether arrays are compressed: the two lists of codecs that orbax writes."""
-    first = codecs[0] if isinstance(codecs, list) and codecs else None
-    if first not in (_BYTES, {"name": "bytes"}) or len(codecs) > 2:
+    if not isinstance(codecs, list) or len(codecs) not in (1, 2) or codecs[0] not in (_BYTES, {"name": "bytes"}):
         raise CheckpointError(f"{where} has other codecs than orbax writes: {quoted(json.dumps(codecs))}")
     if len(codecs) == 2:
         settings = _configuration(codecs[1], "zstd", {"level", "checksum"}, where)
