@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -16,11 +17,15 @@ from typing import Any
 
 from bridge.errors import CheckpointError, quoted
 from bridge.files import flush_to_disk
+from bridge.small_file import read_small_file
 
 MANIFEST = "manifest.json"
 _ENTRY = {"bytes": int, "sha256": str}
-_MOST_BYTES = 2**26
-"""Of a manifest: a checkpoint of many hosts has some ten thousand files."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MOST_BYTES, _MOST_ABOUT_BYTES = 2**22, 2**16
+"""Of a manifest, and of its `about`. A checkpoint of many hosts has some ten thousand files, at 200 bytes each."""
+_MOST_ELEMENTS = 200_000
+"""Brackets, commas and colons in a manifest. Parsed, JSON takes up to a hundred bytes for each."""
 
 
 def seal(directory: Path, about: Mapping[str, Any]) -> None:
@@ -108,31 +113,38 @@ def _read(directory: Path) -> dict[str, Any]:
     if directory.is_symlink():
         raise CheckpointError(f"{quoted(directory)} is a link; a checkpoint is none")
     try:
-        status = os.lstat(manifest)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-            raise CheckpointError(f"{quoted(manifest)} is no manifest")
-        written = manifest.read_bytes()
+        written = read_small_file(manifest, _MOST_BYTES, CheckpointError)
+        if sum(map(written.count, (b"[", b"{", b",", b":"))) > _MOST_ELEMENTS:
+            raise CheckpointError(f"{quoted(manifest)} has too many entries")
         content: dict[str, Any] = json.loads(written)
         del content["seal"]
-        if {*content} != {"about", "files"} or written != _rendered(content):
+        if {*content} != {"about", "files"} or not isinstance(content["about"], dict):
             raise ValueError
-        if not isinstance(content["about"], dict) or not all(map(_is_entry, content["files"].values())):
+        if len(json.dumps(content["about"])) > _MOST_ABOUT_BYTES:
+            raise CheckpointError(f"{quoted(manifest)} says more than {_MOST_ABOUT_BYTES} bytes about the directory")
+        if not all(_is_entry(name, entry) for name, entry in content["files"].items()) or written != _rendered(content):
             raise ValueError
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{quoted(directory)} has no manifest: it was not written to its end") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(manifest)}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise (
-            error
-            if isinstance(error, CheckpointError)
-            else CheckpointError(f"{quoted(manifest)} is not as it was written")
-        ) from error
+        raise CheckpointError(f"{quoted(manifest)} is not as it was written") from error
     return content
 
 
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, dict) and {name: type(value) for name, value in entry.items()} == _ENTRY
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether a name lies in the directory, and what is said of its file has the right types and ranges."""
+    return (
+        not any(part in ("", ".", "..") for part in name.split("/"))
+        and not any(character in name for character in "\0\\")
+        and isinstance(entry, dict)
+        and {field: type(value) for field, value in entry.items()} == _ENTRY
+        and 0 <= entry["bytes"] < 2**63
+        and bool(_SHA256.fullmatch(entry["sha256"]))
+    )
 
 
 def _files(directory: Path) -> Iterator[Path]:
@@ -153,6 +165,16 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
 
 
 def _rendered(content: Mapping[str, Any]) -> bytes:
-    """The manifest, byte for byte: of what has another byte nothing is believed."""
+    """The manifest, byte for byte: any changed byte invalidates it.
+
+    As `json.dumps(..., indent=1)`, whose encoder is written in Python and takes a second for a megabyte. The entries of
+    files, which are many, are formatted here.
+    """
     seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**content, "seal": seal}, indent=1) + "\n").encode()
+    files = ",\n".join(
+        f'  {json.dumps(name)}: {{\n   "bytes": {entry["bytes"]},\n   "sha256": {json.dumps(entry["sha256"])}\n  }}'
+        for name, entry in content["files"].items()
+    )
+    frame = json.dumps({"about": content["about"], "files": {}, "seal": seal}, indent=1) + "\n"
+    before, after = frame.rsplit('"files": {}', 1)
+    return f'{before}"files": {{\n{files}\n }}{after}'.encode() if files else frame.encode()

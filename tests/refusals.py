@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import resource
 import time
 import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,24 @@ MOST_BYTES = 64 * 2**20
 """What refusing a checkpoint may take over the idle process."""
 MOST_SECONDS = 2.0
 """Of this process's processor time, which a busy machine does not stretch."""
+
+
+@contextmanager
+def within_budget() -> Iterator[None]:
+    """Assert that the block takes at most `MOST_SECONDS` of processor time and `MOST_BYTES` of memory.
+
+    Counts what Python allocates and by how much the peak of the process rises, which native code also raises.
+    """
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    started = time.process_time()
+    try:
+        yield
+        assert time.process_time() - started < MOST_SECONDS
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
+    assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) < MOST_BYTES
 
 
 def open_and_read(source: Path) -> str:

@@ -3,22 +3,22 @@
 A run is read as its best checkpoint by validation loss, or its newest if none was evaluated; one of its
 `checkpoints/STEP` directories is read as that one. Either is first held against its manifest, file by file; of a run,
 what is damaged is passed over, and said to be. Where a running mean of the weights is kept (EMA), the mean
-is what is read. Orbax stores arrays with tensorstore (zarr in an OCDBT database), which needs no JAX to read.
+is what is read. Orbax stores arrays with tensorstore, which needs no JAX to read (`bridge.array_store`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bridge import manifest
+from bridge.array_store import StoredArray, open_arrays
 from bridge.arrays import TensorEntry, first_rows
 from bridge.checkpoint import Checkpoint
-from bridge.config import harmless_fields
+from bridge.config import GPT2Config, harmless_fields
 from bridge.convert import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config, tensors_of_tree
@@ -26,8 +26,8 @@ from bridge.formats.directory import CONFIG, read_config, tensors_of_tree
 NAME = "run"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
-_ARRAY = {"driver": "zarr3", "fill_missing_data_reads": False}
-"""A chunk that is gone, as where training removes a checkpoint while it is read, is an error and not zeros."""
+_MOST_PADDING = 2**16
+"""Rows by which a vocabulary may be padded, beside its own size."""
 _NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 WEIGHTS = ("ema_params", "params")
 """Where a saved state has the weights: the first of these that it holds."""
@@ -46,8 +46,8 @@ def read(path: Path) -> Checkpoint:
         run, step = path, path / CHECKPOINTS / str(best_sound_step(path, skipped.append))
     config, fields = read_config(run / CONFIG)
     entries = {
-        name: first_rows(entry, config.vocab_size) if name in ("wte/embedding", "lm_head/embedding") else entry
-        for name, entry in _unstacked(_arrays(step / "state")).items()
+        name: _without_padding(entry, config) if name in ("wte/embedding", "lm_head/embedding") else entry
+        for name, entry in _unstacked(_weights(step / "state"), config).items()
     }
     tensors = tensors_of_tree(entries, config, step)
     return Checkpoint(
@@ -68,8 +68,9 @@ def sealed_steps(run: Path) -> list[int]:
 
 def validation_loss(run: Path, step: int) -> float | None:
     """What was measured when this checkpoint was written, in nats per token; None if nothing was."""
-    loss = (_about(run, step) or {}).get("val_loss")
-    return float(loss) if isinstance(loss, int | float) else None
+    loss: Any = (_about(run, step) or {}).get("val_loss")
+    is_number = type(loss) in (int, float) and abs(loss) <= sys.float_info.max  # which NaN is not
+    return float(loss) if is_number else None
 
 
 def best_step(run: Path) -> int | None:
@@ -84,8 +85,8 @@ def verified(run: Path, step: int) -> dict[str, Any]:
     """
     path = run / CHECKPOINTS / str(step)
     about = manifest.verify(path)
-    if about.get("step") != step:
-        raise CheckpointError(f"{quoted(path)} is the checkpoint of step {about.get('step')}")
+    if not _is_of(about, step):
+        raise CheckpointError(f"{quoted(path)} is the checkpoint of step {quoted(about.get('step'))}")
     return about
 
 
@@ -129,7 +130,11 @@ def _about(run: Path, step: int) -> dict[str, Any] | None:
         about = manifest.about(run / CHECKPOINTS / str(step))
     except CheckpointError:
         return None
-    return about if about.get("step") == step else None
+    return about if _is_of(about, step) else None
+
+
+def _is_of(about: Mapping[str, Any], step: int) -> bool:
+    return type(about.get("step")) is int and about["step"] == step
 
 
 def _is_run(path: Path) -> bool:
@@ -140,56 +145,36 @@ def _is_step(path: Path) -> bool:
     return bool(_NUMBER.fullmatch(path.name)) and path.parent.name == CHECKPOINTS and _is_run(path.parent.parent)
 
 
-def _arrays(state: Path) -> dict[str, _Stored]:
+def _weights(state: Path) -> dict[str, StoredArray]:
     """The saved weights by their path in the Flax tree, none of them read."""
-    import tensorstore
-
-    database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{state}/"}}
-    try:
-        keys = tensorstore.KvStore.open(database).result().list().result()
-        names = sorted({key.decode().split("/")[0] for key in keys})
-        prefix = next((f"{part}." for part in WEIGHTS if any(name.startswith(f"{part}.") for name in names)), None)
-        if prefix is None:
-            raise CheckpointError(f"{quoted(state)} holds no weights; use another checkpoint of the run")
-        return {
-            name.removeprefix(prefix).replace(".", "/"): _Stored(
-                tensorstore.open({**_ARRAY, "kvstore": {**database, "path": f"{name}/"}}).result(), state
-            )
-            for name in names
-            if name.startswith(prefix)
-        }
-    except (ValueError, OSError) as error:  # CheckpointError is a ValueError and says more
-        raise error if isinstance(error, CheckpointError) else _unreadable(state, error) from error
+    arrays = open_arrays(state)
+    prefix = next((f"{part}." for part in WEIGHTS if any(name.startswith(f"{part}.") for name in arrays)), None)
+    if prefix is None:
+        raise CheckpointError(f"{quoted(state)} holds no weights; use another checkpoint of the run")
+    return {
+        name.removeprefix(prefix).replace(".", "/"): array for name, array in arrays.items() if name.startswith(prefix)
+    }
 
 
-class _Stored:
-    """One array of the database, read whole or one layer at a time."""
-
-    def __init__(self, array: Any, state: Path) -> None:
-        self._array, self._state = array, state
-        self.shape: tuple[int, ...] = tuple(array.shape)
-        self.dtype: np.dtype = array.dtype.numpy_dtype
-
-    def entry(self, layer: int | None = None) -> TensorEntry:
-        def read() -> np.ndarray:
-            part = self._array if layer is None else self._array[layer]
-            try:
-                return np.ascontiguousarray(part.read().result())
-            except (ValueError, OSError) as error:
-                raise _unreadable(self._state, error) from error
-
-        return TensorEntry(self.dtype, self.shape if layer is None else self.shape[1:], read)
-
-
-def _unstacked(arrays: dict[str, _Stored]) -> dict[str, TensorEntry]:
+def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, TensorEntry]:
+    """The weights of single layers. Of stacked layers, one more than the model has is enough to be refused."""
     entries = {}
     for path, stored in arrays.items():
         if path.startswith(f"{STACK}/") and stored.shape:
-            entries.update({f"{STACK}_{i}{path[len(STACK) :]}": stored.entry(i) for i in range(stored.shape[0])})
+            layers = range(min(stored.shape[0], config.n_layer + 1))
+            entries.update({f"{STACK}_{i}{path[len(STACK) :]}": _entry(stored, i) for i in layers})
         else:
-            entries[path] = stored.entry()
+            entries[path] = _entry(stored)
     return entries
 
 
-def _unreadable(state: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"cannot read {quoted(state)}: {quoted(error)}; use another checkpoint of the run")
+def _entry(stored: StoredArray, layer: int | None = None) -> TensorEntry:
+    if layer is None:
+        return TensorEntry(stored.dtype, stored.shape, stored.read)
+    return TensorEntry(stored.dtype, stored.shape[1:], lambda: stored.read(layer))
+
+
+def _without_padding(entry: TensorEntry, config: GPT2Config) -> TensorEntry:
+    """The rows of the vocabulary; as it is where there are more than any padding makes."""
+    is_padded = bool(entry.shape) and entry.shape[0] <= 2 * config.vocab_size + _MOST_PADDING
+    return first_rows(entry, config.vocab_size) if is_padded else entry

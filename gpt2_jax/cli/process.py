@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import stat
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 
+from bridge.errors import quoted
 from gpt2_jax.data.tokenize import cache_directory
 from gpt2_jax.processes import are_several
 
@@ -66,6 +68,9 @@ def keep_compiled_programs() -> None:
     shared. On Intel's, XLA refuses its own programs and says so at length (openxla/xla issue 44565); none are kept.
     Nor are those of several processes on CPUs: read back, a program's collectives have no order any more, and with two
     threads one process takes for a sum what the other sent for another (jaxlib 0.10.2).
+
+    Compiled programs are code: the folder is made for its owner alone. One that others may write to, or that belongs to
+    another user, is not used, and a line on standard error says so.
     """
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
@@ -75,10 +80,28 @@ def keep_compiled_programs() -> None:
         if "GenuineIntel" in about_cpu or are_several():
             return
     with suppress(OSError, RuntimeError):  # no home directory: nothing is kept
-        folder = cache_directory() / "compiled" / hashlib.sha256(about_cpu.encode()).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
+        cache = cache_directory()
+        folder = cache / "compiled" / hashlib.sha256(about_cpu.encode()).hexdigest()[:16]
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        for path in (cache, folder.parent, folder):
+            path.mkdir(mode=0o700, exist_ok=True)
+            if problem := _untrusted(path):
+                print(f"gpt2: compiled programs are not cached: {problem}", file=sys.stderr)
+                return
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _untrusted(path: Path) -> str | None:
+    """Why another user could have put programs into this directory, and what to do; None where none could."""
+    status = path.stat()
+    if not hasattr(os, "geteuid"):  # Windows has no such permissions
+        return None
+    if status.st_uid != os.geteuid():
+        return f"{quoted(path)} belongs to another user; set XDG_CACHE_HOME to a directory of your own"
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write to {quoted(path)}; remove its compiled programs and run chmod go-w on it"
+    return None
 
 
 def leave_errors_to_their_message() -> None:

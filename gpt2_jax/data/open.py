@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +12,9 @@ import numpy as np
 from bridge.errors import quoted
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import STDLIB, Documents, find_documents
-from gpt2_jax.data.tokenize import SIDECAR, CachedText, TaskProgress, cached_text, open_cached
+from gpt2_jax.data.tokenize import CachedText, TaskProgress, cached_text, open_cached
 from gpt2_jax.data.tokenizers import make_tokenizer
-from gpt2_jax.data.tokens import TokenStream, is_token_source, open_tokens
+from gpt2_jax.data.tokens import TokenStream, is_token_cache, is_token_source, open_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -103,7 +103,7 @@ class _Opened:
 
 def _found(source: str | Path) -> Documents | Path:
     """The documents of a text source; a path or a glob of token files."""
-    if str(source) not in (STDLIB, "") and ((Path(source) / SIDECAR).is_file() or is_token_source(source)):
+    if str(source) not in (STDLIB, "") and is_token_source(source):
         return Path(source).absolute()
     return find_documents(source)
 
@@ -118,10 +118,12 @@ def _opened(
     if isinstance(found, Documents):
         assert encoding is not None
         return _of_text(cached_text(found, encoding, cache=cache, progress=progress), vocab_size)
-    if not (found / SIDECAR).is_file():
+    if not is_token_cache(found):
         return _Opened(*open_tokens(found, vocab_size))
-    if (text := open_cached(found)) is None:
-        raise DataError(f"{quoted(found)} is damaged; remove it, and give the text again")
+    if (text := open_cached(found, progress)) is None:
+        raise DataError(
+            f"{quoted(found)} is damaged, or was written by an earlier version; remove it, and give the text again"
+        )
     return _of_text(text, vocab_size)
 
 
@@ -153,9 +155,9 @@ def _tokenizer(
 def _description(
     source: str, train: TokenStream, validation: TokenStream | None, encoding: tiktoken.Encoding | None, skipped: int
 ) -> str:
-    parts = [f"{source}: {len(train):,} tokens"]
+    parts = [f"{_escaped(source)}: {len(train):,} tokens"]
     if encoding is not None:
-        parts[0] += f" ({encoding.name})"
+        parts[0] += f" ({_escaped(encoding.name)})"
     if train.document_ends is not None:
         parts[0] += f" in {len(train.document_ends):,} document{'s' * (len(train.document_ends) > 1)}"
     if validation is not None:
@@ -165,3 +167,8 @@ def _description(
             f"{skipped:,} file{'s' * (skipped > 1)} left out that {'are' if skipped > 1 else 'is'} no UTF-8 text"
         )
     return ", ".join(parts)
+
+
+def _escaped(name: str) -> str:
+    """A name of a file, for a terminal."""
+    return quoted(PurePath(name))[1:-1]

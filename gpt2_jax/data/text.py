@@ -54,7 +54,8 @@ class Document:
     def blocks(self) -> Iterator[str]:
         """The text in pieces of `BLOCK_BYTES` or so; encoded apart they give the tokens of the whole.
 
-        Raises `DataError` where it is not UTF-8. Line ends stay as they are in the file.
+        Raises `DataError` where it is not UTF-8. Line ends stay as they are in the file; a byte-order mark at its
+        start, which some editors write, is not part of the text.
         """
         kept = ""
         try:
@@ -70,7 +71,7 @@ class Document:
             yield kept
 
     def _decoded(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()  # leaves out a byte-order mark at the start
         try:
             with self.path.open("rb") as file:
                 while block := file.read(BLOCK_BYTES):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import numpy as np
 from bridge.errors import quoted
 from gpt2_jax.data.errors import DataError
 
+SIDECAR = "tokens.json"
+"""The file by which a directory of the token cache is recognized."""
+
 # llm.c, dev/data/data_common.py: 256 int32 of header, of which the first three are the magic number,
 # the version and the number of tokens.
 _LLMC_HEADER = 256 * 4
@@ -22,6 +26,15 @@ _LLMC: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 202408
 _LLMC_EXAMPLES = 20240522  # HellaSwag and MMLU, which are questions and no running text
 _NPY = b"\x93NUMPY"
 _NPY_DTYPES = ("<u2", "<i4", "<u4", "<i8")
+_NPY_LENGTH_BYTES = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
+_MOST_NPY_HEADER = 4096
+"""Bytes. numpy writes 118 for a one-dimensional array."""
+_NPY_AXIS = r"(?:0|[1-9]\d{0,18})L?"  # Python 2 wrote long integers as 12L
+# The dictionary that numpy writes. For a single axis both orders are the same.
+_NPY_HEADER = re.compile(
+    r"\{'descr': '(?P<dtype>[^'\\]{1,16})', 'fortran_order': (?:True|False), "
+    rf"'shape': (?P<shape>\(\)|\({_NPY_AXIS},\)|\({_NPY_AXIS}(?:, {_NPY_AXIS})+\)),? ?\}} *\n?"
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ def token_file(path: Path) -> TokenFile:
     """What `path` holds, by its beginning. Raises `DataError` where that is not tokens, or not whole."""
     try:
         size = path.stat().st_size
-        file = _npy(path) if _beginning(path).startswith(_NPY) else _llmc(path, size) or _nanogpt(path, size)
+        file = _npy(path, size) if _beginning(path).startswith(_NPY) else _llmc(path, size) or _nanogpt(path, size)
     except OSError as error:
         raise DataError(f"cannot read {quoted(path)}: {error.strerror}") from error
     if file.count == 0:
@@ -124,17 +137,43 @@ def _nanogpt(path: Path, size: int) -> TokenFile:
     return TokenFile(path, np.dtype("<u2"), 0, size // 2)
 
 
-def _npy(path: Path) -> TokenFile:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise DataError(f"{quoted(path)} cannot be read as .npy: {error}; copy or write it again") from error
-    if array.ndim != 1 or array.dtype.str not in _NPY_DTYPES:
+def _npy(path: Path, size: int) -> TokenFile:
+    """A `.npy` file. Its header is matched against a pattern: numpy's own parser evaluates it as Python."""
+    header, offset = _npy_header(path)
+    match = _NPY_HEADER.fullmatch(header)
+    if match is None:
+        raise _not_npy(path, "its header does not describe a plain array")
+    dtype, shape_text = match.group("dtype", "shape")
+    shape = [int(axis) for axis in re.findall(r"\d+", shape_text)]
+    if len(shape) != 1 or dtype not in _NPY_DTYPES:
         raise DataError(
-            f"{quoted(path)} holds {array.dtype} of shape {array.shape}; token ids are one-dimensional uint16, "
-            "int32, uint32 or int64"
+            f"{quoted(path)} holds {quoted(dtype)} of shape {quoted(match['shape'])}; token ids are one-dimensional "
+            "uint16, int32, uint32 or int64"
         )
-    return TokenFile(path, array.dtype, array.offset, len(array))
+    file = TokenFile(path, np.dtype(dtype), offset, shape[0])
+    if size != offset + file.count * file.dtype.itemsize:
+        raise _not_npy(path, f"it has {size} bytes and its header describes {offset + shape[0] * file.dtype.itemsize}")
+    return file
+
+
+def _npy_header(path: Path) -> tuple[str, int]:
+    """The header and the offset of the data. Source: `numpy.lib.format`, versions 1.0 to 3.0."""
+    with path.open("rb") as file:
+        version = file.read(8)[6:]
+        if version not in _NPY_LENGTH_BYTES:
+            raise _not_npy(path, f"its version is {quoted(version.hex())}")
+        length_bytes = file.read(_NPY_LENGTH_BYTES[version])
+        length = int.from_bytes(length_bytes, "little")
+        if length > _MOST_NPY_HEADER:
+            raise _not_npy(path, f"its header would have {length} bytes")
+        header = file.read(length)
+    if len(header) < length or not header.isascii():
+        raise _not_npy(path, "its header is cut off or not ASCII")
+    return header.decode("ascii"), 8 + len(length_bytes) + length
+
+
+def _not_npy(path: Path, reason: str) -> DataError:
+    return DataError(f"{quoted(path)} cannot be read as .npy: {reason}; copy or write it again")
 
 
 def _number(beginning: bytes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections import Counter, deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,21 +20,25 @@ from bridge.bpe import END_OF_TEXT
 from bridge.errors import BridgeError, quoted
 from bridge.files import new_directory
 from bridge.json_text import parse_object
+from bridge.small_file import read_small_file
 from bridge.tokenizer import tokenizer_fingerprint
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import Documents
-from gpt2_jax.data.token_files import TokenFile
+from gpt2_jax.data.token_files import SIDECAR, TokenFile
 from gpt2_jax.data.tokens import TokenStream
 
 if TYPE_CHECKING:
     import tiktoken
 
 TaskProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how many bytes of text are done, and how many there are."""
+"""Called with the name of the task, the number of bytes done and their total."""
 
-SIDECAR = "tokens.json"
 _FORMAT = 1
+_MOST_SIDECAR_BYTES = 2**20
+_MOST_COUNT = 2**53
+"""Larger whole numbers are not exact in every reader of JSON."""
 _ENDS = "document_ends.bin"
+_ENDS_AT_ONCE = 2**20
 _TOKENS = {"<u2": "tokens.bin", "<u4": "tokens.uint32"}  # `.bin` alone means uint16, as in nanoGPT
 _FILES = {SIDECAR, _ENDS, *_TOKENS.values()}
 
@@ -55,13 +60,14 @@ def cached_text(
 ) -> CachedText:
     """The tokens of `documents`, from the cache, or encoded into it first.
 
-    A directory of the cache belongs to a tokenizer and to the paths, sizes and times of the documents;
-    one that is damaged is made anew. It holds the ids without a header (`tokens.bin`, uint16; where the
-    vocabulary is larger `tokens.uint32`), `document_ends.bin` (int64), and `tokens.json`, which
-    describes them. Where the tokenizer has `<|endoftext|>`, each document ends with it.
+    A directory of the cache belongs to a tokenizer and to the paths, sizes and times of the documents.
+    It holds the ids without a header (`tokens.bin`, uint16; where the vocabulary is larger
+    `tokens.uint32`), `document_ends.bin` (int64), and `tokens.json`, which describes them and has the
+    SHA-256 of both. A damaged directory is detected and made anew. Where the tokenizer has
+    `<|endoftext|>`, each document ends with it.
     """
     directory = cache_directory(cache) / f"tokens-{cache_key(documents, tokenizer_fingerprint(encoding))}"
-    text = open_cached(directory)
+    text = open_cached(directory, progress)
     if text is None:
         try:
             with new_directory(directory, replaceable=_FILES.__contains__) as beside:
@@ -89,22 +95,67 @@ def cache_key(documents: Documents, made_by: str) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, made_by, files]).encode()).hexdigest()[:32]
 
 
-def open_cached(directory: Path) -> CachedText | None:
-    """What a directory of the cache holds; None where there is none, or what is there is damaged."""
+def open_cached(directory: Path, progress: TaskProgress | None = None) -> CachedText | None:
+    """Open a directory of the cache; None if it does not exist or is damaged.
+
+    Reads all of its bytes once to verify their SHA-256. Links and anything else that is not a regular file count as
+    damage.
+    """
     try:
-        about = parse_object((directory / SIDECAR).read_bytes(), quoted(directory / SIDECAR), DataError)
-        dtype, count, documents = np.dtype(about["dtype"]), about["tokens"], about["documents"]
-        tokens = TokenFile(directory / _TOKENS[about["dtype"]], dtype, 0, count)
-        sizes = (tokens.path.stat().st_size, (directory / _ENDS).stat().st_size)
-        if about["format"] != _FORMAT or sizes != (count * dtype.itemsize, documents * 8):
+        about = _read_sidecar(directory)
+        dtype, ends_path = np.dtype(about["dtype"]), directory / _ENDS
+        tokens = TokenFile(directory / _TOKENS[about["dtype"]], dtype, 0, about["tokens"])
+        for path, size in ((ends_path, about["documents"] * 8), (tokens.path, tokens.count * dtype.itemsize)):
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+                return None
+        ends = np.memmap(ends_path, "<i8", mode="r").view(np.ndarray)
+        if not _are_ends(ends, tokens.count):
             return None
-        ends = np.memmap(directory / _ENDS, "<i8", mode="r").view(np.ndarray)
-        if ends[-1] != count:
+        hashes = (_sha256(ends_path, None), _sha256(tokens.path, progress))
+        if hashes != (about["document_ends_sha256"], about["sha256"]):
             return None
         stream = TokenStream.of([tokens], document_ends=ends, content=about["sha256"])
         return CachedText(stream, about["skipped"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, DataError):
         return None
+
+
+def _read_sidecar(directory: Path) -> dict[str, Any]:
+    """The description of a directory of the cache; raises `DataError` unless each field that is used is valid."""
+    path = directory / SIDECAR
+    about = parse_object(read_small_file(path, _MOST_SIDECAR_BYTES, DataError), quoted(path), DataError)
+    counts = [about.get(name) for name in ("format", "tokens", "documents", "skipped")]
+    hashes = [about.get(name) for name in ("sha256", "document_ends_sha256")]
+    if (
+        not all(type(count) is int and 0 <= count < _MOST_COUNT for count in counts)
+        or not all(isinstance(value, str) for value in hashes)
+        or about.get("dtype") not in [*_TOKENS]
+        or about["format"] != _FORMAT
+        or not about["documents"]
+    ):
+        raise DataError(f"{quoted(path)} does not describe a directory of tokens")
+    return about
+
+
+def _are_ends(ends: np.ndarray, count: int) -> bool:
+    """Whether document ends never go down and the last one is the number of tokens."""
+    if ends[0] < 0 or ends[-1] != count:
+        return False
+    starts = range(0, len(ends), _ENDS_AT_ONCE)
+    return all((np.diff(ends[start : start + _ENDS_AT_ONCE + 1]) >= 0).all() for start in starts)
+
+
+def _sha256(path: Path, progress: TaskProgress | None) -> str:
+    seen, done, size = hashlib.sha256(), 0, path.stat().st_size
+    buffer = memoryview(bytearray(2**20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            seen.update(buffer[:count])
+            done += count
+            if progress:
+                progress("verifying tokens", done, size)
+    return seen.hexdigest()
 
 
 def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, progress: TaskProgress | None) -> None:
@@ -133,7 +184,7 @@ def _encode(
     has_end = END_OF_TEXT in encoding.special_tokens_set
     end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)] if has_end else [], dtype)
     count = Counter(tokens=0, documents=0, skipped=len(documents.files), bytes=0, characters=0)
-    seen = hashlib.sha256()
+    seen, seen_ends = hashlib.sha256(), hashlib.sha256()
     with closing(_blocks_encoded(documents, encoding, dtype)) as blocks:
         for block in blocks:
             ids = end_of_text if block is None else block.ids
@@ -141,13 +192,15 @@ def _encode(
             tokens.write(ids.data)
             count["tokens"] += len(ids)
             if block is None:
-                ends.write(count["tokens"].to_bytes(8, "little"))
+                end = count["tokens"].to_bytes(8, "little")
+                ends.write(end)
+                seen_ends.update(end)
                 count.update(documents=1, skipped=-1)
             else:
                 count.update(bytes=block.bytes, characters=block.characters)
                 if progress:
                     progress("tokenising", count["bytes"], documents.size)
-    return {**count, "sha256": seen.hexdigest()}
+    return {**count, "sha256": seen.hexdigest(), "document_ends_sha256": seen_ends.hexdigest()}
 
 
 @dataclass(frozen=True)

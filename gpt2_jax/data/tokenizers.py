@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bridge
+from bridge import manifest
 from bridge.errors import BridgeError, quoted
 from bridge.files import new_directory
 from bridge.tokenizer import (
@@ -97,15 +98,17 @@ def _saved(path: Path) -> tiktoken.Encoding:
 
 def _kept(directory: Path) -> tiktoken.Encoding | None:
     try:
+        manifest.verify(directory)
         return load_tokenizer(directory, NO_LIMIT)
-    except BridgeError:  # not there, or damaged
+    except BridgeError:  # it does not exist, or is damaged
         return None
 
 
 def _keep(encoding: tiktoken.Encoding, directory: Path) -> None:
     try:
-        with new_directory(directory, replaceable=TOKENIZER_FILES.__contains__) as beside:
+        with new_directory(directory, replaceable={*TOKENIZER_FILES, manifest.MANIFEST}.__contains__) as beside:
             save_tokenizer(encoding, beside)
+            manifest.seal(beside, {"tokenizer": encoding.name})
     except BridgeError:
         # Another process may have made the same one meanwhile.
         if _kept(directory) is None:

@@ -8,6 +8,7 @@ keeps its pages in large folios; and Python stands still while a page comes from
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +23,7 @@ from jaxtyping import Int
 from bridge.errors import quoted
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import matching_files
-from gpt2_jax.data.token_files import TokenFile, has_magic, is_token_file, token_file
+from gpt2_jax.data.token_files import SIDECAR, TokenFile, has_magic, is_token_file, token_file
 
 _SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation)(?=[_.-])", re.IGNORECASE)
 
@@ -152,14 +153,21 @@ class TokenStream:
         return ids
 
 
+def is_token_cache(path: Path) -> bool:
+    """Whether a directory belongs to the token cache, damaged or not."""
+    return os.path.lexists(path / SIDECAR)
+
+
 def is_token_source(source: str | Path) -> bool:
     """Whether a path or a glob names token files; everything else is text.
 
-    A file is one by its first bytes (llm.c's, NumPy's) or by its name (`.bin`: nanoGPT's has no header).
-    A directory is one if a file in it has such a beginning or is called `train.bin`; a glob, if all
-    that it matches are.
+    A file is recognized by its first bytes (llm.c's, NumPy's) or by its name (`.bin`: nanoGPT's has no header).
+    A directory holds tokens if it belongs to the token cache, or if a file in it has such first bytes or is called
+    `train.bin`; a glob, if all files that it matches are token files.
     """
     path = Path(source)
+    if is_token_cache(path):
+        return True
     if path.is_dir():
         return any(has_magic(p) or p.name == "train.bin" for p in path.iterdir() if p.is_file())
     if path.is_file():

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from bridge import manifest
+from bridge import BridgeError, manifest
+from bridge.array_store import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
 from bridge.files import flush_to_disk, foreign_files
 from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps, validation_loss
@@ -115,18 +117,23 @@ class Checkpoints:
         """The state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their description.
 
         Waits for a save that is under way. Raises as `wait`, and `TrainingError` for one that is damaged, or that has
-        other shapes.
+        other shapes. Orbax is not asked: it trusts what it reads, and its errors are pages long.
         """
         self.wait()
-        expected, path = _shapes(like), self._folder / str(step)
         with _explained(f"the checkpoint of step {step} could not be read; is it damaged?"):
-            found = _shapes(ocp.metadata(path).metadata)
+            stored = {name.replace(".", "/"): array for name, array in open_arrays(self._state(step)).items()}
+            found = {name: (array.shape, str(array.dtype)) for name, array in stored.items()}
+            expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _named_leaves(like)}
             if found == expected:
+                leaves = [_placed(stored[name], leaf) for name, leaf in _named_leaves(like)]
                 self.newest = step
-                return ocp.load(path, jax.tree.map(_description, like))
+                return jax.tree.unflatten(jax.tree.structure(like), leaves)
         names = [name for name in expected | found if expected.get(name) != found.get(name)]
-        problems = [f"{n}: {found.get(n, 'nothing')} is stored, {expected.get(n, 'nothing')} expected" for n in names]
+        problems = [f"{n}: {_said(found.get(n))} is stored, {_said(expected.get(n))} expected" for n in names]
         raise TrainingError(f"the checkpoint of step {step} is of another model or optimizer:\n{bullet_list(problems)}")
+
+    def _state(self, step: int) -> Path:
+        return self._folder / str(step) / "state"
 
     def loss(self, step: int) -> float | None:
         """The validation loss that was measured when this checkpoint was written."""
@@ -211,7 +218,8 @@ def _explained(what: str) -> Iterator[None]:
     except Exception as error:  # orbax raises its own, tensorstore's and the system's
         if is_out_of_memory(error):
             raise
-        raise TrainingError(f"{what}\n{type(error).__name__}: {quoted(error, 400)}") from error
+        reason = f"{type(error).__name__}: {quoted(str(error).partition(chr(10))[0], 400)}"
+        raise TrainingError(f"{what}\n{error if isinstance(error, BridgeError) else reason}") from error
 
 
 def _free(path: Path) -> Path:
@@ -220,10 +228,22 @@ def _free(path: Path) -> Path:
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def _description(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+def _said(array: tuple[tuple[int, ...], str] | None) -> str:
+    return "nothing" if array is None else f"{array[1]} {array[0]}"
+
+
+def _placed(stored: StoredArray, like: Any) -> jax.Array:
+    """The array on the devices of `like`; each part that several devices have is read once."""
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        if str(index) not in parts:
+            parts[str(index)] = stored.read(index)
+        return parts[str(index)]
+
+    return jax.make_array_from_callback(tuple(like.shape), like.sharding, part, dtype=like.dtype)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 
 from bridge import GPT2_SIZES, BridgeError, GPT2Config
-from bridge.errors import bullet_list
+from bridge.errors import bullet_list, quoted
 from gpt2_jax.attention import Implementation, obstacle
 from gpt2_jax.remat import Remat
 
@@ -188,21 +190,30 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_flat(values: Mapping[str, Any]) -> TrainConfig:
-    """The inverse of `flat`; raises `TrainingError` for names that are no fields."""
-    try:
-        rest = {**values}
-        model = GPT2Config(**{f.name: rest.pop(f.name) for f in dataclasses.fields(GPT2Config)})
-        optimizer = OptimizerConfig(**{f.name: rest.pop(f.name) for f in dataclasses.fields(OptimizerConfig)})
-        return TrainConfig(model=model, optimizer=optimizer, **rest)
-    except (KeyError, TypeError) as error:
-        raise TrainingError(f"the run's configuration was written by another version: {error}") from error
+    """The inverse of `flat`; raises `TrainingError` for names that are no fields, and for values out of range."""
+    if not isinstance(values, Mapping):
+        raise TrainingError("the run's configuration was written by another version: it must be an object")
+    known = flat(TrainConfig())
+    problems = [f"{quoted(name)} is missing" for name in known if name not in values]
+    problems += [f"{quoted(name)} is unknown" for name in values if name not in known]
+    if problems:
+        raise TrainingError("the run's configuration was written by another version:\n" + bullet_list(problems))
+    rest = {**values}
+    model = GPT2Config(**{f.name: rest.pop(f.name) for f in dataclasses.fields(GPT2Config)})
+    optimizer = OptimizerConfig(**{f.name: rest.pop(f.name) for f in dataclasses.fields(OptimizerConfig)})
+    return TrainConfig(model=model, optimizer=optimizer, **rest)
 
 
 _COUNTED_IN_STEPS = frozenset({"steps", "eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps"})
+_TYPE_NAMES = {int: "a whole number of 64 bits", float: "a number", bool: "true or false", NoneType: "none"}
+_MESH = re.compile(r"[\w=, -]{1,100}", re.ASCII)
 
 
 def _problems(c: TrainConfig) -> Iterator[str]:
     o = c.optimizer
+    if wrong := [*_wrong_types(c), *_wrong_types(o)]:
+        yield from wrong
+        return  # comparing a value of another type with a number raises
     yield from _unknown_choices(c)
     yield from _unknown_choices(o)
     at_least_one = ("steps", "batch_size", "length", "accumulate", "eval_every", "log_every", "checkpoint_every")
@@ -210,8 +221,11 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         if getattr(c, name) < 1:
             yield f"{name}={getattr(c, name)}: must be at least 1"
     for name, count in {**vars(c), **vars(o)}.items():
-        if name in _COUNTED_IN_STEPS and count is not None and count >= 2**31:
-            yield f"{name}={count}: must be below {2**31}, as steps are counted in 32 bits"
+        if type(count) is int and count >= 2**31 and name != "seed":
+            counted = ", as steps are counted in 32 bits" if name in _COUNTED_IN_STEPS else ""
+            yield f"{name}={count}: must be below {2**31}{counted}"
+    if not _MESH.fullmatch(c.mesh):
+        yield f"mesh={quoted(c.mesh)}: must be like data=2,fsdp=4,tensor=1"
     if c.accumulate >= 1 and c.batch_size % c.accumulate:
         yield f"accumulate={c.accumulate}: does not divide batch_size={c.batch_size}"
     if c.eval_batches is not None and c.eval_batches < 1:
@@ -240,10 +254,37 @@ def _problems(c: TrainConfig) -> Iterator[str]:
             yield f"{name}={getattr(o, name)}: must be at least 0 and below 1"
     if not 0 < o.decay_fraction <= 1:
         yield f"decay_fraction={o.decay_fraction}: must be above 0 and at most 1"
-    if o.clip_norm is not None and not o.clip_norm > 0:
+    if o.clip_norm is not None and not (math.isfinite(o.clip_norm) and o.clip_norm > 0):
         yield f"clip_norm={o.clip_norm}: must be positive, or None"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
+
+
+def _wrong_types(part: TrainConfig | OptimizerConfig) -> Iterator[str]:
+    """The fields of another type than declared. Here a bool is not an int, an int is a float, and text has no NUL."""
+    for name, hint in get_type_hints(type(part)).items():
+        value, allowed = getattr(part, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if not any(_is_of_type(value, one) for one in allowed):
+            yield f"{name}={_shown(value)}: must be {' or '.join(_TYPE_NAMES.get(one, 'text') for one in allowed)}"
+        elif isinstance(value, str) and "\0" in value:
+            yield f"{name}={_shown(value)}: must not have a NUL character"
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)
+    if type(value) is int and hint in (int, float):
+        return -(2**63) <= value < 2**63
+    if hint in (GPT2Config, OptimizerConfig):
+        return isinstance(value, hint)
+    return type(value) is hint
+
+
+def _shown(value: Any) -> str:
+    """A value made fit for a message: text quoted and cut, a list or an object by its type, which may be nested."""
+    if isinstance(value, list | dict):
+        return type(value).__name__
+    return quoted(value) if isinstance(value, str) else quoted(value)[1:-1]
 
 
 def _attention_problems(c: TrainConfig) -> Iterator[str]:
@@ -259,7 +300,7 @@ def _attention_problems(c: TrainConfig) -> Iterator[str]:
 def _unknown_choices(part: TrainConfig | OptimizerConfig) -> Iterator[str]:
     for name, hint in get_type_hints(type(part)).items():
         if get_origin(hint) is Literal and getattr(part, name) not in get_args(hint):
-            yield f"{name}={getattr(part, name)!r}: must be one of {', '.join(get_args(hint))}"
+            yield f"{name}={_shown(getattr(part, name))}: must be one of {', '.join(get_args(hint))}"
 
 
 _GPT2_OPTIMIZER = OptimizerConfig(warmup_steps=2000)  # 6e-4, 0.9, 0.95, 0.1: nanoGPT's train_gpt2.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,6 +19,10 @@ from gpt2_jax.train.config import TrainConfig, TrainingError, flat
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
+_LONGEST_LINE = 2**16
+"""Bytes. A record has some hundreds."""
+_MOST_DRAWN = 1e300
+"""The difference of larger numbers is infinite, and matplotlib fails."""
 
 
 class Metrics:
@@ -60,19 +65,45 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a line that a crash cut short is left out.
+    """The records of a run, in order; a line that is no record, as one that a crash cut short, is left out.
 
-    A step has one record, though an evaluation that was made up for after a resume has a line of its own.
+    A step has one record, though an evaluation that was repeated after a resume has a line of its own. Values that are
+    no numbers are left out too. Raises `TrainingError` where the file cannot be read.
     """
-    file = run / METRICS
     records: dict[int, dict[str, Any]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records.setdefault(record["step"], {}).update(record)
+    for line in _lines_of(run / METRICS):
+        record = _record(line)
+        if record is not None:
+            records.setdefault(record["step"], {}).update(record)
     return list(records.values())
+
+
+def _lines_of(file: Path) -> Iterator[bytes]:
+    """The lines of a file, those above `_LONGEST_LINE` in pieces, which are no records; none where it is missing."""
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait
+            raise TrainingError(f"{quoted(file)} is not a regular file")
+        with file.open("rb") as lines:
+            while line := lines.readline(_LONGEST_LINE):
+                yield line
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TrainingError(f"cannot read {quoted(file)}: {error.strerror}") from error
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < 2**31:
+        return None
+    return {name: value for name, value in record.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def plot_losses(run: Path) -> Path:
@@ -85,11 +116,11 @@ def plot_losses(run: Path) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(record["step"], record[name]) for record in records if name in record]
+        points = [(r["step"], r[name]) for r in records if name in r and not abs(r[name]) > _MOST_DRAWN]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.set_title(escaped(run.name), parse_math=False)
+    axes.set_title(escaped(run.name), parse_math=False)  # a name with dollar signs is no formula
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bridge import manifest, save_tokenizer, tokenizer_fingerprint
+from bridge import BridgeError, manifest, save_tokenizer, tokenizer_fingerprint
 from bridge.bpe import END_OF_TEXT
 from bridge.errors import bullet_list, quoted
 from bridge.files import (
@@ -24,8 +24,10 @@ from bridge.files import (
     replace_files,
     require_replaceable,
 )
-from bridge.formats.directory import CONFIG, read_json, write_config, write_json
+from bridge.formats.directory import CONFIG, write_config, write_json
 from bridge.formats.run import CHECKPOINTS, RUN, steps
+from bridge.json_text import parse_object
+from bridge.small_file import read_small_file
 from bridge.tokenizer import TOKENIZER_FILES
 from gpt2_jax.train.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat
 from gpt2_jax.train.metrics import METRICS, PLOT
@@ -39,6 +41,8 @@ MOST_SECONDS_UNSEEN = 90
 _FLAGS = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change what is computed."""
 _VERSION = 1
+_MOST_RUN_BYTES = 2**20
+"""Of run.json, which has some 3 kB."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +191,21 @@ def is_run(run: Path) -> bool:
 
 
 def stored_identity(run: Path) -> Identity:
-    """What the run in this directory was begun with."""
-    stored = read_json(run / RUN)
-    if stored.get("version") != _VERSION or not {"config", "data", "tokenizer"} <= stored.keys():
-        raise TrainingError(f"{quoted(run / RUN)} is damaged, or was written by another version of gpt2-bridge")
-    return Identity(from_flat(stored["config"]), stored["data"], stored["tokenizer"])
+    """What the run in this directory was begun with. Raises `TrainingError` where run.json is damaged."""
+    path = run / RUN
+    try:
+        stored = parse_object(read_small_file(path, _MOST_RUN_BYTES, TrainingError), quoted(path), TrainingError)
+    except OSError as error:
+        raise TrainingError(f"cannot read {quoted(path)}: {error.strerror}") from error
+    version, data, tokenizer = (stored.get(name) for name in ("version", "data", "tokenizer"))
+    if type(version) is not int or version != _VERSION or not {"config", "tokenizer"} <= stored.keys():
+        raise TrainingError(f"{quoted(path)} is damaged, or was written by another version of gpt2-bridge")
+    if not isinstance(data, str) or not isinstance(tokenizer, str | None):
+        raise TrainingError(f"{quoted(path)} is damaged: data and tokenizer must be fingerprints")
+    try:
+        return Identity(from_flat(stored["config"]), data, tokenizer)
+    except BridgeError as error:
+        raise TrainingError(f"{quoted(path)}: {error}") from error
 
 
 def _describe_new(directory: Path, config: TrainConfig, data: Data) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import within_budget
 
 from bridge import CheckpointError
 from bridge.manifest import MANIFEST, _rendered, about, seal, verify
@@ -95,20 +97,82 @@ def test_a_manifest_that_was_written_to_is_noticed(sealed: Path, change: Callabl
             read(sealed)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"about": [1], "files": {}},
-        {"about": {}, "files": []},
-        {"about": {}, "files": {"a": 3}},
-        {"about": {}, "files": {"a": {"bytes": "5", "sha256": "x"}}},
-        {"about": {}, "files": {"a": {"bytes": True, "sha256": "x"}}},
-    ],
-)
-def test_a_manifest_of_another_form_is_refused_though_it_is_sealed(sealed: Path, content: dict[str, Any]) -> None:
-    (sealed / MANIFEST).write_bytes(_rendered(content))
+def entry(name: str = "a", **changes: Any) -> dict[str, Any]:
+    return {"about": {}, "files": {name: {"bytes": 5, "sha256": "0" * 64, **changes}}}
+
+
+FOREIGN: dict[str, Any] = {
+    "about a list": {"about": [1], "files": {}},
+    "files a list": {"about": {}, "files": []},
+    "a number for a file": {"about": {}, "files": {"a": 3}},
+    **{f"{str(size)[:9]} bytes": entry(bytes=size) for size in ("5", True, 5.0, None, -1, 2**70, 10**400)},
+    **{f"sha256 {str(value)[:9]}": entry(sha256=value) for value in ("x", "", None, 3, "0" * 63, "0" * 64 + "\n")},
+    "another field": entry(mode=3),
+    **{f"name {name!r}": entry(name)
+       for name in ("../a", "/etc/passwd", "b/../../a", "a\0", "..\\a", "C:\\a", "", ".", "b//a", "b/./a")},
+}  # fmt: skip
+
+
+def as_json_renders(content: dict[str, Any]) -> bytes:
+    seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**content, "seal": seal}, indent=1) + "\n").encode()
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_manifest_of_another_form_is_refused_though_it_is_sealed(sealed: Path, name: str) -> None:
+    (sealed / MANIFEST).write_bytes(as_json_renders(FOREIGN[name]))
     for read in (about, verify):
-        with pytest.raises(CheckpointError, match="is not as it was written"):
+        with within_budget(), pytest.raises(CheckpointError, match="is not as it was written") as error:
+            read(sealed)
+        assert str(error.value).isprintable()
+
+
+MIB = 2**20
+LARGE = {
+    "60 MB": b'{"about": {}, "files": {' + b'"a": {"bytes": 5, "sha256": "x"}, ' * (60 * MIB // 35),
+    "brackets": b"[" * (4 * MIB - 1),
+    "lists": b"[" + b"[]," * (MIB - 9) + b"[]]",
+    "objects": b'{"about": [' + b'{"a":1},' * (MIB // 2 - 9) + b"{}]}",
+    "a long number": b'{"about": {"step": ' + b"1" * (3 * MIB) + b"}}",
+    "a large about": as_json_renders({"about": {"x": ["y" * 50] * 40_000}, "files": {}}),
+    "an about of numbers": as_json_renders({"about": {"x": [1] * 50_000}, "files": {}}),
+    "a long text": as_json_renders({"about": {"x": "y" * 3 * MIB}, "files": {}}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_manifest_is_refused_at_once(sealed: Path, name: str) -> None:
+    (sealed / MANIFEST).write_bytes(LARGE[name])
+    for read in (about, verify):
+        with within_budget(), pytest.raises(CheckpointError, match=r"manifest\.json"):
+            read(sealed)
+
+
+@pytest.mark.parametrize("files", [{}, {"a": 1}, {"a": 1, 'b/\u00fc \n"files": {}': 2}])
+def test_a_manifest_is_rendered_as_json_renders_it(files: dict[str, int]) -> None:
+    content = {
+        "about": {**ABOUT, "text": '"files": {}'},
+        "files": {name: {"bytes": size, "sha256": "0" * 64} for name, size in files.items()},
+    }
+    assert _rendered(content) == as_json_renders(content)
+
+
+def test_a_manifest_of_ten_thousand_files_is_read_at_once(tmp_path: Path) -> None:
+    files = {
+        f"state/ocdbt.process_{number}/d/{number:032x}": {"bytes": number, "sha256": f"{number:064x}"}
+        for number in range(10_000)
+    }
+    (tmp_path / MANIFEST).write_bytes(as_json_renders({"about": ABOUT, "files": files}))
+    with within_budget():
+        assert about(tmp_path) == ABOUT
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo, os.mkdir])
+def test_a_manifest_that_is_no_file_is_refused(sealed: Path, make: Callable[[Path], None]) -> None:
+    (sealed / MANIFEST).unlink()
+    make(sealed / MANIFEST)
+    for read in (about, verify):
+        with within_budget(), pytest.raises(CheckpointError):
             read(sealed)
 
 

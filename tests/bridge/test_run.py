@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -248,8 +249,26 @@ def test_a_checkpoint_under_another_number_is_none(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
     (run / "checkpoints" / "2").rename(run / "checkpoints" / "5")
     assert_weights(run, CONFIG, seed=1)
-    with pytest.raises(CheckpointError, match="is the checkpoint of step 2"):
+    with pytest.raises(CheckpointError, match="is the checkpoint of step '2'"):
         bridge.load(run / "checkpoints" / "5")
+
+
+@pytest.mark.parametrize("step", [True, "2", 2.0, None, 10**400, -2, "\x1b[31m"])
+def test_a_step_of_another_type_is_refused(copy: Path, step: Any) -> None:
+    path = copy / "checkpoints" / "7"
+    path = path.rename(path.with_name("1"))
+    manifest.seal(path, {"step": step, "val_loss": 1.0})
+    for source, message in ((copy, "no checkpoint that is sound"), (path, "is the checkpoint of step")):
+        with pytest.raises(CheckpointError, match=message) as error:
+            bridge.load(source)
+        assert str(error.value).replace("\n", "").isprintable() and len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("loss", ["x", True, float("nan"), float("inf"), 10**400, [1], {}])
+def test_a_loss_that_is_no_number_counts_as_none(copy: Path, loss: Any) -> None:
+    manifest.seal(copy / "checkpoints" / "7", {"step": 7, "val_loss": loss})
+    assert run_format.validation_loss(copy, 7) is None
+    assert_weights(copy, CONFIG, seed=7)
 
 
 def test_a_store_without_weights_is_a_checkpoint_error(tmp_path: Path) -> None:

@@ -113,6 +113,18 @@ def test_a_text_that_training_has_encoded_is_read_from_its_cache(model: Path, te
     assert found["bytes"] is None
 
 
+def test_a_damaged_cache_is_refused(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cached_text(find_documents(text), byte_tokenizer(), cache=tmp_path / "cache")
+    (directory,) = (tmp_path / "cache").iterdir()
+    content = bytearray((directory / "tokens.bin").read_bytes())
+    content[0] ^= 1
+    (directory / "tokens.bin").write_bytes(content)
+    assert run("eval", model, "--data", directory) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
 def test_a_text_of_one_endless_word_has_no_perplexity_per_word(model: Path, tmp_path: Path) -> None:
     (tmp_path / "word.txt").write_text("x" * 900)
     found = figures(tmp_path, model, "--data", tmp_path / "word.txt")

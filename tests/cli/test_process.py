@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 import threading
 from pathlib import Path
@@ -101,6 +102,55 @@ def test_programs_are_kept_by_what_the_cpu_can_do(
         jax.config.update("jax_compilation_cache_dir", None)
         keep_compiled_programs()
         assert jax.config.values["jax_compilation_cache_dir"] != folder
+
+
+@pytest.fixture
+def some_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_setting: None) -> Path:
+    """The cache of a process on a CPU whose programs are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(process, "_cpu", lambda: "some")
+    jax.config.update("jax_compilation_cache_dir", None)
+    return tmp_path / "gpt2-bridge"
+
+
+def test_the_cache_of_programs_is_private(some_cpu: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = os.umask(0)
+    try:
+        keep_compiled_programs()
+    finally:
+        os.umask(before)
+    folder = Path(jax.config.values["jax_compilation_cache_dir"])
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (some_cpu, folder.parent, folder)] == [0o700] * 3
+    assert folder.parent.parent == some_cpu and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("level", [0, 1, 2], ids=["cache", "compiled", "folder"])
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_cache_that_others_may_write_to_is_not_used(
+    level: int, mode: int, some_cpu: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep_compiled_programs()
+    folder = Path(jax.config.values["jax_compilation_cache_dir"])
+    jax.config.update("jax_compilation_cache_dir", None)
+    opened = (some_cpu, folder.parent, folder)[level]
+    opened.chmod(mode)
+    keep_compiled_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpt2: ") and f"others may write to '{opened}'" in line and "chmod go-w" in line
+    opened.chmod(0o755)
+    keep_compiled_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] == str(folder)
+
+
+def test_a_cache_of_another_user_is_not_used(
+    some_cpu: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_cpu.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: some_cpu.stat().st_uid + 1)
+    keep_compiled_programs()
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert f"'{some_cpu}' belongs to another user; set XDG_CACHE_HOME" in capsys.readouterr().err
 
 
 def test_programs_of_several_processes_on_cpus_are_not_kept(

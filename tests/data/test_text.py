@@ -67,8 +67,8 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same(small_blocks: None, t
     assert max(map(len, blocks)) <= 256 + 16
 
 
-def test_line_ends_and_marks_stay_as_they_are(tmp_path: Path) -> None:
-    whole = "\ufeffone\r\ntwo\rthree\n"
+def test_line_ends_and_marks_inside_stay_as_they_are(tmp_path: Path) -> None:
+    whole = "one\r\n\ufefftwo\rthree\n"
     (document,) = find_documents(write(tmp_path / "text.txt", whole)).files
     assert "".join(document.blocks()) == whole
 
@@ -181,3 +181,10 @@ def test_a_directory_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "sub").chmod(0)
     with pytest.raises(DataError, match="cannot read"):
         find_documents(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xef\xbb\xbfone two", b"one two"])
+def test_a_byte_order_mark_at_the_start_is_not_text(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    (document,) = find_documents(tmp_path / "text.txt").files
+    assert document.is_text() and "".join(document.blocks()) == "one two"

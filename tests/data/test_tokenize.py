@@ -7,17 +7,20 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiktoken
+from refusals import within_budget
 
 from bridge import BridgeError, TokenizerError, byte_tokenizer, character_tokenizer, tokenizer_fingerprint
-from gpt2_jax.data import DataError, TokenStream, cache_directory, text, tokenize
+from gpt2_jax.data import DataError, TokenStream, cache_directory, open_data, text, tokenize
 from gpt2_jax.data.text import find_documents
 from gpt2_jax.data.tokenize import cached_text
+from gpt2_jax.data.tokenizers import make_tokenizer
 
 LINES = "".join(f"The line {i} is like line {i // 2}.\n" for i in range(300))
 END = 256
@@ -80,6 +83,7 @@ def test_the_sidecar_describes_the_files_beside_it(folder: Path) -> None:
         "bytes": text_bytes,
         "characters": text_bytes,
         "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "document_ends_sha256": hashlib.sha256((directory / "document_ends.bin").read_bytes()).hexdigest(),
     }
     assert ids.tolist() == read_all(stream)
     assert np.fromfile(directory / "document_ends.bin", "<i8").tolist()[-1] == len(ids)
@@ -142,27 +146,120 @@ def test_another_tokenizer_has_another_directory(folder: Path) -> None:
     assert len(list((folder.parent / "cache").iterdir())) == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("tokens.bin", b"12"),
-        ("tokens.bin", None),
-        ("document_ends.bin", b""),
-        ("document_ends.bin", bytes(24)),
-        ("tokens.json", b"{}"),
-        ("tokens.json", b"{"),
-        ("tokens.json", b'{"format": 1, "dtype": "object", "tokens": 1, "documents": 1}'),
-        ("tokens.json", None),
-    ],
-)
-def test_a_damaged_cache_is_made_anew(folder: Path, name: str, content: bytes | None) -> None:
+def change_sidecar(**changes: Any) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        about = json.loads((directory / "tokens.json").read_text())
+        (directory / "tokens.json").write_text(json.dumps({**about, **changes}))
+
+    return change
+
+
+def replace_file(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_bytes(content) and None
+
+
+def flip(name: str, at: int) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        content = bytearray((directory / name).read_bytes())
+        content[at] ^= 1
+        (directory / name).write_bytes(content)
+
+    return change
+
+
+def reseal(name: str, ends: list[int]) -> Callable[[Path], None]:
+    """Document ends of an attacker, who knows how to hash."""
+
+    def change(directory: Path) -> None:
+        content = np.array(ends, "<i8").tobytes()
+        (directory / name).write_bytes(content)
+        change_sidecar(documents=len(ends), document_ends_sha256=hashlib.sha256(content).hexdigest())(directory)
+
+    return change
+
+
+def put_instead(name: str, make: Callable[[Path, Path], object]) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / name).rename(directory / "elsewhere")
+        make(directory / "elsewhere", directory / name)
+
+    return change
+
+
+def link(target: Path, name: Path) -> None:
+    name.symlink_to(target)
+
+
+def pipe(target: Path, name: Path) -> None:
+    os.mkfifo(name)
+
+
+def folder_instead(target: Path, name: Path) -> None:
+    name.mkdir()
+
+
+COUNTS: list[Any] = ["3", True, 3.0, -1, None, [3], 2**70, 10**400]
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "tokens cut off": replace_file("tokens.bin", b"12"),
+    "tokens missing": lambda directory: (directory / "tokens.bin").unlink(),
+    "a token flipped": flip("tokens.bin", 0),
+    "the last token flipped": flip("tokens.bin", -1),
+    "an end flipped": flip("document_ends.bin", 0),
+    "no ends": replace_file("document_ends.bin", b""),
+    "ends of zeros": replace_file("document_ends.bin", bytes(24)),
+    "ends go down": reseal("document_ends.bin", [20_000, 10_000, 24_000]),
+    "ends begin below zero": reseal("document_ends.bin", [-1, 10_000, 24_000]),
+    "ends pass the last token": reseal("document_ends.bin", [1, 2, 2**62]),
+    "ends stop before the last token": reseal("document_ends.bin", [1, 2, 3]),
+    "one end": reseal("document_ends.bin", [3]),
+    "sidecar missing": lambda directory: (directory / "tokens.json").unlink(),
+    "sidecar empty": replace_file("tokens.json", b"{}"),
+    "sidecar cut off": replace_file("tokens.json", b"{"),
+    "sidecar a list": replace_file("tokens.json", b"[1]"),
+    "sidecar deep": replace_file("tokens.json", b"[" * 200_000),
+    "sidecar of 30 MB": replace_file("tokens.json", b"[" + b"1," * 15_000_000 + b"1]"),
+    "sidecar not UTF-8": replace_file("tokens.json", b"\xff{}"),
+    "sidecar of an earlier version": change_sidecar(document_ends_sha256=None),
+    **{f"{name} {str(value)[:9]}": change_sidecar(**{name: value})
+       for name in ("format", "tokens", "documents", "skipped") for value in COUNTS
+       if not (name == "skipped" and value == 3)},
+    **{f"dtype {value}": change_sidecar(dtype=value) for value in ("object", "<f8", "<u4", "", None, ["<u2"], 2)},
+    **{f"sha256 {value}": change_sidecar(sha256=value) for value in ("", "0" * 64, None, 3)},
+    **{f"{name} is a {make.__name__}": put_instead(name, make)
+       for name in ("tokens.json", "tokens.bin", "document_ends.bin") for make in (link, pipe, folder_instead)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_made_anew_and_refused_by_its_name(folder: Path, damage: str) -> None:
     before = read_all(encoded(folder))
-    damaged = only_directory(folder.parent / "cache") / name
-    if content is None:
-        damaged.unlink()
-    else:
-        damaged.write_bytes(content)
+    directory = only_directory(folder.parent / "cache")
+    DAMAGE[damage](directory)
+    with within_budget():
+        assert tokenize.open_cached(directory) is None
+    if damage != "sidecar missing":  # without one, it is not a directory of the cache
+        with within_budget(), pytest.raises(DataError, match="is damaged, or was written by an earlier version"):
+            open_data(directory)
     assert read_all(encoded(folder)) == before
+
+
+def test_a_cached_tokenizer_that_changed_is_made_anew(folder: Path) -> None:
+    documents = find_documents(folder)
+    made = make_tokenizer("characters", documents, cache=folder.parent / "cache")
+    kept = only_directory(folder.parent / "cache") / "tokenizer.json"
+    content = kept.read_text()
+    kept.write_text(content.replace('"e"', '"\u00e9"'))  # another letter with the same id
+    again = make_tokenizer("characters", documents, cache=folder.parent / "cache")
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(made)
+    assert kept.read_text() == content
+
+
+def test_verifying_reports_progress(folder: Path) -> None:
+    encoded(folder)
+    seen: list[tuple[str, int, int]] = []
+    cache = folder.parent / "cache"
+    stream = cached_text(find_documents(folder), byte_tokenizer(), cache=cache, progress=lambda *a: seen.append(a))
+    assert seen[-1] == ("verifying tokens", 2 * len(stream.tokens), 2 * len(stream.tokens))
 
 
 def test_nothing_is_left_of_an_encoding_that_failed(folder: Path) -> None:

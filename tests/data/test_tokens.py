@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import within_budget
 
 from gpt2_jax.data import DataError, TokenStream
 from gpt2_jax.data.token_files import token_file
@@ -138,18 +139,79 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros((3, 2), np.uint16), r"uint16 of shape \(3, 2\)"),
-        (np.zeros(3, np.float32), "float32"),
+        (np.zeros((3, 2), np.uint16), r"'<u2' of shape '\(3, 2\)'"),
+        (np.zeros(3, np.float32), "<f4"),
         (np.zeros(3, ">u2"), ">u2"),
         (np.zeros(0, np.uint16), "no tokens|cannot be read"),
-        (np.array(["a", None], object), "cannot be read as .npy"),
+        (np.array(["a", None], object), r"\|O"),
+        (np.zeros(3, [("a", "<u2")]), "cannot be read as .npy"),
+        (np.uint16(3), r"of shape '\(\)'"),
     ],
-    ids=["matrix", "float", "big-endian", "empty", "pickle"],
+    ids=["matrix", "float", "big-endian", "empty", "pickle", "structured", "scalar"],
 )
 def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "array.npy", array, allow_pickle=True)
     with pytest.raises(DataError, match=message):
         token_file(tmp_path / "array.npy")
+
+
+def npy_bytes(shape: str, *, descr: str = "'<u2'", order: str = "False", version: bytes = b"\1\0") -> bytes:
+    """A `.npy` file of ten bytes of data, with a header that numpy would not write."""
+    header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY" + version + len(header).to_bytes(2 if version[0] == 1 else 4, "little") + header + bytes(10)
+
+
+BAD_HEADERS = {
+    "huge": npy_bytes(f"({2**70},)"),
+    "huge product": npy_bytes(f"({2**40}, {2**40})"),
+    "longer than the file": npy_bytes("(6,)"),
+    "shorter than the file": npy_bytes("(4,)"),
+    "negative": npy_bytes("(-5,)"),
+    "bool": npy_bytes("(True,)"),
+    "float": npy_bytes("(5.0,)"),
+    "no tuple": npy_bytes("(5)"),
+    "leading zero": npy_bytes("(05,)"),
+    "a thousand parentheses": npy_bytes("(" * 1000 + "5," + ")" * 1000),
+    "ten thousand minus signs": npy_bytes("(" + "-" * 10_000 + "5,)"),
+    "a minus sign for each byte of 60,000": npy_bytes("(" + "-" * 60_000 + "5,)"),
+    "object": npy_bytes("(5,)", descr="'|O'"),
+    "structured": npy_bytes("(5,)", descr="[('a', '<u2')]"),
+    "string": npy_bytes("(5,)", descr="'<U99999999999'"),
+    "unknown dtype": npy_bytes("(5,)", descr="'\x1b[31m'"),
+    "order": npy_bytes("(5,)", order="'F'"),
+    "version 0": npy_bytes("(5,)", version=b"\0\0"),
+    "version 4": npy_bytes("(5,)", version=b"\4\0"),
+    "no version": b"\x93NUMPY",
+    "header of 4 GiB": b"\x93NUMPY\2\0\xff\xff\xff\xff",
+    "cut off": npy_bytes("(5,)")[:40],
+    "code": npy_bytes("(__import__('os').getpid(),)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_HEADERS)
+def test_hostile_headers_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    (tmp_path / "array.npy").write_bytes(BAD_HEADERS[name])
+    with within_budget(), pytest.raises(DataError, match=r"array\.npy") as error:
+        token_file(tmp_path / "array.npy")
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0), (3, 0)])
+@pytest.mark.parametrize("dtype", ["<u2", "<i4", "<u4", "<i8"])
+def test_every_array_that_numpy_writes_is_read(tmp_path: Path, dtype: str, version: tuple[int, int]) -> None:
+    for count in (1, 9, 99_999):
+        ids = np.arange(count).astype(dtype)
+        with (tmp_path / "array.npy").open("wb") as file:
+            np.lib.format.write_array(file, ids, version)
+        stream = TokenStream.of([token_file(tmp_path / "array.npy")], vocab_size=2**17)
+        np.testing.assert_array_equal(read_all(stream), ids)
+
+
+@pytest.mark.parametrize("header", ["(5L,)", "(5,)"])
+@pytest.mark.parametrize("order", ["True", "False"])
+def test_the_order_of_axes_does_not_matter_for_one(tmp_path: Path, header: str, order: str) -> None:
+    (tmp_path / "array.npy").write_bytes(npy_bytes(header, order=order))
+    assert token_file(tmp_path / "array.npy").count == 5
 
 
 def test_a_truncated_array_is_refused(tmp_path: Path) -> None:

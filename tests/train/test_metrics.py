@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
+from refusals import within_budget
 from training_runs import RECIPE, data_for, files, recipe, write_text
 
 from bridge import GPT2_SIZES, GPT2Config
@@ -52,6 +55,55 @@ def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path: Path, cut: str
     assert [record["step"] for record in read_metrics(tmp_path)] == [2]
     write(tmp_path, RECIPE, 4, (6, {"train_loss": 6.0}))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2, 6]
+
+
+HOSTILE_LINES = {
+    "list": b"[1]",
+    "number": b"3",
+    "null": b"null",
+    "no step": b'{"train_loss": 1.0}',
+    "step of 400 digits": b'{"step": 1' + b"0" * 400 + b"}",
+    "step of 5,000 digits": b'{"step": 1' + b"0" * 5000 + b"}",
+    "step of 2^31": b'{"step": 2147483648}',
+    "negative step": b'{"step": -1}',
+    "step a string": b'{"step": "4"}',
+    "step true": b'{"step": true}',
+    "step a float": b'{"step": 4.0}',
+    "step a list": b'{"step": [4]}',
+    "deep": b"[" * 50_000,
+    "not UTF-8": b'{"step": 4, "x": "\xff"}',
+    "NUL": b"\0" * 100,
+    "100 MB": b'{"step": 4, "x": "' + b"x" * 100_000_000 + b'"}',
+    "100 MB of digits": b'{"step": 4, "x": ' + b"1" * 100_000_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_LINES)
+def test_a_line_that_is_no_record_is_left_out(tmp_path: Path, name: str) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n' + HOSTILE_LINES[name] + b'\n{"step": 6}\n')
+    with within_budget():
+        assert read_metrics(tmp_path) == [{"step": 2}, {"step": 6}]
+
+
+@pytest.mark.parametrize("value", ['"x"', "null", "true", "[1]", "{}", "1" + "0" * 400])
+def test_a_value_that_is_no_number_is_left_out(tmp_path: Path, value: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2, "train_loss": {value}, "val_loss": 1.5}}\n')
+    assert read_metrics(tmp_path) == [{"step": 2, "val_loss": 1.5}]
+
+
+def test_extreme_values_are_plotted_without_an_error(tmp_path: Path) -> None:
+    values = ["NaN", "Infinity", "-Infinity", "1e308", "-1e308", "1e299", "-1e299", "-9223372036854775807"]
+    lines = [f'{{"step": {step}, "train_loss": {value}}}\n' for step, value in enumerate(values)]
+    (tmp_path / "a $\\frac$ b").mkdir()
+    (tmp_path / "a $\\frac$ b" / "metrics.jsonl").write_text("".join(lines))
+    assert plot_losses(tmp_path / "a $\\frac$ b").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_log_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(TrainingError, match=r"metrics.jsonl' is not a regular file"):
+        read_metrics(tmp_path)
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:

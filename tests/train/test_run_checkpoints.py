@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import resource
 import shutil
@@ -13,9 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import ocdbt_bytes
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from jax.errors import JaxRuntimeError
+from refusals import within_budget
 from rich.console import Console
 from training_runs import all_weights, data_for, recipe, run_in, stop_at
 
@@ -205,14 +208,56 @@ def test_nothing_is_compressed(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(*_: Any) -> None:
+    def too_large(*_: Any, **__: Any) -> None:
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with Checkpoints(tmp_path) as checkpoints:
         save_all(checkpoints, 3)
-        monkeypatch.setattr(ocp, "load", too_large)
+        monkeypatch.setattr(jax, "make_array_from_callback", too_large)
         with pytest.raises(JaxRuntimeError):
             checkpoints.restore(3, state_at(3))
+
+
+@pytest.mark.parametrize(
+    "name", ["state/_METADATA", "state/_sharding", "state/array_metadatas/process_0", "_CHECKPOINT_METADATA"]
+)
+@pytest.mark.parametrize("content", [b"{", b"[" * 200_000, b'{"tree_metadata": {"x": 1}, "use_ocdbt": false}'])
+def test_what_only_orbax_reads_is_not_read(tmp_path: Path, name: str, content: bytes) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        save_all(checkpoints, 3)
+        path = tmp_path / "checkpoints" / "3"
+        (path / name).write_bytes(content)
+        manifest.seal(path, {"step": 3, "val_loss": None})
+        assert checkpoints.latest() == 3
+        assert int(checkpoints.restore(3, state_at(3)).step) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [([2**40], "out of range"), ([2**40, 2**40], "out of range"), ([3], "another model or optimizer")],
+)
+def test_a_hostile_checkpoint_is_refused_in_two_lines(tmp_path: Path, shape: list[int], said: str) -> None:
+    fields = {
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shape}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "data_type": "float32",
+        "fill_value": 0.0,
+        "node_type": "array",
+        "shape": shape,
+        "zarr_format": 3,
+    }
+    with Checkpoints(tmp_path) as checkpoints:
+        save_all(checkpoints, 3)
+        path = tmp_path / "checkpoints" / "3"
+        shutil.rmtree(path / "state")
+        key = "params.a/c" + "/0" * len(shape)
+        leaf = ocdbt_bytes.leaf({"params.a/zarr.json": json.dumps(fields).encode(), key: bytes(12)})
+        ocdbt_bytes.write(path / "state", [leaf])
+        manifest.seal(path, {"step": 3, "val_loss": None})
+        with within_budget(), pytest.raises(TrainingError, match=said) as error:
+            checkpoints.restore(3, state_at(3))
+    assert "Traceback" not in str(error.value) and len(str(error.value)) < 1000
 
 
 def test_a_best_one_that_was_damaged_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,9 +105,9 @@ def test_accepted_changes_are_taken_over(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"n_inner": 44}, r"params/h/mlp/c_fc/kernel: \(2, 24, 40\) is stored, \(2, 24, 44\) expected"),
-        ({"ema_decay": 0.9}, r"ema_params/wte/embedding: nothing is stored, \(384, 24\) expected"),
-        ({"optimizer": "muon"}, r"opt_state/0/count: \(\) is stored, nothing expected"),
+        ({"n_inner": 44}, r"params/h/mlp/c_fc/kernel: float32 \(2, 24, 40\) is stored, float32 \(2, 24, 44\) expected"),
+        ({"ema_decay": 0.9}, r"ema_params/wte/embedding: nothing is stored, float32 \(384, 24\) expected"),
+        ({"optimizer": "muon"}, r"opt_state/0/count: int32 \(\) is stored, nothing expected"),
     ],
     ids=["model", "mean", "optimizer"],
 )

@@ -1,0 +1,34 @@
+"""Files of metadata: read whole, after their kind and size are checked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from bridge.errors import BridgeError, quoted
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+"""Opening a pipe with O_NONBLOCK returns at once; Windows has neither of the first two and needs O_BINARY."""
+
+
+def read_small_file(path: Path, most_bytes: int, error: type[BridgeError]) -> bytes:
+    """Return the content of a regular file.
+
+    Raises `error` for a symbolic link, a directory, a pipe or a device, and for a file of more than `most_bytes` bytes.
+    Raises `OSError` where the file is missing or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError as problem:
+        if problem.errno == errno.ELOOP:
+            raise error(f"{quoted(path)} is a symbolic link; a regular file is needed here") from None
+        raise
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise error(f"{quoted(path)} is not a regular file")
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise error(f"{quoted(path)} is larger than {most_bytes} bytes; that is not a {path.name}")
+    return content

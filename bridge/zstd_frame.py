@@ -1,0 +1,46 @@
+"""How much a zstd frame decompresses to, from its headers alone.
+
+Source: RFC 8878, "Zstandard Compression and the 'application/zstd' Media Type".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+_MAGIC = b"\x28\xb5\x2f\xfd"
+_MOST_BLOCK = 2**17
+_FEWEST_BLOCKS, _SMALLEST_BLOCK = 64, 2**12
+"""libzstd splits a block of 128 KiB into parts of at least 8 KiB."""
+_RAW, _RLE, _COMPRESSED = range(3)
+_DICTIONARY_BYTES = (0, 1, 2, 4)
+
+
+def largest_content(read: Callable[[int, int], bytes], size: int, most: int) -> int | None:
+    """An upper bound of the decompressed bytes of one frame; None where it is not exactly one valid frame.
+
+    Args:
+        read: gives the bytes from a position on, as many as asked for or fewer at the end.
+        size: bytes of the frame.
+        most: what it should decompress to. A frame of many more blocks than that needs is not valid here.
+    """
+    header = read(0, 18)
+    if header[:4] != _MAGIC or len(header) < 6:
+        return None
+    descriptor = header[4]
+    has_window, flag = not descriptor & 0x20, descriptor >> 6
+    content_bytes = (0 if has_window else 1, 2, 4, 8)[flag]
+    position = 5 + has_window + _DICTIONARY_BYTES[descriptor & 3]
+    declared = int.from_bytes(header[position : position + content_bytes], "little")
+    position += content_bytes
+    total = 0
+    for _ in range(_FEWEST_BLOCKS + most // _SMALLEST_BLOCK):
+        block = int.from_bytes(read(position, 3), "little")
+        is_last, kind, length = block & 1, block >> 1 & 3, block >> 3
+        if kind > _COMPRESSED or length > _MOST_BLOCK or position + 3 > size:
+            return None
+        total += _MOST_BLOCK if kind == _COMPRESSED else length
+        position += 3 + (1 if kind == _RLE else length)
+        if is_last:
+            position += 4 if descriptor & 4 else 0  # a checksum
+            return max(total, declared) if position == size else None
+    return None

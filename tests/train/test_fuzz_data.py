@@ -1,0 +1,18 @@
+"""Damaged files of data and runs, a few hundred of each kind; `tests/fuzz/driver.py` makes more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fuzz.driver import DATA, fuzz
+
+MUTANTS = 300
+
+
+@pytest.mark.parametrize("format", DATA)
+def test_a_damaged_file_is_refused_or_is_what_its_bytes_say(tmp_path: Path, format: str) -> None:
+    outcome = fuzz(format, MUTANTS, tmp_path)
+    print(format, dict(outcome.counts), f"slowest {1000 * outcome.slowest:.0f} ms")
+    assert outcome.counts.total() == MUTANTS
+    assert outcome.counts["refused"] > MUTANTS // 20
