@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bridge.arrays import LazyTensors, TensorEntry, turned
 from bridge.checkpoint import Checkpoint
+from bridge.companions import has_companion
 from bridge.config import ACTIVATIONS, GPT2Config, harmless_fields
 from bridge.convert import canonicalize, differences
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
@@ -44,7 +45,7 @@ def read(path: Path) -> Checkpoint:
     assert weights is not None  # or sniff would have said no
     stored = read_shards(weights, read_file) if weights.suffix == ".json" else read_file(weights)
     directory = weights.parent
-    if not (directory / CONFIG).is_file():
+    if not has_companion(directory, CONFIG):
         raise CheckpointError(
             f"{quoted(weights)} holds tensors and there is no {CONFIG} beside it; put the model's there, because what "
             "they compute cannot be told from them"

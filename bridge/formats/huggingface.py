@@ -12,6 +12,7 @@ from typing import Any
 
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
+from bridge.companions import has_companion
 from bridge.config import GPT2Config, harmless_fields
 from bridge.convert import canonical_names, canonicalize
 from bridge.errors import CheckpointError, bullet_list, quoted
@@ -44,7 +45,7 @@ def read(path: Path) -> Checkpoint:
     is_index = weights.suffix == ".json"
     stored = LazyTensors(read_shards(weights, _tensors) if is_index else _tensors(weights))
     directory = weights.parent
-    if not (directory / CONFIG).is_file():
+    if not has_companion(directory, CONFIG):
         raise CheckpointError(
             f"{quoted(weights)} holds tensors and there is no {CONFIG} beside it; put the model's there, because what "
             "they compute cannot be told from them"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.arrays import LazyTensors
+from bridge.companions import has_companion
 from bridge.config import TRAINING_ONLY, GPT2Config, harmless_fields
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config
@@ -40,7 +41,7 @@ def with_sidecar(config: GPT2Config, file: Path) -> tuple[GPT2Config, dict[str, 
     Raises `ConfigError` where the two disagree on the function.
     """
     beside = file.parent / CONFIG
-    if not beside.is_file():
+    if not has_companion(file.parent, CONFIG):
         return config, {}
     full, read = read_config(beside)
     unlike = [
