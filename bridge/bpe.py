@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from bridge.errors import TokenizerError, quoted
-from bridge.tokenizer_guard import require_distinct_ids, require_merges_reached, require_pairs, require_special_tokens
+from bridge.tokenizer_guard import pairs_of, require_distinct_ids, require_merges_reached, require_special_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -41,11 +41,11 @@ def byte_level_bpe(
     import tiktoken
 
     byte_of = printable_bytes()
-    require_pairs(merges, where)
+    pairs = pairs_of(merges, where)
     require_distinct_ids({**vocab, **special}, where)
-    merged = ["".join(pair) for pair in merges]
+    merged = ["".join(pair) for pair in pairs]
     ordinary = set(merged) | set(byte_of)
-    for pair, token in zip(merges, merged, strict=True):
+    for pair, token in zip(pairs, merged, strict=True):
         if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
             raise TokenizerError(
                 f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
@@ -54,7 +54,7 @@ def byte_level_bpe(
     # tiktoken ranks a merge by the id of the token that it makes.
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
         raise TokenizerError(f"{where}: token ids do not follow the order of the merges; tiktoken needs that")
-    require_merges_reached(merges, where)
+    require_merges_reached(pairs, where)
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
     require_all_bytes(ranks, where)
     special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}

@@ -25,6 +25,7 @@ _PLAIN_BPE: Mapping[str, tuple[Any, ...]] = {
 
 
 def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
+    """That every token is a text and has an id of its own, a whole number that fits into 31 bits."""
     seen: dict[int, str] = {}
     for token, i in tokens.items():
         if not isinstance(token, str):
@@ -37,7 +38,7 @@ def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
 
 
 def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int], where: str) -> None:
-    """Also that a token which is in the vocabulary too has the same id there."""
+    """That no special token is empty, all together are short, and one that is in `vocab` too has the same id there."""
     for token, i in special.items():
         if not token:
             raise TokenizerError(f"{where}: a special token is empty")
@@ -58,10 +59,14 @@ def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int],
         )
 
 
-def require_pairs(merges: Iterable[Any], where: str) -> None:
-    for pair in merges:
-        if len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise TokenizerError(f"{where}: the merge {quoted(pair)} is not a pair of tokens")
+def pairs_of(merges: Iterable[Sequence[Any]], where: str) -> list[tuple[str, str]]:
+    """The merges, each of two texts."""
+    pairs = []
+    for merge in merges:
+        if len(merge) != 2 or not all(isinstance(part, str) and part for part in merge):
+            raise TokenizerError(f"{where}: the merge {quoted(merge)} is not a pair of tokens")
+        pairs.append((merge[0], merge[1]))
+    return pairs
 
 
 def require_plain_model(model: Mapping[str, Any], where: str) -> None:
