@@ -42,6 +42,7 @@ def byte_level_bpe(
 
     byte_of = printable_bytes()
     pairs = pairs_of(merges, where)
+    require_distinct_ids(vocab, where)
     require_distinct_ids({**vocab, **special}, where)
     merged = ["".join(pair) for pair in pairs]
     ordinary = set(merged) | set(byte_of)

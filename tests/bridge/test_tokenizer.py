@@ -245,7 +245,7 @@ def test_a_damaged_file_is_refused_by_name(
 def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(TokenizerError, match="vocab.json' is not a regular file"):
+    with pytest.raises(TokenizerError, match=r"vocab\.json' is not a regular file"):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 

@@ -1,16 +1,23 @@
 """Damaged checkpoints by the thousand: each is refused with a `BridgeError`, or is what its bytes say.
 
-    PYTHONPATH=.:tests python -m fuzz.driver --mutants 100000 [--formats llmc gguf] [--seed 1]
+    PYTHONPATH=.:tests python -m fuzz.driver --mutants 100000 [--formats llmc gguf] [--seed 1] [--state FILE]
+
+With `--state` the driver can be stopped at any time (Ctrl-C) and continues after the last mutant that it finished.
 
 Each format has a module here with `samples` (small valid checkpoints), `mutable` (the files of one that are damaged)
 and `oracle` (the arrays of one under canonical names, read by somebody else's code). A mutant that loads must have
 the fingerprint of what the oracle reads. Where the oracle refuses a mutant that loads, that is counted and no more.
+
+A companion of the weights (`tokenizer.json`, `config.json` ...) has a module with `judge` in the place of `oracle`: it
+reads a mutant, compares it with what another library reads, and returns what became of it. A module may also have
+`repair` (makes checksums right again) and `damage` (changes a file's structure, where bytes alone rarely get far).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import random
 import resource
 import shutil
@@ -18,13 +25,16 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 import bridge
 
 FORMATS = ("safetensors", "flax", "torch_file", "nanogpt", "flax_msgpack", "llmc", "gguf", "openai")
+COMPANIONS = ("tokenizer_json", "vocab_and_merges", "config_json", "settings", "gguf_tokenizer")
 MOST_SECONDS = 2.0
 MOST_GROWTH = 64 * 2**20
 """Bytes by which the process may grow over all mutants: what refusing one may take."""
@@ -42,41 +52,67 @@ class Outcome:
     slowest: float = 0.0
     """Seconds."""
     growth: int = 0
-    """Bytes by which the peak of the process rose."""
+    """Bytes by which the peak of the process rose, the largest of all processes that took part."""
 
 
-def fuzz(format: str, mutants: int, folder: Path, seed: int = 0) -> Outcome:
-    """Damage samples of one format `mutants` times; raises `AssertionError`, with how to repeat it, on a failure."""
+def fuzz(
+    format: str,
+    mutants: int,
+    folder: Path,
+    seed: int = 0,
+    outcome: Outcome | None = None,
+    finished: Callable[[Outcome], object] = lambda _: None,
+) -> Outcome:
+    """Damage samples of one format `mutants` times; raises `AssertionError`, with how to repeat it, on a failure.
+
+    Args:
+        outcome: of the first mutants, where an earlier call was stopped; it is continued.
+        finished: called after each mutant.
+    """
     module = importlib.import_module(f"fuzz.{format}")
     sources = module.samples(folder)
     originals = {file: file.read_bytes() for source in sources for file in module.mutable(source)}
     for source in sources:
-        assert _fingerprint_of_oracle(module, source) == _fingerprint(source), f"the oracle misreads {source.name}"
+        assert _judged(module, source) == "loaded", f"{source.name} does not load before it is damaged"
+    outcome = outcome or Outcome()
     peak = _peak()
-    outcome = Outcome()
-    for number in range(mutants):
+    for number in range(outcome.counts.total(), mutants):
         rng = random.Random(f"{seed} {number}")
         source = rng.choice(sources)
         file = rng.choice(module.mutable(source))
-        file.write_bytes(_damaged(originals[file], rng))
+        file.write_bytes(_mutant(module, file, originals[file], rng))
         if hasattr(module, "repair") and rng.random() < 0.7:
             module.repair(source)  # checksums made right again, so that what they protect is reached
         began = time.process_time()
         try:
-            outcome.counts[_judged(module, source)] += 1
-        except Exception as error:
+            result = _judged(module, source)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library in Rust is no Exception
             raise AssertionError(f"{format}: mutant {number} of seed {seed}, of {file}: {error!r}") from error
         seconds = time.process_time() - began
         assert seconds < MOST_SECONDS, f"{format}: mutant {number} of seed {seed} took {seconds:.1f} s"
-        outcome.slowest = max(outcome.slowest, seconds)
         for damaged in module.mutable(source):
             damaged.write_bytes(originals[damaged])
-    outcome.growth = _peak() - peak
-    assert outcome.growth < MOST_GROWTH, f"{format}: the process grew by {outcome.growth} bytes"
+        outcome.counts[result] += 1
+        outcome.slowest = max(outcome.slowest, seconds)
+        outcome.growth = max(outcome.growth, _peak() - peak)
+        assert outcome.growth < MOST_GROWTH, f"{format}: mutant {number}: the process grew by {outcome.growth} bytes"
+        finished(outcome)
     return outcome
 
 
+def _mutant(module: ModuleType, file: Path, original: bytes, rng: random.Random) -> bytes:
+    if hasattr(module, "damage") and rng.random() < 0.7:
+        changed: bytes = module.damage(original, file, rng)
+        return changed
+    return _damaged(original, rng)
+
+
 def _judged(module: ModuleType, source: Path) -> str:
+    if hasattr(module, "judge"):
+        judged: str = module.judge(source)
+        return judged
     try:
         ours = _fingerprint(source)
     except bridge.BridgeError:
@@ -143,25 +179,65 @@ def _peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+class _State:
+    """The outcomes of a run of the driver, kept in a file between its processes."""
+
+    def __init__(self, file: Path | None, seed: int) -> None:
+        self._file, self._seed, self._saved_at = file, seed, time.monotonic()
+        self.outcomes: dict[str, Outcome] = {}
+        if file is not None and file.exists():
+            stored = json.loads(file.read_text())
+            if stored["seed"] != seed:
+                raise SystemExit(f"{file} is of seed {stored['seed']}; give --seed {stored['seed']} or another --state")
+            for format, values in stored["outcomes"].items():
+                self.outcomes[format] = Outcome(**{**values, "counts": Counter(values["counts"])})
+
+    def finished(self, format: str, outcome: Outcome) -> None:
+        self.outcomes[format] = outcome
+        if time.monotonic() - self._saved_at > 5:
+            self.save()
+
+    def save(self) -> None:
+        self._saved_at = time.monotonic()
+        if self._file is None:
+            return
+        beside = self._file.with_name(f"{self._file.name}.new")
+        outcomes = {format: asdict(outcome) for format, outcome in self.outcomes.items()}
+        beside.write_text(json.dumps({"seed": self._seed, "outcomes": outcomes}, indent=1) + "\n")
+        beside.replace(self._file)
+
+
 def main() -> None:
+    formats = (*FORMATS, *COMPANIONS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutants", type=int, default=100_000, help="of each format")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--state", type=Path, help="keep what is done in this file, and continue from it")
     chosen = parser.parse_args()
-    for format in chosen.formats:
-        folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-        try:
-            began = time.perf_counter()
-            outcome = fuzz(format, chosen.mutants, folder, chosen.seed)
-        finally:
-            shutil.rmtree(folder)
-        counted = ", ".join(f"{count} {what}" for what, count in outcome.counts.most_common())
-        print(
-            f"{format}: {counted}; slowest {1000 * outcome.slowest:.0f} ms, process grew {outcome.growth / 2**20:.1f} "
-            f"MiB, {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
+    state = _State(chosen.state, chosen.seed)
+    try:
+        for format in chosen.formats:
+            _fuzz_and_report(format, chosen.mutants, chosen.seed, state)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; run the same command again to continue" if chosen.state else 130) from None
+    finally:
+        state.save()
+
+
+def _fuzz_and_report(format: str, mutants: int, seed: int, state: _State) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    began = time.perf_counter()
+    try:
+        outcome = fuzz(format, mutants, folder, seed, state.outcomes.get(format), partial(state.finished, format))
+    finally:
+        shutil.rmtree(folder)
+    counted = ", ".join(f"{count} {what}" for what, count in outcome.counts.most_common())
+    print(
+        f"{format}: {counted}; slowest {1000 * outcome.slowest:.0f} ms, process grew {outcome.growth / 2**20:.1f} "
+        f"MiB, {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
