@@ -21,12 +21,14 @@ import json
 import random
 import resource
 import shutil
+import signal
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -37,7 +39,7 @@ FORMATS = ("safetensors", "flax", "torch_file", "nanogpt", "flax_msgpack", "llmc
 COMPANIONS = ("tokenizer_json", "vocab_and_merges", "config_json", "settings", "gguf_tokenizer")
 MOST_SECONDS = 2.0
 MOST_GROWTH = 64 * 2**20
-"""Bytes by which the process may grow over all mutants: what refusing one may take."""
+"""Bytes by which the process may grow for one mutant."""
 
 _TELLING = (0, 1, 2, 3, 7, 8, 0x20, 0x2E, 0x5B, 0x7B, 0x7F, 0x80, 0x92, 0xC0, 0xC9, 0xDF, 0xFE, 0xFF)
 _WIDE = (0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
@@ -52,7 +54,7 @@ class Outcome:
     slowest: float = 0.0
     """Seconds."""
     growth: int = 0
-    """Bytes by which the peak of the process rose, the largest of all processes that took part."""
+    """Bytes by which a mutant made the process larger, the most of all."""
 
 
 def fuzz(
@@ -75,7 +77,6 @@ def fuzz(
     for source in sources:
         assert _judged(module, source) == "loaded", f"{source.name} does not load before it is damaged"
     outcome = outcome or Outcome()
-    peak = _peak()
     for number in range(outcome.counts.total(), mutants):
         rng = random.Random(f"{seed} {number}")
         source = rng.choice(sources)
@@ -83,7 +84,7 @@ def fuzz(
         file.write_bytes(_mutant(module, file, originals[file], rng))
         if hasattr(module, "repair") and rng.random() < 0.7:
             module.repair(source)  # checksums made right again, so that what they protect is reached
-        began = time.process_time()
+        size, began = _reset_peak(), time.process_time()
         try:
             result = _judged(module, source)
         except (KeyboardInterrupt, SystemExit):
@@ -96,7 +97,7 @@ def fuzz(
             damaged.write_bytes(originals[damaged])
         outcome.counts[result] += 1
         outcome.slowest = max(outcome.slowest, seconds)
-        outcome.growth = max(outcome.growth, _peak() - peak)
+        outcome.growth = max(outcome.growth, _peak() - size)
         assert outcome.growth < MOST_GROWTH, f"{format}: mutant {number}: the process grew by {outcome.growth} bytes"
         finished(outcome)
     return outcome
@@ -175,7 +176,17 @@ def _place(length: int, rng: random.Random) -> int:
     return at if rng.random() < 0.6 else max(0, length - 1 - at)
 
 
+def _reset_peak() -> int:
+    """The peak from now on: the size of the process, in bytes; where Linux's /proc is not there, the peak up to now."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
+
+
 def _peak() -> int:
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -202,7 +213,7 @@ class _State:
         if self._file is None:
             return
         beside = self._file.with_name(f"{self._file.name}.new")
-        outcomes = {format: asdict(outcome) for format, outcome in self.outcomes.items()}
+        outcomes = {format: {**vars(o), "counts": dict(o.counts)} for format, o in self.outcomes.items()}
         beside.write_text(json.dumps({"seed": self._seed, "outcomes": outcomes}, indent=1) + "\n")
         beside.replace(self._file)
 
@@ -216,6 +227,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, help="keep what is done in this file, and continue from it")
     chosen = parser.parse_args()
     state = _State(chosen.state, chosen.seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for format in chosen.formats:
             _fuzz_and_report(format, chosen.mutants, chosen.seed, state)
