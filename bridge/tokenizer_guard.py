@@ -11,11 +11,13 @@ from typing import Any
 
 from bridge.errors import TokenizerError, quoted
 
-MOST_SPECIAL_BYTES = 2**16
+MOST_SPECIAL_BYTES = 2**15
 """UTF-8 bytes of all special tokens together.
 
-tiktoken compiles them into one regular expression. At this size it takes 25 MiB; at eight times the size it fails.
+tiktoken compiles them into one regular expression. At this size it takes 14 MiB; at sixteen times the size it fails.
 """
+LONGEST_SPECIAL = 2**9
+"""UTF-8 bytes of one special token: the time to search a text for it can grow with the product of both lengths."""
 
 # Fields of the model in a tokenizer.json that change the ids, with the values that do not.
 _PLAIN_BPE: Mapping[str, tuple[Any, ...]] = {
@@ -49,15 +51,18 @@ def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int],
                 f"{where}: the added token {quoted(token)} has the id {i}, and {vocab[token]} in the vocabulary"
             )
     try:
-        size = sum(len(token.encode("utf-8")) for token in special)
+        sizes = {token: len(token.encode("utf-8")) for token in special}
     except UnicodeEncodeError as error:
+        raise TokenizerError(f"{where}: the special token {quoted(error.object)} cannot be held in UTF-8") from None
+    for token, size in sizes.items():
+        if size > LONGEST_SPECIAL:
+            raise TokenizerError(
+                f"{where}: the special token {quoted(token)} takes {size} bytes; at most {LONGEST_SPECIAL} are read"
+            )
+    if sum(sizes.values()) > MOST_SPECIAL_BYTES:
         raise TokenizerError(
-            f"{where}: the special token {quoted(error.object)} is not text that UTF-8 holds"
-        ) from None
-    if size > MOST_SPECIAL_BYTES:
-        raise TokenizerError(
-            f"{where}: the {len(special)} tokens that are neither bytes nor merges take {size} bytes; at most "
-            f"{MOST_SPECIAL_BYTES} are read"
+            f"{where}: the {len(special)} tokens that are neither bytes nor merges take {sum(sizes.values())} bytes; "
+            f"at most {MOST_SPECIAL_BYTES} are read"
         )
 
 
