@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import BridgeError, CheckpointError, quoted
-from bridge.json_text import parse_object
+from bridge.json_text import parse_plain_object
 
 MOST_SETTINGS_BYTES = 2**20
 """Of a JSON file of settings: an index of GPT-2 XL has 50 kB. Parsed, hostile JSON takes 33 times its size."""
@@ -92,7 +92,7 @@ def read_json_companion(
 ) -> dict[str, Any]:
     """The object in a JSON companion; arguments as of `read_companion`."""
     content = read_companion(directory, name, rows, error)
-    return parse_object(content, quoted(directory / name), error, _most_elements(name, rows))
+    return parse_plain_object(content, quoted(directory / name), error, _most_elements(name, rows))
 
 
 def checked_companion(directory: Path, name: str, rows: int) -> bytes:
@@ -103,7 +103,7 @@ def checked_companion(directory: Path, name: str, rows: int) -> bytes:
     content = read_companion(directory, name, rows)
     where = quoted(directory / name)
     if name.endswith(".json"):
-        parse_object(content, where, CheckpointError, _most_elements(name, rows))
+        parse_plain_object(content, where, CheckpointError, _most_elements(name, rows))
     else:
         decoded(content, where, CheckpointError)
     return content

@@ -15,30 +15,39 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _MOST_DIGITS = 40  # of a whole number; 2^64 has 20
 
 
-def parse_object(text: bytes, where: str, error: type[BridgeError], most_elements: int | None = None) -> dict[str, Any]:
+def parse_object(text: bytes, where: str, error: type[BridgeError]) -> dict[str, Any]:
     """The object that `text` holds; `error`, with `where` in front, for anything else.
 
-    A name that appears twice is refused, because readers differ in which of the two they believe. So are NaN, infinity
-    and numbers beyond a float's range, lone surrogates, and values nested more than 32 deep.
+    A name that appears twice is refused, because readers differ in which of the two they believe.
+    """
+    return _parsed(text, where, error)
+
+
+def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> dict[str, Any]:
+    """As `parse_object`, for an object that is kept and written again.
+
+    NaN, infinity, numbers beyond a float's range, lone surrogates and values nested more than 32 deep are refused too:
+    other programs cannot read them.
 
     Args:
         most_elements: refuse text with more separators and brackets before anything is built; a quarter of them may
             be brackets.
     """
-    if most_elements is not None:
-        # What is inside strings counts too: the limits are far above what a real file has.
-        containers = text.count(b"[") + text.count(b"{")
-        if containers > most_elements // 4 or containers + text.count(b",") + text.count(b":") > most_elements:
-            raise error(f"{where} holds more than {most_elements} values, or {most_elements // 4} lists and objects")
+    # What is inside strings counts too: the limits are far above what a real file has.
+    containers = text.count(b"[") + text.count(b"{")
+    if containers > most_elements // 4 or containers + text.count(b",") + text.count(b":") > most_elements:
+        raise error(f"{where} holds more than {most_elements} values, or {most_elements // 4} lists and objects")
+    value = _parsed(text, where, error, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number)
     try:
-        value = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-            parse_int=_whole_number,
-        )
         _require_shallow_text(value, _MOST_DEPTH)
+    except ValueError as problem:
+        raise error(f"{where}: {problem}") from None
+    return value
+
+
+def _parsed(text: bytes, where: str, error: type[BridgeError], **hooks: Any) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, **hooks)
     except (ValueError, RecursionError) as problem:
         raise error(f"{where} is not valid JSON: {quoted(problem)}") from None
     if not isinstance(value, dict):

@@ -311,7 +311,7 @@ def test_a_weight_map_that_is_not_an_object_of_names_is_refused(sharded: Path, w
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 def test_json_that_is_not_an_object_is_refused_by_file(sharded: Path, file: str, text: str) -> None:
     (sharded / file).write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"not valid JSON|must hold an object|larger than") as caught:
+    with pytest.raises(CheckpointError, match=r"not valid JSON|must hold an|larger than|holds more than") as caught:
         bridge.load(sharded)
     assert str(sharded / file) in str(caught.value)
 
