@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -471,6 +472,22 @@ def test_a_large_file_is_refused_in_little_time_and_memory(
         assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     finally:
         tracemalloc.stop()
+
+
+def test_a_vocabulary_of_a_quarter_of_a_million_tokens_loads_where_the_model_has_the_rows(tmp_path: Path) -> None:
+    """Pairs of a byte of one half and a byte of the other, and pairs of those: no merge crosses another's border."""
+    rows = 2**18
+    pairs = list(itertools.product(BYTE_NAMES[:128], BYTE_NAMES[128:]))
+    words = ["".join(pair) for pair in pairs]
+    merges = [*pairs, *itertools.islice(itertools.product(words, words), rows - 256 - len(pairs))]
+    vocab = {token: i for i, token in enumerate([*BYTE_NAMES, *map("".join, merges)])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, merges)))
+    ours = load_tokenizer(tmp_path, rows)
+    assert ours.n_vocab == rows
+    assert len(ours.encode_ordinary("the quick brown fox")) <= 19
+    with pytest.raises(TokenizerError, match=r"vocab\.json' is larger than"):
+        load_tokenizer(tmp_path, 50_260)
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"])
