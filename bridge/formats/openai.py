@@ -14,12 +14,12 @@ from typing import Any
 
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
+from bridge.companions import has_companion, read_companion
 from bridge.config import GPT2Config
 from bridge.convert import differences
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import read_json, reshaped
 from bridge.params import Parameter, parameters
-from bridge.stored_file import StoredFile
 from bridge.tensor_bundle import is_index, read_bundle
 
 NAME = "openai"
@@ -36,7 +36,6 @@ _SIZES: Mapping[str, str] = {
 }
 _KINDS: Mapping[str, str] = {"kernel": "w", "bias": "b", "scale": "g"}  # a LayerNorm's bias is b, too
 _STATE_LINE = re.compile(r'^model_checkpoint_path: "([^"]*)"\s*$', re.MULTILINE)
-_MOST_STATE_BYTES = 2**16
 # What fine-tuning scripts save beside the weights: Adam's moments and its powers, the step.
 _TRAINING = re.compile(r"model/.*/Adam(_1)?|(.*/)?beta[12]_power(_1)?|(.*/)?global_step|(.*/)?counter")
 
@@ -73,19 +72,18 @@ def _config(file: Path) -> GPT2Config:
 def _index(path: Path) -> Path:
     """The checkpoint that the state file names, which has to lie beside it, or the only one that there is."""
     there = sorted(index for index in path.glob("*.index") if is_index(index))
-    if not (path / STATE).is_file():
+    if not has_companion(path, STATE):
         if len(there) > 1:
             names = ", ".join(quoted(index.name) for index in there)
             raise CheckpointError(f"{quoted(path)} holds several checkpoints: {names}; name one in a file {STATE!r}")
         return there[0]
-    file = StoredFile.open(path / STATE)
-    text = file.read(0, min(file.size, _MOST_STATE_BYTES)).decode("utf-8", "replace")
+    text = read_companion(path, STATE).decode("utf-8", "replace")
     found = _STATE_LINE.search(text)
     # Training scripts write absolute paths of machines that are gone: only the last part is looked for.
     named = found.group(1).rpartition("/")[2] if found else ""
     index = path / f"{named}.index"
     if index not in there:
-        raise CheckpointError(f"{quoted(file.path)} names the checkpoint {quoted(named)}, which is not beside it")
+        raise CheckpointError(f"{quoted(path / STATE)} names the checkpoint {quoted(named)}, which is not beside it")
     return index
 
 

@@ -37,7 +37,7 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def damaged_json(content: bytes, rng: random.Random) -> bytes:
-    """One to three changes; `content` as it is where it holds no object or list."""
+    """`content`, which holds an object or a list, with one to three changes."""
     value = _mutable(json.loads(content))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         _change(value, rng)
@@ -49,7 +49,7 @@ def _change(value: Any, rng: random.Random) -> None:
     while True:
         entries = value.entries
         if not entries:
-            entries.append(_entry("a", rng.choice(HOSTILE)))
+            entries.append(("a", rng.choice(HOSTILE)))
             return
         at = rng.randrange(len(entries))
         inner = entries[at][1]
@@ -89,10 +89,6 @@ def _near(old: Any, rng: random.Random) -> Any:
 class _Container:
     def __init__(self, is_object: bool, entries: list[tuple[str, Any]]) -> None:
         self.is_object, self.entries = is_object, entries
-
-
-def _entry(name: str, value: Any) -> tuple[str, Any]:
-    return name, value
 
 
 def _mutable(value: Any) -> Any:
