@@ -28,8 +28,8 @@ test-gpu: $(INSTALLED)  ## cuDNN's attention, on a machine with a GPU and the `c
 test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it, on any Linux machine
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/$(TPU) $(BIN)/python -m pytest -m tpu
 
-fuzz: $(INSTALLED)  ## 100,000 damaged files of every format; an hour and more
-	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000
+fuzz: $(INSTALLED)  ## 100,000 damaged files of every format and companion; hours, Ctrl-C stops it and it continues
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000 --state .fuzz.json && rm .fuzz.json
 
 FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
 faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that go on each time; an hour and more

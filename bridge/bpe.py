@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from bridge.errors import TokenizerError, quoted
+from bridge.tokenizer_guard import pairs_of, require_distinct_ids, require_merges_reached, require_special_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -40,22 +41,25 @@ def byte_level_bpe(
     import tiktoken
 
     byte_of = printable_bytes()
-    _require_pairs(where, merges)
-    merged = ["".join(pair) for pair in merges]
+    pairs = pairs_of(merges, where)
+    require_distinct_ids(vocab, where)
+    require_distinct_ids({**vocab, **special}, where)
+    merged = ["".join(pair) for pair in pairs]
     ordinary = set(merged) | set(byte_of)
-    for pair in merges:
-        if unknown := [token for token in (*pair, "".join(pair)) if token not in ordinary or token not in vocab]:
+    for pair, token in zip(pairs, merged, strict=True):
+        if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
             raise TokenizerError(
                 f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
                 "or is made of neither bytes nor merges; only byte-level BPE is read"
             )
-    require_distinct_ids({**vocab, **special}, where)
-    special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
-    ids = [vocab[token] for token in merged]
-    if any(later <= earlier for earlier, later in pairwise(ids)):  # tiktoken ranks a merge by the id of what it makes
+    # tiktoken ranks a merge by the id of the token that it makes.
+    if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
         raise TokenizerError(f"{where}: token ids do not follow the order of the merges; tiktoken needs that")
+    require_merges_reached(pairs, where)
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
     require_all_bytes(ranks, where)
+    special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
+    require_special_tokens(special, vocab, where)
     return tiktoken.Encoding(name=name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -102,22 +106,3 @@ def require_all_bytes(ranks: Mapping[bytes, int], where: str) -> None:
     """tiktoken panics on a text that has a byte without a token."""
     if len([token for token in ranks if len(token) == 1]) != 256:
         raise TokenizerError(f"{where}: some of the 256 bytes have no token, so not every text can be encoded")
-
-
-def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
-    """tiktoken ends the process on what this refuses."""
-    seen: dict[int, str] = {}
-    for token, i in tokens.items():
-        if not isinstance(token, str):
-            raise TokenizerError(f"{where}: the token {quoted(token)} is not a text")
-        if type(i) is not int or not 0 <= i < 2**31:
-            raise TokenizerError(f"{where}: the id of {quoted(token)} is {quoted(i)}, not a whole number")
-        if i in seen:
-            raise TokenizerError(f"{where}: {quoted(seen[i])} and {quoted(token)} have one id, {i}")
-        seen[i] = token
-
-
-def _require_pairs(where: str, merges: Sequence[tuple[str, ...]]) -> None:
-    for pair in merges:
-        if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise TokenizerError(f"{where}: the merge {quoted(pair)} is not a pair of tokens")

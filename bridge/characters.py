@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from bridge.bpe import require_distinct_ids
 from bridge.errors import TokenizerError, quoted
+from bridge.tokenizer_guard import require_distinct_ids
 
 
 class CharacterEncoding(tiktoken.Encoding):

@@ -114,6 +114,11 @@ class GPT2Config:
         """
         if not isinstance(hf, Mapping):
             raise ConfigError(f"config.json must hold an object, not {type(hf).__name__}")
+        if unusable := [name for name in hf if not isinstance(name, str) or len(name) > _LONGEST_NAME]:
+            raise ConfigError(
+                f"config.json has the field {quoted(unusable[0])}: names must be text of at most {_LONGEST_NAME} "
+                "characters"
+            )
         if foreign := _foreign_model(hf):  # of whose fields nothing is said: they are right for it
             raise ConfigError("config.json describes another kind of model:\n" + bullet_list(foreign))
         problems = _unsupported_fields(hf)
@@ -225,6 +230,7 @@ def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+_LONGEST_NAME = 256  # of a field: the time of `_MATHEMATICAL` grows with the square of the length
 _LARGEST_SIZE = 2**31 - 1  # sizes index arrays with int32 ids
 _MOST_LAYERS = 10_000  # ten times the deepest published transformer; a typo must not build 10^9 names
 

@@ -38,7 +38,10 @@ def quoted(text: object, limit: int = 80) -> str:
 
     A path is not cut: the message has to name the file, and a file's name comes last.
     """
-    shown = str(text)
+    try:
+        shown = str(text)
+    except (ValueError, RecursionError):  # thousands of digits, or of lists inside each other
+        shown = f"{type(text).__name__} that is too large to show"
     if len(shown) > limit and not isinstance(text, PurePath):
         shown = shown[: limit - 3] + "..."
     return f"'{escaped(shown, keep='')}'"

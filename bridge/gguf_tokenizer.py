@@ -79,19 +79,14 @@ def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> tiktok
             f"{where}: the tokenizer inside is {shown(model)} with words as {shown(pre)}; only GPT-2's byte-level BPE "
             f"is read ({MODEL} 'gpt2', {_PRE} 'gpt-2')"
         )
-    tokens = _texts(metadata, TOKENS, where)
-    if len(tokens) > rows:
-        raise TokenizerError(
-            f"{where}: {TOKENS} has {len(tokens)} entries, the model's vocabulary only {rows}; they do not belong "
-            "together"
-        )
+    tokens = _texts(metadata, TOKENS, rows, where)
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         raise TokenizerError(f"{where}: {TOKENS} has a token twice")
     types = _types(metadata, len(tokens), where)
     special = {token: i for token, i in ids.items() if types[i] in (_CONTROL, _USER_DEFINED)}
     ordinary = {token: i for token, i in ids.items() if token not in special and types[i] != _UNUSED}
-    merges = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, where)]
+    merges = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, rows, where)]
     return byte_level_bpe("gguf", ordinary, merges, special, where)
 
 
@@ -104,10 +99,15 @@ def _types(metadata: Mapping[str, Value], count: int, where: str) -> list[Any]:
     return types.read()
 
 
-def _texts(metadata: Mapping[str, Value], key: str, where: str) -> list[str]:
+def _texts(metadata: Mapping[str, Value], key: str, rows: int, where: str) -> list[str]:
+    """An array of strings: tokens, or merges, each of which makes a token; neither has more than the vocabulary."""
     array = metadata.get(key)
     if not isinstance(array, Array) or array.type != "string":
         raise TokenizerError(f"{where}: {key} is {'missing' if array is None else 'not an array of strings'}")
+    if array.count > rows:
+        raise TokenizerError(
+            f"{where}: {key} has {array.count} entries, the model's vocabulary only {rows}; they do not belong together"
+        )
     try:
         return [text.decode() for text in array.read()]
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from bridge.arrays import FLOAT_DTYPES, LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
+from bridge.companions import has_companion
 from bridge.errors import BridgeError, CheckpointError, ConversionError, install_command, quoted
 from bridge.files import Replaceable, new_directory, new_file
 from bridge.finite import count_not_finite
@@ -83,7 +84,7 @@ def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Check
     options: dict[str, Any] = {}
     if hasattr(module, "FILE"):
         options["config_json"] = config_json = own_config(found.path)
-        if config_json is None and (found.path.parent / CONFIG).is_file():
+        if config_json is None and has_companion(found.path.parent, CONFIG):
             notes += (f"{CONFIG} beside the file was not read, because the directory holds several checkpoints",)
     if hasattr(module, "STATES_NO_ACTIVATION"):
         options["activation"] = activation

@@ -1,21 +1,53 @@
-"""JSON from somebody else: an object, or an error of this project's that says where."""
+"""JSON from a stranger: an object, or an error of this project's that names the file."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
-from typing import Any
+from typing import Any, NoReturn
 
 from bridge.errors import BridgeError, quoted
+
+_MOST_DEPTH = 32
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MOST_DIGITS = 40  # of a whole number; 2^64 has 20
 
 
 def parse_object(text: bytes, where: str, error: type[BridgeError]) -> dict[str, Any]:
     """The object that `text` holds; `error`, with `where` in front, for anything else.
 
-    A name that appears twice is refused: readers differ in which of the two they believe.
+    A name that appears twice is refused, because readers differ in which of the two they believe.
     """
+    return _parsed(text, where, error)
+
+
+def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> dict[str, Any]:
+    """As `parse_object`, for an object that is kept and written again.
+
+    NaN, infinity, numbers beyond a float's range, lone surrogates and values nested more than 32 deep are refused too:
+    other programs cannot read them.
+
+    Args:
+        most_elements: refuse text with more separators and brackets before anything is built; a quarter of them may
+            be brackets.
+    """
+    # What is inside strings counts too: the limits are far above what a real file has.
+    containers = text.count(b"[") + text.count(b"{")
+    if containers > most_elements // 4 or containers + text.count(b",") + text.count(b":") > most_elements:
+        raise error(f"{where} holds more than {most_elements} values, or {most_elements // 4} lists and objects")
+    value = _parsed(text, where, error, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number)
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        _require_shallow_text(value, _MOST_DEPTH)
+    except ValueError as problem:
+        raise error(f"{where}: {problem}") from None
+    return value
+
+
+def _parsed(text: bytes, where: str, error: type[BridgeError], **hooks: Any) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates, **hooks)
     except (ValueError, RecursionError) as problem:
         raise error(f"{where} is not valid JSON: {quoted(problem)}") from None
     if not isinstance(value, dict):
@@ -29,3 +61,35 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(name for name, _ in pairs)
         raise ValueError(f"the name {quoted(counts.most_common(1)[0][0])} appears twice")
     return result
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number in JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {quoted(digits)} is too large")
+    return value
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"the number {quoted(digits)} is too large")
+    return int(digits)
+
+
+def _require_shallow_text(value: Any, depth: int) -> None:
+    """Raise `ValueError` for containers nested deeper than `depth`, and for text that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        if not value.isascii() and _SURROGATE.search(value):
+            raise ValueError(f"{quoted(value)} holds half a surrogate pair")
+    elif isinstance(value, dict | list):
+        if not depth:
+            raise ValueError(f"nested more than {_MOST_DEPTH} deep")
+        for element in value:
+            _require_shallow_text(element, depth - 1)
+        if isinstance(value, dict):
+            for element in value.values():
+                _require_shallow_text(element, depth - 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from bridge.companions import has_companion
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats import FORMATS
 from bridge.formats.directory import CONFIG
@@ -67,5 +68,5 @@ def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
 def own_config(file: Path) -> Path | None:
     """The `config.json` beside `file` that describes it; None where it may describe another checkpoint there."""
     config = file.parent / CONFIG
-    is_alone = config.is_file() and {f.path for f in find_checkpoints(file.parent)} <= {file}
+    is_alone = has_companion(file.parent, CONFIG) and {f.path for f in find_checkpoints(file.parent)} <= {file}
     return config if is_alone else None

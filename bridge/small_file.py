@@ -13,22 +13,24 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 
 """Opening a pipe with O_NONBLOCK returns at once; Windows has neither of the first two and needs O_BINARY."""
 
 
-def read_small_file(path: Path, most_bytes: int, error: type[BridgeError]) -> bytes:
-    """Return the content of a regular file.
+def read_small_file(path: Path, most_bytes: int, error: type[BridgeError], named: Path | None = None) -> bytes:
+    """Return the content of a regular file; `named` is what messages call it, by default its path.
 
     Raises `error` for a symbolic link, a directory, a pipe or a device, and for a file of more than `most_bytes` bytes.
     Raises `OSError` where the file is missing or cannot be read.
     """
+    named = path if named is None else named
     try:
         descriptor = os.open(path, _FLAGS)
     except OSError as problem:
         if problem.errno == errno.ELOOP:
-            raise error(f"{quoted(path)} is a symbolic link; a regular file is needed here") from None
+            raise error(f"{quoted(named)} is a symbolic link; a regular file is needed here") from None
         raise
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise error(f"{quoted(path)} is not a regular file")
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise error(f"{quoted(path)} is larger than {most_bytes} bytes; that is not a {path.name}")
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise error(f"{quoted(named)} is not a regular file; replace or delete it")
+        content = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
+    if max(len(content), status.st_size) > most_bytes:
+        raise error(f"{quoted(named)} is larger than {most_bytes} bytes; that is not a {named.name}")
     return content

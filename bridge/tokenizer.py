@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.bpe import END_OF_TEXT, SPELLINGS_OF_WORDS, WORDS, byte_level_bpe
+from bridge.companions import MOST_TOKENS, decoded, has_companion, read_companion, read_json_companion
 from bridge.errors import NoTokenizerError, TokenizerError, quoted
-from bridge.json_text import parse_object
+from bridge.tokenizer_guard import require_plain_model, require_special_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -23,13 +24,15 @@ if TYPE_CHECKING:
 VOCAB_AND_MERGES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 """Hugging Face's names and OpenAI's for the same two files."""
 
+ADDED_TOKENS = "added_tokens.json"
+
 TOKENIZER_FILES = (
     *VOCAB_AND_MERGES[0],
     *VOCAB_AND_MERGES[1],
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "added_tokens.json",
+    ADDED_TOKENS,
 )
 """What travels with a checkpoint so that its tokenizer does."""
 
@@ -49,7 +52,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
     Raises `TokenizerError` where there is none, where it is neither GPT-2's kind of byte-level BPE nor
     one of single characters, or where it has ids that the model's vocabulary does not.
     """
-    encoding = _from_vocab_and_merges(directory) or _from_tokenizer_json(directory)
+    encoding = _from_vocab_and_merges(directory, vocab_size) or _from_tokenizer_json(directory, vocab_size)
     if encoding is None and vocab_size == OPENAI_VOCAB_SIZE:
         encoding = openai_tokenizer()
     if encoding is None:
@@ -120,25 +123,24 @@ def tokenizer_fingerprint(encoding: tiktoken.Encoding) -> str:
     return hashlib.sha256(json.dumps([pattern, ranks, special]).encode()).hexdigest()
 
 
-def _from_vocab_and_merges(directory: Path) -> tiktoken.Encoding | None:
+def _from_vocab_and_merges(directory: Path, vocab_size: int) -> tiktoken.Encoding | None:
     for vocab, merges in VOCAB_AND_MERGES:
-        if (directory / vocab).is_file() and (directory / merges).is_file():
-            added = directory / "added_tokens.json"
+        if has_companion(directory, vocab) and has_companion(directory, merges):
             return byte_level_bpe(
                 directory.name,
-                _read_json(directory / vocab),
-                _read_merges(directory / merges),
-                special=_read_json(added) if added.is_file() else {},
+                read_json_companion(directory, vocab, vocab_size, TokenizerError),
+                _read_merges(directory, merges, vocab_size),
+                special=_read_added_tokens(directory, vocab_size),
                 where=quoted(directory),
             )
     return None
 
 
-def _from_tokenizer_json(directory: Path) -> tiktoken.Encoding | None:
+def _from_tokenizer_json(directory: Path, vocab_size: int) -> tiktoken.Encoding | None:
     path = directory / "tokenizer.json"
-    if not path.is_file():
+    if not has_companion(directory, path.name):
         return None
-    stored = _read_json(path)
+    stored = read_json_companion(directory, path.name, vocab_size, TokenizerError)
     model, words = stored.get("model"), stored.get("pre_tokenizer")
     model = model if isinstance(model, dict) else {"type": None}
     kind = model.get("type", "BPE")
@@ -147,48 +149,64 @@ def _from_tokenizer_json(directory: Path) -> tiktoken.Encoding | None:
             f"{quoted(path)} is not GPT-2's byte-level BPE, nor single characters as bridge.save_tokenizer writes "
             "them; no other kind is read"
         )
-    if stored.get("normalizer"):
+    if stored.get("normalizer") is not None:
         raise TokenizerError(f"{quoted(path)} normalises text before encoding, which GPT-2 does not")
-    try:
-        vocab = dict(model["vocab"])
-        special = {token["content"]: token["id"] for token in stored.get("added_tokens") or []}
-        merges = [] if kind == "WordLevel" else [_pair(merge) for merge in model["merges"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TokenizerError(f"{quoted(path)} is not laid out as a tokenizer.json: {quoted(repr(error))}") from None
+    vocab, special = model.get("vocab"), _added_tokens(stored.get("added_tokens"), path)
+    if not isinstance(vocab, dict):
+        raise _wrong_layout(path, "model.vocab is not an object")
     if kind == "BPE":
+        require_plain_model(model, quoted(path))
+        merges = _pairs(model.get("merges"), path)
         return byte_level_bpe(directory.name, vocab, merges, special, where=quoted(directory))
     from bridge.characters import CharacterEncoding
 
+    require_special_tokens(special, vocab, quoted(path))
     return CharacterEncoding(directory.name, {**vocab, **special}, where=quoted(path))
 
 
-def _pair(merge: Any) -> tuple[str, ...]:
-    return tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge)
+def _added_tokens(listed: Any, path: Path) -> dict[str, Any]:
+    """Content -> id of the `added_tokens` of a `tokenizer.json`."""
+    tokens = [] if listed is None else listed
+    if not isinstance(tokens, list) or not all(
+        isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in tokens
+    ):
+        raise _wrong_layout(path, "added_tokens is not a list of objects with content and id")
+    special = {token["content"]: token["id"] for token in tokens}
+    if len(special) < len(tokens):
+        raise _wrong_layout(path, "added_tokens has a token twice")
+    return special
+
+
+def _pairs(merges: Any, path: Path) -> list[tuple[str, ...]]:
+    """The `merges` of a `tokenizer.json`: each two tokens with a space between, or in a list."""
+    if not isinstance(merges, list) or not all(isinstance(merge, str | list) for merge in merges):
+        raise _wrong_layout(path, "model.merges is not a list of pairs")
+    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+
+
+def _wrong_layout(path: Path, problem: str) -> TokenizerError:
+    return TokenizerError(f"{quoted(path)} is not laid out as a tokenizer.json: {problem}")
 
 
 def _is_byte_level(pre_tokenizer: Any) -> bool:
     return (
         isinstance(pre_tokenizer, dict)
         and pre_tokenizer.get("type") == "ByteLevel"
-        and not pre_tokenizer.get("add_prefix_space")
-        and pre_tokenizer.get("use_regex", True)
+        and pre_tokenizer.get("add_prefix_space", False) is False
+        and pre_tokenizer.get("use_regex", True) is True
     )
 
 
-def _read_merges(path: Path) -> list[tuple[str, ...]]:
-    try:
-        lines = _read_bytes(path).decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{quoted(path)} is not UTF-8: {quoted(error)}") from None
-    return [_pair(line) for line in lines if line and not line.startswith("#version")]
+def _read_added_tokens(directory: Path, vocab_size: int) -> dict[str, Any]:
+    if not has_companion(directory, ADDED_TOKENS):
+        return {}
+    return read_json_companion(directory, ADDED_TOKENS, vocab_size, TokenizerError)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return parse_object(_read_bytes(path), quoted(path), TokenizerError)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"cannot read {quoted(path)}: {error.strerror}") from None
+def _read_merges(directory: Path, name: str, vocab_size: int) -> list[tuple[str, ...]]:
+    text = decoded(
+        read_companion(directory, name, vocab_size, TokenizerError), quoted(directory / name), TokenizerError
+    )
+    if text.count("\n") > MOST_TOKENS:
+        raise TokenizerError(f"{quoted(directory / name)} has more than {MOST_TOKENS} lines")
+    return [tuple(line.split(" ")) for line in text.split("\n") if line and not line.startswith("#version")]

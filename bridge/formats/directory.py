@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,28 +12,21 @@ import numpy as np
 
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
+from bridge.companions import checked_companion, has_companion, read_json_companion
 from bridge.config import GPT2Config
 from bridge.convert import differences
-from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
-from bridge.json_text import parse_object
+from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.params import parameters
 from bridge.tokenizer import TOKENIZER_FILES
 from bridge.tokenizer_files import save_tokenizer
 
 CONFIG = "config.json"
-_MOST_JSON_BYTES = 2**20  # a GPT-2 XL's index is 50 kB; parsed, hostile JSON takes 33 times its size
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; `CheckpointError` if it is anything else."""
-    try:
-        if path.stat().st_size > _MOST_JSON_BYTES:
-            raise CheckpointError(f"{quoted(path)} is larger than {_MOST_JSON_BYTES} bytes; that is not a {path.name}")
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
-    return parse_object(text, quoted(path), CheckpointError)
+    """The JSON object in a companion of the weights; `CheckpointError` if it is anything else."""
+    return read_json_companion(path.parent, path.name)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -42,15 +34,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """The tokenizer that was inside the weights' file, or copies of what stood beside it, generation settings too."""
+    """Write the tokenizer that was inside the weights' file, or copy the tokenizer's files and generation settings.
+
+    Raises `CheckpointError` or `TokenizerError` for files that are not carried: see `bridge.companions`.
+    """
     if checkpoint.own_tokenizer is not None:
         save_tokenizer(checkpoint.own_tokenizer(), directory)
         return
     if checkpoint.path is None:
         return
     for name in CARRIED_FILES:
-        if (checkpoint.path / name).is_file():
-            shutil.copyfile(checkpoint.path / name, directory / name)
+        if has_companion(checkpoint.path, name):
+            (directory / name).write_bytes(checked_companion(checkpoint.path, name, checkpoint.config.vocab_size))
 
 
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
+from bridge.companions import has_companion, read_companion
 from bridge.config import GPT2Config
 from bridge.convert import differences
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
@@ -36,7 +37,6 @@ _SIZES: Mapping[str, str] = {
 }
 _KINDS: Mapping[str, str] = {"kernel": "w", "bias": "b", "scale": "g"}  # a LayerNorm's bias is b, too
 _STATE_LINE = re.compile(r'^model_checkpoint_path: "([^"]*)"\s*$', re.MULTILINE)
-_MOST_STATE_BYTES = 2**16
 # What fine-tuning scripts save beside the weights: Adam's moments and its powers, the step.
 _TRAINING = re.compile(r"model/.*/Adam(_1)?|(.*/)?beta[12]_power(_1)?|(.*/)?global_step|(.*/)?counter")
 
@@ -44,16 +44,19 @@ _TRAINING = re.compile(r"model/.*/Adam(_1)?|(.*/)?beta[12]_power(_1)?|(.*/)?glob
 def find(path: Path) -> list[Path]:
     """In a directory: the index that the state file names, or every index where there is no state file.
 
-    Where the state file names an index that is missing, the state file itself is found, and `read` raises.
+    Where the state file cannot be read or names an index that is missing, it is found itself, and `read` raises.
     """
     if not path.is_dir():
         return [path] if is_index(path) or _is_state(path) else []
-    if not (path / HPARAMS).is_file():
+    if not has_companion(path, HPARAMS):
         return []
     there, state = _indexes(path), path / STATE
-    if not there or not state.is_file():
+    if not there or not has_companion(path, STATE):
         return there
-    named = _named_by(state)
+    try:
+        named = _named_by(state)
+    except CheckpointError:  # `read` raises it
+        return [state]
     return [named if named in there else state]
 
 
@@ -98,7 +101,7 @@ def _is_state(file: Path) -> bool:
 
 def _named_by(state: Path) -> Path:
     """The index that a state file names, looked for beside it: training scripts write paths of other machines."""
-    found = _STATE_LINE.search(first_bytes(state, _MOST_STATE_BYTES).decode("utf-8", "replace"))
+    found = _STATE_LINE.search(read_companion(state.parent, state.name).decode("utf-8", "replace"))
     name = found.group(1).rpartition("/")[2] if found else ""
     return state.parent / f"{name}.index"
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bridge.arrays import LazyTensors, TensorEntry
+from bridge.companions import stays_inside
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import read_json, write_json
 from bridge.stored_file import first_bytes
@@ -100,16 +101,9 @@ def _unusable(directory: Path, file: str) -> str | None:
         return f"{quoted(file)} is not a plain file name"
     if not os.path.isfile(directory / file):  # unlike Path.is_file, False also for a name too long to exist
         return f"{quoted(file)} is missing; download it, or copy it beside the index"
-    if not _stays_inside(directory, file):
+    if not stays_inside(directory, file):
         return f"{quoted(file)} is a link that leads out of the directory"
     return None
-
-
-def _stays_inside(directory: Path, file: str) -> bool:
-    """Whether a shard lies in its directory, or in the blobs of the Hugging Face cache that this is part of."""
-    home, shard = directory.resolve(), (directory / file).resolve()
-    blobs = [home.parent.parent / "blobs"] if home.parent.name == "snapshots" else []
-    return shard.parent in (home, *blobs)
 
 
 def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,78 @@ def test_a_deeply_nested_value_is_refused_and_not_a_crash(tmp_path: Path, depth:
     config = (path / "config.json").read_text().rstrip().removesuffix("}")
     (path / "config.json").write_text(f'{config}, "rope": {"[" * depth}{"]" * depth}}}')
     with pytest.raises(bridge.BridgeError):
+        bridge.load(path)
+
+
+HOSTILE: dict[str, object] = {
+    "null": None,
+    "true": True,
+    "a text": "12",
+    "an empty text": "",
+    "a megabyte of text": "x" * 2**20,
+    "half a surrogate pair": "\ud800",
+    "escape codes": "\x1b[31m",
+    "minus one": -1,
+    "a half": 0.5,
+    "2^31": 2**31,
+    "2^70": 2**70,
+    "10^400": HUGE,
+    "10^5000": 10**5000,
+    "-10^400": -HUGE,
+    "NaN": math.nan,
+    "infinity": math.inf,
+    "a list": [12],
+    "an object": {"a": [{}]},
+    "a thousand objects": [{}] * 1000,
+}
+FIELDS = (
+    *TINY.to_hf(),
+    *("n_ctx", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers"),
+    *("add_cross_attention", "pruned_heads", "chunk_size_feed_forward", "position_embedding_type", "auto_map", "rope"),
+)
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_value_of_any_field_is_accepted_as_it_is_or_refused(value: object) -> None:
+    for name in FIELDS:
+        fields = {**TINY.to_hf(), name: value}
+        try:
+            config = GPT2Config.from_hf(fields)
+        except ConfigError as error:
+            assert str(error).replace("\n", "").isprintable()
+            assert len(str(error)) < 1000
+        else:
+            assert GPT2Config.from_hf(config.to_hf(harmless_fields(fields))) == config
+
+
+@pytest.mark.parametrize("name", [7, None, ("n_layer",), "_a" * 500_000, "d" * 257, ""], ids=lambda name: str(name)[:9])
+def test_names_of_fields_are_short_texts(name: Any) -> None:
+    """The long one takes minutes where its meaning is searched for in it."""
+    started = time.process_time()
+    fields = {**TINY.to_hf(), name: 1}
+    if name == "":
+        assert harmless_fields(fields) == {"": 1}
+    else:
+        with pytest.raises(ConfigError, match="names must be text of at most 256 characters"):
+            GPT2Config.from_hf(fields)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {f"note{i}": i for i in range(200_000)},
+        {"note": "x" * 2**20},
+        {"note": [[]] * 300_000},
+        {"note": [[[[[]] * 9] * 9] * 9] * 99},
+    ],
+    ids=["many fields", "a long text", "many lists", "many lists in lists"],
+)
+def test_extra_fields_that_are_too_many_or_too_large_are_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
+    """They would be carried into every export."""
+    path = huggingface_directory(tmp_path / "model")
+    (path / "config.json").write_text(json.dumps({**TINY.to_hf(), **extra}))
+    with pytest.raises(bridge.CheckpointError, match=r"config\.json' (is larger than 1048576 bytes|holds more than)"):
         bridge.load(path)
 
 

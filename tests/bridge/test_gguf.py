@@ -614,12 +614,16 @@ def test_merges_are_needed_for_what_bytes_do_not_make(tmp_path: Path) -> None:
     )
 
 
-def tokenizer_pairs(**replaced: bytes | None) -> Pairs:
-    """Those of the 256 bytes, with the last part of a key -> its value, None to leave one out."""
+def byte_tokens() -> list[str]:
+    """The characters that stand for the 256 bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = iter(range(256, 512))
-    tokens = [chr(b) if b in plain else chr(next(moved)) for b in range(256)]
-    parts = {"model": text("gpt2"), "tokens": texts(tokens), "merges": texts([]), **replaced}
+    return [chr(b) if b in plain else chr(next(moved)) for b in range(256)]
+
+
+def tokenizer_pairs(**replaced: bytes | None) -> Pairs:
+    """Those of the 256 bytes, with the last part of a key -> its value, None to leave one out."""
+    parts = {"model": text("gpt2"), "tokens": texts(byte_tokens()), "merges": texts([]), **replaced}
     return [(f"tokenizer.ggml.{key}".encode(), value) for key, value in parts.items() if value is not None]
 
 
@@ -646,6 +650,8 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
     "types of strings": (tokenizer_pairs(token_type=texts(["1"] * 256)), "token_type is not an array of 256 whole"),
     "types of floats": (tokenizer_pairs(token_type=array(bytes(1024), 6, 256)), "token_type is not an array of 256"),
     "types a number": (tokenizer_pairs(token_type=number(1)), "token_type is not an array of 256 whole numbers"),
+    "more merges than rows": (tokenizer_pairs(merges=texts(["a b"] * 257)), "merges has 257 entries, the model's"),
+    "merges of spaces": (tokenizer_pairs(merges=texts(["  "])), "is not a pair of tokens"),
     "bytes that are never used": (tokenizer_pairs(token_type=int32s([5] * 256)), "some of the 256 bytes have no token"),
 }  # fmt: skip
 
@@ -661,6 +667,26 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_when_it_is_asked_for(
         loaded.tokenizer()
     assert says in str(caught.value)
     assert "m.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize("type", [1, 3, 4], ids=["normal", "control", "user defined"])
+@pytest.mark.parametrize(
+    ("added", "says"),
+    [
+        ([""], "a special token is empty"),
+        (["x" * 10**6], "takes 1000000 bytes; at most 512 are read"),
+        ([f"{i:03}" * 150 for i in range(200)], "take 90000 bytes; at most 32768 are read"),
+    ],
+    ids=["empty", "long", "many"],
+)
+def test_special_tokens_are_limited(tmp_path: Path, added: list[str], says: str, type: int) -> None:
+    """A normal token that no merge makes is special, too."""
+    config = replace(SMALLEST, vocab_size=256 + len(added))
+    types = int32s([1] * 256 + [type] * len(added))
+    pairs = [*gpt2_pairs(config), *tokenizer_pairs(tokens=texts(byte_tokens() + added), token_type=types)]
+    (tmp_path / "m.gguf").write_bytes(gpt2(pairs, gguf_tensors(config)))
+    with pytest.raises(TokenizerError, match=says):
+        bridge.load(tmp_path / "m.gguf").tokenizer()
 
 
 def test_the_good_tokenizer_of_these_tests_is_good(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_a_shard_that_is_not_a_plain_file_name_is_refused(sharded: Path, file: s
     assert str(sharded / "model.safetensors.index.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["a" * 5000, "\ud800", "\x1b[31m", "model.safetensors "])
+@pytest.mark.parametrize("file", ["a" * 5000, "\x1b[31m", "model.safetensors "])
 def test_an_impossible_file_name_is_a_missing_shard(sharded: Path, file: str) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({"transformer.wpe.weight": file}))
     with pytest.raises(CheckpointError, match="is missing; download it") as caught:
@@ -311,7 +311,7 @@ def test_a_weight_map_that_is_not_an_object_of_names_is_refused(sharded: Path, w
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
 def test_json_that_is_not_an_object_is_refused_by_file(sharded: Path, file: str, text: str) -> None:
     (sharded / file).write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"not valid JSON|must hold an object|larger than") as caught:
+    with pytest.raises(CheckpointError, match=r"not valid JSON|must hold an|larger than|holds more than") as caught:
         bridge.load(sharded)
     assert str(sharded / file) in str(caught.value)
 

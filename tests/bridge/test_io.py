@@ -190,7 +190,7 @@ def test_tokenizer_and_generation_files_travel(tmp_path: Path, format: str) -> N
     carried = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     carried += ["added_tokens.json", "generation_config.json"]
     for name in [*carried, "modeling_evil.py", "training_args.bin"]:
-        (source / name).write_text(f"contents of {name}\r\n")
+        (source / name).write_text(f'{{"contents of": "{name}"}}\r\n')
     bridge.save(bridge.load(source), tmp_path / "out", format=format)
     assert {file.name for file in (tmp_path / "out").iterdir()} >= set(carried)
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in carried)

@@ -204,3 +204,12 @@ def test_a_pipe_in_the_place_of_the_index_does_not_hang(plain: Path) -> None:
     os.mkfifo(plain / INDEX)
     with pytest.raises(CheckpointError):
         bridge.load(plain)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "hparams.json"])
+def test_a_link_that_leads_outside_is_refused(plain: Path, name: str) -> None:
+    outside = plain.parent / "outside"
+    (plain / name).rename(outside)
+    (plain / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match=f"{name}' is a link that leads out of the checkpoint's directory"):
+        bridge.load(plain)

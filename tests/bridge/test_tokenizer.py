@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import pickle
+import random
 import shutil
+import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +21,14 @@ import regex
 import tiktoken
 import tokenizers
 from models import TINY, huggingface_directory
+from refusals import MOST_BYTES, MOST_SECONDS
 from tokenizers_for_tests import CORPUS, END, OPENAI_CACHE, TEXTS, needs_openai_cache, openai_files, random_texts
 
 import bridge
 from bridge import TokenizerError
 from bridge.bpe import SPELLINGS_OF_WORDS, WORDS
 from bridge.tokenizer import decode_known, load_tokenizer
+from bridge.tokenizer_guard import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
 
 VOCAB_SIZE = 400
 
@@ -182,6 +189,20 @@ def test_a_normalizer_is_refused(trained: tuple[tokenizers.Tokenizer, Path], tmp
         lambda t: t.update(added_tokens=[{"id": 3}]),
         lambda t: t.update(added_tokens=["<pad>"]),
         lambda t: t.update(added_tokens=3),
+        lambda t: t.update(added_tokens={"<pad>": 3}),
+        lambda t: t.update(added_tokens=[[3, "<pad>"]]),
+        lambda t: t.update(added_tokens=[{"id": 3, "content": None}]),
+        lambda t: t.update(added_tokens=[{"id": 3, "content": ["a"]}]),
+        lambda t: t.update(added_tokens=[{"content": "<pad>"}]),
+        lambda t: t.update(added_tokens=t["added_tokens"] * 2),
+        lambda t: t["model"].update(vocab=[["a", 1]]),
+        lambda t: t["model"].update(vocab=None),
+        lambda t: t["model"].update(vocab="a"),
+        lambda t: t["model"].update(merges=None),
+        lambda t: t["model"].update(merges="a b"),
+        lambda t: t["model"].update(merges={"a": "b"}),
+        lambda t: t["model"].update(merges=[{"a": 1, "b": 2}]),
+        lambda t: t["model"].update(merges=[None]),
     ],
 )
 def test_a_file_of_another_layout_is_refused(
@@ -207,6 +228,9 @@ def test_a_file_of_another_layout_is_refused(
         (lambda v, m: m.append("▁ a"), "uses '▁'"),
         (lambda v, m: m.append("a"), "is not a pair of tokens"),
         (lambda v, m: m.append("a b c"), "is not a pair of tokens"),
+        (lambda v, m: m.append(" a"), "is not a pair of tokens"),
+        (lambda v, m: m.append("a "), "is not a pair of tokens"),
+        (lambda v, m: v.update(a=1.0), "the id of 'a' is '1.0'"),
         (lambda v, m: m.insert(0, m.pop()), "token ids do not follow the order of the merges"),
         (lambda v, m: m.append(m[0]), "token ids do not follow the order of the merges"),
     ],
@@ -240,12 +264,255 @@ def test_a_damaged_file_is_refused_by_name(
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
+def assert_refused_in_budget(directory: Path, capfd: pytest.CaptureFixture[str], rows: int = VOCAB_SIZE) -> str:
+    """The message of the `TokenizerError` that loading raises; the library in Rust prints nothing."""
+    started = time.process_time()
+    with pytest.raises(TokenizerError) as caught:
+        load_tokenizer(directory, rows)
+    assert time.process_time() - started < MOST_SECONDS
+    assert "panicked" not in capfd.readouterr().err
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 1000
+    assert str(directory) in message
+    return message
+
+
+def write_vocabulary(source: Path, target: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
+    """`vocab.json`, `merges.txt` and `added_tokens.json`, the two objects as `edit` changes them."""
+    vocab, added = json.loads((source / "vocab.json").read_text()), {}
+    edit(vocab, added)
+    shutil.copy(source / "merges.txt", target)
+    (target / "vocab.json").write_text(json.dumps(vocab))
+    (target / "added_tokens.json").write_text(json.dumps(added))
+    return target
+
+
+BAD_IDS: dict[str, Any] = {
+    "a text": "7",
+    "null": None,
+    "true": True,
+    "a float": 7.0,
+    "negative": -1,
+    "2^31": 2**31,
+    "2^32": 2**32,
+    "2^70": 2**70,
+    "10^400": 10**400,
+    "infinite": math.inf,
+    "NaN": math.nan,
+    "a list": [7],
+    "an object": {"id": 7},
+}
+
+
+@pytest.mark.parametrize("bad", BAD_IDS.values(), ids=BAD_IDS)
+@pytest.mark.parametrize("place", ["vocab.json", "added_tokens.json", "vocab", "added_tokens"])
+def test_an_id_that_is_none_is_refused(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, place: str, bad: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edits: dict[str, Callable[[], Path]] = {
+        "vocab.json": lambda: write_vocabulary(trained[1], tmp_path, lambda v, a: v.update(the=bad)),
+        "added_tokens.json": lambda: write_vocabulary(trained[1], tmp_path, lambda v, a: a.update({"<new>": bad})),
+        "vocab": lambda: edited(trained[1], tmp_path, lambda t: t["model"]["vocab"].update(the=bad)),
+        "added_tokens": lambda: edited(trained[1], tmp_path, lambda t: t["added_tokens"][0].update(id=bad)),
+    }
+    message = assert_refused_in_budget(edits[place](), capfd)
+    assert "not a whole number" in message or "is not valid JSON" in message
+
+
+BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
+    "an id of the vocabulary": ({"<new>": 5}, "have one id, 5"),
+    "one id twice": ({"<new>": 1000, "<other>": 1000}, "have one id, 1000"),
+    "another id than in the vocabulary": ({END: 1000}, "has the id 1000, and 0 in the vocabulary"),
+    "an ordinary token with another id": ({"e": 1000}, "the added token 'e' has the id 1000, and "),
+    "an empty token": ({"": 1000}, "a special token is empty"),
+    "half a surrogate pair": ({"\ud83d": 1000}, "half a surrogate pair"),
+    "a token of a megabyte": ({"a" * 10**6: 1000}, "takes 1000000 bytes; at most 512 are read"),
+    "hundreds of long tokens": ({f"<{i:03}>" * 100: 1000 + i for i in range(300)}, "bytes; at most 32768 are read"),
+    "thousands of tokens": ({f"<|{i}|>": 1000 + i for i in range(20_000)}, "bytes; at most 32768 are read"),
+    "an id past the rows": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, the model's vocabulary only 400"),
+}
+
+
+@pytest.mark.parametrize(("added", "says"), BAD_ADDED_TOKENS.values(), ids=BAD_ADDED_TOKENS)
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer.json"])
+def test_added_tokens_that_do_not_fit_are_refused(
+    trained: tuple[tokenizers.Tokenizer, Path],
+    tmp_path: Path,
+    place: str,
+    added: dict[str, int],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if place == "tokenizer.json":
+        listed = [{"id": i, "content": token, "special": True} for token, i in added.items()]
+        edited(trained[1], tmp_path, lambda t: t.update(added_tokens=listed))
+    else:
+        write_vocabulary(trained[1], tmp_path, lambda v, a: a.update(added))
+    assert says in assert_refused_in_budget(tmp_path, capfd)
+
+
+LARGE_SPECIAL: dict[str, list[str]] = {
+    "long": ["x" * (LONGEST_SPECIAL - 2) + f"{i:02}" for i in range(63)],
+    "short": [f"<{i:06}>" for i in range(4000)],
+    "of two bytes a letter": ["é" * 255 + f"{i:02}" for i in range(63)],
+    "of one letter": [chr(0x4E00 + i) for i in range(10_000)],
+}
+
+
+@pytest.mark.parametrize("tokens", LARGE_SPECIAL.values(), ids=LARGE_SPECIAL)
+def test_special_tokens_just_within_the_limit_are_usable(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, tokens: list[str]
+) -> None:
+    assert sum(len(token.encode()) for token in tokens) > MOST_SPECIAL_BYTES * 0.9
+    added = {token: 1000 + i for i, token in enumerate(tokens)}
+    started = time.process_time()
+    ours = load_tokenizer(write_vocabulary(trained[1], tmp_path, lambda v, a: a.update(added)), 2**20)
+    assert ours.encode(tokens[-1] * 3, allowed_special="all") == [1000 + len(tokens) - 1] * 3
+    assert ours.encode(CORPUS[0]) == trained[0].encode(CORPUS[0]).ids
+    assert ours.encode_ordinary("x" * 10_000) == trained[0].encode("x" * 10_000).ids
+    assert ours.encode("x" * 10_000, allowed_special="all") == trained[0].encode("x" * 10_000).ids
+    assert time.process_time() - started < MOST_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("dropout", 0.5),
+        ("dropout", True),
+        ("dropout", "0"),
+        ("continuing_subword_prefix", "##"),
+        ("continuing_subword_prefix", False),
+        ("end_of_word_suffix", "</w>"),
+        ("end_of_word_suffix", []),
+        ("ignore_merges", True),
+        ("ignore_merges", None),
+        ("ignore_merges", "false"),
+    ],
+)
+def test_a_setting_that_changes_the_ids_is_refused_by_name(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, field: str, value: object
+) -> None:
+    with pytest.raises(TokenizerError, match=f"{field}=.* changes the ids"):
+        load_tokenizer(edited(trained[1], tmp_path, lambda t: t["model"].update({field: value})), VOCAB_SIZE)
+
+
+BYTE_NAMES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_merges_that_tiktoken_would_apply_otherwise_are_refused(tmp_path: Path) -> None:
+    """`b c` comes before `a b`, so `ab c` never makes abc: `tokenizers` leaves a, bc where tiktoken joins them."""
+    merges = ["b c", "a b", "ab c"]
+    vocab = {token: i for i, token in enumerate([*BYTE_NAMES, *(m.replace(" ", "") for m in merges)])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(merges))
+    theirs = tokenizers.models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    assert [token.value for token in theirs.tokenize("abc")] == ["a", "bc"]
+    with pytest.raises(TokenizerError, match="an earlier merge separates the parts of the merge 'ab c'"):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_exactly_the_merges_that_make_their_tokens_are_accepted(seed: int) -> None:
+    """Against the `tokenizers` library, on merges drawn at random from few letters, where they overlap much."""
+    draw = random.Random(seed)
+    accepted = 0
+    for _ in range(300):
+        tokens, merges = list("ab"), []
+        while len(merges) < 6:
+            pair = (draw.choice(tokens), draw.choice(tokens))
+            if "".join(pair) not in tokens:
+                merges.append(pair)
+                tokens.append("".join(pair))
+        theirs = tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
+        are_made = all([made.value for made in theirs.tokenize(token)] == [token] for token in tokens)
+        try:
+            require_merges_reached(merges, "here")
+            accepted += 1
+            assert are_made, merges
+        except TokenizerError:
+            assert not are_made, merges
+    assert 10 < accepted < 290
+
+
+LARGE = 20 * 10**6  # bytes
+LARGE_FILES: dict[str, Callable[[], dict[str, bytes]]] = {
+    "merges": lambda: {"vocab.json": b"{}", "merges.txt": b"a b\n" * (LARGE // 4)},
+    "one merge": lambda: {"vocab.json": b"{}", "merges.txt": b"a" * LARGE},
+    "merges of the size of real ones": lambda: {"vocab.json": b"{}", "merges.txt": b"a b\n" * 10**6},
+    "vocabulary": lambda: {"merges.txt": b"", "vocab.json": _large_vocabulary(1_200_000)},
+    "vocabulary of the size of real ones": lambda: {"merges.txt": b"", "vocab.json": _large_vocabulary(250_000)},
+    "encoder.json": lambda: {"vocab.bpe": b"", "encoder.json": _large_vocabulary(1_200_000)},
+    "tokenizer.json": lambda: {"tokenizer.json": b'{"model": {"vocab": ' + _large_vocabulary(1_200_000) + b"}}"},
+    "lists in tokenizer.json": lambda: {"tokenizer.json": b'{"a": [' + b"[]," * 10**6 + b"[]]}"},
+    "objects in tokenizer.json": lambda: {"tokenizer.json": b'{"a": [' + b'{"a":1},' * 120_000 + b"{}]}"},
+    "added tokens": lambda: {
+        "vocab.json": b"{}",
+        "merges.txt": b"",
+        "added_tokens.json": _large_vocabulary(1_000_000),
+    },
+}
+
+
+def _large_vocabulary(count: int) -> bytes:
+    return b"{" + b",".join(b'"%d":%d' % (i, i) for i in range(count)) + b"}"
+
+
+@pytest.mark.parametrize("rows", [11, 50257], ids=["small model", "GPT-2"])
+@pytest.mark.parametrize("files", LARGE_FILES.values(), ids=LARGE_FILES)
+def test_a_large_file_is_refused_in_little_time_and_memory(
+    tmp_path: Path, files: Callable[[], dict[str, bytes]], rows: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, content in files().items():
+        (tmp_path / name).write_bytes(content)
+    assert_refused_in_budget(tmp_path, capfd, rows)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TokenizerError):
+            load_tokenizer(tmp_path, rows)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_vocabulary_of_a_quarter_of_a_million_tokens_loads_where_the_model_has_the_rows(tmp_path: Path) -> None:
+    """Pairs of a byte of one half and a byte of the other, and pairs of those: no merge crosses another's border."""
+    rows = 2**18
+    pairs = list(itertools.product(BYTE_NAMES[:128], BYTE_NAMES[128:]))
+    words = ["".join(pair) for pair in pairs]
+    merges = [*pairs, *itertools.islice(itertools.product(words, words), rows - 256 - len(pairs))]
+    vocab = {token: i for i, token in enumerate([*BYTE_NAMES, *map("".join, merges)])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, merges)))
+    ours = load_tokenizer(tmp_path, rows)
+    assert ours.n_vocab == rows
+    assert len(ours.encode_ordinary("the quick brown fox")) <= 19
+    with pytest.raises(TokenizerError, match=r"vocab\.json' is larger than"):
+        load_tokenizer(tmp_path, 50_260)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"])
+def test_a_link_that_leads_outside_is_not_read(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, name: str
+) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    directory_with(
+        ("tokenizer.json",) if name == "tokenizer.json" else ("vocab.json", "merges.txt"), trained[1], directory
+    )
+    (tmp_path / name).write_text("{}")
+    if (directory / name).exists():
+        (directory / name).replace(tmp_path / name)
+    (directory / name).symlink_to(tmp_path / name)
+    with pytest.raises(TokenizerError, match=f"{name}' is a link that leads out"):
+        load_tokenizer(directory, VOCAB_SIZE)
+
+
 @pytest.mark.timeout(10)
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
 def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         os.mkfifo(tmp_path / name)
-    with pytest.raises(TokenizerError, match="has no tokenizer"):
+    with pytest.raises(TokenizerError, match=r"vocab\.json' is not a regular file"):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
@@ -374,6 +641,29 @@ def test_a_vocabulary_of_openais_size_without_files_is_openais(tmp_path: Path, m
     ours = load_tokenizer(tmp_path, 50257)
     assert ours is tiktoken.get_encoding("gpt2")
     assert ours.encode("Hello, world") == [15496, 11, 995]
+
+
+@needs_openai_cache
+def test_openais_vocabulary_in_a_pretty_printed_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as the file gets: each merge in a list, indented, every byte escaped to ASCII."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
+    theirs = tiktoken.get_encoding("gpt2")
+    bridge.save_tokenizer(theirs, tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["model"]["merges"] = [merge.split(" ") for merge in stored["model"]["merges"]]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored, indent=4))
+    assert (tmp_path / "tokenizer.json").stat().st_size > 5 * 10**6
+    assert bridge.tokenizer_fingerprint(load_tokenizer(tmp_path, 50257)) == bridge.tokenizer_fingerprint(theirs)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored, indent=4).replace('"<|endoftext|>": 50256', '"<|": 3'))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TokenizerError, match="have one id, 3"):
+            load_tokenizer(tmp_path, 50257)
+        assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
+    finally:
+        tracemalloc.stop()
 
 
 @needs_openai_cache

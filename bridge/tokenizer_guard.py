@@ -1,0 +1,127 @@
+"""What a tokenizer's files must say before a library builds a tokenizer of them.
+
+The libraries are written in Rust: what they do not expect ends in a panic, in an endless loop or in gigabytes. These
+checks take parsed values and depend on no library. Each raises `TokenizerError`, with `where` in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bridge.errors import TokenizerError, quoted
+
+MOST_SPECIAL_BYTES = 2**15
+"""UTF-8 bytes of all special tokens together.
+
+tiktoken compiles them into one regular expression. At this size it takes 14 MiB; at sixteen times the size it fails.
+"""
+LONGEST_SPECIAL = 2**9
+"""UTF-8 bytes of one special token: the time to search a text for it can grow with the product of both lengths."""
+
+# Fields of the model in a tokenizer.json that change the ids, with the values that do not.
+_PLAIN_BPE: Mapping[str, tuple[Any, ...]] = {
+    "dropout": (None, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "ignore_merges": (False,),
+}
+
+
+def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
+    """That every token is a text and has an id of its own, a whole number that fits into 31 bits."""
+    seen: dict[int, str] = {}
+    for token, i in tokens.items():
+        if not isinstance(token, str):
+            raise TokenizerError(f"{where}: the token {quoted(token)} is not a text")
+        if type(i) is not int or not 0 <= i < 2**31:
+            raise TokenizerError(f"{where}: the id of {quoted(token)} is {quoted(i)}, not a whole number below 2^31")
+        if i in seen:
+            raise TokenizerError(f"{where}: {quoted(seen[i])} and {quoted(token)} have one id, {i}")
+        seen[i] = token
+
+
+def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int], where: str) -> None:
+    """That no special token is empty, all together are short, and one that is in `vocab` too has the same id there."""
+    for token, i in special.items():
+        if not token:
+            raise TokenizerError(f"{where}: a special token is empty")
+        if vocab.get(token, i) != i:
+            raise TokenizerError(
+                f"{where}: the added token {quoted(token)} has the id {i}, and {vocab[token]} in the vocabulary"
+            )
+    try:
+        sizes = {token: len(token.encode("utf-8")) for token in special}
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"{where}: the special token {quoted(error.object)} cannot be held in UTF-8") from None
+    for token, size in sizes.items():
+        if size > LONGEST_SPECIAL:
+            raise TokenizerError(
+                f"{where}: the special token {quoted(token)} takes {size} bytes; at most {LONGEST_SPECIAL} are read"
+            )
+    if sum(sizes.values()) > MOST_SPECIAL_BYTES:
+        raise TokenizerError(
+            f"{where}: the {len(special)} tokens that are neither bytes nor merges take {sum(sizes.values())} bytes; "
+            f"at most {MOST_SPECIAL_BYTES} are read"
+        )
+
+
+def pairs_of(merges: Iterable[Sequence[Any]], where: str) -> list[tuple[str, str]]:
+    """The merges, each of two texts."""
+    pairs = []
+    for merge in merges:
+        if len(merge) != 2 or not all(isinstance(part, str) and part for part in merge):
+            raise TokenizerError(f"{where}: the merge {quoted(merge)} is not a pair of tokens")
+        pairs.append((merge[0], merge[1]))
+    return pairs
+
+
+def require_plain_model(model: Mapping[str, Any], where: str) -> None:
+    """That a BPE model in a `tokenizer.json` has no setting that changes the ids."""
+    for name, plain in _PLAIN_BPE.items():
+        value = model.get(name, plain[0])
+        if value not in plain or (isinstance(value, bool) and name != "ignore_merges"):
+            raise TokenizerError(f"{where}: {name}={quoted(value)} changes the ids; GPT-2's byte-level BPE has none")
+
+
+def require_merges_reached(merges: Sequence[tuple[str, str]], where: str) -> None:
+    """That BPE makes every token from the two parts that its merge names.
+
+    tiktoken joins any two neighbours that spell a token, `tokenizers` only those that a merge names. Both give the same
+    ids where no other merge separates the two parts first.
+
+    Source of the method: `is_valid_token_pair` in github.com/github/rust-gems, crates/bpe.
+    """
+    rank_of = {pair: rank for rank, pair in enumerate(merges)}
+    made_of = {first + second: (rank, first, second) for rank, (first, second) in enumerate(merges)}
+    for rank, pair in enumerate(merges):
+        if not _are_neighbours(*pair, rank, rank_of, made_of):
+            raise TokenizerError(
+                f"{where}: an earlier merge separates the parts of the merge {quoted(' '.join(pair))}, so it never "
+                "makes its token; the merges are damaged or in another order"
+            )
+
+
+def _are_neighbours(
+    first: str,
+    second: str,
+    limit: int,
+    rank_of: Mapping[tuple[str, str], int],
+    made_of: Mapping[str, tuple[int, str, str]],
+) -> bool:
+    """Whether BPE leaves `first` and `second` beside each other: no merge across their border is done before theirs.
+
+    It undoes the merges at the border, the latest first. `limit`: merges across the border have to come below this
+    rank to be done before the merge that was undone last.
+    """
+    byte = (-1, "", "")
+    while rank_of.get((first, second), limit) >= limit:
+        first_rank, _, first_end = made_of.get(first, byte)
+        second_rank, second_start, _ = made_of.get(second, byte)
+        if first_rank == second_rank == -1:
+            return True
+        if first_rank > second_rank:
+            first, limit = first_end, first_rank
+        else:  # of equal merges the left one is done first, and so is one across the border
+            second, limit = second_start, second_rank + 1
+    return False

@@ -1,0 +1,56 @@
+"""`config.json`, read by transformers; the fields that are carried along survive an export."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from pathlib import Path
+
+import transformers
+from fuzz import json_damage
+from models import SMALLEST
+
+import bridge
+from bridge.config import GPT2Config, harmless_fields
+from bridge.formats.directory import read_json, write_json
+
+logging.getLogger("transformers").setLevel(logging.CRITICAL)
+COMPARED = tuple(name for name in GPT2Config().to_hf() if name not in ("architectures", "model_type"))
+
+
+def samples(folder: Path) -> list[Path]:
+    ours = SMALLEST.to_hf({"torch_dtype": "float32", "id2label": {"0": "LABEL_0"}, "bos_token_id": 10})
+    for name, fields in (("ours", ours), ("theirs", json.loads(transformers.GPT2Config().to_json_string(False)))):
+        (folder / name).mkdir()
+        write_json(folder / name / "config.json", {**fields, "model_type": "gpt2"})
+    return [folder / "ours", folder / "theirs"]
+
+
+def mutable(source: Path) -> list[Path]:
+    return [source / "config.json"]
+
+
+def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
+    return json_damage.damaged_json(content, rng)
+
+
+def judge(source: Path) -> str:
+    """What loads is what transformers reads, and is the same once it was written."""
+    try:
+        fields = read_json(source / "config.json")
+        config = GPT2Config.from_hf(fields)
+    except bridge.BridgeError:
+        return "refused"
+    carried = harmless_fields(fields)
+    write_json(source.parent / "written.json", config.to_hf(carried))
+    again = read_json(source.parent / "written.json")
+    assert GPT2Config.from_hf(again) == config
+    assert harmless_fields(again) == carried
+    try:
+        theirs = transformers.GPT2Config.from_dict(json.loads((source / "config.json").read_bytes()))
+    except Exception:  # whatever its validation raises
+        return "only we load it"
+    unlike = [name for name in COMPARED if getattr(config, name) != getattr(theirs, name)]
+    assert not unlike, f"transformers reads {unlike} as {[getattr(theirs, name) for name in unlike]}"
+    return "loaded"

@@ -1,0 +1,70 @@
+"""What a mutant's tokenizer is judged by: the ids that the `tokenizers` library gives for the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import tiktoken
+import tokenizers
+from tokenizers_for_tests import CORPUS, END, TEXTS
+
+import bridge
+
+DIFFICULT = [text for text in TEXTS if len(text) < 400] + CORPUS[:3]
+
+
+@cache
+def small_bpe() -> tokenizers.Tokenizer:
+    """A byte-level BPE of the bytes, 30 merges and one special token: small, so that changes reach all of it."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=287,
+        special_tokens=[END],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def judged(load: Callable[[], tiktoken.Encoding], theirs: Callable[[], tokenizers.Tokenizer]) -> str:
+    """ "refused", or "loaded" where both give the same ids, or "only we load it" where `theirs` raises."""
+    try:
+        ours = load()
+    except bridge.BridgeError:
+        return "refused"
+    ids = {text: _ids(ours, text) for text in DIFFICULT}
+    try:
+        tokenizer = theirs()
+        tokenizer.no_truncation()  # transformers sets both for each call
+        tokenizer.no_padding()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # its panics are no Exception
+        return "only we load it"
+    for text in _without(tokenizer.get_added_tokens_decoder().values(), ids):
+        if ids[text] is not None:
+            expected = tokenizer.encode(text, add_special_tokens=False).ids
+            assert ids[text] == expected, f"{text!r} gives {ids[text]}, not {expected}"
+    return "loaded"
+
+
+def _ids(ours: tiktoken.Encoding, text: str) -> list[int] | None:
+    """None for a text with characters that a tokenizer of characters does not have."""
+    try:
+        ids = ours.encode_ordinary(text)
+        assert ours.decode(ids) == text
+        assert ours.encode(text, disallowed_special=()) == ids
+        ours.encode(text, allowed_special="all")
+    except bridge.TokenizerError:
+        return None
+    return ids
+
+
+def _without(added: Iterable[tokenizers.AddedToken], texts: Iterable[str]) -> list[str]:
+    """The texts in which no added token occurs: tiktoken recognises those only where it is asked to."""
+    contents = [token.content for token in added]
+    return [text for text in texts if not any(content in text for content in contents)]
