@@ -67,6 +67,8 @@ def read_companion(
             f"{quoted(path)} is a link that leads out of the checkpoint's directory; replace it with a copy of the "
             "file if you trust the checkpoint, or delete it"
         )
+    if os.path.islink(path) and not os.path.exists(path):
+        raise error(f"{quoted(path)} is a link that leads to nothing; replace it with the file, or delete it")
     try:
         return read_small_file(Path(os.path.realpath(path)), most_bytes(name, rows), error, named=path)
     except OSError as problem:

@@ -72,6 +72,7 @@ def new_directory(target: str | Path, *, replaceable: Replaceable | None = None)
                 _move_in(place, path, remove=[p.name for p in path.iterdir() if not _is_hidden_place(p)])
             else:
                 _rename_directory(new, path, check)
+                flush_to_disk(path.parent)
 
 
 @contextmanager
@@ -106,6 +107,7 @@ def new_file(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             yield new
             flush_to_disk(new)
             _rename_file(new, path, check)
+            flush_to_disk(path.parent)
 
 
 def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[str] = ()) -> None:
@@ -238,8 +240,8 @@ def _destination(target: str | Path, check: Callable[[Path], None]) -> Iterator[
         if os.path.lexists(path):
             check(path)
         yield path
-        for written in (path, *made):
-            flush_to_disk(written.parent)
+        for parent in made:
+            flush_to_disk(parent.parent)
     except OSError as error:
         raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror or error}") from error
     finally:

@@ -189,11 +189,16 @@ def flat(config: TrainConfig) -> dict[str, Any]:
     return {**values.pop("model"), **values.pop("optimizer"), **values}
 
 
+_ADDED = ("source_activation",)
+"""Fields that runs of earlier versions do not have; they were trained with the default."""
+
+
 def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     """The inverse of `flat`; raises `TrainingError` for names that are no fields, and for values out of range."""
     if not isinstance(values, Mapping):
         raise TrainingError("the run's configuration was written by another version: it must be an object")
     known = flat(TrainConfig())
+    values = {**{name: known[name] for name in _ADDED}, **values}
     problems = [f"{quoted(name)} is missing" for name in known if name not in values]
     problems += [f"{quoted(name)} is unknown" for name in values if name not in known]
     if problems:
@@ -235,7 +240,7 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     if not 0 <= c.seed < 2**32:
         yield f"seed={c.seed}: must be between 0 and {2**32 - 1}"
     if c.source_activation is not None and c.init_from is None:
-        yield f"source_activation={c.source_activation}: it is for --init-from"
+        yield f"source_activation={quoted(c.source_activation)}: it is for --init-from"
     if c.sample_tokens < 0:
         yield f"sample_tokens={c.sample_tokens}: must not be negative"
     if c.tokenizer == TOKENIZER_OF_INIT_FROM and c.init_from is None:

@@ -103,7 +103,7 @@ def test_a_link_of_the_configuration_to_somewhere_else_is_refused(
     (source / "config.json").symlink_to(target)
     with pytest.raises(CheckpointError, match=r"config\.json|cannot be read as a checkpoint"):
         bridge.load(source)
-    with pytest.raises(CheckpointError, match=r"config\.json.*(leads out|cannot read)|cannot read .*config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json' is a link that leads (out|to nothing)"):
         bridge.load(source / "model.safetensors")
 
 
