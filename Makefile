@@ -5,7 +5,7 @@ PEERS := .venv-peers
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu fuzz faults check bench clean
+.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu test-overwriting fuzz faults check bench clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -30,6 +30,9 @@ test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it
 
 fuzz: $(INSTALLED)  ## 100,000 damaged files of every format and companion; hours, Ctrl-C stops it and it continues
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000 --state .fuzz.json && rm .fuzz.json
+
+test-overwriting: $(INSTALLED)  ## 10,000 random writes: none changes a file that is not this project's; 10 minutes
+	PYTHONPATH=.:tests $(BIN)/python -m overwriting.driver --cases 10000
 
 FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
 faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that go on each time; an hour and more
