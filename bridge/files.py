@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,10 @@ _NEW, _OLD = "new", "old"
 """Names in the hidden place: what is written, and what it replaces if the system cannot exchange two names."""
 _LEAVING, _REPLACED = "leaving", "replaced"
 """Names in a hidden place inside a directory: old files while they are moved out, and once all of them are."""
+_KEPT = "kept"
+"""Name in a hidden place for files that could not be moved back after an error. Such a place is never removed."""
+_MARKER, _MARK = ".gpt2-bridge", b"A hidden place of gpt2-bridge; what is in it was not completely written.\n"
+"""A file in every hidden place: a directory that only has such a name is not this project's."""
 _AT_WORKING_DIRECTORY, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux's fcntl.h and stdio.h."""
 
@@ -53,6 +58,8 @@ def new_directory(target: str | Path, *, replaceable: Replaceable | None = None)
     def check(path: Path) -> None:
         if not path.is_dir():
             raise CheckpointError(f"{quoted(target)} exists and is not a directory; choose another name")
+        if mounts := [mount for mount in _mount_points() if path in mount.parents]:
+            raise CheckpointError(f"{quoted(mounts[0])} is a mount point inside the target; choose another name")
         if replaceable is not None:
             require_replaceable(path, replaceable, name=target)
         elif foreign_files(path, lambda name: False):
@@ -68,31 +75,33 @@ def new_directory(target: str | Path, *, replaceable: Replaceable | None = None)
                 shutil.copymode(path, new)
             _flush_tree(new)
             if stays:
+                names = [p.name for p in path.iterdir() if not _is_hidden_place(p)]
                 check(path)
-                _move_in(place, path, remove=[p.name for p in path.iterdir() if not _is_hidden_place(p)])
+                _move_in(place, path, names, check)
             else:
                 _rename_directory(new, path, check)
                 flush_to_disk(path.parent)
 
 
 @contextmanager
-def new_file(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False) -> Iterator[Path]:
     """Yield the path of a file to write. It takes the name `target` as the directory of `new_directory` does.
 
     Args:
         target: a path that does not exist, or with `overwrite` a file.
-        overwrite: replace the file at `target`. The caller has checked that it may be replaced; if another file has
-            come in its place meanwhile, that one is kept and the write fails.
+        overwrite: whether the file at `target` may be replaced, or a function that inspects it. If another file comes
+            in its place afterwards, that file is kept and the write fails.
 
     Raises:
         CheckpointError: `target` exists and may not be replaced, or cannot be written.
     """
     before = _identity(Path(target))
+    is_replaceable = overwrite() if callable(overwrite) else overwrite
 
     def check(path: Path) -> None:
         if path.is_dir():
             raise CheckpointError(f"{quoted(target)} is a directory; give the name of a file")
-        if not overwrite:
+        if not is_replaceable:
             raise CheckpointError(_exists(target))
         if not path.is_file():
             raise CheckpointError(f"{quoted(target)} exists and is not a file; choose another name")
@@ -128,8 +137,8 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
         if not path.is_dir():
             raise CheckpointError(f"{quoted(directory)} is not a directory; choose another name")
         for name in leaving:
-            if (path / name).is_dir():
-                raise CheckpointError(f"{quoted(path / name)} is a directory; move it away")
+            if (path / name).is_dir() or (path / name).is_symlink():
+                raise CheckpointError(f"{quoted(path / name)} is a directory or a link; move it away")
 
     if not os.path.lexists(directory):
         with new_directory(directory) as new:
@@ -140,7 +149,7 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
         (place / _NEW).mkdir()
         write(place / _NEW)
         _flush_tree(place / _NEW)
-        _move_in(place, path, leaving)
+        _move_in(place, path, leaving, check)
 
 
 def require_replaceable(directory: Path, replaceable: Replaceable, name: str | Path | None = None) -> None:
@@ -198,7 +207,7 @@ def exclusive_lock(path: Path, *, is_file: bool = False) -> Iterator[bool | None
         locks (Windows, object stores). NFS only has locks of files, for those who may write to them.
 
     Args:
-        path: a directory, or a file.
+        path: a directory, or a file; a link is an `OSError`.
         is_file: lock a file, which is created if there is none.
     """
     try:
@@ -206,7 +215,7 @@ def exclusive_lock(path: Path, *, is_file: bool = False) -> Iterator[bool | None
     except ImportError:
         yield None
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT if is_file else os.O_RDONLY, 0o666)
+    descriptor = os.open(path, (os.O_RDWR | os.O_CREAT if is_file else os.O_RDONLY) | os.O_NOFOLLOW, 0o666)
     try:
         held: bool | None = True
         try:
@@ -273,14 +282,16 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _is_mount_point(path: Path) -> bool:
-    """Also for a bind mount from the same file system, which os.path.ismount does not detect."""
-    if os.path.ismount(path):
-        return True
+    return os.path.ismount(path) or path in _mount_points()
+
+
+def _mount_points() -> set[Path]:
+    """All of this process on Linux: os.path.ismount does not detect a bind mount from the same file system."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
-        return False
-    return any(_without_octal(mount.split(" ")[4]) == str(path) for mount in mounts)
+        return set()
+    return {Path(_without_octal(mount.split(" ")[4])) for mount in mounts}
 
 
 def _without_octal(text: str) -> str:
@@ -305,9 +316,23 @@ def _hidden_name(target: Path) -> Path:
 
 
 def _is_hidden_place(path: Path, name: str | None = None) -> bool:
-    """Whether `path` has the name of a hidden place for a target called `name`; by default as its directory is."""
+    """Whether `path` is a hidden place of this module for a target called `name`; by default as its directory is."""
     name = path.parent.name if name is None else name
-    return re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.partial", path.name) is not None
+    if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.partial", path.name) is None or not _is_own(path):
+        return False
+    try:
+        return _is_own(path / _MARKER) and (path / _MARKER).read_bytes() == _MARK
+    except OSError:
+        return False
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a path is no link, and belongs to this user where the system has users."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return not stat.S_ISLNK(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())
 
 
 @contextmanager
@@ -316,20 +341,41 @@ def _hidden_place(target: Path) -> Iterator[Path]:
     with ExitStack() as stack:
         while True:
             place = _hidden_name(target)
-            place.mkdir()
+            place.mkdir(mode=0o700)
             with suppress(FileNotFoundError):  # another process may remove it before it is locked
+                (place / _MARKER).write_bytes(_MARK)
                 if stack.enter_context(exclusive_lock(place)) is not False and place.exists():
                     break
-        stack.callback(shutil.rmtree, place, ignore_errors=True)
-        yield place
+        try:
+            yield place
+        except BaseException as error:
+            for name in (_OLD, _LEAVING, _REPLACED):  # what an error left in them belongs to somebody
+                with suppress(FileNotFoundError):
+                    _keep_unless_empty(place / name)
+            if (place / _KEPT).exists():
+                raise CheckpointError(
+                    f"cannot write {quoted(target)}, and files could not be moved back; they are kept in "
+                    f"{quoted(place / _KEPT)}"
+                ) from error
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _keep_unless_empty(directory: Path) -> None:
+    try:
+        directory.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        directory.rename(directory.with_name(_KEPT))
 
 
 def _clear_away(target: Path) -> None:
     """Remove what killed writers of `target` left. Without locks nothing is removed."""
-    places = [p for p in target.parent.iterdir() if _is_hidden_place(p, target.name)]
-    for place in [p for p in places if p.is_dir() and not p.is_symlink()]:
+    for place in [p for p in target.parent.iterdir() if _is_hidden_place(p, target.name) and p.is_dir()]:
         with suppress(OSError), exclusive_lock(place) as held:
-            if held:
+            if held and not (place / _KEPT).exists() and not any(path.is_symlink() for path in place.iterdir()):
                 if (place / _OLD).exists() and not target.exists():
                     (place / _OLD).rename(target)  # the writer was killed between two renames
                 _complete_move(place)
@@ -344,15 +390,16 @@ def _rename_directory(new: Path, target: Path, check: Callable[[Path], None]) ->
             if os.name == "nt" and target.is_dir():  # Windows replaces no directory
                 target.rmdir()
             new.rename(target)  # replaces an empty directory and fails for everything else
-    elif _rename_at_once(new, target, _EXCHANGE):
-        with _undone_unless_allowed(lambda: _rename_at_once(new, target, _EXCHANGE)):
-            check(new)
-    else:
+    elif not _exchanged(new, target, check):
         old = new.with_name(_OLD)
-        target.rename(old)
-        with _undone_unless_allowed(lambda: old.rename(target)):
+        try:
+            target.rename(old)
             check(old)
             new.rename(target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            raise
 
 
 def _rename_file(new: Path, target: Path, check: Callable[[Path], None]) -> None:
@@ -360,12 +407,31 @@ def _rename_file(new: Path, target: Path, check: Callable[[Path], None]) -> None
     if not os.path.lexists(target):
         with _kept_if_it_appeared(target):
             _rename_without_replacing(new, target)
-    elif _rename_at_once(new, target, _EXCHANGE):
-        with _undone_unless_allowed(lambda: _rename_at_once(new, target, _EXCHANGE)):
-            check(new)
-    else:
+    elif not _exchanged(new, target, check):
         check(target)
         new.replace(target)
+
+
+def _exchanged(new: Path, target: Path, check: Callable[[Path], None]) -> bool:
+    """Exchange two names in one step, and exchange them back if `check` does not allow it. False if unsupported."""
+    ours = _inode(new)
+    try:
+        if not _rename_at_once(new, target, _EXCHANGE):
+            return False
+        check(new)
+    except BaseException:
+        if _inode(target) == ours and not _rename_at_once(new, target, _EXCHANGE):
+            new.rename(new.with_name(_KEPT))
+        raise
+    return True
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 @contextmanager
@@ -376,15 +442,6 @@ def _kept_if_it_appeared(target: Path) -> Iterator[None]:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
             raise
         raise CheckpointError(f"{quoted(target)} appeared while it was written, and is kept") from error
-
-
-@contextmanager
-def _undone_unless_allowed(undo: Callable[[], object]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        undo()
-        raise
 
 
 def _rename_without_replacing(new: Path, target: Path) -> None:
@@ -420,37 +477,43 @@ def _rename_at_once(one: Path, other: Path, flag: int) -> bool:
     return done
 
 
-def _move_in(place: Path, directory: Path, remove: Iterable[str]) -> None:
+def _move_in(place: Path, directory: Path, remove: Iterable[str], check: Callable[[Path], None]) -> None:
     """Move files named in `remove` out of `directory` into `place`, then all of `place / _NEW` into the directory.
 
     The largest files come last, and an index of them at the very end: until then the directory is no checkpoint.
+    `check` raises for files that may not be replaced. After an error everything is moved back.
     """
     leaving, replaced, new = place / _LEAVING, place / _REPLACED, place / _NEW
     arriving = sorted(new.iterdir(), key=lambda path: (path.name.endswith(".index.json"), path.stat().st_size))
+    ours = {path: _inode(path) for path in arriving}
     leaving.mkdir()
-    arrived: list[Path] = []
-
-    def undo() -> None:
-        for path in arrived:
-            (directory / path.name).rename(path)
-        for path in (replaced if replaced.exists() else leaving).iterdir():
-            path.rename(directory / path.name)
-
-    with _undone_unless_allowed(undo), _kept_if_it_appeared(directory):
-        for name in remove:
-            with suppress(FileNotFoundError):
-                (directory / name).rename(leaving / name)
-        flush_to_disk(directory)
-        leaving.rename(replaced)
-        for path in arriving:
-            _rename_without_replacing(path, directory / path.name)
-            arrived.append(path)
+    try:
+        with _kept_if_it_appeared(directory):
+            for name in remove:
+                with suppress(FileNotFoundError):
+                    (directory / name).rename(leaving / name)
+            check(leaving)
+            flush_to_disk(directory)
+            leaving.rename(replaced)
+            for path in arriving:
+                _rename_without_replacing(path, directory / path.name)
+    except BaseException:
+        back = [(directory / path.name, path) for path in arriving if _inode(directory / path.name) == ours[path]]
+        back += [(path, directory / path.name) for folder in (leaving, replaced) for path in _listed(folder)]
+        for here, there in back:
+            with suppress(OSError):  # what cannot be moved back is kept in the hidden place
+                _rename_without_replacing(here, there)
+        raise
     flush_to_disk(directory)
 
 
 def _complete_move(place: Path) -> None:
     """End what `_move_in` was doing when it was killed: back if old files were still leaving, else forward."""
-    for folder in (place / _LEAVING, *([place / _NEW] if (place / _REPLACED).exists() else [])):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            with suppress(FileExistsError):
-                _rename_without_replacing(path, place.parent / path.name)
+    forward = _listed(place / _NEW) if (place / _REPLACED).exists() else []
+    for path in (*_listed(place / _LEAVING), *forward):
+        with suppress(FileExistsError):
+            _rename_without_replacing(path, place.parent / path.name)
+
+
+def _listed(directory: Path) -> list[Path]:
+    return [*directory.iterdir()] if directory.is_dir() and not directory.is_symlink() else []
