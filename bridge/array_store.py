@@ -1,9 +1,9 @@
-"""The arrays of a checkpoint that orbax wrote, checked before tensorstore reads them.
+"""The arrays of an Orbax checkpoint, validated before tensorstore reads them.
 
-Orbax stores zarr arrays in an OCDBT database: a manifest, and a tree of nodes that say which key lies where in which
-file. tensorstore trusts all of it: a small node or chunk may decompress to gigabytes, an array may declare a size for
-which the process aborts, nodes may refer to each other without end, and a key may lie in a file outside the directory.
-`open_arrays` walks the tree with limits, and opens only what has the form that orbax writes.
+Orbax stores zarr arrays in an OCDBT database: a manifest, and a tree of nodes that map each key to a range of a file.
+tensorstore trusts all of it. A small node or chunk may decompress to gigabytes, an array may declare a size that aborts
+the process, nodes may form a cycle, and a key may refer to a file outside the directory. `open_arrays` walks the tree
+with limits, and rejects any structure that Orbax does not write.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ _DTYPES = {
 }
 _MANIFEST, _MOST_MANIFEST_BYTES = "manifest.ocdbt", 2**20
 _MOST_TREE_BYTES, _MOST_NODES, _MOST_KEYS, _MOST_KEY_BYTES = 2**24, 1000, 200_000, 512
-"""Of all nodes together, decompressed. A node holds for each array about a kilobyte of description."""
+"""Limits on the whole tree; bytes are decompressed bytes. A node holds about 1 kB of metadata for each array."""
 _MOST_DESCRIPTION_BYTES = 2**14
 _HEADER = 14
-"""Bytes of a node before its content: magic, length, version and kind of compression."""
+"""Bytes of a node's header: magic, length, version and compression method."""
 _LOCATION = re.compile(r"(btreenode|value):([\w./-]*):([\w./-]+):(\d{1,19}):(\d{1,19})", re.ASCII)
 _KEY = re.compile(r"([\w.-]+)/(zarr\.json|c(?:/\d{1,9}){0,16})", re.ASCII)
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _INDEX_CODECS = [_BYTES, {"name": "crc32c"}]
 _INDEX_BYTES = 8 + 8 + 4
-"""Of a shard of one chunk: the chunk's offset and size, and a checksum."""
+"""Size of the index of a shard with one chunk: the chunk's offset and size, and a checksum."""
 _SLACK = 2**20
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a file, or bytes that lie in the tree itself."""
+    """A value of the database: a range of a file, or bytes stored inline in the tree."""
 
     file: Path | None
     offset: int
@@ -64,7 +64,7 @@ class _Piece:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int, int], bytes]]:
-        """A function that gives bytes from a position on, fewer where the piece ends."""
+        """Yield a function `read(start, count)` that returns up to `count` bytes, fewer at the end of the piece."""
         if self.file is None:
             yield lambda start, count: self.inline[start : start + count]
             return
@@ -80,14 +80,14 @@ class _Piece:
         return _Piece(self.file, self.offset + start, max(0, stop - start), self.inline[start:stop])
 
     def largest_content(self, most: int) -> int | None:
-        """An upper bound of what it decompresses to, as `bridge.zstd_frame.largest_content` says."""
+        """An upper bound on the decompressed size; see `bridge.zstd_frame.largest_content`."""
         with self.opened() as read:
             return largest_content(read, self.size, most)
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One array of the database. tensorstore opens it when it is read."""
+    """One array of the database. tensorstore opens it on the first read."""
 
     state: Path
     name: str
@@ -98,12 +98,12 @@ class StoredArray:
     def _array(self) -> Any:
         import tensorstore
 
-        # A missing chunk, as where training removes a checkpoint while it is read, is an error and not zeros.
+        # Training may remove a checkpoint during a read. A missing chunk must be an error, not zeros.
         spec = {"driver": "zarr3", "fill_missing_data_reads": False}
         return tensorstore.open({**spec, "kvstore": {**_database(self.state), "path": f"{self.name}/"}}).result()
 
     def read(self, index: Any = ...) -> np.ndarray:
-        """The array, or a part of it; raises `CheckpointError` where it cannot be read."""
+        """Return the array or a part of it. Raises `CheckpointError` if it cannot be read."""
         try:
             return np.asarray(self._array[index].read().result(), order="C")
         except (ValueError, OSError, IndexError) as error:
@@ -111,16 +111,16 @@ class StoredArray:
 
 
 def open_arrays(state: Path) -> dict[str, StoredArray]:
-    """Every array of a saved state by its name, `params.wte.embedding`; none is read.
+    """Return every array of a saved state by name, such as `params.wte.embedding`, without reading any.
 
-    Raises `CheckpointError` for a database of another form than orbax writes.
+    Raises `CheckpointError` for a database that does not have the structure that Orbax writes.
     """
     try:
         arrays = dict(_arrays(state))
     except OSError as error:
         raise _unreadable(state, error.strerror or str(error)) from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        # CheckpointError is a ValueError and says more; the others come from a dump of another form.
+        # CheckpointError is a ValueError with a better message; the other errors come from malformed metadata.
         raise error if isinstance(error, CheckpointError) else _unreadable(state, str(error)) from error
     return arrays
 
@@ -134,15 +134,15 @@ def _arrays(state: Path) -> Iterator[tuple[str, StoredArray]]:
     for key, piece in _entries(state):
         match = _KEY.fullmatch(key.decode("ascii", "replace"))
         if match is None or len(key) > _MOST_KEY_BYTES:
-            raise _unreadable(state, f"the key {quoted(key)} is not one of an array")
+            raise _unreadable(state, f"the key {quoted(key)} does not belong to an array")
         grouped.setdefault(match[1], {})[match[2]] = piece
     for name, pieces in sorted(grouped.items()):
         where = f"{quoted(state)}: {quoted(name)}"
         if "zarr.json" not in pieces:
-            raise CheckpointError(f"{where} has no description; use another checkpoint of the run")
+            raise CheckpointError(f"{where} has no zarr.json; use another checkpoint of the run")
         description = pieces.pop("zarr.json")
         if description.size > _MOST_DESCRIPTION_BYTES:
-            raise CheckpointError(f"{where} has a description of {description.size} bytes")
+            raise CheckpointError(f"{where} has a zarr.json of {description.size} bytes")
         fields = parse_object(description.read(), where, CheckpointError)
         form = _Form.of(fields, where)
         for chunk, piece in pieces.items():
@@ -154,7 +154,7 @@ def _arrays(state: Path) -> Iterator[tuple[str, StoredArray]]:
 
 
 def _entries(state: Path) -> Iterator[tuple[bytes, _Piece]]:
-    """Every key of the database and where its value lies."""
+    """Return the location of each key's value."""
     import tensorstore
 
     manifest = state / _MANIFEST
@@ -179,31 +179,31 @@ def _entries(state: Path) -> Iterator[tuple[bytes, _Piece]]:
             else:
                 yield entry["key"], _Piece(None, 0, len(inline), inline)
         nodes += 1
-        if nodes + len(waiting) > _MOST_NODES or keys > _MOST_KEYS:  # nodes may refer to each other
+        if nodes + len(waiting) > _MOST_NODES or keys > _MOST_KEYS:  # nodes may form a cycle
             raise _unreadable(state, "its tree has too many nodes or keys")
 
 
 def _piece(state: Path, location: str, kind: str) -> _Piece:
-    """The part of a file that a location names, which has to lie in the directory."""
+    """Return the file range that a location names. It must be in the directory."""
     match = _LOCATION.fullmatch(location)
     name = match[2] + match[3] if match else ""
     if match is None or match[1] != kind or any(part in ("", ".", "..") for part in name.split("/")):
-        raise _unreadable(state, f"{quoted(location)} is no place in it")
+        raise _unreadable(state, f"{quoted(location)} is not a location in the directory")
     path, offset, size = state / name, int(match[4]), int(match[5])
     for folder in itertools.takewhile(lambda folder: folder != state, path.parents):
         if folder.is_symlink():
             raise _unreadable(state, f"{quoted(folder)} is a link")
     status = os.lstat(path)
     if not stat.S_ISREG(status.st_mode) or offset + size > status.st_size:
-        raise _unreadable(state, f"{quoted(location)} does not lie in a file")
+        raise _unreadable(state, f"{quoted(location)} is not inside a file")
     return _Piece(path, offset, size)
 
 
 def _require_small(node: _Piece, most: int, where: Path) -> int:
-    """Raise unless a node decompresses to at most `most` bytes; gives how many it may decompress to."""
+    """Return an upper bound on a node's decompressed size. Raises if it exceeds `most` bytes."""
     header = node.part(0, min(_HEADER, node.size)).read()
     size: int | None = node.size
-    if len(header) < _HEADER or header[12] or header[13] > 1:  # version, kind of compression
+    if len(header) < _HEADER or header[12] or header[13] > 1:  # version, compression method
         raise _unreadable(where, "a node of its tree is damaged")
     if header[13] == 1:  # zstd
         size = node.part(_HEADER, node.size - 4).largest_content(most)
@@ -212,7 +212,7 @@ def _require_small(node: _Piece, most: int, where: Path) -> int:
     return size
 
 
-# The description of an array.
+# The metadata of an array.
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class _Form:
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk: tuple[int, ...]
-    """Shape of what is stored under one key."""
+    """Shape of the block that one key stores."""
     is_sharded: bool
     is_compressed: bool
 
@@ -241,22 +241,22 @@ class _Form:
             )
             codecs = shard.get("codecs")
             if _sizes(shard.get("chunk_shape"), chunk, where) != chunk:
-                raise CheckpointError(f"{where} has shards of several chunks; orbax writes one")
+                raise CheckpointError(f"{where} has several chunks per shard; Orbax writes one")
             if shard.get("index_codecs") != _INDEX_CODECS or shard.get("index_location", "end") != "end":
-                raise CheckpointError(f"{where} has an index of another form than orbax writes")
+                raise CheckpointError(f"{where} has a shard index that Orbax does not write")
         others = {name: value for name, value in fields.items() if name not in ("chunk_grid", "codecs", "shape")}
         fill = others.pop("fill_value", 0)
         expected = {"chunk_key_encoding": {"name": "default"}, "data_type": dtype, "node_type": "array"}
         if {**others, "attributes": {}} != {**expected, "zarr_format": 3, "attributes": {}} or isinstance(
             fill, list | dict
         ):
-            raise CheckpointError(f"{where} is described in another form than orbax writes")
+            raise CheckpointError(f"{where} has a zarr.json that Orbax does not write")
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise CheckpointError(f"{where} holds {quoted(dtype)}; {', '.join(_DTYPES)} are read")
+            raise CheckpointError(f"{where} has dtype {quoted(dtype)}; supported are {', '.join(_DTYPES)}")
         return cls(shape, _DTYPES[dtype], chunk, is_sharded, _is_compressed(codecs, where))
 
     def require_chunk(self, key: str, piece: _Piece, where: str) -> None:
-        """Raise unless a chunk lies in the array, and is not larger than its part of it when it is decompressed."""
+        """Raise if a chunk is outside the array's shape or decompresses to more than its share of the array."""
         indices = [int(index) for index in key.split("/")[1:]]
         if len(indices) != len(self.shape) or any(
             index * step >= max(size, 1) for index, step, size in zip(indices, self.chunk, self.shape, strict=True)
@@ -268,7 +268,7 @@ class _Form:
             if self.is_sharded:
                 offset, size, _ = struct.unpack("<QQI", piece.part(end, piece.size).read().rjust(index_bytes, b"\0"))
                 end = end if (offset, size) == (0, end) else -1
-            # A block of 128 KiB may be split in sixteen, of which each may be as large for all that its header says.
+            # A block of 128 KiB may be split into sixteen parts, and a part's header only bounds it by 128 KiB.
             largest = piece.part(0, end).largest_content(nbytes) if end > 0 else None
             is_valid = largest is not None and largest <= 16 * nbytes + _SLACK
         else:
@@ -278,15 +278,15 @@ class _Form:
 
 
 def _configuration(value: Any, name: str, allowed: set[str], where: str) -> dict[str, Any]:
-    """The settings of a part of the description that has this name, none but those allowed."""
+    """Return the configuration of a metadata field with this name. Raises for a setting that is not allowed."""
     settings = value.get("configuration") if isinstance(value, dict) and value.get("name") == name else None
     if not isinstance(settings, dict) or len(value) != 2 or not {*settings} <= allowed:
-        raise CheckpointError(f"{where} has another {name} than orbax writes")
+        raise CheckpointError(f"{where} has a {name} that Orbax does not write")
     return settings
 
 
 def _sizes(value: Any, within: tuple[int, ...] | None, where: str) -> tuple[int, ...]:
-    """A shape, no axis of which is larger than that of `within`."""
+    """Return a shape. Raises if an axis is larger than that axis of `within`."""
     if (
         not isinstance(value, list)
         or len(value) > 16
@@ -299,13 +299,13 @@ def _sizes(value: Any, within: tuple[int, ...] | None, where: str) -> tuple[int,
 
 
 def _is_compressed(codecs: Any, where: str) -> bool:
-    """Whether arrays are compressed: the two lists of codecs that orbax writes."""
+    """Whether chunks are compressed. Raises unless the codecs are one of the two lists that Orbax writes."""
     if not isinstance(codecs, list) or len(codecs) not in (1, 2) or codecs[0] not in (_BYTES, {"name": "bytes"}):
-        raise CheckpointError(f"{where} has other codecs than orbax writes: {quoted(json.dumps(codecs))}")
+        raise CheckpointError(f"{where} has codecs that Orbax does not write: {quoted(json.dumps(codecs))}")
     if len(codecs) == 2:
         settings = _configuration(codecs[1], "zstd", {"level", "checksum"}, where)
         if type(settings.get("level", 0)) is not int or type(settings.get("checksum", False)) is not bool:
-            raise CheckpointError(f"{where} has a zstd codec with settings of other types")
+            raise CheckpointError(f"{where} has a zstd codec with invalid settings")
     return len(codecs) == 2
 
 

@@ -55,7 +55,7 @@ class _Search:
         return beam.ids[-1] in self.request.stop_ids
 
     def best(self) -> list[Continuation]:
-        """The continuations asked for, best first; beams that were cut off by the length count too."""
+        """The continuations asked for, best first; beams that reached the maximum length count too."""
         found = self.ended if self.done else self.ended + self.live
         found = sorted(found, key=self.rank, reverse=True)[: self.request.samples]
         return [Continuation([*beam.ids], [*beam.log_probs] if self.request.log_probs else None) for beam in found]
@@ -81,7 +81,7 @@ def beam_search(decoder: Decoder[Any, Any], prompts: Prompts, request: Request) 
         for b, search in enumerate(searches):
             if not search.done:
                 rows = slice(b * width, b * width + len(search.live))
-                if np.isnan(log_probs[rows]).any():  # as they are if and only if the logits are invalid
+                if np.isnan(log_probs[rows]).any():  # which happens if and only if the logits are invalid
                     raise InvalidLogits(b * request.samples, step)
                 parents[b] = search.step(log_probs[rows], ids[rows])
         if step + 1 == request.max_new_tokens or all(search.done for search in searches):

@@ -52,7 +52,7 @@ def byte_level_bpe(
                 f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
                 "or is made of neither bytes nor merges; only byte-level BPE is read"
             )
-    # tiktoken ranks a merge by the id of the token that it makes.
+    # tiktoken ranks a merge by the id of the token that it produces.
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
         raise TokenizerError(f"{where}: token ids do not follow the order of the merges; tiktoken needs that")
     require_merges_reached(pairs, where)

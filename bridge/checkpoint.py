@@ -35,7 +35,7 @@ class Checkpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields of its `config.json` that do not change the mathematics, kept for a round trip."""
     diagnostics: tuple[str, ...] = ()
-    """What is unusual about how it is stored, and what the reader had to assume; one sentence each."""
+    """One sentence for each unusual property of the stored file and for each assumption of the reader."""
     optimizer: AdamWState | None = None
     """AdamW's moments, where the file has them; they are read as the tensors are."""
     progress: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Checkpoint:
     own_tokenizer: Callable[[], tiktoken.Encoding] | None = None
     """Makes the tokenizer that is inside the file; None where it is in files beside it."""
     source: Path | None = None
-    """What `bridge.load` opened: a file or a directory. Its tensors are read from there, so no writer replaces it."""
+    """The file or directory that `bridge.load` opened. Tensors are read from it lazily, so no writer may replace it."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any], config: GPT2Config, like: Checkpoint | None = None) -> Checkpoint:

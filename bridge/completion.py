@@ -51,11 +51,12 @@ def complete(
     request: Request,
     stop: Sequence[str] = (),
 ) -> list[list[Completion]]:
-    """For each prompt, its completions: `request.samples` of them, each ended by any of the strings `stop` too.
+    """Return `request.samples` completions for each prompt. Each also ends before any of the strings `stop`.
 
-    At the end of a document they end with `stop_ids=bridge.end_of_text_ids(tokenizer)` in the request.
-    Raises `BridgeError` for a request that cannot be honoured, a text that the tokenizer cannot encode, and logits
-    that are NaN or infinite.
+    Set `stop_ids=bridge.end_of_text_ids(tokenizer)` in the request to end completions at the end of a document.
+
+    Raises `BridgeError` for an invalid request, a text that the tokenizer cannot encode, and logits that are NaN or
+    infinite.
     """
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
     request.check(decoder.config, ids)

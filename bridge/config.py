@@ -230,7 +230,7 @@ def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-_LONGEST_NAME = 256  # of a field: the time of `_MATHEMATICAL` grows with the square of the length
+_LONGEST_NAME = 256  # of a field name, because the time of `_MATHEMATICAL` grows with the square of the length
 _LARGEST_SIZE = 2**31 - 1  # sizes index arrays with int32 ids
 _MOST_LAYERS = 10_000  # ten times the deepest published transformer; a typo must not build 10^9 names
 

@@ -125,7 +125,7 @@ def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: i
 
     Args:
         params: the tree, with numpy or (fetched as needed) JAX leaves.
-        vocab_multiple: the multiple that the vocabulary was padded to; the padding is cut off.
+        vocab_multiple: the multiple that the vocabulary was padded to; the padding is removed.
     """
     if set(params) == {"params"}:
         raise ConversionError('pass the parameter tree itself: variables["params"], not variables')

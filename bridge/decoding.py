@@ -1,6 +1,6 @@
-"""What both backends' decoders share: prompts into padded rows, and when to run the model on what.
+"""Shared code of the decoders of both backends: padding of prompts and scheduling of model calls.
 
-A backend gives a `Decoder` its model: running a prompt, and making tokens one by one from there.
+A backend subclasses `Decoder` and adds its model: prefill of a prompt, and decoding of one token after another.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ State = TypeVar("State")
 Beams = TypeVar("Beams")
 
 ENDED = -1
-"""Stands in a chunk where a row had ended."""
+"""Fills a chunk after the end of a row."""
 
 INVALID = -2
-"""Stands in place of a token that cannot be chosen, because a logit is NaN or +inf, or all are -inf. Every row ends
-there. The device writes it, so that the host need not wait for every token."""
+"""Replaces a token that cannot be chosen because a logit is NaN or +inf, or all are -inf. It ends every row. The device
+writes it, so that the host does not have to wait for every token."""
 
 
 class InvalidLogits(BridgeError):
-    """A model's logits are not finite, so that they say nothing about the next token."""
+    """A model's logits are NaN or infinite, so no next token can be chosen."""
 
     def __init__(self, row: int, step: int) -> None:
         super().__init__(
@@ -42,12 +42,12 @@ class InvalidLogits(BridgeError):
 
 @dataclass(frozen=True)
 class Continuation:
-    """One way that a prompt goes on."""
+    """One continuation of a prompt."""
 
     ids: list[int]
     """New tokens only; the last may be one of the request's `stop_ids`."""
     log_probs: list[float] | None = None
-    """Of each of them, in nats, where they were asked for."""
+    """The log-probability of each token, in nats, if requested."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,17 @@ class Chunk:
 
 
 class Decoder(ABC, Generic[State, Beams]):
-    """Continues prompts of any lengths, each row as it would go on alone (but for rounding in the last bits)."""
+    """Continues prompts of different lengths. Each row equals that of a single prompt, except for rounding errors."""
 
     config: GPT2Config
 
     def generate(self, prompts: Prompts, request: Request) -> list[list[Continuation]]:
-        """For each prompt, a list of token ids, its continuations: `request.samples` of them.
+        """Return `request.samples` continuations for each prompt. A prompt is a list of token ids.
 
-        Raises `BridgeError`, a `ValueError`, for a request that cannot be honoured, its child `InvalidLogits` for
-        logits that are NaN or infinite, and `IndexError` for an id outside the vocabulary.
+        Raises:
+            BridgeError: the request is invalid or the model cannot fulfil it. A subclass of `ValueError`.
+            InvalidLogits: a logit is NaN or infinite. A subclass of `BridgeError`.
+            IndexError: an id is outside the vocabulary.
         """
         if request.beams > 1:
             from bridge.beams import beam_search
@@ -86,9 +88,9 @@ class Decoder(ABC, Generic[State, Beams]):
         return [rows[i : i + request.samples] for i in range(0, len(rows), request.samples)]
 
     def stream(self, prompts: Prompts, request: Request, at_a_time: int | None = None) -> Iterator[Chunk]:
-        """The same, as it is made: chunks of `at_a_time` tokens, or what can be made in one go.
+        """Yield the same tokens in chunks of `at_a_time` steps; by default, as many as fit into the positions.
 
-        The rows of a chunk are the samples of the first prompt, of the second, and so on.
+        The rows of a chunk are the samples of the first prompt, then of the second, and so on.
         """
         if request.beams > 1:
             raise ValueError("beams are known at the end only; use generate")
@@ -101,7 +103,7 @@ class Decoder(ABC, Generic[State, Beams]):
         made, copies, ended = 0, request.samples, np.zeros(len(draws), bool)
         while made < request.max_new_tokens and not ended.all():
             rows = [self._within_positions(row) for row in rows]
-            if made:  # what has ended takes no part any more, and must not be the longest
+            if made:  # finished rows must not extend the padded length
                 rows = [row[-1:] if over else row for row, over in zip(rows, ended, strict=True)]
             longest = max(map(len, rows))
             last = min(request.max_new_tokens, made + self.config.n_positions - longest)
@@ -138,35 +140,35 @@ class Decoder(ABC, Generic[State, Beams]):
         ended: np.ndarray,
         copies: int,
     ) -> State:
-        """Run the prompts, of which the first `padding` ids of a row are none, and choose a token for each copy.
+        """Prefill the prompts and choose the first token of each copy.
 
-        `slots`: the most tokens that a row will have; `draws`: a number for each token; `ended`: rows
-        that get no more.
+        `padding`: number of padding ids at the start of each row; `slots`: maximum tokens per row; `draws`: a random
+        number for each token; `ended`: rows that get no more tokens.
         """
 
     @abstractmethod
     def _advance(self, state: State, steps: int) -> State:
-        """Choose `steps` more tokens, or fewer if all rows end before."""
+        """Choose `steps` more tokens, or fewer if all rows end earlier."""
 
     @abstractmethod
     def _made(self, state: State, first: int, number: int) -> Chunk:
-        """Tokens `first`, `first + 1`, ... of those made since `_begin`."""
+        """Return the tokens chosen since `_begin`, from number `first` on."""
 
     @abstractmethod
     def _begin_beams(
         self, ids: Int[np.ndarray, "B T"], padding: Int[np.ndarray, " B"], slots: int, beams: int, candidates: int
     ) -> tuple[Beams, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
-        """Run the prompts, make `beams` rows of each, and give each row's `candidates` likeliest next tokens."""
+        """Prefill the prompts, make `beams` rows of each, and return each row's `candidates` likeliest next tokens."""
 
     @abstractmethod
     def _advance_beams(
         self, state: Beams, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], candidates: int
     ) -> tuple[Beams, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
-        """Go on from the rows `parents`, each with its token, and give each new row's likeliest next tokens."""
+        """Append a token to each of the rows `parents`, and return each new row's likeliest next tokens."""
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """The rows as one array, aligned at their ends, and how many ids at the beginning of each are padding."""
+    """Return the rows as one left-padded array, and the number of padding ids in each row."""
     longest = max(map(len, rows))
     ids = np.zeros((len(rows), longest), np.int32)
     for row, tokens in zip(ids, rows, strict=True):
@@ -177,7 +179,7 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], 
 def with_continuations(
     prompts: Int[np.ndarray, "B T"], found: Sequence[Sequence[Continuation]], request: Request
 ) -> Int[np.ndarray, "B*samples T+new"]:
-    """The prompts and their continuations as one array; what is left of a row that ended is its first stop id."""
+    """Return prompts and continuations as one array. Finished rows are filled with the first stop id."""
     rows = [(prompt, c.ids) for prompt, continuations in zip(prompts, found, strict=True) for c in continuations]
     filler = request.stop_ids[0] if request.stop_ids else 0
     dtype = np.promote_types(prompts.dtype, np.int32)  # prompts may come in bytes

@@ -1,4 +1,4 @@
-"""What is unusual about a checkpoint that loads; a user should read this before relying on it."""
+"""Warnings about a checkpoint that loads. A user should read them before relying on the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bridge.tokenizer import OPENAI_VOCAB_SIZE
 
 
 def find_diagnostics(checkpoint: Checkpoint) -> list[str]:
-    """One sentence per finding. Reads every tensor once, one at a time."""
+    """Return one sentence per finding. Reads every tensor once, one at a time."""
     return [*checkpoint.diagnostics, *_in_config(checkpoint.config), *_in_dtypes(checkpoint), *_in_values(checkpoint)]
 
 

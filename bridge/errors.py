@@ -1,4 +1,4 @@
-"""One family of errors: whatever a checkpoint has wrong with it arrives as a `BridgeError`."""
+"""Errors. Every problem with a checkpoint is reported as a `BridgeError`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import PurePath
 
 
 class BridgeError(ValueError):
-    """Something about a checkpoint, its configuration or its tokenizer cannot be used.
+    """A checkpoint, its configuration or its tokenizer cannot be used.
 
-    The message names what is wrong, where, and what to do about it.
+    The message says what is wrong, where, and what to do.
     """
 
 
 class ConfigError(BridgeError):
-    """A configuration is malformed, or asks for mathematics that is not implemented."""
+    """A configuration is malformed, or requires a computation that is not implemented."""
 
 
 class CheckpointError(BridgeError):
@@ -22,7 +22,7 @@ class CheckpointError(BridgeError):
 
 
 class ConversionError(BridgeError):
-    """The tensors are not the tensors of the model that the configuration describes."""
+    """The tensors do not match the model that the configuration describes."""
 
 
 class TokenizerError(BridgeError):
@@ -30,17 +30,17 @@ class TokenizerError(BridgeError):
 
 
 class NoTokenizerError(TokenizerError):
-    """A checkpoint has no tokenizer, or it is one that cannot be got at here; nothing is damaged."""
+    """A checkpoint has no tokenizer, or its tokenizer is not available on this machine. Nothing is damaged."""
 
 
 def quoted(text: object, limit: int = 80) -> str:
-    """Untrusted text made fit for a message: quoted, control characters escaped, cut to `limit`.
+    """Return untrusted text for a message: quoted, control characters escaped, truncated to `limit`.
 
-    A path is not cut: the message has to name the file, and a file's name comes last.
+    A path is not truncated, because its last part, the name of the file, must remain.
     """
     try:
         shown = str(text)
-    except (ValueError, RecursionError):  # thousands of digits, or of lists inside each other
+    except (ValueError, RecursionError):  # thousands of digits or of nested lists
         shown = f"{type(text).__name__} that is too large to show"
     if len(shown) > limit and not isinstance(text, PurePath):
         shown = shown[: limit - 3] + "..."
@@ -48,19 +48,19 @@ def quoted(text: object, limit: int = 80) -> str:
 
 
 def escaped(text: str, keep: str = "\n") -> str:
-    """Text in which nothing can control a terminal: characters that are not printable are escaped, except `keep`."""
+    """Escape non-printable characters except those in `keep`, so that the text cannot control a terminal."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an optional dependency of this package, for a message."""
+    """Return the command that installs an optional dependency of this package, for a message."""
     return f"pip install 'gpt2-bridge[{extra}]'"
 
 
 def bullet_list(problems: Iterable[str], limit: int = 40) -> str:
-    """Many problems in one message, a line each; all are counted, at most `limit` are spelled out."""
+    """Format many problems as lines of one message. At most `limit` are shown; the others are counted."""
     lines = list(problems)
     shown = lines[:limit]
     if len(lines) > limit:

@@ -1,12 +1,12 @@
-"""Atomic writes that never destroy what somebody else wrote.
+"""Atomic writes that never destroy files from other sources.
 
-A writer fills a hidden place beside its target, flushes it to the disk, and renames it. The rule of writing, the same
-for every format, verb and function:
+A writer fills a hidden directory beside its target, flushes it to the disk, and renames it. Every format, verb and
+function follows one rule for writing:
 
-- Without permission to overwrite, nothing that exists changes, also if it appears while the writer works.
-- With permission, only two kinds of file change: those recorded as written by this project, and the files of a
-  recognised checkpoint that have names the target's format writes. The caller decides which these are. If a directory
-  holds any other file, the write is refused with a list of them.
+- Without permission to overwrite, no existing file changes, not even one that appears during the write.
+- With permission, only two kinds of file change: files recorded as written by this project, and files of a recognised
+  checkpoint whose names the target format also writes. The caller decides which files these are. If a directory holds
+  any other file, the write is refused with a list of them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from pathlib import Path
 from bridge.errors import CheckpointError, bullet_list, quoted
 
 _NEW, _OLD = "new", "old"
-"""Names in the hidden place: what is written, and what it replaces if the system cannot exchange two names."""
+"""Names in the hidden directory: the new data, and the old data if the system cannot exchange two names."""
 _LEAVING, _REPLACED = "leaving", "replaced"
-"""Names in a hidden place inside a directory: old files while they are moved out, and once all of them are."""
+"""Subdirectories for old files, used when a target is filled in place: `_LEAVING` is renamed to `_REPLACED` once all
+old files are in it."""
 _KEPT = "kept"
-"""Name in a hidden place for files that could not be moved back after an error. Such a place is never removed."""
-_MARKER, _MARK = ".gpt2-bridge", b"A hidden place of gpt2-bridge; what is in it was not completely written.\n"
-"""A file in every hidden place: a directory that only has such a name is not this project's."""
+"""Subdirectory for old files that could not be moved back after an error. A hidden directory with it is not removed."""
+_MARKER, _MARK = ".gpt2-bridge", b"A hidden directory of gpt2-bridge. Its files are incomplete.\n"
+"""A file in every hidden directory. A directory without it was not made by this module, whatever its name."""
 _AT_WORKING_DIRECTORY, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux's fcntl.h and stdio.h."""
 
@@ -41,15 +42,15 @@ Replaceable = Callable[[str], bool]
 
 @contextmanager
 def new_directory(target: str | Path, *, replaceable: Replaceable | None = None) -> Iterator[Path]:
-    """Yield a directory to fill. It takes the name `target` when the block ends without an error.
+    """Yield a directory to fill. It is renamed to `target` when the block ends without an error.
 
-    Until then it stays under a hidden name beside `target`; an error removes it, and the next writer of `target`
-    removes what a killed one left. A mount point and the working directory cannot be renamed: their files are moved in
-    and out one by one, and the next writer completes what a kill interrupted.
+    Until then it has a hidden name beside `target`. An error removes it. The next writer of `target` removes what a
+    killed writer left behind. A mount point and the working directory cannot be renamed: their files are moved in and
+    out one by one, and the next writer completes or reverts an interrupted move.
 
     Args:
-        target: a path that does not exist, an empty directory, or with `replaceable` one that holds only such files.
-        replaceable: which files of an existing directory the new one replaces. None replaces nothing.
+        target: a path that does not exist, an empty directory, or a directory that holds only `replaceable` files.
+        replaceable: which files of an existing directory may be replaced. None means no file.
 
     Raises:
         CheckpointError: `target` exists and may not be replaced, or cannot be written.
@@ -85,12 +86,12 @@ def new_directory(target: str | Path, *, replaceable: Replaceable | None = None)
 
 @contextmanager
 def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False) -> Iterator[Path]:
-    """Yield the path of a file to write. It takes the name `target` as the directory of `new_directory` does.
+    """Yield the path of a file to write. It is renamed to `target` when the block ends without an error.
 
     Args:
         target: a path that does not exist, or with `overwrite` a file.
-        overwrite: whether the file at `target` may be replaced, or a function that inspects it. If another file comes
-            in its place afterwards, that file is kept and the write fails.
+        overwrite: whether the file at `target` may be replaced, or a function that inspects the file and returns that.
+            If the file changes after that, it is not replaced and the write fails.
 
     Raises:
         CheckpointError: `target` exists and may not be replaced, or cannot be written.
@@ -106,7 +107,9 @@ def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False
         if not path.is_file():
             raise CheckpointError(f"{quoted(target)} exists and is not a file; choose another name")
         if _identity(path) != before:
-            raise CheckpointError(f"{quoted(target)} changed while it was written, and is kept; try again")
+            raise CheckpointError(
+                f"{quoted(target)} was changed by another program during the write and was not replaced; try again"
+            )
 
     with _destination(target, check) as path:
         if _is_mount_point(path):
@@ -120,13 +123,13 @@ def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False
 
 
 def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[str] = ()) -> None:
-    """Write `files`, name -> text, into `directory`, and remove those named in `remove`. The others stay.
+    """Write `files`, name -> text, into `directory`, and remove the files named in `remove`. Other files stay.
 
-    Old files leave before new ones arrive, so a kill in between leaves an incomplete set and no mixture; the next
-    writer completes it. Makes the directory if there is none.
+    All old files are moved out before new files are moved in. A killed writer therefore leaves an incomplete set of
+    files, never a mixture of old and new; the next writer completes it. Creates `directory` if it does not exist.
 
     Raises:
-        CheckpointError: the directory cannot be written to. It is left as it was.
+        CheckpointError: the directory cannot be written to. It is unchanged.
     """
 
     def write(new: Path) -> None:
@@ -153,22 +156,25 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
 
 
 def require_replaceable(directory: Path, replaceable: Replaceable, name: str | Path | None = None) -> None:
-    """Raise `CheckpointError`, with a list, if `directory` holds files that may not be replaced.
+    """Raise `CheckpointError` that lists the files in `directory` that may not be replaced, if there are any.
 
-    `name`: what the message calls the directory; by default its path.
+    Args:
+        directory: the directory to check.
+        replaceable: which of its files may be replaced.
+        name: what the message calls the directory; by default its path.
     """
     if kept := foreign_files(directory, replaceable):
         raise CheckpointError(
-            f"{quoted(name or directory)} is not overwritten, because it also holds files that this would not write; "
+            f"{quoted(name or directory)} is not overwritten, because it holds files that this command does not write; "
             f"choose another name, or move them away:\n{bullet_list(map(quoted, kept))}"
         )
 
 
 def foreign_files(directory: Path, replaceable: Replaceable) -> list[str]:
-    """List what `directory` holds that may not be replaced, by relative path; a directory's path ends with a slash.
+    """List the relative paths of all files below `directory` that may not be replaced. Directories end with a slash.
 
-    A link or a device is foreign whatever its name. Hidden places of this module are skipped, and nothing below a
-    foreign directory is read.
+    Links and devices are always foreign. Hidden directories of this module are skipped. A foreign directory is listed
+    without its content.
     """
     foreign = []
     folders = [directory]
@@ -188,10 +194,10 @@ def foreign_files(directory: Path, replaceable: Replaceable) -> list[str]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file, or the names in a directory where the system can open one."""
+    """fsync a file or a directory. Windows cannot open directories, so they are skipped there."""
     if os.name == "nt" and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes only what it may write
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows needs write access to flush
     try:
         os.fsync(descriptor)
     finally:
@@ -200,15 +206,15 @@ def flush_to_disk(path: Path) -> None:
 
 @contextmanager
 def exclusive_lock(path: Path, *, is_file: bool = False) -> Iterator[bool | None]:
-    """Hold the lock of a directory or a file for a block. The system drops the lock when the process ends.
-
-    Yields:
-        True if the lock is held, False if another process holds it, None if the system or the file system has no such
-        locks (Windows, object stores). NFS only has locks of files, for those who may write to them.
+    """Lock a directory or a file for the duration of a block. The system releases the lock when the process ends.
 
     Args:
-        path: a directory, or a file; a link is an `OSError`.
-        is_file: lock a file, which is created if there is none.
+        path: a directory or a file. A link raises `OSError`.
+        is_file: `path` is a file, which is created if it does not exist. NFS can lock only writable files.
+
+    Yields:
+        True if this process holds the lock, False if another one does, None if the system or the file system has no
+        such locks (Windows, object stores).
     """
     try:
         import fcntl
@@ -225,7 +231,7 @@ def exclusive_lock(path: Path, *, is_file: bool = False) -> Iterator[bool | None
         except OSError:
             held = None
         if held and not _is_named(descriptor, path):
-            held = False  # another file has the name now, and its lock is not this one
+            held = False  # the path now names another file, which is not locked
         yield held
     finally:
         os.close(descriptor)
@@ -233,10 +239,10 @@ def exclusive_lock(path: Path, *, is_file: bool = False) -> Iterator[bool | None
 
 @contextmanager
 def _destination(target: str | Path, check: Callable[[Path], None]) -> Iterator[Path]:
-    """Yield the path that `target` names, links followed, with its parents made and killed writers' leftovers removed.
+    """Resolve links in `target`, create its parent directories, remove leftovers of killed writers, yield the path.
 
-    `check` raises for an existing path that may not be replaced. Parents that were made are removed if nothing was
-    written. An `OSError` of the block becomes a `CheckpointError` that names `target`.
+    `check` raises if an existing path may not be replaced. Created parents are removed again if they remain empty. An
+    `OSError` in the block becomes a `CheckpointError` that names `target`.
     """
     path = _resolved(target)
     made: list[Path] = []
@@ -255,7 +261,7 @@ def _destination(target: str | Path, check: Callable[[Path], None]) -> Iterator[
         raise CheckpointError(f"cannot write {quoted(target)}: {error.strerror or error}") from error
     finally:
         for parent in made:
-            with suppress(OSError):  # it holds the target
+            with suppress(OSError):  # not empty: it holds the target
                 parent.rmdir()
 
 
@@ -263,9 +269,9 @@ def _resolved(target: str | Path) -> Path:
     """Follow links, so that a rename replaces the data and not a link to it."""
     try:
         if os.path.islink(target) and not os.path.exists(target):
-            raise CheckpointError(f"{quoted(target)} is a link to nothing; remove the link, or choose another name")
+            raise CheckpointError(f"{quoted(target)} is a broken link; remove the link, or choose another name")
         return Path(target).resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12, for links in a circle
+    except (OSError, RuntimeError) as error:  # RuntimeError up to Python 3.12, for a cycle of links
         raise CheckpointError(f"cannot write {quoted(target)}: {error}") from error
 
 
@@ -282,11 +288,12 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _is_mount_point(path: Path) -> bool:
+    """Whether `path` is a mount point. Unlike os.path.ismount, detects a bind mount from the same file system."""
     return os.path.ismount(path) or path in _mount_points()
 
 
 def _mount_points() -> set[Path]:
-    """All of this process on Linux: os.path.ismount does not detect a bind mount from the same file system."""
+    """The mount points that Linux lists for this process. Empty on other systems."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -295,7 +302,7 @@ def _mount_points() -> set[Path]:
 
 
 def _without_octal(text: str) -> str:
-    r"""A path as proc(5) spells it: a space is `\040`."""
+    r"""Decode the octal escapes of proc(5), such as `\040` for a space."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
 
 
@@ -316,7 +323,10 @@ def _hidden_name(target: Path) -> Path:
 
 
 def _is_hidden_place(path: Path, name: str | None = None) -> bool:
-    """Whether `path` is a hidden place of this module for a target called `name`; by default as its directory is."""
+    """Whether `path` is a hidden directory of this module for a target called `name`.
+
+    `name`: by default the name of the parent directory.
+    """
     name = path.parent.name if name is None else name
     if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.partial", path.name) is None or not _is_own(path):
         return False
@@ -337,7 +347,7 @@ def _is_own(path: Path) -> bool:
 
 @contextmanager
 def _hidden_place(target: Path) -> Iterator[Path]:
-    """Make a directory for this block alone. Its lock tells other processes that its writer is alive."""
+    """Create a hidden directory for the duration of a block. A lock on it shows that its writer is alive."""
     with ExitStack() as stack:
         while True:
             place = _hidden_name(target)
@@ -372,22 +382,23 @@ def _keep_unless_empty(directory: Path) -> None:
 
 
 def _clear_away(target: Path) -> None:
-    """Remove what killed writers of `target` left. Without locks nothing is removed."""
+    """Remove hidden directories that killed writers of `target` left behind. Does nothing on systems without locks."""
     for place in [p for p in target.parent.iterdir() if _is_hidden_place(p, target.name) and p.is_dir()]:
         with suppress(OSError), exclusive_lock(place) as held:
             if held and not (place / _KEPT).exists() and not any(path.is_symlink() for path in place.iterdir()):
                 if (place / _OLD).exists() and not target.exists():
                     (place / _OLD).rename(target)  # the writer was killed between two renames
                 _complete_move(place)
-                # Renamed first: a writer whose lock this machine does not see then fails, and names nothing incomplete.
+                # A live writer on another machine may hold a lock that is invisible here. The rename makes it fail
+                # instead of publishing incomplete data.
                 shutil.rmtree(place.rename(_hidden_name(target)), ignore_errors=True)
 
 
 def _rename_directory(new: Path, target: Path, check: Callable[[Path], None]) -> None:
-    """Give `new` the name `target`. A directory that had the name goes to the hidden place, if `check` allows it."""
+    """Rename `new` to `target`. An existing directory moves to the hidden directory if `check` allows it."""
     if not target.is_dir() or not any(target.iterdir()):
         with _kept_if_it_appeared(target):
-            if os.name == "nt" and target.is_dir():  # Windows replaces no directory
+            if os.name == "nt" and target.is_dir():  # rename cannot replace a directory on Windows
                 target.rmdir()
             new.rename(target)  # replaces an empty directory and fails for everything else
     elif not _exchanged(new, target, check):
@@ -403,7 +414,7 @@ def _rename_directory(new: Path, target: Path, check: Callable[[Path], None]) ->
 
 
 def _rename_file(new: Path, target: Path, check: Callable[[Path], None]) -> None:
-    """Give `new` the name `target`. A file that had the name goes to the hidden place, if `check` allows it."""
+    """Rename `new` to `target`. An existing file moves to the hidden directory if `check` allows it."""
     if not os.path.lexists(target):
         with _kept_if_it_appeared(target):
             _rename_without_replacing(new, target)
@@ -441,11 +452,13 @@ def _kept_if_it_appeared(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
             raise
-        raise CheckpointError(f"{quoted(target)} appeared while it was written, and is kept") from error
+        raise CheckpointError(
+            f"{quoted(target)} was created by another program during the write and was not replaced"
+        ) from error
 
 
 def _rename_without_replacing(new: Path, target: Path) -> None:
-    """Raises `FileExistsError` if `target` exists."""
+    """Rename `new` to `target`. Raises `FileExistsError` if `target` exists."""
     if _rename_at_once(new, target, _NO_REPLACE):
         return
     if new.is_dir() or os.name == "nt":  # Windows never replaces a file
@@ -455,7 +468,7 @@ def _rename_without_replacing(new: Path, target: Path) -> None:
         os.link(new, target)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         new.replace(target)
     else:
@@ -463,7 +476,7 @@ def _rename_without_replacing(new: Path, target: Path) -> None:
 
 
 def _rename_at_once(one: Path, other: Path, flag: int) -> bool:
-    """Linux's renameat2(2): exchange two names, or rename without replacing. False where it cannot be done.
+    """Exchange two names, or rename without replacing, with Linux's renameat2(2). Returns False if it is unsupported.
 
     Raises `FileExistsError` for `_NO_REPLACE` if `other` exists.
     """
@@ -478,10 +491,13 @@ def _rename_at_once(one: Path, other: Path, flag: int) -> bool:
 
 
 def _move_in(place: Path, directory: Path, remove: Iterable[str], check: Callable[[Path], None]) -> None:
-    """Move files named in `remove` out of `directory` into `place`, then all of `place / _NEW` into the directory.
+    """Move the files named in `remove` from `directory` into `place`, then all of `place / _NEW` into `directory`.
 
-    The largest files come last, and an index of them at the very end: until then the directory is no checkpoint.
-    `check` raises for files that may not be replaced. After an error everything is moved back.
+    The largest files are moved last, and an index of shards after them, so that a partly filled directory is not
+    recognised as a checkpoint. An error moves all files back.
+
+    Args:
+        check: raises if the directory that it is given holds files that may not be replaced.
     """
     leaving, replaced, new = place / _LEAVING, place / _REPLACED, place / _NEW
     arriving = sorted(new.iterdir(), key=lambda path: (path.name.endswith(".index.json"), path.stat().st_size))
@@ -508,7 +524,7 @@ def _move_in(place: Path, directory: Path, remove: Iterable[str], check: Callabl
 
 
 def _complete_move(place: Path) -> None:
-    """End what `_move_in` was doing when it was killed: back if old files were still leaving, else forward."""
+    """Finish an interrupted `_move_in`: undo it if old files were still being moved out, otherwise complete it."""
     forward = _listed(place / _NEW) if (place / _REPLACED).exists() else []
     for path in (*_listed(place / _LEAVING), *forward):
         with suppress(FileExistsError):

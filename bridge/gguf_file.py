@@ -256,7 +256,7 @@ class _Cursor:
         if count > self.file.size - self.position:
             raise self.refusal(
                 f"{quoted(count)} bytes from {self.position} on do not lie in the file's {self.file.size}; it is "
-                "damaged or cut off"
+                "damaged or truncated"
             )
         if count > _MOST_HEADER_BYTES - self.position:
             raise self.refusal(f"the header is larger than the {_MOST_HEADER_BYTES} bytes that are read of one")

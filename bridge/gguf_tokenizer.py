@@ -23,17 +23,17 @@ NO_TOKENIZER = (b"none", b"no_vocab")
 _PRE = "tokenizer.ggml.pre"
 _TYPES = "tokenizer.ggml.token_type"
 _MERGES = "tokenizer.ggml.merges"
-# How text is cut into words. The key is of spring 2024; files from before have none, which "default" means too.
+# The pre-tokenizer. llama.cpp added the key in spring 2024. A missing key and "default" mean the same.
 _GPT2S_WORDS = (b"gpt-2", b"default")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama_token_type
 
 
 def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
-    """The keys that hold `encoding`, which is byte-level BPE with GPT-2's words.
+    """Return the keys that store `encoding`, which is byte-level BPE with GPT-2's pre-tokenizer.
 
-    There is an entry for each of the `rows` of the vocabulary, because llama.cpp takes its size from them; ids without
-    a token get one that is never used, spelled as convert_hf_to_gguf.py does. Raises `TokenizerError` for what GGUF
-    cannot hold.
+    There is one entry for each of the `rows` of the vocabulary, because llama.cpp derives the size from them. Ids
+    without a token get an unused token, spelled as in convert_hf_to_gguf.py. Raises `TokenizerError` for a tokenizer
+    that GGUF cannot store.
     """
     ranks, special, named = (
         encoding._mergeable_ranks,
@@ -68,10 +68,10 @@ def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
 
 
 def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> tiktoken.Encoding:
-    """The tokenizer that `metadata` holds.
+    """Return the tokenizer that `metadata` contains.
 
-    Raises `TokenizerError`, with `where` in front, for one that is not byte-level BPE with GPT-2's words or whose ids
-    are not among the `rows` of the vocabulary.
+    Raises `TokenizerError`, with `where` as a prefix, for a tokenizer that is not byte-level BPE with GPT-2's
+    pre-tokenizer or that has ids beyond the `rows` of the vocabulary.
     """
     model, pre = metadata.get(MODEL), metadata.get(_PRE, b"default")
     if model != b"gpt2" or pre not in _GPT2S_WORDS:
@@ -100,7 +100,7 @@ def _types(metadata: Mapping[str, Value], count: int, where: str) -> list[Any]:
 
 
 def _texts(metadata: Mapping[str, Value], key: str, rows: int, where: str) -> list[str]:
-    """An array of strings: tokens, or merges, each of which makes a token; neither has more than the vocabulary."""
+    """Return an array of strings, tokens or merges. Raises if it has more entries than the vocabulary has rows."""
     array = metadata.get(key)
     if not isinstance(array, Array) or array.type != "string":
         raise TokenizerError(f"{where}: {key} is {'missing' if array is None else 'not an array of strings'}")

@@ -39,32 +39,33 @@ _SUFFIXES = frozenset(
         *(s for m in FORMATS.values() for s in getattr(m, "SUFFIXES", ())),
     }
 )
-"""Endings of checkpoints' files: a directory with such a name would be a mistake."""
+"""Suffixes of checkpoint files. A target directory with such a name is an error."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 BUNDLED = Path(__file__).parent / "bundled"
-"""A small GPT-2 that this project trained on Shakespeare, in Hugging Face format; `load("bundled")` opens it."""
+"""A small GPT-2 in Hugging Face format, trained on Shakespeare by this project. `load("bundled")` opens it."""
 
 
 def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
-    """Open the checkpoint at a path, or on the Hugging Face hub under an id such as `gpt2`, or `bundled`.
+    """Open a checkpoint: a path, a Hugging Face id such as `gpt2`, or `bundled`.
 
-    Only names, shapes and the configuration are read; a tensor is read when it is looked up.
+    Only names, shapes and the configuration are read; each tensor is read on access.
 
     Args:
         source: a file, or a directory with one checkpoint. A directory with several is an error that lists them.
-        activation: for a nanoGPT file that does not state its activation: `gelu` or `gelu_new`. An error for all
-            other files, which state theirs.
+        activation: `gelu` or `gelu_new`, for a nanoGPT file that does not state its activation. An error for every
+            other file.
 
-    Raises a child of `BridgeError` naming what is wrong with the source and what to do.
+    Raises:
+        BridgeError: the source cannot be read. The message names the problem and what to do.
     """
     if not str(source):
         raise CheckpointError("the source is empty; give a directory or a Hugging Face id")
-    path = Path(source).absolute()  # it is read later, perhaps from another working directory
+    path = Path(source).absolute()  # tensors are read later, perhaps from another working directory
     if str(source) == BUNDLED.name and not path.exists():
         path = BUNDLED
-    if not os.path.exists(path):  # unlike Path.exists, False also for a name too long to exist
+    if not os.path.exists(path):  # unlike Path.exists, returns False for a name that is too long
         if not _HUB_ID.fullmatch(str(source)):
             raise CheckpointError(f"{quoted(source)} does not exist")
         path = _from_hub(str(source))
@@ -90,9 +91,9 @@ def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Check
         options["activation"] = activation
     elif activation is not None:
         raise CheckpointError(
-            f"{quoted(found.path)}: activation={quoted(activation)} was given, but {module.NAME} states its own; "
-            "leave the argument out (--source-activation), or change the model with checkpoint.with_activation() "
-            "(--activation)"
+            f"{quoted(found.path)}: activation={quoted(activation)} was given, but {module.NAME} files state their "
+            "activation; leave the argument out (--source-activation), or change the model with "
+            "checkpoint.with_activation() (--activation)"
         )
     checkpoint = module.read(found.path, **options)
     return replace(checkpoint, diagnostics=(*checkpoint.diagnostics, *notes))
@@ -107,25 +108,30 @@ def save(
     keep_not_finite: bool = False,
     **options: Any,
 ) -> tuple[str, ...]:
-    """Write `checkpoint` as a new directory, or file. It appears under its name complete, or not at all.
+    """Write `checkpoint` as a new directory or file. The write is atomic.
 
-    A format that is one file is written as `target` if that ends as its files do (`.pt`, `.bin`, `.gguf`). Any other
-    `target` is a directory: the file in it, with the tokenizer and a `config.json` of what the file does not say.
+    A single-file format is written to `target` itself if `target` has the format's suffix (`.pt`, `.bin`, `.gguf`).
+    Any other `target` becomes a directory with that file, the tokenizer, and a `config.json` for the fields that the
+    file cannot store.
 
     Args:
+        checkpoint: the checkpoint to write.
+        target: the path to write to.
         format: a name in `bridge.formats.WRITABLE`.
-        overwrite: replace the checkpoint at `target`: files that a manifest of this project records, and a recognised
-            checkpoint's files of the names that `format` writes. If there are other files, nothing is written. Without
-            it an existing target is an error.
-        keep_not_finite: write NaN and infinity too; without it they are a `ConversionError` that names the tensor.
-        options: the format's own, for example `max_shard_bytes` for "huggingface".
+        overwrite: replace the checkpoint at `target`: files recorded in a manifest of this project, and files of a
+            recognised checkpoint whose names `format` also writes. If `target` holds other files, nothing is written.
+            Without `overwrite`, an existing target is an error.
+        keep_not_finite: write NaN and infinity. By default they raise a `ConversionError` that names the tensor.
+        options: options of the format, for example `max_shard_bytes` for "huggingface".
 
-    Returns what was left out because the target has no place for it, a sentence each. That is never anything that
-    the function depends on: a format that cannot say it is refused with a child of `BridgeError` naming the field.
+    Returns:
+        One sentence for each part of the checkpoint that the target format cannot store and that was left out. Fields
+        that affect the model's output are never left out; a format that cannot store them raises an error.
 
     Raises:
-        CheckpointError: the target exists and may not be replaced, is or contains the checkpoint's source, or has a
-            name of another format; or it cannot be written.
+        CheckpointError: the target exists and may not be replaced, is or contains the checkpoint's source, has the
+            suffix of another format, or cannot be written.
+        BridgeError: the format cannot represent the model. The message names the field.
     """
     if format not in WRITABLE:
         raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(WRITABLE)}")
@@ -138,7 +144,9 @@ def save(
     left_out: tuple[str, ...] = ()
     if as_file:
         if overwrite and os.path.isfile(target) and _format_of(target) != format:
-            raise CheckpointError(f"{quoted(target)} is no {format} checkpoint and is kept; choose another name")
+            raise CheckpointError(
+                f"{quoted(target)} is not a {format} checkpoint and was not replaced; choose another name"
+            )
         with new_file(target, overwrite=overwrite) as file:
             left_out = module.write(checkpoint, file, **options)
     else:
@@ -151,12 +159,12 @@ def save(
                 module.write(checkpoint, directory, **options)
     steps = checkpoint.optimizer.step if checkpoint.optimizer is not None else 0
     if steps and not hasattr(module, "KEEPS_OPTIMIZER"):
-        left_out += (f"the state of AdamW after {steps} steps, which {format} has no place for",)
+        left_out += (f"the state of AdamW after {steps} steps, which {format} cannot store",)
     return left_out
 
 
 def _watched(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint; reading a weight or a moment of AdamW that has NaN or infinity raises."""
+    """Return a checkpoint that raises on reading a weight or AdamW moment with NaN or infinity."""
     adamw = checkpoint.optimizer
     if adamw is not None:
         adamw = replace(
@@ -184,7 +192,7 @@ def _watched_tensors(tensors: LazyTensors, what: str = "") -> LazyTensors:
 
 
 def _names_a_file(target: Path, format: str) -> bool:
-    """Whether `target` is the file itself. Raises `CheckpointError` for a name that ends as another format's files."""
+    """Whether `target` is a file, not a directory. Raises `CheckpointError` for the suffix of another format."""
     suffix = target.suffix.lower()
     if suffix in getattr(FORMATS[format], "SUFFIXES", ()):
         return True
@@ -192,25 +200,25 @@ def _names_a_file(target: Path, format: str) -> bool:
         written = getattr(FORMATS[format], "SUFFIXES", None)
         instead = f"a file that ends in {written[0]}, or a directory" if written else "a directory"
         raise CheckpointError(
-            f"{quoted(target)} ends in {suffix}, and {format} is written as {instead}; choose a name without {suffix}"
+            f"{quoted(target)} ends in {suffix}, but {format} is written as {instead}; choose a name without {suffix}"
         )
     return False
 
 
 def _require_apart(target: Path, checkpoint: Checkpoint) -> None:
-    """Tensors are read from the source while the target is written, and what replaced it could not be undone."""
+    """Raise if `target` is or contains the source. Tensors are read from the source during the write."""
     if checkpoint.source is None or not os.path.exists(target):
         return
     if any(os.path.samefile(target, place) for place in (checkpoint.source, *checkpoint.source.resolve().parents)):
         raise CheckpointError(
-            f"{quoted(target)} is, or contains, the checkpoint that is read; choose another name for the target"
+            f"{quoted(target)} is, or contains, the source checkpoint; choose another name for the target"
         )
 
 
 def _replaceable(target: Path, format: str) -> Replaceable:
-    """The files of a checkpoint at `target` that a manifest of this project records, or that `format` writes too.
+    """Return the rule for the checkpoint at `target`: files in its manifest, and files that `format` also writes.
 
-    Nothing is replaced where there is no checkpoint, or a training run.
+    Nothing is replaceable if `target` is a training run or holds no checkpoint.
     """
     if not os.path.isdir(target) or _format_of(target) not in WRITABLE:
         return lambda name: False
@@ -219,14 +227,14 @@ def _replaceable(target: Path, format: str) -> Replaceable:
 
 
 def _writes(format: str) -> re.Pattern[str]:
-    """The names of all files that a directory of this format may hold."""
+    """A pattern that matches the name of every file that this format may write to a directory."""
     module = FORMATS[format]
     weights = re.escape(module.FILE) if hasattr(module, "FILE") else module.WRITES
     return re.compile("|".join([weights, *map(re.escape, (CONFIG, *CARRIED_FILES))]))
 
 
 def _format_of(path: Path) -> str | None:
-    """The format of the checkpoint at `path`, if there is one that can be read."""
+    """The format of the checkpoint at `path`, or None if it cannot be read."""
     try:
         return load(path).format
     except BridgeError:
@@ -237,16 +245,16 @@ def _what_it_lacks(path: Path) -> str:
     if path.is_dir():
         return (
             "it has neither config.json with weights beside it (model.safetensors, pytorch_model.bin, "
-            "flax_model.safetensors, flax_model.msgpack), nor hparams.json with TensorFlow's, nor a file of weights in "
-            "another format that is read (nanoGPT's .pt, llm.c's .bin, .gguf)"
+            "flax_model.safetensors, flax_model.msgpack), nor hparams.json with a TensorFlow checkpoint, nor a file "
+            "in another supported format (nanoGPT's .pt, llm.c's .bin, .gguf)"
         )
-    if not StoredFile.open(path).size:  # which also says if it is no file of data at all
+    if not StoredFile.open(path).size:  # raises if it is not a regular file
         return "it is empty"
-    return "it begins as no format does that is read; the download may be damaged, or it is something else"
+    return "its first bytes match no supported format; the download may be damaged, or it is not a checkpoint"
 
 
 def _from_hub(repo_id: str) -> Path:
-    missing = f"{quoted(repo_id)} is not a path here"
+    missing = f"{quoted(repo_id)} is not a local path"
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -254,13 +262,13 @@ def _from_hub(repo_id: str) -> Path:
             f"{missing}; to load it from the Hugging Face hub, install its extra: {install_command('hub')}"
         ) from None
     try:
-        for weights in _HUB_WEIGHTS:  # one kind, not all that are there: each is the whole model
+        for weights in _HUB_WEIGHTS:  # download one form only: each is the whole model
             path = Path(snapshot_download(repo_id, allow_patterns=[*_HUB_COMPANIONS, *weights]))
             if choose_checkpoint(path) is not None:
                 break
         return path
-    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's
+    except Exception as error:  # the hub's client also raises errors of its HTTP library and of the system
         raise CheckpointError(
-            f"{missing}, and the Hugging Face hub did not give it ({type(error).__name__}); check the name and the "
-            "connection, or download it elsewhere and give the directory"
+            f"{missing}, and the download from the Hugging Face hub failed ({type(error).__name__}); check the name "
+            "and the connection, or download it elsewhere and give the directory"
         ) from error

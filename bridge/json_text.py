@@ -1,4 +1,4 @@
-"""JSON from a stranger: an object, or an error of this project's that names the file."""
+"""Parse untrusted JSON: return an object, or raise a `BridgeError` that names the file."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from bridge.errors import BridgeError, quoted
 
 _MOST_DEPTH = 32
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_MOST_DIGITS = 40  # of a whole number; 2^64 has 20
+_MOST_DIGITS = 40  # of an integer; 2^64 has 20
 
 
 def parse_object(text: bytes, where: str, error: type[BridgeError]) -> dict[str, Any]:
-    """The object that `text` holds; `error`, with `where` in front, for anything else.
+    """Return the object in `text`. Raises `error`, with `where` as a prefix, for anything else.
 
-    A name that appears twice is refused, because readers differ in which of the two they believe.
+    Duplicate names are rejected, because parsers differ in which value they keep.
     """
     return _parsed(text, where, error)
 
 
 def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> dict[str, Any]:
-    """As `parse_object`, for an object that is kept and written again.
+    """As `parse_object`, for an object that is written to another file later.
 
-    NaN, infinity, numbers beyond a float's range, lone surrogates and values nested more than 32 deep are refused too:
-    other programs cannot read them.
+    Also rejects NaN, infinity, numbers beyond a float's range, lone surrogates, and values nested more than 32 deep,
+    because other programs cannot read them.
 
     Args:
-        most_elements: refuse text with more separators and brackets before anything is built; a quarter of them may
-            be brackets.
+        most_elements: reject text with more separators and brackets than this before parsing it. At most a quarter of
+            them may be brackets.
     """
-    # What is inside strings counts too: the limits are far above what a real file has.
+    # Characters inside strings count too. The limits are far above the counts in real files.
     containers = text.count(b"[") + text.count(b"{")
     if containers > most_elements // 4 or containers + text.count(b",") + text.count(b":") > most_elements:
         raise error(f"{where} holds more than {most_elements} values, or {most_elements // 4} lists and objects")
@@ -81,10 +81,10 @@ def _whole_number(digits: str) -> int:
 
 
 def _require_shallow_text(value: Any, depth: int) -> None:
-    """Raise `ValueError` for containers nested deeper than `depth`, and for text that UTF-8 cannot hold."""
+    """Raise `ValueError` for containers nested deeper than `depth`, and for text that UTF-8 cannot encode."""
     if isinstance(value, str):
         if not value.isascii() and _SURROGATE.search(value):
-            raise ValueError(f"{quoted(value)} holds half a surrogate pair")
+            raise ValueError(f"{quoted(value)} contains a lone surrogate")
     elif isinstance(value, dict | list):
         if not depth:
             raise ValueError(f"nested more than {_MOST_DEPTH} deep")

@@ -1,7 +1,7 @@
-"""What a directory holds, file by file, so that a damaged one is known before anything in it is used.
+"""Manifests: sizes and digests of all files in a directory, to detect damage before a file is used.
 
-The manifest is written last, when all else is on the disk, and is sealed itself: `files` has the size and SHA-256 of
-every file, `about` says whose they are, `seal` is the SHA-256 of both.
+The manifest is written last, after all other files are on the disk. `files` has the size and SHA-256 of every file,
+`about` describes the directory, and `seal` is the SHA-256 of both.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ MANIFEST = "manifest.json"
 _ENTRY = {"bytes": int, "sha256": str}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES, _MOST_ABOUT_BYTES = 2**22, 2**16
-"""Of a manifest, and of its `about`. A checkpoint of many hosts has some ten thousand files, at 200 bytes each."""
+"""Size limits of a manifest and of its `about`. A checkpoint of many hosts has about 10,000 files at 200 bytes each."""
 _MOST_ELEMENTS = 200_000
 """Brackets, commas and colons in a manifest. Parsed, JSON takes up to a hundred bytes for each."""
 
 
 def seal(directory: Path, about: Mapping[str, Any]) -> None:
-    """Put what is below `directory` on the disk, and a manifest of it, with what it is, into it."""
+    """Flush all files below `directory` to the disk, then write a manifest of them that includes `about`."""
     files = {}
     manifest = directory / MANIFEST
     manifest.unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def seal(directory: Path, about: Mapping[str, Any]) -> None:
 
 
 def amend(directory: Path, changes: Mapping[str, Any], beside: Path) -> None:
-    """Say something else of a sealed directory; the file `beside` it is where the new manifest is written first.
+    """Update the `about` of a sealed directory. The new manifest is written to the file `beside` and then renamed.
 
     Raises as `about`.
     """
@@ -55,31 +55,35 @@ def amend(directory: Path, changes: Mapping[str, Any], beside: Path) -> None:
 
 
 def about(directory: Path) -> dict[str, Any]:
-    """What the manifest says that the directory is; the files are not looked at.
+    """Return the `about` of the manifest without checking the files.
 
-    Raises `CheckpointError` where there is none, or it is not as it was written.
+    Raises `CheckpointError` if the manifest is missing or was changed.
     """
     return _read(directory)["about"]
 
 
 def verify(directory: Path, *, from_disk: bool = False) -> dict[str, Any]:
-    """As `about`, once every file was read and found to be as it was written, and no other there.
+    """Return the `about` of the manifest after verifying every file.
 
-    `from_disk`: and not what the system still has of the files in memory, where it can be asked to forget that. Raises
-    `CheckpointError` naming the first that is not, and for a link or anything else that is no file.
+    Args:
+        from_disk: drop the files from the page cache before reading them, if the system supports it.
+
+    Raises:
+        CheckpointError: a file is missing, was changed, is not in the manifest, or is a link or another special file.
+            The message names the first such file.
     """
     try:
         return _verified(directory, from_disk)
-    except OSError as error:  # a disk that fails, or somebody removes it meanwhile
+    except OSError as error:  # the disk fails, or another program removes the file
         raise CheckpointError(
             f"cannot read {quoted(error.filename or directory)}: {error.strerror or error}"
         ) from error
 
 
 def recorded(directory: Path) -> frozenset[str]:
-    """List what a sealed directory may hold: the files of its manifest, their directories, and the manifest itself.
+    """List the paths that a manifest records: its files, their directories, and the manifest itself.
 
-    Directories end with a slash. Empty if there is no manifest, or it is not as it was written.
+    Directories end with a slash. The list is empty if the manifest is missing or was changed.
     """
     try:
         files = _read(directory)["files"]
@@ -100,10 +104,10 @@ def _verified(directory: Path, from_disk: bool) -> dict[str, Any]:
             raise CheckpointError(f"{quoted(there[name])} is not in the manifest")
         expected, size = content["files"][name], there[name].stat().st_size
         if size != expected["bytes"]:
-            raise CheckpointError(f"{quoted(there[name])} has {size} bytes, and was written with {expected['bytes']}")
+            raise CheckpointError(f"{quoted(there[name])} has {size} bytes; its manifest records {expected['bytes']}")
     for name, path in there.items():
         if _sha256(path, from_disk) != content["files"][name]["sha256"]:
-            raise CheckpointError(f"{quoted(path)} is not as it was written")
+            raise CheckpointError(f"{quoted(path)} was changed after it was written")
     about: dict[str, Any] = content["about"]
     return about
 
@@ -111,7 +115,7 @@ def _verified(directory: Path, from_disk: bool) -> dict[str, Any]:
 def _read(directory: Path) -> dict[str, Any]:
     manifest = directory / MANIFEST
     if directory.is_symlink():
-        raise CheckpointError(f"{quoted(directory)} is a link; a checkpoint is none")
+        raise CheckpointError(f"{quoted(directory)} is a link; a checkpoint must be a directory")
     try:
         written = read_small_file(manifest, _MOST_BYTES, CheckpointError)
         if sum(map(written.count, (b"[", b"{", b",", b":"))) > _MOST_ELEMENTS:
@@ -121,22 +125,22 @@ def _read(directory: Path) -> dict[str, Any]:
         if {*content} != {"about", "files"} or not isinstance(content["about"], dict):
             raise ValueError
         if len(json.dumps(content["about"])) > _MOST_ABOUT_BYTES:
-            raise CheckpointError(f"{quoted(manifest)} says more than {_MOST_ABOUT_BYTES} bytes about the directory")
+            raise CheckpointError(f"{quoted(manifest)} has more than {_MOST_ABOUT_BYTES} bytes in 'about'")
         if not all(_is_entry(name, entry) for name, entry in content["files"].items()) or written != _rendered(content):
             raise ValueError
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(f"{quoted(directory)} has no manifest: it was not written to its end") from error
+        raise CheckpointError(f"{quoted(directory)} has no manifest: its write did not complete") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(manifest)}: {error.strerror}") from error
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{quoted(manifest)} is not as it was written") from error
+        raise CheckpointError(f"{quoted(manifest)} was changed after it was written") from error
     return content
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    """Whether a name lies in the directory, and what is said of its file has the right types and ranges."""
+    """Whether a name is a path inside the directory, and its entry has valid types and ranges."""
     return (
         not any(part in ("", ".", "..") for part in name.split("/"))
         and not any(character in name for character in "\0\\")
@@ -148,11 +152,11 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """All below it, in the order of their names; a link may lead anywhere, and is refused."""
+    """Yield all files below `directory`, sorted by name. Raises for links, which may lead out of the directory."""
     for path in sorted(directory.rglob("*")):
         mode = os.lstat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise CheckpointError(f"{quoted(path)} is a link, or no file; a checkpoint has neither")
+            raise CheckpointError(f"{quoted(path)} is a link or a special file; a checkpoint has only regular files")
         if stat.S_ISREG(mode):
             yield path
 
@@ -165,10 +169,10 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
 
 
 def _rendered(content: Mapping[str, Any]) -> bytes:
-    """The manifest, byte for byte: any changed byte invalidates it.
+    """Return the exact bytes of a manifest. Any other spelling is invalid.
 
-    As `json.dumps(..., indent=1)`, whose encoder is written in Python and takes a second for a megabyte. The entries of
-    files, which are many, are formatted here.
+    Equals `json.dumps(..., indent=1)`, whose pure-Python encoder takes a second per megabyte. The many entries of files
+    are therefore formatted here.
     """
     seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     files = ",\n".join(

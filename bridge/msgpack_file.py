@@ -41,7 +41,7 @@ _MOST_NAME_BYTES = 256
 _MOST_RANK = 16
 _BLOCK_BYTES = 4096
 
-_MAP, _LIST, _TEXT, _BYTES, _EXTENSION = "a map", "a list", "a text", "bytes", "an extension"
+_MAP, _LIST, _TEXT, _BYTES, _EXTENSION = "a map", "a list", "a string", "bytes", "an extension"
 _NUMBER, _BOOL = "a whole number", "a bool"
 
 _HEADS: Mapping[int, tuple[str, int, int]] = {
@@ -131,7 +131,7 @@ class _Scanner:
         start = self.position
         if count > self.file.size - start:
             raise self.refusal(
-                f"{count} bytes from {start} on do not lie in the file's {self.file.size}; it is damaged or cut off"
+                f"{count} bytes from {start} on do not lie in the file's {self.file.size}; it is damaged or truncated"
             )
         self.position += count
         return start

@@ -111,7 +111,7 @@ class _Machine:
     def take(self, count: int) -> bytes:
         taken = self.content[self.position : self.position + count]
         if len(taken) != count:
-            raise self.refused("is cut off")
+            raise self.refused("is truncated")
         self.position += count
         return taken
 
@@ -175,7 +175,7 @@ def _instance(m: _Machine) -> None:
 
 def _frame(m: _Machine) -> None:
     if m.number(8) > len(m.content) - m.position:
-        raise m.refused("is cut off")
+        raise m.refused("is truncated")
 
 
 def _mark(m: _Machine) -> None:

@@ -1,7 +1,8 @@
-"""Which checkpoint a path stands for.
+"""Find the checkpoint at a path.
 
-A path may be a file, a directory that is one checkpoint, or a directory that holds several. Several are an error,
-except transformers' own files: they are forms of one model, and the first in transformers' order is read.
+A path may be a file, a directory that is one checkpoint, or a directory that contains checkpoint files. Several
+checkpoints are an error. transformers' own files are an exception: they are forms of one model, and the first in
+transformers' order is read.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ class Found:
 
     format: ModuleType
     path: Path
-    """What the format's `read` takes: a file, or a directory that is a checkpoint as a whole."""
+    """The argument for the format's `read`: a file, or a directory that is one checkpoint."""
 
     @property
     def model(self) -> object:
-        """Equal for the files that are forms of one model."""
+        """A key that all files with forms of the same model share."""
         return getattr(self.format, "FAMILY", self.path)
 
 
 def find_checkpoints(path: Path) -> list[Found]:
-    """All checkpoints at `path`, in the order of `FORMATS`. A format that takes `path` itself is the only result."""
+    """Return all checkpoints at `path`, in the order of `FORMATS`. If a format reads `path` itself, only that one."""
     found: list[Found] = []
     try:
         for module in FORMATS.values():
@@ -45,9 +46,9 @@ def find_checkpoints(path: Path) -> list[Found]:
 
 
 def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
-    """The checkpoint that `path` stands for, and a sentence on other forms of its model; None if there is none.
+    """Return the checkpoint at `path` and a warning about unread forms of its model, or None if there is no checkpoint.
 
-    Raises `CheckpointError` listing the checkpoints where `path` holds several.
+    Raises `CheckpointError` that lists the checkpoints if there are several.
     """
     found = find_checkpoints(path)
     if len({f.model for f in found}) > 1:
@@ -66,7 +67,7 @@ def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
 
 
 def own_config(file: Path) -> Path | None:
-    """The `config.json` beside `file` that describes it; None where it may describe another checkpoint there."""
+    """Return the `config.json` that describes `file`, or None if it may describe another checkpoint beside it."""
     config = file.parent / CONFIG
     is_alone = has_companion(file.parent, CONFIG) and {f.path for f in find_checkpoints(file.parent)} <= {file}
     return config if is_alone else None

@@ -61,7 +61,7 @@ def is_safetensors(path: Path) -> bool:
 
 
 def header_names(path: Path, tensor: str) -> bool:
-    """Whether a safetensors file has a tensor of this name; False for a file that cannot be read."""
+    """Whether a safetensors file has a tensor of this name. Returns False for an unreadable file."""
     if not is_safetensors(path):
         return False
     start = first_bytes(path, 8 + _MOST_HEADER_BYTES)
@@ -115,10 +115,10 @@ def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
     start = file.read(0, min(8, file.size))
     length = int.from_bytes(start, "little")
     if len(start) < 8:
-        raise CheckpointError(f"{quoted(file.path)}: only {file.size} bytes; the file is empty or cut off")
+        raise CheckpointError(f"{quoted(file.path)}: only {file.size} bytes; the file is empty or truncated")
     if length > file.size - 8:
         raise CheckpointError(
-            f"{quoted(file.path)}: not a safetensors file, or cut off: its header would be longer than the file"
+            f"{quoted(file.path)}: not a safetensors file, or truncated: its header would be longer than the file"
         )
     if length > _MOST_HEADER_BYTES:
         raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")

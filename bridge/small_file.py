@@ -1,4 +1,4 @@
-"""Files of metadata: read whole, after their kind and size are checked."""
+"""Read a small metadata file after checking its type and size."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 
 
 
 def read_small_file(path: Path, most_bytes: int, error: type[BridgeError], named: Path | None = None) -> bytes:
-    """Return the content of a regular file; `named` is what messages call it, by default its path.
+    """Return the content of a regular file. `named` is its name in messages, by default `path`.
 
     Raises `error` for a symbolic link, a directory, a pipe or a device, and for a file of more than `most_bytes` bytes.
-    Raises `OSError` where the file is missing or cannot be read.
+    Raises `OSError` if the file is missing or cannot be read.
     """
     named = path if named is None else named
     try:
@@ -32,5 +32,5 @@ def read_small_file(path: Path, most_bytes: int, error: type[BridgeError], named
             raise error(f"{quoted(named)} is not a regular file; replace or delete it")
         content = file.read(most_bytes + 1) if status.st_size <= most_bytes else b""
     if max(len(content), status.st_size) > most_bytes:
-        raise error(f"{quoted(named)} is larger than {most_bytes} bytes; that is not a {named.name}")
+        raise error(f"{quoted(named)} is larger than {most_bytes} bytes, the limit for a {named.name}")
     return content

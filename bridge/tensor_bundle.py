@@ -165,7 +165,7 @@ class _Table:
         """Keys and values in order; no key twice."""
         footer = len(self._content) - _FOOTER
         if self._content[-8:] != MAGIC:
-            raise self.damaged("does not end as an index does; it is cut off, or something else")
+            raise self.damaged("does not end as an index does; it is truncated, or something else")
         _, position = self._handle(self._content, footer)  # of the metaindex, which is empty
         index, _ = self._handle(self._content, position)
         last: bytes | None = None
@@ -261,5 +261,5 @@ class _Table:
 
     def _take(self, content: bytes, position: int, count: int) -> bytes:
         if not 0 <= position <= position + count <= len(content):
-            raise self.damaged("is damaged or cut off: it points outside of itself")
+            raise self.damaged("is damaged or truncated: it points outside of itself")
         return content[position : position + count]

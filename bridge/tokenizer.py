@@ -1,4 +1,4 @@
-"""Tokenizers as `tiktoken.Encoding`: read from a checkpoint's directory, or made of bytes or characters.
+"""Tokenizers as `tiktoken.Encoding`: read from a checkpoint's directory, or built from bytes or characters.
 
 GPT-2's is byte-level BPE. It is stored as `vocab.json` and `merges.txt` (`encoder.json` and `vocab.bpe`
 in OpenAI's own release), or inside `tokenizer.json`. `tokenizer_files.py` writes what this reads.
@@ -34,23 +34,23 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     ADDED_TOKENS,
 )
-"""What travels with a checkpoint so that its tokenizer does."""
+"""The tokenizer files that are copied with a checkpoint."""
 
 OPENAI_VOCAB_SIZE = 50257
 """A model of exactly this vocabulary uses OpenAI's tokenizer, which tiktoken calls "gpt2"."""
 
 NO_LIMIT = 2**31
-"""The vocabulary's size for a tokenizer whose model is not known."""
+"""The assumed vocabulary size of a tokenizer whose model is unknown."""
 
 CHARACTERS_APART = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 """The pre-tokenizer in a `tokenizer.json` of single characters."""
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
-    """The tokenizer saved in `directory`, or OpenAI's where the vocabulary has its size.
+    """Return the tokenizer saved in `directory`, or OpenAI's if there is none and the vocabulary has its size.
 
-    Raises `TokenizerError` where there is none, where it is neither GPT-2's kind of byte-level BPE nor
-    one of single characters, or where it has ids that the model's vocabulary does not.
+    Raises `TokenizerError` if there is no tokenizer, if it is neither GPT-2's byte-level BPE nor one of single
+    characters, or if it has ids outside the model's vocabulary.
     """
     encoding = _from_vocab_and_merges(directory, vocab_size) or _from_tokenizer_json(directory, vocab_size)
     if encoding is None and vocab_size == OPENAI_VOCAB_SIZE:
@@ -74,7 +74,7 @@ def openai_tokenizer() -> tiktoken.Encoding:
 
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the HTTP client of the day raises
+    except Exception as error:  # the type depends on the HTTP client
         raise NoTokenizerError(
             f"tiktoken could not get GPT-2's vocabulary ({type(error).__name__}); connect once, set "
             "TIKTOKEN_CACHE_DIR to a folder that has it, or put vocab.json and merges.txt beside the weights"
@@ -82,7 +82,7 @@ def openai_tokenizer() -> tiktoken.Encoding:
 
 
 def byte_tokenizer() -> tiktoken.Encoding:
-    """The 256 bytes, each its own id, and `<|endoftext|>` as 256: encodes every text and needs no file."""
+    """A tokenizer of the 256 bytes, each its own id, and `<|endoftext|>` as 256. It needs no file."""
     import tiktoken
 
     ranks = {bytes([b]): b for b in range(256)}
@@ -90,10 +90,12 @@ def byte_tokenizer() -> tiktoken.Encoding:
 
 
 def character_tokenizer(characters: Iterable[str]) -> tiktoken.Encoding:
-    """One token for each distinct character, ids in sorted order, as nanoGPT's shakespeare_char; none special.
+    """A tokenizer with one token per distinct character, in sorted order, as in nanoGPT's shakespeare_char.
 
-    `characters`: a text, or characters in any order and number. Encoding a character that is not among
-    them, or decoding an id that none of them has, raises `TokenizerError`.
+    It has no special tokens. Encoding an unknown character or decoding an unknown id raises `TokenizerError`.
+
+    Args:
+        characters: a text, or its characters in any order; duplicates are ignored.
     """
     from bridge.characters import CharacterEncoding
 
@@ -102,7 +104,7 @@ def character_tokenizer(characters: Iterable[str]) -> tiktoken.Encoding:
 
 
 def decode_known(encoding: tiktoken.Encoding, ids: Iterable[int]) -> str:
-    """The text of those ids that are tokens: a model whose vocabulary is padded may draw others."""
+    """Decode ids to text. Ids without a token are skipped: a model with a padded vocabulary may sample them."""
     known: list[int] = []
     for i in ids:
         with suppress(KeyError, OverflowError, TokenizerError):
@@ -112,10 +114,10 @@ def decode_known(encoding: tiktoken.Encoding, ids: Iterable[int]) -> str:
 
 
 def tokenizer_fingerprint(encoding: tiktoken.Encoding) -> str:
-    """SHA-256, in hex, of all that decides the ids: the pattern of words, the ranks and the special tokens.
+    """Return the SHA-256, in hex, of everything that determines the ids: pattern, ranks and special tokens.
 
-    One tokenizer has one, whichever files it was read from: neither its name nor the spelling of
-    GPT-2's pattern counts.
+    It does not depend on the files that the tokenizer was read from, on its name, or on the spelling of GPT-2's
+    pattern.
     """
     pattern = WORDS if encoding._pat_str in SPELLINGS_OF_WORDS else encoding._pat_str
     ranks = sorted((i, token.hex()) for token, i in encoding._mergeable_ranks.items())
@@ -146,8 +148,8 @@ def _from_tokenizer_json(directory: Path, vocab_size: int) -> tiktoken.Encoding 
     kind = model.get("type", "BPE")
     if not ((kind == "BPE" and _is_byte_level(words)) or (kind == "WordLevel" and words == CHARACTERS_APART)):
         raise TokenizerError(
-            f"{quoted(path)} is not GPT-2's byte-level BPE, nor single characters as bridge.save_tokenizer writes "
-            "them; no other kind is read"
+            f"{quoted(path)} is neither GPT-2's byte-level BPE nor a tokenizer of single characters written by "
+            "bridge.save_tokenizer; no other kind is supported"
         )
     if stored.get("normalizer") is not None:
         raise TokenizerError(f"{quoted(path)} normalises text before encoding, which GPT-2 does not")
@@ -165,7 +167,7 @@ def _from_tokenizer_json(directory: Path, vocab_size: int) -> tiktoken.Encoding 
 
 
 def _added_tokens(listed: Any, path: Path) -> dict[str, Any]:
-    """Content -> id of the `added_tokens` of a `tokenizer.json`."""
+    """Return content -> id of the `added_tokens` of a `tokenizer.json`."""
     tokens = [] if listed is None else listed
     if not isinstance(tokens, list) or not all(
         isinstance(token, dict) and isinstance(token.get("content"), str) and "id" in token for token in tokens
@@ -178,14 +180,14 @@ def _added_tokens(listed: Any, path: Path) -> dict[str, Any]:
 
 
 def _pairs(merges: Any, path: Path) -> list[tuple[str, ...]]:
-    """The `merges` of a `tokenizer.json`: each two tokens with a space between, or in a list."""
+    """Return the `merges` of a `tokenizer.json`. Each is two tokens, separated by a space or in a list."""
     if not isinstance(merges, list) or not all(isinstance(merge, str | list) for merge in merges):
         raise _wrong_layout(path, "model.merges is not a list of pairs")
     return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
 
 
 def _wrong_layout(path: Path, problem: str) -> TokenizerError:
-    return TokenizerError(f"{quoted(path)} is not laid out as a tokenizer.json: {problem}")
+    return TokenizerError(f"{quoted(path)} is not a valid tokenizer.json: {problem}")
 
 
 def _is_byte_level(pre_tokenizer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Tokenizers written as Hugging Face's files, which `tokenizer.py` reads back to the same tokenizer."""
+"""Write tokenizers as Hugging Face's files. `tokenizer.py` reads them back."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 
 def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write `encoding` into `directory`, so that transformers' AutoTokenizer gives the same ids from there.
+    """Write `encoding` into `directory`, so that transformers' AutoTokenizer produces the same ids.
 
-    Byte-level BPE becomes `vocab.json`, `merges.txt` and `tokenizer.json`; single characters become
+    Byte-level BPE is written as `vocab.json`, `merges.txt` and `tokenizer.json`, single characters as
     `tokenizer.json`; each with a `tokenizer_config.json`. No other file of the directory changes.
 
     Args:
-        overwrite: replace the tokenizer that the directory has, and remove its files that are not written anew. Without
-            it a directory that has any of them is an error.
+        encoding: the tokenizer to write.
+        directory: the directory to write to.
+        overwrite: replace the tokenizer in the directory. Its files that are not rewritten are removed. Without
+            `overwrite`, a directory with tokenizer files is an error.
 
     Raises:
-        TokenizerError: those files cannot hold the tokenizer. Nothing is written.
+        TokenizerError: the files cannot represent the tokenizer. Nothing is written.
         CheckpointError: the directory has tokenizer files that may not be replaced, or cannot be written to.
     """
     from bridge.characters import CharacterEncoding
@@ -87,9 +89,9 @@ def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:
 
 def _of_characters(encoding: CharacterEncoding) -> dict[str, str]:
     vocab = {token.decode(): i for token, i in encoding._mergeable_ranks.items()}
-    # An unknown token that is in no vocabulary: transformers then refuses an unknown character, as we do.
+    # The unknown token is not in the vocabulary, so that transformers rejects unknown characters, as this project does.
     model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"}
-    # GPT2Tokenizer would cut into words; this class takes tokenizer.json as it is.
+    # GPT2Tokenizer would split text into words; this class uses tokenizer.json unchanged.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     return {
         "tokenizer.json": _tokenizer_json(model, CHARACTERS_APART, {"type": "Fuse"}, {}),
@@ -98,7 +100,7 @@ def _of_characters(encoding: CharacterEncoding) -> dict[str, str]:
 
 
 def _gpt2_settings(special: Mapping[str, int]) -> dict[str, Any]:
-    end = END_OF_TEXT if END_OF_TEXT in special else None  # unless told there is none, GPT2Tokenizer adds it
+    end = END_OF_TEXT if END_OF_TEXT in special else None  # GPT2Tokenizer adds it otherwise
     settings: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer"}
     settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
     others = [token for token in special if token != end]

@@ -1,7 +1,7 @@
-"""What a tokenizer's files must say before a library builds a tokenizer of them.
+"""Validation of tokenizer files before a library builds a tokenizer from them.
 
-The libraries are written in Rust: what they do not expect ends in a panic, in an endless loop or in gigabytes. These
-checks take parsed values and depend on no library. Each raises `TokenizerError`, with `where` in front.
+The libraries are written in Rust. Unexpected input makes them panic, loop forever or allocate gigabytes. These checks
+take parsed values and depend on no library. Each raises `TokenizerError` with `where` as a prefix.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 from bridge.errors import TokenizerError, quoted
 
 MOST_SPECIAL_BYTES = 2**15
-"""UTF-8 bytes of all special tokens together.
+"""Limit on the total UTF-8 bytes of all special tokens.
 
-tiktoken compiles them into one regular expression. At this size it takes 14 MiB; at sixteen times the size it fails.
+tiktoken compiles them into one regular expression, which takes 14 MiB at this limit and fails at sixteen times it.
 """
 LONGEST_SPECIAL = 2**9
-"""UTF-8 bytes of one special token: the time to search a text for it can grow with the product of both lengths."""
+"""Limit on the UTF-8 bytes of one special token. Searching a text for it can take time O(len(token) * len(text))."""
 
-# Fields of the model in a tokenizer.json that change the ids, with the values that do not.
+# Fields of `model` in a tokenizer.json that can change the ids -> the values that do not.
 _PLAIN_BPE: Mapping[str, tuple[Any, ...]] = {
     "dropout": (None, 0.0),
     "continuing_subword_prefix": (None, ""),
@@ -29,20 +29,20 @@ _PLAIN_BPE: Mapping[str, tuple[Any, ...]] = {
 
 
 def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
-    """That every token is a text and has an id of its own, a whole number that fits into 31 bits."""
+    """Require that every token is a string with a unique id below 2^31."""
     seen: dict[int, str] = {}
     for token, i in tokens.items():
         if not isinstance(token, str):
-            raise TokenizerError(f"{where}: the token {quoted(token)} is not a text")
+            raise TokenizerError(f"{where}: the token {quoted(token)} is not a string")
         if type(i) is not int or not 0 <= i < 2**31:
             raise TokenizerError(f"{where}: the id of {quoted(token)} is {quoted(i)}, not a whole number below 2^31")
         if i in seen:
-            raise TokenizerError(f"{where}: {quoted(seen[i])} and {quoted(token)} have one id, {i}")
+            raise TokenizerError(f"{where}: {quoted(seen[i])} and {quoted(token)} have the same id, {i}")
         seen[i] = token
 
 
 def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int], where: str) -> None:
-    """That no special token is empty, all together are short, and one that is in `vocab` too has the same id there."""
+    """Require that special tokens are not empty, within the size limits, and have the same id in `vocab` if present."""
     for token, i in special.items():
         if not token:
             raise TokenizerError(f"{where}: a special token is empty")
@@ -53,21 +53,21 @@ def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int],
     try:
         sizes = {token: len(token.encode("utf-8")) for token in special}
     except UnicodeEncodeError as error:
-        raise TokenizerError(f"{where}: the special token {quoted(error.object)} cannot be held in UTF-8") from None
+        raise TokenizerError(f"{where}: the special token {quoted(error.object)} cannot be encoded as UTF-8") from None
     for token, size in sizes.items():
         if size > LONGEST_SPECIAL:
             raise TokenizerError(
-                f"{where}: the special token {quoted(token)} takes {size} bytes; at most {LONGEST_SPECIAL} are read"
+                f"{where}: the special token {quoted(token)} has {size} bytes; the limit is {LONGEST_SPECIAL}"
             )
     if sum(sizes.values()) > MOST_SPECIAL_BYTES:
         raise TokenizerError(
-            f"{where}: the {len(special)} tokens that are neither bytes nor merges take {sum(sizes.values())} bytes; "
-            f"at most {MOST_SPECIAL_BYTES} are read"
+            f"{where}: the {len(special)} tokens that are neither bytes nor merges have {sum(sizes.values())} bytes; "
+            f"the limit is {MOST_SPECIAL_BYTES}"
         )
 
 
 def pairs_of(merges: Iterable[Sequence[Any]], where: str) -> list[tuple[str, str]]:
-    """The merges, each of two texts."""
+    """Return the merges. Raises if one is not a pair of strings."""
     pairs = []
     for merge in merges:
         if len(merge) != 2 or not all(isinstance(part, str) and part for part in merge):
@@ -77,18 +77,20 @@ def pairs_of(merges: Iterable[Sequence[Any]], where: str) -> list[tuple[str, str
 
 
 def require_plain_model(model: Mapping[str, Any], where: str) -> None:
-    """That a BPE model in a `tokenizer.json` has no setting that changes the ids."""
+    """Require that a BPE model in a `tokenizer.json` has no setting that changes the ids."""
     for name, plain in _PLAIN_BPE.items():
         value = model.get(name, plain[0])
         if value not in plain or (isinstance(value, bool) and name != "ignore_merges"):
-            raise TokenizerError(f"{where}: {name}={quoted(value)} changes the ids; GPT-2's byte-level BPE has none")
+            raise TokenizerError(
+                f"{where}: {name}={quoted(value)} changes the ids; GPT-2's byte-level BPE has no such setting"
+            )
 
 
 def require_merges_reached(merges: Sequence[tuple[str, str]], where: str) -> None:
-    """That BPE makes every token from the two parts that its merge names.
+    """Require that BPE produces every token from the two parts that its merge names.
 
-    tiktoken joins any two neighbours that spell a token, `tokenizers` only those that a merge names. Both give the same
-    ids where no other merge separates the two parts first.
+    tiktoken joins any two neighbours that spell a token; `tokenizers` joins only pairs that a merge names. Both give
+    the same ids if no earlier merge separates the two parts.
 
     Source of the method: `is_valid_token_pair` in github.com/github/rust-gems, crates/bpe.
     """
@@ -109,10 +111,10 @@ def _are_neighbours(
     rank_of: Mapping[tuple[str, str], int],
     made_of: Mapping[str, tuple[int, str, str]],
 ) -> bool:
-    """Whether BPE leaves `first` and `second` beside each other: no merge across their border is done before theirs.
+    """Whether `first` and `second` stay adjacent: BPE applies no merge across their border before joining them.
 
-    It undoes the merges at the border, the latest first. `limit`: merges across the border have to come below this
-    rank to be done before the merge that was undone last.
+    Undoes the merges at the border, the latest first. A merge across the border whose rank is below `limit` would have
+    been applied before the merge that was undone last.
     """
     byte = (-1, "", "")
     while rank_of.get((first, second), limit) >= limit:
@@ -122,6 +124,6 @@ def _are_neighbours(
             return True
         if first_rank > second_rank:
             first, limit = first_end, first_rank
-        else:  # of equal merges the left one is done first, and so is one across the border
+        else:  # among merges of equal rank, BPE applies the leftmost first, here the one across the border
             second, limit = second_start, second_rank + 1
     return False

@@ -115,10 +115,10 @@ def _directory(file: StoredFile) -> tuple[int, int, int]:
     """Where the directory starts, its bytes, its records (4.3.16, and 4.3.14 where that is there)."""
     end_at = file.size - _END.size
     if end_at < 0:
-        raise _contradicts(file, "it is cut off, or no zip file")
+        raise _contradicts(file, "it is truncated, or no zip file")
     magic, *disks, here, count, size, start, comment = _END.unpack(file.read(end_at, _END.size))
     if magic != b"PK\5\6" or comment:
-        raise _contradicts(file, "it is cut off, or has something behind its end")
+        raise _contradicts(file, "it is truncated, or has something behind its end")
     ends_at = end_at
     locator_at = end_at - _LOCATOR64.size
     located = file.read(locator_at, _LOCATOR64.size) if locator_at >= 0 else b""

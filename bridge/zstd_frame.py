@@ -1,4 +1,4 @@
-"""How much a zstd frame decompresses to, from its headers alone.
+"""An upper bound on the decompressed size of a zstd frame, computed from its headers alone.
 
 Source: RFC 8878, "Zstandard Compression and the 'application/zstd' Media Type".
 """
@@ -16,12 +16,12 @@ _DICTIONARY_BYTES = (0, 1, 2, 4)
 
 
 def largest_content(read: Callable[[int, int], bytes], size: int, most: int) -> int | None:
-    """An upper bound of the decompressed bytes of one frame; None where it is not exactly one valid frame.
+    """Return an upper bound on the decompressed size of a frame, or None if the bytes are not one valid frame.
 
     Args:
-        read: gives the bytes from a position on, as many as asked for or fewer at the end.
+        read: `read(position, count)` returns up to `count` bytes, fewer at the end.
         size: bytes of the frame.
-        most: what it should decompress to. A frame of many more blocks than that needs is not valid here.
+        most: the expected decompressed size. A frame with many more blocks than this size needs counts as invalid.
     """
     header = read(0, 18)
     if header[:4] != _MAGIC or len(header) < 6:

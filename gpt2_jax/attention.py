@@ -38,22 +38,21 @@ def attention(
     dropout_key: PRNGKeyArray | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B T H K"]:
-    """softmax(scale q k^T) v, each query over the keys it may see.
+    """Compute softmax(scale q k^T) v, where each query attends to the keys that are not masked.
 
-    Scores and softmax are in float32 at least, whatever the dtype of q, k and v; products of
-    bfloat16 are exact there, so this is what `reorder_and_upcast_attn` asks for, with or without it.
+    Scores and softmax are at least float32 for every dtype of q, k and v. Products of bfloat16 are exact in float32, so
+    the result is always that of `reorder_and_upcast_attn`.
 
     Args:
-        implementation: "auto" takes what is fast on `jax.default_backend()` for this dtype and length, and `plain`
-            where there is a mask, dropout, no query, or nothing faster. Any other is taken as it is named; name it
-            where the program is for another device than that.
+        implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `plain` with a
+            mask, with dropout, without queries, or if nothing is faster. Give a name to compile for another device.
 
-    Raises `ValueError` for what the implementation that was named cannot take.
+    Raises `ValueError` for arguments that the named implementation does not support.
     """
     T, S = q_BTHK.shape[1], k_BSHK.shape[1]
     if is_causal and T != S:
         raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
-    if T == 0:  # the other implementations reduce over scores, of which there are none
+    if T == 0:  # the other implementations reduce over scores, which are empty here
         implementation = "plain"
     only_causal = is_causal and mask is None and dropout_rate == 0.0
     if implementation == "auto":

@@ -43,14 +43,13 @@ def generate(
     length_penalty: float = 1.0,
     seed: int = 0,
 ) -> Int[Array, "B*samples T+new"]:
-    """The prompts, each followed by `max_new_tokens` tokens; arguments as in `bridge.Request`.
+    """Return the prompts, each followed by `max_new_tokens` tokens. The arguments are the fields of `bridge.Request`.
 
-    After a row's stop id the rest of it is filled with the first of `stop_ids`. For prompts of different
-    lengths, tokens as they are made, or log-probabilities use `Decoder`, which also prepares the
-    parameters once for many prompts.
+    After a stop id, the rest of the row is filled with the first of `stop_ids`. Use `Decoder` for prompts of different
+    lengths, for streaming or for log-probabilities. It also prepares the parameters only once for many calls.
 
-    Raises `ValueError` for a request that cannot be honoured and for logits that are NaN or infinite, and `IndexError`
-    for an id outside the vocabulary.
+    Raises `ValueError` for an invalid request or for logits that are NaN or infinite, and `IndexError` for an id
+    outside the vocabulary.
     """
     check_form(input_ids)
     request = Request(
@@ -77,7 +76,7 @@ class _State(NamedTuple):
 
     cache: KeyValueCache
     ids_RN: Int[Array, "R N"]
-    """`ENDED` where there is no token yet, or no more; `INVALID` where none could be chosen."""
+    """`ENDED` before a token is chosen and after the end of a row; `INVALID` if no token could be chosen."""
     log_probs_RN: Float[Array, "R N"] | None
     draws_RN: Float[Array, "R N"]
     seen_RV: Bool[Array, "R V"] | None
@@ -255,7 +254,7 @@ def _with_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
 
 
 def _are_invalid(logits_RV: Float[Array, "R V"]) -> Bool[Array, " R"]:
-    """Whether a row has NaN or +inf, or nothing but -inf: see `bridge.decoding.INVALID`."""
+    """Whether a row has NaN or +inf, or only -inf; see `bridge.decoding.INVALID`."""
     return jnp.isnan(logits_RV).any(-1) | jnp.isinf(logits_RV.max(-1))
 
 

@@ -32,16 +32,16 @@ def from_pretrained(
     vocab_multiple: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[GPT2, dict[str, Any]]:
-    """The model of a checkpoint in any format, or of a Hugging Face id, and its parameters on the device.
+    """Load a model and its parameters from a checkpoint in any format or from a Hugging Face id.
 
     Args:
-        activation: of a nanoGPT file that does not state it; see `bridge.load`.
-        dtype: of the computation.
-        param_dtype: cast the parameters to this; None keeps them as they are stored.
+        activation: the activation of a nanoGPT file that does not state it; see `bridge.load`.
+        dtype: the dtype of the computation.
+        param_dtype: cast the parameters to this; None keeps the stored dtypes.
         scan, vocab_multiple: as in `GPT2`.
-        mesh: spread the parameters over it, from `gpt2_jax.sharding.make_mesh`; see `sharded_params`.
+        mesh: shard the parameters over this mesh, from `gpt2_jax.sharding.make_mesh`; see `sharded_params`.
 
-    Raises a child of `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
+    Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
     """
     checkpoint = bridge.load(source, activation=activation)
     return model_from_checkpoint(

@@ -1,6 +1,6 @@
-"""Files that a command writes its result to, JSON or a plot: a new file, or an earlier one of the same kind.
+"""Report files of commands: JSON and plots.
 
-Each names its generator, so that a later command can tell a report from any other file: only a report is overwritten.
+Every report names its generator, so that a later command can recognise it. Only reports are overwritten.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MAX_PLOT_BYTES = 2**24
 
 
 def require_report_path(path: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
-    """Raise `BridgeError` unless a report can be written to `path`. To be called before the work begins.
+    """Raise `BridgeError` unless a report can be written to `path`. Call it before the work starts.
 
     Args:
-        path: what `--json` or `--plot` names.
+        path: the value of `--json` or `--plot`.
         overwrite: an earlier report may be replaced.
         inputs: files and directories that the command reads.
     """
@@ -43,18 +43,18 @@ def require_report_path(path: Path, *, overwrite: bool, inputs: Iterable[str | P
     if path.exists() and not overwrite:
         raise BridgeError(f"{quoted(path)} exists; choose another name, or replace an earlier report with --overwrite")
     if path.exists() and not _is_report(path):
-        raise BridgeError(f"{quoted(path)} is not a report of this command and is kept; choose another name")
+        raise BridgeError(f"{quoted(path)} is not a report of this command and was not replaced; choose another name")
 
 
 def require_plot_path(path: Path, *, overwrite: bool) -> None:
-    """As `require_report_path`, for a plot: the name must end in one of `PLOT_FORMATS`."""
+    """As `require_report_path`, for a plot, whose name must end in one of `PLOT_FORMATS`."""
     if path.suffix not in PLOT_FORMATS:
         raise BridgeError(f"--plot {quoted(path)}: the name must end in {', '.join(PLOT_FORMATS)}")
     require_report_path(path, overwrite=overwrite)
 
 
 def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Write `value` as JSON with its generator; numbers that JSON does not have are spelled as strings."""
+    """Write `value` as JSON with its generator. NaN and infinity, which JSON lacks, are written as strings."""
     content = {"generator": f"{GENERATOR} {version(GENERATOR)}", **value}
     text = json.dumps(_strict(content), indent=2, allow_nan=False) + "\n"
     with new_file(path, overwrite=overwrite and _is_report(path)) as beside:
@@ -62,7 +62,7 @@ def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool =
 
 
 def save_plot(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int = 150) -> None:
-    """Write a figure in the format that the name ends in, with its generator among the metadata."""
+    """Write a figure in the format of the path's suffix, with its generator in the metadata."""
     with new_file(path, overwrite=overwrite and _is_report(path)) as beside:
         metadata = {_METADATA_FIELD[path.suffix]: GENERATOR}
         figure.savefig(beside, format=path.suffix.removeprefix("."), dpi=dpi, metadata=metadata)

@@ -1,4 +1,4 @@
-"""What reaches a terminal: text in which no character controls it, wherever the text is from."""
+"""Terminal output. Untrusted text is escaped, so that it cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from rich.text import Text
 from bridge.errors import escaped
 
 REPORT_WIDTH = 120
-"""Columns where the output is no terminal; tables need more than the customary 80."""
+"""Columns if the output is not a terminal. Tables need more than the usual 80."""
 
 _LAYOUT = "\n\t\u00a0\u202f\u3000"
-"""Line breaks, tabs, and the spaces of French, Chinese and Japanese text, which Python does not call printable."""
+"""Characters that are not escaped although `str.isprintable` is false: line breaks, tabs, and typographic spaces."""
 
 
 class Console(rich.Console):
-    """A console that prints control characters and marks of direction escaped.
+    """A console that escapes control characters and bidirectional marks in text.
 
-    Text is never markup, and nothing in it is replaced by emoji. Styles, and the cursor movements of progress bars,
-    are rich's own and stay.
+    Markup and emoji codes in text are not interpreted. rich's own styles and cursor movements are not escaped.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, highlight=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Escaped before it is measured, so that columns are as wide as what is printed."""
+        """Escape text before rich measures it, so that column widths match the printed text."""
         return super().render_str(escaped(text, _LAYOUT), **options)
 
     def render(self, renderable: rich.RenderableType, options: rich.ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -39,10 +38,10 @@ class Console(rich.Console):
 
 
 def console() -> Console:
-    """Standard output, for what was asked for."""
+    """Return the console for results, on standard output."""
     return Console(width=None if sys.stdout.isatty() else REPORT_WIDTH)
 
 
 def print_error(message: str) -> None:
-    """One error of the command on standard error."""
+    """Print one error of the command on standard error."""
     print(f"gpt2: {escaped(message)}", file=sys.stderr)

@@ -35,13 +35,13 @@ def generate(
     length_penalty: float = 1.0,
     seed: int = 0,
 ) -> Int[Tensor, "B*samples T+new"]:
-    """The prompts, each followed by `max_new_tokens` tokens; arguments as in `bridge.Request`.
+    """Return the prompts, each followed by `max_new_tokens` tokens. The arguments are the fields of `bridge.Request`.
 
-    After a row's stop id the rest of it is filled with the first of `stop_ids`. For prompts of different
-    lengths, tokens as they are made, or log-probabilities use `Decoder`.
+    After a stop id, the rest of the row is filled with the first of `stop_ids`. Use `Decoder` for prompts of different
+    lengths, for streaming or for log-probabilities.
 
-    Raises `ValueError` for a request that cannot be honoured and for logits that are NaN or infinite, and `IndexError`
-    for an id outside the vocabulary.
+    Raises `ValueError` for an invalid request or for logits that are NaN or infinite, and `IndexError` for an id
+    outside the vocabulary.
     """
     check_form(input_ids)
     request = Request(
@@ -69,7 +69,7 @@ class _State:
 
     cache: KeyValueCache
     ids_RN: Int[Tensor, "R N"]
-    """`ENDED` where there is no token yet, or no more; `INVALID` where none could be chosen."""
+    """`ENDED` before a token is chosen and after the end of a row; `INVALID` if no token could be chosen."""
     log_probs_RN: Float[Tensor, "R N"] | None
     draws_RN: Float[Tensor, "R N"]
     seen_RV: Bool[Tensor, "R V"] | None
@@ -169,7 +169,7 @@ def _add_token(state: _State, logits_RV: Float[Tensor, "R V"]) -> None:
         state.log_probs_RN[:, n] = logits_RV.float().log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
     if state.seen_RV is not None:
         state.seen_RV.scatter_(1, chosen_R[:, None], True)
-    invalid_R = ~logits_RV.amax(-1).isfinite() & ~state.ended_R  # the largest is NaN if any is
+    invalid_R = ~logits_RV.amax(-1).isfinite() & ~state.ended_R  # max is NaN if any element is
     state.ids_RN[:, n] = chosen_R.masked_fill(state.ended_R, ENDED).masked_fill(invalid_R, INVALID)
     state.made = n + 1
     state.ended_R = state.ended_R | torch.isin(chosen_R, state.stop_ids) | invalid_R.any()

@@ -345,12 +345,12 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, activation: str | None = None) -> GPT2:
-        """The model of a checkpoint in any format, or of a Hugging Face id, in its own dtype and in eval mode.
+        """Load a model from a checkpoint in any format or from a Hugging Face id, in its dtype and in eval mode.
 
         Args:
-            activation: of a nanoGPT file that does not state it; see `bridge.load`.
+            activation: the activation of a nanoGPT file that does not state it; see `bridge.load`.
 
-        Raises a child of `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
+        Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
         """
         from gpt2_torch.pretrained import model_from_checkpoint
 

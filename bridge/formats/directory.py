@@ -1,4 +1,4 @@
-"""What formats that are a directory with a `config.json` have in common."""
+"""Shared code of the formats whose checkpoint is a directory with a `config.json`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a companion of the weights; `CheckpointError` if it is anything else."""
+    """Return the JSON object in a companion of the weights. Raises `CheckpointError` if it holds anything else."""
     return read_json_companion(path.parent, path.name)
 
 
@@ -34,9 +34,9 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """Write the tokenizer that was inside the weights' file, or copy the tokenizer's files and generation settings.
+    """Copy the tokenizer files and generation settings, or write the tokenizer that the weights file contains.
 
-    Raises `CheckpointError` or `TokenizerError` for files that are not carried: see `bridge.companions`.
+    Raises `CheckpointError` or `TokenizerError` for files that `bridge.companions` rejects.
     """
     if checkpoint.own_tokenizer is not None:
         save_tokenizer(checkpoint.own_tokenizer(), directory)
@@ -49,9 +49,9 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
-    """The configuration in this project's own directories, and the file's fields.
+    """Return the configuration of a directory of this project, and all fields of its file.
 
-    They are Hugging Face's, and `bias`, the one setting that Hugging Face's GPT-2 does not have.
+    The fields are Hugging Face's and `bias`, the one setting that Hugging Face's GPT-2 does not have.
     """
     fields = read_json(path)
     has_bias = fields.pop("bias", True)
@@ -65,11 +65,11 @@ def write_config(path: Path, config: GPT2Config, extra: Mapping[str, Any] | None
 
 
 def tensors_of_tree(stored: Mapping[str, TensorEntry], config: GPT2Config, where: Path) -> LazyTensors:
-    """The leaves of a Flax tree, one layer at a time, under their canonical names and in PyTorch's shapes.
+    """Return the leaves of a Flax tree with unstacked layers, under canonical names and in PyTorch's shapes.
 
     Args:
-        stored: path in the tree (`h_0/attn/c_attn/kernel`) -> its leaf.
-        where: the file, for the `ConversionError` that lists every leaf that does not fit.
+        stored: path in the tree (`h_0/attn/c_attn/kernel`) -> leaf.
+        where: the file, for the `ConversionError` that lists every leaf that does not match the configuration.
     """
     expected = {"/".join(p.flax_path): p for p in parameters(config)}
     if problems := differences({path: p.flax_shape for path, p in expected.items()}, stored):
@@ -78,7 +78,7 @@ def tensors_of_tree(stored: Mapping[str, TensorEntry], config: GPT2Config, where
 
 
 def reshaped(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
-    """The same tensor, seen in another shape when it is read."""
+    """Return the tensor, reshaped on read."""
 
     def read(inner: Callable[[], np.ndarray] = entry.read) -> np.ndarray:
         return inner().reshape(shape)

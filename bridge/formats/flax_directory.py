@@ -21,7 +21,7 @@ NAME = "flax"
 WEIGHTS = "flax_model.safetensors"
 WRITES = r"flax_model\.safetensors"
 
-_A_LEAF = "wte/embedding"  # a name that no state_dict has
+_A_LEAF = "wte/embedding"  # a name that never occurs in a state_dict
 
 
 def find(path: Path) -> list[Path]:

@@ -33,7 +33,7 @@ _SHARDS = (".msgpack",)
 
 _TRANSFORMER, _HEAD = "transformer/", "lm_head/kernel"
 
-# What its modeling_flax_gpt2.py does not look at, and does whatever config.json says.
+# Settings that modeling_flax_gpt2.py ignores -> the behaviour that it hard-codes.
 _IGNORED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
 _ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "gelu_fast")  # ACT2FN of its modeling_flax_utils.py
 
@@ -53,10 +53,10 @@ def read(weights: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """What `FlaxGPT2LMHeadModel.save_pretrained` writes; raises `ConfigError` naming what that model ignores.
+    """Write what `FlaxGPT2LMHeadModel.save_pretrained` writes. Raises `ConfigError` for settings that it ignores.
 
     Args:
-        max_shard_bytes: start a new file before one grows past this; a single larger tensor has a file to itself.
+        max_shard_bytes: maximum size of a file. A single larger tensor gets its own file.
     """
     config = checkpoint.config
     require_implied(config, "transformers 4's Flax", _IGNORED)
@@ -72,7 +72,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
 
 
 def _canonical(stored: Mapping[str, TensorEntry], config: GPT2Config, weights: Path) -> LazyTensors:
-    tied = config.tie_word_embeddings and _HEAD not in stored  # a tied head may be stored all the same
+    tied = config.tie_word_embeddings and _HEAD not in stored  # a tied head may be stored too
     expected = {_path(p): p for p in parameters(replace(config, tie_word_embeddings=tied))}
     if _is_bare(stored):
         stored = {_TRANSFORMER + name: entry for name, entry in stored.items()}
@@ -111,7 +111,7 @@ def _as_stored(entry: TensorEntry, parameter: Parameter) -> TensorEntry:
 
 def _diagnostics(stored: Mapping[str, TensorEntry], config: GPT2Config) -> tuple[str, ...]:
     notes = [
-        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: this model computed "
+        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: its model computes "
         "another function there"
         for name, obeyed in _IGNORED.items()
         if getattr(config, name) != obeyed

@@ -1,7 +1,7 @@
 """Hugging Face directories: `config.json` with safetensors or torch's `.bin`, whole or in shards.
 
-All generations of transformers: names with or without `transformer.`, LayerNorms with `gamma` and `beta`, causal-mask
-buffers beside the weights, a tied head stored or not.
+Reads files of all versions of transformers: names with or without `transformer.`, LayerNorms with `gamma` and `beta`,
+causal-mask buffers beside the weights, a tied head stored or not.
 """
 
 from __future__ import annotations
@@ -52,11 +52,10 @@ def read(weights: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Names as `GPT2LMHeadModel.save_pretrained` writes them; a tied head is left out.
+    """Write the names that `GPT2LMHeadModel.save_pretrained` writes. A tied head is not stored.
 
     Args:
-        max_shard_bytes: start a new file before one grows past this; a single larger tensor has
-            a file to itself.
+        max_shard_bytes: maximum size of a file. A single larger tensor gets its own file.
     """
     write_json(directory / CONFIG, checkpoint.config.to_hf(checkpoint.extra))
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
@@ -73,8 +72,8 @@ def _saved_name(canonical: str) -> str:
 
 
 def _tensors(file: Path) -> Mapping[str, TensorEntry]:
-    """The tensors of one file, of whichever kind its content shows it to be."""
-    if is_torch_file(file) and not is_safetensors(file):  # whose header's length may be spelled as a pickle begins
+    """Return the tensors of one file. Its content determines its kind."""
+    if is_torch_file(file) and not is_safetensors(file):  # a safetensors header's length may look like a pickle's start
         return _state_dict(file, read_torch_file(file))
     return read_file(file)[0].entries
 

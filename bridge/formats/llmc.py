@@ -1,7 +1,7 @@
 """llm.c's `model.bin`: a header of 256 int32, then the parameters, each kind stacked over the layers.
 
-Projections are `[out, in]`, the vocabulary is padded, and there is no head: it is tied. The file does not say what
-llm.c's programs imply, which is GPT-2's own activation, epsilon and widths, and biases everywhere.
+Projections are `[out, in]`, the vocabulary is padded, and the head is tied and not stored. llm.c's programs fix what
+the file does not state: GPT-2's own activation, epsilon and widths, and biases everywhere.
 Source: llm.c, `write_model` in train_gpt2.py and `gpt2_build_from_checkpoint` in train_gpt2.cu.
 """
 
@@ -39,7 +39,7 @@ OTHER_FILES: Mapping[int, str] = {
     20240801: "llm.c's tokenized text, which is for `gpt2 train --data`",
 }
 VOCAB_MULTIPLE = 128
-"""Of the rows that llm.c's own export pads the vocabulary to."""
+"""llm.c's own export pads the rows of the vocabulary to a multiple of this."""
 
 _HEADER = np.dtype("<i4")
 _HEADER_BYTES = 256 * _HEADER.itemsize
@@ -56,7 +56,7 @@ _IMPLIED: Mapping[str, Any] = {
 
 
 def find(path: Path) -> list[Path]:
-    """The models; also a file of another kind that is named itself, of which `read` says what it is."""
+    """Return the models. Another llm.c file is returned only if `path` names it, so that `read` can say what it is."""
     return files_by_content(path, SUFFIXES, _is_model if path.is_dir() else _is_known)
 
 
@@ -72,7 +72,7 @@ def read(path: Path, config_json: Path | None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """Raises `ConfigError` or `ConversionError` naming what llm.c cannot say."""
+    """Raises `ConfigError` or `ConversionError` that names what llm.c cannot store."""
     config, tensors = checkpoint.config, checkpoint.tensors
     require_implied(config, "llm.c", {"n_inner": 4 * config.n_embd, **_IMPLIED})
     require_dtypes(tensors, "llm.c", VERSIONS.values())
@@ -106,9 +106,9 @@ def _is_known(file: Path) -> bool:
 
 
 def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
-    """The sizes, the element type and the rows of the embedding, held against the length of the file."""
+    """Return the sizes, the dtype and the rows of the embedding, validated against the length of the file."""
     if file.size < _HEADER_BYTES:
-        raise CheckpointError(f"{quoted(file.path)}: {file.size} bytes, cut off within llm.c's header")
+        raise CheckpointError(f"{quoted(file.path)}: {file.size} bytes, truncated within llm.c's header")
     header = np.frombuffer(file.read(0, _HEADER_BYTES), _HEADER).tolist()
     magic, version, *sizes = header[:7]
     rows = header[7]
@@ -131,13 +131,13 @@ def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
     if file.size != needed:
         raise CheckpointError(
             f"{quoted(file.path)}: {file.size} bytes, the sizes in its header need {quoted(needed)}; it is damaged or "
-            "cut off"
+            "truncated"
         )
     return config, dtype, rows
 
 
 def _places(config: GPT2Config, dtype: np.dtype, rows: int) -> Iterator[tuple[Parameter, int]]:
-    """The parameters in the order of the file, each with the position of its first byte."""
+    """Yield the parameters in file order, each with the offset of its first byte."""
     position = _HEADER_BYTES
     for p in _in_order(config):
         yield p, position

@@ -1,13 +1,14 @@
-"""nanoGPT's `ckpt.pt`: a torch file with the weights, AdamW's state, and how far training had come.
+"""nanoGPT's `ckpt.pt`: a torch file with the weights, AdamW's state, and the progress of training.
 
-Weights are named as Hugging Face's are and, being `nn.Linear`'s, `[out, in]`; so are their moments. The architecture
-is in `model_args`. The code fixes the rest: feed-forward layers of 4 D, epsilon 1e-5, a tied head, and the activation.
+Weights have Hugging Face's names. Projections and their moments are `[out, in]`, the layout of `nn.Linear`.
+`model_args` has the architecture. nanoGPT's code fixes the rest: feed-forward width 4 D, epsilon 1e-5, a tied head,
+and the activation.
 
-The activation is the exact GELU since June 14, 2023 (pull request 274), and was the tanh form, `gelu_new`, before. No
-field of the file states it. Two marks show an older file: `model_args` without `bias` (until January 27, 2023), and an
-optimizer in which embeddings do not decay (until May 6, 2023). No later commit changed the keys of a checkpoint, of
-`model_args` or of `config`. The marks that versions of torch leave date the file and not nanoGPT's code,
-so they do not count. A file without the two marks is read with the exact GELU unless `activation` says otherwise.
+nanoGPT has used the exact GELU since June 14, 2023 (pull request 274); before, it used the tanh form, `gelu_new`. No
+field of the file states the activation. Two properties identify an older file: `model_args` without `bias` (until
+January 27, 2023), and an optimizer that does not decay the embeddings (until May 6, 2023). No later commit changed the
+keys of a checkpoint, of `model_args` or of `config`. Traces of torch's version are ignored: they date the file, not
+nanoGPT's code. A file with neither property is read with the exact GELU unless `activation` is given.
 
 Source: https://github.com/karpathy/nanoGPT, model.py and train.py with their history.
 """
@@ -51,7 +52,7 @@ _ALWAYS_THERE = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-"""`model_args` -> our name. `dropout` stands for three rates here; older files have no `bias`."""
+"""`model_args` -> our name. `dropout` sets three rates here; older files have no `bias`."""
 
 _EXACT, _TANH = "gelu", "gelu_new"
 
@@ -76,10 +77,11 @@ def find(path: Path) -> list[Path]:
 
 
 def read(file: Path, config_json: Path | None, activation: str | None = None) -> Checkpoint:
-    """Everything but `model` and `model_args` may be missing, as in a file that keeps the model alone.
+    """Read a file. Only `model` and `model_args` are required.
 
-    Raises `ConfigError` for `model_args` that are not nanoGPT's and for an `activation` that is not the file's,
-    `ConversionError` for tensors and moments that are not the model's.
+    Raises:
+        ConfigError: `model_args` are not nanoGPT's, or `activation` contradicts the file.
+        ConversionError: the tensors or moments do not match the model.
     """
     saved = read_file(file)
     try:
@@ -89,9 +91,9 @@ def read(file: Path, config_json: Path | None, activation: str | None = None) ->
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """What nanoGPT samples from and resumes; where there is no optimizer, one that was never stepped.
+    """Write a file that nanoGPT can sample from and resume. Without an optimizer, write one at step 0.
 
-    Of dropout rates that differ it holds `resid_pdrop`.
+    nanoGPT has one dropout rate. If the three rates differ, `resid_pdrop` is written.
     """
     config, progress, adamw = checkpoint.config, checkpoint.progress, checkpoint.optimizer
     _require_nanogpt(config)
@@ -116,7 +118,7 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
 
 
 def _is_nanogpt(file: Path) -> bool:
-    """Whether it is a zip with the word `model_args` pickled near its beginning, where torch writes the pickle."""
+    """Whether the file is a zip with a pickled `model_args` near its beginning, where torch writes the pickle."""
     start = first_bytes(file, _MOST_PICKLE)
     return start.startswith(b"PK\x03\x04") and b"\x0a\0\0\0model_args" in start
 
@@ -145,30 +147,30 @@ def _checkpoint(file: Path, saved: Any, config_json: Path | None, activation: st
 
 
 def _settled_activation(is_old: bool, config_json: Path | None) -> str | None:
-    """The activation that the file's age shows or its `config.json` states; None where neither does."""
+    """Return the activation, from the age of the file or from its `config.json`; None if neither determines it."""
     if is_old:
         return _TANH
     if config_json is None:
         return None
     stated = read_config(config_json)[0].activation_function
-    return stated if stated in (_EXACT, _TANH) else None  # another is refused with the other differences
+    return stated if stated in (_EXACT, _TANH) else None  # any other value is reported with the other differences
 
 
 def _assumption(has_optimizer: bool) -> str:
     since = "May 6" if has_optimizer else "January 27"
     return (
-        f"the file does not state its activation; it was read with the exact GELU ({_EXACT}), which nanoGPT computes "
-        f"since June 14, 2023. A file of nanoGPT's code between {since} and June 14, 2023 has the tanh GELU: "
+        f"the file does not state its activation; it was read with the exact GELU ({_EXACT}), which nanoGPT has used "
+        f"since June 14, 2023. If nanoGPT's code of {since} to June 14, 2023 wrote the file, it needs the tanh GELU: "
         f'bridge.load(..., activation="{_TANH}"), or --source-activation {_TANH}'
     )
 
 
 def _config(model_args: Any) -> GPT2Config:
     if not isinstance(model_args, dict):
-        raise ConfigError("nanoGPT's checkpoint has the sizes of the model in `model_args`, and this has not")
+        raise ConfigError("nanoGPT's checkpoints have the sizes of the model in `model_args`, which is missing here")
     problems = [f"{name} is missing" for name in _ALWAYS_THERE if name not in model_args]
     problems += [
-        f"{quoted(name)}={quoted(value)}: nanoGPT has no such setting; a model of another program is not read"
+        f"{quoted(name)}={quoted(value)}: nanoGPT has no such setting; another program wrote this model"
         for name, value in model_args.items()
         if name not in (*_ALWAYS_THERE, "bias", "dropout")
     ]
@@ -185,7 +187,7 @@ def _config(model_args: Any) -> GPT2Config:
 
 def _stored(model: Any) -> dict[str, TensorEntry]:
     if not isinstance(model, dict):
-        raise CheckpointError("nanoGPT's checkpoint has the weights in `model`, and this has not")
+        raise CheckpointError("nanoGPT's checkpoints have the weights in `model`, which is missing here")
     others = [
         f"{quoted(name)} is a {type(value).__name__}, not a tensor"
         for name, value in model.items()
@@ -197,17 +199,17 @@ def _stored(model: Any) -> dict[str, TensorEntry]:
 
 
 def _projections(config: GPT2Config) -> frozenset[str]:
-    """What `nn.Linear` keeps `[out, in]`."""
+    """The parameters that `nn.Linear` stores as `[out, in]`."""
     return frozenset(p.torch_name for p in parameters(config) if p.is_projection)
 
 
 def _turned(tensors: LazyTensors, names: Collection[str]) -> dict[str, TensorEntry]:
-    """From one layout to the other, in either direction."""
+    """Convert between the canonical layout and nanoGPT's, in either direction."""
     return {name: turned(entry) if name in names else entry for name, entry in tensors.entries.items()}
 
 
 def _canonical_layout(stored: Mapping[str, TensorEntry], config: GPT2Config) -> LazyTensors:
-    """The tensors under the names that they have, without a head that is the embedding's own memory."""
+    """Return the tensors by name, without a head that shares the embedding's memory."""
     given = canonical_names(stored)
     head, embedding = given.get("lm_head.weight"), stored.get(given.get("wte.weight", ""))
     kept = {name: entry for name, entry in stored.items() if name != head or entry is not embedding}
@@ -215,7 +217,7 @@ def _canonical_layout(stored: Mapping[str, TensorEntry], config: GPT2Config) -> 
 
 
 def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
-    """The optimizer's moments, and whether its groups are those that nanoGPT made before June 2023."""
+    """Return the optimizer's moments, and whether its groups are those of nanoGPT before June 2023."""
     if state is None:
         return None, False
     sizes = optimizer_state.group_sizes(state)
@@ -232,12 +234,12 @@ def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
 
 
 def _groups(config: GPT2Config) -> list[list[str]]:
-    """The parameters of the optimizer's two groups: what decays, then what does not."""
+    """Return the parameters of the optimizer's two groups: with weight decay, then without."""
     return [[p.torch_name for p in parameters(config) if p.decays is decays] for decays in (True, False)]
 
 
 def _old_groups(config: GPT2Config) -> list[list[str]]:
-    """Before June 2023 only projections decayed, and the names were sorted as text."""
+    """The two groups before June 2023: only projections had weight decay, and names were sorted as text."""
     return [sorted(p.torch_name for p in parameters(config) if p.is_projection is decays) for decays in (True, False)]
 
 
@@ -261,7 +263,7 @@ def _diagnostics(saved: Mapping[str, Any], stored: Mapping[str, TensorEntry]) ->
     if dropped := len(stored) - len(canonical_names(stored)):
         notes.append(f"{dropped} causal-mask buffers were left out")
     if unread := [quoted(name) for name in saved if name not in ("model", "model_args", "optimizer", *_PROGRESS)]:
-        notes.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not and which is not read")
+        notes.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not write and which was not read")
     return tuple(notes)
 
 
@@ -283,7 +285,7 @@ def _require_nanogpt(config: GPT2Config) -> None:
 
 
 def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The `state_dict()` of nanoGPT's AdamW, and a sentence on hyperparameters for which it has no place."""
+    """Return the `state_dict()` of nanoGPT's AdamW, and a sentence about hyperparameters that it cannot store."""
     own = adamw.hyperparameters if adamw else {}
     groups, unlike = [], []
     number = itertools.count()
@@ -307,7 +309,7 @@ def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, 
 
 
 def _moments(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, TensorEntry]]:
-    """What torch keeps for each parameter, in the order of the optimizer."""
+    """Return torch's state of each parameter, in the order of the optimizer."""
     first, second = LazyTensors.of(adamw.first), LazyTensors.of(adamw.second)
     shapes = {p.torch_name: p.torch_shape for p in parameters(config)}
     if problems := differences(shapes, first.entries) + differences(shapes, second.entries):

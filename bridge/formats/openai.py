@@ -37,14 +37,14 @@ _SIZES: Mapping[str, str] = {
 }
 _KINDS: Mapping[str, str] = {"kernel": "w", "bias": "b", "scale": "g"}  # a LayerNorm's bias is b, too
 _STATE_LINE = re.compile(r'^model_checkpoint_path: "([^"]*)"\s*$', re.MULTILINE)
-# What fine-tuning scripts save beside the weights: Adam's moments and its powers, the step.
+# Variables that fine-tuning scripts save beside the weights: Adam's moments and beta powers, the step.
 _TRAINING = re.compile(r"model/.*/Adam(_1)?|(.*/)?beta[12]_power(_1)?|(.*/)?global_step|(.*/)?counter")
 
 
 def find(path: Path) -> list[Path]:
-    """In a directory: the index that the state file names, or every index where there is no state file.
+    """In a directory, return the index that the state file names, or every index if there is no state file.
 
-    Where the state file cannot be read or names an index that is missing, it is found itself, and `read` raises.
+    If the state file cannot be read or names a missing index, return the state file itself, for which `read` raises.
     """
     if not path.is_dir():
         return [path] if is_index(path) or _is_state(path) else []
@@ -55,13 +55,13 @@ def find(path: Path) -> list[Path]:
         return there
     try:
         named = _named_by(state)
-    except CheckpointError:  # `read` raises it
+    except CheckpointError:  # `read` raises the error again
         return [state]
     return [named if named in there else state]
 
 
 def read(path: Path) -> Checkpoint:
-    """Reads an index, or the state file that names one."""
+    """Read an index, or the index that a state file names."""
     directory = path.parent
     config = _config(directory / HPARAMS)
     index = path if is_index(path) else _named_by(path)
@@ -71,7 +71,7 @@ def read(path: Path) -> Checkpoint:
         )
     stored = read_bundle(index).entries
     weights = {name: entry for name, entry in stored.items() if not _TRAINING.fullmatch(name)}
-    if config.n_layer > len(weights):  # before the names of so many are made
+    if config.n_layer > len(weights):  # before that many names are generated
         raise ConversionError(f"{quoted(index)}: n_layer is {config.n_layer}, with {len(weights)} tensors")
     expected = {_name(p): p for p in parameters(config)}
     shapes = {name: _shape(p) for name, p in expected.items()}
@@ -100,7 +100,7 @@ def _is_state(file: Path) -> bool:
 
 
 def _named_by(state: Path) -> Path:
-    """The index that a state file names, looked for beside it: training scripts write paths of other machines."""
+    """Return the index that a state file names, in the state file's directory; its path may be another machine's."""
     found = _STATE_LINE.search(read_companion(state.parent, state.name).decode("utf-8", "replace"))
     name = found.group(1).rpartition("/")[2] if found else ""
     return state.parent / f"{name}.index"

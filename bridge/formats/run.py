@@ -1,9 +1,9 @@
-"""What `gpt2 train` leaves: `config.json`, the tokenizer, and numbered checkpoints that orbax wrote.
+"""A run directory of `gpt2 train`: `config.json`, the tokenizer, and numbered Orbax checkpoints.
 
-A run is read as its best checkpoint by validation loss, or its newest if none was evaluated; one of its
-`checkpoints/STEP` directories is read as that one. Either is first held against its manifest, file by file; of a run,
-what is damaged is passed over, and said to be. Where a running mean of the weights is kept (EMA), the mean
-is what is read. Orbax stores arrays with tensorstore, which needs no JAX to read (`bridge.array_store`).
+A run is read as its checkpoint with the lowest validation loss, or its newest if none was evaluated. A path
+`RUN/checkpoints/STEP` is read as that checkpoint. Every file is first verified against the manifest; in a run, damaged
+checkpoints are skipped with a warning. If the run keeps an exponential moving average (EMA) of the weights, the average
+is read. Orbax stores arrays with tensorstore, which can be read without JAX (`bridge.array_store`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ NAME = "run"
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 _MOST_PADDING = 2**16
-"""Rows by which a vocabulary may be padded, beside its own size."""
+"""Limit on the padding rows of a vocabulary."""
 _NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 WEIGHTS = ("ema_params", "params")
-"""Where a saved state has the weights: the first of these that it holds."""
+"""Keys of the weights in a saved state, in order of preference."""
 
 
 def find(path: Path) -> list[Path]:
@@ -56,32 +56,32 @@ def read(path: Path) -> Checkpoint:
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of the checkpoints, in order. One gets its number once all of it is on the disk."""
+    """Return the steps of the checkpoints, in order. A checkpoint gets its number once all of it is on the disk."""
     folder = run / CHECKPOINTS
     return sorted(int(p.name) for p in folder.iterdir() if _NUMBER.fullmatch(p.name)) if folder.is_dir() else []
 
 
 def sealed_steps(run: Path) -> list[int]:
-    """Of those, the ones whose manifest is as it was written; what it says of the files is not looked at."""
+    """Return the steps whose manifest is valid. The files are not verified."""
     return [step for step in steps(run) if _about(run, step) is not None]
 
 
 def validation_loss(run: Path, step: int) -> float | None:
-    """What was measured when this checkpoint was written, in nats per token; None if nothing was."""
+    """Return the validation loss recorded with this checkpoint, in nats per token, or None."""
     loss: Any = (_about(run, step) or {}).get("val_loss")
-    is_number = type(loss) in (int, float) and abs(loss) <= sys.float_info.max  # which NaN is not
+    is_number = type(loss) in (int, float) and abs(loss) <= sys.float_info.max  # False for NaN
     return float(loss) if is_number else None
 
 
 def best_step(run: Path) -> int | None:
-    """The checkpoint with the lowest validation loss; the newest if none was evaluated."""
+    """Return the step with the lowest validation loss, or the newest if none was evaluated."""
     return next(iter(_best_first(run)), None)
 
 
 def verified(run: Path, step: int) -> dict[str, Any]:
-    """What the manifest of a checkpoint says, every file being as it was written.
+    """Verify every file of a checkpoint and return the `about` of its manifest.
 
-    Raises `CheckpointError` naming the first that is not, also where it is another step's.
+    Raises `CheckpointError` if a file was changed or the manifest belongs to another step.
     """
     path = run / CHECKPOINTS / str(step)
     about = manifest.verify(path)
@@ -91,27 +91,29 @@ def verified(run: Path, step: int) -> dict[str, Any]:
 
 
 def sound(run: Path, candidates: Iterable[int], say: Callable[[str], object]) -> int | None:
-    """The first of these checkpoints that is as it was written; `say` is told of those before it, which are not."""
+    """Return the first of these checkpoints that is valid. `say` gets a message about each damaged one before it."""
     for step in candidates:
         try:
             verified(run, step)
             return step
         except CheckpointError as error:
-            say(f"the checkpoint of step {step} is damaged and passed over: {error}")
+            say(f"the checkpoint of step {step} is damaged and was skipped: {error}")
     return None
 
 
 def best_sound_step(run: Path, say: Callable[[str], object]) -> int:
-    """As `best_step`, of those that are as they were written; `say` is told of each that would or could have been
-    better: of one without a sound manifest the loss is not known.
+    """Return the best valid step, ordered as by `best_step`.
 
-    Raises `CheckpointError` where there is none.
+    `say` gets a message about each damaged checkpoint that was or may have been better. The loss of a checkpoint
+    without a valid manifest is unknown.
+
+    Raises `CheckpointError` if there is no valid checkpoint.
     """
     damaged: list[str] = []
     best = _best_first(run)
     step = sound(run, [*(step for step in reversed(steps(run)) if step not in best), *best], damaged.append)
     if step is None and damaged:
-        raise CheckpointError(f"the run {quoted(run)} has no checkpoint that is sound:\n{bullet_list(damaged)}")
+        raise CheckpointError(f"the run {quoted(run)} has no valid checkpoint:\n{bullet_list(damaged)}")
     if step is None:
         raise CheckpointError(f"the run {quoted(run)} has no checkpoint yet; let it train until its first one")
     for line in damaged:
@@ -146,7 +148,7 @@ def _is_step(path: Path) -> bool:
 
 
 def _weights(state: Path) -> dict[str, StoredArray]:
-    """The saved weights by their path in the Flax tree, none of them read."""
+    """Return the saved weights by their path in the Flax tree, without reading them."""
     arrays = open_arrays(state)
     prefix = next((f"{part}." for part in WEIGHTS if any(name.startswith(f"{part}.") for name in arrays)), None)
     if prefix is None:
@@ -157,7 +159,7 @@ def _weights(state: Path) -> dict[str, StoredArray]:
 
 
 def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, TensorEntry]:
-    """The weights of single layers. Of stacked layers, one more than the model has is enough to be refused."""
+    """Split stacked layers into single ones. At most one layer too many is split; it makes the checkpoint invalid."""
     entries = {}
     for path, stored in arrays.items():
         if path.startswith(f"{STACK}/") and stored.shape:
@@ -175,6 +177,6 @@ def _entry(stored: StoredArray, layer: int | None = None) -> TensorEntry:
 
 
 def _without_padding(entry: TensorEntry, config: GPT2Config) -> TensorEntry:
-    """The rows of the vocabulary; as it is where there are more than any padding makes."""
+    """Remove padding rows of the vocabulary. Returns the entry unchanged if it has more rows than padding can add."""
     is_padded = bool(entry.shape) and entry.shape[0] <= 2 * config.vocab_size + _MOST_PADDING
     return first_rows(entry, config.vocab_size) if is_padded else entry

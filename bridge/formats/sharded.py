@@ -1,4 +1,4 @@
-"""Checkpoints in several files, under an index of which tensor is in which: Hugging Face's way."""
+"""Hugging Face's sharded checkpoints: several files, and an index that maps each tensor to its file."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import read_json, write_json
 from bridge.stored_file import first_bytes
 
-_INDEX_START = 2**16  # bytes: some of the names of shards are in them
+_INDEX_START = 2**16  # bytes at the start of the index, enough to contain a shard's name
 
 
 def is_index(file: Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a JSON file is an index of shards whose names end in one of `suffixes`; False where it cannot be read."""
+    """Whether a JSON file is an index of shards with one of the `suffixes`. Returns False if it cannot be read."""
     start = first_bytes(file, _INDEX_START) if file.suffix == ".json" else b""
     return b'"weight_map"' in start and any(f'{suffix}"'.encode() in start for suffix in suffixes)
 
 
 def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
-    """The tensors that an index lists, after holding it against what the shards contain.
+    """Return the tensors that an index lists, after checking that the shards contain exactly these.
 
     Args:
-        index_file: `{"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}`, the files beside it.
-        read_file: the tensors of one shard.
+        index_file: `{"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}`, with the files beside it.
+        read_file: returns the tensors of one shard.
     """
     directory, index = index_file.parent, read_json(index_file)
     weight_map = index.get("weight_map")
@@ -43,7 +43,7 @@ def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, Tenso
             continue
         shard = read_file(directory / file)
         listed = {name for name, where in weight_map.items() if where == file}
-        problems += [f"{quoted(name)} should be in {quoted(file)} and is not" for name in listed - set(shard)]
+        problems += [f"{quoted(name)} should be in {quoted(file)} but is not" for name in listed - set(shard)]
         for name in shard.keys() - listed:
             where = f"in {quoted(weight_map[name])}" if name in weight_map else "nowhere"
             problems.append(f"{quoted(name)} is in {quoted(file)}; the index says {where}")
@@ -62,10 +62,10 @@ def write_shards(
     max_shard_bytes: int,
     write_file: Callable[[Path, LazyTensors], object],
 ) -> None:
-    """One file `STEM.SUFFIX`, or several and `STEM.SUFFIX.index.json`.
+    """Write one file `STEM.SUFFIX`, or several files and `STEM.SUFFIX.index.json`.
 
     Args:
-        max_shard_bytes: start a new file before one grows past this; a single larger tensor has a file to itself.
+        max_shard_bytes: maximum size of a file. A single larger tensor gets its own file.
     """
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
@@ -96,13 +96,13 @@ def _split(entries: Mapping[str, TensorEntry], max_bytes: int) -> list[dict[str,
 
 
 def _unusable(directory: Path, file: str) -> str | None:
-    """Why a shard of this name is not opened: an index is somebody else's text, a shard a file beside it."""
+    """Return why this shard name, which is untrusted input, is rejected; None if it names a file beside the index."""
     if file in ("", ".", "..") or any(c in file for c in "/\\\0:"):
         return f"{quoted(file)} is not a plain file name"
-    if not os.path.isfile(directory / file):  # unlike Path.is_file, False also for a name too long to exist
+    if not os.path.isfile(directory / file):  # unlike Path.is_file, returns False for a name that is too long
         return f"{quoted(file)} is missing; download it, or copy it beside the index"
     if not stays_inside(directory, file):
-        return f"{quoted(file)} is a link that leads out of the directory"
+        return f"{quoted(file)} is a link out of the directory"
     return None
 
 
@@ -111,7 +111,7 @@ def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -
     if not isinstance(metadata, dict) or "total_size" not in metadata:
         return
     total = sum(entry.nbytes for entry in entries.values())
-    # transformers has counted a tied head once or twice, and a boolean, in the mask buffers of old models, as one bit.
+    # Versions of transformers count a tied head once or twice, and a boolean of old mask buffers as one bit.
     head = sum(entry.nbytes for name, entry in entries.items() if name.endswith("lm_head.weight"))
     bits = sum(entry.nbytes for entry in entries.values() if entry.dtype == np.bool_) * 7 / 8
     known = (total, total - head, total - bits, total - bits - head)

@@ -1,8 +1,8 @@
-"""What formats that are one file have in common.
+"""Shared code of the single-file formats.
 
-Such a file says less than `GPT2Config` holds. Settings of the function that it cannot say have to be those that its
-format implies. The rest (`TRAINING_ONLY`, and the fields that Hugging Face's config.json has beyond) is in a
-`config.json` beside the file where `bridge.save` made a directory of both.
+Such a file stores only part of `GPT2Config`. Settings that affect the model's output and that it cannot store must have
+the values that its format implies. Other settings (`TRAINING_ONLY`, and further fields of Hugging Face's config.json)
+are in a `config.json` beside the file if `bridge.save` wrote a directory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from bridge.formats.directory import CONFIG, read_config
 
 
 def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tuple[GPT2Config, dict[str, Any]]:
-    """`config` with what the `config.json` of `file` adds to it, and the harmless fields of that one.
+    """Merge the `config.json` of `file` into `config`. Returns the result and the harmless fields of `config.json`.
 
-    Raises `ConfigError` where the two disagree on the function.
+    Raises `ConfigError` if the two describe different models.
     """
     if config_json is None:
         return config, {}
@@ -33,14 +33,14 @@ def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tu
     ]
     if unlike:
         raise ConfigError(
-            f"{quoted(file)} and the {CONFIG} beside it describe different models; if that is another model's, move "
-            "the file to a directory of its own:\n" + bullet_list(unlike)
+            f"{quoted(file)} and the {CONFIG} beside it describe different models; if {CONFIG} belongs to another "
+            "model, move the file to a directory of its own:\n" + bullet_list(unlike)
         )
     return full, harmless_fields(read)
 
 
 def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any], remedy: str = "") -> None:
-    """Raise `ConfigError` naming every field that is not what the format, which cannot say it, implies."""
+    """Raise `ConfigError` that names every field whose value differs from the one that the format implies."""
     unlike = [
         f"{name}={quoted(_value(config, name))}: {format} has only {value!r}"
         for name, value in implied.items()
@@ -51,7 +51,7 @@ def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any],
 
 
 def require_dtypes(tensors: LazyTensors, format: str, allowed: Collection[Any]) -> None:
-    """Raise `ConversionError` naming the tensors that have none of the `allowed` dtypes."""
+    """Raise `ConversionError` that names the tensors whose dtype is not in `allowed`."""
     spelled = ", ".join(map(str, allowed))
     unlike = [
         f"{name} holds {entry.dtype}: {format} has only {spelled}"
@@ -63,11 +63,11 @@ def require_dtypes(tensors: LazyTensors, format: str, allowed: Collection[Any]) 
 
 
 def left_out(config: GPT2Config, held: GPT2Config) -> tuple[str, ...]:
-    """A sentence on the settings of training in `config` that the file, which is read back as `held`, does not say."""
+    """Return a sentence on training settings in `config` that the file does not store; `held` is the file's config."""
     unsaid = [
         f"{name}={getattr(config, name)!r}" for name in TRAINING_ONLY if _value(config, name) != _value(held, name)
     ]
-    return (f"settings of training that the file has no place for: {', '.join(unsaid)}",) if unsaid else ()
+    return (f"settings of training that the file cannot store: {', '.join(unsaid)}",) if unsaid else ()
 
 
 def _function_fields() -> list[str]:
@@ -75,5 +75,5 @@ def _function_fields() -> list[str]:
 
 
 def _value(config: GPT2Config, name: str) -> Any:
-    """A field, with the width of the feed-forward layer spelled out."""
+    """Return a field. The default width of the feed-forward layer is resolved to a number."""
     return config.feed_forward_size if name == "n_inner" else getattr(config, name)

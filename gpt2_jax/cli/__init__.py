@@ -31,7 +31,7 @@ from gpt2_jax.train.determinism import make_deterministic
 
 BAD_INPUT = 2
 COMPILING = {"verify", "generate", "train", "eval", "demo"}
-"""Verbs that keep their compiled programs; what `bench` compiles is a part of what it measures."""
+"""Verbs that cache compiled programs. `bench` does not, because it measures compilation."""
 
 VERBS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
@@ -45,7 +45,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one verb; bad input ends with exit code 2 and its message, never with a traceback."""
+    """Run one verb. Bad input exits with status 2 and a message, never with a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback

@@ -1,4 +1,4 @@
-"""Arguments that several verbs take."""
+"""Arguments that several verbs share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 import bridge
 
 BUNDLED = str(bridge.BUNDLED)
-"""What is opened where no source is given: the small model that comes with the package. By its path, because
-`bundled` may be a directory of the user's too."""
+"""The default source: the small model that comes with the package. Its path is used, because the user may have a
+directory named `bundled`."""
 
 Source = Annotated[Positional[str], arg(metavar="SRC")]
 SourceOrBundled = Annotated[Positional[str], arg(metavar="SRC", help_behavior_hint="(default: bundled)")]
@@ -19,7 +19,7 @@ SourceActivation = Annotated[
     str | None,
     arg(
         metavar="gelu|gelu_new",
-        help="the activation of a nanoGPT file, which does not state it; gelu_new for nanoGPT's code before June 14, "
+        help="the activation of a nanoGPT file that does not state it; gelu_new for nanoGPT's code before June 14, "
         "2023. An error for every other source. (default: gelu)",
         help_behavior_hint="",
     ),

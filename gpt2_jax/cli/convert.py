@@ -31,21 +31,21 @@ def convert(
     overwrite: bool = False,
     json: JsonFile = None,
 ) -> None:
-    """Write a checkpoint in another format, every tensor bit for bit, complete or not at all.
+    """Convert a checkpoint to another format, preserving every tensor bit for bit. The write is atomic.
 
     Example: gpt2 convert ./my-gpt2 ./my-gpt2-flax --to flax
 
     Args:
         source: a checkpoint in any format, or a Hugging Face id.
-        target: the directory to make; for nanogpt, llmc and gguf also the file, if it ends in .pt, .bin or .gguf.
+        target: the directory to write. For nanogpt, llmc and gguf, a name with the suffix .pt, .bin or .gguf is a file.
         to: the format to write.
-        max_shard_bytes: for huggingface and flax_msgpack: begin a new file before one grows past this.
-        zero_biases: give a model without biases biases of zero, which Hugging Face's GPT-2 cannot do without.
-        activation: write the weights as a model with this activation, another function; nanogpt has only gelu.
-        vocab_size: cut off the rows that pad the vocabulary past this size.
-        keep_not_finite: write weights that are NaN or infinite too; without it they are an error.
+        max_shard_bytes: for huggingface and flax_msgpack: the maximum size of a file.
+        zero_biases: add zero biases to a model without biases, because Hugging Face's GPT-2 requires them.
+        activation: set the activation. This changes the model's output. nanogpt supports only gelu.
+        vocab_size: remove padding rows of the vocabulary beyond this size.
+        keep_not_finite: also write weights that are NaN or infinite; by default they are an error.
         overwrite: replace the checkpoint at the target, and the report of an earlier command.
-        json: also write what was done to this file.
+        json: also write a report to this file.
     """
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     if options and to not in IN_SHARDS:
@@ -74,7 +74,7 @@ def convert(
 
 
 def _changed(checkpoint: Checkpoint, zero_biases: bool, activation: str | None, vocab_size: int | None) -> Checkpoint:
-    """The changes that were asked for by name; no other is made."""
+    """Apply the requested changes, and no others."""
     if zero_biases:
         checkpoint = checkpoint.with_biases()
     if activation is not None:

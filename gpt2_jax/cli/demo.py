@@ -1,4 +1,4 @@
-"""`gpt2 demo`: the whole journey on the model that comes with the package."""
+"""`gpt2 demo`: convert, verify, fine-tune and export the bundled model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from gpt2_jax.train.run import remove as remove_run
 
 SHAKESPEARE, PYTHON = "ROMEO:", "def "
 SAMPLING = Request(max_new_tokens=60, temperature=0.8, top_p=0.9, seed=1)
-"""The same seed draws the same text in both backends."""
+"""The same seed produces the same text in both backends."""
 
 
 def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 150, overwrite: bool = False) -> int:
-    """Take a PyTorch GPT-2 to JAX, prove that it is the same, fine-tune it there, and bring it back.
+    """Load a PyTorch GPT-2 in JAX, verify that both compute the same, fine-tune it, and export it for PyTorch.
 
-    The model is the bundled one, which has read Shakespeare; it is fine-tuned on Python's standard library.
+    The model is the bundled one, trained on Shakespeare. It is fine-tuned on Python's standard library.
 
     Example: gpt2 demo --out demo-output
 
     Args:
-        out: where to put the report and the run; they take 50 MB.
-        data: the text to fine-tune on, as `gpt2 train --data` takes it.
-        steps: of fine-tuning.
-        overwrite: replace the report and the run of an earlier demo; other files there stay.
+        out: the directory for the report and the run; they take 50 MB.
+        data: the text to fine-tune on, as for `gpt2 train --data`.
+        steps: number of fine-tuning steps.
+        overwrite: replace the report and the run of an earlier demo. Other files in the directory stay.
     """
     require_torch("gpt2 demo")
     say = console().print
@@ -61,7 +61,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     for backend, text in texts.items():
         say(f"--- {backend}\n{text}", soft_wrap=True)
     if texts["torch"] != texts["jax"]:
-        raise BridgeError(f"the export {quoted(outcome.export)} does not go on alike in PyTorch and JAX")
+        raise BridgeError(f"the export {quoted(outcome.export)} generates different text in PyTorch and JAX")
     say(f"\nreport: {report_file}\nplot: {outcome.plot}\ncheckpoint: {outcome.export}", soft_wrap=True)
     return code
 
@@ -72,7 +72,7 @@ def _recipe(data: str, steps: int) -> TrainConfig:
         init_from=BUNDLED,
         tokenizer=TOKENIZER_OF_INIT_FROM,
         data=data,
-        mesh="data=1",  # however many devices there are
+        mesh="data=1",  # independent of the number of devices
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, beta2=0.99),
         steps=steps,
         eval_every=max(1, steps // 3),

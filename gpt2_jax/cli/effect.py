@@ -1,6 +1,6 @@
-"""Flags without an effect are an error: each verb has a table of rules that say when a flag has none.
+"""Raise an error for flags that have no effect. Each verb has a table of rules that say when a flag has none.
 
-A flag counts as given if its value is not the default.
+A flag counts as given if its value differs from the default.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Rule:
     """A condition under which some flags have no effect."""
 
     names: tuple[str, ...]
-    """The parameters of the flags."""
+    """The parameter names of the flags."""
     applies: Callable[[Values], bool]
-    """The condition, a function of the values of all flags."""
+    """The condition, as a function of the values of all flags."""
     when: str
-    """The condition in words, to follow "has no effect"."""
+    """The condition in words. The message inserts it after "has no effect"."""
 
 
 def require_effect(values: Values, defaults: Values, rules: Iterable[Rule]) -> None:
-    """Raise `BridgeError` naming every flag that was given and has no effect."""
+    """Raise `BridgeError` that names every given flag that has no effect."""
     problems = [
         f"{flag(name)}: has no effect {rule.when}; leave it out"
         for rule in rules
@@ -41,10 +41,10 @@ def require_effect(values: Values, defaults: Values, rules: Iterable[Rule]) -> N
 
 
 def flag(name: str) -> str:
-    """How the command line spells a parameter."""
+    """Return the command-line flag of a parameter."""
     return f"--{name.replace('_', '-')}"
 
 
 def defaults_of(verb: Callable[..., Any]) -> Values:
-    """The defaults of a verb's parameters."""
+    """Return the defaults of a verb's parameters."""
     return {name: parameter.default for name, parameter in inspect.signature(verb).parameters.items()}

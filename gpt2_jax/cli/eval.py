@@ -36,7 +36,7 @@ Count = Annotated[int | None, arg(metavar="INT")]
 
 @dataclass(frozen=True)
 class Text:
-    """What is predicted. Words are what white space separates, bytes those of UTF-8; None where only ids are known."""
+    """The evaluated text. Words are separated by white space, bytes are UTF-8; both are None if only ids are known."""
 
     ids: np.ndarray
     words: int | None = None
@@ -59,28 +59,30 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts a text: loss, perplexity per token and per word, bits per byte.
 
-    The text is predicted in sliding windows: each begins a stride after the one before, and predicts the tokens
-    that none has reached yet, so that every token but the very first counts once.
+    The text is evaluated in sliding windows. Each window starts one stride after the previous one and scores only the
+    tokens that no earlier window scored, so every token except the first counts once.
 
     Example: gpt2 eval ./my-gpt2 --data book.txt --stride 256
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files; where some of these are called
-            train and others val, the latter. Unless given, the part of Shakespeare that the bundled model has not seen.
-        backend: which implementation runs.
-        context: tokens per window; all of the model's positions unless given.
-        stride: from one window to the next; half the context unless given. A shorter one is slower and gives each
-            token more to be predicted from; at the context itself each window's first token is not predicted.
-        batch: windows run together; about 4096 tokens' worth unless given.
-        max_tokens: stop after so many tokens of the text.
-        json: also write the figures to this file.
+        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some are named train and others
+            val, the val files are used. The default is the part of Shakespeare that the bundled model has not seen.
+        backend: the implementation to run.
+        context: tokens per window; default: all positions of the model.
+        stride: tokens from one window to the next; default: half the context. A shorter stride is slower and gives each
+            token more context. If the stride equals the context, the first token of each window is not scored.
+        batch: windows per batch; default: about 4096 tokens.
+        max_tokens: stop after this many tokens of the text.
+        json: also write the results to this file.
         overwrite: replace the report of an earlier command.
     """
     write_json = json_writer(json, overwrite, (source, data))
     data = str(bridge.BUNDLED / "validation.txt") if data is None else data
     if max_tokens is not None and max_tokens < 2:
-        raise bridge.BridgeError(f"--max-tokens {max_tokens}: it takes two, because the first has nothing before it")
+        raise bridge.BridgeError(
+            f"--max-tokens {max_tokens}: must be at least 2, because the first token is not predicted"
+        )
     if backend == "torch":
         require_torch("--backend torch")
     checkpoint = bridge.load(source, activation=source_activation)
@@ -122,7 +124,7 @@ def _encode(documents: Documents, tokenizer: tiktoken.Encoding, most: int, advan
             ids = ids[:room]
             raw = tokenizer.decode_bytes(ids)
         pieces.append(np.array(ids, np.int32))
-        words += len(raw.decode(errors="ignore").split())  # pieces begin at white space, so none cuts a word
+        words += len(raw.decode(errors="ignore").split())  # pieces start at white space, so no word is split
         size += len(raw)
         room -= len(ids)
         advance(size, documents.size)
@@ -132,7 +134,7 @@ def _encode(documents: Documents, tokenizer: tiktoken.Encoding, most: int, advan
 
 
 def _pieces(documents: Documents, tokenizer: tiktoken.Encoding) -> Iterator[tuple[list[int], str]]:
-    """Ids and their text; between two documents the token that ends one, which is no text, if there is such."""
+    """Ids and their text. The end-of-text token between documents, if there is one, has no text."""
     end = [tokenizer.eot_token] if END_OF_TEXT in tokenizer.special_tokens_set else []
     for k, document in enumerate(documents.readable()):
         if k:
@@ -155,7 +157,7 @@ def _with_jax(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) ->
 
 
 def _figures(found: Evaluation, text: Text) -> dict[str, Any]:
-    """For machines. None: the text is not known, has no words, or the figure is larger than any float."""
+    """The report as JSON values. None: the text is unknown, has no words, or the value overflows a float."""
     figures = {
         "loss": found.loss,
         "perplexity": found.perplexity,

@@ -59,30 +59,31 @@ def generate(
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
-    """Continue a prompt, or many.
+    """Continue one or more prompts.
 
     Example: gpt2 generate ./my-gpt2 "Once upon a time" --temperature 0.8 --top-p 0.95
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        prompt: the text to continue; a line break, if none is given; - reads it from standard input.
-        lines: continue each line of this file instead, except empty ones; - is standard input.
-        interactive: ask for one prompt after another; an empty line ends it.
-        backend: which implementation runs.
-        max_new_tokens: how many tokens to add at most; if not given, 50, or fewer where the model has no room for them.
-        temperature: 0 takes the likeliest token, 1 samples as the model predicts.
-        top_k: with a temperature: sample among this many likeliest tokens only.
-        top_p: with a temperature: sample among the fewest tokens that have this much probability together.
-        min_p: with a temperature: sample among tokens with at least this part of the likeliest one's probability.
-        repetition_penalty: above 1, tokens that were there before become less likely.
+        prompt: the text to continue; default: a line break; - reads it from standard input.
+        lines: continue each non-empty line of this file instead; - is standard input.
+        interactive: ask for one prompt after another; an empty line exits.
+        backend: the implementation to run.
+        max_new_tokens: maximum number of new tokens; default: 50, or fewer if the model has fewer positions left.
+        temperature: 0 always takes the likeliest token; 1 samples from the model's distribution.
+        top_k: with a temperature: sample from this many likeliest tokens.
+        top_p: with a temperature: sample from the smallest set of likeliest tokens whose probabilities sum to this.
+        min_p: with a temperature: sample from tokens with at least this fraction of the likeliest one's probability.
+        repetition_penalty: above 1, makes tokens that already occurred less likely.
         samples: continuations of each prompt.
         stop: end the text before this string; may be given several times.
-        stop_at_end: end it where the model ends the document, with the tokenizer's <|endoftext|>.
-        beams: above 1: search for the likeliest text, keeping so many candidates.
-        length_penalty: of beams: above 0 favours longer texts.
-        slide: where the model has no room for more, go on from the last half of the text.
-        seed: the same seed gives the same text, in both backends but for rounding.
-        dtype: of the weights and the computation; bfloat16 reads half the bytes, which is faster on GPU and TPU.
+        stop_at_end: end the text at the tokenizer's <|endoftext|>.
+        beams: above 1: beam search with this many beams.
+        length_penalty: with beams: above 0 favours longer texts.
+        slide: when all positions are used, continue from the last half of the text.
+        seed: the same seed gives the same text, in both backends except for rounding errors.
+        dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
+            TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.
         overwrite: replace the report of an earlier command.
     """
@@ -107,7 +108,7 @@ def generate(
         length_penalty=length_penalty,
     )
     if interactive and (samples > 1 or beams > 1 or json is not None):
-        raise BridgeError("--interactive gives one text at a time; leave --samples, --beams and --json out")
+        raise BridgeError("--interactive generates one text at a time; remove --samples, --beams and --json")
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
         def fitting(texts: list[str]) -> Request:
@@ -134,7 +135,7 @@ def generate(
 def open_decoder(
     backend: Backend, checkpoint: Checkpoint, dtype: Float32OrBfloat16 | None = None
 ) -> Iterator[decoding.Decoder[Any, Any]]:
-    """The checkpoint's model, ready to generate: in float32, or float64 if that is stored, or in what is asked for."""
+    """Return the checkpoint's decoder, in the given dtype; by default float32, or float64 if that is stored."""
     if backend == "torch":
         require_torch("--backend torch")
         import torch
@@ -153,7 +154,7 @@ def open_decoder(
 
 
 def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, request: Request) -> str:
-    """The prompt and how the model goes on."""
+    """Print the prompt and its continuation."""
     with open_decoder(backend, checkpoint) as decoder:
         [[found]] = complete(decoder, checkpoint.tokenizer(), [prompt], request)
     return printable(prompt + found.text)
@@ -169,7 +170,7 @@ def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[
             return found
         raise BridgeError(f"{lines} has no line with a prompt; give one prompt per line")
     if prompt == "-":
-        return [_read("-").removesuffix("\n")]  # which `echo` adds
+        return [_read("-").removesuffix("\n")]  # `echo` adds it
     return ["\n" if prompt is None else prompt]
 
 
@@ -182,7 +183,7 @@ def _read(file: str) -> str:
 
 
 def _print_pieces(prompt: str, pieces: Iterator[str]) -> None:
-    first = next(pieces, "")  # made before the prompt is printed: a request that is refused prints nothing
+    first = next(pieces, "")  # before the prompt is printed, so that an invalid request prints nothing
     print(printable(prompt + first), end="", flush=True)
     for piece in pieces:
         print(printable(piece), end="", flush=True)
@@ -199,7 +200,7 @@ def _converse(continued: Callable[[str], Iterator[str]]) -> None:
 
 def _asked() -> str:
     try:
-        return input("> ").removeprefix("\ufeff")  # a byte-order mark, if a file is standard input
+        return input("> ").removeprefix("\ufeff")  # removes a byte-order mark, which a redirected file may have
     except EOFError:
         return ""
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What a training run takes from the checkpoint that it starts from, and which flags that leaves without effect."""
+"""The tokenizer and sizes that a training run takes from its initial checkpoint, and checks of flags against them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 
 def sizes_asked_for(config: TrainConfig, default: TrainConfig | None) -> dict[str, Any]:
-    """Sizes of the model, by name, that differ from the default."""
+    """Return the sizes of the model, by name, that differ from the default."""
     if default is None:
         return {}
     given, usual = vars(config.model), vars(default.model)
@@ -41,12 +41,12 @@ def require_sizes(asked: Mapping[str, Any], model: GPT2Config, whose: str) -> No
 
 
 def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, begun: Identity | None) -> Any:
-    """The tokenizer for `open_data`: that of `source`, or the configured one if `source` has none.
+    """Return the tokenizer for `open_data`: that of `source`, or the configured one if `source` has none.
 
     Args:
-        begun: the identity of the run that is resumed, if one is.
+        begun: the stored identity of the run, if one is resumed.
 
-    Raises `BridgeError` for a `--tokenizer` that is not the tokenizer of `source`, or does not fit its vocabulary.
+    Raises `BridgeError` for a `--tokenizer` that differs from the tokenizer of `source` or exceeds its vocabulary.
     """
     named = None if config.tokenizer == NO_TOKENIZER else config.tokenizer
     if source is None:
@@ -61,14 +61,14 @@ def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, begun: Iden
         return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _fitting(named, source)
     if not is_default and not _is_same(named, own):
         raise BridgeError(
-            f"--tokenizer {quoted(config.tokenizer)}: is not the tokenizer of {quoted(source.path)}, whose weights "
-            "are for its own tokens; leave it out"
+            f"--tokenizer {quoted(config.tokenizer)}: is not the tokenizer of {quoted(source.path)}, with which "
+            "its weights were trained; leave it out"
         )
     return own
 
 
 def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
-    """Whether `named` is the tokenizer `own`. A tokenizer made from the data never is."""
+    """Whether `named` equals the tokenizer `own`. False for a tokenizer that is trained on the data."""
     if named == TOKENIZER_OF_INIT_FROM:
         return True
     if named is None or named in MADE_FROM_TEXT:
@@ -77,7 +77,7 @@ def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
 
 
 def _fitting(named: str, source: Checkpoint) -> Any:
-    """The named tokenizer. One that is made from the data is checked after `open_data` has made it."""
+    """Return the named tokenizer. A tokenizer that `open_data` trains on the data is checked later."""
     if named in MADE_FROM_TEXT:
         return named
     tokenizer = make_tokenizer(named)
@@ -86,7 +86,7 @@ def _fitting(named: str, source: Checkpoint) -> Any:
 
 
 def require_rows(tokenizer: tiktoken.Encoding, source: Checkpoint) -> None:
-    """Raise `BridgeError` if the tokenizer has ids for which the vocabulary of `source` has no row."""
+    """Raise `BridgeError` if the tokenizer has ids outside the vocabulary of `source`."""
     rows, needed = source.config.vocab_size, tokenizer.max_token_value + 1
     if needed > rows:
         raise BridgeError(

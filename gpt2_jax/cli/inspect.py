@@ -32,7 +32,7 @@ def inspect(
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         tensors: list every tensor too.
-        json: also write it to this file.
+        json: also write the result to this file.
         overwrite: replace the report of an earlier command.
     """
     write_json = json_writer(json, overwrite, (source,))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def jax_model(checkpoint: Checkpoint, vocab_multiple: int = 1) -> Iterator[tuple[GPT2, dict[str, Any]]]:
-    """The model and its parameters; in float64, inside the block, where that is what is stored, else in float32."""
+    """Yield the model and its parameters, in float64 if the checkpoint stores that, otherwise in float32."""
     import jax
     import jax.numpy as jnp
 

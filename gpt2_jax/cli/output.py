@@ -1,4 +1,4 @@
-"""What the verbs share: progress bars, JSON files, and the message for a missing extra."""
+"""Output shared by the verbs: progress bars, JSON files, and the message for a missing extra."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gpt2_jax.terminal import Console
 
 
 def progress(*columns: ProgressColumn) -> Progress:
-    """A bar on standard error, and only where a person is watching."""
+    """A progress bar on standard error, shown only on a terminal."""
     watched = Console(stderr=True)
     return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
 
 
 @contextmanager
 def reading_bar(checkpoint: Checkpoint, doing: str, times: int = 1) -> Iterator[Checkpoint]:
-    """The same checkpoint, with a bar on standard error that moves as its tensors are read, each so many times."""
+    """Yield a checkpoint that advances a progress bar whenever a tensor is read. Each is read `times` times."""
     entries = checkpoint.tensors.entries
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with progress(*columns) as bar:
@@ -47,9 +47,9 @@ def reading_bar(checkpoint: Checkpoint, doing: str, times: int = 1) -> Iterator[
 def json_writer(
     file: Path | None, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
 ) -> Callable[[dict[str, Any]], None]:
-    """Return what writes `--json FILE`, or what does nothing if it was not given.
+    """Return a function that writes `--json FILE`, or does nothing without `--json`.
 
-    Call it before the work begins: it raises for a file that cannot be written, or may not be replaced.
+    Call it before the work starts: it raises if the file cannot be written or may not be replaced.
 
     Args:
         overwrite: an earlier report may be replaced.
@@ -62,6 +62,6 @@ def json_writer(
 
 
 def require_torch(what: str) -> None:
-    """Raise the message that a newcomer needs, before an import error does."""
+    """Raise an error with installation instructions if PyTorch is missing."""
     if importlib.util.find_spec("torch") is None:
         raise BridgeError(f"{what} needs PyTorch; install it, or this package's extra: {install_command('torch')}")

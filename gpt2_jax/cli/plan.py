@@ -1,4 +1,4 @@
-"""`gpt2 plan`: what a training step takes on devices that are not here."""
+"""`gpt2 plan`: estimate the cost of a training step on other devices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DOES_NOT_FIT = 1
 
 
 def plan_command(default: TrainConfig) -> Callable[..., int]:
-    """The verb, with `default` as the default of its flags."""
+    """Return the verb with the values of `default` as the defaults of its flags."""
     flags = flags_of(default)
 
     def plan(
@@ -42,22 +42,21 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         plot_file: Annotated[Path | None, arg(name="plot", metavar="FILE")] = None,
         overwrite: bool = False,
     ) -> int:
-        """Compile the training step for devices that are not here: does it fit, what do they exchange, how long can it
-        take at the least. Takes the flags of `gpt2 train`; opens no data, so --vocab-size is taken as it is.
+        """Compile the training step for other devices and report memory, communication and a lower bound on its time.
 
-        Compiling takes a minute, whatever the size. Exit code 1 if the step does not fit; with --scaling, which lists
-        what does not, 0.
+        Takes the flags of `gpt2 train`. Opens no data, so --vocab-size is used unchanged. Compiling takes a minute for
+        any size. Exit code 1 if the step does not fit into memory; always 0 with --scaling, which lists every size.
 
         Example: gpt2 plan --preset gpt2-xl --topology v5e:4x4 --mesh fsdp=16 --accumulate 6
 
         Args:
-            config: the recipe; --preset gives the default of every other flag.
-            topology: a TPU's chip and shape, v5e:4x4, v5p:2x2x1, v6e:8x8 or v4:2x2x4, and the slices where there are
-                several, v5e:4x4*2; compiled by libtpu (extra `tpu`), which needs no TPU.
-            devices: instead, so many devices of this machine's CPU, without libtpu and without an estimate of time.
-            scaling: weak scaling: the same rows for each chip as here, from 1 chip to 256; with --mesh data=-1 or
-                fsdp=-1, which grows with them. A minute for each of five sizes.
-            json: also write everything to this file.
+            config: the configuration; --preset sets the default of every other flag.
+            topology: a TPU chip and shape, such as v5e:4x4, v5p:2x2x1, v6e:8x8 or v4:2x2x4; v5e:4x4*2 is two slices.
+                Compiled with libtpu (extra `tpu`), which needs no TPU.
+            devices: instead of a topology, this many virtual CPU devices. Needs no libtpu and gives no time estimate.
+            scaling: weak scaling: the same rows per chip, from 1 chip to 256, with --mesh data=-1 or fsdp=-1. Takes a
+                minute for each of five sizes.
+            json: also write the report to this file.
             plot_file: with --scaling, also draw it to this file (.png, .svg or .pdf).
             overwrite: replace the report and the plot of an earlier command.
         """
@@ -67,7 +66,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         if plot_file is not None:
             require_plot_path(plot_file, overwrite=overwrite)
         recipe = from_flat(flat(config))
-        jax.config.update("jax_platforms", "cpu")  # nothing runs: libtpu alone, which compiles, must not seek a TPU
+        jax.config.update("jax_platforms", "cpu")  # libtpu only compiles; JAX must not look for a TPU
         chosen = _topology(topology, devices)
         with ExitStack() as stack:
             say = _bar(stack)
@@ -88,7 +87,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
 
 def _topology(name: str | None, devices: int | None) -> Topology:
     if (name is None) == (devices is None):
-        raise PlanError("give either --topology, as v5e:4x4, or --devices N, for so many made of this machine's CPU")
+        raise PlanError("give either --topology, such as v5e:4x4, or --devices N for N virtual CPU devices")
     return tpu_topology(name) if name is not None else cpu_topology(devices or 0)
 
 

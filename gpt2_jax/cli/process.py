@@ -1,4 +1,4 @@
-"""What the command sets up for its own process before the work begins; libraries leave such things to their users."""
+"""Process-wide settings of the command: malloc, the compilation cache, and threads' error output."""
 
 from __future__ import annotations
 
@@ -27,13 +27,12 @@ _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def take_huge_pages() -> None:
-    """Start this command once more, with glibc's malloc told to ask the kernel for huge pages; on Linux alone.
+    """Restart this command with glibc's malloc configured to request huge pages. Linux only.
 
-    XLA on CPU takes the memory of a step's temporaries anew for every step, and the kernel clears each page when it is
-    first touched. In pages of 4 KiB that is 255,000 faults and a tenth of a step at 124M (1 x 512 tokens), and a
-    fifth at nanoGPT's CPU size; in pages of 2 MiB, nothing that can be measured. Keeping the memory instead
-    (mallopt) is as fast, but leaves holes: the peak was 6.8 GiB instead of 4.7 (4 x 1024 tokens). glibc reads its
-    tunables only when a process starts.
+    XLA on CPU allocates the temporaries of every step anew, and the kernel zeroes each page on first access. With pages
+    of 4 KiB, that is 255,000 page faults and a tenth of a step at 124M (1 x 512 tokens), and a fifth at nanoGPT's CPU
+    size; with pages of 2 MiB, the cost is not measurable. Keeping the memory (mallopt) is as fast, but fragments it:
+    the peak was 6.8 GiB instead of 4.7 (4 x 1024 tokens). glibc reads its tunables only at process start.
     """
     environment = with_huge_pages(os.environ)
     # A variable of its own, because the system may keep glibc's from a privileged process.
@@ -42,12 +41,12 @@ def take_huge_pages() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
-    with suppress(OSError, ValueError):  # it runs as it is, then
+    with suppress(OSError, ValueError):  # continue without huge pages
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, _STARTED_AGAIN: "1"})
 
 
 def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process whose malloc asks for huge pages, where that is possible and nothing is set."""
+    """Return `environment` with huge pages enabled, or a copy if they are unavailable or already configured."""
     tunables = environment.get(TUNABLES, "")
     if sys.platform != "linux" or "hugetlb" in tunables or not _can_have_huge_pages():
         return dict(environment)
@@ -62,15 +61,15 @@ def _can_have_huge_pages() -> bool:
 
 
 def keep_compiled_programs() -> None:
-    """Let XLA's programs be found again by the next process, unless JAX has been told a directory for them.
+    """Cache compiled XLA programs for later processes, unless JAX already has a cache directory.
 
-    Programs for CPUs are kept apart by what the CPU can do, which JAX's own key does not hold: a home directory may be
-    shared. On Intel's, XLA refuses its own programs and says so at length (openxla/xla issue 44565); none are kept.
-    Nor are those of several processes on CPUs: read back, a program's collectives have no order any more, and with two
-    threads one process takes for a sum what the other sent for another (jaxlib 0.10.2).
+    CPU programs are cached separately by CPU features, which JAX's key does not include, because several machines may
+    share a home directory. Two cases are not cached. On Intel CPUs, XLA rejects its own programs with long messages
+    (openxla/xla issue 44565). With several CPU processes, cached programs lose the order of their collectives, so that
+    with two threads one process may mistake another's operand for that of a different sum (jaxlib 0.10.2).
 
-    Compiled programs are code: the folder is made for its owner alone. One that others may write to, or that belongs to
-    another user, is not used, and a line on standard error says so.
+    Compiled programs are code, so the directory is created with mode 0700. A directory that belongs to another user or
+    that others can write to is not used, and a line on standard error says so.
     """
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
@@ -79,7 +78,7 @@ def keep_compiled_programs() -> None:
         about_cpu = _cpu()
         if "GenuineIntel" in about_cpu or are_several():
             return
-    with suppress(OSError, RuntimeError):  # no home directory: nothing is kept
+    with suppress(OSError, RuntimeError):  # no home directory: nothing is cached
         cache = cache_directory()
         folder = cache / "compiled" / hashlib.sha256(about_cpu.encode()).hexdigest()[:16]
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -93,20 +92,19 @@ def keep_compiled_programs() -> None:
 
 
 def _untrusted(path: Path) -> str | None:
-    """Why another user could have put programs into this directory, and what to do; None where none could."""
+    """Return why this directory is unsafe and what to do, or None if only this user can write to it."""
     status = path.stat()
     if not hasattr(os, "geteuid"):  # Windows has no such permissions
         return None
     if status.st_uid != os.geteuid():
         return f"{quoted(path)} belongs to another user; set XDG_CACHE_HOME to a directory of your own"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write to {quoted(path)}; remove its compiled programs and run chmod go-w on it"
+        return f"other users can write to {quoted(path)}; remove its compiled programs and run chmod go-w on it"
     return None
 
 
 def leave_errors_to_their_message() -> None:
-    """The threads of orbax and tensorboard give their errors to who waits for them, which makes one line of them here;
-    and print a traceback of each as well."""
+    """Suppress tracebacks of threads of Orbax and tensorboard, whose errors are also raised in the waiting thread."""
     logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
     sys.unraisablehook = _unraisable
     threading.excepthook = _in_thread
@@ -117,7 +115,7 @@ def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _unraisable(what: Any) -> None:
-    """After an error orbax closes its event loop, and tensorstore's threads still want to tell that of the others."""
+    """Suppress the error of tensorstore's threads when they use the event loop that Orbax closed after an error."""
     if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
         _unraisable_before(what)
 
@@ -128,7 +126,7 @@ def _in_thread(what: Any) -> None:
 
 
 def _cpu() -> str:
-    """The maker, the model and the abilities of the first core, or what Python knows of it."""
+    """Return vendor, model and features of the first core, or what Python's `platform` reports."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
         return "\n".join(line for line in first if line.startswith(("vendor_id", "model", "flags", "Features", "CPU ")))

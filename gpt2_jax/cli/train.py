@@ -53,25 +53,25 @@ _DETERMINISTIC = {"--deterministic": True, "--no-deterministic": False}
 @dataclass(frozen=True)
 class _Model(GPT2Config):
     def __post_init__(self) -> None:
-        """Checked later: tyro would put words of its own around an error."""
+        """Skip validation here, because tyro would wrap the error message. It is done later."""
 
 
 @dataclass(frozen=True)
 class Flags(TrainConfig):
     model: _Model = field(default_factory=_Model)
-    """Sizes of the model; the vocabulary is the tokenizer's, and all are SRC's with --init-from SRC."""
+    """Sizes of the model. The tokenizer determines the vocabulary; with --init-from SRC, SRC determines all sizes."""
 
     def __post_init__(self) -> None:
-        """Checked later, as above."""
+        """Skip validation here, as above."""
 
 
 def flags_of(default: TrainConfig) -> Flags:
-    """Every field as a flag, with `default` as the defaults."""
+    """Return a type with every field as a flag and the values of `default` as defaults."""
     return Flags(**{**vars(default), "model": _Model(**vars(default.model))})
 
 
 def train_command(default: TrainConfig) -> Callable[..., int]:
-    """The verb, with `default` as the default of its flags."""
+    """Return the verb with the values of `default` as the defaults of its flags."""
     flags = flags_of(default)
 
     def train(
@@ -88,25 +88,25 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         processes: int | None = None,
         process: int | None = None,
     ) -> int:
-        """Train a GPT-2, or fine-tune one, in JAX; ends with a Hugging Face export that PyTorch loads.
+        """Train or fine-tune a GPT-2 in JAX and export it in Hugging Face format, which PyTorch can load.
 
         Example: gpt2 train --preset shakespeare-char --data input.txt --out runs/shakespeare
 
         Then: gpt2 generate runs/shakespeare "ROMEO:"
 
         Args:
-            config: the recipe; --preset gives the default of every other flag.
+            config: the configuration; --preset sets the default of every other flag.
             out: the directory of the run: its checkpoints, metrics.jsonl, loss.png and export.
-            resume: go on from the newest checkpoint in RUN, with the flags it was begun with.
-            accept_changes: resume although flags or data are not what they were.
-            cache: where tokenised text is kept (default: gpt2-bridge in the user's cache directory).
-            json: also write how the run ended to this file.
-            overwrite: replace the report of an earlier command; a run is continued or kept.
-            distributed: take part with other processes, of which each runs this command; on TPU pods and under SLURM
-                and Open MPI they find each other. RUN is to be a directory that all of them see.
-            coordinator: elsewhere, where the first process is to be reached.
-            processes: and how many there are.
-            process: and which this one is, from 0.
+            resume: continue from the newest checkpoint in RUN, with the flags that it was started with.
+            accept_changes: resume although flags or data changed.
+            cache: the directory for tokenised text (default: gpt2-bridge in the user's cache directory).
+            json: also write the result to this file.
+            overwrite: replace the report of an earlier command. A run is never overwritten.
+            distributed: train with several processes that all run this command. They find each other on TPU pods and
+                under SLURM and Open MPI. RUN must be on a file system that all processes share.
+            coordinator: on other systems: the address of the first process.
+            processes: on other systems: the number of processes.
+            process: on other systems: the index of this process, from 0.
         """
         if distributed:
             join(coordinator, processes, process)
@@ -128,7 +128,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
                 cache=cache,
             )
         except NonFiniteLoss as error:
-            why = f"{error}; what was saved before is in {out}. Lower --learning-rate, or raise --warmup-steps"
+            why = f"{error}; earlier checkpoints are in {out}. Lower --learning-rate, or raise --warmup-steps"
             if is_first():
                 print_error(why)
             end(DIVERGED, why)
@@ -136,12 +136,12 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             if not is_out_of_memory(error):
                 raise
             raise BridgeError(
-                f"out of memory, in {config.batch_size} sequences a step in {config.accumulate} parts; "
+                f"out of memory with {config.batch_size} sequences per step in {config.accumulate} microbatches; "
                 "lower --batch-size, or raise --accumulate"
             ) from error
         write_json(outcome.to_json())
         leave()
-        if outcome.stopped_by is not None:  # without waiting for a step that may still be compiled
+        if outcome.stopped_by is not None:  # without waiting for a compilation in progress
             end_now(128 + outcome.stopped_by)  # as shells report a signal
         return 0
 
@@ -149,7 +149,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
 
 
 def default_config(args: Sequence[str]) -> TrainConfig:
-    """What the flags of `gpt2 train` and `gpt2 plan` are unless given: the preset's, or the resumed run's."""
+    """Return the defaults of the flags of `gpt2 train` and `gpt2 plan`: those of the preset or of the resumed run."""
     if not set(args[:1]) & {"train", "plan"}:
         return PRESETS[DEFAULT_PRESET]
     if "--resume" in args and (out := _value(args, "--out")) is not None and is_run(Path(out)):
@@ -160,27 +160,27 @@ def default_config(args: Sequence[str]) -> TrainConfig:
     if name not in PRESETS:
         raise BridgeError(f"--preset {name}: must be one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    # Both together, because a configuration is checked when it is made.
+    # Both fields at once, because a configuration is validated on creation.
     return replace(preset, tokenizer=TOKENIZER_OF_INIT_FROM, init_from=init_from) if init_from else preset
 
 
 def _printable(config: TrainConfig) -> TrainConfig:
-    """The configuration with control characters in strings escaped, for the help, which shows it as defaults."""
+    """Return the configuration with control characters in strings escaped, because the help shows it as defaults."""
     values = flat(config)
     return from_flat({name: escaped(v, keep="") if isinstance(v, str) else v for name, v in values.items()})
 
 
 def wants_determinism(args: Sequence[str], default: TrainConfig) -> bool:
-    """What `--deterministic` will be, which JAX must know before the flags are read."""
+    """Return the value of `--deterministic`, which JAX needs before the flags are parsed."""
     given = [word for word in (word.replace("_", "-") for word in args) if word in _DETERMINISTIC]
     return _DETERMINISTIC[given[-1]] if given else default.deterministic
 
 
 def _value(args: Sequence[str], flag: str) -> str | None:
-    """What follows a flag on the command line, as `--flag VALUE` or `--flag=VALUE`."""
+    """Return the value of a flag on the command line, given as `--flag VALUE` or `--flag=VALUE`."""
     for word, following in zip(args, [*args[1:], None], strict=True):
         name, equals, value = word.partition("=")
-        if name.replace("_", "-") == flag:  # tyro takes either
+        if name.replace("_", "-") == flag:  # tyro accepts both spellings
             return value if equals else following
     return None
 
@@ -194,18 +194,19 @@ def run_training(
     accept_changes: bool = False,
     cache: Path | None = None,
 ) -> Outcome:
-    """Open what the configuration names, train, and say how it ended.
+    """Open the data and the initial checkpoint, train, and print the result.
 
-    `default`: sizes in which `config` differs from it were given as flags; an error if the run has others.
+    `default`: the defaults of the flags. Sizes in `config` that differ from it were given as flags; it is an error if
+    the run has other sizes.
     """
     screen = console() if is_first() else Console(quiet=True)
-    if is_first():  # before tokens are cached
+    if is_first():  # before text is tokenised
         require_packages(config)
     say = screen.print
     resumes = first_says(resume and is_run(out))
     if resume and not resumes:
-        say(f"no run at {out}; beginning one", soft_wrap=True)
-    # What goes on has its tokenizer and its sizes in RUN, and needs the checkpoint that it began with no more.
+        say(f"no run at {out}; starting a new one", soft_wrap=True)
+    # A resumed run has its tokenizer and its sizes in RUN, and no longer needs the initial checkpoint.
     continues = first_says(resumes and bool(steps(out)))
     origin, activation = (out, None) if continues else (config.init_from, config.source_activation)
     source = None if origin is None else bridge.load(origin, activation=activation)
@@ -216,11 +217,11 @@ def run_training(
     asked = sizes_asked_for(config, default)
     if init_from is not None:
         require_sizes(asked, init_from.config, "it is that of --init-from")
-    with first_alone("opening the data"):  # which tokenises text, for the others too
+    with first_alone("opening the data"):  # the first process tokenises text for all processes
         tokenizer = chosen_tokenizer(config, source, stored_identity(out) if resumes else None)
         data = _open_data(config, tokenizer, source, cache)
     config = settle(config, data, init_from)
-    if config.tokenizer != "bpe":  # which a short text trains to fewer
+    if config.tokenizer != "bpe":  # BPE may have fewer tokens if the text is short
         require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
@@ -238,16 +239,16 @@ def run_training(
     say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)
     say(f"losses: {out / 'metrics.jsonl'}, {outcome.plot}", soft_wrap=True)
     if outcome.stopped_by is not None:
-        say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; go on with --resume")
+        say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; continue with --resume")
     return outcome
 
 
 def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
-    """A cache of its own: in a directory that is read, its files would be taken for data or for a checkpoint's."""
+    """Raise if the cache is a file or an input of this command: its files would be mistaken for input."""
     if cache is None or not cache.exists():
         return
     if not cache.is_dir() or any(source and os.path.exists(source) and cache.samefile(source) for source in inputs):
-        raise BridgeError(f"--cache {quoted(cache)} is a file, or is read by this command; give another directory")
+        raise BridgeError(f"--cache {quoted(cache)} is a file, or an input of this command; give another directory")
 
 
 def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, cache: Path | None) -> Data:

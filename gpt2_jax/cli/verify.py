@@ -1,4 +1,4 @@
-"""`gpt2 verify`: the proof that both backends are the same function."""
+"""`gpt2 verify`: check that both backends compute the same function."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ def verify(
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> int:
-    """Prove that PyTorch and JAX compute the same from this checkpoint; exit code 0 only if all checks hold.
+    """Check that PyTorch and JAX compute the same with this checkpoint. Exit code 0 only if all checks pass.
 
     Example: gpt2 verify ./my-gpt2 --json report.json
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        text: what to run the models on, in place of the built-in text. If the tokenizer lacks more than a tenth of the
-            built-in text's characters, the models run on random characters and predictions are not checked.
-        text_file: the same, from a UTF-8 file.
+        text: the text to run the models on, instead of the built-in text. If the tokenizer lacks more than a tenth of
+            the built-in text's characters, the default is random characters, and predictions are not checked.
+        text_file: a UTF-8 file with that text.
         batch: sequences in the batch.
-        length: tokens in each; at most n_positions are used.
-        seed: of the random ids of a checkpoint without a tokenizer, or of the random characters.
-        untrained: the weights are random, so do not expect them to predict text.
+        length: tokens per sequence; at most n_positions are used.
+        seed: the seed of random ids, for a checkpoint without a tokenizer, or of random characters.
+        untrained: the weights are random, so do not check that they predict text.
         checks: run only these.
         json: also write the report to this file.
         overwrite: replace the report of an earlier command.
@@ -65,7 +65,7 @@ def verify(
     if not checks:
         raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
     if text is not None and text_file is not None:
-        raise bridge.BridgeError("--text and --text-file are two texts; give one")
+        raise bridge.BridgeError("--text and --text-file exclude each other; give one")
     if text_file is not None:
         text = _read_text(text_file)
     checkpoint = bridge.load(source, activation=source_activation)
@@ -88,7 +88,7 @@ def verify(
 
 @contextmanager
 def progress_bar(checks: Iterable[str]) -> Iterator[Callable[[str], None]]:
-    """A bar over the checks; call what it gives with the name of each before it starts."""
+    """A progress bar over the checks. Yields a function to call with the name of each check before it starts."""
     columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with progress(*columns) as bar:
         task = bar.add_task("", total=len(list(checks)))
@@ -103,7 +103,7 @@ def progress_bar(checks: Iterable[str]) -> Iterator[Callable[[str], None]]:
 
 
 def finish(report: Report, write_json: Callable[[dict[str, Any]], None]) -> int:
-    """Show the report, write it where asked, and give the exit code."""
+    """Print the report, write the JSON file if requested, and return the exit code."""
     report.show(console())
     write_json(report.to_json())
     return 0 if report.holds else 1

@@ -1,4 +1,4 @@
-"""What `--data` names, opened."""
+"""Open the data that `--data` names."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on."""
+    """The data of a run."""
 
     train: TokenStream
     validation: TokenStream | None
-    """None where validation_fraction is 0."""
+    """None if validation_fraction is 0."""
     tokenizer: tiktoken.Encoding | None
-    """None for token files of which it was not said who made them."""
+    """None for token files without a given tokenizer."""
     description: str
-    """A line for people."""
+    """One line to print."""
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the tokens, those of training and those of validation."""
+        """A hash of the training and validation tokens."""
         parts = [self.train.fingerprint, self.validation.fingerprint if self.validation else "none"]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
@@ -52,17 +52,17 @@ def open_data(
     """Open a text or token source; text is encoded into the cache on first use.
 
     Args:
-        source: a text file, a directory or a glob of text files, `stdlib`; or token files: nanoGPT's
-            `.bin`, llm.c's shards, `.npy`, one, a glob, or a directory of them, or one of the cache's.
-        tokenizer: one, or what `make_tokenizer` takes; token files need none.
-        vocab_size: what BPE is trained to. Ids that the tokenizer does not have are an error where they are
-            read; without a tokenizer, those from vocab_size on.
-        validation: another source for validation. Without it the validation stream is that of token
-            files which are named train and val, else the last `validation_fraction` of the tokens:
-            whole documents where there are several, and for one text file nanoGPT's split.
+        source: a text file, a directory or glob of text files, or `stdlib`; or token files (nanoGPT's `.bin`, llm.c's
+            shards, `.npy`): one file, a glob, a directory of them, or a directory of the token cache.
+        tokenizer: a tokenizer, or an argument for `make_tokenizer`. Token files need none.
+        vocab_size: the vocabulary size that BPE is trained to. Reading an id that the tokenizer does not have is an
+            error; without a tokenizer, so is an id of vocab_size or more.
+        validation: another source for validation. By default, the files named val, if token files are named train and
+            val; otherwise the last `validation_fraction` of the tokens: whole documents if there are several, and for a
+            single text file nanoGPT's split.
         cache: a directory for encoded text; default `cache_directory()`.
 
-    Raises `DataError` where a source is missing, damaged or empty.
+    Raises `DataError` if a source is missing, damaged or empty.
     """
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
@@ -81,7 +81,7 @@ def open_data(
 
 
 def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:
-    """The stream without its last `fraction`, and that: between two documents if one ends near there."""
+    """Split off the last `fraction` of the stream, at a document boundary if one is near."""
     at = int(len(stream) * (1 - fraction))
     ends = stream.document_ends
     if ends is not None and len(ends) > 1:
@@ -90,7 +90,7 @@ def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStrea
         if abs(nearest - at) <= (len(stream) - at) / 2:
             at = nearest
     if not 0 < at < len(stream):
-        raise DataError(f"{len(stream)} tokens cannot be parted for training and validation; give more data")
+        raise DataError(f"{len(stream)} tokens cannot be split for training and validation; give more data")
     return stream.part(0, at), stream.part(at, len(stream))
 
 
@@ -102,7 +102,7 @@ class _Opened:
 
 
 def _found(source: str | Path) -> Documents | Path:
-    """The documents of a text source; a path or a glob of token files."""
+    """Return the documents of a text source, or the path or glob of token files."""
     if str(source) not in (STDLIB, "") and is_token_source(source):
         return Path(source).absolute()
     return find_documents(source)
@@ -122,7 +122,7 @@ def _opened(
         return _Opened(*open_tokens(found, vocab_size))
     if (text := open_cached(found, progress)) is None:
         raise DataError(
-            f"{quoted(found)} is damaged, or was written by an earlier version; remove it, and give the text again"
+            f"{quoted(found)} is damaged or was written by an earlier version; remove it, and give the text instead"
         )
     return _of_text(text, vocab_size)
 
@@ -141,12 +141,10 @@ def _tokenizer(
 ) -> tiktoken.Encoding | None:
     texts = [f for f in found if isinstance(f, Documents)]
     if wanted is None and texts:
-        raise DataError(
-            f"{quoted(source)} is text; say by which tokenizer: gpt2, bytes, characters, bpe, or a directory"
-        )
+        raise DataError(f"{quoted(source)} is text; give a tokenizer: gpt2, bytes, characters, bpe, or a directory")
     if not isinstance(wanted, str):
         return wanted
-    # A character that only the validation text has needs an id too.
+    # Characters that occur only in the validation text need ids too.
     files = [file for text in (texts if wanted == "characters" else texts[:1]) for file in text.files]
     documents = Documents(str(source), tuple(files)) if isinstance(found[0], Documents) else None
     return make_tokenizer(wanted, documents, vocab_size, cache=cache, progress=progress)
@@ -170,5 +168,5 @@ def _description(
 
 
 def _escaped(name: str) -> str:
-    """A name of a file, for a terminal."""
+    """Return the name of a file, escaped for a terminal."""
     return quoted(PurePath(name))[1:-1]

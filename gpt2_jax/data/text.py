@@ -1,4 +1,4 @@
-"""The documents of a text source, and their text in blocks that no token crosses."""
+"""The documents of a text source, and their text in blocks that can be tokenised separately."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from bridge.formats.run import RUN
 from gpt2_jax.data.errors import DataError
 
 STDLIB = "stdlib"
-"""The source that every machine has: the running interpreter's standard library."""
+"""The name of the source that every machine has: the running interpreter's standard library."""
 
 BLOCK_BYTES = 2**18
-"""Text is read and encoded in pieces of about this size; large enough that a piece is worth a thread."""
+"""Text is read and encoded in blocks of about this size, large enough to be worth a task for a thread."""
 
 LONGEST_BLOCK = 16 * BLOCK_BYTES
-"""Where so much text has no place to cut, it is cut anywhere; no language writes such words."""
+"""Text of this size without a safe place to split is split anywhere. No natural language has such words."""
 
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
-# GPT-2's pattern puts white space at the beginning of a word or apart, never at its end, so a word
-# ends wherever white space follows something else. Space and newline are white space to every
-# regular expression; Python's \S and Rust's differ in characters that this leaves out.
+# GPT-2's pattern puts white space at the start of a word or in a separate piece, never at the end of a word. A word
+# therefore ends wherever white space follows another character. Only space and newline are used, because Python's \S
+# and Rust's differ in other characters.
 _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 
@@ -45,17 +45,17 @@ class Document:
     """Nanoseconds since 1970."""
 
     def is_text(self) -> bool:
-        """Whether all of it is UTF-8 without NUL bytes, which no text has."""
+        """Whether the file is UTF-8 without NUL bytes, which do not occur in text."""
         try:
             return all("\0" not in text for text in self._decoded())
         except UnicodeDecodeError:
             return False
 
     def blocks(self) -> Iterator[str]:
-        """The text in pieces of `BLOCK_BYTES` or so; encoded apart they give the tokens of the whole.
+        """Yield the text in blocks of about `BLOCK_BYTES`. Encoding them separately gives the tokens of the whole text.
 
-        Raises `DataError` where it is not UTF-8. Line ends stay as they are in the file; a byte-order mark at its
-        start, which some editors write, is not part of the text.
+        Raises `DataError` if the file is not UTF-8. Line endings are not changed. A byte-order mark at the start of the
+        file, which some editors write, is skipped.
         """
         kept = ""
         try:
@@ -71,7 +71,7 @@ class Document:
             yield kept
 
     def _decoded(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8-sig")()  # leaves out a byte-order mark at the start
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte-order mark at the start
         try:
             with self.path.open("rb") as file:
                 while block := file.read(BLOCK_BYTES):
@@ -94,16 +94,16 @@ class Documents:
         return sum(document.size for document in self.files)
 
     def readable(self) -> Iterator[Document]:
-        """Those that are text. In a directory others are passed over; a source of one must be text."""
+        """Return the documents that are text. Other files in a directory are skipped; a single file must be text."""
         yield from self.files if len(self.files) == 1 else (d for d in self.files if d.is_text())
 
 
 def find_documents(source: str | Path) -> Documents:
-    """The documents of a text file, a directory, a glob, or `stdlib`.
+    """Return the documents of a text file, a directory, a glob, or `stdlib`.
 
-    Hidden and empty files are left out, and in a directory what training runs wrote. Many documents come
-    in the order of a hash of their names, the same on every machine and unlike any order that people give
-    them, so that the last tenth is a fair sample. Raises `DataError` where there is no document.
+    Hidden and empty files are skipped, and in a directory also the files of training runs. Several documents are sorted
+    by a hash of their names. That order is the same on every machine and independent of the names' meaning, so that the
+    last tenth is a fair sample. Raises `DataError` if there is no document.
     """
     if not str(source):
         raise DataError(f"the data has an empty name; give a file, a directory, a glob, or {STDLIB}")
@@ -119,7 +119,7 @@ def find_documents(source: str | Path) -> Documents:
 
 
 def matching_files(source: str | Path) -> list[Path]:
-    """The files that a glob matches, by name; `**` crosses directories. `DataError` where there is none."""
+    """Return the files that a glob matches, sorted by name. `**` matches directories. Raises `DataError` if none do."""
     found = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
     if files := [path for path in found if path.is_file()]:
         return files
@@ -139,7 +139,7 @@ def _sorted(source: str | Path, root: Path, paths: Iterator[Path] | list[Path]) 
             name = path.relative_to(root).as_posix()
             documents.append(Document(name, path, status.st_size, status.st_mtime_ns))
     if not documents:
-        raise DataError(f"{quoted(source)} has no text: every file is empty, hidden, or left out")
+        raise DataError(f"{quoted(source)} has no text: every file is empty, hidden, or excluded")
     return Documents(str(source), tuple(sorted(documents, key=lambda d: _hash(d.name))))
 
 
@@ -148,9 +148,9 @@ def _hash(name: str) -> bytes:
 
 
 def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Every file below `root` that is neither hidden, nor a run's, nor in a directory named in `without`."""
+    """Yield every file below `root`, except hidden files, files of runs, and directories named in `without`."""
     for directory, subdirectories, names in os.walk(root, onerror=_refuse):
-        if RUN in names:  # what a run writes is not what it reads: it would find other data when it is resumed
+        if RUN in names:  # a run's output must not become its data, which would change on resume
             subdirectories.clear()
             continue
         subdirectories[:] = [d for d in subdirectories if not d.startswith(".") and d not in without]
@@ -167,7 +167,7 @@ def _root_of_glob(pattern: Path) -> Path:
 
 
 def _last_cut(text: str) -> int:
-    """Where to cut `text` so that no token crosses the cut; 0 while there is no such place."""
+    """Return the last index at which `text` can be split without splitting a token, or 0 if there is none."""
     for start in (max(0, len(text) - 1024), 0):
         if cuts := [match.start() for match in _CUT.finditer(text, start)]:
             return cuts[-1]

@@ -23,14 +23,14 @@ SIDECAR = "tokens.json"
 # the version and the number of tokens.
 _LLMC_HEADER = 256 * 4
 _LLMC: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
-_LLMC_EXAMPLES = 20240522  # HellaSwag and MMLU, which are questions and no running text
+_LLMC_EXAMPLES = 20240522  # HellaSwag and MMLU: questions, not text
 _NPY = b"\x93NUMPY"
 _NPY_DTYPES = ("<u2", "<i4", "<u4", "<i8")
 _NPY_LENGTH_BYTES = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
 _MOST_NPY_HEADER = 4096
-"""Bytes. numpy writes 118 for a one-dimensional array."""
+"""Limit on the bytes of a .npy header. numpy writes 118 for a one-dimensional array."""
 _NPY_AXIS = r"(?:0|[1-9]\d{0,18})L?"  # Python 2 wrote long integers as 12L
-# The dictionary that numpy writes. For a single axis both orders are the same.
+# The dictionary that numpy writes. With one axis, fortran_order does not matter.
 _NPY_HEADER = re.compile(
     r"\{'descr': '(?P<dtype>[^'\\]{1,16})', 'fortran_order': (?:True|False), "
     rf"'shape': (?P<shape>\(\)|\({_NPY_AXIS},\)|\({_NPY_AXIS}(?:, {_NPY_AXIS})+\)),? ?\}} *\n?"
@@ -39,7 +39,7 @@ _NPY_HEADER = re.compile(
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Where a file keeps its token ids: `count` of `dtype`, `offset` bytes from its beginning."""
+    """The location of the token ids in a file: `count` ids of `dtype`, starting at byte `offset`."""
 
     path: Path
     dtype: np.dtype
@@ -48,12 +48,12 @@ class TokenFile:
 
     @cached_property
     def id_range(self) -> tuple[int, int]:
-        """The smallest and the largest id that the dtype can hold."""
+        """The smallest and the largest id that the dtype can represent."""
         limits = np.iinfo(self.dtype)
         return int(limits.min), int(limits.max)
 
     def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Ask the system to read these (start, stop) from the disk, all at the same time, and do not wait."""
+        """Ask the system to prefetch these (start, stop) from the disk in parallel, without waiting."""
         if hasattr(os, "posix_fadvise"):  # on Linux
             with self._opened() as file:
                 for start, stop in spans:
@@ -61,7 +61,7 @@ class TokenFile:
                     os.posix_fadvise(file.fileno(), position, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, spans: Iterable[tuple[int, int]]) -> list[np.ndarray]:
-        """Ids start ... stop - 1 of each (start, stop), in the dtype of the file."""
+        """Return ids start ... stop - 1 of each (start, stop), in the dtype of the file."""
         arrays = []
         with self._opened() as file:
             for start, stop in spans:
@@ -70,7 +70,7 @@ class TokenFile:
                 rest = ids.view(np.uint8)
                 while rest.size:  # Linux reads at most 2 GiB at a time
                     if not (done := file.readinto(rest.data)):
-                        raise DataError(f"{quoted(self.path)} has become shorter since it was opened; copy it again")
+                        raise DataError(f"{quoted(self.path)} was truncated after it was opened; copy it again")
                     rest = rest[done:]
                 arrays.append(ids)
         return arrays
@@ -85,25 +85,25 @@ class TokenFile:
 
 
 def is_token_file(path: Path) -> bool:
-    """Whether it is one by its beginning, or by `.bin` in its name: nanoGPT's has no header."""
+    """Whether a file holds tokens, by its first bytes or by the suffix `.bin`: nanoGPT's files have no header."""
     return path.suffix == ".bin" or has_magic(path)
 
 
 def has_magic(path: Path) -> bool:
-    """Whether it begins as `.npy` or as one of llm.c's files."""
+    """Whether the first bytes are those of `.npy` or of an llm.c file."""
     beginning = _beginning(path)
     return beginning.startswith(_NPY) or _number(beginning) in (*_LLMC, _LLMC_EXAMPLES)
 
 
 def token_file(path: Path) -> TokenFile:
-    """What `path` holds, by its beginning. Raises `DataError` where that is not tokens, or not whole."""
+    """Open a token file of any kind. Raises `DataError` if it is truncated or not a token file."""
     try:
         size = path.stat().st_size
         file = _npy(path, size) if _beginning(path).startswith(_NPY) else _llmc(path, size) or _nanogpt(path, size)
     except OSError as error:
         raise DataError(f"cannot read {quoted(path)}: {error.strerror}") from error
     if file.count == 0:
-        raise DataError(f"{quoted(path)} has no tokens; it was perhaps not written to the end")
+        raise DataError(f"{quoted(path)} has no tokens; its write may not have completed")
     return file
 
 
@@ -117,7 +117,9 @@ def _llmc(path: Path, size: int) -> TokenFile | None:
         raise DataError(f"{quoted(path)} ends inside its header of {_LLMC_HEADER} bytes; copy or write it again")
     expected, dtype = _LLMC[magic]
     if version != expected:
-        raise DataError(f"{quoted(path)} is version {version} of llm.c's shards, and {expected} is read; write it anew")
+        raise DataError(
+            f"{quoted(path)} is version {version} of llm.c's shards, but only {expected} is supported; write it again"
+        )
     if size != _LLMC_HEADER + count * dtype.itemsize:
         raise DataError(
             f"{quoted(path)} should hold {count} tokens in {_LLMC_HEADER + count * dtype.itemsize} bytes and has "
@@ -128,17 +130,17 @@ def _llmc(path: Path, size: int) -> TokenFile | None:
 
 def _nanogpt(path: Path, size: int) -> TokenFile:
     if path.suffix != ".bin":
-        raise DataError(f"{quoted(path)} is none of llm.c's shards, .npy, or nanoGPT's .bin")
+        raise DataError(f"{quoted(path)} is not a token file (llm.c's shards, .npy, or nanoGPT's .bin)")
     if size % 2:
         raise DataError(
             f"{quoted(path)} has {size} bytes, an odd number, and no header: not the uint16 tokens of nanoGPT; "
-            "it is cut off, or something else"
+            "it is truncated, or another kind of file"
         )
     return TokenFile(path, np.dtype("<u2"), 0, size // 2)
 
 
 def _npy(path: Path, size: int) -> TokenFile:
-    """A `.npy` file. Its header is matched against a pattern: numpy's own parser evaluates it as Python."""
+    """Open a `.npy` file. Its header is matched against a pattern, because numpy's parser evaluates it as Python."""
     header, offset = _npy_header(path)
     match = _NPY_HEADER.fullmatch(header)
     if match is None:
@@ -157,7 +159,7 @@ def _npy(path: Path, size: int) -> TokenFile:
 
 
 def _npy_header(path: Path) -> tuple[str, int]:
-    """The header and the offset of the data. Source: `numpy.lib.format`, versions 1.0 to 3.0."""
+    """Return the header and the offset of the data. Source: `numpy.lib.format`, versions 1.0 to 3.0."""
     with path.open("rb") as file:
         version = file.read(8)[6:]
         if version not in _NPY_LENGTH_BYTES:
@@ -168,7 +170,7 @@ def _npy_header(path: Path) -> tuple[str, int]:
             raise _not_npy(path, f"its header would have {length} bytes")
         header = file.read(length)
     if len(header) < length or not header.isascii():
-        raise _not_npy(path, "its header is cut off or not ASCII")
+        raise _not_npy(path, "its header is truncated or not ASCII")
     return header.decode("ascii"), 8 + len(length_bytes) + length
 
 

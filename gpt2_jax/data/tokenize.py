@@ -1,4 +1,4 @@
-"""Text to token ids, once: encoded on all cores into a directory that later runs open."""
+"""Encode text to token ids on all cores, into a cache directory that later runs reuse."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TaskProgress = Callable[[str, int, int], None]
 _FORMAT = 1
 _MOST_SIDECAR_BYTES = 2**20
 _MOST_COUNT = 2**53
-"""Larger whole numbers are not exact in every reader of JSON."""
+"""Limit on integers in JSON. Not every JSON parser reads larger ones exactly."""
 _ENDS = "document_ends.bin"
 _ENDS_AT_ONCE = 2**20
 _TOKENS = {"<u2": "tokens.bin", "<u4": "tokens.uint32"}  # `.bin` alone means uint16, as in nanoGPT
@@ -45,7 +45,7 @@ _FILES = {SIDECAR, _ENDS, *_TOKENS.values()}
 
 @dataclass(frozen=True)
 class CachedText:
-    """A text's tokens, and how many of its files are no text and were left out."""
+    """The tokens of a text source, and the number of its files that were skipped because they are not text."""
 
     tokens: TokenStream
     skipped: int
@@ -58,13 +58,12 @@ def cached_text(
     cache: str | Path | None = None,
     progress: TaskProgress | None = None,
 ) -> CachedText:
-    """The tokens of `documents`, from the cache, or encoded into it first.
+    """Return the tokens of `documents`, encoding them into the cache if they are not there yet.
 
-    A directory of the cache belongs to a tokenizer and to the paths, sizes and times of the documents.
-    It holds the ids without a header (`tokens.bin`, uint16; where the vocabulary is larger
-    `tokens.uint32`), `document_ends.bin` (int64), and `tokens.json`, which describes them and has the
-    SHA-256 of both. A damaged directory is detected and made anew. Where the tokenizer has
-    `<|endoftext|>`, each document ends with it.
+    The key of a cache directory is the tokenizer and the paths, sizes and times of the documents. The directory holds
+    the ids without a header (`tokens.bin`, uint16; `tokens.uint32` for a larger vocabulary), `document_ends.bin`
+    (int64), and `tokens.json`, which describes both and has their SHA-256. A damaged directory is rebuilt. If the
+    tokenizer has `<|endoftext|>`, each document ends with it.
     """
     directory = cache_directory(cache) / f"tokens-{cache_key(documents, tokenizer_fingerprint(encoding))}"
     text = open_cached(directory, progress)
@@ -73,7 +72,7 @@ def cached_text(
             with new_directory(directory, replaceable=_FILES.__contains__) as beside:
                 _write(beside, documents, encoding, progress)
         except BridgeError:
-            # Another process may have made the same directory meanwhile; what it holds is the same.
+            # Another process may have written the same directory in the meantime; its content is equal.
             if (text := open_cached(directory)) is None:
                 raise
     text = text or open_cached(directory)
@@ -83,23 +82,23 @@ def cached_text(
 
 
 def cache_directory(cache: str | Path | None = None) -> Path:
-    """`cache`, or gpt2-bridge in the user's cache: $XDG_CACHE_HOME, ~/.cache where that is not set."""
+    """Return `cache`, or by default gpt2-bridge in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
     if cache is not None:
         return Path(cache).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-bridge"
 
 
 def cache_key(documents: Documents, made_by: str) -> str:
-    """Of what is made from these files, as they are now, by a tokenizer."""
+    """Return the cache key of these files, in their current state, and a tokenizer."""
     files = [(d.name, os.fsdecode(d.path), d.size, d.modified) for d in documents.files]
     return hashlib.sha256(json.dumps([_FORMAT, made_by, files]).encode()).hexdigest()[:32]
 
 
 def open_cached(directory: Path, progress: TaskProgress | None = None) -> CachedText | None:
-    """Open a directory of the cache; None if it does not exist or is damaged.
+    """Open a directory of the cache. Returns None if it does not exist or is damaged.
 
-    Reads all of its bytes once to verify their SHA-256. Links and anything else that is not a regular file count as
-    damage.
+    Reads all of its files once to verify their SHA-256. A directory that contains links or special files counts as
+    damaged.
     """
     try:
         about = _read_sidecar(directory)
@@ -122,7 +121,7 @@ def open_cached(directory: Path, progress: TaskProgress | None = None) -> Cached
 
 
 def _read_sidecar(directory: Path) -> dict[str, Any]:
-    """The description of a directory of the cache; raises `DataError` unless each field that is used is valid."""
+    """Return the description of a directory of the cache. Raises `DataError` if a required field is invalid."""
     path = directory / SIDECAR
     about = parse_object(read_small_file(path, _MOST_SIDECAR_BYTES, DataError), quoted(path), DataError)
     counts = [about.get(name) for name in ("format", "tokens", "documents", "skipped")]
@@ -139,7 +138,7 @@ def _read_sidecar(directory: Path) -> dict[str, Any]:
 
 
 def _are_ends(ends: np.ndarray, count: int) -> bool:
-    """Whether document ends never go down and the last one is the number of tokens."""
+    """Whether document ends never decrease and the last one equals the number of tokens."""
     if ends[0] < 0 or ends[-1] != count:
         return False
     starts = range(0, len(ends), _ENDS_AT_ONCE)
@@ -179,7 +178,7 @@ def _encode(
     into: tuple[BinaryIO, BinaryIO],
     progress: TaskProgress | None,
 ) -> dict[str, Any]:
-    """Write every document's ids to the first file and its end to the second; return what was counted."""
+    """Write the ids of every document to the first file and its end to the second. Returns the counts."""
     tokens, ends = into
     has_end = END_OF_TEXT in encoding.special_tokens_set
     end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)] if has_end else [], dtype)
@@ -213,10 +212,10 @@ class _Block:
 def _blocks_encoded(
     documents: Documents, encoding: tiktoken.Encoding, dtype: np.dtype
 ) -> Generator[_Block | None, None, None]:
-    """The blocks of all documents in order, with None where a document ends; read as they are taken."""
+    """Yield the blocks of all documents in order, with None after each document. Blocks are read lazily."""
 
     def encoded(text: str) -> _Block:
-        # The ids of encode_ordinary; without a list of them, which one thread at a time could make.
+        # The same ids as encode_ordinary, without building a Python list, for which threads would wait on the GIL.
         ids = encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype)
         return _Block(ids, len(text.encode()), len(text))
 

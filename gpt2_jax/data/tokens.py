@@ -1,8 +1,8 @@
 """Token ids in files, read by position as if they were one array.
 
-Files are read and not mapped. A map that stays counts every page that was touched as the process's memory,
-until that is the size of the data; one for each batch still has 2 MiB for a window where the file system
-keeps its pages in large folios; and Python stands still while a page comes from the disk.
+Files are read, not memory-mapped. A permanent map counts every touched page as the process's memory, up to the size of
+the data. A map per batch still costs 2 MiB per window on file systems with large folios. And a page fault blocks the
+Python interpreter.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ FINGERPRINT_TOKENS = 1024
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Token ids of one or many files in a row, or a part of such a row."""
+    """The concatenated token ids of one or several files, or a slice of them."""
 
     files: tuple[TokenFile, ...]
     start: int
     stop: int
     vocab_size: int | None = None
-    """Larger ids are refused where they are read."""
+    """The vocabulary size. Reading a larger id is an error."""
     all_document_ends: Int[np.ndarray, " N"] | None = field(default=None, compare=False)
-    """Of the whole row, from its beginning: one past each document's last token."""
+    """For the concatenated files: the position one past each document's last token."""
     content: str | None = None
-    """The hash of all tokens, where it is known."""
+    """The hash of all tokens, if known."""
 
     @classmethod
     def of(
@@ -54,26 +54,26 @@ class TokenStream:
         document_ends: Int[np.ndarray, " N"] | None = None,
         content: str | None = None,
     ) -> TokenStream:
-        """All tokens of `files`, in their order."""
+        """Return all tokens of `files`, in order."""
         return cls(tuple(files), 0, sum(file.count for file in files), vocab_size, document_ends, content)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def part(self, start: int, stop: int) -> TokenStream:
-        """Tokens start ... stop - 1 of this stream as a stream."""
+        """Return tokens start ... stop - 1 as a stream."""
         return replace(self, start=self.start + start, stop=self.start + stop)
 
     def of_vocabulary(self, size: int | None) -> TokenStream:
-        """The same tokens, checked against a vocabulary of `size` as they are read."""
+        """Return a stream that checks ids against a vocabulary of `size` when they are read."""
         return replace(self, vocab_size=size)
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " T"]:
-        """Ids start ... stop - 1 as int32. `DataError` for ids that the vocabulary does not have."""
+        """Return ids start ... stop - 1 as int32. Raises `DataError` for ids outside the vocabulary."""
         return self.read_spans([(start, stop)])[0]
 
     def read_spans(self, spans: Iterable[tuple[int, int]]) -> list[Int[np.ndarray, " T"]]:
-        """`read` for each (start, stop), all of them fetched from the disk at the same time."""
+        """Apply `read` to each (start, stop), with parallel reads from the disk."""
         pieces = [list(self._pieces(start, stop)) for start, stop in spans]
         wanted: dict[int, list[tuple[int, int]]] = {}
         for index, start, stop in chain.from_iterable(pieces):
@@ -87,7 +87,7 @@ class TokenStream:
         ]
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Which file has which part of the span: its index, and start and stop in it."""
+        """Yield the parts of a span: the index of each file, and start and stop in it."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens {start} to {stop} of a stream of {len(self)}")
         position, stop = self.start + start, self.start + stop
@@ -106,7 +106,7 @@ class TokenStream:
 
     @cached_property
     def document_ends(self) -> Int[np.ndarray, " N"] | None:
-        """One past the last token of each document, the last one's end included; None where unknown."""
+        """The positions one past the last token of each document, including the last one; None if unknown."""
         if self.all_document_ends is None:
             return None
         first = np.searchsorted(self.all_document_ends, self.start, side="right")
@@ -116,10 +116,10 @@ class TokenStream:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash that tells streams apart: of all tokens where that is known, else of a sample.
+        """Return a hash that identifies the stream: of all tokens if known, otherwise of a sample.
 
-        The sample is the lengths of all files and `FINGERPRINT_BLOCKS` blocks of `FINGERPRINT_TOKENS`
-        ids, evenly spaced; not the files' names, so that they may move.
+        The sample consists of the lengths of all files and `FINGERPRINT_BLOCKS` evenly spaced blocks of
+        `FINGERPRINT_TOKENS` ids. It excludes the names of the files, so that they may be moved.
         """
         content = self.content or self._sampled()
         return hashlib.sha256(f"{content} {self.start} {self.stop}".encode()).hexdigest()
@@ -134,7 +134,7 @@ class TokenStream:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Where each file ends in the row of all."""
+        """The end of each file in the concatenation."""
         return list(accumulate(file.count for file in self.files))
 
     @cached_property
@@ -159,11 +159,11 @@ def is_token_cache(path: Path) -> bool:
 
 
 def is_token_source(source: str | Path) -> bool:
-    """Whether a path or a glob names token files; everything else is text.
+    """Whether a path or a glob names token files. Everything else is text.
 
-    A file is recognized by its first bytes (llm.c's, NumPy's) or by its name (`.bin`: nanoGPT's has no header).
-    A directory holds tokens if it belongs to the token cache, or if a file in it has such first bytes or is called
-    `train.bin`; a glob, if all files that it matches are token files.
+    A file is recognised by its first bytes (llm.c, NumPy) or by the suffix `.bin` (nanoGPT's files have no header). A
+    directory holds tokens if it belongs to the token cache, or if a file in it has such first bytes or is named
+    `train.bin`. A glob names token files if all matching files are token files.
     """
     path = Path(source)
     if is_token_cache(path):
@@ -176,12 +176,13 @@ def is_token_source(source: str | Path) -> bool:
 
 
 def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[TokenStream, TokenStream | None]:
-    """Training and validation streams of a file, a directory or a glob of token files.
+    """Return the training and validation streams of a file, a directory or a glob of token files.
 
-    Files whose names say val (`val.bin`, `fineweb_val_000000.bin`) are the validation stream, and the
-    training stream is those that say train, or where none does those that say neither. Where there is
-    only one kind, all files are one stream and the second is None. Files follow each other by name.
-    Raises `DataError` for a file that is damaged, or not tokens.
+    Files with val in their names (`val.bin`, `fineweb_val_000000.bin`) are the validation stream. The training stream
+    is the files with train in their names, or if there are none, the files with neither. If all files are of one kind,
+    they form one stream and the second is None. Files are sorted by name.
+
+    Raises `DataError` for a file that is damaged or not a token file.
     """
     path = Path(source)
     if path.is_dir():

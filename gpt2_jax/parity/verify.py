@@ -1,4 +1,4 @@
-"""One checkpoint, both backends, the same tokens, and a report that they are the same function."""
+"""Run one checkpoint on the same tokens in both backends and report whether they compute the same function."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ Safety and Happiness.
 """The Declaration of Independence of the United States, 1776; in the public domain."""
 
 ENOUGH_OF_TEXT = 0.9
-"""With at least this part of the built-in text's characters it is still text, which a trained model predicts."""
+"""If the tokenizer has at least this fraction of the built-in text's characters, a trained model can predict the rest
+of the text."""
 
 
 def verify(
@@ -51,23 +52,24 @@ def verify(
     """Run the checks and report. Needs torch; float64 runs on the CPU, the rest on JAX's default device.
 
     Args:
-        source: what to call the checkpoint in the report.
-        text: what to run it on, in the checkpoint's tokens; by default a built-in text, without the characters that a
-            tokenizer of characters lacks. If it lacks more than a tenth of the text, the tokens are random characters
-            of the tokenizer, and if there is no tokenizer, random ids; both are drawn from `seed`, and both leave the
-            check of predictions out, because no model predicts them.
-        batch, length: how many sequences of how many tokens; cut to `n_positions`.
-        untrained: the weights are known to be random, so a loss above ln(V) is no fault.
+        source: the name of the checkpoint in the report.
+        text: the text to run it on. By default a built-in text, without the characters that a tokenizer of characters
+            lacks. If it lacks more than a tenth of the text, the tokens are random characters of the tokenizer. Without
+            a tokenizer, they are random ids. Both are drawn from `seed`, and the check of predictions is skipped,
+            because no model predicts random tokens.
+        batch, length: number of sequences, and of tokens in each; at most `n_positions` are used.
+        untrained: the weights are known to be random, so a loss above ln(V) is not a failure.
         checks: names from `gpt2_jax.parity.CHECKS`.
         progress: called with the name of each check before it starts.
 
-    Raises `TokenizerError` if the checkpoint's tokenizer is damaged, or missing for a `text` that is
-    given, and `BridgeError` if there are fewer than two tokens to a sequence, or a `seed` is given that is not used.
+    Raises:
+        TokenizerError: the checkpoint's tokenizer is damaged, or is missing although `text` is given.
+        BridgeError: a sequence has fewer than two tokens, or `seed` is given but not used.
     """
     config = checkpoint.config
     shape = (batch, min(length, config.n_positions))
     if shape[0] < 1 or shape[1] < 2 or seed < 0:
-        raise BridgeError(f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: a prediction takes two tokens")
+        raise BridgeError(f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: a prediction needs two tokens")
     tokens = _tokens(checkpoint, text, shape, seed)
     subject = Subject(checkpoint, tokens.ids, is_text=tokens.are_text, untrained=untrained)
     about: dict[str, Any] = {
@@ -83,7 +85,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Tokens:
-    """[B, T] ids, where they come from, and whether they are text that a trained model predicts."""
+    """Token ids [B, T], their origin, and whether they are text that a trained model should predict."""
 
     ids: np.ndarray
     origin: str
@@ -91,7 +93,7 @@ class _Tokens:
 
 
 def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> _Tokens:
-    """The tokens to run on. A text that is too short is repeated."""
+    """Return the tokens to run on. A text that is too short is repeated."""
     rng = np.random.default_rng(seed)
     try:
         tokenizer = checkpoint.tokenizer()
@@ -109,7 +111,7 @@ def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], se
         if len(text) < len(BUILT_IN_TEXT):
             origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
     if seed:
-        raise BridgeError(f"seed={seed}: has no effect, because the tokens are those of a text; leave it out")
+        raise BridgeError(f"seed={seed}: has no effect, because the tokens come from a text; leave it out")
     encoded = tokenizer.encode_ordinary(text)
     if not encoded:
         raise TokenizerError("the text is empty; give at least one token")
@@ -117,7 +119,7 @@ def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], se
 
 
 def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:
-    """The text without the characters that a tokenizer of characters lacks. Other tokenizers encode every text."""
+    """Remove the characters that a tokenizer of characters lacks. Other tokenizers can encode every text."""
     from bridge.characters import CharacterEncoding  # imports tiktoken
 
     if not isinstance(tokenizer, CharacterEncoding):

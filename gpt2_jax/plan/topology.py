@@ -56,7 +56,7 @@ def tpu_topology(name: str) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(
             f"--topology {name} needs the TPU's compiler, which runs on any Linux machine: "
-            f"{install_command('tpu')}; or see what a step takes on N devices of the CPU with --devices N"
+            f"{install_command('tpu')}; or use --devices N to compile for N virtual CPU devices"
         )
     slices = int(found["slices"] or 1)
     return Topology(name, tuple(_devices(chip, found["shape"], slices)), chip, slices)

@@ -1,9 +1,9 @@
-"""Checkpoints of a run, written by orbax while training goes on: the last few, and the best.
+"""Checkpoints of a run, written asynchronously by Orbax: the last few, and the best.
 
-Orbax gives a checkpoint its name once it has written all, but waits for the disk with the arrays alone, not with what
-they are found by, nor with the name; and on reading it does not notice bytes of an array that changed. (A chunk that is
-gone it does notice; tensorstore alone gives zeros for it.) So it writes under a hidden name here; what it wrote is put
-on the disk, sealed with a manifest (`bridge.manifest`), read again, and only then given its step for a name.
+Orbax fsyncs array data but not metadata or the final rename, and does not detect corrupted bytes of an array on load.
+(It does detect missing chunks, which tensorstore alone reads as zeros.) A checkpoint is therefore committed in five
+steps: Orbax writes it under a hidden name; the files are fsynced; a manifest is added (`bridge.manifest`); the files
+are read back and verified; the directory is renamed to its step. A directory named after a step is always complete.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from gpt2_jax.train.step import TrainState
 
 PARTIAL = ".{}.partial"
 _LEFT = re.compile(r"\.(0|[1-9]\d*)\.partial(\.orbax-checkpoint-tmp.*)?")
-"""What a killed process leaves, and Orbax's own temporary directory beside it."""
+"""Leftovers of a killed process: the hidden directory, and Orbax's temporary directory beside it."""
 
 
 class Checkpoints:
     """The checkpoints of one run, numbered by their step.
 
-    A context: on leaving, a save that is under way is waited for, and its error raised. Where several processes take
-    part each writes its own parts, and the first seals and names them.
+    A context manager: on exit, it waits for a pending save and raises its error. With several processes, each writes
+    its own shards, and the first writes the manifest and renames the directory.
 
     Args:
-        about: what else the manifests say, beside the step and the loss: whose run it is.
-        say: told of every checkpoint that is damaged and passed over.
+        about: further fields of the manifests, beside the step and the loss, that identify the run.
+        say: called with a message about every damaged checkpoint that is skipped.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self.newest: int | None = None
-        """The step that was last saved, or restored."""
+        """The step that was last saved or restored."""
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             flush_to_disk(self._folder.parent)
@@ -68,10 +68,10 @@ class Checkpoints:
         wait_for_all("the folder of checkpoints")
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint that is as it was written.
+        """Return the step of the newest valid checkpoint.
 
-        Where there is one, those that are damaged are set aside, as STEP.damaged: they are neither the last nor the
-        best of what is kept.
+        If there is one, damaged checkpoints are renamed to STEP.damaged, so that they are not counted as the last or
+        the best.
         """
         return first_says(self._newest_sound() if is_first() else None)
 
@@ -87,10 +87,10 @@ class Checkpoints:
         return newest
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
-        """Begin to write `state`; the copy is taken before this returns, so its buffers may be donated.
+        """Start saving `state`. It is copied before this method returns, so its buffers may be donated afterwards.
 
-        `val_loss`: by which the best is chosen. Raises `TrainingError` where this save, or the one before,
-        fails; or that memory is too small, as the system or JAX says it.
+        `val_loss` selects the best checkpoint. Raises `TrainingError` if this save or the previous one fails, and
+        propagates out-of-memory errors of the system or JAX.
         """
         self.wait()
         step = int(state.step)
@@ -102,22 +102,22 @@ class Checkpoints:
         self._saving = step, self._thread.submit(self._commit, writing, partial, about)
 
     def check(self) -> None:
-        """Raise `TrainingError` where what `save` began has failed by now."""
+        """Raise `TrainingError` if the pending save has already failed."""
         if self._saving is not None and self._saving[1].done():
             self.wait()
 
     def wait(self) -> None:
-        """Until what `save` began is on the disk; raises `TrainingError` where that failed."""
+        """Wait until the pending save is on the disk. Raises `TrainingError` if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with _explained(f"the checkpoint of step {saving[0]} could not be written"):
                 saving[1].result()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their description.
+        """Return the state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their structs.
 
-        Waits for a save that is under way. Raises as `wait`, and `TrainingError` for one that is damaged, or that has
-        other shapes. Orbax is not asked: it trusts what it reads, and its errors are pages long.
+        Waits for a pending save. Raises as `wait`, and `TrainingError` for a checkpoint that is damaged or has other
+        shapes. Does not use Orbax, which trusts its input and whose error messages are pages long.
         """
         self.wait()
         with _explained(f"the checkpoint of step {step} could not be read; is it damaged?"):
@@ -130,23 +130,25 @@ class Checkpoints:
                 return jax.tree.unflatten(jax.tree.structure(like), leaves)
         names = [name for name in expected | found if expected.get(name) != found.get(name)]
         problems = [f"{n}: {_said(found.get(n))} is stored, {_said(expected.get(n))} expected" for n in names]
-        raise TrainingError(f"the checkpoint of step {step} is of another model or optimizer:\n{bullet_list(problems)}")
+        raise TrainingError(
+            f"the checkpoint of step {step} belongs to another model or optimizer:\n{bullet_list(problems)}"
+        )
 
     def _state(self, step: int) -> Path:
         return self._folder / str(step) / "state"
 
     def loss(self, step: int) -> float | None:
-        """The validation loss that was measured when this checkpoint was written."""
+        """The validation loss recorded with this checkpoint."""
         return first_says(validation_loss(self._run, step) if is_first() else None)
 
     def lowest_loss(self) -> float:
-        """Of all that there are."""
+        """The best step of all checkpoints."""
         step = first_says(best_step(self._run) if is_first() else None)
         loss = None if step is None else self.loss(step)
         return float("inf") if loss is None else loss
 
     def add_loss(self, step: int, val_loss: float) -> None:
-        """Of a checkpoint that was written before it could be measured."""
+        """Record the validation loss of a checkpoint that was saved before its evaluation."""
         if is_first():
             beside = self._folder / PARTIAL.format(step)
             with _explained(f"the loss of the checkpoint of step {step} could not be written"):
@@ -164,7 +166,7 @@ class Checkpoints:
             wait_for_all("the last checkpoint")
 
     def _commit(self, writing: Any, partial: Path, about: Mapping[str, Any]) -> None:
-        """Once orbax has written all, on every process."""
+        """Commit the checkpoint after Orbax has written all of it on every process."""
         try:
             writing.result()
             if is_first():
@@ -174,14 +176,14 @@ class Checkpoints:
                 flush_to_disk(self._folder)
         except BaseException:
             if is_first():
-                for left in self._folder.glob(f"{partial.name}*"):  # orbax has one of its own beside
+                for left in self._folder.glob(f"{partial.name}*"):  # Orbax's own is beside it
                     shutil.rmtree(left, ignore_errors=True)
             raise
         if is_first():
             self._prune()
 
     def _prune(self) -> None:
-        """Leave the last and the best; now that there is a newer one that is sound."""
+        """Remove all checkpoints but the last and the best. Called after a newer valid one was committed."""
         sealed = sealed_steps(self._run)
         kept = {*sealed[-self._keep_last :], best_step(self._run)}
         for step in sealed:  # a damaged checkpoint stays for inspection
@@ -189,15 +191,17 @@ class Checkpoints:
                 path = self._folder / str(step)
                 if foreign := foreign_files(path, manifest.recorded(path).__contains__):
                     names = ", ".join(map(quoted, foreign[:10]))
-                    self._say(f"{quoted(path)} is kept, because it holds files that training did not write: {names}")
+                    self._say(
+                        f"{quoted(path)} is not removed, because it holds files that training did not write: {names}"
+                    )
                 else:
                     self._remove(path, self._folder / PARTIAL.format(step))
 
     def _remove(self, path: Path, hidden: Path | None = None) -> None:
-        """Tell where it cannot be removed, as if it is another's, or is being read over NFS: the next start tries."""
+        """Remove a directory, or report why not (another owner, or in use on NFS). The next start retries."""
         try:
             if hidden is not None:
-                path = path.rename(hidden)  # at once: half of one must not look like one
+                path = path.rename(hidden)  # rename first: a partly removed checkpoint must not look valid
                 flush_to_disk(self._folder)
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         except OSError as error:
@@ -205,7 +209,7 @@ class Checkpoints:
 
 
 def _uncompressed() -> ocp.Context:
-    """Compressed, weights and moments are 9 % smaller; on CPU that costs the training more than a manifest does."""
+    """Disables compression: it shrinks weights and moments by 9 %, but on CPU takes more time than the manifest."""
     context = ocp.Context()
     context.array.saving.use_compression = False
     return context
@@ -215,7 +219,7 @@ def _uncompressed() -> ocp.Context:
 def _explained(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # orbax raises its own, tensorstore's and the system's
+    except Exception as error:  # Orbax also raises errors of tensorstore and the system
         if is_out_of_memory(error):
             raise
         reason = f"{type(error).__name__}: {quoted(str(error).partition(chr(10))[0], 400)}"
@@ -223,7 +227,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _free(path: Path) -> Path:
-    """A name that nothing has: this one, or with a number."""
+    """Return an unused name: `path`, or `path` with a number."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))
 
@@ -238,7 +242,7 @@ def _said(array: tuple[tuple[int, ...], str] | None) -> str:
 
 
 def _placed(stored: StoredArray, like: Any) -> jax.Array:
-    """The array on the devices of `like`; each part that several devices have is read once."""
+    """Return the array with the sharding of `like`. A part that several devices hold is read once."""
     parts: dict[str, np.ndarray] = {}
 
     def part(index: Any) -> np.ndarray:

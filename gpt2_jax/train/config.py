@@ -60,25 +60,25 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Added to AdamW's denominator."""
     weight_decay: float = 0.1
-    """Times the learning rate, of projections and embeddings; biases and LayerNorms never decay."""
+    """Multiplied by the learning rate. Applies to projections and embeddings, never to biases and LayerNorms."""
     clip_norm: float | None = 1.0
-    """The gradient's norm over all parameters is cut to this, as torch cuts it; None never cuts."""
+    """Clip the global gradient norm to this, as torch does; None disables clipping."""
     muon_learning_rate: float = 0.02
     """For muon: the highest learning rate of the layers' projections, under the same schedule."""
     muon_momentum: float = 0.95
     """For muon: decay of its momentum."""
     muon_weight_decay: float = 0.0
-    """For muon: times its learning rate, of the layers' projections."""
+    """For muon: weight decay of the layers' projections, multiplied by its learning rate."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run, whole: model, data, optimizer and what is reported when."""
+    """The configuration of a training run: model, data, optimizer and reports."""
 
     preset: str = "nano"
-    """The recipe that gives every other flag its default."""
+    """The preset that sets the default of every other flag."""
     model: GPT2Config = field(default_factory=GPT2Config)
-    """Sizes of the model; the vocabulary is the tokenizer's, and all are SRC's with --init-from SRC."""
+    """Sizes of the model. The tokenizer determines the vocabulary; with --init-from SRC, SRC determines all sizes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The update rule."""
 
@@ -86,20 +86,20 @@ class TrainConfig:
     """A text file, a directory or glob of text, `stdlib` (Python's own), or token files: nanoGPT's .bin,
     llm.c's shards, .npy."""
     validation_data: str | None = None
-    """The validation text or tokens, where they are not a part of --data."""
+    """The validation text or tokens, if they are not a part of --data."""
     validation_fraction: float = 0.1
-    """The part of --data, at its end, that is kept for validation."""
+    """The fraction of --data, at its end, that is used for validation."""
     tokenizer: str = "bpe"
-    """gpt2, bytes, characters, bpe (trained on the data, to --vocab-size), a directory that has one, or none,
-    for token files, whose ids are below --vocab-size. With --init-from SRC the default is init-from: SRC's own. Another
-    is used if SRC has none; if SRC has one, it must be the same."""
+    """gpt2, bytes, characters, bpe (trained on the data, to --vocab-size), a directory with a tokenizer, or none for
+    token files, whose ids must be below --vocab-size. With --init-from SRC the default is init-from, SRC's tokenizer.
+    If SRC has none, another may be given."""
     examples: Literal["stream", "documents"] = "stream"
     """stream: windows of one long text; documents: each document one padded, masked example."""
     init_from: str | None = None
-    """Begin with the weights of this checkpoint: any source that `gpt2 inspect` reads."""
+    """Start from the weights of this checkpoint: any source that `gpt2 inspect` reads."""
     source_activation: str | None = None
-    """The activation of a nanoGPT file in --init-from, which does not state it: gelu, or gelu_new for nanoGPT's code
-    before June 14, 2023."""
+    """The activation of a nanoGPT file in --init-from that does not state it: gelu, or gelu_new if nanoGPT's code from
+    before June 14, 2023, wrote the file."""
 
     steps: int = 2000
     """Updates of the parameters."""
@@ -108,40 +108,40 @@ class TrainConfig:
     length: int = 256
     """Tokens in a sequence, at most n_positions."""
     accumulate: int = 1
-    """Run a step's batch in this many parts, one after the other, to save memory."""
+    """Split each batch into this many microbatches, run one after the other, to save memory."""
     seed: int = 0
-    """Of the initial weights, the order of the data, and dropout."""
+    """Seed of the initial weights, the order of the data, and dropout."""
 
     mesh: str = "data=-1"
-    """How the devices divide the work: data=..,fsdp=..,tensor=.., those left out being 1, and one of them -1 for all
-    devices that are left. data: rows of the batch; fsdp: rows, and the weights in parts; tensor: heads and columns."""
+    """The device mesh: data=..,fsdp=..,tensor=.., where omitted axes are 1, and -1 means all remaining devices. data
+    splits the rows of the batch; fsdp splits rows and weights; tensor splits heads and columns."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; parameters and optimizer state stay float32."""
+    """The dtype of the computation. Parameters and optimizer state stay float32."""
     scan: bool = True
     """Compile one layer and loop over it; --no-scan unrolls all of them."""
     remat: Remat = "dots"
-    """What of a layer is kept for the backward pass: all; the results of products and attention; or its input."""
+    """The activations of a layer kept for the backward pass: all; outputs of matmuls and attention; or its input."""
     attention: Implementation = "auto"
     """The implementation of attention; auto takes the fast one for the device, dtype and length."""
     vocab_multiple: int = 1
     """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
     ema_decay: float | None = None
-    """Keep an exponential moving average of the weights, and evaluate and export that. After t updates the decay is
-    min(this, (1 + t) / (10 + t)), so that the average of a short run is not the initial weights."""
+    """Keep an exponential moving average of the weights, and evaluate and export it. The decay after t updates is
+    min(this, (1 + t) / (10 + t)), so that the initial weights do not dominate the average of a short run."""
     non_finite: Literal["stop", "skip"] = "stop"
-    """What a step does whose loss or gradient is infinite or NaN: end the run; or leave everything as it was, be
-    counted, and let the next one go on with its own batch."""
+    """What to do when the loss or a gradient is NaN or infinite. stop ends the run; skip discards the update, counts
+    it, and continues with the next batch."""
     deterministic: bool = False
-    """The same bits in every run: on GPU by kernels that add in a fixed order, on CPU by one thread. Slower."""
+    """Bitwise reproducible runs: on GPU with kernels that add in a fixed order, on CPU with one thread. Slower."""
 
     eval_every: int = 250
     """Steps between evaluations on the validation data; there is one after the last step too."""
     eval_batches: int | None = 200
-    """Batches of an evaluation, evenly spaced over the validation data; None takes all of it."""
+    """Batches per evaluation, evenly spaced over the validation data; None uses all of it."""
     sample_tokens: int = 128
     """Tokens of the sample that is printed at evaluations; 0 prints none."""
     sample_prompt: str = "\n"
-    """What the sample goes on from."""
+    """The prompt of the sample."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     checkpoint_every: int = 250
@@ -159,7 +159,7 @@ class TrainConfig:
 
 
 PLACES = frozenset({"data", "validation_data", "init_from"})
-"""Fields that say where something lies."""
+"""Fields that are paths."""
 
 FREE = frozenset(
     {
@@ -179,22 +179,22 @@ FREE = frozenset(
         "deterministic",
     }
 )
-"""Fields that a resumed run may change: they alter what is reported and kept, where data and devices are, and how
-numbers are rounded or lost, not what is computed."""
+"""Fields that a resumed run may change. They affect reports, retention, paths, devices, rounding, and the handling of
+non-finite values, but not the computation itself."""
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """Every field by the name of its flag, the nested ones beside the others."""
+    """Return every field by the name of its flag, with nested fields at the top level."""
     values = dataclasses.asdict(config)
     return {**values.pop("model"), **values.pop("optimizer"), **values}
 
 
 _ADDED = ("source_activation",)
-"""Fields that runs of earlier versions do not have; they were trained with the default."""
+"""Fields that earlier versions did not store. Their runs used the default."""
 
 
 def from_flat(values: Mapping[str, Any]) -> TrainConfig:
-    """The inverse of `flat`; raises `TrainingError` for names that are no fields, and for values out of range."""
+    """The inverse of `flat`. Raises `TrainingError` for unknown names and invalid values."""
     if not isinstance(values, Mapping):
         raise TrainingError("the run's configuration was written by another version: it must be an object")
     known = flat(TrainConfig())
@@ -218,7 +218,7 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     o = c.optimizer
     if wrong := [*_wrong_types(c), *_wrong_types(o)]:
         yield from wrong
-        return  # comparing a value of another type with a number raises
+        return  # comparing a non-number with a number would raise
     yield from _unknown_choices(c)
     yield from _unknown_choices(o)
     at_least_one = ("steps", "batch_size", "length", "accumulate", "eval_every", "log_every", "checkpoint_every")
@@ -240,11 +240,11 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     if not 0 <= c.seed < 2**32:
         yield f"seed={c.seed}: must be between 0 and {2**32 - 1}"
     if c.source_activation is not None and c.init_from is None:
-        yield f"source_activation={quoted(c.source_activation)}: it is for --init-from"
+        yield f"source_activation={quoted(c.source_activation)}: it is only for --init-from"
     if c.sample_tokens < 0:
         yield f"sample_tokens={c.sample_tokens}: must not be negative"
     if c.tokenizer == TOKENIZER_OF_INIT_FROM and c.init_from is None:
-        yield f"tokenizer={c.tokenizer}: is the tokenizer of init_from, which is not given"
+        yield f"tokenizer={c.tokenizer}: needs init_from, whose tokenizer it selects"
     yield from _attention_problems(c)
     if c.ema_decay is not None and not 0 < c.ema_decay < 1:
         yield f"ema_decay={c.ema_decay}: must be between 0 and 1"
@@ -266,7 +266,7 @@ def _problems(c: TrainConfig) -> Iterator[str]:
 
 
 def _wrong_types(part: TrainConfig | OptimizerConfig) -> Iterator[str]:
-    """The fields of another type than declared. Here a bool is not an int, an int is a float, and text has no NUL."""
+    """Yield the fields that do not have their declared type. A bool is no int, an int is a float, NUL is invalid."""
     for name, hint in get_type_hints(type(part)).items():
         value, allowed = getattr(part, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if not any(_is_of_type(value, one) for one in allowed):
@@ -286,7 +286,7 @@ def _is_of_type(value: Any, hint: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value made fit for a message: text quoted and cut, a list or an object by its type, which may be nested."""
+    """Format a value for a message: text quoted and truncated, a list or an object as its type."""
     if isinstance(value, list | dict):
         return type(value).__name__
     return quoted(value) if isinstance(value, str) else quoted(value)[1:-1]

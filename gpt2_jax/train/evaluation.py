@@ -1,4 +1,4 @@
-"""Between the steps: how well the model predicts text that it does not train on, and what it writes."""
+"""Evaluation between training steps: the validation loss and samples."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def validation_loss(
     mesh: Mesh,
     check: Callable[[], object] = lambda: None,
 ) -> float:
-    """Mean loss in nats per token over the validation data, of the running mean of the weights where one is kept.
+    """Return the mean loss over the validation data in nats per token. Uses the EMA of the weights if there is one.
 
-    `check` is called before every batch, to end the evaluation with an error of its own. Raises `TrainingError` where
-    there is nothing to predict, and `NonFiniteLoss`, its child.
+    `check` is called before every batch and may raise to end the evaluation. Raises `TrainingError` if there is nothing
+    to predict, and its subclass `NonFiniteLoss` if the loss is NaN or infinite.
     """
     rows = rows_of_part(config, mesh)
     batches = evaluation_batches(
@@ -48,13 +48,13 @@ def validation_loss(
     sums: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
         check()
-        jax.block_until_ready(sums[-2:-1])  # one batch ahead of the device, which has work, and no more: to be heard
+        jax.block_until_ready(sums[-2:-1])  # at most one batch ahead, to handle a signal promptly
         sums.append(eval_step(weights(state), rows.put(batch)))
     count = sum(int(count) for _, count in sums)
     if not count:
         raise TrainingError(
-            "the validation data has nothing to predict: each of its documents is one token; "
-            "raise --validation-fraction, or give more with --validation-data"
+            "the validation data has nothing to predict, because each of its documents is a single token; "
+            "raise --validation-fraction, or give more data with --validation-data"
         )
     mean = sum(float(loss) for loss, _ in sums) / count
     if not math.isfinite(mean):
@@ -63,14 +63,14 @@ def validation_loss(
 
 
 def require_validation(data: Data) -> TokenStream:
-    """The validation data; raises `TrainingError` where there is none, before a run is begun that cannot end."""
+    """Return the validation data. Raises `TrainingError` if there is none, before the run starts."""
     if data.validation is None:
         raise TrainingError("there is no validation data; open the data with a validation_fraction above 0")
     return data.validation
 
 
 def require_finite(state: TrainState) -> None:
-    """Raise `NonFiniteLoss` if a number in the state is infinite or NaN, which is possible after a finite loss."""
+    """Raise `NonFiniteLoss` if a number in the state is NaN or infinite. A finite loss does not exclude that."""
     parts = {
         "weights": state.params,
         "the optimizer's state": state.opt_state,
@@ -78,11 +78,11 @@ def require_finite(state: TrainState) -> None:
     }
     for what, tree in parts.items():
         if not all_finite(tree):
-            raise NonFiniteLoss(f"step {state.step}: its update made {what} infinite or NaN")
+            raise NonFiniteLoss(f"step {state.step}: the update made {what} NaN or infinite")
 
 
 def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
-    """What samples go on from; empty where none are printed."""
+    """Return the token ids of the sample prompt, empty if no samples are printed."""
     if data.tokenizer is None or not config.sample_tokens:
         return []
     named = f"sample_prompt={config.sample_prompt!r}"
@@ -99,7 +99,7 @@ def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
 
 
 def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prompt: list[int]) -> str:
-    """What the model writes, drawn with the same seed at every evaluation."""
+    """Return a sample of the model, drawn with the same seed at every evaluation."""
     assert data.tokenizer is not None  # there is a prompt
     new = generate(
         model,
@@ -113,5 +113,5 @@ def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prom
 
 
 def weights(state: TrainState) -> Any:
-    """What is evaluated, sampled from and exported."""
+    """Return the weights that are evaluated, sampled from and exported."""
     return state.params if state.ema_params is None else state.ema_params

@@ -47,9 +47,9 @@ class Outcome:
 
     run: Path
     step: int
-    """Updates made in all."""
+    """Total number of updates."""
     best_step: int
-    """Of the checkpoint that the run is read as, and that was exported."""
+    """Step of the checkpoint that was exported, and that loading the run reads."""
     best_val_loss: float | None
     """Its validation loss, nats per token."""
     stopped_by: signal.Signals | None
@@ -74,19 +74,21 @@ def train(
     console: rich.console.Console | None = None,
     stop: StopSignals | None = None,
 ) -> Outcome:
-    """Train, evaluate, keep checkpoints, and export; everything is written below the directory `run`.
+    """Train, evaluate, save checkpoints, and export. All files are written below the directory `run`.
 
     Args:
-        config: the whole recipe; its model's vocabulary must be the data's.
+        config: the configuration. The vocabulary of its model must be that of the data.
         data: from `gpt2_jax.data.open_data`.
-        init_from: begin with these weights instead of random ones.
-        resume: go on from the newest checkpoint in `run`, if there is one.
-        accept_changes: resume although the configuration or the data are not what they were.
+        init_from: start from these weights instead of random ones.
+        resume: continue from the newest checkpoint in `run`, if there is one.
+        accept_changes: resume although the configuration or the data changed.
         console: where to print; None is standard output.
-        stop: how signals are heard; unless given, a second one acts as it did before.
+        stop: the signal handler. By default, a second signal has its previous effect.
 
-    Raises `TrainingError` for what cannot be trained or resumed, and `NonFiniteLoss`, its child, naming the
-    step, where the loss is no longer finite; the checkpoints saved before then stay.
+    Raises:
+        TrainingError: the run cannot be trained or resumed.
+        NonFiniteLoss: the loss is NaN or infinite; the message names the step. Earlier checkpoints stay. A subclass of
+            `TrainingError`.
     """
     if config.deterministic:
         require_deterministic()
@@ -95,7 +97,7 @@ def train(
         require_packages(config)
     prompt = encoded_prompt(config, data)
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
-    place = described_state(config, model, tx, mesh)  # before a run is begun that cannot be on this mesh
+    place = described_state(config, model, tx, mesh)  # before a run is created that does not fit this mesh
     rows_of_step(config, mesh)
     resumes, begins = _enter(run, config, data, resume, accept_changes)
     console, about = console or Console(quiet=not is_first()), runs.about(config, data)
@@ -107,12 +109,12 @@ def train(
             saved = None if begins else checkpoints.latest()
             if saved is None and not begins:
                 raise TrainingError(
-                    f"none of the checkpoints in {quoted(run)} is sound; begin again, with another --out"
+                    f"none of the checkpoints in {quoted(run)} is valid; start again with another --out"
                 )
             if saved is not None and saved > config.steps:
                 raise TrainingError(
                     f"steps={config.steps}: the newest checkpoint in {quoted(run)} is already at step {saved}; give "
-                    f"--steps {saved} or more, or begin again with another --out"
+                    f"--steps {saved} or more, or start again with another --out"
                 )
             state = (
                 first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
@@ -127,12 +129,15 @@ def train(
 
 
 def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_changes: bool) -> tuple[bool, bool]:
-    """Make the run's directory, or find that it is this run's: whether there was one, and whether it begins anew."""
+    """Create the run's directory, or check that it belongs to this run.
+
+    Returns whether an existing run is resumed, and whether training starts at step 0.
+    """
     require_agreement({**runs.told(config, data), "resume": resume, "accept_changes": accept_changes})
     resumes = first_says(resume and runs.is_run(run))
     if resumes:
         runs.require_same(run, config, data, accept_changes)
-    # Without a checkpoint nothing is there to go on from: its tokenizer may differ.
+    # Without a checkpoint, there is nothing to resume, so its tokenizer may differ.
     begins = first_says(not (resumes and bool(steps(run))))
     if is_first():
         runs.require_replaceable_export(run)
@@ -144,7 +149,7 @@ def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_chan
 
 
 class Loop:
-    """Step after step, and between them what is due: a record, an evaluation, a checkpoint, a sample."""
+    """The training loop: steps, and between them records, evaluations, checkpoints and samples."""
 
     def __init__(
         self,
@@ -162,7 +167,7 @@ class Loop:
         self.config, self.data, self.model, self.mesh, self.prompt = config, data, model, mesh, prompt
         self.state, self.checkpoints, self.report, self.stop = state, checkpoints, report, stop
         self.val_loss = None if checkpoints.newest is None else checkpoints.loss(checkpoints.newest)
-        """Of `state`, where it was evaluated."""
+        """The validation loss of `state`, if it was evaluated."""
         self.best = checkpoints.lowest_loss()
         self.eval_step = stop.compiled_aside(make_eval_step(model), mesh)
         train_step = make_train_step(
@@ -177,7 +182,7 @@ class Loop:
         self.train_step = stop.compiled_aside(train_step, mesh)
 
     def run(self) -> None:
-        """Train to the last step, or until a signal; the state that it comes to is saved."""
+        """Train to the last step or until a signal, then save the state."""
         try:
             self.train()
         except Stopped:
@@ -201,21 +206,23 @@ class Loop:
         before = None
         for step in range(start + 1, c.steps + 1):
             self.state, metrics = self.train_step(self.state, rows.put(next(batches)))
-            jax.block_until_ready(before)  # one step ahead of the device, which has work, and no more: to hear a signal
+            jax.block_until_ready(before)  # at most one step ahead of the device, so that a signal is handled promptly
             before, self.val_loss = metrics, None
             self.report.stepped(step, metrics)
             self.checkpoints.check()
             self.take_stock(step)
 
     def evaluate_first(self, start: int) -> None:
-        """Before the first step; and where a signal came before the evaluation that was due at the one gone on from."""
+        """Evaluate before the first step, or repeat the evaluation that a signal interrupted before a resume."""
         missed = start > 0 and self.is_evaluated(start) and self.val_loss is None
         if start == 0 or missed:
             try:
                 loss = self.validate()
             except NonFiniteLoss as error:
                 if missed:
-                    raise NonFiniteLoss(f"{error}; remove {CHECKPOINTS}/{start} to go on from before it") from error
+                    raise NonFiniteLoss(
+                        f"{error}; remove {CHECKPOINTS}/{start} to continue from an earlier checkpoint"
+                    ) from error
                 raise
             if missed:
                 self.checkpoints.add_loss(start, loss)
@@ -223,8 +230,8 @@ class Loop:
             self.report.write(start, {"val_loss": loss})
 
     def take_stock(self, step: int) -> None:
-        """Log, evaluate, save and sample, as far as it is due after `step`. Of a signal it hears where little is lost:
-        before each batch of the evaluation, and when all that is due is saved."""
+        """Log, evaluate, save and sample if due after `step`. Signals are handled where little work is lost: before
+        each batch of an evaluation, and after saving."""
         c = self.config
         logs, evaluates = step % c.log_every == 0, self.is_evaluated(step)
         saves = step % c.checkpoint_every == 0 or step == c.steps
@@ -235,7 +242,7 @@ class Loop:
                     with suppress(Stopped):
                         record["val_loss"] = self.val_loss = loss = self.validate()
                         saves, self.best = saves or loss < self.best, min(loss, self.best)
-                if logs or evaluates:  # before it is saved: a resumed run keeps the lines up to its checkpoint
+                if logs or evaluates:  # before saving: a resumed run keeps the records up to its checkpoint
                     self.report.write(step, record)
                 if saves:
                     self.save()
@@ -255,9 +262,9 @@ class Loop:
         return validation_loss(self.eval_step, self.config, self.data, self.state, self.mesh, self.stop.check)
 
     def save(self) -> None:
-        if int(self.state.step) > 0:  # before the first step the weights are those that were given
+        if int(self.state.step) > 0:  # before the first step, the weights are the initial ones
             require_finite(self.state)
-        self.report.flush()  # after the system has crashed, too, no checkpoint is to be newer than its log
+        self.report.flush()  # even after a system crash, no checkpoint may be newer than the log
         self.checkpoints.save(self.state, self.val_loss)
 
 
@@ -268,9 +275,9 @@ def finish(
     stopped_by: signal.Signals | None,
     say: Callable[[str], object] = lambda _: None,
 ) -> Outcome:
-    """Draw the losses and export the best checkpoint, with a manifest that says whose it is.
+    """Plot the losses and export the best checkpoint, with a manifest that identifies the run.
 
-    `say` is told of every checkpoint that is damaged and passed over.
+    `say` gets a message about every damaged checkpoint that is skipped.
     """
     best, loss = 0, None
     if is_first():
@@ -280,5 +287,5 @@ def finish(
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
             manifest.seal(export, {**about, "step": best, "val_loss": loss})
         plot_losses(run)
-    best, loss = first_says((best, loss))  # until which the others wait
+    best, loss = first_says((best, loss))  # the other processes wait for it
     return Outcome(run, step, best, loss, stopped_by, run / runs.EXPORT, run / PLOT)

@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines always, TensorBoard and Weights & Biases where asked for, and a plot."""
+"""Logs of a run: JSON lines, TensorBoard and Weights & Biases on request, and a plot."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
 _LONGEST_LINE = 2**16
-"""Bytes. A record has some hundreds."""
+"""Limit on the bytes of a line. A record has a few hundred."""
 _MOST_DRAWN = 1e300
-"""The difference of larger numbers is infinite, and matplotlib fails."""
+"""Limit on values: the difference of larger numbers may overflow, which makes matplotlib fail."""
 
 
 class Metrics:
-    """The log of one run: `write` adds a record, `close` flushes. A resumed run goes on where it stood."""
+    """The log of one run: `write` adds a record, `close` flushes. A resumed run appends to it."""
 
     def __init__(self, run: Path, config: TrainConfig, start_step: int) -> None:
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
@@ -37,7 +37,7 @@ class Metrics:
             self._lines = self._file.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
-        """One record: `step`, and every value that there is."""
+        """Write one record: `step`, and every value that is not None."""
         record = {name: value for name, value in values.items() if value is not None}
         with _named(self._file):
             self._lines.write(json.dumps({"step": step, **record}) + "\n")
@@ -50,12 +50,12 @@ class Metrics:
             self._wandb.log(record, step=step)
 
     def flush(self) -> None:
-        """Until the records are on the disk."""
+        """Wait until the records are on the disk."""
         with _named(self._file):
             os.fsync(self._lines.fileno())
 
     def close(self) -> None:
-        with _named(self._file):  # what could not be written is tried again
+        with _named(self._file):  # it retries a failed write
             self._lines.close()
         if self._tensorboard is not None:
             with _named(self._file.with_name(TENSORBOARD)):
@@ -65,10 +65,10 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run, in order; a line that is no record, as one that a crash cut short, is left out.
+    """Return the records of a run, in order. Skips invalid lines, such as one truncated by a crash.
 
-    A step has one record, though an evaluation that was repeated after a resume has a line of its own. Values that are
-    no numbers are left out too. Raises `TrainingError` where the file cannot be read.
+    There is one record per step: the line of an evaluation that was repeated after a resume is merged into it. Values
+    that are not numbers are skipped. Raises `TrainingError` if the file cannot be read.
     """
     records: dict[int, dict[str, Any]] = {}
     for line in _lines_of(run / METRICS):
@@ -79,9 +79,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _lines_of(file: Path) -> Iterator[bytes]:
-    """The lines of a file, those above `_LONGEST_LINE` in pieces, which are no records; none where it is missing."""
+    """Yield the lines of a file, if it exists. A line above `_LONGEST_LINE` is split into pieces, which are invalid."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would wait
+        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would block
             raise TrainingError(f"{quoted(file)} is not a regular file")
         with file.open("rb") as lines:
             while line := lines.readline(_LONGEST_LINE):
@@ -108,7 +108,7 @@ def _is_number(value: Any) -> bool:
 
 def plot_losses(run: Path) -> Path:
     """Draw the training and validation loss over the steps into RUN/loss.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, and no state shared with the caller's
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needs no display and no pyplot state
     from matplotlib.figure import Figure
 
     records = read_metrics(run)
@@ -120,7 +120,7 @@ def plot_losses(run: Path) -> Path:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.set_title(escaped(run.name), parse_math=False)  # a name with dollar signs is no formula
+    axes.set_title(escaped(run.name), parse_math=False)  # dollar signs in a name do not start a formula
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -130,7 +130,7 @@ def plot_losses(run: Path) -> Path:
 
 
 def _forget_after(file: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that a run resumes from: it happens again."""
+    """Remove records after the checkpoint that a run resumes from, because those steps are repeated."""
     kept = [record for record in read_metrics(file.parent) if record["step"] <= step] if step else []
     with new_file(file, overwrite=True) as beside:
         beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -138,7 +138,7 @@ def _forget_after(file: Path, step: int) -> None:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """The system does not say which file it is that could not be written to."""
+    """Convert an `OSError` from writing, which does not name the file, to a `TrainingError` that does."""
     try:
         yield
     except OSError as error:
@@ -152,7 +152,7 @@ def _tensorboard(run: Path) -> Any:
 
 def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
     wandb = _optional("wandb", "wandb")
-    file = run / "wandb-id"  # a resumed run goes on under the same one
+    file = run / "wandb-id"  # a resumed run keeps the same id
     if not (start_step and file.exists()):
         file.write_text(secrets.token_hex(8))
     return wandb.init(

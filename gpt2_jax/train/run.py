@@ -1,4 +1,4 @@
-"""The directory of a run: what it was told, so that it can be continued and read back."""
+"""The directory of a run, which stores the run's arguments so that it can be resumed and loaded."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ if TYPE_CHECKING:
 
 EXPORT, LOCK = "export", ".lock"
 MOST_SECONDS_UNSEEN = 90
-"""For so long NFS may remember, as it is set up unless told otherwise, that a file was not there."""
+"""Seconds for which NFS, with default settings, may cache that a file does not exist."""
 _FLAGS = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change what is computed."""
 _VERSION = 1
 _MOST_RUN_BYTES = 2**20
-"""Of run.json, which has some 3 kB."""
+"""Size limit of run.json. A typical one has 3 kB."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a run this run: continuing with any of it changed would be another run."""
+    """The identity of a run: a change in any of these makes it a different run."""
 
     config: TrainConfig
     data: str
     """Fingerprint of the tokens."""
     tokenizer: str | None
-    """Fingerprint of the tokenizer, where there is one."""
+    """Fingerprint of the tokenizer, if there is one."""
 
     @classmethod
     def of(cls, config: TrainConfig, data: Data) -> Identity:
@@ -61,7 +61,7 @@ class Identity:
         return cls(config, data.fingerprint, tokenizer)
 
     def differences(self, other: Identity) -> list[str]:
-        """The fields in which `other` is another run, a line each. Where the data is may change, not what it is."""
+        """Return one line for each difference from `other`. The path of the data may change, its content may not."""
         mine, theirs = flat(self.config), flat(other.config)
         changed = [name for name in mine if mine[name] != theirs[name] and name not in FREE]
         lines = [f"{name} was {quoted(mine[name])}, now {quoted(theirs[name])}" for name in changed]
@@ -73,13 +73,13 @@ class Identity:
 
 
 def begin(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) -> None:
-    """Make the directory of a new run.
+    """Create the directory of a new run.
 
-    With `resume` a run that ended before its first checkpoint begins again: its configuration and tokenizer are
-    replaced, and no other file changes.
+    With `resume`, restart a run that ended before its first checkpoint: its configuration and tokenizer are replaced,
+    and no other file changes.
 
     Raises:
-        TrainingError: the directory exists and is not empty, or with `resume` not such a run.
+        TrainingError: the directory exists and is not empty. With `resume`: it is not a run without checkpoints.
     """
     if not os.path.lexists(run) or (run.is_dir() and not any(run.iterdir())):
         with new_directory(run) as directory:
@@ -99,22 +99,22 @@ def require_run(run: Path) -> None:
     """Raise `TrainingError` unless `run` is the directory of a run of this project."""
     if not is_run(run):
         raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
-    stored_identity(run)  # raises if another program wrote a file of this name
+    stored_identity(run)  # raises if another program wrote a file with this name
 
 
 def remove(run: Path) -> None:
-    """Remove a run, if all that its directory holds was written by training.
+    """Remove a run if training wrote every file in its directory.
 
     Raises:
-        TrainingError: it is no run, or holds other files, which are listed. Nothing is removed.
+        TrainingError: the directory is not a run, or holds other files; the message lists them. Nothing is removed.
     """
     require_run(run)
     if run.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise TrainingError(f"{quoted(run)} is the working directory; leave it first, or choose another --out")
-    own = sorted(run.rglob("*"), reverse=True)  # the contents of a directory before the directory
+    own = sorted(run.rglob("*"), reverse=True)  # children before their directory
     if kept := foreign_files(run, _written_by_training(run).__contains__):
         raise TrainingError(
-            f"{quoted(run)} is not removed, because it also holds files that training did not write; move them "
+            f"{quoted(run)} is not removed, because it holds files that training did not write; move them "
             f"away:\n{bullet_list(map(quoted, kept))}"
         )
     with locked(run):
@@ -129,7 +129,7 @@ def require_replaceable_export(run: Path) -> None:
 
 
 def exported(run: Path) -> Replaceable:
-    """Which files an export of this run may replace: those that the manifest of the earlier export records."""
+    """Return which files an export of this run may replace: those in the manifest of the earlier export."""
     return manifest.recorded(run / EXPORT).__contains__
 
 
@@ -143,26 +143,28 @@ def _written_by_training(run: Path) -> set[str]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """As long as the block lasts no other process is in here; raises `TrainingError` where one is."""
+    """Hold the run's lock for the duration of a block. Raises `TrainingError` if another process holds it."""
     with exclusive_lock(run / LOCK, is_file=True) as held:
-        if held is False:  # None, on a file system without locks, will do
+        if held is False:  # None, for a file system without locks, is accepted
             raise _another_trains(run)
         yield
 
 
 def require_own(run: Path, config: TrainConfig, data: Data) -> None:
-    """Raise `TrainingError` where another run has begun in the same directory before this one could lock it."""
+    """Raise `TrainingError` if another run started in this directory before this one locked it."""
     if stored_identity(run) != Identity.of(config, data):
         raise _another_trains(run)
 
 
 def require_seen(run: Path) -> None:
-    """Raise `TrainingError` where the first process has made the run's directory, and this one does not see it."""
+    """Raise `TrainingError` if this process does not see the run's directory that the first process created."""
     for _ in range(MOST_SECONDS_UNSEEN):
         if is_run(run):
             return
         time.sleep(1)
-    raise TrainingError(f"{quoted(run)} is not there for this process; --out must be a directory that all of them see")
+    raise TrainingError(
+        f"{quoted(run)} is not visible to this process; --out must be on a file system that all processes share"
+    )
 
 
 def _another_trains(run: Path) -> TrainingError:
@@ -170,17 +172,17 @@ def _another_trains(run: Path) -> TrainingError:
 
 
 def require_same(run: Path, config: TrainConfig, data: Data, accept_changes: bool) -> None:
-    """Raise `TrainingError` naming every field in which the run to be resumed is not the one that was stopped."""
+    """Raise `TrainingError` that names every difference between the stored run and the one to resume."""
     lines = stored_identity(run).differences(Identity.of(config, data))
     if lines and not accept_changes:
         raise TrainingError(
             f"{quoted(run)} cannot be resumed exactly:\n{bullet_list(lines)}\n"
-            "leave these as they were, or continue all the same with --accept-changes"
+            "restore these values, or continue with --accept-changes"
         )
 
 
 def told(config: TrainConfig, data: Data) -> dict[str, Any]:
-    """What all processes of a run must have been told alike. Where data lies may differ from machine to machine."""
+    """Return the arguments that must be equal on all processes. Paths of data may differ between machines."""
     identity = Identity.of(config, data)
     fields = {name: value for name, value in flat(config).items() if name not in PLACES}
     return {**fields, "data": identity.data, "tokenizer": identity.tokenizer}
@@ -191,7 +193,7 @@ def is_run(run: Path) -> bool:
 
 
 def stored_identity(run: Path) -> Identity:
-    """What the run in this directory was begun with. Raises `TrainingError` where run.json is damaged."""
+    """Return the stored identity of a run. Raises `TrainingError` if run.json is damaged."""
     path = run / RUN
     try:
         stored = parse_object(read_small_file(path, _MOST_RUN_BYTES, TrainingError), quoted(path), TrainingError)
@@ -215,7 +217,7 @@ def _describe_new(directory: Path, config: TrainConfig, data: Data) -> None:
 
 
 def describe(run: Path, config: TrainConfig, data: Data) -> None:
-    """Write config.json and run.json, each whole or not at all."""
+    """Write config.json and run.json. Each write is atomic."""
     with new_file(run / CONFIG, overwrite=True) as beside:
         write_config(beside, config.model, _end_of_text(data))
     with new_file(run / RUN, overwrite=True) as beside:
@@ -223,7 +225,7 @@ def describe(run: Path, config: TrainConfig, data: Data) -> None:
 
 
 def about(config: TrainConfig, data: Data) -> dict[str, Any]:
-    """Whose a file of this run is, and what wrote it."""
+    """Return the `about` of a manifest: the run, and the version that wrote the file."""
     identity = Identity.of(config, data)
     return {
         "version": _VERSION,
@@ -236,7 +238,7 @@ def about(config: TrainConfig, data: Data) -> dict[str, Any]:
 
 
 def _end_of_text(data: Data) -> dict[str, int | None]:
-    """What transformers' generate looks at; unsaid, it would take the ids of OpenAI's vocabulary."""
+    """Return generation settings for transformers. Without them, it would use the ids of OpenAI's vocabulary."""
     tokenizer = data.tokenizer
     has_one = tokenizer is not None and END_OF_TEXT in tokenizer.special_tokens_set
     return dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token if tokenizer and has_one else None)

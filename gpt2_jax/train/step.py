@@ -16,8 +16,8 @@ from gpt2_jax.sharding import constrain_tree
 from gpt2_jax.train.optimizer import clip_factor
 
 Batch = Mapping[str, Any]
-"""`input_ids` [B, T]; `labels` [B, T], the token after each, `IGNORED` where none counts; and where there is
-padding `attention_mask` [B, T], 1 for tokens and 0 for padding."""
+"""`input_ids` [B, T]; `labels` [B, T], the next tokens, or `IGNORED` for positions that do not count; and with padding,
+`attention_mask` [B, T], 1 for tokens and 0 for padding."""
 
 Metrics = dict[str, Array]
 
@@ -32,9 +32,9 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     ema_params: Any = None
-    """The exponential moving average of the parameters, where one is kept."""
+    """The exponential moving average of the parameters, if enabled."""
     skipped: Any = None
-    """How many steps left everything else as it was, because their loss or gradient was not finite."""
+    """The number of steps whose update was discarded because the loss or gradient was not finite."""
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
@@ -53,13 +53,14 @@ def make_train_step(
     ema_decay: float | None = None,
     skip_non_finite: bool = False,
 ) -> TrainStep:
-    """A compiled `step(state, batch) -> (state, metrics)`; the state that goes in is given up. Under `jax.set_mesh` it
-    runs on that mesh, and the state that comes out lies where `gpt2_jax.sharding` has it.
+    """Return a compiled `step(state, batch) -> (state, metrics)` that donates its input state.
 
-    The loss is the mean over all counted labels of the batch, also where `accumulate` runs it in parts: sums are
-    added up and divided once. Metrics: `loss`, in nats; `grad_norm`, before clipping; `skipped`, the steps so far whose
-    loss or gradient was not finite and which, with `skip_non_finite`, changed nothing but the two counts: parameters,
-    moments, and the place in the schedule, which is theirs, are those before.
+    Under `jax.set_mesh` it runs on that mesh, and the new state has the sharding of `gpt2_jax.sharding`.
+
+    The loss is the mean over all counted labels of the batch. With `accumulate` microbatches, sums are added over the
+    microbatches and divided once. Metrics: `loss`, in nats; `grad_norm`, before clipping; `skipped`, the number of
+    steps so far with a non-finite loss or gradient. With `skip_non_finite`, such a step changes only the two counts:
+    parameters, moments and the position in the schedule stay.
     """
     drops = max(model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop) > 0.0
 
@@ -69,9 +70,9 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         total, grads = _accumulated(jax.value_and_grad(total_loss), state.params, batch, key, accumulate)
-        grads = constrain_tree(grads)  # a device needs the sums of its own part alone
+        grads = constrain_tree(grads)  # each device needs only the sums of its own shard
         count = jnp.maximum((batch["labels"] != IGNORED).sum(), 1)
-        # The mean and the clipping are one factor, so that nothing but the optimizer passes over the gradients again.
+        # Mean and clipping are one factor, so that only the optimizer reads the gradients again.
         norm = optax.tree.norm(grads) / count
         factor = clip_factor(norm, clip_norm) / count
         grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
@@ -90,16 +91,16 @@ def make_train_step(
 
 
 def average_step_size(decay: float, updates: Int[Array, ""]) -> Float[Array, ""]:
-    """How much of the new weights goes into their moving average, after t updates: 1 - min(decay, (1 + t) / (10 + t)).
+    """Return the weight of the new parameters in their moving average: 1 - min(decay, (1 + t) / (10 + t)), t updates.
 
-    The rising decay removes the initial weights from the average of a short run. Source: `num_updates` of TensorFlow's
-    `tf.train.ExponentialMovingAverage`.
+    The decay is warmed up, so that the initial weights do not dominate the average of a short run. Source:
+    `num_updates` of TensorFlow's `tf.train.ExponentialMovingAverage`.
     """
-    return jnp.maximum(1.0 - decay, 9.0 / (10.0 + updates))  # 1 - decay in float32 would not be exact
+    return jnp.maximum(1.0 - decay, 9.0 / (10.0 + updates))  # in Python floats: 1 - decay in float32 would be inexact
 
 
 def _unless(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> TrainState:
-    """The state after a step that counts if it was `finite`, and that otherwise is skipped."""
+    """Return the updated state if the step was `finite`, otherwise the old state with the step counted as skipped."""
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
     return kept._replace(step=after.step, skipped=before.skipped + ~finite)
 
@@ -107,10 +108,10 @@ def _unless(finite: Bool[Array, ""], after: TrainState, before: TrainState) -> T
 def _accumulated(
     value_and_grad: Callable[..., tuple[Array, Any]], params: Any, batch: Batch, key: Array, parts: int
 ) -> tuple[Float[Array, ""], Any]:
-    """Loss and gradients, summed over the batch's rows in `parts` parts."""
+    """Return loss and gradients, summed over the batch in `parts` microbatches."""
     if parts == 1:
         return value_and_grad(params, batch, key)
-    # Every part takes every so-manieth row: of those that a device has, as many as of any other's.
+    # Microbatch k takes rows k, k+n, k+2n, ..., so that it has equally many rows from each device.
     split = {name: rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1) for name, rows in batch.items()}
 
     def add(sums: tuple[Array, Any], part: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
@@ -124,12 +125,12 @@ def _accumulated(
 
 @jax.jit
 def all_finite(tree: Any) -> Bool[Array, ""]:
-    """Whether no number in it is infinite or NaN."""
+    """Whether all numbers in the tree are finite."""
     return jax.tree.reduce(lambda so_far, leaf: so_far & jnp.isfinite(leaf).all(), tree, jnp.array(True))
 
 
 def make_eval_step(model: GPT2) -> EvalStep:
-    """A compiled `eval_step(params, batch) -> (summed loss in nats, number of labels that count)`."""
+    """Return a compiled `eval_step(params, batch) -> (summed loss in nats, number of counted labels)`."""
 
     @jax.jit
     def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:

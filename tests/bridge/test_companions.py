@@ -75,7 +75,7 @@ def test_a_link_that_leads_outside_is_not_copied(
             "through another link": Path("between"),
         }[spelling]
     )
-    assert_not_exported(source, name, "is a link that leads out of the checkpoint's directory; replace it", capsys)
+    assert_not_exported(source, name, "is a link out of the checkpoint's directory; replace it", capsys)
 
 
 @pytest.mark.parametrize("format", WRITABLE)
@@ -90,7 +90,7 @@ def test_every_format_refuses_links_that_lead_outside(
         else:
             moved.write_text(SECRET)
         (source / name).symlink_to(moved)
-        assert_not_exported(source, name, "is a link that leads out", capsys)
+        assert_not_exported(source, name, "is a link out of", capsys)
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "/dev/zero", "/proc/self/environ", "missing.json", "config.json"])
@@ -103,7 +103,7 @@ def test_a_link_of_the_configuration_to_somewhere_else_is_refused(
     (source / "config.json").symlink_to(target)
     with pytest.raises(CheckpointError, match=r"config\.json|cannot be read as a checkpoint"):
         bridge.load(source)
-    with pytest.raises(CheckpointError, match=r"config\.json' is a link that leads (out|to nothing)"):
+    with pytest.raises(CheckpointError, match=r"config\.json' is a (link out of|broken link)"):
         bridge.load(source / "model.safetensors")
 
 
@@ -155,7 +155,7 @@ def test_other_files_of_a_hugging_face_cache_are_not_read(tmp_path: Path, target
     (tmp_path / target).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / target).write_text(SECRET)
     (snapshot / "generation_config.json").symlink_to(os.path.relpath(tmp_path / target, snapshot))
-    with pytest.raises(CheckpointError, match="leads out of the checkpoint's directory"):
+    with pytest.raises(CheckpointError, match="is a link out of the checkpoint's directory"):
         bridge.save(bridge.load(snapshot), tmp_path / "out", format="flax")
     assert not (tmp_path / "out").exists()
 

@@ -383,7 +383,7 @@ BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "with escape codes": (mapped("\x1b[31m"), r"'\x1b[31m' is missing"),
     "too long": (mapped("x" * 5_000), "is missing"),
     "missing": (mapped("flax_model-00009-of-00003.msgpack"), "'flax_model-00009-of-00003.msgpack' is missing"),
-    "in another shard": (mapped(LAST), f"'{WTE}' should be in '{LAST}' and is not"),
+    "in another shard": (mapped(LAST), f"'{WTE}' should be in '{LAST}' but is not"),
     "the configuration": (mapped("config.json"), "config.json'"),
     "a number": (mapped(1), "weight_map must map tensor names to file names"),
     "nil": (mapped(None), "weight_map must map tensor names"),
@@ -392,7 +392,7 @@ BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an empty weight_map": (lambda index: index.update(weight_map={}), "total_size is"),
     "a name that is not there": (
         lambda index: index["weight_map"].update({"transformer/more": FIRST}),
-        f"'transformer/more' should be in '{FIRST}' and is not",
+        f"'transformer/more' should be in '{FIRST}' but is not",
     ),
     "a name that is not listed": (lambda index: index["weight_map"].pop(WTE), f"'{WTE}' is in '{FIRST}'"),
     "a wrong total_size": (lambda index: index["metadata"].update(total_size=5), "total_size is '5'"),
@@ -422,13 +422,13 @@ def a_name_in_two_shards(directory: Path) -> None:
 
 
 BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a link that leads out": (a_shard_that_leads_out, f"'{FIRST}' is a link that leads out of the directory"),
+    "a link that leads out": (a_shard_that_leads_out, f"'{FIRST}' is a link out of the directory"),
     "gone": (lambda directory: (directory / LAST).unlink(), f"'{LAST}' is missing"),
     "empty": (lambda directory: (directory / LAST).write_bytes(b""), LAST),
-    "cut off": (lambda directory: (directory / LAST).write_bytes((directory / LAST).read_bytes()[:-1]), "cut off"),
+    "truncated": (lambda directory: (directory / LAST).write_bytes((directory / LAST).read_bytes()[:-1]), "truncated"),
     "swapped": (lambda directory: shutil.copy(directory / FIRST, directory / LAST), "should be in"),
     "with a name of another": (a_name_in_two_shards, f"'{WTE}' is in '{LAST}'; the index says in '{FIRST}'"),
-    "no tree": (lambda directory: (directory / LAST).write_bytes(b"\x80"), f"should be in '{LAST}' and is not"),
+    "no tree": (lambda directory: (directory / LAST).write_bytes(b"\x80"), f"should be in '{LAST}' but is not"),
 }
 
 

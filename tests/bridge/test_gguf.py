@@ -674,8 +674,8 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_when_it_is_asked_for(
     ("added", "says"),
     [
         ([""], "a special token is empty"),
-        (["x" * 10**6], "takes 1000000 bytes; at most 512 are read"),
-        ([f"{i:03}" * 150 for i in range(200)], "take 90000 bytes; at most 32768 are read"),
+        (["x" * 10**6], "has 1000000 bytes; the limit is 512"),
+        ([f"{i:03}" * 150 for i in range(200)], "have 90000 bytes; the limit is 32768"),
     ],
     ids=["empty", "long", "many"],
 )

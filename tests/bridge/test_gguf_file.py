@@ -252,17 +252,17 @@ LATER = "make it again from the model's original"
 # What the file holds, and what the message must say of it.
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it is empty"),
-    "3 bytes of the magic": (b"GGU", "it begins as no format does"),
-    "another magic": (b"GGML" + GOOD[4:], "it begins as no format does"),
-    "the magic backwards": (b"FUGG" + GOOD[4:], "it begins as no format does"),
-    "all zeros": (bytes(len(GOOD)), "it begins as no format does"),
+    "3 bytes of the magic": (b"GGU", "its first bytes match no supported format"),
+    "another magic": (b"GGML" + GOOD[4:], "its first bytes match no supported format"),
+    "the magic backwards": (b"FUGG" + GOOD[4:], "its first bytes match no supported format"),
+    "all zeros": (bytes(len(GOOD)), "its first bytes match no supported format"),
     "the magic alone": (b"GGUF", "the header: '4' bytes from 4 on do not lie in the file's 4"),
     "zeros after the magic": (b"GGUF" + bytes(len(GOOD) - 4), "GGUF version 0; only 2 and 3 are read"),
-    "cut off in the counts": (GOOD[:20], "do not lie in the file's 20; it is damaged or cut off"),
-    "cut off in the keys": (GOOD[:100], "it is damaged or cut off"),
-    "cut off in the descriptions": (GOOD[:500], "tensor 4 of 28: '20' bytes from 481"),
-    "cut off in the data": (GOOD[:-100], "is damaged or cut off"),
-    "one byte less than its data": (gpt2(tensors={**gguf_tensors(), "z": np.ones(8, "f")})[:-1], "cut off"),
+    "truncated in the counts": (GOOD[:20], "do not lie in the file's 20; it is damaged or truncated"),
+    "truncated in the keys": (GOOD[:100], "it is damaged or truncated"),
+    "truncated in the descriptions": (GOOD[:500], "tensor 4 of 28: '20' bytes from 481"),
+    "truncated in the data": (GOOD[:-100], "is damaged or truncated"),
+    "one byte less than its data": (gpt2(tensors={**gguf_tensors(), "z": np.ones(8, "f")})[:-1], "truncated"),
     "one byte more": (GOOD + b"\0", "1 bytes after the last tensor"),
     "more padding than the alignment": (GOOD + bytes(32), "32 bytes after the last tensor"),
     "data without tensors": (file_of(gpt2_pairs(), [], bytes(64)), "64 bytes after the last tensor"),
@@ -372,7 +372,7 @@ def test_the_last_tensor_need_not_be_padded(tmp_path: Path) -> None:
         (tmp_path / f"{missing}").write_bytes(whole[:-missing])
         assert_same(GGUFFile.open(tmp_path / f"{missing}").tensors(), tensors)
     (tmp_path / "less").write_bytes(whole[:-21])
-    with pytest.raises(CheckpointError, match="damaged or cut off"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         GGUFFile.open(tmp_path / "less").tensors()
 
 

@@ -44,7 +44,7 @@ def test_an_unknown_path_object_is_named(tmp_path: Path) -> None:
 def test_a_file_of_nothing_known_is_refused(tmp_path: Path) -> None:
     for content, says in {
         b"": "it is empty",
-        b"weights!": "it begins as no format does that is read",
+        b"weights!": "its first bytes match no supported format",
         b"version https://git-lfs.github.com/spec/v1\noid": "a git-LFS pointer, not the weights",
         b"<!DOCTYPE html><html>": "an HTML page, not weights",
     }.items():
@@ -121,7 +121,7 @@ def test_a_hub_id_offline_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     said = message("someone/tiny-gpt2")
-    assert "'someone/tiny-gpt2' is not a path here" in said
+    assert "'someone/tiny-gpt2' is not a local path" in said
     assert "(ConnectionError); check the name and the connection" in said
 
 

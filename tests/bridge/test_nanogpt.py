@@ -107,10 +107,10 @@ def assert_same_state(found: AdamWState, expected: AdamWState) -> None:
 
 
 def assumed(since: str) -> str:
-    """What every file says that does not show which GELU it was trained with."""
+    """The warning for a file that does not determine its GELU."""
     return (
-        "the file does not state its activation; it was read with the exact GELU (gelu), which nanoGPT computes since "
-        f"June 14, 2023. A file of nanoGPT's code between {since} and June 14, 2023 has the tanh GELU: "
+        "the file does not state its activation; it was read with the exact GELU (gelu), which nanoGPT has used since "
+        f"June 14, 2023. If nanoGPT's code of {since} to June 14, 2023 wrote the file, it needs the tanh GELU: "
         'bridge.load(..., activation="gelu_new"), or --source-activation gelu_new'
     )
 
@@ -220,7 +220,9 @@ def test_the_config_beside_a_file_states_its_activation(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", [name for name in WRITABLE if name != "nanogpt"])
 def test_an_activation_for_a_format_that_states_it_is_refused(tmp_path: Path, format: str) -> None:
     bridge.save(random_checkpoint(config_for(format)), tmp_path / "out", format=format)
-    with pytest.raises(CheckpointError, match=f"activation='gelu_new' was given, but {format} states its own"):
+    with pytest.raises(
+        CheckpointError, match=f"activation='gelu_new' was given, but {format} files state their activation"
+    ):
         bridge.load(tmp_path / "out", activation="gelu_new")
 
 
@@ -234,7 +236,7 @@ def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
     nanogpts(tmp_path / "mine.pth", alone)
     ckpt = bridge.load(tmp_path)
     assert ckpt.optimizer is None and ckpt.progress == {}
-    note = "the file also has 'note', which nanoGPT does not and which is not read"
+    note = "the file also has 'note', which nanoGPT does not write and which was not read"
     assert ckpt.diagnostics == (note, assumed("January 27"))
 
 
@@ -448,7 +450,7 @@ def test_the_remedy_for_the_activation_is_one(tmp_path: Path) -> None:
 def test_settings_of_training_without_a_place_are_said_and_a_directory_keeps_them(tmp_path: Path) -> None:
     config = replace(CONFIG, embd_pdrop=0.1, attn_pdrop=0.0, initializer_range=0.01)
     [sentence] = bridge.save(random_checkpoint(config), tmp_path / "ckpt.pt", format="nanogpt")
-    assert sentence.endswith("no place for: embd_pdrop=0.1, attn_pdrop=0.0, initializer_range=0.01")
+    assert sentence.endswith("cannot store: embd_pdrop=0.1, attn_pdrop=0.0, initializer_range=0.01")
     assert bridge.load(tmp_path / "ckpt.pt").config == CONFIG
     assert bridge.save(random_checkpoint(config), tmp_path / "directory", format="nanogpt") == ()
     assert bridge.load(tmp_path / "directory").config == config
@@ -507,8 +509,8 @@ def one_group(saved: Saved) -> None:
 
 C_FC = "transformer.h.0.mlp.c_fc.weight"
 MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] = {
-    "model missing": (without("model"), "has the weights in `model`", CheckpointError),
-    "model a list": (put([], "model"), "has the weights in `model`", CheckpointError),
+    "model missing": (without("model"), "have the weights in `model`", CheckpointError),
+    "model a list": (put([], "model"), "have the weights in `model`", CheckpointError),
     "a number in the model": (put(1, "model", C_FC), "'transformer.h.0.mlp.c_fc.weight' is a int", CheckpointError),
     "a tensor named by a number": (lambda s: s["model"].update({7: torch.ones(1)}), "'7' is a", CheckpointError),
     "model_args a list": (put(["model_args"], "model_args"), "in `model_args`", ConfigError),

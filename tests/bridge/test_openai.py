@@ -125,8 +125,8 @@ def state(text: str) -> Callable[[Path], object]:
 HEADER = b"\x00\x00\x06\x08\x01\x1a\x02\x08\x01"
 MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = {
     "no data": (lambda p: (p / DATA).unlink(), f"{DATA}'", CheckpointError),
-    "data empty": (file(DATA, lambda c: b""), "is damaged or cut off", CheckpointError),
-    "data one byte less": (file(DATA, lambda c: c[:-1]), "is damaged or cut off", CheckpointError),
+    "data empty": (file(DATA, lambda c: b""), "is damaged or truncated", CheckpointError),
+    "data one byte less": (file(DATA, lambda c: c[:-1]), "is damaged or truncated", CheckpointError),
     "data one byte more": (file(DATA, lambda c: c + b"\0"), "1 bytes after the last tensor", CheckpointError),
     "data flipped": (file(DATA, flipped(700)), "does not have the checksum stored for it", CheckpointError),
     "data zeroed": (file(DATA, lambda c: bytes(len(c))), "does not have the checksum", CheckpointError),
@@ -179,7 +179,7 @@ def test_a_malformed_directory_is_refused(
 def test_a_directory_whose_index_is_none_is_not_recognised(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in (b"", b"x" * 100, (plain / INDEX).read_bytes()[:-1]):
         (plain / INDEX).write_bytes(content)
-        assert_refused(plain, "nor hparams.json with TensorFlow's", capsys, CheckpointError)
+        assert_refused(plain, "nor hparams.json with a TensorFlow checkpoint", capsys, CheckpointError)
 
 
 def test_two_checkpoints_and_no_state_file_are_refused(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,5 +211,5 @@ def test_a_link_that_leads_outside_is_refused(plain: Path, name: str) -> None:
     outside = plain.parent / "outside"
     (plain / name).rename(outside)
     (plain / name).symlink_to(outside)
-    with pytest.raises(CheckpointError, match=f"{name}' is a link that leads out of the checkpoint's directory"):
+    with pytest.raises(CheckpointError, match=f"{name}' is a link out of the checkpoint's directory"):
         bridge.load(plain)

@@ -190,7 +190,7 @@ ENTRY = json.dumps(GOOD).encode()
 
 # What the file holds, and what the message must say of it.
 MALFORMED: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "only 0 bytes; the file is empty or cut off"),
+    "empty": (b"", "only 0 bytes; the file is empty or truncated"),
     "7 bytes": (b"\x08\0\0\0\0\0\0", "only 7 bytes"),
     "8 zero bytes": (bytes(8), "not valid JSON"),
     "all zeros": (bytes(1000), "not valid JSON"),
@@ -199,7 +199,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "header length 10^8+1": (file_of({}, b"", 10**8 + 1), "header would be longer"),
     "header length is the file's": (file_of({}, b"", 10), "header would be longer"),
     "header one byte too long": (file_of({}, b"", 3), "header would be longer"),
-    "header cut off": (file_of({"w": GOOD}, bytes(8))[:30], "header would be longer"),
+    "header truncated": (file_of({"w": GOOD}, bytes(8))[:30], "header would be longer"),
     "header too large to be one": (file_of(b" " * (2**20 + 1)), "at most 1048576 are read"),
     "header not UTF-8": (file_of(b'{"\xff": 1}'), "not valid JSON"),
     "header in UTF-16": (file_of("{}".encode("utf-16")), "not valid JSON"),

@@ -207,7 +207,7 @@ GOOD = archive(pickled(tensor()), {"data/0": FOUR})
 MANY = 100_000
 MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     # the archive
-    "cut off": (lambda: GOOD[:-10], "pytorch_model.bin"),
+    "truncated": (lambda: GOOD[:-10], "pytorch_model.bin"),
     "the beginning alone": (lambda: GOOD[:30], "pytorch_model.bin"),
     "something behind": (lambda: GOOD + b"x", "pytorch_model.bin"),
     "two data.pkl": (lambda: with_twice("archive/data.pkl"), "data.pkl"),
@@ -257,7 +257,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a list of itself": (lambda: of(b"\x80\x02]q\x00h\x00a."), "nests its values deeper"),
     "PUT 2^31": (lambda: of(b"\x80\x02]r\x00\x00\x00\x80."), "2147483648"),
     "BINUNICODE of 4 GiB": (lambda: of(b"\x80\x02X\xff\xff\xff\xff."), "4294967295 bytes"),
-    "LONG1 of nothing": (lambda: of(b"\x80\x02\x8a\xff."), "cut off"),
+    "LONG1 of nothing": (lambda: of(b"\x80\x02\x8a\xff."), "truncated"),
     "lists 100,000 deep": (lambda: of(b"\x80\x02" + b"]" * MANY + b"a" * (MANY - 1) + b"."), "deeper than"),
     "tuples 100,000 deep": (lambda: of(b"\x80\x02)" + b"\x85" * MANY + b"."), "deeper than"),
     "marks 100,000 deep": (lambda: of(b"\x80\x02" + b"(" * MANY + b"."), "data.pkl"),
@@ -267,7 +267,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "underflow over a mark": (lambda: of(b"\x80\x02](Na."), "data.pkl"),
     "a mark that was not set": (lambda: of(b"\x80\x02t."), "a mark that it has not set"),
     "dangling BINGET": (lambda: of(b"\x80\x02h\x09."), "goes back to the value 9"),
-    "no STOP": (lambda: of(b"\x80\x02}"), "cut off"),
+    "no STOP": (lambda: of(b"\x80\x02}"), "truncated"),
     "a second pickle behind": (lambda: of(b"\x80\x02}.\x80\x02}."), "behind its end"),
     "more on the stack": (lambda: of(b"\x80\x02}}."), "in the middle of something"),
     "protocol 0": (lambda: of(b"(dp0\n."), "protocol"),

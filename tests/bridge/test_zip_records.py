@@ -132,7 +132,7 @@ def test_every_way_to_say_the_same_is_read(tmp_path: Path, member: Member) -> No
 
 GOOD = Member()
 CONTRADICTING: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "cut off, or no zip file"),
+    "empty": (b"", "truncated, or no zip file"),
     "a comment at the end": (zipped(GOOD, ending=lambda *n: end(*n, b"PK")), "something behind its end"),
     "an end within a comment": (
         zipped(GOOD, ending=lambda *n: end(*n, end(0, 0, 0))),
@@ -174,7 +174,7 @@ CONTRADICTING: dict[str, tuple[bytes, str]] = {
     ),
     "a place of 2^63": (zipped(replace(GOOD, header=ZIP64, extra=struct.pack("<2HQ", 1, 8, 2**63))), "do not lie in"),
     "a size that is missing": (zipped(replace(GOOD, sizes=(ZIP64, ZIP64))), "the size of 'a/data' is missing"),
-    "extra fields cut off": (zipped(replace(GOOD, extra=b"\1\0\x10\0abc")), "extra fields of 'a/data' are damaged"),
+    "extra fields truncated": (zipped(replace(GOOD, extra=b"\1\0\x10\0abc")), "extra fields of 'a/data' are damaged"),
     "half an extra field": (zipped(replace(GOOD, extra=b"\1")), "extra fields of 'a/data' are damaged"),
     "two sizes in 64 bits": (
         zipped(replace(GOOD, extra=2 * struct.pack("<2HQ", 1, 8, 7))),

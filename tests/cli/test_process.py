@@ -137,7 +137,7 @@ def test_a_cache_that_others_may_write_to_is_not_used(
     keep_compiled_programs()
     assert jax.config.values["jax_compilation_cache_dir"] is None
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("gpt2: ") and f"others may write to '{opened}'" in line and "chmod go-w" in line
+    assert line.startswith("gpt2: ") and f"other users can write to '{opened}'" in line and "chmod go-w" in line
     opened.chmod(0o755)
     keep_compiled_programs()
     assert jax.config.values["jax_compilation_cache_dir"] == str(folder)

@@ -123,7 +123,7 @@ def test_train_begins_with_it(
 
 def test_train_without_a_checkpoint_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--out", tmp_path / "run", "--source-activation", "gelu") == 2
-    assert "source_activation='gelu': it is for --init-from" in capsys.readouterr().err
+    assert "source_activation='gelu': it is only for --init-from" in capsys.readouterr().err
 
 
 def test_a_run_of_before_the_flag_is_read() -> None:
@@ -138,5 +138,5 @@ def test_a_source_that_states_its_activation_is_refused(
     arguments = {"convert": (tmp_path / "out", "--to", "flax"), "generate": ("We",)}.get(verb, ())
     before = sorted(tmp_path.rglob("*"))
     assert run(verb, model, *arguments, "--source-activation", "gelu_new") == 2
-    assert "activation='gelu_new' was given, but huggingface states its own" in capsys.readouterr().err
+    assert "activation='gelu_new' was given, but huggingface files state their activation" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

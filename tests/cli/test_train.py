@@ -192,7 +192,7 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path: Path) -> None:
     source = huggingface_directory(tmp_path / "source", replace(RECIPE.model, vocab_size=300, bias=True))
     places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", tmp_path / "run")
     code, _, errors = run("train", "--init-from", source, *places, *QUICK)
-    assert (code, "say by which tokenizer" in errors) == (2, True)
+    assert (code, "give a tokenizer" in errors) == (2, True)
     assert run("train", "--init-from", source, *places, *QUICK, "--tokenizer", "bytes")[0] == 0
     made = bridge.load(tmp_path / "run")
     assert (made.config.vocab_size, made.tokenizer().n_vocab) == (300, 257)
@@ -335,7 +335,7 @@ def test_token_files_need_no_tokenizer_and_a_resume_may_begin(tmp_path: Path) ->
     flags = flags_of(replace(RECIPE, tokenizer="none", sample_tokens=5), PRESETS["nano"])
     code, printed, errors = run("train", "--resume", "--data", tmp_path / "train.bin", "--out", out, *flags)
     assert (code, errors) == (0, "")
-    assert f"no run at {out}; beginning one" in printed
+    assert f"no run at {out}; starting a new one" in printed
     assert bridge.load(out).config.vocab_size == RECIPE.model.vocab_size
     code, printed, errors = run("train", "--resume", "--out", out)
     assert (code, errors) == (0, "")
@@ -408,6 +408,6 @@ def test_a_signal_saves_exports_and_is_told_by_the_exit_code(
     printed, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (code, "")
     [step] = steps(out)
-    assert f"stopped by {number.name} and saved at step {step}; go on with --resume" in printed
+    assert f"stopped by {number.name} and saved at step {step}; continue with --resume" in printed
     assert bridge.load(out / "export").config == replace(RECIPE.model, bias=True)
     assert (out / "loss.png").exists()

@@ -76,7 +76,7 @@ def test_both_parts_of_a_split_have_tokens(tmp_path: Path, count: int) -> None:
 
 
 def test_what_cannot_be_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="1 tokens cannot be parted"):
+    with pytest.raises(DataError, match="1 tokens cannot be split"):
         open_data(nanogpt(tmp_path / "a.bin", [5]))
     assert open_data(tmp_path / "a.bin", validation_fraction=0).validation is None
     for fraction in (-0.1, 1.0, float("nan")):
@@ -115,7 +115,7 @@ def test_validation_may_be_another_source(text_file: Path, folder: Path, tmp_pat
     assert len(data.validation) == sum(100 + 10 * i + 1 for i in range(40))
     tokens = opened(nanogpt(tmp_path / "a.bin", IDS % 256), tmp_path / "cache", validation=text_file)
     assert tokens.validation is not None and (len(tokens.train), len(tokens.validation)) == (1000, len(TEXT) + 1)
-    with pytest.raises(DataError, match="is text; say by which tokenizer"):
+    with pytest.raises(DataError, match="is text; give a tokenizer"):
         open_data(tmp_path / "a.bin", validation=text_file)
 
 
@@ -253,5 +253,5 @@ def test_a_tokenizer_that_cannot_be_made_is_an_error(
 
 
 def test_text_needs_a_tokenizer(text_file: Path) -> None:
-    with pytest.raises(DataError, match="is text; say by which tokenizer"):
+    with pytest.raises(DataError, match="is text; give a tokenizer"):
         open_data(text_file)

@@ -92,7 +92,7 @@ def assert_passed_over(run: Path) -> None:
         bridge.load(run / "checkpoints" / "2")
     loaded = bridge.load(run)
     assert loaded.diagnostics[0] == "read from checkpoints/1"
-    assert loaded.diagnostics[1].startswith("the checkpoint of step 2 is damaged and passed over: ")
+    assert loaded.diagnostics[1].startswith("the checkpoint of step 2 is damaged and was skipped: ")
     said: list[str] = []
     with Checkpoints(run, say=said.append) as checkpoints:
         assert checkpoints.latest() == 1

@@ -83,7 +83,7 @@ def test_a_run_is_removed_only_if_all_of_it_was_written_by_training(copy: Path) 
     for name in ("notes.txt", "export/README.md", "checkpoints/6/notes.txt", "checkpoints/mine", "run.json.bak"):
         (run / name).write_text("mine")
         before = files(copy)
-        with pytest.raises(TrainingError, match=f"not removed, because it also holds files.*\n  - '{name}'"):
+        with pytest.raises(TrainingError, match=f"not removed, because it holds files.*\n  - '{name}'"):
             runs.remove(run)
         assert files(copy) == before
         (run / name).unlink()
@@ -135,7 +135,7 @@ def test_a_directory_that_this_process_does_not_see_is_named(tmp_path: Path, mon
     monkeypatch.setattr(runs.time, "sleep", wait)
     runs.require_seen(run)
     assert sum(waited) == 30
-    with pytest.raises(TrainingError, match="elsewhere' is not there for this process; --out must be a directory"):
+    with pytest.raises(TrainingError, match="elsewhere' is not visible to this process; --out must be"):
         runs.require_seen(tmp_path / "elsewhere")
 
 

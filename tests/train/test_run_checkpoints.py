@@ -267,4 +267,4 @@ def test_a_best_one_that_was_damaged_since_is_named(tmp_path: Path, monkeypatch:
     stop_at(monkeypatch, 6, lambda: (tmp_path / "run" / "checkpoints" / "2" / "more").touch())
     outcome = loop.train(config, tmp_path / "run", data, console=Console(file=screen, width=1000))
     assert outcome.best_step == 4
-    assert "the checkpoint of step 2 is damaged and passed over" in screen.getvalue()
+    assert "the checkpoint of step 2 is damaged and was skipped" in screen.getvalue()

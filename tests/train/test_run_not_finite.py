@@ -68,7 +68,7 @@ def test_a_state_that_is_not_finite_anywhere_is_not_saved(
         save(self)
 
     monkeypatch.setattr(loop.Loop, "save", save_spoiled)
-    with pytest.raises(NonFiniteLoss, match=f"^step 3: its update made {message} infinite or NaN"):
+    with pytest.raises(NonFiniteLoss, match=f"^step 3: the update made {message} NaN or infinite"):
         run_in(tmp_path, recipe(ema_decay=0.9, non_finite=non_finite))
     assert steps(tmp_path / "run") == []
 

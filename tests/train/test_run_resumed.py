@@ -115,7 +115,7 @@ def test_a_state_of_another_shape_is_refused_and_the_run_stays_readable(
     copy: Path, change: dict[str, Any], named: str
 ) -> None:
     before = files(copy / "run")
-    with pytest.raises(TrainingError, match=f"(?s)checkpoint of step 6 is of another model or optimizer.*{named}"):
+    with pytest.raises(TrainingError, match=f"(?s)checkpoint of step 6 belongs to another model or optimizer.*{named}"):
         run_in(copy, recipe(**change), resume=True, accept_changes=True)
     assert files(copy / "run") == before
 
@@ -168,7 +168,10 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_kept(copy: Path) -> None:
     said, data_of_run = io.StringIO(), data_for(RECIPE, copy)
     console = Console(file=said, width=1000)
     outcome = train(settle(RECIPE, data_of_run), run, data_of_run, resume=True, console=console)
-    assert f"the checkpoint of step 6 is damaged and passed over: '{file}' is not as it was written" in said.getvalue()
+    assert (
+        f"the checkpoint of step 6 is damaged and was skipped: '{file}' was changed after it was written"
+        in said.getvalue()
+    )
     assert (outcome.step, steps(run)) == (6, there)
     again = all_weights(run / "checkpoints" / "6")
     assert all(np.array_equal(again[name], array) for name, array in before.items())
@@ -192,7 +195,7 @@ def test_a_checkpoint_that_is_a_link_is_none(copy: Path) -> None:
 def test_a_run_with_damaged_checkpoints_alone_is_not_begun_again(copy: Path) -> None:
     for step in steps(copy / "run"):
         (copy / "run" / "checkpoints" / str(step) / "manifest.json").write_text("{}")
-    with pytest.raises(TrainingError, match=r"none of the checkpoints in .* is sound"):
+    with pytest.raises(TrainingError, match=r"none of the checkpoints in .* is valid"):
         run_in(copy, RECIPE, resume=True)
 
 

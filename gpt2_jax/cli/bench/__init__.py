@@ -45,25 +45,26 @@ def bench(
     plot_file: Annotated[Path | None, arg(name="plot", metavar="FILE")] = None,
     overwrite: bool = False,
 ) -> int:
-    """Time this beside PyTorch and transformers on this machine, and against what the machine can do at most.
+    """Benchmark JAX against PyTorch, transformers and the limits of this machine.
 
-    Each implementation runs in a process of its own, in turns with JAX, with the same sizes and tokens; weights are
-    random and dropout is off. Exit code 1 if any of them died; the others are still reported.
+    Each implementation runs in its own process, alternating with JAX, with the same sizes and tokens. Weights are
+    random and dropout is off. Exit code 1 if an implementation crashed; the others are still reported.
 
     Example: gpt2 bench --preset gpt2 --dtype float32 --batch 4 --length 256 --json bench.json --plot bench.png
 
     Args:
-        preset: whose model, and whose defaults of the flags below, as in `gpt2 train`.
-        tasks: train is a step with gradients, clipping and AdamW; forward the logits of a batch; decode 64 greedy
-            tokens after a prompt of 16; load a Hugging Face directory to the device; convert it, beside `cp`.
-        peers: torch, torch-compiled, transformers, transformers-compiled, or all; the compiled take a minute each to
-            start on CPU. Unless given, those that are installed and need no compiling; with no name, JAX alone.
-        batch: sequences in a step; several are measured one after the other. A step's part with --accumulate unless
-            given.
-        length: tokens in each; again one or several.
-        pairs: turns of each.
-        dtype: of the computation; weights and optimizer state stay float32 in training.
-        remat: what JAX computes again in the backward pass, as in `gpt2 train`.
+        preset: the model and the defaults of the flags below, as in `gpt2 train`.
+        tasks: train: a step with gradients, clipping and AdamW; forward: the logits of a batch; decode: 64 greedy
+            tokens after a prompt of 16; load: read a Hugging Face directory to the device; convert: convert it, beside
+            `cp`.
+        peers: torch, torch-compiled, transformers, transformers-compiled, or all. The compiled ones take a minute each
+            to start on CPU. The default is all installed peers that need no compilation; without a name, only JAX runs.
+        batch: sequences per step; several values are measured one after the other. The default is one microbatch of
+            the preset.
+        length: tokens per sequence; one or several values.
+        pairs: how often each implementation runs, alternating with JAX.
+        dtype: the dtype of the computation. In training, weights and optimizer state stay float32.
+        remat: what JAX recomputes in the backward pass, as in `gpt2 train`.
         scan: JAX compiles one layer and loops over it.
         no_scan: JAX compiles all layers.
         vocab_multiple: JAX pads the vocabulary's rows to a multiple of this.
