@@ -136,6 +136,7 @@ def _arrays(state: Path) -> Iterator[tuple[str, StoredArray]]:
         if match is None or len(key) > _MOST_KEY_BYTES:
             raise _unreadable(state, f"the key {quoted(key)} does not belong to an array")
         grouped.setdefault(match[1], {})[match[2]] = piece
+    seen: set[_Piece] = set()
     for name, pieces in sorted(grouped.items()):
         where = f"{quoted(state)}: {quoted(name)}"
         if "zarr.json" not in pieces:
@@ -146,6 +147,12 @@ def _arrays(state: Path) -> Iterator[tuple[str, StoredArray]]:
         fields = parse_object(description.read(), where, CheckpointError)
         form = _Form.of(fields, where)
         for chunk, piece in pieces.items():
+            if piece in seen:  # tensorstore writes no value twice
+                raise CheckpointError(
+                    f"{where} and another array have the same chunk; use another checkpoint of the run"
+                )
+            if piece.file is not None:
+                seen.add(piece)
             form.require_chunk(chunk, piece, where)
         yield name, StoredArray(state, name, form.shape, form.dtype)
 

@@ -24,6 +24,8 @@ _ENTRY = {"bytes": int, "sha256": str}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES, _MOST_ABOUT_BYTES = 2**22, 2**16
 """Size limits of a manifest and of its `about`. A checkpoint of many hosts has about 10,000 files at 200 bytes each."""
+_LONGEST_NAME, _MOST_FOLDERS = 4096, 32
+"""Limits of a file's path in a manifest: its length in characters, and how many directories it names."""
 _MOST_ELEMENTS = 200_000
 """Brackets, commas and colons in a manifest. Parsed, JSON takes up to a hundred bytes for each."""
 
@@ -142,7 +144,9 @@ def _read(directory: Path) -> dict[str, Any]:
 def _is_entry(name: str, entry: Any) -> bool:
     """Whether a name is a path inside the directory, and its entry has valid types and ranges."""
     return (
-        not any(part in ("", ".", "..") for part in name.split("/"))
+        len(name) <= _LONGEST_NAME
+        and name.count("/") < _MOST_FOLDERS
+        and not any(part in ("", ".", "..") for part in name.split("/"))
         and not any(character in name for character in "\0\\")
         and isinstance(entry, dict)
         and {field: type(value) for field, value in entry.items()} == _ENTRY

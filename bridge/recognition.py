@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from bridge.companions import has_companion
+from bridge.companions import has_companion, stays_inside
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats import FORMATS
 from bridge.formats.directory import CONFIG
@@ -32,17 +32,12 @@ class Found:
 
 
 def find_checkpoints(path: Path) -> list[Found]:
-    """Return all checkpoints at `path`, in the order of `FORMATS`. If a format reads `path` itself, only that one."""
-    found: list[Found] = []
+    """Return all checkpoints in a directory, in the order of `FORMATS`. A file is only what the first format says."""
     try:
-        for module in FORMATS.values():
-            for file in module.find(path):
-                if file == path:
-                    return [Found(module, path)]
-                found.append(Found(module, file))
+        found = [Found(module, file) for module in FORMATS.values() for file in module.find(path)]
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
-    return found
+    return found if path.is_dir() else found[:1]
 
 
 def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
@@ -55,11 +50,16 @@ def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
         listed = bullet_list(f"{f.format.NAME}: {quoted(f.path.name)}" for f in found)
         raise CheckpointError(
             f"{quoted(path)} holds several checkpoints:\n{listed}\n"
-            f"give the file to read, for example: gpt2 inspect {quoted(found[0].path)}"
+            f"give the file to read, for example: gpt2 inspect {quoted(next(f.path for f in found if f.path != path))}"
         )
     if not found:
         return None
     first, *others = found
+    if first.path.parent == path and not stays_inside(path, first.path.name):
+        raise CheckpointError(
+            f"{quoted(first.path)} is a link out of the checkpoint's directory; give the file itself, or "
+            "replace the link with a copy"
+        )
     if not others:
         return first, ()
     names = ", ".join(quoted(f.path.name) for f in others)

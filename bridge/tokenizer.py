@@ -52,7 +52,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
     Raises `TokenizerError` if there is no tokenizer, if it is neither GPT-2's byte-level BPE nor one of single
     characters, or if it has ids outside the model's vocabulary.
     """
-    encoding = _from_vocab_and_merges(directory, vocab_size) or _from_tokenizer_json(directory, vocab_size)
+    encoding = _from_vocab_and_merges(directory, vocab_size) or from_tokenizer_json(directory, vocab_size)
     if encoding is None and vocab_size == OPENAI_VOCAB_SIZE:
         encoding = openai_tokenizer()
     if encoding is None:
@@ -138,7 +138,7 @@ def _from_vocab_and_merges(directory: Path, vocab_size: int) -> tiktoken.Encodin
     return None
 
 
-def _from_tokenizer_json(directory: Path, vocab_size: int) -> tiktoken.Encoding | None:
+def from_tokenizer_json(directory: Path, vocab_size: int) -> tiktoken.Encoding | None:
     path = directory / "tokenizer.json"
     if not has_companion(directory, path.name):
         return None

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.bpe import END_OF_TEXT, SPELLINGS_OF_WORDS, merges_of, printable_bytes, require_all_bytes
+from bridge.companions import MOST_TOKENS, checked_companion
 from bridge.errors import CheckpointError, TokenizerError, quoted
 from bridge.files import replace_files
-from bridge.tokenizer import CHARACTERS_APART, NO_LIMIT, TOKENIZER_FILES, load_tokenizer
+from bridge.tokenizer import (
+    CHARACTERS_APART,
+    NO_LIMIT,
+    TOKENIZER_FILES,
+    VOCAB_AND_MERGES,
+    from_tokenizer_json,
+    load_tokenizer,
+)
 
 if TYPE_CHECKING:
     import tiktoken
@@ -42,7 +50,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
     files = _of_characters(encoding) if isinstance(encoding, CharacterEncoding) else _of_byte_level_bpe(encoding)
     directory = Path(directory)
     there = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
-    if there and not (overwrite and _is_tokenizer(directory)):
+    if there and not (overwrite and _is_tokenizer(directory, there)):
         why = (
             "are not a tokenizer that this project reads"
             if overwrite
@@ -54,12 +62,18 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
     replace_files(directory, files, remove=there)
 
 
-def _is_tokenizer(directory: Path) -> bool:
+def _is_tokenizer(directory: Path, there: Sequence[str]) -> bool:
+    """Whether the tokenizer files that are `there` are regular files of one tokenizer that this project reads."""
+    pairs = [pair for pair in VOCAB_AND_MERGES if {*pair} & {*there}]
+    if len(pairs) > 1 or any((directory / name).is_symlink() for name in there):
+        return False
     try:
         load_tokenizer(directory, NO_LIMIT)
-    except TokenizerError:
+        for name in there:
+            checked_companion(directory, name, MOST_TOKENS)
+        return "tokenizer.json" not in there or from_tokenizer_json(directory, MOST_TOKENS) is not None
+    except (TokenizerError, CheckpointError):
         return False
-    return True
 
 
 def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:

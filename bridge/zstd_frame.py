@@ -11,6 +11,8 @@ _MAGIC = b"\x28\xb5\x2f\xfd"
 _MOST_BLOCK = 2**17
 _FEWEST_BLOCKS, _SMALLEST_BLOCK = 64, 2**12
 """libzstd splits a block of 128 KiB into parts of at least 8 KiB."""
+_SMALLEST_UNCOMPRESSED = 2**8
+"""An encoder fills a block before it starts the next one. Many tiny blocks would only cost time."""
 _RAW, _RLE, _COMPRESSED = range(3)
 _DICTIONARY_BYTES = (0, 1, 2, 4)
 
@@ -37,6 +39,8 @@ def largest_content(read: Callable[[int, int], bytes], size: int, most: int) -> 
         block = int.from_bytes(read(position, 3), "little")
         is_last, kind, length = block & 1, block >> 1 & 3, block >> 3
         if kind > _COMPRESSED or length > _MOST_BLOCK or position + 3 > size:
+            return None
+        if not is_last and length < (1 if kind == _COMPRESSED else _SMALLEST_UNCOMPRESSED):
             return None
         total += _MOST_BLOCK if kind == _COMPRESSED else length
         position += 3 + (1 if kind == _RLE else length)

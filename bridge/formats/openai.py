@@ -14,7 +14,7 @@ from typing import Any
 
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
-from bridge.companions import has_companion, read_companion
+from bridge.companions import has_companion, read_companion, stays_inside
 from bridge.config import GPT2Config
 from bridge.convert import differences
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
@@ -69,6 +69,9 @@ def read(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{quoted(path)} names the checkpoint {quoted(index.name.removesuffix('.index'))}, which is not beside it"
         )
+    for data in directory.glob("*.data-*-of-*"):
+        if not stays_inside(directory, data.name):
+            raise CheckpointError(f"{quoted(data)} is a link out of the checkpoint's directory; replace it with a copy")
     stored = read_bundle(index).entries
     weights = {name: entry for name, entry in stored.items() if not _TRAINING.fullmatch(name)}
     if config.n_layer > len(weights):  # before that many names are generated

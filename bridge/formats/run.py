@@ -21,7 +21,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config, harmless_fields
 from bridge.convert import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
-from bridge.formats.directory import CONFIG, read_config, tensors_of_tree
+from bridge.formats.directory import CONFIG, read_config, read_json, tensors_of_tree
 
 NAME = "run"
 RUN = "run.json"
@@ -39,6 +39,9 @@ def find(path: Path) -> list[Path]:
 
 def read(path: Path) -> Checkpoint:
     skipped: list[str] = []
+    folder = path.parent if _is_step(path) else path / CHECKPOINTS
+    if folder.is_symlink():
+        raise CheckpointError(f"{quoted(folder)} is a link; the checkpoints of a run must be in its directory")
     if _is_step(path):
         run, step = path.parent.parent, path
         verified(run, int(step.name))
@@ -140,7 +143,17 @@ def _is_of(about: Mapping[str, Any], step: int) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / RUN).is_file() and (path / CONFIG).is_file()
+    """Whether a directory is a run of this project, which another program's `run.json` does not make it."""
+    if not ((path / RUN).is_file() and (path / CONFIG).is_file()):
+        return False
+    return (path / CHECKPOINTS).is_dir() or {"version", "config", "data"} <= _described(path).keys()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path / RUN)
+    except CheckpointError:
+        return {}
 
 
 def _is_step(path: Path) -> bool:

@@ -27,6 +27,10 @@ class Rule:
     """The condition in words. The message inserts it after "has no effect"."""
 
 
+OVERWRITE = Rule(("overwrite",), lambda values: values["json"] is None, "without --json")
+"""For verbs in which `--overwrite` is for the report alone."""
+
+
 def require_effect(values: Values, defaults: Values, rules: Iterable[Rule]) -> None:
     """Raise `BridgeError` that names every given flag that has no effect."""
     problems = [

@@ -20,6 +20,7 @@ from bridge.bpe import END_OF_TEXT
 from bridge.errors import quoted
 from bridge.perplexity import Evaluation, Progress, exp
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import json_writer, progress, require_torch
 from gpt2_jax.data import open_data
@@ -77,6 +78,7 @@ def evaluate(
         json: also write the results to this file.
         overwrite: replace the report of an earlier command.
     """
+    require_effect(locals(), defaults_of(evaluate), (OVERWRITE,))
     write_json = json_writer(json, overwrite, (source, data))
     data = str(bridge.BUNDLED / "validation.txt") if data is None else data
     if max_tokens is not None and max_tokens < 2:

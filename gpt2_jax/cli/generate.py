@@ -16,7 +16,7 @@ from bridge import BridgeError, Checkpoint, decoding
 from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
 from bridge.sampling import GREEDY_BELOW, Request
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
-from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
+from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.cli.output import json_writer, require_torch
 from gpt2_jax.terminal import print_error
@@ -27,6 +27,7 @@ RULES = (
     Rule(("seed",), lambda v: v["beams"] == 1 and v["temperature"] < GREEDY_BELOW, "without a --temperature above 0"),
     Rule(("seed",), lambda v: v["beams"] > 1, "with --beams"),
     Rule(("length_penalty",), lambda v: v["beams"] == 1, "without --beams above 1"),
+    OVERWRITE,
 )
 
 Backend = Literal["jax", "torch"]

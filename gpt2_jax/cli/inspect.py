@@ -12,6 +12,7 @@ from rich.table import Table
 import bridge
 from bridge import Checkpoint, GPT2Config
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.cli.output import json_writer, reading_bar
 from gpt2_jax.terminal import console
 
@@ -35,6 +36,7 @@ def inspect(
         json: also write the result to this file.
         overwrite: replace the report of an earlier command.
     """
+    require_effect(locals(), defaults_of(inspect), (OVERWRITE,))
     write_json = json_writer(json, overwrite, (source,))
     checkpoint = bridge.load(source, activation=source_activation)
     with reading_bar(checkpoint, "reading", times=2) as watched:

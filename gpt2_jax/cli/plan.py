@@ -64,7 +64,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         if plot_file is not None and not scaling:
             raise BridgeError("--plot draws weak scaling: give --scaling too")
         if plot_file is not None:
-            require_plot_path(plot_file, overwrite=overwrite)
+            require_plot_path(plot_file, overwrite=overwrite, json=json)
         recipe = from_flat(flat(config))
         jax.config.update("jax_platforms", "cpu")  # libtpu only compiles; JAX must not look for a TPU
         chosen = _topology(topology, devices)

@@ -18,7 +18,7 @@ from bridge import BridgeError, Checkpoint, GPT2Config
 from bridge.errors import escaped, quoted
 from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.cli.effect import Rule, require_effect
+from gpt2_jax.cli.effect import OVERWRITE, Rule, require_effect
 from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes, sizes_asked_for
 from gpt2_jax.cli.output import json_writer, progress
 from gpt2_jax.cli.process import keep_compiled_programs
@@ -45,6 +45,7 @@ RULES = (
     Rule(("decay_steps",), lambda v: v["schedule"] != "cosine", "without --schedule cosine"),
     Rule(("decay_fraction",), lambda v: v["schedule"] != "wsd", "without --schedule wsd"),
     Rule(("sample_prompt",), lambda v: v["sample_tokens"] == 0, "with --sample-tokens 0"),
+    OVERWRITE,
 )
 
 _DETERMINISTIC = {"--deterministic": True, "--no-deterministic": False}
@@ -113,8 +114,9 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             keep_compiled_programs()
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process go with --distributed")
-        asked = {"resume": resume, "accept_changes": accept_changes}
-        require_effect({**flat(config), **asked}, {**flat(default), **dict.fromkeys(asked, False)}, RULES)
+        asked = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
+        usual = {**flat(default), **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
+        require_effect({**flat(config), **asked}, usual, RULES)
         inputs = (config.data, config.validation_data, config.init_from)
         _require_cache(cache, inputs)
         write_json = json_writer(json if is_first() else None, overwrite, inputs)

@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 import bridge
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
-from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
+from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.output import json_writer, progress, require_torch
 from gpt2_jax.terminal import console
 
@@ -24,7 +24,10 @@ CheckName = Literal[
 ]
 ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defined]
 
-RULES = (Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),)
+RULES = (
+    Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),
+    OVERWRITE,
+)
 
 
 def verify(

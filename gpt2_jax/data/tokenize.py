@@ -108,12 +108,10 @@ def open_cached(directory: Path, progress: TaskProgress | None = None) -> Cached
             status = path.lstat()
             if not stat.S_ISREG(status.st_mode) or status.st_size != size:
                 return None
-        ends = np.memmap(ends_path, "<i8", mode="r").view(np.ndarray)
-        if not _are_ends(ends, tokens.count):
-            return None
         hashes = (_sha256(ends_path, None), _sha256(tokens.path, progress))
-        if hashes != (about["document_ends_sha256"], about["sha256"]):
+        if hashes != (about["document_ends_sha256"], about["sha256"]) or not _are_ends(ends_path, tokens.count):
             return None
+        ends = np.memmap(ends_path, "<i8", mode="r").view(np.ndarray)
         stream = TokenStream.of([tokens], document_ends=ends, content=about["sha256"])
         return CachedText(stream, about["skipped"])
     except (OSError, DataError):
@@ -137,12 +135,15 @@ def _read_sidecar(directory: Path) -> dict[str, Any]:
     return about
 
 
-def _are_ends(ends: np.ndarray, count: int) -> bool:
-    """Whether document ends never decrease and the last one equals the number of tokens."""
-    if ends[0] < 0 or ends[-1] != count:
-        return False
-    starts = range(0, len(ends), _ENDS_AT_ONCE)
-    return all((np.diff(ends[start : start + _ENDS_AT_ONCE + 1]) >= 0).all() for start in starts)
+def _are_ends(path: Path, count: int) -> bool:
+    """Whether document ends never decrease and the last one equals the number of tokens. Reads them in blocks."""
+    last = 0
+    with path.open("rb") as file:
+        while len(ends := np.frombuffer(file.read(8 * _ENDS_AT_ONCE), "<i8")):
+            if ends[0] < last or (np.diff(ends) < 0).any():
+                return False
+            last = int(ends[-1])
+    return last == count
 
 
 def _sha256(path: Path, progress: TaskProgress | None) -> str:

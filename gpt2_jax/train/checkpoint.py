@@ -176,8 +176,9 @@ class Checkpoints:
                 flush_to_disk(self._folder)
         except BaseException:
             if is_first():
-                for left in self._folder.glob(f"{partial.name}*"):  # Orbax's own is beside it
-                    shutil.rmtree(left, ignore_errors=True)
+                for left in self._folder.iterdir():
+                    if (match := _LEFT.fullmatch(left.name)) and int(match[1]) == about["step"]:
+                        shutil.rmtree(left, ignore_errors=True)
             raise
         if is_first():
             self._prune()

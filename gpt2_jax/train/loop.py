@@ -25,6 +25,7 @@ from bridge.formats.run import validation_loss as stored_loss
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
 from gpt2_jax.processes import first_says, is_first, require_agreement, wait_for_all
+from gpt2_jax.report_files import is_report
 from gpt2_jax.sharding import make_mesh
 from gpt2_jax.terminal import Console
 from gpt2_jax.train import run as runs
@@ -136,6 +137,7 @@ def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_chan
     require_agreement({**runs.told(config, data), "resume": resume, "accept_changes": accept_changes})
     resumes = first_says(resume and runs.is_run(run))
     if resumes:
+        runs.require_run(run)
         runs.require_same(run, config, data, accept_changes)
     # Without a checkpoint, there is nothing to resume, so its tokenizer may differ.
     begins = first_says(not (resumes and bool(steps(run))))
@@ -286,6 +288,9 @@ def finish(
         with new_directory(run / runs.EXPORT, replaceable=runs.exported(run)) as export:
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
             manifest.seal(export, {**about, "step": best, "val_loss": loss})
-        plot_losses(run)
+        if (run / PLOT).exists() and not is_report(run / PLOT):
+            say(f"{quoted(run / PLOT)} was not drawn by this version of gpt2 train and is kept")
+        else:
+            plot_losses(run)
     best, loss = first_says((best, loss))  # the other processes wait for it
     return Outcome(run, step, best, loss, stopped_by, run / runs.EXPORT, run / PLOT)

@@ -14,11 +14,13 @@ from typing import Any
 
 from bridge.errors import escaped, install_command, quoted
 from bridge.files import new_file
+from gpt2_jax.report_files import save_plot
 from gpt2_jax.train.config import TrainConfig, TrainingError, flat
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb-id"
 _LONGEST_LINE = 2**16
 """Limit on the bytes of a line. A record has a few hundred."""
 _MOST_DRAWN = 1e300
@@ -124,8 +126,7 @@ def plot_losses(run: Path) -> Path:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    with new_file(run / PLOT, overwrite=True) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    save_plot(figure, run / PLOT, overwrite=True, dpi=120)
     return run / PLOT
 
 
@@ -152,7 +153,7 @@ def _tensorboard(run: Path) -> Any:
 
 def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
     wandb = _optional("wandb", "wandb")
-    file = run / "wandb-id"  # a resumed run keeps the same id
+    file = run / WANDB_ID  # a resumed run keeps the same id
     if not (start_step and file.exists()):
         file.write_text(secrets.token_hex(8))
     return wandb.init(

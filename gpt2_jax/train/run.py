@@ -30,7 +30,7 @@ from bridge.json_text import parse_object
 from bridge.small_file import read_small_file
 from bridge.tokenizer import TOKENIZER_FILES
 from gpt2_jax.train.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat
-from gpt2_jax.train.metrics import METRICS, PLOT
+from gpt2_jax.train.metrics import METRICS, PLOT, TENSORBOARD, WANDB_ID
 
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
@@ -41,6 +41,9 @@ MOST_SECONDS_UNSEEN = 90
 _FLAGS = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change what is computed."""
 _VERSION = 1
+_FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *TOKENIZER_FILES)
+_FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD)
+"""What training writes into the directory of a run."""
 _MOST_RUN_BYTES = 2**20
 """Size limit of run.json. A typical one has 3 kB."""
 
@@ -100,6 +103,11 @@ def require_run(run: Path) -> None:
     if not is_run(run):
         raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
     stored_identity(run)  # raises if another program wrote a file with this name
+    for name in (*_FILES, *_FOLDERS):
+        path = run / name
+        if path.is_symlink() or (path.exists() and not (path.is_file() if name in _FILES else path.is_dir())):
+            kind = "file" if name in _FILES else "directory"
+            raise TrainingError(f"{quoted(path)} is not a regular {kind}; replace or remove it")
 
 
 def remove(run: Path) -> None:
@@ -108,8 +116,9 @@ def remove(run: Path) -> None:
     Raises:
         TrainingError: the directory is not a run, or holds other files; the message lists them. Nothing is removed.
     """
+    run = run.resolve()
     require_run(run)
-    if run.resolve() in (Path.cwd(), *Path.cwd().parents):
+    if run in (Path.cwd(), *Path.cwd().parents):
         raise TrainingError(f"{quoted(run)} is the working directory; leave it first, or choose another --out")
     own = sorted(run.rglob("*"), reverse=True)  # children before their directory
     if kept := foreign_files(run, _written_by_training(run).__contains__):
@@ -134,7 +143,8 @@ def exported(run: Path) -> Replaceable:
 
 
 def _written_by_training(run: Path) -> set[str]:
-    names = {RUN, CONFIG, LOCK, METRICS, PLOT, *TOKENIZER_FILES, f"{CHECKPOINTS}/", f"{EXPORT}/"}
+    names = {*_FILES, *(f"{folder}/" for folder in _FOLDERS)}
+    names |= {path.relative_to(run).as_posix() for path in (run / TENSORBOARD).glob("events.out.tfevents.*")}
     for folder in (EXPORT, *(f"{CHECKPOINTS}/{step}" for step in steps(run))):
         if recorded := manifest.recorded(run / folder):
             names |= {f"{folder}/", *(f"{folder}/{name}" for name in recorded)}

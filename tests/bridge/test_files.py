@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,13 @@ def tree(path: Path) -> dict[str, bytes | None]:
 def fill(path: Path, replaceable: Replaceable | None = None) -> None:
     with new_directory(path, replaceable=replaceable) as directory:
         (directory / "new").write_text("new")
+
+
+def hidden_place(path: Path) -> Path:
+    """A hidden directory as this project makes it."""
+    path.mkdir(exist_ok=True)
+    (path / files._MARKER).write_bytes(files._MARK)
+    return path
 
 
 def own(name: str) -> bool:
@@ -357,10 +365,10 @@ def test_without_locks_nothing_is_taken_for_left(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    left = tmp_path / ".out.0123abcd.partial"
-    left.mkdir()
+    left = hidden_place(tmp_path / ".out.0123abcd.partial")
     fill(tmp_path / "out")
-    assert tree(tmp_path) == {".out.0123abcd.partial": None, "out": None, "out/new": b"new"}
+    marker = {left.name: None, f"{left.name}/{files._MARKER}": files._MARK}
+    assert tree(tmp_path) == {**marker, "out": None, "out/new": b"new"}
 
 
 def test_a_writer_whose_lock_is_not_seen_names_nothing_that_is_being_removed(
@@ -387,11 +395,107 @@ def test_what_only_looks_as_if_it_was_left_stays(tmp_path: Path) -> None:
     assert {*tmp_path.rglob("*")} == {*before, tmp_path / "out", tmp_path / "out" / "new"}
 
 
+@pytest.mark.parametrize("name", ["thesis", "new", "old", "leaving", "replaced"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_directory_that_only_has_the_name_of_a_hidden_one_is_kept(tmp_path: Path, name: str, inside: bool) -> None:
+    out = tmp_path / "out"
+    place = (out if inside else tmp_path) / ".out.0123abcd.partial"
+    (place / name).mkdir(parents=True)
+    (place / name / "mine").write_text("mine")
+    before = tree(tmp_path)
+    if inside:
+        with pytest.raises(CheckpointError, match=r"- '\.out\.0123abcd\.partial/'"):
+            fill(out, own)
+        assert tree(tmp_path) == before
+    else:
+        fill(out)
+        assert tree(tmp_path) == {**before, "out": None, "out/new": b"new"}
+
+
+@pytest.mark.parametrize("name", ["new", "old", "leaving", "replaced"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_no_link_in_a_planted_hidden_directory_is_followed(tmp_path: Path, name: str, inside: bool) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "key").write_text("mine")
+    (tmp_path / "out").mkdir()
+    place = hidden_place((tmp_path / "out" if inside else tmp_path) / ".out.0123abcd.partial")
+    if name != "replaced":
+        (place / "replaced").mkdir()
+    (place / name).symlink_to(tmp_path / "docs")
+    before = tree(tmp_path)
+    with pytest.raises(CheckpointError, match="not overwritten") if inside else nullcontext():
+        fill(tmp_path / "out", own)
+    assert tree(tmp_path) == (before if inside else {**before, "out/new": b"new"})
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can give a file away")
+def test_a_hidden_directory_of_another_user_is_kept(tmp_path: Path) -> None:
+    place = hidden_place(tmp_path / ".out.0123abcd.partial")
+    (place / "leaving").mkdir()
+    (place / "leaving" / "old").write_text("theirs")
+    os.chown(place, 65534, 65534)
+    before = tree(tmp_path)
+    fill(tmp_path / "out")
+    assert tree(tmp_path) == {**before, "out": None, "out/new": b"new"}
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_cannot_be_moved_back_is_kept_in_the_hidden_directory(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something appears under the name of an old file after that has left the directory."""
+    rename = files._rename_without_replacing
+
+    def late(path: Path, target: Path) -> None:
+        if path.name == "new":
+            (tmp_path / "old").write_text("theirs") if kind == "file" else (tmp_path / "old").mkdir()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(path, target)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "_rename_without_replacing", late)
+    (tmp_path / "old").write_text("old")
+    with (
+        pytest.raises(CheckpointError, match=r"are kept in '.*kept'"),
+        new_directory(".", replaceable=own) as directory,
+    ):
+        (directory / "new").write_text("new")
+    after = tree(tmp_path)
+    [kept] = [name for name in after if name.endswith("/kept/old")]
+    assert after[kept] == b"old"
+    assert after["old"] == (b"theirs" if kind == "file" else None)
+    (tmp_path / "old").unlink() if kind == "file" else (tmp_path / "old").rmdir()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    fill(Path())
+    assert tree(tmp_path)[kept] == b"old", "no later writer removes it"
+
+
+def test_an_interrupt_between_two_renames_brings_the_old_directory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        renamed = rename(self, target)
+        if self.name == "out":
+            raise KeyboardInterrupt
+        return renamed
+
+    monkeypatch.setattr(files, "_rename_at_once", lambda one, other, flag: False)
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path / "out", own)
+    assert tree(tmp_path) == {"out": None, "out/old": b"old"}
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_one_that_was_killed_between_two_renames_has_its_old_directory_back(tmp_path: Path, overwrite: bool) -> None:
     """Where names cannot be exchanged. The next one refuses to overwrite it, or does."""
     for name in ("old", "new"):
-        (tmp_path / ".out.0123abcd.partial" / name).mkdir(parents=True)
+        (hidden_place(tmp_path / ".out.0123abcd.partial") / name).mkdir()
         (tmp_path / ".out.0123abcd.partial" / name / name).write_text(name)
     if overwrite:
         fill(tmp_path / "out", own)
@@ -411,16 +515,17 @@ def test_a_place_that_another_clears_away_before_it_is_locked_is_made_anew(
     def late(path: Path) -> Iterator[bool | None]:
         places.append(path)
         if len(places) == 1:  # it is gone when it is opened
-            path.rmdir()
+            shutil.rmtree(path)
         with lock(path) as held:
             if len(places) == 2:  # and once it is open
-                path.rmdir()
+                shutil.rmtree(path)
             yield held if len(places) != 3 else False  # and is locked by the one that does so
 
     monkeypatch.setattr(files, "exclusive_lock", late)
     fill(tmp_path / "out")
     assert len({*places}) == 4
-    assert tree(tmp_path) == {places[2].name: None, "out": None, "out/new": b"new"}
+    left = {places[2].name: None, f"{places[2].name}/{files._MARKER}": files._MARK}
+    assert tree(tmp_path) == {**left, "out": None, "out/new": b"new"}
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/out"])
@@ -527,9 +632,9 @@ def test_the_next_writer_ends_what_a_killed_one_was_moving(
     tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    place = tmp_path / f".{tmp_path.name}.0123abcd.partial"
+    place = hidden_place(tmp_path / f".{tmp_path.name}.0123abcd.partial")
     for name in (state, "new"):
-        (place / name).mkdir(parents=True)
+        (place / name).mkdir()
     (place / state / "old").write_text("old")
     (place / "new" / "new").write_text("new")
     (place / "new" / "more").write_text("new")
@@ -567,6 +672,19 @@ for options in (["-t", "tmpfs", "none"], ["--bind", place / "disk"]):
     subprocess.run(["umount", out], check=True)
     out.rmdir()
 
+(place / "ck").mkdir()
+(place / "ck" / "new").write_text("old")
+(place / "host").write_text("host")
+subprocess.run(["mount", "--bind", place / "host", place / "ck" / "new"], check=True)
+try:
+    with new_directory(place / "ck", replaceable={"new"}.__contains__):
+        raise AssertionError
+except CheckpointError as error:
+    print(error)
+assert (place / "host").read_text() == "host"
+subprocess.run(["umount", place / "ck" / "new"], check=True)
+assert {p.name for p in place.iterdir()} == {"disk", "ck", "host"}
+
 (place / "data").write_text("data")
 (place / "file").touch()
 subprocess.run(["mount", "--bind", place / "data", place / "file"], check=True)
@@ -590,6 +708,7 @@ def test_a_mount_point_is_filled_and_stays_mounted(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("with space' exists; choose another name") == 2
     assert done.stdout.count("- 'mine'") == 2
+    assert "ck/new' is a mount point inside the target" in done.stdout
     assert "file' is a mount point and cannot be replaced" in done.stdout
 
 

@@ -14,7 +14,7 @@ import pytest
 from refusals import within_budget
 
 from bridge import CheckpointError
-from bridge.manifest import MANIFEST, _rendered, about, seal, verify
+from bridge.manifest import MANIFEST, _rendered, about, recorded, seal, verify
 
 ABOUT = {"step": 7, "val_loss": 1.25, "config": {"n_layer": 2}, "none": None}
 FILES = {"a": b"first", "b/c": b"x" * 70_000, "b/d/e": b"", "b/f": b"first"}
@@ -211,3 +211,11 @@ def test_all_is_on_the_disk_before_the_manifest_is_there(sealed: Path, monkeypat
     assert files == [(name, False) for name in sorted(FILES)]
     assert rest[0] == (MANIFEST, True)
     assert {name for name, _ in rest[1:]} == {".", "b", "b/d"}
+
+
+@pytest.mark.parametrize("name", ["a/" * 40_000 + "f", "x" * 5000], ids=["folders", "characters"])
+def test_a_long_name_is_refused_soon(tmp_path: Path, name: str) -> None:
+    content = {"about": {}, "files": {name: {"bytes": 1, "sha256": "0" * 64}}}
+    (tmp_path / MANIFEST).write_bytes(_rendered(content))
+    with within_budget():
+        assert recorded(tmp_path) == frozenset()

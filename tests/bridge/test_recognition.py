@@ -118,12 +118,26 @@ def test_an_index_of_shards_is_read_by_its_name(tmp_path: Path, format: str, ind
     assert bridge.fingerprint(found.tensors) == bridge.fingerprint(random_checkpoint().tensors)
 
 
-def test_a_run_is_a_run_whatever_lies_beside_it(tmp_path: Path) -> None:
+def test_a_run_with_a_checkpoint_beside_it_is_two(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "run")
-    add(path, "nanogpt")
-    (path / "run.json").write_text("{}")
-    assert [(found.format.NAME, found.path) for found in find_checkpoints(path)] == [("run", path)]
-    assert bridge.load(path / "ckpt.pt").format == "nanogpt"
+    (path / "run.json").write_text('{"distance_km": 10}')
+    assert [found.format.NAME for found in find_checkpoints(path)] == ["huggingface"], "another program's run.json"
+    (path / "checkpoints").mkdir()
+    assert [found.format.NAME for found in find_checkpoints(path)] == ["run", "huggingface"]
+    with pytest.raises(
+        CheckpointError, match=r"several checkpoints:\n  - run: 'run'\n  - huggingface: 'model\.safetens"
+    ):
+        bridge.load(path)
+    assert bridge.load(path / "model.safetensors").format == "huggingface"
+
+
+def test_weights_that_are_a_link_out_of_the_directory_are_read_only_by_name(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    (path / "model.safetensors").rename(tmp_path / "weights")
+    (path / "model.safetensors").symlink_to(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="is a link out of the checkpoint's directory; give the file itself"):
+        bridge.load(path)
+    assert bridge.load(path / "model.safetensors").format == "huggingface"
 
 
 def test_a_config_that_may_be_another_checkpoints_is_not_read(tmp_path: Path) -> None:

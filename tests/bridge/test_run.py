@@ -296,10 +296,19 @@ def test_weights_of_another_shape_are_a_conversion_error(copy: Path, change: dic
 
 def test_a_run_without_a_checkpoint_says_so(copy: Path) -> None:
     shutil.rmtree(copy / "checkpoints")
+    (copy / "run.json").write_text('{"version": 1, "config": {}, "data": "x"}')
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         bridge.load(copy)
     with pytest.raises(CheckpointError, match="does not exist"):
         bridge.load(copy / "checkpoints" / "7")
+
+
+def test_checkpoints_that_lie_elsewhere_are_refused(copy: Path) -> None:
+    (copy / "checkpoints").rename(copy / "elsewhere")
+    (copy / "checkpoints").symlink_to("elsewhere")
+    for source in (copy, copy / "checkpoints" / "7"):
+        with pytest.raises(CheckpointError, match="checkpoints' is a link; the checkpoints of a run must be in its"):
+            bridge.load(source)
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.json"])

@@ -213,6 +213,24 @@ def test_what_the_files_cannot_hold_is_refused_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", "prose"),
+        ("tokenizer.json", '{"port": 1}'),
+        ("encoder.json", "{}"),
+        ("vocab.bpe", ""),
+    ],
+)
+def test_another_file_beside_a_tokenizer_is_kept(tmp_path: Path, name: str, content: str) -> None:
+    bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path)
+    (tmp_path / name).write_text(content)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="are not a tokenizer that this project reads"):
+        bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path, overwrite=True)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_where_it_cannot_be_written_is_an_error_and_the_old_stays(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(CheckpointError, match=r"file' is not a directory; choose another name"):

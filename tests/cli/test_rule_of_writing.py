@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import CONFIG, run
+from matplotlib.figure import Figure
 from models import SMALLEST, config_for, huggingface_directory, random_checkpoint
 from tokenizers_for_tests import write_byte_tokenizer
 from training_runs import RECIPE, data_for, write_text
@@ -25,6 +26,7 @@ import bridge
 from bridge import CheckpointError
 from bridge.arrays import LazyTensors, TensorEntry
 from bridge.formats import FORMATS, WRITABLE
+from gpt2_jax.report_files import PLOT_FORMATS, require_plot_path, save_plot
 from gpt2_jax.train import run as runs
 
 FILES = [to for to in WRITABLE if hasattr(FORMATS[to], "FILE")]
@@ -340,9 +342,11 @@ def test_plot_replaces_no_file_that_is_no_plot_of_this_command(
     verb: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photo.png").write_bytes(b"\x89PNG of somebody")
+    (tmp_path / "slides.svg").write_text("<svg><text>slides about gpt2-bridge</text></svg>")
+    (tmp_path / "slides.pdf").write_text("%PDF (gpt2-bridge)")
     shutil.copytree(bridge.BUNDLED, tmp_path / "model")
     before = contents(tmp_path)
-    for name in ("photo.png", "model/loss.png", "model/config.json"):
+    for name in ("photo.png", "slides.svg", "slides.pdf", "model/loss.png", "model/config.json"):
         if (tmp_path / name).exists():
             refuses(capsys, *verb, "--plot", tmp_path / name, *flags)
     assert contents(tmp_path) == before
@@ -360,6 +364,32 @@ def test_a_report_is_replaced_where_that_is_allowed(
     assert report.read_bytes() == before
     assert run("inspect", tmp_path / "x.gguf", "--json", report, "--overwrite") == 0
     assert report.read_bytes() != before
+
+
+@pytest.mark.parametrize("suffix", PLOT_FORMATS)
+def test_a_plot_is_replaced_where_that_is_allowed(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"plot{suffix}"
+    save_plot(Figure(), path)
+    require_plot_path(path, overwrite=True)
+    save_plot(Figure(figsize=(1, 1)), path, overwrite=True)
+    with pytest.raises(bridge.BridgeError, match="both name"):
+        require_plot_path(path, overwrite=True, json=tmp_path / "." / path.name)
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "generate", "eval"])
+def test_overwrite_without_a_report_is_an_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--overwrite: has no effect without --json" in refuses(capsys, verb, "--overwrite")
+
+
+def test_a_report_is_not_written_to_a_pipe_or_through_a_link_to_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to(tmp_path / "nothing")
+    before = {path.name for path in tmp_path.iterdir()}
+    for name in ("pipe.json", "link.json"):
+        refuses(capsys, "inspect", model, "--json", tmp_path / name, "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_a_report_that_appears_while_the_command_runs_is_kept(

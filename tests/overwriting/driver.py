@@ -65,7 +65,9 @@ FOREIGN = {
     "model.safetensors.bak": b"a backup",
     ".git/config": b"[core]",
     "notes/today.md": b"- write",
-    ".out.0123abcd.partial/new": b"mine, whatever it is called",
+    ".fresh.0123abcd.partial/new": b"mine, whatever it is called",
+    ".place0.0123abcd.partial/old": b"mine, whatever it is called",
+    ".place1.0123abcd.partial/leaving/x": b"mine, whatever it is called",
 }
 
 

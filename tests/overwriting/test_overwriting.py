@@ -32,7 +32,7 @@ def test_no_writer_changes_a_foreign_file(made: dict[str, Path], tmp_path: Path)
     [
         (bridge.io, "_replaceable", lambda target, format: lambda name: True),
         (bridge.files, "foreign_files", lambda directory, replaceable: []),
-        ("gpt2_jax.report_files", "_is_report", lambda path: True),
+        ("gpt2_jax.report_files", "is_report", lambda path: True),
     ],
     ids=["every name is replaceable", "nothing is foreign", "every file is a report"],
 )

@@ -78,6 +78,50 @@ def test_a_directory_with_somebody_elses_run_json_is_kept(tmp_path: Path, conten
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "race.gpx"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "config.json",
+        ".lock",
+        "metrics.jsonl",
+        "loss.png",
+        "wandb-id",
+        "merges.txt",
+        "checkpoints",
+        "export",
+    ],
+)
+@pytest.mark.parametrize("kind", ["link", "wrong kind"])
+def test_a_run_whose_files_are_links_or_of_another_kind_is_not_resumed(copy: Path, name: str, kind: str) -> None:
+    """A link would lead training to write outside the run."""
+    run, elsewhere = copy / "run", copy / "elsewhere"
+    elsewhere.mkdir()
+    if (run / name).exists():
+        (run / name).rename(elsewhere / name)
+    if kind == "link":
+        (run / name).symlink_to(elsewhere / name)
+    elif name in ("checkpoints", "export"):
+        (run / name).write_text("a file")
+    else:
+        (run / name).mkdir()
+    before = files(copy)
+    with pytest.raises(BridgeError, match=r"not a regular|exists and is not a run|is a link|symbolic link|cannot read"):
+        run_in(copy, RECIPE, resume=True)
+    after = files(copy)
+    assert {key: data for key, data in after.items() if not key.startswith("cache")} == {
+        key: data for key, data in before.items() if not key.startswith("cache")
+    }
+
+
+def test_somebody_elses_plot_is_kept(copy: Path) -> None:
+    (copy / "run" / "loss.png").write_bytes(b"\x89PNG of somebody")
+    said: list[object] = []
+    loop.finish(copy / "run", {}, 6, None, said.append)
+    assert (copy / "run" / "loss.png").read_bytes() == b"\x89PNG of somebody"
+    assert any("loss.png" in str(line) and "is kept" in str(line) for line in said)
+
+
 def test_a_run_is_removed_only_if_all_of_it_was_written_by_training(copy: Path) -> None:
     run = copy / "run"
     for name in ("notes.txt", "export/README.md", "checkpoints/6/notes.txt", "checkpoints/mine", "run.json.bak"):

@@ -74,7 +74,7 @@ def bench(
     """
     write_json = json_writer(json, overwrite)
     if plot_file is not None:
-        require_plot_path(plot_file, overwrite=overwrite)
+        require_plot_path(plot_file, overwrite=overwrite, json=json)
     scans = _scans(scan, no_scan)
     config = recipe(preset, dtype=dtype, remat=remat, scan=scans, vocab_multiple=vocab_multiple)
     names = chosen_peers(peers)
