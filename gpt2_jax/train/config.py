@@ -1,4 +1,4 @@
-"""What a training run is told: frozen dataclasses, every field a flag, and the recipes as literal values."""
+"""The configuration of a training run: frozen dataclasses with one field per flag, and presets as literal values."""
 
 from __future__ import annotations
 
