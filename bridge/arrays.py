@@ -55,7 +55,7 @@ def turned(entry: TensorEntry) -> TensorEntry:
 
 
 def first_rows(entry: TensorEntry, rows: int) -> TensorEntry:
-    """The same tensor without the rows that pad its vocabulary; as it is where it has no more than `rows`."""
+    """Return the tensor without vocabulary padding. Unchanged if it has at most `rows` rows."""
     if not entry.shape or entry.shape[0] <= rows:
         return entry
     return TensorEntry(entry.dtype, (rows, *entry.shape[1:]), lambda: entry.read()[:rows])

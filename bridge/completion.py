@@ -32,7 +32,7 @@ _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 @dataclass(frozen=True)
 class Completion:
-    """One way that a text goes on."""
+    """One continuation of a text."""
 
     text: str
     """Without the prompt, and without what stopped it."""

@@ -85,8 +85,8 @@ class StoredFile:
     def _require_inside(self, offset: int, count: int) -> None:
         if not (0 <= offset <= self.size and 0 <= count <= self.size - offset):
             raise CheckpointError(
-                f"{quoted(self.path)} is damaged or truncated: {quoted(count)} bytes from {quoted(offset)} on are not "
-                f"in its {self.size}"
+                f"{quoted(self.path)} is damaged or truncated: {quoted(count)} bytes from {quoted(offset)} on do not "
+                f"lie in its {self.size}"
             )
 
 

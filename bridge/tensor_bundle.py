@@ -64,7 +64,7 @@ def is_index(path: Path) -> bool:
 
 
 def read_bundle(index: Path) -> LazyTensors:
-    """The tensors of `PREFIX.index`, read when they are looked up, and held against their checksums then."""
+    """Return the tensors of `PREFIX.index`. Each is read and verified against its checksum on access."""
     file = StoredFile.open(index)
     if not _FOOTER <= file.size <= _MOST_INDEX_BYTES:
         raise CheckpointError(

@@ -28,7 +28,7 @@ MOST_SECONDS = 2.0
 def within_budget() -> Iterator[None]:
     """Assert that the block takes at most `MOST_SECONDS` of processor time and `MOST_BYTES` of memory.
 
-    Counts what Python allocates and by how much the peak of the process rises, which native code also raises.
+    Counts Python's allocations, and the growth of the process's peak memory, which includes native code.
     """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     tracemalloc.start()

@@ -285,7 +285,7 @@ def _name(parameter: Parameter) -> str:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """The metadata of the checkpoint's tokenizer, and a sentence where it is of a kind that GGUF has no place for."""
+    """Return the metadata of the checkpoint's tokenizer, and a sentence if GGUF cannot store its kind."""
     none = {MODEL: string("none")}
     try:
         encoding = checkpoint.tokenizer()

@@ -1,4 +1,4 @@
-"""What a training run is told: frozen dataclasses, every field a flag, and the recipes as literal values."""
+"""The configuration of a training run: frozen dataclasses with one field per flag, and presets as literal values."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def _problems(c: TrainConfig) -> Iterator[str]:
     if c.sample_tokens < 0:
         yield f"sample_tokens={c.sample_tokens}: must not be negative"
     if c.tokenizer == TOKENIZER_OF_INIT_FROM and c.init_from is None:
-        yield f"tokenizer={c.tokenizer}: needs init_from, whose tokenizer it selects"
+        yield f"tokenizer={c.tokenizer}: needs init_from, which is not given"
     yield from _attention_problems(c)
     if c.ema_decay is not None and not 0 < c.ema_decay < 1:
         yield f"ema_decay={c.ema_decay}: must be between 0 and 1"

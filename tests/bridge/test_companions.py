@@ -59,7 +59,7 @@ def assert_not_exported(source: Path, name: str, says: str, capsys: pytest.Captu
 
 @pytest.mark.parametrize("spelling", ["absolute", "relative", "through a directory", "through another link"])
 @pytest.mark.parametrize("name", COPIED)
-def test_a_link_that_leads_outside_is_not_copied(
+def test_a_link_out_of_the_directory_is_not_copied(
     tmp_path: Path, name: str, spelling: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = checkpoint_directory(tmp_path / "model")
@@ -79,7 +79,7 @@ def test_a_link_that_leads_outside_is_not_copied(
 
 
 @pytest.mark.parametrize("format", WRITABLE)
-def test_every_format_refuses_links_that_lead_outside(
+def test_every_format_refuses_links_out_of_the_directory(
     tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number, name in enumerate(("generation_config.json", "config.json")):
@@ -160,13 +160,13 @@ def test_other_files_of_a_hugging_face_cache_are_not_read(tmp_path: Path, target
     assert not (tmp_path / "out").exists()
 
 
-# What is no file, or not what its name says
+# Special files, and files whose content does not match their name
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
 @pytest.mark.parametrize("name", COPIED)
-def test_what_is_no_regular_file_is_refused(
+def test_special_files_are_refused(
     tmp_path: Path, name: str, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = checkpoint_directory(tmp_path / "model")

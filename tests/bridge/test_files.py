@@ -130,7 +130,7 @@ def test_overwrite_replaces_a_file(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"out": b"new"}
 
 
-def test_permission_to_replace_what_is_not_there_changes_nothing(tmp_path: Path) -> None:
+def test_permission_to_replace_missing_files_changes_nothing(tmp_path: Path) -> None:
     fill(tmp_path / "out", own)
     with new_file(tmp_path / "file", overwrite=True) as file:
         file.write_text("new")
@@ -146,7 +146,7 @@ def test_a_link_to_a_directory_stays_a_link(tmp_path: Path) -> None:
     assert tree(tmp_path / "disk") == {"new": b"new"}
 
 
-def test_a_link_to_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_broken_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match="is a broken link"):
         fill(tmp_path / "out")
@@ -193,7 +193,7 @@ def exchange(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("replaceable", [None, own])
-def test_a_directory_that_appears_meanwhile_is_kept(
+def test_a_directory_created_during_the_write_is_not_replaced(
     tmp_path: Path, exchange: bool, replaceable: Replaceable | None
 ) -> None:
     with (
@@ -209,7 +209,7 @@ def test_a_directory_that_appears_meanwhile_is_kept(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_that_appears_meanwhile_is_kept(tmp_path: Path, exchange: bool, overwrite: bool) -> None:
+def test_a_file_created_during_the_write_is_not_replaced(tmp_path: Path, exchange: bool, overwrite: bool) -> None:
     says = "was changed by another program" if overwrite else "exists; choose another name"
     with pytest.raises(CheckpointError, match=says), new_file(tmp_path / "out", overwrite=overwrite) as file:
         file.write_text("new")
@@ -555,7 +555,7 @@ def test_several_files_are_never_old_and_new(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Path, "rename", watched(Path.rename))
     monkeypatch.setattr(files, "_rename_without_replacing", watched(files._rename_without_replacing))
-    for fails_at in range(7, 0, -1):  # three files leave, that is recorded, and two arrive
+    for fails_at in range(7, 0, -1):  # three files are moved out, the state is recorded, two files are moved in
         (tmp_path / "vocab.json").write_text("old")
         (tmp_path / "merges.txt").write_text("old")
         (tmp_path / "tokenizer.json").write_text("old")
@@ -628,7 +628,7 @@ def test_a_file_that_appears_between_two_moves_is_kept(
 
 
 @pytest.mark.parametrize("state", ["leaving", "replaced"])
-def test_the_next_writer_ends_what_a_killed_one_was_moving(
+def test_the_next_writer_completes_the_move_of_a_killed_one(
     tmp_path: Path, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

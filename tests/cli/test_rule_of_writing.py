@@ -96,7 +96,7 @@ def not_recognised(to: str, place: Path) -> Path:
 
 @pytest.mark.parametrize("make", [project, downloads, folder_of_runs, other_form, not_recognised])
 @pytest.mark.parametrize("to", WRITABLE)
-def test_a_directory_with_other_files_is_kept_whole(
+def test_a_directory_with_other_files_is_not_changed(
     tmp_path: Path, to: str, make: Callable[[str, Path], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, target = source_for(to, tmp_path / "source"), make(to, tmp_path / "target")
@@ -132,7 +132,7 @@ def archive(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["zip", "text", "another model", "empty"])
 @pytest.mark.parametrize("to", FILES)
-def test_a_file_that_is_no_checkpoint_of_the_format_is_kept(
+def test_a_file_of_another_format_is_not_replaced(
     tmp_path: Path, to: str, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = source_for(to, tmp_path / "source")
@@ -203,7 +203,9 @@ def acting_at_tenth_tensor(checkpoint: bridge.Checkpoint, act: Callable[[], obje
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(("to", "as_file"), [*((to, False) for to in WRITABLE), *((to, True) for to in FILES)])
-def test_what_appears_at_the_target_meanwhile_is_kept(tmp_path: Path, to: str, as_file: bool, overwrite: bool) -> None:
+def test_a_target_created_during_the_write_is_not_replaced(
+    tmp_path: Path, to: str, as_file: bool, overwrite: bool
+) -> None:
     target = tmp_path / ("out" + (FORMATS[to].SUFFIXES[0] if as_file else ""))
 
     def appear() -> None:
@@ -326,7 +328,7 @@ VERBS_WITH_JSON = {
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["", "overwrite"])
 @pytest.mark.parametrize("name", ["x.gguf", "model/model.safetensors", "model/config.json", "text.txt", "model"])
 @pytest.mark.parametrize("verb", VERBS_WITH_JSON)
-def test_json_replaces_no_file_that_is_no_report(
+def test_json_replaces_only_reports(
     verb: str, name: str, flags: tuple[str, ...], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(tmp_path)
@@ -338,7 +340,7 @@ def test_json_replaces_no_file_that_is_no_report(
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["", "overwrite"])
 @pytest.mark.parametrize("verb", [("bench",), ("plan", "--topology", "v5e:2x2", "--scaling")], ids=["bench", "plan"])
-def test_plot_replaces_no_file_that_is_no_plot_of_this_command(
+def test_plot_replaces_only_plots_of_this_command(
     verb: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "photo.png").write_bytes(b"\x89PNG of somebody")
@@ -423,7 +425,7 @@ def test_a_cache_is_a_directory_that_is_not_read(
 
 @pytest.mark.parametrize("flags", [(), ("--resume",), ("--overwrite",)], ids=["", "resume", "overwrite"])
 @pytest.mark.parametrize("kind", ["run.json of somebody", "foreign files", "a model", "a file"])
-def test_train_keeps_a_directory_that_is_no_run(
+def test_train_does_not_change_a_directory_that_is_not_a_run(
     kind: str, flags: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -5,12 +5,12 @@
 With `--state` the driver can be stopped at any time (Ctrl-C) and continues after the last mutant that it finished.
 
 Each format has a module here with `samples` (small valid checkpoints), `mutable` (the files of one that are damaged)
-and `oracle` (the arrays of one under canonical names, read by somebody else's code). A mutant that loads must have
-the fingerprint of what the oracle reads. Where the oracle refuses a mutant that loads, that is counted and no more.
+and `oracle` (the arrays of one under canonical names, read by another library). A mutant that loads must have the
+fingerprint of what the oracle reads. A mutant that loads but that the oracle rejects is only counted.
 
-A companion of the weights (`tokenizer.json`, `config.json` ...) has a module with `judge` in the place of `oracle`: it
-reads a mutant, compares it with what another library reads, and returns what became of it. A module may also have
-`repair` (makes checksums right again) and `damage` (changes a file's structure, where bytes alone rarely get far).
+A companion of the weights (`tokenizer.json`, `config.json` ...) has a module with `judge` instead of `oracle`: it reads
+a mutant, compares it with what another library reads, and returns the outcome. A module may also have `repair` (updates
+checksums) and `damage` (changes the structure of a file, because changed bytes alone are rejected early).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def fuzz(
             result = _judged(module, source)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic of a library in Rust is no Exception
+        except BaseException as error:  # a panic in a Rust library is not an Exception
             raise AssertionError(f"{format}: mutant {number} of seed {seed}, of {file}: {error!r}") from error
         seconds = time.process_time() - began
         assert seconds < MOST_SECONDS, f"{format}: mutant {number} of seed {seed} took {seconds:.1f} s"

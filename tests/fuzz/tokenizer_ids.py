@@ -43,7 +43,7 @@ def judged(load: Callable[[], tiktoken.Encoding], theirs: Callable[[], tokenizer
         tokenizer.no_padding()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # its panics are no Exception
+    except BaseException:  # its panics are not Exceptions
         return "only we load it"
     for text in _without(tokenizer.get_added_tokens_decoder().values(), ids):
         if ids[text] is not None:

@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests python -m overwriting.driver --cases 10000 [--seed 1]
 
-Each case builds a tree of which every file is known: whose it is. Then one verb, or one function of the Python API,
-writes somewhere into it, with or without permission to overwrite. Afterwards every file that was there has its bytes,
-unless the rule of writing allows that one to change, and after a refusal the whole tree is as it was. The rule is
-restated here with literal names, apart from the code that it judges.
+Each case builds a tree of files whose owners are known. One verb, or one function of the Python API, then writes into
+it, with or without permission to overwrite. Afterwards every earlier file must be unchanged, unless the rule of writing
+allows it to change. After a refusal, the whole tree must be unchanged. The rule is restated here with literal names,
+independent of the code under test.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def test_a_state_that_is_not_finite_anywhere_is_not_saved(
     [
         (5, True, "^step 5: loss nan", [3, 4]),  # found when step 6 is logged
         (4, True, "^step 4: loss nan", [3]),
-        (3, False, "^step 3: its update made weights", []),
+        (3, False, "^step 3: the update made weights", []),
         (4, False, "^step 4: validation loss nan", [3]),
     ],
 )

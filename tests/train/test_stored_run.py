@@ -70,7 +70,7 @@ def test_a_damaged_run_json_is_one_clear_error(tmp_path: Path, damage: str) -> N
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
-def test_what_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_special_files_are_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "run.json")
     with within_budget(), pytest.raises(TrainingError, match=r"run\.json"):
         stored_identity(tmp_path)
