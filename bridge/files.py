@@ -31,8 +31,8 @@ _LEAVING, _REPLACED = "leaving", "replaced"
 old files are in it."""
 _KEPT = "kept"
 """Subdirectory for old files that could not be moved back after an error. A hidden directory with it is not removed."""
-_MARKER, _MARK = ".gpt2-bridge", b"A hidden directory of gpt2-bridge. Its files are incomplete.\n"
-"""A file in every hidden directory. A directory without it was not made by this module, whatever its name."""
+_MARKER = ".gpt2-bridge"
+"""An empty file in every hidden directory. A directory without it was not made by this module, whatever its name."""
 _AT_WORKING_DIRECTORY, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux's fcntl.h and stdio.h."""
 
@@ -276,7 +276,9 @@ def _resolved(target: str | Path) -> Path:
 
 
 def _exists(target: str | Path) -> str:
-    return f"{quoted(target)} exists; choose another name, remove it, or overwrite it (--overwrite, or overwrite=True)"
+    return (
+        f"{quoted(target)} exists; choose another name, or replace a checkpoint there (--overwrite, or overwrite=True)"
+    )
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
@@ -323,17 +325,13 @@ def _hidden_name(target: Path) -> Path:
 
 
 def _is_hidden_place(path: Path, name: str | None = None) -> bool:
-    """Whether `path` is a hidden directory of this module for a target called `name`.
+    """Whether `path` is a hidden directory of this module for a target called `name`, with its marker or still empty.
 
     `name`: by default the name of the parent directory.
     """
     name = path.parent.name if name is None else name
-    if re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.partial", path.name) is None or not _is_own(path):
-        return False
-    try:
-        return _is_own(path / _MARKER) and (path / _MARKER).read_bytes() == _MARK
-    except OSError:
-        return False
+    has_name = re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.partial", path.name) is not None
+    return has_name and _is_own(path) and path.is_dir() and (_is_own(path / _MARKER) or not any(path.iterdir()))
 
 
 def _is_own(path: Path) -> bool:
@@ -353,7 +351,7 @@ def _hidden_place(target: Path) -> Iterator[Path]:
             place = _hidden_name(target)
             place.mkdir(mode=0o700)
             with suppress(FileNotFoundError):  # another process may remove it before it is locked
-                (place / _MARKER).write_bytes(_MARK)
+                (place / _MARKER).touch()
                 if stack.enter_context(exclusive_lock(place)) is not False and place.exists():
                     break
         try:
@@ -383,7 +381,7 @@ def _keep_unless_empty(directory: Path) -> None:
 
 def _clear_away(target: Path) -> None:
     """Remove hidden directories that killed writers of `target` left behind. Does nothing on systems without locks."""
-    for place in [p for p in target.parent.iterdir() if _is_hidden_place(p, target.name) and p.is_dir()]:
+    for place in [p for p in target.parent.iterdir() if _is_hidden_place(p, target.name)]:
         with suppress(OSError), exclusive_lock(place) as held:
             if held and not (place / _KEPT).exists() and not any(path.is_symlink() for path in place.iterdir()):
                 if (place / _OLD).exists() and not target.exists():

@@ -18,8 +18,9 @@ from bridge.files import Replaceable, new_directory, new_file
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
+from bridge.formats.run import is_run
 from bridge.manifest import recorded
-from bridge.recognition import Found, choose_checkpoint, own_config
+from bridge.recognition import Found, choose_checkpoint, find_checkpoints, own_config
 from bridge.stored_file import StoredFile
 from bridge.tokenizer import TOKENIZER_FILES
 
@@ -67,7 +68,7 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
         path = BUNDLED
     if not os.path.exists(path):  # unlike Path.exists, returns False for a name that is too long
         if not _HUB_ID.fullmatch(str(source)):
-            raise CheckpointError(f"{quoted(source)} does not exist")
+            raise CheckpointError(f"{quoted(Path(source))} does not exist")
         path = _from_hub(str(source))
     chosen = choose_checkpoint(path)
     if chosen is None:
@@ -143,11 +144,7 @@ def save(
     module = FORMATS[format]
     left_out: tuple[str, ...] = ()
     if as_file:
-        if overwrite and os.path.isfile(target) and _format_of(target) != format:
-            raise CheckpointError(
-                f"{quoted(target)} is not a {format} checkpoint and was not replaced; choose another name"
-            )
-        with new_file(target, overwrite=overwrite) as file:
+        with new_file(target, overwrite=lambda: overwrite and _require_format(target, format)) as file:
             left_out = module.write(checkpoint, file, **options)
     else:
         with new_directory(target, replaceable=_replaceable(target, format) if overwrite else None) as directory:
@@ -220,7 +217,13 @@ def _replaceable(target: Path, format: str) -> Replaceable:
 
     Nothing is replaceable if `target` is a training run or holds no checkpoint.
     """
-    if not os.path.isdir(target) or _format_of(target) not in WRITABLE:
+    if not os.path.isdir(target):
+        return lambda name: False
+    if any(is_run(path) for path in (target.resolve(), *target.resolve().parents)):
+        raise CheckpointError(f"{quoted(target)} is not overwritten, because it belongs to a training run")
+    if len({found.model for found in find_checkpoints(target)}) > 1:
+        raise CheckpointError(f"{quoted(target)} is not overwritten, because it holds several checkpoints")
+    if _format_of(target) not in WRITABLE:
         return lambda name: False
     known, names = recorded(target), _writes(format)
     return lambda name: name in known or names.fullmatch(name) is not None
@@ -231,6 +234,15 @@ def _writes(format: str) -> re.Pattern[str]:
     module = FORMATS[format]
     weights = re.escape(module.FILE) if hasattr(module, "FILE") else module.WRITES
     return re.compile("|".join([weights, *map(re.escape, (CONFIG, *CARRIED_FILES))]))
+
+
+def _require_format(target: Path, format: str) -> bool:
+    """Raise `CheckpointError` if the file `target` is not a checkpoint of this format; True otherwise."""
+    if os.path.isfile(target) and _format_of(target) != format:
+        raise CheckpointError(
+            f"{quoted(target)} is not a {format} checkpoint and was not replaced; choose another name"
+        )
+    return True
 
 
 def _format_of(path: Path) -> str | None:

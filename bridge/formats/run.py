@@ -34,7 +34,7 @@ WEIGHTS = ("ema_params", "params")
 
 
 def find(path: Path) -> list[Path]:
-    return [path] if _is_run(path) or _is_step(path) else []
+    return [path] if is_run(path) or _is_step(path) else []
 
 
 def read(path: Path) -> Checkpoint:
@@ -118,7 +118,9 @@ def best_sound_step(run: Path, say: Callable[[str], object]) -> int:
     if step is None and damaged:
         raise CheckpointError(f"the run {quoted(run)} has no valid checkpoint:\n{bullet_list(damaged)}")
     if step is None:
-        raise CheckpointError(f"the run {quoted(run)} has no checkpoint yet; let it train until its first one")
+        raise CheckpointError(
+            f"the run {quoted(run)} has no checkpoint yet; continue it until its first one, with gpt2 train --resume"
+        )
     for line in damaged:
         say(line)
     return step
@@ -142,7 +144,7 @@ def _is_of(about: Mapping[str, Any], step: int) -> bool:
     return type(about.get("step")) is int and about["step"] == step
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Whether a directory is a run of this project, which another program's `run.json` does not make it."""
     if not ((path / RUN).is_file() and (path / CONFIG).is_file()):
         return False
@@ -157,7 +159,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _is_step(path: Path) -> bool:
-    return bool(_NUMBER.fullmatch(path.name)) and path.parent.name == CHECKPOINTS and _is_run(path.parent.parent)
+    return bool(_NUMBER.fullmatch(path.name)) and path.parent.name == CHECKPOINTS and is_run(path.parent.parent)
 
 
 def _weights(state: Path) -> dict[str, StoredArray]:

@@ -34,7 +34,7 @@ def fill(path: Path, replaceable: Replaceable | None = None) -> None:
 def hidden_place(path: Path) -> Path:
     """A hidden directory as this project makes it."""
     path.mkdir(exist_ok=True)
-    (path / files._MARKER).write_bytes(files._MARK)
+    (path / files._MARKER).touch()
     return path
 
 
@@ -367,7 +367,7 @@ def test_without_locks_nothing_is_taken_for_left(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("fcntl.flock", refuse)
     left = hidden_place(tmp_path / ".out.0123abcd.partial")
     fill(tmp_path / "out")
-    marker = {left.name: None, f"{left.name}/{files._MARKER}": files._MARK}
+    marker = {left.name: None, f"{left.name}/{files._MARKER}": b""}
     assert tree(tmp_path) == {**marker, "out": None, "out/new": b"new"}
 
 
@@ -524,7 +524,7 @@ def test_a_place_that_another_clears_away_before_it_is_locked_is_made_anew(
     monkeypatch.setattr(files, "exclusive_lock", late)
     fill(tmp_path / "out")
     assert len({*places}) == 4
-    left = {places[2].name: None, f"{places[2].name}/{files._MARKER}": files._MARK}
+    left = {places[2].name: None, f"{places[2].name}/{files._MARKER}": b""}
     assert tree(tmp_path) == {**left, "out": None, "out/new": b"new"}
 
 
