@@ -111,12 +111,18 @@ def test_an_error_in_one_ends_all_soon_and_by_its_name(directory: Path) -> None:
 
 
 def test_an_error_of_the_first_after_all_is_done_is_its_own(directory: Path) -> None:
-    """The other waits for it, and is not what is lost."""
-    one, other = train(2, 1, arguments(directory, "full"), p0=["--json", "/dev/full"])
+    """The other process waits for it, and is not reported as lost. The report's file appears during the run."""
+    report = directory / "result.json"
+    started = start(2, 1, arguments(directory, "full"), p0=["--json", report])
+    while not (directory / "full" / "run.json").exists() and started[0].poll() is None:
+        time.sleep(0.1)
+    report.write_text("theirs")
+    one, other = wait(started)
     assert (one.code, other.code) == (2, 1), (one, other)
-    assert "cannot write /dev/full" in one.err
+    assert "result.json' exists; choose another name" in one.err
     assert "lost" not in one.err
-    assert "gpt2: ended with process 0: cannot write /dev/full" in other.err
+    assert "gpt2: ended with process 0: " in other.err and "result.json' exists" in other.err
+    assert report.read_text() == "theirs"
 
 
 def test_processes_that_were_told_different_things_do_not_begin(directory: Path) -> None:
