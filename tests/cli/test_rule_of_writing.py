@@ -1,4 +1,4 @@
-"""Nothing that exists changes without permission, and with it only what this project wrote (`bridge/storage/atomic_writes.py`).
+"""Without permission no existing file changes; with it, only files of this project (`bridge.storage.atomic_writes`).
 
 Each case compares the whole directory tree before and after. `tests/overwriting` does the same with random trees.
 """

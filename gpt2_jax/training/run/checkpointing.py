@@ -2,8 +2,9 @@
 
 Orbax fsyncs array data but not metadata or the final rename, and does not detect corrupted bytes of an array on load.
 (It does detect missing chunks, which tensorstore alone reads as zeros.) A checkpoint is therefore committed in five
-steps: Orbax writes it under a hidden name; the files are fsynced; a manifest is added
-(`bridge.storage.manifest`); the files are read back and verified; the directory is renamed to its step. A directory named after a step is always complete.
+steps: Orbax writes it under a hidden name; the files are fsynced; a manifest is added (`bridge.storage.manifest`); the
+files are read back and verified; the directory is renamed to its step. A directory named after a step is always
+complete.
 """
 
 from __future__ import annotations
