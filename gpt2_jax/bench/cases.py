@@ -11,7 +11,8 @@ from bridge import BridgeError
 from gpt2_jax.bench.limits import needed_bytes, needed_flops
 from gpt2_jax.bench.on_disk import write_checkpoint
 from gpt2_jax.bench.peers import Task
-from gpt2_jax.training.config import PRESETS, TrainConfig, flat
+from gpt2_jax.training.config import TrainConfig, flat
+from gpt2_jax.training.presets import PRESETS
 
 PROMPT, NEW_TOKENS = 16, 64
 """Of decoding: fewer in a model with fewer positions."""

@@ -26,9 +26,11 @@ from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
 from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, join, leave
 from gpt2_jax.training import PRESETS, NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
-from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
+from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, flat, from_flat
+from gpt2_jax.training.errors import is_out_of_memory
 from gpt2_jax.training.preemption import PreemptionHandler
-from gpt2_jax.training.run.directory import is_run, stored_identity
+from gpt2_jax.training.run.directory import has_run_json
+from gpt2_jax.training.run.identity import stored_identity
 from gpt2_jax.training.run.metrics import require_packages
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
@@ -154,7 +156,7 @@ def default_config(args: Sequence[str]) -> TrainConfig:
     """Return the defaults of the flags of `gpt2 train` and `gpt2 plan`: those of the preset or of the resumed run."""
     if not set(args[:1]) & {"train", "plan"}:
         return PRESETS[DEFAULT_PRESET]
-    if "--resume" in args and (out := _value(args, "--out")) is not None and is_run(Path(out)):
+    if "--resume" in args and (out := _value(args, "--out")) is not None and has_run_json(Path(out)):
         stored = stored_identity(Path(out)).config
         return _printable(stored) if {"-h", "--help"} & {*args} else stored
     init_from = _value(args, "--init-from")
@@ -205,7 +207,7 @@ def run_training(
     if is_first():  # before text is tokenised
         require_packages(config)
     say = screen.print
-    resumes = broadcast_from_first(resume and is_run(out))
+    resumes = broadcast_from_first(resume and has_run_json(out))
     if resume and not resumes:
         say(f"no run at {out}; starting a new one", soft_wrap=True)
     # A resumed run has its tokenizer and its sizes in RUN, and no longer needs the initial checkpoint.
@@ -235,7 +237,7 @@ def run_training(
         resume=resume,
         accept_changes=accept_changes,
         console=screen,
-        stop=PreemptionHandler(second=signal.SIG_DFL),
+        preemption=PreemptionHandler(second=signal.SIG_DFL),
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
     say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)

@@ -68,17 +68,17 @@ def evaluation_batches(
     *,
     batch_size: int,
     seq_len: int,
-    most_batches: int | None = None,
+    max_batches: int | None = None,
     examples: Examples = "stream",
     rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
-    """The stream's examples once, in order; with `most_batches`, so many batches evenly spaced over it.
+    """The stream's examples once, in order; with `max_batches`, so many batches evenly spaced over it.
 
     Windows do not overlap and begin at the stream's first token; what is left after the last is not
     used. The last batch is filled up with rows whose labels are all `IGNORE_INDEX`: one shape for all.
     """
     chosen = _Documents(stream, seq_len) if examples == "documents" else _Windows(stream, seq_len)
-    number = min(-(-chosen.count // batch_size), most_batches or sys.maxsize)
+    number = min(-(-chosen.count // batch_size), max_batches or sys.maxsize)
     wanted = min(number * batch_size, chosen.count)
     indices = np.arange(wanted) * chosen.count // wanted
     source = _EvaluationBatches(chosen, indices, batch_size, rows)

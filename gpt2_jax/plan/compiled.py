@@ -16,8 +16,8 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import Implementation, fastest
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.training import TrainConfig, TrainState, make_optimizer, make_train_step
-from gpt2_jax.training.batches import Rows, rows_of_step
-from gpt2_jax.training.state import described_state, make_model
+from gpt2_jax.training.batches import Rows, batch_rows
+from gpt2_jax.training.state import abstract_state, make_model
 
 _REFUSED = (
     re.compile(r"\((?P<needed>[\d.]+)(?P<n>[KMGT])\) exceeds available HBM \((?P<had>[\d.]+)(?P<h>[KMGT])\)"),
@@ -63,10 +63,10 @@ class Program:
 def described_step(config: TrainConfig, mesh: Mesh) -> Step:
     """What the step takes and where that lies; raises `MeshError` or `TrainingError` where the mesh does not divide
     it."""
-    rows = rows_of_step(config, mesh)
+    rows = batch_rows(config, mesh)
     # Of what a device runs: made with "auto", because a kernel for TPU is none that this process could name.
     model = make_model(replace(config, attention="auto"))
-    state = described_state(config, model, make_optimizer(config.optimizer, config.max_steps), mesh)
+    state = abstract_state(config, model, make_optimizer(config.optimizer, config.max_steps), mesh)
     config = replace(config, attention=_attention(config, mesh))
     return Step(config, mesh, state, _batch(config, rows), model.clone(attention=config.attention))
 

@@ -1,11 +1,14 @@
-"""Training in JAX: `gpt2 train` and its parts."""
+"""Training in JAX: `gpt2 train`, and the parts that a training loop of one's own can use."""
 
-from gpt2_jax.training.config import PRESETS, NonFiniteLoss, OptimizerConfig, TrainConfig, TrainingError
-from gpt2_jax.training.loop import Outcome, train
-from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.training.config import OptimizerConfig, TrainConfig
+from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
+from gpt2_jax.training.loop import train
+from gpt2_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from gpt2_jax.training.optimizer_state import adamw_state, with_adamw_state
-from gpt2_jax.training.state import resolve_config
-from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from gpt2_jax.training.presets import PRESETS
+from gpt2_jax.training.run.outcome import Outcome
+from gpt2_jax.training.state import TrainState, init_state, resolve_config
+from gpt2_jax.training.step import make_eval_step, make_train_step
 
 __all__ = [
     "PRESETS",
@@ -16,6 +19,7 @@ __all__ = [
     "TrainState",
     "TrainingError",
     "adamw_state",
+    "decay_mask",
     "init_state",
     "learning_rate_schedule",
     "make_eval_step",

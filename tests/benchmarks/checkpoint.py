@@ -30,7 +30,7 @@ from bridge.storage import manifest
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import PRESETS, make_optimizer, make_train_step
 from gpt2_jax.training.run.checkpointing import Checkpoints
-from gpt2_jax.training.state import first_state, make_model
+from gpt2_jax.training.state import initial_state, make_model
 
 Waiting = Callable[[], object]
 
@@ -52,7 +52,7 @@ def main() -> None:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = Path(scratch).absolute()
         train_step = make_train_step(model, tx)
-        state, _ = train_step(first_state(config, model, tx, None, mesh), batch)
+        state, _ = train_step(initial_state(config, model, tx, None, mesh), batch)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         print(
             f"{options.preset}, {options.batch} x {options.seq_len}: a state of {size:,} bytes; {_limits(folder, size)}"

@@ -38,7 +38,7 @@ from bridge.formats.run import steps
 from gpt2_jax.cli.train import default_config
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
 from gpt2_jax.training.config import flat
-from gpt2_jax.training.run.directory import stored_identity
+from gpt2_jax.training.run.identity import stored_identity
 from gpt2_jax.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

@@ -226,14 +226,14 @@ def test_evaluation_reads_the_stream_once_in_order(stream: TokenStream) -> None:
 
 
 def test_an_evaluation_of_fewer_batches_is_spread_over_the_stream(stream: TokenStream) -> None:
-    read = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, most_batches=3))
+    read = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, max_batches=3))
     starts = first_tokens(read)
     assert len(read) == 3 and starts == sorted(starts) and len(set(starts)) == 15
     gaps = np.diff(starts)
     assert max(gaps) - min(gaps) <= LENGTH and starts[0] == 0 and starts[-1] > 0.9 * COUNT
     assert all((batch["labels"] != IGNORE_INDEX).all() for batch in read)
     everything = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH))
-    assert_equal(everything, list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, most_batches=10**6)))
+    assert_equal(everything, list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, max_batches=10**6)))
 
 
 def test_documents_are_evaluated_in_order_with_every_row_attending_to_something(documents: TokenStream) -> None:
