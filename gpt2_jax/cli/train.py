@@ -24,12 +24,13 @@ from gpt2_jax.console.output import json_writer, progress
 from gpt2_jax.console.process import keep_compiled_programs
 from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
+from gpt2_jax.data.token_stream import has_validation_files, is_token_source
 from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, join, leave
 from gpt2_jax.training import PRESETS, NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, flat, from_flat
 from gpt2_jax.training.errors import is_out_of_memory
 from gpt2_jax.training.preemption import PreemptionHandler
-from gpt2_jax.training.run.directory import has_run_json
+from gpt2_jax.training.run.directory import has_run_json, require_available
 from gpt2_jax.training.run.identity import stored_identity
 from gpt2_jax.training.run.metrics import require_packages
 
@@ -121,6 +122,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         require_effect({**flat(config), **asked}, usual, RULES)
         inputs = (config.data, config.validation_data, config.init_from)
         _require_cache(cache, inputs)
+        _require_effect_on_tokens(config, default, cache)
         write_json = json_writer(json if is_first() else None, overwrite, inputs)
         try:
             outcome = run_training(
@@ -204,8 +206,9 @@ def run_training(
     the run has other sizes.
     """
     screen = console() if is_first() else Console(quiet=True)
-    if is_first():  # before text is tokenised
+    if is_first():  # before text is tokenised, which may take long
         require_packages(config)
+        require_available(out, resume=resume)
     say = screen.print
     resumes = broadcast_from_first(resume and has_run_json(out))
     if resume and not resumes:
@@ -253,6 +256,22 @@ def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
         return
     if not cache.is_dir() or any(source and os.path.exists(source) and cache.samefile(source) for source in inputs):
         raise BridgeError(f"--cache {quoted(cache)} is a file, or an input of this command; give another directory")
+
+
+def _require_effect_on_tokens(config: TrainConfig, default: TrainConfig, cache: Path | None) -> None:
+    """Raise `BridgeError` for flags that have no effect on token files."""
+    sources = [source for source in (config.data, config.validation_data) if source is not None]
+    if not all(map(is_token_source, sources)):
+        return
+    problems = []
+    if cache is not None:
+        problems.append("--cache: has no effect, because token files are not tokenised; leave it out")
+    if config.validation_fraction != default.validation_fraction and has_validation_files(config.data):
+        problems.append(
+            "--validation-fraction: has no effect, because --data has its own validation files; leave it out"
+        )
+    if problems:
+        raise BridgeError("\n".join(problems))
 
 
 def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, cache: Path | None) -> Data:

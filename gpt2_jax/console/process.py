@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from bridge.errors import quoted
-from gpt2_jax.data.tokenize import cache_directory
+from gpt2_jax.data.token_cache import cache_directory
 from gpt2_jax.parallel.distributed import are_several
 
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"

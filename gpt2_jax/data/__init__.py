@@ -1,11 +1,11 @@
-"""From what `--data` names to batches of token ids."""
+"""Training data: from text or token files to batches of token ids."""
 
+from gpt2_jax.data.batches import Batch, evaluation_batches, training_batches
+from gpt2_jax.data.dataset import Data, open_data
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.open import Data, open_data
-from gpt2_jax.data.tokenize import TaskProgress, cache_directory
+from gpt2_jax.data.token_cache import TaskProgress, cache_directory
+from gpt2_jax.data.token_stream import TokenStream
 from gpt2_jax.data.tokenizers import make_tokenizer
-from gpt2_jax.data.tokens import TokenStream
-from gpt2_jax.data.windows import Batch, evaluation_batches, training_batches
 
 __all__ = [
     "Batch",

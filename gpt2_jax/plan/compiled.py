@@ -16,7 +16,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import Implementation, fastest
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.training import TrainConfig, TrainState, make_optimizer, make_train_step
-from gpt2_jax.training.batches import Rows, batch_rows
+from gpt2_jax.training.batch_placement import Rows, batch_rows
 from gpt2_jax.training.state import abstract_state, make_model
 
 _REFUSED = (

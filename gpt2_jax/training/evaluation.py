@@ -16,7 +16,7 @@ from bridge.tokenizers.loading import decode_known
 from gpt2_jax.data import Data, TokenStream, evaluation_batches
 from gpt2_jax.generation import generate
 from gpt2_jax.model import GPT2
-from gpt2_jax.training.batches import microbatch_rows
+from gpt2_jax.training.batch_placement import microbatch_rows
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
 from gpt2_jax.training.state import TrainState

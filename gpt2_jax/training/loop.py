@@ -21,7 +21,7 @@ from gpt2_jax.data import Batch, Data, training_batches
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.distributed import broadcast_from_first, is_first, require_agreement, wait_for_all
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.training.batches import Rows, batch_rows
+from gpt2_jax.training.batch_placement import Rows, batch_rows
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.determinism import require_deterministic
 from gpt2_jax.training.errors import NonFiniteLoss, TrainingError

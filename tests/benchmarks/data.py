@@ -21,8 +21,8 @@ import numpy as np
 
 from bridge import NoTokenizerError
 from gpt2_jax.data import make_tokenizer, open_data, training_batches
-from gpt2_jax.data.text import find_documents
-from gpt2_jax.data.tokenize import cached_text
+from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.token_cache import cached_text
 
 MIB = 2**20
 TOKENS = 2**29  # 1 GiB of uint16

@@ -31,7 +31,7 @@ from gpt2_jax.loss import IGNORE_INDEX, summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import make_mesh, shardings
 from gpt2_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
-from gpt2_jax.training.batches import batch_rows
+from gpt2_jax.training.batch_placement import batch_rows
 from gpt2_jax.training.state import abstract_state, initial_state, make_model, random_state
 
 MODEL = GPT2Config(vocab_size=71, n_positions=24, n_embd=32, n_layer=5, n_head=8)

@@ -26,7 +26,7 @@ from bridge.formats import WRITABLE
 from gpt2_jax.loading import _Stored
 from gpt2_jax.parallel.sharding import RULES, MeshError, make_mesh, shardings, spec_of
 from gpt2_jax.training import TrainingError, make_optimizer
-from gpt2_jax.training.batches import Rows, batch_rows, microbatch_rows
+from gpt2_jax.training.batch_placement import Rows, batch_rows, microbatch_rows
 from gpt2_jax.training.state import abstract_state, make_model
 
 ROOT = Path(__file__).parents[2]

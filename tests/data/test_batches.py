@@ -12,10 +12,10 @@ import pytest
 
 from bridge import byte_tokenizer
 from gpt2_jax.data import Batch, DataError, TokenStream, evaluation_batches, training_batches
-from gpt2_jax.data.text import find_documents
-from gpt2_jax.data.tokenize import cached_text
-from gpt2_jax.data.tokens import open_tokens
-from gpt2_jax.data.windows import _shuffled, _Windows
+from gpt2_jax.data.batches import _shuffled, _Windows
+from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.token_cache import cached_text
+from gpt2_jax.data.token_stream import open_tokens
 from gpt2_jax.loss import IGNORE_INDEX
 from tests.data.token_files import llmc, nanogpt
 
@@ -211,7 +211,7 @@ def documents_in_order(stream: TokenStream, length: int) -> list[Batch]:
 
 
 def test_documents_cannot_be_told_apart_in_token_files(stream: TokenStream) -> None:
-    with pytest.raises(DataError, match="do not say where a document ends"):
+    with pytest.raises(DataError, match="do not store where documents end"):
         training_batches(stream, batch_size=BATCH, seq_len=LENGTH, examples="documents")
 
 
