@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.atomic_writes import flush_to_disk
+from bridge.storage.fsync import flush_to_disk
 from bridge.storage.small_file import read_small_file
 
 MANIFEST = "manifest.json"
