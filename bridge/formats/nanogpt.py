@@ -35,7 +35,7 @@ from bridge.formats.directory import files_by_content, read_config
 from bridge.formats.single_file import left_out, require_implied, with_sidecar
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.parameter_table import parameters
-from bridge.storage.stored_file import first_bytes
+from bridge.storage.regular_file import first_bytes
 from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, turned
 
 NAME = "nanogpt"

@@ -21,6 +21,7 @@ from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.storage.fsync import flush_to_disk, flush_tree
 from bridge.storage.hidden_directories import KEPT, NEW, OLD, hidden_directory, hidden_name, is_hidden_directory
 from bridge.storage.locks import exclusive_lock
+from bridge.storage.regular_file import identity
 from bridge.storage.renames import (
     complete_move,
     is_mount_point,
@@ -233,10 +234,9 @@ def _exists(target: str | Path) -> str:
 
 def _identity(path: Path) -> tuple[int, ...] | None:
     try:
-        status = os.stat(path)
+        return identity(os.stat(path))
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.fsync import flush_to_disk
-from bridge.storage.small_file import read_small_file
+from bridge.storage.regular_file import read_small_file
 
 MANIFEST = "manifest.json"
 _ENTRY = {"bytes": int, "sha256": str}

@@ -27,7 +27,7 @@ from bridge.storage.atomic_writes import (
 )
 from bridge.storage.json_text import parse_object
 from bridge.storage.locks import exclusive_lock
-from bridge.storage.small_file import read_small_file
+from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from gpt2_jax.training.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat
