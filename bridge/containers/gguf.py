@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensorMap
 
 DTYPES: Mapping[str, np.dtype] = {

@@ -20,7 +20,8 @@ import numpy as np
 
 from bridge.conversion import flatten
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, aligned_empty
 
 _OTHERS = (np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8, np.bool_)

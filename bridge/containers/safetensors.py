@@ -23,7 +23,8 @@ import numpy as np
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.json_text import parse_object
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensorMap
 
 # Every type that the format defines and numpy holds. Which of them may be weights is decided where

@@ -19,7 +19,8 @@ from bridge.containers import torch_pickle
 from bridge.containers.torch_pickle import Symbol
 from bridge.containers.zip_records import Archive
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.stored_file import StoredFile, first_bytes
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import LazyTensor
 
 MOST_TENSORS = 10_000  # GPT-2 XL with AdamW's state has 2,400
