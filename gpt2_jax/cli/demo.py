@@ -50,7 +50,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     from gpt2_jax.parity import verify
 
     with progress_bar(ALL_CHECKS) as begin:
-        report = verify(bridge.load(BUNDLED), source=BUNDLED, length=128, progress=begin)
+        report = verify(bridge.load(BUNDLED), source=BUNDLED, seq_len=128, progress=begin)
     code = finish(report, write_report)
     say(f"\n3. fine-tuned in JAX, on {data}")
     outcome = run_training(_recipe(data, steps), run, cache=out / "tokens")

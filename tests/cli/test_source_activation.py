@@ -75,7 +75,7 @@ def test_verify_says_how_the_file_was_read(
     activation: str,
     is_assumed: bool,
 ) -> None:
-    options = ("--checks", "round-trip", "--length", 4, "--json", tmp_path / "report.json")
+    options = ("--checks", "round-trip", "--seq-len", 4, "--json", tmp_path / "report.json")
     assert run("verify", nanogpt, *flag, *options) == 0
     assert any(ASSUMED in line for line in facts(tmp_path / "report.json")["diagnostics"]) is is_assumed
     assert ("warning: the file does not state its activation" in capsys.readouterr().out) is is_assumed
