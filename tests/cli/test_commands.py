@@ -76,7 +76,7 @@ BAD = {
     "length penalty without beams": ("generate", "{model}", "We", "--length-penalty", "2"),
     "seed beside a text": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
     "untrained and no prediction": ("verify", "{model}", "--untrained", "--checks", "round-trip"),
-    "no sequence": ("verify", "{model}", "--batch", "0"),
+    "no sequence": ("verify", "{model}", "--batch-size", "0"),
     "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
     "unwritable json": ("convert", "{model}", "{tmp}/out", "--to", "flax", "--json", "{tmp}/nowhere/facts.json"),
     "no source": ("inspect", ""),
