@@ -15,14 +15,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bridge.arrays import LazyTensors, TensorEntry, turned
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.formats.finding import files_by_content
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
-from bridge.params import Parameter, num_parameters, padded_vocab_size, parameters
-from bridge.stored_file import StoredFile, first_bytes, write_array
+from bridge.parameter_table import Parameter, num_parameters, padded_vocab_size, parameters
+from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
 
 NAME = "llmc"
 FILE = "model.bin"
@@ -64,7 +64,7 @@ def read(path: Path, config_json: Path | None) -> Checkpoint:
     file = StoredFile.open(path)
     config, dtype, rows = _header(file)
     entries = {p.torch_name: _entry(file, dtype, p, offset) for p, offset in _places(config, dtype, rows)}
-    tensors = LazyTensors({p.torch_name: entries[p.torch_name] for p in parameters(config)})
+    tensors = LazyTensorMap({p.torch_name: entries[p.torch_name] for p in parameters(config)})
     config, extra = with_sidecar(config, file.path, config_json)
     padding = rows - config.vocab_size
     notes = (f"{padding} rows of vocabulary padding were left out",) if padding else ()
@@ -154,7 +154,7 @@ def _in_order(config: GPT2Config) -> Iterator[Parameter]:
         yield from kind
 
 
-def _entry(file: StoredFile, dtype: np.dtype, p: Parameter, offset: int) -> TensorEntry:
+def _entry(file: StoredFile, dtype: np.dtype, p: Parameter, offset: int) -> LazyTensor:
     if p.is_projection:
         return turned(file.entry(dtype, p.torch_shape[::-1], offset))
     return file.entry(dtype, p.torch_shape, offset)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from bridge import GPT2Config, num_parameters
+from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.plan.compiled import Program, described_step, refusal
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.plan.memory import kept_bytes, layer_parameters, peak, state_bytes, sum_of_parts
 from gpt2_jax.plan.suggest import divides, spread_state
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import PRESETS, TrainConfig, TrainState
+from gpt2_jax.training import PRESETS, TrainConfig, TrainState
 
 COUNTS = 2 * 4
 """AdamW's count of steps and its schedule's, of int32."""
@@ -60,7 +60,7 @@ def test_a_described_step_is_the_one_that_is_trained() -> None:
     step = described_step(config, make_mesh("data=1"))
     assert set(step.batch) == {"input_ids", "labels", "attention_mask"}
     assert step.batch["labels"].shape == (4, 1024)
-    assert step.config.attention == step.model.attention == "plain"  # which alone takes a mask
+    assert step.config.attention == step.model.attention == "xla"  # which alone takes a mask
     assert state_bytes(step).batch == 3 * 4 * 4 * 1024
     for kernel in ("cudnn", "splash"):
         with pytest.raises(PlanError, match=f"attention={kernel}: not on cpu"):
