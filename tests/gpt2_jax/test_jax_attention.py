@@ -191,7 +191,7 @@ def test_the_tpu_kernel_on_a_mesh_and_blocks_on_it_are_those_on_one_device(tmp_p
     """Rows spread over two axes, heads over a third, in a process that has eight devices; none needs another's."""
     results = eight_devices.run("spread_attention", tmp_path)
     for name in ("splash", "blockwise"):
-        found, expected = ([results[f"{where}/{name}/{i}"] for i in range(4)] for where in ("mesh", "xla"))
+        found, expected = ([results[f"{where}/{name}/{i}"] for i in range(4)] for where in ("mesh", "plain"))
         assert_close(found, expected, FLOAT32)
         assert results[f"parts/{name}"].tolist() == [1, 128, 2, 8]
         assert results[f"moves/{name}"].tolist() == []
