@@ -158,7 +158,7 @@ def test_a_float64_checkpoint_generates_in_float64(tmp_path: Path, capsys: pytes
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("gpt2-bridge ")
+    assert capsys.readouterr().out == f"gpt2-bridge {bridge.__version__}\n"
 
 
 @needs_torch
