@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("bridge", "gpt2_torch", "gpt2_jax")
 BESIDE = ("MANIFEST.in", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", "LICENSE")
 SETUP = ("pyproject.toml", "constraints.txt", "Makefile", ".ci/run", ".ci/oldest.py")
-NOT_SOURCE = (".git", ".venv*", ".tpu", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "demo-output", ".fuzz*")
+NOT_SOURCE = (".git", ".venv*", ".tpu", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "_build")
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2]))"
 
 
