@@ -9,7 +9,7 @@ DIST := .venv-dist
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check bench dist clean
+.PHONY: help demo test test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check bench dist clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -65,6 +65,9 @@ dist: $(DIST)/.installed  ## the source distribution and the wheel, in dist/
 	rm -rf build dist
 	$(DIST)/bin/python -m build
 	$(DIST)/bin/python -m twine check --strict dist/*
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 20
 
 clean:
 	rm -rf .venv $(PEERS) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output
