@@ -8,12 +8,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import tyro
 
-from bridge import BridgeError
+from bridge import BridgeError, __version__
 from bridge.errors import escaped, quoted
 from gpt2_jax.cli.bench import bench
 from gpt2_jax.cli.convert import convert
@@ -53,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
         restart_with_huge_pages()
     suppress_duplicate_tracebacks()
     if (sys.argv[1:] if args is None else args) == ["--version"]:
-        print(f"gpt2-bridge {version('gpt2-bridge')}")
+        print(f"gpt2-bridge {__version__}")
         sys.exit(0)
     code: int | None
     why = ""
