@@ -5,7 +5,7 @@ PEERS := .venv-peers
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu test-overwriting fuzz faults check bench clean
+.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu test-overwriting fuzz faults check docs bench clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -43,6 +43,9 @@ check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## the manual, in docs/_build/html; offline, with warnings as errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
 bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.convert
@@ -51,7 +54,7 @@ bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.generate
 
 clean:
-	rm -rf .venv $(PEERS) $(TPU) demo-output
+	rm -rf .venv $(PEERS) $(TPU) demo-output docs/_build docs/_generated
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
