@@ -1,17 +1,17 @@
 """The bridge between the two backends: configurations, names, shapes and files; numpy only."""
 
 from bridge.checkpoint import Checkpoint
-from bridge.completion import Completion, complete, end_of_text_ids, stream_text
 from bridge.config import GPT2_SIZES, GPT2Config
-from bridge.convert import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
+from bridge.conversion import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.diagnostics import find_diagnostics
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.fingerprint import fingerprint
+from bridge.generation.config import Request
+from bridge.generation.text import Completion, complete, end_of_text_ids, stream_text
 from bridge.io import BUNDLED, load, save
-from bridge.params import PARAMETERS, num_parameters, padded_vocab_size, parameters
-from bridge.sampling import Request
-from bridge.tokenizer import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
-from bridge.tokenizer_files import save_tokenizer
+from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
+from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
+from bridge.tokenizers.saving import save_tokenizer
 
 __all__ = [
     "BUNDLED",

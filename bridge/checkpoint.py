@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bridge.arrays import LazyTensors, TensorEntry, first_rows
 from bridge.config import GPT2Config
-from bridge.convert import canonicalize
+from bridge.conversion import canonicalize
 from bridge.errors import ConversionError, NoTokenizerError
 from bridge.optimizer_state import AdamWState
-from bridge.params import VOCABULARY_ROWS, parameters
-from bridge.tokenizer import load_tokenizer
+from bridge.parameter_table import VOCABULARY_ROWS, parameters
+from bridge.storage.tensors import LazyTensors, TensorEntry, first_rows
+from bridge.tokenizers.loading import load_tokenizer
 
 if TYPE_CHECKING:
     import tiktoken

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.finite import count_not_finite
-from bridge.tokenizer import OPENAI_VOCAB_SIZE
+from bridge.tokenizers.loading import OPENAI_VOCAB_SIZE
 
 
 def find_diagnostics(checkpoint: Checkpoint) -> list[str]:

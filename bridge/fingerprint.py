@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bridge.arrays import LazyTensors, contiguous
+from bridge.storage.tensors import LazyTensors, contiguous
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from bridge.arrays import FLOAT_DTYPES, LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
-from bridge.companions import has_companion
 from bridge.errors import BridgeError, CheckpointError, ConversionError, install_command, quoted
-from bridge.files import Replaceable, new_directory, new_file
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
+from bridge.formats.recognition import Found, choose_checkpoint, find_checkpoints, own_config
 from bridge.formats.run import is_run
-from bridge.manifest import recorded
-from bridge.recognition import Found, choose_checkpoint, find_checkpoints, own_config
-from bridge.stored_file import StoredFile
-from bridge.tokenizer import TOKENIZER_FILES
+from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
+from bridge.storage.companions import has_companion
+from bridge.storage.manifest import recorded
+from bridge.storage.stored_file import StoredFile
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry
+from bridge.tokenizers.loading import TOKENIZER_FILES
 
 _HUB_COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 _HUB_WEIGHTS = (

@@ -1,7 +1,7 @@
 """AdamW's state, carried between torch's `optimizer.state_dict()` and the Flax trees that optax holds.
 
 A moment has the name, shape and layout of its parameter, so it crosses the bridge as weights do, through
-`bridge.convert`. torch numbers parameters in the order in which its optimizer was given them, group after group,
+`bridge.conversion`. torch numbers parameters in the order in which its optimizer was given them, group after group,
 and keeps no names unless it was given those too; so whoever brings a torch state brings the names.
 Crossing is total: everything missing, extra or misshapen is listed in one `ConversionError`.
 
@@ -17,12 +17,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from bridge import arrays, convert
-from bridge.arrays import LazyTensors, TensorEntry
+from bridge import conversion as convert
 from bridge.config import GPT2Config
-from bridge.convert import FlaxTree, canonical_names, differences
+from bridge.conversion import FlaxTree, canonical_names, differences
 from bridge.errors import ConversionError, bullet_list, quoted
-from bridge.params import parameters
+from bridge.parameter_table import parameters
+from bridge.storage import tensors as arrays
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def from_torch(
 def to_torch(
     state: AdamWState, names: Sequence[str] | None, param_groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the `load_state_dict` of an AdamW takes, but for its leaves: `gpt2_torch.train` makes them tensors.
+    """What the `load_state_dict` of an AdamW takes, but for its leaves: `gpt2_torch.training` makes them tensors.
 
     Args:
         names: as in `from_torch`, in the order of the optimizer that is to go on.

@@ -1,10 +1,10 @@
 """GPT-2 in JAX (Flax Linen), functionally pure. Needs no torch."""
 
 from bridge import GPT2_SIZES, GPT2Config
-from gpt2_jax.evaluate import evaluate
-from gpt2_jax.generate import Decoder, generate
+from gpt2_jax.evaluation import evaluate
+from gpt2_jax.generation import Decoder, generate
+from gpt2_jax.loading import checkpoint_from_params, from_pretrained, model_from_checkpoint
 from gpt2_jax.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
-from gpt2_jax.pretrained import checkpoint_from_params, from_pretrained, model_from_checkpoint
 
 __all__ = [
     "GPT2",

@@ -12,9 +12,9 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from bridge.labels import IGNORED
-from gpt2_jax.functions import wide_dtype
 from gpt2_jax.model import GPT2
-from gpt2_jax.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts, constrain, gathered
+from gpt2_jax.ops.functions import wide_dtype
+from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts, constrain, gathered
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:

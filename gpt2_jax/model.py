@@ -25,10 +25,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
-from gpt2_jax.attention import Implementation, attention, cached_attention
-from gpt2_jax.functions import gelu_tanh, project, project_to_vocabulary, scaled_norm
-from gpt2_jax.remat import POLICIES, PROJECTED, Remat
-from gpt2_jax.sharding import BATCH_AXES, TENSOR, constrain, gathered
+from gpt2_jax.ops.attention import Implementation, attention, cached_attention
+from gpt2_jax.ops.functions import gelu_tanh, project, project_to_vocabulary, scaled_norm
+from gpt2_jax.parallel.remat import POLICIES, PROJECTED, Remat
+from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, constrain, gathered
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
@@ -316,8 +316,8 @@ class GPT2(nn.Module):
             code, instead of as a loop over `h_0 ... h_{L-1}`.
         vocab_multiple: the vocabulary's rows are padded to a multiple of this in the parameters;
             logits have `vocab_size` columns all the same.
-        remat: what of a layer is kept for the backward pass, "none" computing nothing again; see `gpt2_jax.remat`.
-        attention: the implementation; see `gpt2_jax.attention.attention`.
+        remat: which activations of a layer are kept for the backward pass; see `gpt2_jax.parallel.remat`.
+        attention: the implementation; see `gpt2_jax.ops.attention.attention`.
     """
 
     config: GPT2Config

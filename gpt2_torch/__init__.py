@@ -1,10 +1,10 @@
 """GPT-2 in PyTorch: the reference. Needs no JAX."""
 
 from bridge import GPT2_SIZES, GPT2Config
-from gpt2_torch.evaluate import evaluate
-from gpt2_torch.generate import Decoder, generate
+from gpt2_torch.evaluation import evaluate
+from gpt2_torch.generation import Decoder, generate
+from gpt2_torch.loading import checkpoint_from_model, model_from_checkpoint
 from gpt2_torch.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
-from gpt2_torch.pretrained import checkpoint_from_model, model_from_checkpoint
 
 __all__ = [
     "GPT2",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge.arrays import contiguous
+from bridge.storage.tensors import contiguous
 
 
 def tensor_from_array(array: np.ndarray) -> Tensor:

@@ -352,7 +352,7 @@ class GPT2(nn.Module):
 
         Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
         """
-        from gpt2_torch.pretrained import model_from_checkpoint
+        from gpt2_torch.loading import model_from_checkpoint
 
         return model_from_checkpoint(bridge.load(source, activation=activation))
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models import huggingface_directory
+from support.models import huggingface_directory
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,14 +77,14 @@ assert logits.shape == (2, 17, 257) and logits.isfinite().all()
 def test_the_reference_trains_without_jax(tmp_path: Path) -> None:
     code = """
 import torch
-import gpt2_torch, gpt2_torch.train
+import gpt2_torch, gpt2_torch.training
 model = gpt2_torch.GPT2.from_pretrained(sys.argv[2])
 ids = torch.arange(36).reshape(2, 18)
-optimizer = gpt2_torch.train.adamw(model)
+optimizer = gpt2_torch.training.adamw(model)
 batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
-loss, norm = gpt2_torch.train.train_step(model, optimizer, batch, learning_rate=1e-3)
+loss, norm = gpt2_torch.training.train_step(model, optimizer, batch, learning_rate=1e-3)
 assert loss.isfinite() and norm.isfinite()
-assert gpt2_torch.train.adamw_state(optimizer, model).step == 1
+assert gpt2_torch.training.adamw_state(optimizer, model).step == 1
 """
     assert_runs_without((*JAX, "transformers"), code, huggingface_directory(tmp_path / "source"))
 

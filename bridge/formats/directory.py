@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
-from bridge.companions import checked_companion, has_companion, read_json_companion
 from bridge.config import GPT2Config
-from bridge.convert import differences
+from bridge.conversion import differences
 from bridge.errors import ConversionError, bullet_list, quoted
-from bridge.params import parameters
-from bridge.tokenizer import TOKENIZER_FILES
-from bridge.tokenizer_files import save_tokenizer
+from bridge.parameter_table import parameters
+from bridge.storage.companions import checked_companion, has_companion, read_json_companion
+from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.tokenizers.loading import TOKENIZER_FILES
+from bridge.tokenizers.saving import save_tokenizer
 
 CONFIG = "config.json"
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
@@ -36,7 +36,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
     """Copy the tokenizer files and generation settings, or write the tokenizer that the weights file contains.
 
-    Raises `CheckpointError` or `TokenizerError` for files that `bridge.companions` rejects.
+    Raises `CheckpointError` or `TokenizerError` for files that `bridge.storage.companions` rejects.
     """
     if checkpoint.own_tokenizer is not None:
         save_tokenizer(checkpoint.own_tokenizer(), directory)

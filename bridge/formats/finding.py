@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from bridge.companions import has_companion
 from bridge.errors import CheckpointError, quoted
 from bridge.formats.directory import CONFIG
+from bridge.storage.companions import has_companion
 
 
 def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bridge.arrays import LazyTensors
 from bridge.checkpoint import Checkpoint
 from bridge.config import harmless_fields
+from bridge.containers.safetensors import header_names, read_file, write_file
 from bridge.formats.directory import CONFIG, carry_files, read_config, reshaped, tensors_of_tree, write_config
 from bridge.formats.finding import config_beside, files_beside_config
-from bridge.params import parameters
-from bridge.safetensors_file import header_names, read_file, write_file
+from bridge.parameter_table import parameters
+from bridge.storage.tensors import LazyTensors
 
 NAME = "flax"
 WEIGHTS = "flax_model.safetensors"

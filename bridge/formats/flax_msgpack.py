@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from bridge.arrays import LazyTensors, TensorEntry, turned
 from bridge.checkpoint import Checkpoint
 from bridge.config import ACTIVATIONS, GPT2Config, harmless_fields
-from bridge.convert import canonicalize, differences
+from bridge.containers.msgpack import is_msgpack, read_file, write_file
+from bridge.conversion import canonicalize, differences
 from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
 from bridge.formats.finding import config_beside, files_beside_config
 from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.formats.single_file import require_implied
-from bridge.msgpack_file import is_msgpack, read_file, write_file
-from bridge.params import Parameter, parameters
+from bridge.parameter_table import Parameter, parameters
+from bridge.storage.tensors import LazyTensors, TensorEntry, turned
 
 NAME = "flax_msgpack"
 WEIGHTS = ("flax_model.msgpack", "flax_model.msgpack.index.json")

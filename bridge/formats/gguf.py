@@ -19,23 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from bridge.arrays import LazyTensors, TensorEntry, turned
-from bridge.bpe import SPELLINGS_OF_WORDS
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
-from bridge.convert import differences, same_bytes
-from bridge.errors import (
-    CheckpointError,
-    ConfigError,
-    ConversionError,
-    NoTokenizerError,
-    TokenizerError,
-    bullet_list,
-    quoted,
-)
-from bridge.formats.finding import files_by_content
-from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
-from bridge.gguf_file import (
+from bridge.containers.gguf import (
     DTYPES,
     Array,
     GGUFFile,
@@ -48,8 +34,22 @@ from bridge.gguf_file import (
     uint32,
     write_file,
 )
-from bridge.gguf_tokenizer import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
-from bridge.params import Parameter, parameters
+from bridge.conversion import differences, same_bytes
+from bridge.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    NoTokenizerError,
+    TokenizerError,
+    bullet_list,
+    quoted,
+)
+from bridge.formats.finding import files_by_content
+from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
+from bridge.parameter_table import Parameter, parameters
+from bridge.storage.tensors import LazyTensors, TensorEntry, turned
+from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
+from bridge.tokenizers.gguf import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
 
 NAME = "gguf"
 FILE = "model.gguf"

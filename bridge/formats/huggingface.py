@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config, harmless_fields
-from bridge.convert import canonical_names, canonicalize
+from bridge.containers.safetensors import is_safetensors, read_file, write_file
+from bridge.containers.torch_zip import is_torch_file
+from bridge.containers.torch_zip import read_file as read_torch_file
+from bridge.conversion import canonical_names, canonicalize
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
 from bridge.formats.finding import config_beside, files_beside_config
 from bridge.formats.sharded import is_index, read_shards, write_shards
-from bridge.safetensors_file import is_safetensors, read_file, write_file
-from bridge.torch_file import is_torch_file
-from bridge.torch_file import read_file as read_torch_file
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 NAME = "huggingface"
 WEIGHTS = (

@@ -25,19 +25,19 @@ from typing import Any
 import numpy as np
 
 from bridge import optimizer_state
-from bridge.arrays import FLOAT_DTYPES, LazyTensors, TensorEntry, turned
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
-from bridge.convert import canonical_names, canonicalize, differences
+from bridge.containers.torch_zip import read_file
+from bridge.containers.torch_zip_writer import write_file
+from bridge.conversion import canonical_names, canonicalize, differences
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import read_config
 from bridge.formats.finding import files_by_content
 from bridge.formats.single_file import left_out, require_implied, with_sidecar
 from bridge.optimizer_state import AdamWState, Hyperparameters
-from bridge.params import parameters
-from bridge.stored_file import first_bytes
-from bridge.torch_file import read_file
-from bridge.torch_writer import write_file
+from bridge.parameter_table import parameters
+from bridge.storage.stored_file import first_bytes
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry, turned
 
 NAME = "nanogpt"
 FILE = "ckpt.pt"

@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge.arrays import LazyTensors, TensorEntry
 from bridge.checkpoint import Checkpoint
-from bridge.companions import has_companion, read_companion, stays_inside
 from bridge.config import GPT2Config
-from bridge.convert import differences
+from bridge.containers.tensor_bundle import is_index, read_bundle
+from bridge.conversion import differences
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import read_json, reshaped
-from bridge.params import Parameter, parameters
-from bridge.stored_file import first_bytes
-from bridge.tensor_bundle import is_index, read_bundle
+from bridge.parameter_table import Parameter, parameters
+from bridge.storage.companions import has_companion, read_companion, stays_inside
+from bridge.storage.stored_file import first_bytes
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 NAME = "openai"
 HPARAMS = "hparams.json"

@@ -3,7 +3,7 @@
 A run is read as its checkpoint with the lowest validation loss, or its newest if none was evaluated. A path
 `RUN/checkpoints/STEP` is read as that checkpoint. Every file is first verified against the manifest; in a run, damaged
 checkpoints are skipped with a warning. If the run keeps an exponential moving average (EMA) of the weights, the average
-is read. Orbax stores arrays with tensorstore, which can be read without JAX (`bridge.array_store`).
+is read. Orbax stores arrays with tensorstore, which can be read without JAX (`bridge.containers.ocdbt`).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bridge import manifest
-from bridge.array_store import StoredArray, open_arrays
-from bridge.arrays import TensorEntry, first_rows
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config, harmless_fields
-from bridge.convert import STACK
+from bridge.containers.ocdbt import StoredArray, open_arrays
+from bridge.conversion import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config, read_json, tensors_of_tree
+from bridge.storage import manifest
+from bridge.storage.tensors import TensorEntry, first_rows
 
 NAME = "run"
 RUN = "run.json"

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bridge.arrays import LazyTensors, TensorEntry
-from bridge.companions import stays_inside
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import read_json, write_json
-from bridge.stored_file import first_bytes
+from bridge.storage.companions import stays_inside
+from bridge.storage.stored_file import first_bytes
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 _INDEX_START = 2**16  # bytes at the start of the index, enough to contain a shard's name
 

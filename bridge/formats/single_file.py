@@ -12,10 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bridge.arrays import LazyTensors
 from bridge.config import TRAINING_ONLY, GPT2Config, harmless_fields
 from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config
+from bridge.storage.tensors import LazyTensors
 
 
 def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tuple[GPT2Config, dict[str, Any]]:

@@ -15,7 +15,6 @@ import tyro
 
 from bridge import BridgeError
 from bridge.errors import escaped, quoted
-from gpt2_jax import processes
 from gpt2_jax.cli.bench import bench
 from gpt2_jax.cli.convert import convert
 from gpt2_jax.cli.demo import demo
@@ -23,11 +22,12 @@ from gpt2_jax.cli.eval import evaluate
 from gpt2_jax.cli.generate import generate
 from gpt2_jax.cli.inspect import inspect
 from gpt2_jax.cli.plan import plan_command
-from gpt2_jax.cli.process import keep_compiled_programs, leave_errors_to_their_message, take_huge_pages
 from gpt2_jax.cli.train import default_config, train_command, wants_determinism
 from gpt2_jax.cli.verify import verify
-from gpt2_jax.terminal import print_error
-from gpt2_jax.train.determinism import make_deterministic
+from gpt2_jax.console.process import keep_compiled_programs, leave_errors_to_their_message, take_huge_pages
+from gpt2_jax.console.terminal import print_error
+from gpt2_jax.parallel import distributed as processes
+from gpt2_jax.training.determinism import make_deterministic
 
 BAD_INPUT = 2
 COMPILING = {"verify", "generate", "train", "eval", "demo"}

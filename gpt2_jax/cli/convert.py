@@ -10,8 +10,8 @@ from tyro.conf import Positional, arg
 import bridge
 from bridge import Checkpoint
 from gpt2_jax.cli.arguments import JsonFile, Source, SourceActivation
-from gpt2_jax.cli.output import json_writer, reading_bar
-from gpt2_jax.terminal import console
+from gpt2_jax.console.output import json_writer, reading_bar
+from gpt2_jax.console.terminal import console
 
 IN_SHARDS = ("huggingface", "flax_msgpack")
 

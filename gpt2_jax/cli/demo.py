@@ -10,12 +10,12 @@ from bridge import BridgeError, Request
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.generate import Backend, continued_text
-from gpt2_jax.cli.output import json_writer, require_torch
 from gpt2_jax.cli.train import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
-from gpt2_jax.terminal import console
-from gpt2_jax.train.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
-from gpt2_jax.train.run import remove as remove_run
+from gpt2_jax.console.output import json_writer, require_torch
+from gpt2_jax.console.terminal import console
+from gpt2_jax.training.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
+from gpt2_jax.training.run.directory import remove as remove_run
 
 SHAKESPEARE, PYTHON = "ROMEO:", "def "
 SAMPLING = Request(max_new_tokens=60, temperature=0.8, top_p=0.9, seed=1)

@@ -16,18 +16,18 @@ from rich.table import Table
 from tyro.conf import arg
 
 import bridge
-from bridge.bpe import END_OF_TEXT
 from bridge.errors import quoted
-from bridge.perplexity import Evaluation, Progress, exp
+from bridge.evaluation import Evaluation, Progress, exp
+from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
-from gpt2_jax.cli.output import json_writer, progress, require_torch
+from gpt2_jax.console.output import json_writer, progress, require_torch
+from gpt2_jax.console.terminal import console
 from gpt2_jax.data import open_data
 from gpt2_jax.data.text import STDLIB, Documents, find_documents
 from gpt2_jax.data.tokenize import SIDECAR
 from gpt2_jax.data.tokens import is_token_source
-from gpt2_jax.terminal import console
 
 if TYPE_CHECKING:
     import tiktoken

@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 import bridge
-from bridge import BridgeError, Checkpoint, decoding
-from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
-from bridge.sampling import GREEDY_BELOW, Request
+from bridge import BridgeError, Checkpoint
+from bridge.generation import decoder as decoding
+from bridge.generation.config import GREEDY_BELOW, Request
+from bridge.generation.text import Completion, complete, end_of_text_ids, printable, stream_text
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
-from gpt2_jax.cli.output import json_writer, require_torch
-from gpt2_jax.terminal import print_error
+from gpt2_jax.console.output import json_writer, require_torch
+from gpt2_jax.console.terminal import print_error
 
 MOST_BY_DEFAULT = 50
 
@@ -148,7 +149,7 @@ def open_decoder(
         yield gpt2_torch.Decoder(model.to(wide if dtype is None else getattr(torch, dtype)))
     else:
         import gpt2_jax
-        from gpt2_jax.functions import BLOCKS
+        from gpt2_jax.ops.functions import BLOCKS
 
         with jax_model(checkpoint, vocab_multiple=BLOCKS) as (model_, params):
             yield gpt2_jax.Decoder(model_, params, dtype=dtype)

@@ -10,9 +10,9 @@ from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
 from bridge.errors import quoted
 from gpt2_jax.cli.effect import flag
 from gpt2_jax.data.tokenizers import MADE_FROM_TEXT, make_tokenizer
-from gpt2_jax.train import TrainConfig
-from gpt2_jax.train.config import TOKENIZER_OF_INIT_FROM
-from gpt2_jax.train.run import Identity
+from gpt2_jax.training import TrainConfig
+from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM
+from gpt2_jax.training.run.directory import Identity
 
 if TYPE_CHECKING:
     import tiktoken

@@ -13,8 +13,8 @@ import bridge
 from bridge import Checkpoint, GPT2Config
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
-from gpt2_jax.cli.output import json_writer, reading_bar
-from gpt2_jax.terminal import console
+from gpt2_jax.console.output import json_writer, reading_bar
+from gpt2_jax.console.terminal import console
 
 
 def inspect(

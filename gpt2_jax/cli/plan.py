@@ -13,17 +13,17 @@ from tyro.conf import OmitArgPrefixes, arg
 
 from bridge import BridgeError
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.cli.output import json_writer, progress
 from gpt2_jax.cli.train import Flags, flags_of
+from gpt2_jax.console.output import json_writer, progress
+from gpt2_jax.console.report_files import require_plot_path
+from gpt2_jax.console.terminal import console
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.plan.plan import make_plan, weak_scaling
 from gpt2_jax.plan.plot import plot
 from gpt2_jax.plan.report import scaling_to_json, show, show_scaling, to_json
 from gpt2_jax.plan.topology import Topology, cpu_topology, tpu_topology
-from gpt2_jax.report_files import require_plot_path
-from gpt2_jax.terminal import console
-from gpt2_jax.train import TrainConfig
-from gpt2_jax.train.config import flat, from_flat
+from gpt2_jax.training import TrainConfig
+from gpt2_jax.training.config import flat, from_flat
 
 DOES_NOT_FIT = 1
 

@@ -20,16 +20,16 @@ from bridge.formats.run import steps
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.effect import OVERWRITE, Rule, require_effect
 from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes, sizes_asked_for
-from gpt2_jax.cli.output import json_writer, progress
-from gpt2_jax.cli.process import keep_compiled_programs
+from gpt2_jax.console.output import json_writer, progress
+from gpt2_jax.console.process import keep_compiled_programs
+from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.processes import end, end_now, first_alone, first_says, is_first, join, leave
-from gpt2_jax.terminal import Console, console, print_error
-from gpt2_jax.train import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
-from gpt2_jax.train.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
-from gpt2_jax.train.metrics import require_packages
-from gpt2_jax.train.run import is_run, stored_identity
-from gpt2_jax.train.signals import StopSignals
+from gpt2_jax.parallel.distributed import end, end_now, first_alone, first_says, is_first, join, leave
+from gpt2_jax.training import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
+from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
+from gpt2_jax.training.preemption import StopSignals
+from gpt2_jax.training.run.directory import is_run, stored_identity
+from gpt2_jax.training.run.metrics import require_packages
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 DIVERGED = 1

@@ -13,8 +13,8 @@ from tyro.conf import arg
 import bridge
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
-from gpt2_jax.cli.output import json_writer, progress, require_torch
-from gpt2_jax.terminal import console
+from gpt2_jax.console.output import json_writer, progress, require_torch
+from gpt2_jax.console.terminal import console
 
 if TYPE_CHECKING:
     from gpt2_jax.parity import Report

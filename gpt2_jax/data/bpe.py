@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from bridge import TokenizerError
-from bridge.bpe import END_OF_TEXT, byte_level_bpe
+from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, byte_level_bpe
 
 if TYPE_CHECKING:
     import tiktoken

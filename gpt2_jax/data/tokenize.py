@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from bridge.bpe import END_OF_TEXT
 from bridge.errors import BridgeError, quoted
-from bridge.files import new_directory
-from bridge.json_text import parse_object
-from bridge.small_file import read_small_file
-from bridge.tokenizer import tokenizer_fingerprint
+from bridge.storage.atomic_writes import new_directory
+from bridge.storage.json_text import parse_object
+from bridge.storage.small_file import read_small_file
+from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
+from bridge.tokenizers.loading import tokenizer_fingerprint
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import Documents
 from gpt2_jax.data.token_files import SIDECAR, TokenFile

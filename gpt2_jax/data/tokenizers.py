@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bridge
-from bridge import manifest
 from bridge.errors import BridgeError, quoted
-from bridge.files import new_directory
-from bridge.tokenizer import (
+from bridge.storage import manifest
+from bridge.storage.atomic_writes import new_directory
+from bridge.tokenizers.loading import (
     NO_LIMIT,
     TOKENIZER_FILES,
     byte_tokenizer,
@@ -18,7 +18,7 @@ from bridge.tokenizer import (
     load_tokenizer,
     openai_tokenizer,
 )
-from bridge.tokenizer_files import save_tokenizer
+from bridge.tokenizers.saving import save_tokenizer
 from gpt2_jax.data.bpe import train_bpe
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import Documents

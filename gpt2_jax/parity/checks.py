@@ -11,8 +11,8 @@ import numpy as np
 
 import bridge
 from bridge import Checkpoint
-from bridge.convert import mixed_dtypes
-from gpt2_jax.parity import port, reference, third_opinion, tolerances
+from bridge.conversion import mixed_dtypes
+from gpt2_jax.parity import jax_side, tolerances, torch_side, transformers_side
 from gpt2_jax.parity.report import Check, Measurement
 from gpt2_jax.parity.sites import distances, relative, relative_distance
 from gpt2_jax.parity.training import AdamW
@@ -47,16 +47,16 @@ class Subject:
 
 def logits(subject: Subject) -> Check:
     """The same logits in float64, float32 and bfloat16."""
-    exact = reference.logits(subject.checkpoint, subject.ids, None, "float64")
+    exact = torch_side.logits(subject.checkpoint, subject.ids, None, "float64")
     largest = float(np.abs(exact).max())
-    ours = port.logits(subject.checkpoint, subject.ids, None, "float64")
+    ours = jax_side.logits(subject.checkpoint, subject.ids, None, "float64")
     measurements = _compared_logits("float64", exact, ours, subject)
     for dtype, ratio, floor in (
         ("float32", tolerances.ERROR_RATIO_FP32, tolerances.ERROR_FLOOR_FP32),
         ("bfloat16", tolerances.ERROR_RATIO_BF16, tolerances.ERROR_FLOOR_BF16),
     ):
-        theirs = reference.logits(subject.checkpoint, subject.ids, None, dtype)
-        ours = port.logits(subject.checkpoint, subject.ids, None, dtype)
+        theirs = torch_side.logits(subject.checkpoint, subject.ids, None, dtype)
+        ours = jax_side.logits(subject.checkpoint, subject.ids, None, dtype)
         measurements += _compared_logits(dtype, theirs, ours, subject)
         our_error, their_error = (max(rms(x - exact), floor * largest) for x in (ours, theirs))
         what = f"{SHORT_NAMES[dtype]} error against fp64, port over reference"
@@ -78,7 +78,7 @@ def hidden_states(subject: Subject) -> Check:
 
 def gradients(subject: Subject) -> Check:
     """The same gradient of the loss for every parameter, in float64 and float32."""
-    check = Check("gradients", _compared_gradients(reference, subject))
+    check = Check("gradients", _compared_gradients(torch_side, subject))
     return check if check.holds else _located(check, subject)
 
 
@@ -97,12 +97,12 @@ def padding(subject: Subject) -> Check:
     T = min(subject.ids.shape[1], SHORT_LENGTH)
     lengths = [max(1, T * (i + 1) // 4) for i in range(4)]
     rows = [subject.ids[i % len(subject.ids), :n] for i, n in enumerate(lengths)]
-    alone = [reference.logits(subject.checkpoint, row[None], None, "float64")[0] for row in rows]
+    alone = [torch_side.logits(subject.checkpoint, row[None], None, "float64")[0] for row in rows]
     measurements = []
     departs_at = ""
     for side in ("left", "right"):
         ids, mask = _padded(rows, side)
-        for backend in (reference, port):
+        for backend in (torch_side, jax_side):
             batch = backend.logits(subject.checkpoint, ids, mask, "float64")
             far = [relative_distance(batch[i][mask[i] == 1], row) for i, row in enumerate(alone)]
             worst = int(np.argmax(far))
@@ -136,7 +136,7 @@ def prediction(subject: Subject) -> Check:
     uniform = math.log(subject.checkpoint.config.vocab_size)
     limit = None if subject.untrained else tolerances.PREDICTS
     measurements = []
-    for backend in (reference, port):
+    for backend in (torch_side, jax_side):
         values = backend.logits(subject.checkpoint, subject.ids, None, "float32")
         loss = _mean_loss(values, subject.ids)
         what = f"{backend.NAME} loss {loss:.4f} nats per token, over ln(V) = {uniform:.4f}"
@@ -151,16 +151,16 @@ def prediction(subject: Subject) -> Check:
 def transformers(subject: Subject) -> Check:
     """transformers' own model as a third opinion on logits and gradients."""
     name = "transformers"
-    if not third_opinion.is_installed():
+    if not transformers_side.is_installed():
         return Check(name, note="it is not installed")
     if not subject.checkpoint.config.bias:
         return Check(name, note="its GPT-2 always has biases, this one has none")
     measurements = []
     for dtype in ("float64", "float32"):
-        theirs = third_opinion.logits(subject.checkpoint, subject.ids, dtype)
-        ours = port.logits(subject.checkpoint, subject.ids, None, dtype)
+        theirs = transformers_side.logits(subject.checkpoint, subject.ids, dtype)
+        ours = jax_side.logits(subject.checkpoint, subject.ids, None, dtype)
         measurements += _compared_logits(dtype, theirs, ours, subject)
-    check = Check(name, (*measurements, *_compared_gradients(third_opinion, subject)))
+    check = Check(name, (*measurements, *_compared_gradients(transformers_side, subject)))
     return check if check.holds else _located(check, subject)
 
 
@@ -233,7 +233,7 @@ def _compared_gradients(theirs: ModuleType, subject: Subject) -> tuple[Measureme
 
 def _gradient_distances(theirs: ModuleType, subject: Subject, dtype: str) -> dict[str, float]:
     expected = theirs.gradients(subject.checkpoint, subject.ids, dtype)
-    found = port.gradients(subject.checkpoint, subject.ids, dtype)
+    found = jax_side.gradients(subject.checkpoint, subject.ids, dtype)
     return {n: _relative_l2(found[n], expected[n]) if n in expected else math.inf for n in found}
 
 
@@ -244,8 +244,8 @@ def _relative_l2(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _trained(subject: Subject, dtype: str, loss_limit: float, update_limit: float) -> tuple[Measurement, ...]:
     batches = _train_batches(subject)
-    their_losses, theirs = reference.train(subject.checkpoint, batches, dtype, AdamW())
-    our_losses, ours = port.train(subject.checkpoint, batches, dtype, AdamW())
+    their_losses, theirs = torch_side.train(subject.checkpoint, batches, dtype, AdamW())
+    our_losses, ours = jax_side.train(subject.checkpoint, batches, dtype, AdamW())
     loss = float(np.abs(np.subtract(their_losses, our_losses)).max())
     far = {
         name: _relative_l2(_with_gradient(name, ours[name] - start), _with_gradient(name, theirs[name] - start))
@@ -292,8 +292,8 @@ def _same_bytes(a: np.ndarray, b: np.ndarray | None) -> bool:
 
 
 def _distances(subject: Subject, ids: np.ndarray, mask: np.ndarray | None, real: np.ndarray) -> dict[str, float]:
-    expected = reference.trace(subject.checkpoint, ids, mask)
-    return distances(expected, port.trace(subject.checkpoint, ids, mask), real)
+    expected = torch_side.trace(subject.checkpoint, ids, mask)
+    return distances(expected, jax_side.trace(subject.checkpoint, ids, mask), real)
 
 
 def _first_departure(far: Mapping[str, float]) -> str:

@@ -120,7 +120,7 @@ def _tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], se
 
 def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:
     """Remove the characters that a tokenizer of characters lacks. Other tokenizers can encode every text."""
-    from bridge.characters import CharacterEncoding  # imports tiktoken
+    from bridge.tokenizers.characters import CharacterEncoding  # imports tiktoken
 
     if not isinstance(tokenizer, CharacterEncoding):
         return text

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
-from gpt2_jax.attention import Implementation, fastest
 from gpt2_jax.model import GPT2
+from gpt2_jax.ops.attention import Implementation, fastest
 from gpt2_jax.plan.errors import PlanError
-from gpt2_jax.train import TrainConfig, TrainState, make_optimizer, make_train_step
-from gpt2_jax.train.batches import Rows, rows_of_step
-from gpt2_jax.train.begin import described_state, make_model
+from gpt2_jax.training import TrainConfig, TrainState, make_optimizer, make_train_step
+from gpt2_jax.training.batches import Rows, rows_of_step
+from gpt2_jax.training.state import described_state, make_model
 
 _REFUSED = (
     re.compile(r"\((?P<needed>[\d.]+)(?P<n>[KMGT])\) exceeds available HBM \((?P<had>[\d.]+)(?P<h>[KMGT])\)"),

@@ -11,7 +11,7 @@ import jax
 
 import bridge
 from gpt2_jax.plan.compiled import Program, Step
-from gpt2_jax.train import TrainConfig
+from gpt2_jax.training import TrainConfig
 
 FLOAT32 = 4
 WIDTH = {"float32": 4, "bfloat16": 2}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import bridge
 from bridge import BridgeError
+from gpt2_jax.parallel.sharding import MeshError, make_mesh
 from gpt2_jax.plan.collectives import Exchange, exchange
 from gpt2_jax.plan.compiled import Program, Step, compile_step, described_step
 from gpt2_jax.plan.errors import PlanError
@@ -14,8 +15,7 @@ from gpt2_jax.plan.memory import Peak, State, kept_bytes, peak, state_bytes
 from gpt2_jax.plan.roofline import Roofline, roofline
 from gpt2_jax.plan.suggest import Suggestion, suggest
 from gpt2_jax.plan.topology import Topology, tpu_topology
-from gpt2_jax.sharding import MeshError, make_mesh
-from gpt2_jax.train import TrainConfig, TrainingError
+from gpt2_jax.training import TrainConfig, TrainingError
 
 Say = Callable[[str], None]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge import BridgeError
+from gpt2_jax.console.report_files import save_plot
 from gpt2_jax.plan.plan import Plan, Point
 from gpt2_jax.plan.roofline import ASSUMPTIONS, Roofline
-from gpt2_jax.report_files import save_plot
 
 
 def plot(points: Sequence[Point], file: Path, *, overwrite: bool = False) -> None:

@@ -14,7 +14,7 @@ from gpt2_jax.plan.collectives import Collective
 from gpt2_jax.plan.memory import sum_of_parts
 from gpt2_jax.plan.plan import Plan, Point
 from gpt2_jax.plan.roofline import ASSUMPTIONS
-from gpt2_jax.train.config import flat
+from gpt2_jax.training.config import flat
 
 LARGEST = 6
 """Collectives that are shown one by one."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpt2_jax.hardware import flops_per_token
 from gpt2_jax.plan.chips import Chip
 from gpt2_jax.plan.collectives import Exchange
 from gpt2_jax.plan.memory import WIDTH, State, kept_bytes, layer_parameters
-from gpt2_jax.train import TrainConfig
-from gpt2_jax.train.throughput import flops_per_token
+from gpt2_jax.training import TrainConfig
 
 RING_LINKS = 2
 """Links of a chip that a collective uses: a ring has two neighbours, and data goes both ways round."""

@@ -13,12 +13,12 @@ import jax
 
 from bridge import padded_vocab_size
 from gpt2_jax.loss import default_chunk_bytes
+from gpt2_jax.parallel.sharding import AXES, MeshError, shardings
 from gpt2_jax.plan.chips import Chip
 from gpt2_jax.plan.memory import FLOAT32, WIDTH, State, device_bytes, kept_bytes, layer_parameters
 from gpt2_jax.plan.roofline import RING_LINKS, Roofline, estimate
 from gpt2_jax.plan.topology import Topology
-from gpt2_jax.sharding import AXES, MeshError, shardings
-from gpt2_jax.train import TrainConfig, TrainState
+from gpt2_jax.training import TrainConfig, TrainState
 
 MARGIN = 0.83
 """Of the memory: what an estimate may fill. The compiler's peaks, which have copies in other layouts and tiles that are

@@ -25,12 +25,12 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from bridge import manifest
 from bridge.formats.run import CHECKPOINTS
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import PRESETS, make_optimizer, make_train_step
-from gpt2_jax.train.begin import first_state, make_model
-from gpt2_jax.train.checkpoint import Checkpoints
+from bridge.storage import manifest
+from gpt2_jax.parallel.sharding import make_mesh
+from gpt2_jax.training import PRESETS, make_optimizer, make_train_step
+from gpt2_jax.training.run.checkpointing import Checkpoints
+from gpt2_jax.training.state import first_state, make_model
 
 Waiting = Callable[[], object]
 

@@ -23,9 +23,9 @@ import transformers
 import gpt2_jax
 import gpt2_torch
 from bridge import GPT2_SIZES, Checkpoint, Request
-from gpt2_jax.cli.bench.limits import needed_bytes, reading
-from gpt2_jax.cli.bench.on_jax import DECODING_MULTIPLE
-from gpt2_jax.cli.bench.on_torch import DEVICE, generate_with_transformers
+from gpt2_jax.bench.limits import needed_bytes, reading
+from gpt2_jax.bench.on_jax import DECODING_MULTIPLE
+from gpt2_jax.bench.on_torch import DEVICE, generate_with_transformers
 
 PROMPT_LENGTH, NEW_TOKENS = 16, 128
 LONG_PROMPT = 512

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import ocdbt_bytes as ocdbt
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
-from refusals import within_budget
+from support import ocdbt_bytes as ocdbt
+from support.refusals import within_budget
 
 from bridge import CheckpointError
-from bridge.array_store import open_arrays
+from bridge.containers.ocdbt import open_arrays
 
 BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 ZSTD = {"name": "zstd", "configuration": {"level": 3}}

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import run
-from models import config_for, random_checkpoint
-from refusals import MOST_BYTES, MOST_SECONDS
+from support.commands import run
+from support.models import config_for, random_checkpoint
+from support.refusals import MOST_BYTES, MOST_SECONDS
 
 import bridge
 from bridge import BridgeError, CheckpointError
-from bridge.companions import MOST_SETTINGS_BYTES, read_companion
 from bridge.formats import WRITABLE
 from bridge.formats.directory import read_json
-from bridge.tokenizer import TOKENIZER_FILES
+from bridge.storage.companions import MOST_SETTINGS_BYTES, read_companion
+from bridge.tokenizers.loading import TOKENIZER_FILES
 
 SECRET = '{"secret": "correct horse battery staple"}'
 COPIED = ("generation_config.json", *TOKENIZER_FILES)

@@ -16,9 +16,9 @@ import tiktoken
 
 import bridge
 from bridge import BridgeError, Request
-from bridge.bpe import WORDS
-from bridge.completion import Completion, complete, end_of_text_ids, printable, stream_text
-from bridge.decoding import ENDED, Chunk, Continuation, Decoder
+from bridge.generation.decoder import ENDED, Chunk, Continuation, Decoder
+from bridge.generation.text import Completion, complete, end_of_text_ids, printable, stream_text
+from bridge.tokenizers.byte_level_bpe import WORDS
 
 BYTES = bridge.byte_tokenizer()
 END = 256

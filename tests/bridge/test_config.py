@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import transformers
-from models import TINY, huggingface_directory
+from support.models import TINY, huggingface_directory
 
 import bridge
 from bridge import GPT2_SIZES, ConfigError, GPT2Config

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import unflatten_dict
-from models import TINY, random_state
+from support.models import TINY, random_state
 
 import bridge
 from bridge import Checkpoint, ConversionError, GPT2Config
-from bridge.convert import flatten
+from bridge.conversion import flatten
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 UNTIED = replace(TINY, tie_word_embeddings=False)
@@ -441,7 +441,9 @@ def test_asking_whether_a_tensor_is_there_does_not_read_it() -> None:
     def read() -> np.ndarray:
         raise AssertionError("was read")
 
-    tensors = bridge.arrays.LazyTensors({"wte.weight": bridge.arrays.TensorEntry(np.dtype("f4"), (2, 3), read)})
+    tensors = bridge.storage.tensors.LazyTensors(
+        {"wte.weight": bridge.storage.tensors.TensorEntry(np.dtype("f4"), (2, 3), read)}
+    )
     assert "wte.weight" in tensors and "wpe.weight" not in tensors
     assert len(tensors) == 1 and list(tensors) == ["wte.weight"]
     assert repr(tensors) == "<1 tensors, 24 bytes, read on demand>"

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 from faults.disks import namespace
-from models import config_for, huggingface_directory
+from support.models import config_for, huggingface_directory
 
 import bridge
-from bridge import CheckpointError, files
-from bridge.files import Replaceable, foreign_files, new_directory, new_file, replace_files
+from bridge import CheckpointError
+from bridge.storage import atomic_writes as files
+from bridge.storage.atomic_writes import Replaceable, foreign_files, new_directory, new_file, replace_files
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
@@ -318,7 +319,7 @@ def test_the_old_directory_comes_back_if_the_new_one_cannot_take_its_name(
 WRITER = """
 import sys
 from pathlib import Path
-from bridge.files import new_directory, new_file
+from bridge.storage.atomic_writes import new_directory, new_file
 new = new_file if sys.argv[2] == "file" else new_directory
 with new(sys.argv[1]) as beside:
     (beside if sys.argv[2] == "file" else beside / "new").write_text("half")
@@ -647,7 +648,7 @@ MOUNTED = """
 import subprocess, sys
 from pathlib import Path
 from bridge import CheckpointError
-from bridge.files import new_directory, new_file
+from bridge.storage.atomic_writes import new_directory, new_file
 
 place = Path(sys.argv[1])
 (place / "disk").mkdir()

@@ -13,13 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.flax
-from models import TINY, random_checkpoint
+from support.models import TINY, random_checkpoint
 
 import bridge
 from bridge import CheckpointError, ConfigError, ConversionError, GPT2Config
-from bridge.arrays import LazyTensors
-from bridge.convert import flatten
-from bridge.safetensors_file import read_file, write_file
+from bridge.containers.safetensors import read_file, write_file
+from bridge.conversion import flatten
+from bridge.storage.tensors import LazyTensors
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
 NO_BIAS = replace(TINY, bias=False)

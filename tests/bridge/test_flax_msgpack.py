@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from models import SMALLEST, TINY, random_checkpoint
-from refusals import assert_refused
+from support.models import SMALLEST, TINY, random_checkpoint
+from support.refusals import assert_refused
 
 import bridge
 import gpt2_jax
@@ -193,11 +193,13 @@ def test_no_tensor_is_read_to_open_a_checkpoint(tmp_path: Path, monkeypatch: pyt
     """Whole and in shards: 1 MB of weights, of which the 4 kB blocks with the names are read."""
     config = replace(SMALLEST, n_embd=64, n_inner=None)
     counts: list[int] = []
-    read = bridge.stored_file.StoredFile.read
+    read = bridge.storage.stored_file.StoredFile.read
     monkeypatch.setattr(
-        bridge.stored_file.StoredFile, "read", lambda self, at, count: counts.append(count) or read(self, at, count)
+        bridge.storage.stored_file.StoredFile,
+        "read",
+        lambda self, at, count: counts.append(count) or read(self, at, count),
     )
-    monkeypatch.setattr(bridge.stored_file, "aligned_empty", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(bridge.storage.stored_file, "aligned_empty", lambda *_: pytest.fail("a tensor was read"))
     for name, options in (("whole", {}), ("shards", {"max_shard_bytes": 100_000})):
         ckpt = ours(tmp_path / name, config, **options)
         counts.clear()

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tiktoken
-from gguf_bytes import (
+from support.gguf_bytes import (
     Pairs,
     array,
     described,
@@ -32,15 +32,15 @@ from gguf_bytes import (
     text,
     texts,
 )
-from models import SMALLEST, TINY, random_checkpoint, random_state
-from refusals import MOST_BYTES, assert_refused
-from tokenizers_for_tests import END, OPENAI_CACHE, TEXTS, needs_openai_cache
+from support.models import SMALLEST, TINY, random_checkpoint, random_state
+from support.refusals import MOST_BYTES, assert_refused
+from support.tokenizers_for_tests import END, OPENAI_CACHE, TEXTS, needs_openai_cache
 
 import bridge
 from bridge import Checkpoint, CheckpointError, ConfigError, ConversionError, GPT2Config, TokenizerError
-from bridge.bpe import WORDS
 from bridge.diagnostics import find_diagnostics
 from bridge.errors import BridgeError
+from bridge.tokenizers.byte_level_bpe import WORDS
 
 FOUR_HEADS = replace(TINY, n_head=4)
 UNTIED = replace(FOUR_HEADS, tie_word_embeddings=False)

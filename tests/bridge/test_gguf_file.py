@@ -13,7 +13,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from gguf_bytes import (
+from support.gguf_bytes import (
     Pairs,
     array,
     described,
@@ -28,16 +28,16 @@ from gguf_bytes import (
     text,
     texts,
 )
-from refusals import MOST_SECONDS, assert_refused
+from support.refusals import MOST_SECONDS, assert_refused
 
 from bridge import CheckpointError
-from bridge.arrays import LazyTensors, TensorEntry
-from bridge.gguf_file import _TENSOR_TYPES, Array, GGUFFile, is_gguf, write_file
-from bridge.gguf_file import float32 as float32_value
-from bridge.gguf_file import int32s as int32s_value
-from bridge.gguf_file import string as string_value
-from bridge.gguf_file import strings as strings_value
-from bridge.gguf_file import uint32 as uint32_value
+from bridge.containers.gguf import _TENSOR_TYPES, Array, GGUFFile, is_gguf, write_file
+from bridge.containers.gguf import float32 as float32_value
+from bridge.containers.gguf import int32s as int32s_value
+from bridge.containers.gguf import string as string_value
+from bridge.containers.gguf import strings as strings_value
+from bridge.containers.gguf import uint32 as uint32_value
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 DTYPES = {
     np.dtype(np.float32): gguf.GGMLQuantizationType.F32,

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
+from support.models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
 
 import bridge
 from bridge import CheckpointError, ConfigError, ConversionError, GPT2Config
-from bridge.safetensors_file import read_file
+from bridge.containers.safetensors import read_file
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
 UNUSUAL = replace(
@@ -355,7 +355,9 @@ def test_old_files_with_buffers_and_a_stored_head_load_and_are_called_odd(tmp_pa
         stored[f"h.{i}.attn.bias"] = np.tril(np.ones((1, 1, 40, 40), np.uint8))
         stored[f"h.{i}.attn.masked_bias"] = np.float32(-1e4)
     (path / "model.safetensors").unlink()
-    bridge.safetensors_file.write_file(path / "model.safetensors", bridge.arrays.LazyTensors.of(stored), {})
+    bridge.containers.safetensors.write_file(
+        path / "model.safetensors", bridge.storage.tensors.LazyTensors.of(stored), {}
+    )
     checkpoint = bridge.load(path)
     assert_same(checkpoint.tensors, state)
     assert len(checkpoint.diagnostics) == 2

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from models import SMALLEST, random_state
-from refusals import assert_refused
+from support.models import SMALLEST, random_state
+from support.refusals import assert_refused
 
 import bridge
 from bridge import CheckpointError, ConversionError

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import SMALLEST, config_for, random_checkpoint
+from support.models import SMALLEST, config_for, random_checkpoint
 
 import bridge
 from bridge import BridgeError
-from bridge.arrays import LazyTensors, TensorEntry
 from bridge.formats import FORMATS, WRITABLE
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 
 def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bridge.Checkpoint:

@@ -12,8 +12,8 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-from models import TINY, config_for, huggingface_directory, random_checkpoint
-from tokenizers_for_tests import write_byte_tokenizer
+from support.models import TINY, config_for, huggingface_directory, random_checkpoint
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge import BridgeError, CheckpointError, TokenizerError
@@ -106,7 +106,7 @@ def test_loading_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def refuse(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("bridge.stored_file.aligned_empty", refuse)
+    monkeypatch.setattr("bridge.storage.stored_file.aligned_empty", refuse)
     checkpoint = bridge.load(path)
     with pytest.raises(AssertionError, match="was read"):
         checkpoint.tensors["wpe.weight"]

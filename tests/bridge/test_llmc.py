@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from fuzz.llmc import oracle
-from models import TINY, random_checkpoint, random_ids
-from refusals import assert_refused
+from support.models import TINY, random_checkpoint, random_ids
+from support.refusals import assert_refused
 
 import bridge
 from bridge import BridgeError, CheckpointError, ConfigError, ConversionError

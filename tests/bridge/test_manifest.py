@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import within_budget
+from support.refusals import within_budget
 
 from bridge import CheckpointError
-from bridge.manifest import MANIFEST, _rendered, about, recorded, seal, verify
+from bridge.storage.manifest import MANIFEST, _rendered, about, recorded, seal, verify
 
 ABOUT = {"step": 7, "val_loss": 1.25, "config": {"n_layer": 2}, "none": None}
 FILES = {"a": b"first", "b/c": b"x" * 70_000, "b/d/e": b"", "b/f": b"first"}
@@ -203,7 +203,7 @@ def test_all_is_on_the_disk_before_the_manifest_is_there(sealed: Path, monkeypat
     (sealed / MANIFEST).unlink()
     flushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(
-        "bridge.manifest.flush_to_disk",
+        "bridge.storage.manifest.flush_to_disk",
         lambda path: flushed.append((path.relative_to(sealed).as_posix(), (sealed / MANIFEST).exists())),
     )
     seal(sealed, ABOUT)

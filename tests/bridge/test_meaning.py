@@ -11,15 +11,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from commands import run
-from models import SMALLEST, config_for, random_checkpoint, random_state
-from refusals import assert_refused
+from support.commands import run
+from support.models import SMALLEST, config_for, random_checkpoint, random_state
+from support.refusals import assert_refused
 
 import bridge
 from bridge import BridgeError, ConfigError, ConversionError
-from bridge.arrays import LazyTensors
+from bridge.containers.safetensors import write_file
 from bridge.optimizer_state import AdamWState
-from bridge.safetensors_file import write_file
+from bridge.storage.tensors import LazyTensors
 
 State = dict[str, np.ndarray]
 Fields = dict[str, Any]

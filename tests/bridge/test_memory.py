@@ -18,8 +18,8 @@ import pytest
 
 import bridge
 from bridge import GPT2_SIZES, Checkpoint
-from bridge.arrays import LazyTensors, TensorEntry
 from bridge.formats import WRITABLE
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 
@@ -40,7 +40,7 @@ peak varies by a MiB or two."""
 
 # exec starts the child's peak at its parent's, so the test's own process must not be the parent of
 # what is measured: `sh` is small, and stands between them.
-IMPORTS = "import resource, sys; import numpy, ml_dtypes, json; import bridge, bridge.safetensors_file"
+IMPORTS = "import resource, sys; import numpy, ml_dtypes, json; import bridge, bridge.containers.safetensors"
 REPORT = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
 
@@ -118,7 +118,7 @@ bridge.save(checkpoint, sys.argv[2], format=sys.argv[3])
 def test_a_stored_tied_head_costs_no_third_tensor(tmp_path: Path, huggingface: Path, idle: int) -> None:
     """Comparing it with the embedding is the one place where two tensors are needed at once."""
     head_beside = """
-from bridge.safetensors_file import read_file, write_file
+from bridge.containers.safetensors import read_file, write_file
 tensors, _ = read_file(sys.argv[1] + "/model.safetensors")
 tensors.entries["lm_head.weight"] = tensors.entries["transformer.wte.weight"]
 write_file(sys.argv[2] + "/model.safetensors", tensors, {})
@@ -153,7 +153,7 @@ def test_refusing_a_hostile_file_is_cheap(tmp_path: Path, idle: int, kind: str) 
     (tmp_path / "model.safetensors").touch()
     refused = """
 try:
-    bridge.safetensors_file.read_file(sys.argv[1]) if sys.argv[1].endswith("s") else bridge.load(sys.argv[1])
+    bridge.containers.safetensors.read_file(sys.argv[1]) if sys.argv[1].endswith("s") else bridge.load(sys.argv[1])
 except bridge.BridgeError:
     pass
 else:

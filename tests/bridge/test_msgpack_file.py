@@ -16,13 +16,13 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
-from models import SMALLEST
-from refusals import assert_refused
+from support.models import SMALLEST
+from support.refusals import assert_refused
 
-import bridge.msgpack_file
+import bridge.containers.msgpack
 from bridge import CheckpointError
-from bridge.arrays import LazyTensors, TensorEntry
-from bridge.msgpack_file import DTYPES, is_msgpack, read_file, write_file
+from bridge.containers.msgpack import DTYPES, is_msgpack, read_file, write_file
+from bridge.storage.tensors import LazyTensors, TensorEntry
 
 SHAPES = [(3, 5, 2), (7,), (), (0,), (3, 0, 2), (40, 9), (300, 70)]
 """Bytes of one digit to more than 2^16, so that every width of a length occurs."""
@@ -62,14 +62,14 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, np.ndarray]) ->
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flax and this project take arrays apart that are larger than 100 bytes, not 2^30."""
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 100)
-    monkeypatch.setattr(bridge.msgpack_file, "MOST_CHUNK_BYTES", 100)
+    monkeypatch.setattr(bridge.containers.msgpack, "MOST_CHUNK_BYTES", 100)
 
 
 # Against flax
 
 
 def test_the_chunks_are_of_flaxs_size() -> None:
-    assert bridge.msgpack_file.MOST_CHUNK_BYTES == flax.serialization.MAX_CHUNK_SIZE
+    assert bridge.containers.msgpack.MOST_CHUNK_BYTES == flax.serialization.MAX_CHUNK_SIZE
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -15,21 +15,21 @@ import numpy as np
 import optax
 import pytest
 import torch
-from models import config_for, random_checkpoint
-from nanogpt_model import NanoGPT, adamw, adamw_before_june_2023, checkpoint, random_model, resumed, step
-from refusals import assert_refused
+from support.models import config_for, random_checkpoint
+from support.nanogpt_model import NanoGPT, adamw, adamw_before_june_2023, checkpoint, random_model, resumed, step
+from support.refusals import assert_refused
 
 import bridge
 import gpt2_jax
-import gpt2_jax.train
+import gpt2_jax.training
 import gpt2_torch
-import gpt2_torch.train
+import gpt2_torch.training
 from bridge import BridgeError, Checkpoint, CheckpointError, ConfigError, ConversionError, GPT2Config
-from bridge.arrays import LazyTensors
+from bridge.containers.zip_records import Archive
 from bridge.formats import WRITABLE
 from bridge.optimizer_state import AdamWState, Hyperparameters
-from bridge.zip_records import Archive
-from gpt2_jax.train.optimizer import decay_mask
+from bridge.storage.tensors import LazyTensors
+from gpt2_jax.training.optimizer import decay_mask
 
 ARGS: dict[str, Any] = {
     "n_layer": 3,
@@ -387,8 +387,8 @@ def test_the_reference_goes_on_from_nanogpts_checkpoint(halfway: tuple[Path, Nan
     ckpt = bridge.load(source)
     assert ckpt.optimizer is not None
     model = gpt2_torch.model_from_checkpoint(ckpt)
-    optimizer = gpt2_torch.train.adamw(model, learning_rate=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.1)
-    gpt2_torch.train.load_adamw_state(optimizer, model, ckpt.optimizer)
+    optimizer = gpt2_torch.training.adamw(model, learning_rate=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.1)
+    gpt2_torch.training.load_adamw_state(optimizer, model, ckpt.optimizer)
     step(model, optimizer, IDS)
     assert_moved_alike(gpt2_torch.checkpoint_from_model(model).tensors, uninterrupted, ckpt.tensors)
 
@@ -404,7 +404,7 @@ def test_jax_goes_on_from_nanogpts_checkpoint(halfway: tuple[Path, NanoGPT]) -> 
     tx = optax.adamw(
         own.learning_rate, own.beta1, own.beta2, own.epsilon, weight_decay=own.weight_decay, mask=decay_mask
     )
-    opt_state = gpt2_jax.train.with_adamw_state(tx.init(params), ckpt.optimizer, model)
+    opt_state = gpt2_jax.training.with_adamw_state(tx.init(params), ckpt.optimizer, model)
     ids = jnp.asarray(IDS.numpy())
 
     @jax.jit

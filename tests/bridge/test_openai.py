@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz.openai import FILES, oracle, repair
-from refusals import assert_refused
-from tokenizers_for_tests import write_byte_tokenizer
+from support.refusals import assert_refused
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge import BridgeError, CheckpointError, ConfigError, ConversionError, GPT2Config
@@ -80,7 +80,7 @@ def test_opening_reads_no_tensor(plain: Path, monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: object) -> None:
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("bridge.stored_file.aligned_empty", refuse)
+    monkeypatch.setattr("bridge.storage.stored_file.aligned_empty", refuse)
     checkpoint = bridge.load(plain)
     with pytest.raises(AssertionError, match="was read"):
         checkpoint.tensors["wte.weight"]

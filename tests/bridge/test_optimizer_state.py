@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_state
+from support.models import TINY, random_state
 
 import bridge
 from bridge import ConversionError, GPT2Config, optimizer_state
-from bridge.arrays import TensorEntry
-from bridge.convert import flatten
+from bridge.conversion import flatten
 from bridge.optimizer_state import AdamWState, Hyperparameters
+from bridge.storage.tensors import TensorEntry
 
 CONFIG = replace(TINY, n_layer=3)
 UNTIED = replace(CONFIG, tie_word_embeddings=False)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from models import TINY
+from support.models import TINY
 
 import bridge
 from bridge import GPT2_SIZES, GPT2Config

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import TINY
+from support.models import TINY
 
 import bridge
-from bridge.perplexity import IGNORED, Evaluation, SlidingWindows
+from bridge.evaluation import IGNORED, Evaluation, SlidingWindows
 
 CONFIG = replace(TINY, vocab_size=1000)
 

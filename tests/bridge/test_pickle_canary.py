@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch_archives import archive, integer, name, pickled, text
+from support.torch_archives import archive, integer, name, pickled, text
 
 CHILD = """
 import json, pickle, sys
 from pathlib import Path
 import bridge
-from bridge.torch_file import read_file
+from bridge.containers.torch_zip import read_file
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 sources = sorted(folder.glob("*"))
@@ -110,7 +110,7 @@ CALLS: dict[str, tuple[str, str, bytes]] = {
         ("collections", "namedtuple", text("x") + text("y")),
         ("collections.OrderedDict", "fromkeys", text("x")),
         ("collections", "OrderedDict.fromkeys", text("x")),
-        ("bridge.files", "flush_to_disk", text("x")),
+        ("bridge.storage.atomic_writes", "flush_to_disk", text("x")),
         ("__main__", "anything", text("x")),
         ("", "", text("x")),
     ]

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from refusals import MOST_BYTES, MOST_SECONDS
-from torch_archives import integer, text
+from support.refusals import MOST_BYTES, MOST_SECONDS
+from support.torch_archives import integer, text
 
-from bridge import CheckpointError, pickles
-from bridge.pickles import Symbol, load
+from bridge import CheckpointError
+from bridge.containers import torch_pickle as pickles
+from bridge.containers.torch_pickle import Symbol, load
 
 SYMBOLS = {("collections", "OrderedDict"): Symbol("collections.OrderedDict", call=lambda arguments: {})}
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from fuzz.openai import FILES
-from models import config_for, huggingface_directory, random_checkpoint
-from refusals import assert_refused
+from support.models import config_for, huggingface_directory, random_checkpoint
+from support.refusals import assert_refused
 
 import bridge
 from bridge import CheckpointError, ConversionError
-from bridge.recognition import find_checkpoints
+from bridge.formats.recognition import find_checkpoints
 
 FILE_OF = {
     "huggingface": "model.safetensors",

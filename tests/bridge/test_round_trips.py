@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from models import TINY, random_checkpoint
+from support.models import TINY, random_checkpoint
 
 import bridge
 from bridge import ConfigError, ConversionError, GPT2Config

@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import random_state
+from support.models import random_state
+from support.tokenizers_for_tests import write_byte_tokenizer
 from test_import_boundaries import JAX, TORCH, assert_runs_without
-from tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
-from bridge import CheckpointError, ConversionError, GPT2Config, manifest
+from bridge import CheckpointError, ConversionError, GPT2Config
 from bridge.formats import run as run_format
 from bridge.formats.directory import write_config
+from bridge.storage import manifest
 from gpt2_jax.cli import main
-from gpt2_jax.train import OptimizerConfig, TrainState, make_optimizer
-from gpt2_jax.train.checkpoint import Checkpoints
+from gpt2_jax.training import OptimizerConfig, TrainState, make_optimizer
+from gpt2_jax.training.run.checkpointing import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

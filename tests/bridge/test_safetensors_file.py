@@ -16,12 +16,12 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
-from models import SMALLEST
-from refusals import assert_refused
+from support.models import SMALLEST
+from support.refusals import assert_refused
 
 from bridge import CheckpointError
-from bridge.arrays import LazyTensors
-from bridge.safetensors_file import DTYPES, read_file, write_file
+from bridge.containers.safetensors import DTYPES, read_file, write_file
+from bridge.storage.tensors import LazyTensors
 
 TORCH_DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),

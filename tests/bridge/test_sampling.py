@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from models import TINY
+from support.models import TINY
 
 from bridge import BridgeError
-from bridge.sampling import GREEDY_BELOW, LARGEST_SEED, Request, uniform_draws
+from bridge.generation.config import GREEDY_BELOW, LARGEST_SEED, Request, uniform_draws
 
 PROMPTS = [[5, 1, 256], [2]]
 SAMPLED = Request(4, 1.3, 0.8, 5, 0.9, 0.05, seed=1, samples=3, stop_ids=(0, 256), log_probs=True)

@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from fuzz.openai import FILES
-from refusals import assert_refused
+from support.refusals import assert_refused
 
 from bridge import BridgeError, CheckpointError, ConversionError
-from bridge.crc32c import crc32c, masked
-from bridge.tensor_bundle import is_index, read_bundle
+from bridge.containers.crc32c import crc32c, masked
+from bridge.containers.tensor_bundle import is_index, read_bundle
 
 MAGIC = bytes.fromhex("57fb808b247547db")
 DTYPES: Mapping[int, type] = {

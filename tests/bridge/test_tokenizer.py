@@ -20,15 +20,23 @@ import pytest
 import regex
 import tiktoken
 import tokenizers
-from models import TINY, huggingface_directory
-from refusals import MOST_BYTES, MOST_SECONDS
-from tokenizers_for_tests import CORPUS, END, OPENAI_CACHE, TEXTS, needs_openai_cache, openai_files, random_texts
+from support.models import TINY, huggingface_directory
+from support.refusals import MOST_BYTES, MOST_SECONDS
+from support.tokenizers_for_tests import (
+    CORPUS,
+    END,
+    OPENAI_CACHE,
+    TEXTS,
+    needs_openai_cache,
+    openai_files,
+    random_texts,
+)
 
 import bridge
 from bridge import TokenizerError
-from bridge.bpe import SPELLINGS_OF_WORDS, WORDS
-from bridge.tokenizer import decode_known, load_tokenizer
-from bridge.tokenizer_guard import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
+from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS, WORDS
+from bridge.tokenizers.limits import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
+from bridge.tokenizers.loading import decode_known, load_tokenizer
 
 VOCAB_SIZE = 400
 

@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import tiktoken
 import tokenizers
-from models import TINY, huggingface_directory
-from tokenizers_for_tests import CORPUS, END, OPENAI_CACHE, TEXTS, needs_openai_cache, openai_files, random_texts
+from support.models import TINY, huggingface_directory
+from support.tokenizers_for_tests import (
+    CORPUS,
+    END,
+    OPENAI_CACHE,
+    TEXTS,
+    needs_openai_cache,
+    openai_files,
+    random_texts,
+)
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 import bridge
 from bridge import CheckpointError, TokenizerError
-from bridge.bpe import WORDS
-from bridge.tokenizer import TOKENIZER_FILES, load_tokenizer, openai_tokenizer
+from bridge.tokenizers.byte_level_bpe import WORDS
+from bridge.tokenizers.loading import TOKENIZER_FILES, load_tokenizer, openai_tokenizer
 
 ALL_TEXTS = [*TEXTS, *CORPUS, *random_texts(300)]
 SINGLE_BYTES = {bytes([b]): b for b in range(256)}

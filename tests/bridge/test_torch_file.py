@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import SMALLEST, random_state
-from refusals import assert_refused
-from torch_archives import archive, integer, name, pickled, tensor, text
+from support.models import SMALLEST, random_state
+from support.refusals import assert_refused
+from support.torch_archives import archive, integer, name, pickled, tensor, text
 
 from bridge import CheckpointError
-from bridge.arrays import TensorEntry
-from bridge.torch_file import read_file
+from bridge.containers.torch_zip import read_file
+from bridge.storage.tensors import TensorEntry
 from gpt2_torch.arrays import array_from_tensor, tensor_from_array
 
 FOUR = np.arange(4, dtype=np.float32).tobytes()
@@ -316,7 +316,7 @@ def test_a_record_whose_checksum_is_wrong_is_refused_when_it_is_read(tmp_path: P
 def test_opening_a_large_file_reads_the_pickle_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "f", {"w": torch.ones(1000, 1000)})
     sizes = []
-    monkeypatch.setattr("bridge.stored_file.aligned_empty", lambda s, d: sizes.append(s) or np.empty(s, d))
+    monkeypatch.setattr("bridge.storage.stored_file.aligned_empty", lambda s, d: sizes.append(s) or np.empty(s, d))
     assert read_file(path)["w"].shape == (1000, 1000)
     assert max(size for (size,) in sizes) < 1000
 

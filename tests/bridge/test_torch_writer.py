@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from bridge import CheckpointError, torch_writer
-from bridge.arrays import TensorEntry, turned
-from bridge.torch_writer import STORAGES, write_file
+from bridge import CheckpointError
+from bridge.containers import torch_zip_writer as torch_writer
+from bridge.containers.torch_zip_writer import STORAGES, write_file
+from bridge.storage.tensors import TensorEntry, turned
 from gpt2_torch.arrays import array_from_tensor
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from refusals import MOST_SECONDS
+from support.refusals import MOST_SECONDS
 
 from bridge import CheckpointError
-from bridge.stored_file import StoredFile
-from bridge.zip_records import MOST_RECORDS, Archive
+from bridge.containers.zip_records import MOST_RECORDS, Archive
+from bridge.storage.stored_file import StoredFile
 
 ZIP64 = 0xFFFFFFFF
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commands import CONFIG
-from models import huggingface_directory
-from tokenizers_for_tests import write_byte_tokenizer
+from support.commands import CONFIG
+from support.models import huggingface_directory
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 
 @pytest.fixture

@@ -15,22 +15,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from commands import run
 from matplotlib.image import imread
-from models import SMALLEST, huggingface_directory
+from support.commands import run
+from support.models import SMALLEST, huggingface_directory
 
 import bridge
 from bridge import BridgeError
-from gpt2_jax.cli.bench.cases import Case, at_sizes, cases_of, recipe
-from gpt2_jax.cli.bench.limits import needed_bytes, needed_flops
-from gpt2_jax.cli.bench.measure import Limits, Measured, Pair
-from gpt2_jax.cli.bench.peers import PEERS, chosen_peers
-from gpt2_jax.cli.bench.process import Worker, WorkerDied, environment
-from gpt2_jax.cli.bench.report import Report, Result
-from gpt2_jax.cli.bench.summary import summaries
-from gpt2_jax.cli.bench.worker import FILES
-from gpt2_jax.terminal import console
-from gpt2_jax.train.config import PRESETS, TrainConfig
+from gpt2_jax.bench.cases import Case, at_sizes, cases_of, recipe
+from gpt2_jax.bench.limits import needed_bytes, needed_flops
+from gpt2_jax.bench.measure import Limits, Measured, Pair
+from gpt2_jax.bench.peers import PEERS, chosen_peers
+from gpt2_jax.bench.process import Worker, WorkerDied, environment
+from gpt2_jax.bench.report import Report, Result
+from gpt2_jax.bench.summary import summaries
+from gpt2_jax.bench.worker import FILES
+from gpt2_jax.console.terminal import console
+from gpt2_jax.training.config import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import CONFIG, run
-from models import huggingface_directory
-from tokenizers_for_tests import write_byte_tokenizer
+from support.commands import CONFIG, run
+from support.models import huggingface_directory
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from gpt2_jax.cli import VERBS

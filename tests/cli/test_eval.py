@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import CONFIG, run
-from models import huggingface_directory, random_checkpoint
-from tokenizers_for_tests import write_byte_tokenizer
+from support.commands import CONFIG, run
+from support.models import huggingface_directory, random_checkpoint
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 import gpt2_torch
-from bridge.tokenizer import byte_tokenizer
+from bridge.tokenizers.loading import byte_tokenizer
 from gpt2_jax.cli.eval import _encode
 from gpt2_jax.data.text import find_documents
 from gpt2_jax.data.tokenize import cached_text

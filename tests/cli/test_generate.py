@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import CONFIG, run
+from support.commands import CONFIG, run
 
 from gpt2_jax.cli.generate import _asked
 

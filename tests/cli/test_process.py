@@ -13,10 +13,10 @@ from typing import Any
 
 import jax
 import pytest
-from commands import run
+from support.commands import run
 
-from gpt2_jax.cli import process
-from gpt2_jax.cli.process import (
+from gpt2_jax.console import process
+from gpt2_jax.console.process import (
     HUGE_PAGES,
     TUNABLES,
     keep_compiled_programs,

@@ -1,4 +1,4 @@
-"""Nothing that exists changes without permission, and with it only what this project wrote (`bridge/files.py`).
+"""Without permission no existing file changes; with it, only files of this project (`bridge.storage.atomic_writes`).
 
 Each case compares the whole directory tree before and after. `tests/overwriting` does the same with random trees.
 """
@@ -16,18 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import CONFIG, run
 from matplotlib.figure import Figure
-from models import SMALLEST, config_for, huggingface_directory, random_checkpoint
-from tokenizers_for_tests import write_byte_tokenizer
-from training_runs import RECIPE, data_for, write_text
+from support.commands import CONFIG, run
+from support.models import SMALLEST, config_for, huggingface_directory, random_checkpoint
+from support.tokenizers_for_tests import write_byte_tokenizer
+from support.training_runs import RECIPE, data_for, write_text
 
 import bridge
 from bridge import CheckpointError
-from bridge.arrays import LazyTensors, TensorEntry
 from bridge.formats import FORMATS, WRITABLE
-from gpt2_jax.report_files import PLOT_FORMATS, require_plot_path, save_plot
-from gpt2_jax.train import run as runs
+from bridge.storage.tensors import LazyTensors, TensorEntry
+from gpt2_jax.console.report_files import PLOT_FORMATS, require_plot_path, save_plot
+from gpt2_jax.training.run import directory as runs
 
 FILES = [to for to in WRITABLE if hasattr(FORMATS[to], "FILE")]
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import CONFIG, run
-from models import random_checkpoint
-from tokenizers_for_tests import write_byte_tokenizer
+from support.commands import CONFIG, run
+from support.models import random_checkpoint
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge import BridgeError, Checkpoint
 from gpt2_jax.cli import train as train_verb
-from gpt2_jax.train import PRESETS, TrainConfig
-from gpt2_jax.train.config import flat, from_flat
+from gpt2_jax.training import PRESETS, TrainConfig
+from gpt2_jax.training.config import flat, from_flat
 
 EXACT = replace(CONFIG, n_inner=None, activation_function="gelu")
 ASSUMED = "the file does not state its activation; it was read with the exact GELU (gelu)"

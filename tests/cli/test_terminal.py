@@ -8,16 +8,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import run
 from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
+from support.commands import run
 
 from bridge.errors import escaped
-from gpt2_jax.cli.output import progress
-from gpt2_jax.terminal import Console, print_error
-from gpt2_jax.train import PRESETS
-from gpt2_jax.train.config import flat
+from gpt2_jax.console.output import progress
+from gpt2_jax.console.terminal import Console, print_error
+from gpt2_jax.training import PRESETS
+from gpt2_jax.training.config import flat
 
 NAME = "a\x1b]0;x\x07\x1b[31m\u202eb\x9b1m\x7f"
 """Sets a terminal's title and colour, turns the direction of text, and begins a sequence in one byte."""

@@ -19,16 +19,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import commands
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from implementations import relative_error
 from jax.errors import JaxRuntimeError
-from models import huggingface_directory, random_ids
-from training_runs import RECIPE, write_text
+from support import commands
+from support.implementations import relative_error
+from support.models import huggingface_directory, random_ids
+from support.training_runs import RECIPE, write_text
 
 import bridge
 import gpt2_jax
@@ -36,10 +36,10 @@ import gpt2_torch
 from bridge import GPT2Config
 from bridge.formats.run import steps
 from gpt2_jax.cli.train import default_config
-from gpt2_jax.train import PRESETS, OptimizerConfig, TrainConfig
-from gpt2_jax.train.config import flat
-from gpt2_jax.train.metrics import read_metrics
-from gpt2_jax.train.run import stored_identity
+from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
+from gpt2_jax.training.config import flat
+from gpt2_jax.training.run.directory import stored_identity
+from gpt2_jax.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

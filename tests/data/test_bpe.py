@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers_for_tests import CORPUS, END, TEXTS, random_texts
+from support.tokenizers_for_tests import CORPUS, END, TEXTS, random_texts
 
 import bridge
 from bridge import TokenizerError
-from bridge.tokenizer import load_tokenizer
+from bridge.tokenizers.loading import load_tokenizer
 from gpt2_jax.data.bpe import train_bpe
 
-SOURCES = [(Path(__file__).parents[2] / name).read_text() for name in ("bridge/params.py", "bridge/convert.py")]
+SOURCES = [
+    (Path(__file__).parents[2] / name).read_text() for name in ("bridge/parameter_table.py", "bridge/conversion.py")
+]
 TRAINING = [*CORPUS, *SOURCES, *random_texts(50, seed=1)]
 ALL_TEXTS = [*TEXTS, *TRAINING, *random_texts(500)]
 
@@ -71,7 +73,7 @@ def test_words_are_cut_as_gpt2_cuts_them() -> None:
 CODE = """
 import sys
 sys.path[:0] = ["tests"]
-from tokenizers_for_tests import random_texts
+from support.tokenizers_for_tests import random_texts
 import bridge
 from gpt2_jax.data.bpe import train_bpe
 print(bridge.tokenizer_fingerprint(train_bpe(iter(random_texts(400, seed=3)), 2000)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiktoken
 
-from bridge.bpe import SPELLINGS_OF_WORDS
+from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
 from gpt2_jax.data import DataError, text
 from gpt2_jax.data.bpe import train_bpe
 from gpt2_jax.data.text import find_documents

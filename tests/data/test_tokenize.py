@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
-from refusals import within_budget
+from support.refusals import within_budget
 
 from bridge import (
     BridgeError,

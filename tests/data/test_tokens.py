@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from refusals import within_budget
+from support.refusals import within_budget
 
 from gpt2_jax.data import DataError, TokenStream
 from gpt2_jax.data.token_files import token_file

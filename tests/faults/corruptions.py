@@ -26,13 +26,13 @@ import numpy as np
 import bridge
 from bridge import BridgeError
 from bridge.formats.run import CHECKPOINTS, best_step, steps, validation_loss
-from bridge.manifest import MANIFEST
+from bridge.storage.manifest import MANIFEST
 from faults import runs
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import TrainState, make_optimizer
-from gpt2_jax.train.begin import described_state, make_model
-from gpt2_jax.train.checkpoint import Checkpoints
-from gpt2_jax.train.run import stored_identity
+from gpt2_jax.parallel.sharding import make_mesh
+from gpt2_jax.training import TrainState, make_optimizer
+from gpt2_jax.training.run.checkpointing import Checkpoints
+from gpt2_jax.training.run.directory import stored_identity
+from gpt2_jax.training.state import described_state, make_model
 
 FLAGS = ("--n-embd", 24, "--learning-rate", 1e-3, "--eval-every", 3, "--keep-last", 4)
 """A run whose loss falls to its end, so that the newest checkpoint is the best too, and four are kept."""

@@ -31,19 +31,20 @@ import jax.numpy as jnp
 import matplotlib.backends.backend_agg  # noqa: F401  # here, so that not every forked process has to
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from models import TINY, config_for, random_checkpoint, random_state
+from support.models import TINY, config_for, random_checkpoint, random_state
 
 import bridge
-from bridge import BridgeError, manifest
+from bridge import BridgeError
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CONFIG, write_config, write_json
 from bridge.formats.run import CHECKPOINTS, RUN, steps
+from bridge.storage import manifest
 from faults.syscalls import Call, end_with, flushed, trace, why_not
-from gpt2_jax.train.checkpoint import Checkpoints
-from gpt2_jax.train.loop import finish
-from gpt2_jax.train.metrics import METRICS, PLOT
-from gpt2_jax.train.run import EXPORT
-from gpt2_jax.train.step import TrainState
+from gpt2_jax.training.loop import finish
+from gpt2_jax.training.run.checkpointing import Checkpoints
+from gpt2_jax.training.run.directory import EXPORT
+from gpt2_jax.training.run.metrics import METRICS, PLOT
+from gpt2_jax.training.step import TrainState
 
 WRONG = "OTHERWISE"
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from bridge.formats.run import steps
 from faults import runs
-from gpt2_jax.train.metrics import read_metrics
+from gpt2_jax.training.run.metrics import read_metrics
 
 LARGER = ("--batch-size", 16, "--n-positions", 64, "--length", 64, "--attn-pdrop", 0.1)
 """Than the faults' own: on CPU XLA gives the smallest arrays to one thread."""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from models import TINY, config_for, huggingface_directory
+from support.models import TINY, config_for, huggingface_directory
 
 import bridge
 from bridge.formats import WRITABLE

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge import manifest
+from bridge.storage import manifest
 from gpt2_jax.cli import train as verb
-from gpt2_jax.train import loop
-from gpt2_jax.train.checkpoint import Checkpoints
-from gpt2_jax.train.step import TrainState
+from gpt2_jax.training import loop
+from gpt2_jax.training.run.checkpointing import Checkpoints
+from gpt2_jax.training.step import TrainState
 
 PLACES, SAVED = "FAULTS_PHASES", "FAULTS_SAVED"
 """Of the environment: JSON, the name of a phase -> the file; and where to note the steps."""

@@ -14,7 +14,7 @@ from typing import Any
 import tensorstore
 
 from bridge.formats.run import steps, verified
-from gpt2_jax.train.metrics import read_metrics
+from gpt2_jax.training.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true", "NPROC": "1"}

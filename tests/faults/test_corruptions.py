@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from training_runs import recipe, run_in
+from support.training_runs import recipe, run_in
 
 from faults.corruptions import KINDS, Sound, assert_passed_over, corruptions
 

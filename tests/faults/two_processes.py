@@ -29,7 +29,7 @@ from pathlib import Path
 
 from bridge.formats.run import steps, verified
 from faults import phases, runs
-from gpt2_jax.processes import HEARTBEAT_TIMEOUT
+from gpt2_jax.parallel.distributed import HEARTBEAT_TIMEOUT
 
 GRACE = 30
 """Seconds from a SIGTERM within which both processes must have ended."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import transformers
 from fuzz import json_damage
-from models import SMALLEST
+from support.models import SMALLEST
 
 import bridge
 from bridge.config import GPT2Config, harmless_fields

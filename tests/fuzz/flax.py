@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from models import SMALLEST, random_checkpoint
 from safetensors.numpy import load_file
+from support.models import SMALLEST, random_checkpoint
 
 import bridge
 

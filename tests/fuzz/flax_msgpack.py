@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict
-from models import SMALLEST, random_checkpoint
+from support.models import SMALLEST, random_checkpoint
 
 import bridge
-import bridge.msgpack_file
+import bridge.containers.msgpack
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -22,7 +22,7 @@ def samples(folder: Path) -> list[Path]:
     tied, untied = SMALLEST, replace(SMALLEST, tie_word_embeddings=False)
     bridge.save(random_checkpoint(untied, ml_dtypes.bfloat16), folder / "untied", format="flax_msgpack")
     bridge.save(random_checkpoint(tied), folder / "shards", format="flax_msgpack", max_shard_bytes=4_000)
-    with mock.patch.object(bridge.msgpack_file, "MOST_CHUNK_BYTES", 100):
+    with mock.patch.object(bridge.containers.msgpack, "MOST_CHUNK_BYTES", 100):
         bridge.save(random_checkpoint(tied), folder / "chunks", format="flax_msgpack")
     return [folder / "untied", folder / "shards", folder / "chunks"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader
-from gguf_bytes import PROJECTIONS, gguf_name, gguf_tensors, gpt2, gpt2_pairs, number, text, texts
-from models import SMALLEST, random_checkpoint
+from support.gguf_bytes import PROJECTIONS, gguf_name, gguf_tensors, gpt2, gpt2_pairs, number, text, texts
+from support.models import SMALLEST, random_checkpoint
 
 import bridge
 

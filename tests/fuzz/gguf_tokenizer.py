@@ -9,7 +9,7 @@ import tiktoken
 import tokenizers
 from fuzz import tokenizer_ids
 from gguf import GGUFReader
-from models import SMALLEST, random_checkpoint
+from support.models import SMALLEST, random_checkpoint
 
 import bridge
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from models import SMALLEST, random_checkpoint
+from support.models import SMALLEST, random_checkpoint
 
 import bridge
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fuzz import json_damage
 
-from bridge import CheckpointError, manifest
+from bridge import CheckpointError
+from bridge.storage import manifest
 
 FILES = {"a": b"first", "b/c": b"second", "b/d/e": b""}
 

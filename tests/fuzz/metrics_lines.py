@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fuzz import json_damage
 
-from gpt2_jax.train.metrics import METRICS, read_metrics
+from gpt2_jax.training.run.metrics import METRICS, read_metrics
 
 RECORDS = [{"step": step, "train_loss": 2.5, "tokens_per_second": 1e5} for step in range(0, 20, 2)]
 

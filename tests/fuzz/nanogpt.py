@@ -9,8 +9,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import torch
-from models import SMALLEST, random_checkpoint
-from nanogpt_model import adamw, checkpoint, random_model, step
+from support.models import SMALLEST, random_checkpoint
+from support.nanogpt_model import adamw, checkpoint, random_model, step
 
 import bridge
 from gpt2_torch.arrays import array_from_tensor

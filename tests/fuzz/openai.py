@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.crc32c import crc32c, masked
+from bridge.containers.crc32c import crc32c, masked
 
 FILES = Path(__file__).parent.parent / "files" / "tensorflow-2.21.0"
 DTYPES = {1: np.float32, 2: np.float64, 19: np.float16}

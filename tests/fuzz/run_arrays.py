@@ -12,14 +12,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import ocdbt_bytes as ocdbt
 import orbax.checkpoint.experimental.v1 as ocp
-from models import SMALLEST, random_state
+from support import ocdbt_bytes as ocdbt
+from support.models import SMALLEST, random_state
 
 import bridge
-from bridge import CheckpointError, ConversionError, manifest
-from bridge.crc32c import crc32c
+from bridge import CheckpointError, ConversionError
+from bridge.containers.crc32c import crc32c
 from bridge.formats.directory import write_config
+from bridge.storage import manifest
 
 NODE = struct.pack(">I", ocdbt.NODE)
 TELLING = (*b"chunk_shape shape codecs bytes zstd little float32 [8] 8 1".split(), b'"', b"/")

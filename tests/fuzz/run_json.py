@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fuzz import json_damage
 
-from gpt2_jax.train import PRESETS, TrainingError
-from gpt2_jax.train.config import _ADDED, flat, from_flat
-from gpt2_jax.train.run import stored_identity
+from gpt2_jax.training import PRESETS, TrainingError
+from gpt2_jax.training.config import _ADDED, flat, from_flat
+from gpt2_jax.training.run.directory import stored_identity
 
 
 def samples(folder: Path) -> list[Path]:

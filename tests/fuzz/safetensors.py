@@ -7,8 +7,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from models import SMALLEST, random_checkpoint
 from safetensors.numpy import load_file
+from support.models import SMALLEST, random_checkpoint
 
 import bridge
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fuzz import json_damage
-from models import SMALLEST, random_checkpoint
+from support.models import SMALLEST, random_checkpoint
 
 import bridge
 from bridge.formats.directory import carry_files

@@ -7,7 +7,7 @@ from functools import cache
 
 import tiktoken
 import tokenizers
-from tokenizers_for_tests import CORPUS, END, TEXTS
+from support.tokenizers_for_tests import CORPUS, END, TEXTS
 
 import bridge
 

@@ -10,7 +10,7 @@ import tokenizers
 from fuzz import json_damage, tokenizer_ids
 
 import bridge
-from bridge.tokenizer import load_tokenizer
+from bridge.tokenizers.loading import load_tokenizer
 
 ROWS = 400
 

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from fuzz.nanogpt import repair as repair_file
-from models import SMALLEST, random_state
+from support.models import SMALLEST, random_state
 
 from gpt2_torch.arrays import array_from_tensor, tensor_from_array
 

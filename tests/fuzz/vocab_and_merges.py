@@ -8,9 +8,9 @@ from pathlib import Path
 
 import tokenizers
 from fuzz import json_damage, tokenizer_ids
-from tokenizers_for_tests import END
+from support.tokenizers_for_tests import END
 
-from bridge.tokenizer import load_tokenizer
+from bridge.tokenizers.loading import load_tokenizer
 
 ROWS = 400
 

@@ -16,9 +16,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt2_jax.attention import attention
-from gpt2_jax.remat import POLICIES
-from gpt2_jax.sharding import BATCH_AXES, TENSOR
+from gpt2_jax.ops.attention import attention
+from gpt2_jax.parallel.remat import POLICIES
+from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR
 
 
 def program(name: str, length: int) -> str:

@@ -12,13 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import eight_devices
 
-from gpt2_jax.attention import _splash, attention, fastest
+from gpt2_jax.ops.attention import _splash, attention, fastest
 
 FLOAT64 = 1e-12
 """Relative to the largest: sums of up to 600 terms, in another order."""

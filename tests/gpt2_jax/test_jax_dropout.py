@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import jax_model
-from models import TINY, random_checkpoint, random_ids
+from support.implementations import jax_model
+from support.models import TINY, random_checkpoint, random_ids
 
 from bridge import GPT2Config
 from gpt2_jax import GPT2
-from gpt2_jax.attention import attention
+from gpt2_jax.ops.attention import attention
 
 STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; keys are fixed besides
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from implementations import jax_model
-from models import TINY, random_checkpoint, random_ids
+from support.implementations import jax_model
+from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 import gpt2_jax
-from gpt2_jax.evaluate import _losses
+from gpt2_jax.evaluation import _losses
 
 SMALL = replace(TINY, n_layer=2)
 TEXT = random_ids(SMALL, batch=1, length=150)[0]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gpt2_jax.functions import (
+from gpt2_jax.ops.functions import (
     BLOCKS,
     FEW_ROWS,
     SUMMANDS,

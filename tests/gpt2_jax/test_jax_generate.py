@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from implementations import jax_model, torch_logits, torch_model, transformers_model
-from models import TINY, huggingface_directory, random_checkpoint, random_ids
+from support.implementations import jax_model, torch_logits, torch_model, transformers_model
+from support.models import TINY, huggingface_directory, random_checkpoint, random_ids
 
 import gpt2_torch
-from bridge.decoding import left_padded
-from bridge.sampling import Request, uniform_draws
+from bridge.generation.config import Request, uniform_draws
+from bridge.generation.decoder import left_padded
 from gpt2_jax import GPT2, generate
-from gpt2_jax.generate import SHORTEST_BUCKET, Decoder, _more_tokens, _prefill, bucket
+from gpt2_jax.generation import SHORTEST_BUCKET, Decoder, _more_tokens, _prefill, bucket
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from implementations import jax_model
-from models import TINY, random_checkpoint, random_ids
+from support.implementations import jax_model
+from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
-from bridge.convert import flatten
+from bridge.conversion import flatten
 from gpt2_jax import GPT2
-from gpt2_jax.attention import attention
 from gpt2_jax.model import positions
+from gpt2_jax.ops.attention import attention
 
 STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; seeds are fixed besides
 BF16_ABSOLUTE = 0.15  # logits of order 1 after two layers at 8 bits of mantissa

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from models import TINY, random_state
+from support.models import TINY, random_state
 
 import bridge
 import gpt2_jax
 from bridge import ConversionError
-from bridge.arrays import aligned_empty
 from bridge.optimizer_state import AdamWState
-from gpt2_jax.train.config import OptimizerConfig
-from gpt2_jax.train.optimizer import decay_mask, make_optimizer
-from gpt2_jax.train.optimizer_state import adamw_state, with_adamw_state
+from bridge.storage.tensors import aligned_empty
+from gpt2_jax.training.config import OptimizerConfig
+from gpt2_jax.training.optimizer import decay_mask, make_optimizer
+from gpt2_jax.training.optimizer_state import adamw_state, with_adamw_state
 
 CONFIG = replace(TINY, n_layer=3)
 

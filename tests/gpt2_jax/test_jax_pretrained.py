@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
+from support.models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
 
 import bridge
 import gpt2_jax
 import gpt2_torch
-from bridge.convert import flatten
+from bridge.conversion import flatten
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
 IDS = random_ids(UNTIED)

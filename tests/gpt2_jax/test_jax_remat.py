@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.interpreters.partial_eval import dce_jaxpr
-from models import TINY, random_ids, random_state
+from support.models import TINY, random_ids, random_state
 
 import bridge
 from bridge import GPT2Config
-from gpt2_jax.attention import attention
 from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
-from gpt2_jax.remat import POLICIES as POLICY_OF
-from gpt2_jax.remat import Remat
+from gpt2_jax.ops.attention import attention
+from gpt2_jax.parallel.remat import POLICIES as POLICY_OF
+from gpt2_jax.parallel.remat import Remat
 
 FLOAT64 = 1e-12
 """Relative to the largest: XLA fuses, and so rounds, otherwise where something is computed again."""

@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from implementations import jax_model
-from models import TINY, random_checkpoint, random_ids
+from support import eight_devices
+from support.implementations import jax_model
+from support.models import TINY, random_checkpoint, random_ids
 
 from bridge import GPT2Config
 from gpt2_jax.loss import IGNORED, cross_entropy, summed_cross_entropy, summed_loss
 from gpt2_jax.model import GPT2
-from gpt2_jax.train import init_state, make_train_step
+from gpt2_jax.training import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

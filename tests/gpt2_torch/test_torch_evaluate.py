@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from implementations import torch_model
-from models import TINY, random_checkpoint, random_ids
+from support.implementations import torch_model
+from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 import gpt2_torch
-from gpt2_torch.evaluate import _losses
+from gpt2_torch.evaluation import _losses
 
 SMALL = replace(TINY, n_layer=2)
 TEXT = random_ids(SMALL, batch=1, length=150)[0]

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import TINY, random_checkpoint, random_ids
+from support.models import TINY, random_checkpoint, random_ids
 
 from bridge import Request
 from gpt2_torch import GPT2, generate, model_from_checkpoint
-from gpt2_torch.generate import Decoder
+from gpt2_torch.generation import Decoder
 
 BFLOAT16_NATS = 0.3
 """bfloat16 keeps 8 bits: logits of 16 and more are multiples of 0.125, and each layer adds a rounding."""

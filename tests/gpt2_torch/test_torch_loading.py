@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from implementations import transformers_model
-from models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
+from support.implementations import transformers_model
+from support.models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
 
 import bridge
 from gpt2_torch import GPT2, checkpoint_from_model, model_from_checkpoint

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import TINY, random_checkpoint, random_ids
+from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import GPT2Config

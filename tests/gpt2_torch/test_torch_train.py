@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_checkpoint
+from support.models import TINY, random_checkpoint
 from torch import Tensor
 
 import bridge
@@ -17,7 +17,7 @@ from bridge import BridgeError, ConversionError, GPT2Config
 from bridge.optimizer_state import AdamWState
 from gpt2_torch import GPT2, model_from_checkpoint
 from gpt2_torch.loss import IGNORED
-from gpt2_torch.train import adamw, adamw_state, learning_rate_at, load_adamw_state, parameter_names, train_step
+from gpt2_torch.training import adamw, adamw_state, learning_rate_at, load_adamw_state, parameter_names, train_step
 
 CONFIG = replace(TINY, vocab_size=61, n_layer=2)
 UNTIED = replace(CONFIG, tie_word_embeddings=False)

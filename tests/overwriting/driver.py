@@ -26,16 +26,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from models import SMALLEST, config_for, random_checkpoint
-from training_runs import RECIPE, data_for, run_in
+from support.models import SMALLEST, config_for, random_checkpoint
+from support.training_runs import RECIPE, data_for, run_in
 
 import bridge
 from bridge import BridgeError
 from bridge.formats import FORMATS, WRITABLE
 from gpt2_jax.cli import main as gpt2
-from gpt2_jax.report_files import require_plot_path, save_plot
-from gpt2_jax.train import loop
-from gpt2_jax.train import run as runs
+from gpt2_jax.console.report_files import require_plot_path, save_plot
+from gpt2_jax.training import loop
+from gpt2_jax.training.run import directory as runs
 
 COMPANIONS = {
     *("config.json", "generation_config.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import bridge.files
 import bridge.io
+import bridge.storage.atomic_writes
 from overwriting import driver
 
 CASES = 200
@@ -31,8 +31,8 @@ def test_no_writer_changes_a_foreign_file(made: dict[str, Path], tmp_path: Path)
     ("owner", "name", "broken"),
     [
         (bridge.io, "_replaceable", lambda target, format: lambda name: True),
-        (bridge.files, "foreign_files", lambda directory, replaceable: []),
-        ("gpt2_jax.report_files", "is_report", lambda path: True),
+        (bridge.storage.atomic_writes, "foreign_files", lambda directory, replaceable: []),
+        ("gpt2_jax.console.report_files", "is_report", lambda path: True),
     ],
     ids=["every name is replaceable", "nothing is foreign", "every file is a report"],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from implementations import (
+from support.implementations import (
     jax_gradients,
     jax_logits,
     jax_model,
@@ -25,7 +25,7 @@ from implementations import (
     transformers_logits,
     transformers_model,
 )
-from models import SMALLEST, TINY, huggingface_directory, random_checkpoint, random_ids, random_state
+from support.models import SMALLEST, TINY, huggingface_directory, random_checkpoint, random_ids, random_state
 
 import gpt2_jax
 import gpt2_torch

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from implementations import jax_model, torch_model, transformers_model
-from models import TINY, random_checkpoint, random_ids
+from support.implementations import jax_model, torch_model, transformers_model
+from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from bridge.decoding import Decoder
-from bridge.sampling import Request
-from gpt2_jax.generate import Decoder as JaxDecoder
-from gpt2_torch.generate import Decoder as TorchDecoder
+from bridge.generation.config import Request
+from bridge.generation.decoder import Decoder
+from gpt2_jax.generation import Decoder as JaxDecoder
+from gpt2_torch.generation import Decoder as TorchDecoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

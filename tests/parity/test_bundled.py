@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from implementations import torch_model, transformers_model
+from support.implementations import torch_model, transformers_model
 
 import bridge
 import gpt2_jax
 import gpt2_torch
 from bridge import BUNDLED, Checkpoint
 from gpt2_jax.parity import verify
-from gpt2_jax.train import make_eval_step
+from gpt2_jax.training import make_eval_step
 from gpt2_torch.loss import cross_entropy
 
 MOST_BYTES = 8_000_000

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from implementations import jax_logits, relative_error, torch_logits, torch_model
-from models import TINY, random_checkpoint, random_ids, random_state
+from support.implementations import jax_logits, relative_error, torch_logits, torch_model
+from support.models import TINY, random_checkpoint, random_ids, random_state
 
 import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
-from gpt2_jax.generate import Decoder
+from gpt2_jax.generation import Decoder
 from gpt2_jax.model import KeyValueCache, empty_cache
 from gpt2_torch.model import empty_cache as empty_torch_cache
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from implementations import jax_model, torch_model, transformers_model
-from models import TINY, random_checkpoint, random_ids
+from support.implementations import jax_model, torch_model, transformers_model
+from support.models import TINY, random_checkpoint, random_ids
 
-import bridge.perplexity
+import bridge.evaluation
 import gpt2_jax.loss
 import gpt2_torch.loss
 from bridge import Checkpoint
-from bridge.perplexity import Evaluation
+from bridge.evaluation import Evaluation
 
 FP64 = 1e-12  # relative, of a mean over up to 200 tokens, each summed in another order
 FP32 = 1e-6  # relative; transformers computes the cross-entropy in float32 whatever the model's dtype
@@ -125,4 +125,4 @@ def test_the_batch_size_changes_nothing(evaluate: Evaluate, batch_size: int, x64
 
 
 def test_all_mean_the_same_by_an_ignored_label():
-    assert bridge.perplexity.IGNORED == gpt2_jax.loss.IGNORED == gpt2_torch.loss.IGNORED
+    assert bridge.evaluation.IGNORED == gpt2_jax.loss.IGNORED == gpt2_torch.loss.IGNORED

@@ -25,10 +25,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import gpt2_jax.filters
-import gpt2_torch.filters
+import gpt2_jax.logits_processors
+import gpt2_torch.logits_processors
 from bridge import Request
-from bridge.sampling import uniform_draws
+from bridge.generation.config import uniform_draws
 
 EPSILON = 2.0**-23
 
@@ -55,17 +55,19 @@ Choose = Callable[[np.ndarray, np.ndarray, Request, np.ndarray | None], np.ndarr
 Filter = Callable[[np.ndarray, Any], np.ndarray]
 """(logits, the request's number) -> filtered logits."""
 
-jit_choose = jax.jit(gpt2_jax.filters.choose)
+jit_choose = jax.jit(gpt2_jax.logits_processors.choose)
 
 
 def torch_choose(logits: np.ndarray, draws: np.ndarray, request: Request, seen: np.ndarray | None = None) -> np.ndarray:
     mask = None if seen is None else torch.from_numpy(seen)
-    return gpt2_torch.filters.choose(torch.tensor(logits), torch.from_numpy(draws), request, mask).numpy()
+    return gpt2_torch.logits_processors.choose(torch.tensor(logits), torch.from_numpy(draws), request, mask).numpy()
 
 
 def jax_choose(logits: np.ndarray, draws: np.ndarray, request: Request, seen: np.ndarray | None = None) -> np.ndarray:
     mask = None if seen is None else jnp.asarray(seen)
-    return np.asarray(jit_choose(jnp.asarray(logits), jnp.asarray(draws), gpt2_jax.filters.Filters.of(request), mask))
+    return np.asarray(
+        jit_choose(jnp.asarray(logits), jnp.asarray(draws), gpt2_jax.logits_processors.Filters.of(request), mask)
+    )
 
 
 def torch_filter(function: Callable[..., torch.Tensor]) -> Filter:
@@ -79,14 +81,14 @@ def jax_filter(function: Callable[..., jax.Array], dtype: type = np.float32) -> 
 
 FILTERS: Mapping[str, Mapping[str, Filter]] = {
     "torch": {
-        "top_k": torch_filter(gpt2_torch.filters.keep_top_k),
-        "top_p": torch_filter(gpt2_torch.filters.keep_top_p),
-        "min_p": torch_filter(gpt2_torch.filters.keep_min_p),
+        "top_k": torch_filter(gpt2_torch.logits_processors.keep_top_k),
+        "top_p": torch_filter(gpt2_torch.logits_processors.keep_top_p),
+        "min_p": torch_filter(gpt2_torch.logits_processors.keep_min_p),
     },
     "jax": {
-        "top_k": jax_filter(gpt2_jax.filters.keep_top_k, np.int32),
-        "top_p": jax_filter(gpt2_jax.filters.keep_top_p),
-        "min_p": jax_filter(gpt2_jax.filters.keep_min_p),
+        "top_k": jax_filter(gpt2_jax.logits_processors.keep_top_k, np.int32),
+        "top_p": jax_filter(gpt2_jax.logits_processors.keep_top_p),
+        "min_p": jax_filter(gpt2_jax.logits_processors.keep_min_p),
     },
 }
 PEERS: Mapping[str, Callable[[Any], Any]] = {  # in the order in which transformers applies them
@@ -244,8 +246,10 @@ def test_repetition_is_penalized_as_in_transformers(penalty: float, V: int) -> N
     ids = np.random.default_rng(2).integers(0, V, (len(logits), 40))  # some of them twice
     ids[:, :2] = 2, V - 1
     expected, seen = peer("repetition_penalty", penalty, logits, ids), seen_of(ids, V)
-    ours = gpt2_torch.filters.penalize_repetition(torch.from_numpy(logits), torch.from_numpy(seen), penalty).numpy()
-    theirs = np.asarray(jax.jit(gpt2_jax.filters.penalize_repetition)(logits, seen, jnp.float32(penalty)))
+    ours = gpt2_torch.logits_processors.penalize_repetition(
+        torch.from_numpy(logits), torch.from_numpy(seen), penalty
+    ).numpy()
+    theirs = np.asarray(jax.jit(gpt2_jax.logits_processors.penalize_repetition)(logits, seen, jnp.float32(penalty)))
     for found in (ours, theirs):
         np.testing.assert_array_equal(found[~seen], logits[~seen])
         np.testing.assert_allclose(found, expected, rtol=UNITS, atol=0)

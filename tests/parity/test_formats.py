@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from models import SMALLEST, config_for, random_checkpoint, random_ids
+from support.models import SMALLEST, config_for, random_checkpoint, random_ids
 
 import bridge
 import gpt2_jax
 from bridge import Checkpoint
 from bridge.formats import WRITABLE
 from gpt2_torch import GPT2
-from gpt2_torch.pretrained import model_from_checkpoint
+from gpt2_torch.loading import model_from_checkpoint
 
 CONFIG = replace(SMALLEST, n_head=4, n_inner=None, n_positions=9)
 ROUNDING = 1e-5

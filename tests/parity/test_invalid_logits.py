@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import run
-from implementations import jax_model, torch_model
-from models import TINY, random_checkpoint, random_ids
-from tokenizers_for_tests import write_byte_tokenizer
+from support.commands import run
+from support.implementations import jax_model, torch_model
+from support.models import TINY, random_checkpoint, random_ids
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge import Checkpoint
-from bridge.completion import PROMPTS_AT_A_TIME, complete, stream_text
-from bridge.decoding import Decoder, InvalidLogits
-from bridge.sampling import Request
-from gpt2_jax.generate import Decoder as JaxDecoder
-from gpt2_torch.generate import Decoder as TorchDecoder
+from bridge.generation.config import Request
+from bridge.generation.decoder import Decoder, InvalidLogits
+from bridge.generation.text import PROMPTS_AT_A_TIME, complete, stream_text
+from gpt2_jax.generation import Decoder as JaxDecoder
+from gpt2_torch.generation import Decoder as TorchDecoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from implementations import jax_logits, jax_model, relative_l2, torch_logits, torch_model, transformers_model
-from models import TINY, random_checkpoint, random_ids
+from support.implementations import jax_logits, jax_model, relative_l2, torch_logits, torch_model, transformers_model
+from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import Checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_state
+from support.models import TINY, random_state
 
 import bridge
 import gpt2_jax

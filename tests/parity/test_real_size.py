@@ -13,7 +13,7 @@ import transformers
 
 import bridge
 from bridge import Checkpoint
-from gpt2_jax.parity import Check, port, reference, third_opinion, tolerances, verify
+from gpt2_jax.parity import Check, jax_side, tolerances, torch_side, transformers_side, verify
 from gpt2_jax.parity.checks import largest_kl, rms
 
 pytestmark = pytest.mark.slow
@@ -62,8 +62,8 @@ def test_verify_holds(directory: Path) -> None:
 @pytest.mark.parametrize(("scale_up", "limit"), [(False, LOGITS_FP32), (True, SCALED_LOGITS_FP32)])
 def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_up: bool, limit: float) -> None:
     checkpoint = scaled(bridge.load(directory)) if scale_up else bridge.load(directory)
-    sides = {side.NAME: side.logits(checkpoint, ids, None, "float32") for side in (reference, port)}
-    sides[third_opinion.NAME] = third_opinion.logits(checkpoint, ids, "float32")
+    sides = {side.NAME: side.logits(checkpoint, ids, None, "float32") for side in (torch_side, jax_side)}
+    sides[transformers_side.NAME] = transformers_side.logits(checkpoint, ids, "float32")
     names = list(sides)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -72,16 +72,16 @@ def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_
             print(f"{a} - {b}: largest logit difference {difference:.2e}, largest KL {kl:.2e}")
             assert difference <= limit
             assert kl <= tolerances.KL_FP32
-    exact = reference.logits(checkpoint, ids, None, "float64")
+    exact = torch_side.logits(checkpoint, ids, None, "float64")
     print(f"largest logit {np.abs(exact).max():.1f}")
     errors = {name: rms(logits - exact) for name, logits in sides.items()}
     largest = {name: np.abs(logits - exact).max() for name, logits in sides.items()}
     for name in names:
         print(f"{name} from float64: root mean square {errors[name]:.2e}, largest {largest[name]:.2e}")
-    assert errors[port.NAME] <= 1.5 * errors[reference.NAME]
+    assert errors[jax_side.NAME] <= 1.5 * errors[torch_side.NAME]
     del sides
     gc.collect()
-    ours = port.logits(checkpoint, ids, None, "float64")
+    ours = jax_side.logits(checkpoint, ids, None, "float64")
     assert np.abs(ours - exact).max() <= tolerances.LOGITS_FP64 * np.abs(exact).max()
 
 

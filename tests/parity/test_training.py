@@ -16,8 +16,8 @@ import numpy as np
 import optax
 import pytest
 import torch
-from implementations import relative_l2
-from models import TINY, random_state
+from support.implementations import relative_l2
+from support.models import TINY, random_state
 
 import bridge
 import gpt2_jax
@@ -25,11 +25,11 @@ import gpt2_torch
 from bridge import Checkpoint, GPT2Config
 from bridge.optimizer_state import AdamWState
 from gpt2_jax.loss import IGNORED
-from gpt2_jax.train import optimizer_state as jax_optimizer_state
-from gpt2_jax.train.config import OptimizerConfig
-from gpt2_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt2_jax.train.step import init_state, make_train_step
-from gpt2_torch import train as torch_train
+from gpt2_jax.training import optimizer_state as jax_optimizer_state
+from gpt2_jax.training.config import OptimizerConfig
+from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.training.step import init_state, make_train_step
+from gpt2_torch import training as torch_train
 
 STEPS, CROSSING, AFTER_CROSSING = 50, 20, 40
 BATCH, LENGTH, ACCUMULATE = 10, 13, 2
@@ -274,7 +274,7 @@ Patch = pytest.MonkeyPatch
 
 
 def decay_biases(patch: Patch) -> None:
-    patch.setattr(bridge.params.Parameter, "decays", True)
+    patch.setattr(bridge.parameter_table.Parameter, "decays", True)
 
 
 def begin_the_schedule_at_one(patch: Patch) -> None:

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import TINY, huggingface_directory, random_checkpoint
 from rich.console import Console
-from tokenizers_for_tests import write_byte_tokenizer
+from support.models import TINY, huggingface_directory, random_checkpoint
+from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 import gpt2_torch
 from bridge import Checkpoint
 from gpt2_jax.cli import main
-from gpt2_jax.parity import CHECKS, Check, Measurement, Report, third_opinion, verify
+from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_side, verify
 from gpt2_jax.parity.verify import BUILT_IN_TEXT, _tokens
 from gpt2_torch.loss import next_token_loss
 
@@ -49,7 +49,7 @@ def test_it_covers_the_attention_switches_of_other_trainers() -> None:
 
 
 def test_transformers_is_left_out_with_a_word_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(third_opinion, "is_installed", lambda: False)
+    monkeypatch.setattr(transformers_side, "is_installed", lambda: False)
     (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), length=5).checks
     assert not check.was_run
     assert "not installed" in check.note

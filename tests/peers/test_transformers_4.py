@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from models import TINY, random_checkpoint, random_ids
+from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 import gpt2_torch

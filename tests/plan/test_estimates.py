@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bridge import GPT2Config, num_parameters
+from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.plan.chips import CHIPS, Chip
 from gpt2_jax.plan.collectives import Collective, Exchange
 from gpt2_jax.plan.compiled import described_step
@@ -14,8 +15,7 @@ from gpt2_jax.plan.memory import State, layer_parameters
 from gpt2_jax.plan.roofline import hbm_bytes, roofline, step_flops
 from gpt2_jax.plan.suggest import Suggestion, needed_bytes, possible_meshes, sent_bytes, spread_state, suggest
 from gpt2_jax.plan.topology import Topology
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import PRESETS, TrainConfig
+from gpt2_jax.training import PRESETS, TrainConfig
 
 MODEL = GPT2Config(vocab_size=64, n_positions=16, n_embd=24, n_layer=2, n_head=4)
 CONFIG = replace(PRESETS["nano"], model=MODEL, batch_size=12, accumulate=3, length=16, dtype="bfloat16")

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from bridge import GPT2Config, num_parameters
+from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.plan.compiled import Program, described_step, refusal
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.plan.memory import kept_bytes, layer_parameters, peak, state_bytes, sum_of_parts
 from gpt2_jax.plan.suggest import divides, spread_state
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import PRESETS, TrainConfig, TrainState
+from gpt2_jax.training import PRESETS, TrainConfig, TrainState
 
 COUNTS = 2 * 4
 """AdamW's count of steps and its schedule's, of int32."""

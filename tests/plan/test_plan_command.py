@@ -14,10 +14,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from commands import run
 from matplotlib.image import imread
+from support.commands import run
 
 from bridge import BridgeError, GPT2Config, num_parameters, parameters
+from gpt2_jax.console.terminal import console
+from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.plan.chips import BY_NAME
 from gpt2_jax.plan.collectives import exchange
 from gpt2_jax.plan.compiled import Program, described_step
@@ -26,9 +28,7 @@ from gpt2_jax.plan.plot import plot
 from gpt2_jax.plan.report import show, show_scaling, to_json
 from gpt2_jax.plan.roofline import roofline
 from gpt2_jax.plan.topology import Topology
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.terminal import console
-from gpt2_jax.train import PRESETS
+from gpt2_jax.training import PRESETS
 
 COMMAND = (sys.executable, "-c", "from gpt2_jax.cli import main; main()", "plan")
 TINY = ("--vocab-size", "64", "--n-positions", "16", "--n-embd", "32", "--n-layer", "2", "--n-head", "4")

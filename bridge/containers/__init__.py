@@ -1,0 +1,1 @@
+"""File containers that hold tensors: safetensors, GGUF, msgpack, torch.save archives, TensorFlow bundles, OCDBT."""

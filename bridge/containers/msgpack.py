@@ -1,0 +1,324 @@
+"""Flax's msgpack file, a tree of named arrays, scanned without the arrays and written as a stream.
+
+The `msgpack` package decodes a file as a whole with every array in memory, and Flax then takes any dtype and shape.
+Here the structure is read, and the bytes of an array when it is looked up. The tests hold both directions against
+`flax.serialization`.
+
+Format: a map of maps whose leaves are of extension type 1, a msgpack list of shape, dtype's name and bytes. An array
+of more than 2^30 bytes is a map in its place, of its shape and of flat chunks.
+https://github.com/msgpack/msgpack/blob/master/spec.md and `flax.serialization.msgpack_serialize`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias, TypeGuard
+
+import numpy as np
+
+from bridge.conversion import flatten
+from bridge.errors import CheckpointError, quoted
+from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry, aligned_empty
+
+_OTHERS = (np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8, np.bool_)
+# Which of them may be weights is decided where weights are checked.
+DTYPES: Mapping[str, np.dtype] = {dtype.name: dtype for dtype in (*FLOAT_DTYPES, *map(np.dtype, _OTHERS))}
+"""The element types that are read and written, under the names that Flax gives them."""
+
+MOST_CHUNK_BYTES = 2**30
+"""A larger array is stored in flat chunks of this size; `flax.serialization.MAX_CHUNK_SIZE`."""
+
+_ARRAY, _COMPLEX, _SCALAR, _TIME = 1, 2, 3, -1  # extension types; the last is msgpack's own
+_CHUNKED = "__msgpack_chunked_array__"
+
+# What follows bounds the cost of a hostile file, which may be sparse; it is far above what a GPT-2 needs.
+_MOST_VALUES = 2**15  # a GPT-2 XL has 580 arrays, in fewer maps
+_MOST_DEPTH = 16
+_MOST_NAME_BYTES = 256
+_MOST_RANK = 16
+_BLOCK_BYTES = 4096
+
+_MAP, _LIST, _TEXT, _BYTES, _EXTENSION = "a map", "a list", "a string", "bytes", "an extension"
+_NUMBER, _BOOL = "a whole number", "a bool"
+
+_HEADS: Mapping[int, tuple[str, int, int]] = {
+    **{n: (_NUMBER, 0, n) for n in range(0x80)},
+    **{0x80 + n: (_MAP, 0, n) for n in range(16)},
+    **{0x90 + n: (_LIST, 0, n) for n in range(16)},
+    **{0xA0 + n: (_TEXT, 0, n) for n in range(32)},
+    0xC0: ("nil", 0, 0),
+    0xC1: ("a value of no kind", 0, 0),
+    **{0xC2 + n: (_BOOL, 0, n) for n in range(2)},
+    **{0xC4 + n: (_BYTES, 2**n, 0) for n in range(3)},
+    **{0xC7 + n: (_EXTENSION, 2**n, 0) for n in range(3)},
+    **{0xCA + n: ("a float", 4 * 2**n, 0) for n in range(2)},
+    **{0xCC + n: (_NUMBER, 2**n, 0) for n in range(4)},
+    **{0xD0 + n: (_NUMBER, 2**n, 0) for n in range(4)},  # signed
+    **{0xD4 + n: (_EXTENSION, 0, 2**n) for n in range(5)},
+    **{0xD9 + n: (_TEXT, 2**n, 0) for n in range(3)},
+    **{0xDC + n: (_LIST, 2 * 2**n, 0) for n in range(2)},
+    **{0xDE + n: (_MAP, 2 * 2**n, 0) for n in range(2)},
+    **{0xE0 + n: (_NUMBER, 0, n - 32) for n in range(32)},
+}
+"""A value's first byte -> its kind, and how many bytes give its length (or the number itself), or what that is."""
+
+_Node: TypeAlias = "dict[str, _Node] | TensorEntry | int"
+
+
+def is_msgpack(path: Path) -> bool:
+    """Whether a file begins as a small map with a short name in it does; False for what cannot be read."""
+    start = first_bytes(path, 2)
+    return len(start) == 2 and 0x81 <= start[0] <= 0x8F and 0xA1 <= start[1] <= 0xBF
+
+
+def read_file(path: str | Path) -> dict[str, TensorEntry]:
+    """Path in the tree (`transformer/wte/embedding`) -> array, which is read at each look-up.
+
+    Raises `CheckpointError` for anything that is not a complete tree of arrays; what is declared is checked against
+    the bytes that are there before any of it is allocated.
+    """
+    scanner = _Scanner(StoredFile.open(path))
+    tree = scanner.value()
+    if not isinstance(tree, dict):
+        raise scanner.refusal("this is not a tree of parameters")
+    if trailing := scanner.file.size - scanner.position:
+        raise scanner.refusal(f"{trailing} bytes after the end of the tree; the file is damaged")
+    leaves: dict[str, TensorEntry] = flatten(tree)
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, TensorEntry):
+            raise scanner.refusal(f"{quoted(name)} is the number {leaf}, not an array")
+    return leaves
+
+
+def write_file(path: str | Path, tensors: LazyTensors) -> None:
+    """Write `tensors`, path in the tree -> array, one after the other and as `flax.serialization.to_bytes` does."""
+    tree: dict[str, Any] = {}
+    for name, entry in tensors.entries.items():
+        if entry.dtype not in DTYPES.values():
+            raise CheckpointError(f"{quoted(name)}: no {entry.dtype} is written into Flax's msgpack files")
+        *modules, leaf = name.split("/")
+        node = tree
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[leaf] = entry
+    if len(tensors) > _MOST_VALUES // 2:  # which leaves as much for maps
+        raise CheckpointError(f"{len(tensors)} tensors are more than are read back, {_MOST_VALUES // 2}")
+    with open(path, "xb") as file:
+        _write(file, "", tree)
+
+
+class _Scanner:
+    """A place in the file. Reads by blocks, because `StoredFile` opens the file for each read."""
+
+    def __init__(self, file: StoredFile) -> None:
+        self.file = file
+        self.position = 0
+        self.path: list[str] = []
+        """The names of the maps around this place, for messages."""
+        self._values = 0
+        self._block = b""
+        self._block_start = 0
+
+    def refusal(self, why: str) -> CheckpointError:
+        where = f"{quoted('/'.join(self.path))}: " if self.path else ""
+        return CheckpointError(f"{quoted(self.file.path)}: {where}{why}")
+
+    def skip(self, count: int) -> int:
+        """Pass `count` bytes, which have to be there; returns where they begin."""
+        start = self.position
+        if count > self.file.size - start:
+            raise self.refusal(
+                f"{count} bytes from {start} on do not lie in the file's {self.file.size}; it is damaged or truncated"
+            )
+        self.position += count
+        return start
+
+    def take(self, count: int) -> bytes:
+        start = self.skip(count)
+        if self.position > self._block_start + len(self._block):
+            self._block = self.file.read(start, max(count, min(_BLOCK_BYTES, self.file.size - start)))
+            self._block_start = start
+        return self._block[start - self._block_start : self.position - self._block_start]
+
+    def head(self) -> tuple[str, int]:
+        """The kind of the value that begins here, and its length, or the number that it is."""
+        first = self.take(1)[0]
+        kind, width, value = _HEADS[first]
+        if width:
+            value = int.from_bytes(self.take(width), "big", signed=0xD0 <= first <= 0xD3)
+        return kind, value
+
+    def expect(self, kind: str, what: str) -> int:
+        """The length, or number, of a value that has to be of this `kind`; `what` it is, for the message."""
+        found, value = self.head()
+        if found != kind:
+            raise self.refusal(f"{what} is {found}, not {kind}")
+        return value
+
+    def text(self, what: str) -> str:
+        length = self.expect(_TEXT, what)
+        if length > _MOST_NAME_BYTES:
+            raise self.refusal(f"{what} has {length} bytes; at most {_MOST_NAME_BYTES} are read")
+        text = self.take(length)
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise self.refusal(f"{what} is not UTF-8: {quoted(text)}") from None
+
+    def value(self) -> _Node:
+        self._values += 1
+        if self._values > _MOST_VALUES:
+            raise self.refusal(f"more than {_MOST_VALUES} values come before this; that is not a GPT-2")
+        kind, value = self.head()
+        match kind:
+            case "a map":
+                return self.map(value)
+            case "an extension":
+                return self.extension(value)
+            case "a whole number":  # which a chunked array has, and whose mark is a bool
+                return value
+            case "a bool":
+                return bool(value)
+        raise self.refusal(f"this is {kind}, not an array")
+
+    def map(self, count: int) -> _Node:
+        if len(self.path) >= _MOST_DEPTH:
+            raise self.refusal(f"maps are nested more than {_MOST_DEPTH} deep")
+        node: dict[str, _Node] = {}
+        for _ in range(count):  # each takes bytes of the file
+            name = self.text("a name in it")
+            if not name or "/" in name:
+                raise self.refusal(f"{quoted(name)} is no name of a module or a parameter")
+            if name in node:
+                raise self.refusal(f"{quoted(name)} is there twice")
+            self.path.append(name)
+            node[name] = self.value()
+            self.path.pop()
+        return self.joined(node) if _CHUNKED in node else node
+
+    def extension(self, length: int) -> TensorEntry:
+        type = int.from_bytes(self.take(1), "big", signed=True)
+        if type not in (_ARRAY, _SCALAR):
+            what = {_COMPLEX: "a complex number", _TIME: "a time"}.get(type, f"of extension type {type}")
+            raise self.refusal(f"this is {what}, not an array")
+        end = self.position + length
+        entry = self.array()
+        if self.position != end:
+            raise self.refusal(f"the array ends at byte {self.position}, its {length} bytes at {end}")
+        return entry
+
+    def array(self) -> TensorEntry:
+        parts = self.expect(_LIST, "an array's content")
+        if parts != 3:
+            raise self.refusal(f"an array of {parts} parts; Flax stores shape, dtype and bytes")
+        rank = self.expect(_LIST, "its shape")
+        if rank > _MOST_RANK:
+            raise self.refusal(f"a shape of {rank} axes; at most {_MOST_RANK} are read")
+        shape = tuple(self.expect(_NUMBER, "a size in its shape") for _ in range(rank))
+        name = self.text("its dtype")
+        nbytes = self.expect(_BYTES, "its data")
+        start = self.skip(nbytes)
+        if name not in DTYPES:
+            raise self.refusal(f"its dtype is {quoted(name)}, not one of {', '.join(DTYPES)}")
+        needed = math.prod(shape) * DTYPES[name].itemsize
+        if min(shape, default=0) < 0 or needed != nbytes:
+            raise self.refusal(f"shape {shape} of {name} needs {quoted(needed)} bytes, the array has {nbytes}")
+        return self.file.entry(DTYPES[name], shape, start)
+
+    def joined(self, node: dict[str, _Node]) -> TensorEntry:
+        """The one array that is stored as its shape and its chunks."""
+        shape, chunks = _listed(node.get("shape")), _listed(node.get("chunks"))
+        if node.keys() != {_CHUNKED, "shape", "chunks"} or node[_CHUNKED] is not True or not shape or not chunks:
+            raise self.refusal("a chunked array without exactly its shape and its chunks, numbered from 0 on")
+        if not _are_sizes(shape) or not _are_chunks(chunks) or len({chunk.dtype for chunk in chunks}) > 1:
+            raise self.refusal("a chunked array has a shape of whole numbers, and flat chunks of one dtype")
+        there = sum(chunk.shape[0] for chunk in chunks)
+        if len(shape) > _MOST_RANK or math.prod(shape) != there:
+            raise self.refusal(f"shape {quoted(shape)} does not fit the {there} elements of the chunks")
+        return _concatenated(chunks, tuple(shape))
+
+
+def _listed(node: _Node | None) -> list[_Node]:
+    """The values of a map whose names count from 0 on; nothing for any other node."""
+    if not isinstance(node, dict) or node.keys() != {str(i) for i in range(len(node))}:
+        return []
+    return [node[str(i)] for i in range(len(node))]
+
+
+def _are_sizes(nodes: list[_Node]) -> TypeGuard[list[int]]:
+    return all(type(node) is int and node >= 0 for node in nodes)
+
+
+def _are_chunks(nodes: list[_Node]) -> TypeGuard[list[TensorEntry]]:
+    return all(isinstance(node, TensorEntry) and len(node.shape) == 1 for node in nodes)
+
+
+def _concatenated(chunks: list[TensorEntry], shape: tuple[int, ...]) -> TensorEntry:
+    dtype = chunks[0].dtype
+
+    def read() -> np.ndarray:
+        array = aligned_empty(shape, dtype)
+        flat, position = array.reshape(-1), 0
+        for chunk in chunks:
+            end = position + chunk.shape[0]
+            flat[position:end] = chunk.read()
+            position = end
+        return array
+
+    return TensorEntry(dtype, shape, read)
+
+
+_SHORTEST = {(kind, value): first for first, (kind, width, value) in _HEADS.items() if not width}
+_WIDER: dict[str, list[tuple[int, int]]] = {}
+for _first, (_kind, _width, _) in _HEADS.items():
+    if _width:
+        _WIDER.setdefault(_kind, []).append((_width, _first))
+
+
+def _head(kind: str, value: int) -> bytes:
+    """The shortest spelling of a head, as msgpack's writers choose it; `_Scanner.head` the other way."""
+    if (kind, value) in _SHORTEST:
+        return bytes([_SHORTEST[kind, value]])
+    width, first = next(wider for wider in _WIDER[kind] if value < 256 ** wider[0])
+    return bytes([first]) + value.to_bytes(width, "big")
+
+
+def _text(text: str) -> bytes:
+    return _head(_TEXT, len(text.encode())) + text.encode()
+
+
+def _write(file: BinaryIO, name: str, node: dict[str, Any] | TensorEntry | int) -> None:
+    match node:
+        case dict():
+            file.write(_head(_MAP, len(node)))
+            for child, value in node.items():
+                file.write(_text(child))
+                _write(file, f"{name}/{child}".lstrip("/"), value)
+        case TensorEntry() if node.nbytes > MOST_CHUNK_BYTES:
+            _write(file, name, _chunked(name, node))
+        case TensorEntry():
+            sizes = b"".join(_head(_NUMBER, size) for size in node.shape)
+            start = _head(_LIST, 3) + _head(_LIST, len(node.shape)) + sizes + _text(node.dtype.name)
+            start += _head(_BYTES, node.nbytes)
+            file.write(_head(_EXTENSION, len(start) + node.nbytes) + bytes([_ARRAY]) + start)
+            write_array(file, name, node)
+        case _:
+            file.write(_head(_BOOL if node is True else _NUMBER, node))
+
+
+def _chunked(name: str, entry: TensorEntry) -> dict[str, Any]:
+    """An array, which is read here, as Flax takes a large one apart."""
+    array = entry.read()
+    if array.dtype != entry.dtype or array.shape != entry.shape:
+        raise CheckpointError(f"{quoted(name)} changed while it was being written")
+    flat = np.ascontiguousarray(array).reshape(-1)
+    count = max(1, MOST_CHUNK_BYTES // entry.dtype.itemsize)
+    chunks = [TensorEntry.of(flat[start : start + count]) for start in range(0, len(flat), count)]
+    return {_CHUNKED: True, "shape": _numbered(entry.shape), "chunks": _numbered(chunks)}
+
+
+def _numbered(values: tuple[Any, ...] | list[Any]) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(values)}

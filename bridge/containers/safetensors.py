@@ -1,0 +1,166 @@
+"""The safetensors container, read one tensor at a time and written as a stream.
+
+The `safetensors` package maps the file or takes all tensors at once; a conversion here may hold
+two of the largest tensors and no more, so the container is read and written with plain file
+calls. (Its numpy writer also stores wrong data for arrays that are not C-contiguous, upstream
+issue 825.) The tests hold both directions against the package.
+
+Format: 8 bytes little-endian header length, the header as JSON, then the data without holes.
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from bridge.errors import CheckpointError, quoted
+from bridge.storage.json_text import parse_object
+from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.tensors import LazyTensors
+
+# Every type that the format defines and numpy holds. Which of them may be weights is decided where
+# weights are checked: mask buffers of old checkpoints are uint8 or bool.
+DTYPES: Mapping[str, np.dtype] = {
+    name: np.dtype(t)
+    for name, t in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_FORMATS_MOST_HEADER_BYTES = 10**8
+# A GPT-2 XL's header is 60 kB. Parsed, a hostile one takes 33 times its size, and refusing a file
+# may cost 64 MiB.
+_MOST_HEADER_BYTES = 2**20
+_MOST_RANK = 16  # Flax's deepest leaf has 5 axes; a header can claim 10,000
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a header and an opening brace; False for what cannot be read."""
+    start = first_bytes(path, 9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _FORMATS_MOST_HEADER_BYTES
+
+
+def header_names(path: Path, tensor: str) -> bool:
+    """Whether a safetensors file has a tensor of this name. Returns False for an unreadable file."""
+    if not is_safetensors(path):
+        return False
+    start = first_bytes(path, 8 + _MOST_HEADER_BYTES)
+    return json.dumps(tensor).encode() in start[8 : 8 + int.from_bytes(start[:8], "little")]
+
+
+def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
+    """The tensors of a safetensors file, each read when it is looked up, and its metadata.
+
+    Raises `CheckpointError` for anything that is not a complete, well-formed file; what the header
+    declares is checked against the bytes that are there before any of it is allocated.
+    """
+    file = StoredFile.open(path)
+    header, data_start = _read_header(file)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{quoted(file.path)}: __metadata__ must map names to strings")
+    entries = {}
+    spans = []
+    for name, described in header.items():
+        dtype, shape, begin, end = _described(file.path, name, described, file.size - data_start)
+        spans.append((begin, end, name))
+        entries[name] = file.entry(dtype, shape, data_start + begin)
+    _require_no_holes(file.path, spans, file.size - data_start)
+    return LazyTensors(entries), metadata
+
+
+def write_file(path: str | Path, tensors: LazyTensors, metadata: Mapping[str, str]) -> None:
+    """Write `tensors` one after the other; never more than one of them is in memory."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name, entry in tensors.entries.items():
+        if entry.dtype not in _NAMES:
+            raise CheckpointError(f"{quoted(name)}: safetensors cannot hold {entry.dtype}")
+        offsets = [position, position + entry.nbytes]
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
+        position = offsets[1]
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
+    if len(encoded) > _MOST_HEADER_BYTES:
+        raise CheckpointError(f"{len(tensors)} tensors need a header of {len(encoded)} bytes, more than is read back")
+    with open(path, "xb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name, entry in tensors.entries.items():
+            write_array(file, name, entry)
+
+
+def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
+    """The header, and where the data starts."""
+    start = file.read(0, min(8, file.size))
+    length = int.from_bytes(start, "little")
+    if len(start) < 8:
+        raise CheckpointError(f"{quoted(file.path)}: only {file.size} bytes; the file is empty or truncated")
+    if length > file.size - 8:
+        raise CheckpointError(
+            f"{quoted(file.path)}: not a safetensors file, or truncated: its header would be longer than the file"
+        )
+    if length > _MOST_HEADER_BYTES:
+        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")
+    return parse_object(file.read(8, length), f"{quoted(file.path)}: the header", CheckpointError), 8 + length
+
+
+def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """dtype, shape, begin and end of one tensor, as far as they can be believed."""
+
+    def refuse(why: str) -> CheckpointError:
+        return CheckpointError(f"{quoted(path)}: tensor {quoted(name)}: {why}")
+
+    if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
+        raise refuse("must have exactly dtype, shape and data_offsets")
+    if not isinstance(described["dtype"], str) or described["dtype"] not in DTYPES:
+        raise refuse(f"dtype {quoted(described['dtype'])} is not one of {', '.join(DTYPES)}")
+    dtype = DTYPES[described["dtype"]]
+    shape, offsets = described["shape"], described["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > _MOST_RANK:
+        raise refuse(f"shape {quoted(shape)} is not a list of at most {_MOST_RANK} sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
+        raise refuse(f"data_offsets {quoted(offsets)} do not lie in the file's {data_size} bytes of data")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes != offsets[1] - offsets[0]:
+        raise refuse(
+            f"shape {shape} of {dtype} needs {quoted(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}"
+        )
+    return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _require_no_holes(path: Path, spans: list[tuple[int, int, str]], data_size: int) -> None:
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            raise CheckpointError(f"{quoted(path)}: tensor {quoted(name)} {what}")
+        position = end
+    if position != data_size:
+        raise CheckpointError(
+            f"{quoted(path)}: {data_size - position} bytes after the last tensor; the file is damaged"
+        )

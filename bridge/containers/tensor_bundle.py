@@ -1,0 +1,265 @@
+"""TensorFlow's checkpoint, version 2 ("tensor bundle"), without TensorFlow: `PREFIX.index` and `PREFIX.data-*-of-*`.
+
+The index is a LevelDB table (github.com/google/leveldb, doc/table_format.md) whose values are protocol buffers, the
+data files are the tensors one after the other. Every block of the index and every tensor has a CRC-32C.
+Source: tensorflow/core/util/tensor_bundle and core/protobuf/tensor_bundle.proto.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from bridge.containers.crc32c import crc32c, masked
+from bridge.errors import CheckpointError, quoted
+from bridge.storage.stored_file import StoredFile
+from bridge.storage.tensors import LazyTensors, TensorEntry
+
+MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
+"""What the index ends with."""
+
+# DataType of tensorflow/core/framework/types.proto. Which may be weights is decided where weights are checked.
+_DTYPES: Mapping[int, np.dtype] = {
+    number: np.dtype(kind)
+    for number, kind in {
+        1: np.float32,
+        2: np.float64,
+        3: np.int32,
+        4: np.uint8,
+        5: np.int16,
+        6: np.int8,
+        9: np.int64,
+        10: np.bool_,
+        14: ml_dtypes.bfloat16,
+        19: np.float16,
+    }.items()
+}
+
+_FOOTER = 48
+_TRAILER = 5  # of a block: how it is compressed, and its checksum
+# The index of gpt2-xl with Adam's slots has 150 kB and 1,743 tensors. Names are bounded because each takes over from
+# the one before: three bytes could make another of megabytes.
+_MOST_INDEX_BYTES = 2**20
+_MOST_TENSORS = 4_000
+_MOST_NAME_BYTES = 1_024
+_MOST_SHARDS = 1_000
+_MOST_RANK = 16
+_VERSION = 1  # of the format, VersionDef in the header; it has been this one since it began
+
+_Fields = dict[int, list[int | bytes]]
+"""A protocol buffer: number of the field -> its values."""
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file ends as an index does; False for what cannot be read."""
+    try:
+        file = StoredFile.open(path)
+        return file.size >= len(MAGIC) and file.read(file.size - len(MAGIC), len(MAGIC)) == MAGIC
+    except CheckpointError:
+        return False
+
+
+def read_bundle(index: Path) -> LazyTensors:
+    """Return the tensors of `PREFIX.index`. Each is read and verified against its checksum on access."""
+    file = StoredFile.open(index)
+    if not _FOOTER <= file.size <= _MOST_INDEX_BYTES:
+        raise CheckpointError(
+            f"{quoted(index)}: {file.size} bytes; the index of a GPT-2 has from {_FOOTER} to {_MOST_INDEX_BYTES}"
+        )
+    table = _Table(file.path, file.read(0, file.size))
+    shards: dict[int, StoredFile] | None = None
+    entries: dict[str, TensorEntry] = {}
+    spans: list[tuple[int, int, int, str]] = []
+    for key, value in table.entries():
+        if shards is None:  # BundleHeaderProto, whose name is empty, comes first
+            shards = _shards(file.path, table.message(value) if key == b"" else {}, table)
+            continue
+        if len(entries) >= _MOST_TENSORS:
+            raise CheckpointError(f"{quoted(index)}: more than {_MOST_TENSORS} tensors")
+        name = key.decode("utf-8", "backslashreplace")
+        fields = table.message(value)
+        entries[name] = _entry(table, name, fields, shards)
+        spans.append((table.number(fields, 3), table.number(fields, 4), entries[name].nbytes, name))
+    _require_apart(spans, shards or {})
+    return LazyTensors(entries)
+
+
+def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile]:
+    """The data files, whose names come from the index's own and their number, and from nothing in a file."""
+    count, endianness = table.number(header, 1), table.number(header, 2)
+    if endianness != 0:
+        raise table.damaged("was written on a big-endian machine; save it again on another")
+    version = table.message(table.bytes_of(header, 3))
+    if table.number(version, 2) > _VERSION or 3 in version:  # min_consumer, bad_consumers
+        raise table.damaged("is of a later version of TensorFlow's checkpoints; save it with TensorFlow 2")
+    if not 1 <= count <= _MOST_SHARDS:
+        raise table.damaged(f"says that its data lie in {count} files")
+    prefix = index.name.removesuffix(".index")
+    return {k: StoredFile.open(index.parent / f"{prefix}.data-{k:05d}-of-{count:05d}") for k in range(count)}
+
+
+def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, StoredFile]) -> TensorEntry:
+    """BundleEntryProto."""
+    kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
+    if 7 in fields:
+        raise table.damaged(f"{quoted(name)} is stored in slices of a partitioned variable; save it whole")
+    if kind not in _DTYPES:
+        raise table.damaged(f"{quoted(name)} has TensorFlow's data type {kind}; save the model's variables alone")
+    if shard not in shards:
+        raise table.damaged(f"says that {quoted(name)} lies in data file {shard}, and there are {len(shards)}")
+    dtype, shape = _DTYPES[kind], _shape(table, name, fields)
+    if math.prod(shape) * dtype.itemsize != size:
+        raise table.damaged(f"{quoted(name)} of shape {quoted(shape)} and {dtype} has {size} bytes")
+    stored = shards[shard].entry(dtype, shape, offset)
+    expected = table.number(fields, 6)
+
+    def read() -> np.ndarray:
+        array = stored.read()
+        if masked(crc32c(array.reshape(-1).view(np.uint8).data)) != expected:
+            raise CheckpointError(
+                f"{quoted(shards[shard].path)} is damaged: {quoted(name)} does not have the checksum stored for it"
+            )
+        return array
+
+    return TensorEntry(dtype, shape, read)
+
+
+def _require_apart(spans: list[tuple[int, int, int, str]], shards: Mapping[int, StoredFile]) -> None:
+    """That no two tensors share bytes and that none come after the last; there may be gaps, from alignment.
+
+    `spans`: data file, offset, bytes and name of each.
+    """
+    ends = dict.fromkeys(shards, 0)
+    for shard, offset, nbytes, name in sorted(spans):
+        if offset < ends[shard]:
+            raise CheckpointError(f"{quoted(shards[shard].path)}: {quoted(name)} overlaps the tensor before it")
+        ends[shard] = offset + nbytes
+    for shard, end in ends.items():
+        if end != shards[shard].size:
+            raise CheckpointError(
+                f"{quoted(shards[shard].path)}: {shards[shard].size - end} bytes after the last tensor; it is damaged, "
+                "or of another checkpoint than its index"
+            )
+
+
+def _shape(table: _Table, name: str, fields: _Fields) -> tuple[int, ...]:
+    """TensorShapeProto."""
+    shape = table.message(table.bytes_of(fields, 2))
+    dims = [table.number(table.message(dim), 1) for dim in shape.get(2, ()) if isinstance(dim, bytes)]
+    if len(dims) > _MOST_RANK or 3 in shape or any(dim >= 2**63 for dim in dims):
+        raise table.damaged(f"{quoted(name)} has no shape that a tensor can have")
+    return tuple(dims)
+
+
+class _Table:
+    """A LevelDB table of a few blocks, in memory."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self._content = path, content
+
+    def entries(self) -> Iterator[tuple[bytes, bytes]]:
+        """Keys and values in order; no key twice."""
+        footer = len(self._content) - _FOOTER
+        if self._content[-8:] != MAGIC:
+            raise self.damaged("does not end as an index does; it is truncated, or something else")
+        _, position = self._handle(self._content, footer)  # of the metaindex, which is empty
+        index, _ = self._handle(self._content, position)
+        last: bytes | None = None
+        used = 0
+        for _, value in self._block(index):
+            handle, _ = self._handle(value, 0)
+            used += handle[1]
+            if used > len(self._content):  # or one block could be read as often as there are handles
+                raise self.damaged("has blocks that overlap, or do not fit into it")
+            for key, entry in self._block(handle):
+                if last is not None and key <= last:
+                    raise self.damaged("has names that are out of order, or twice")
+                last = key
+                yield key, entry
+
+    def message(self, content: bytes) -> _Fields:
+        """A protocol buffer's fields, none of them interpreted. https://protobuf.dev/programming-guides/encoding"""
+        fields: _Fields = {}
+        position = 0
+        while position < len(content):
+            tag, position = self._varint(content, position)
+            value: int | bytes
+            match tag & 7:
+                case 0:
+                    value, position = self._varint(content, position)
+                case 2:
+                    length, position = self._varint(content, position)
+                    value, position = self._take(content, position, length), position + length
+                case 5:
+                    value = int.from_bytes(self._take(content, position, 4), "little")
+                    position += 4
+                case _:
+                    raise self.damaged("has a value that is no protocol buffer of TensorFlow's")
+            fields.setdefault(tag >> 3, []).append(value)
+        return fields
+
+    def number(self, fields: _Fields, field: int) -> int:
+        """A number, 0 where it is left out."""
+        values = fields.get(field, [0])
+        if len(values) != 1 or isinstance(values[0], bytes):
+            raise self.damaged(f"has a value whose field {field} is not one number")
+        return values[0]
+
+    def bytes_of(self, fields: _Fields, field: int) -> bytes:
+        values = fields.get(field, [b""])
+        if len(values) != 1 or not isinstance(values[0], bytes):
+            raise self.damaged(f"has a value whose field {field} is not one message")
+        return values[0]
+
+    def damaged(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{quoted(self.path)} {why}")
+
+    def _block(self, handle: tuple[int, int]) -> Iterator[tuple[bytes, bytes]]:
+        """The entries of one block, whose keys leave out what they share with the one before."""
+        offset, size = handle
+        block = self._take(self._content, offset, size + _TRAILER)
+        if masked(crc32c(block[:-4])) != int.from_bytes(block[-4:], "little"):
+            raise self.damaged(f"is damaged: the block at {offset} does not have the checksum stored for it")
+        if block[size] != 0:
+            raise self.damaged("has compressed blocks, which TensorFlow does not write; save it with TensorFlow")
+        restarts = int.from_bytes(self._take(block, size - 4, 4), "little")
+        end = size - 4 - 4 * restarts
+        position, key = 0, b""
+        while position < end:
+            shared, position = self._varint(block, position)
+            added, position = self._varint(block, position)
+            length, position = self._varint(block, position)
+            if shared > len(key) or position + added + length > end:
+                raise self.damaged("has an entry that does not fit in its block")
+            if shared + added > _MOST_NAME_BYTES:
+                raise self.damaged(f"has a name of more than {_MOST_NAME_BYTES} bytes")
+            key = key[:shared] + block[position : position + added]
+            position += added
+            yield key, block[position : position + length]
+            position += length
+        if position != end:
+            raise self.damaged("has a block that is longer or shorter than its entries")
+
+    def _handle(self, content: bytes, position: int) -> tuple[tuple[int, int], int]:
+        offset, position = self._varint(content, position)
+        size, position = self._varint(content, position)
+        return (offset, size), position
+
+    def _varint(self, content: bytes, position: int) -> tuple[int, int]:
+        value = 0
+        for shift in range(0, 64, 7):
+            byte = self._take(content, position, 1)[0]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value, position
+        raise self.damaged("has a number of more than 64 bits")
+
+    def _take(self, content: bytes, position: int, count: int) -> bytes:
+        if not 0 <= position <= position + count <= len(content):
+            raise self.damaged("is damaged or truncated: it points outside of itself")
+        return content[position : position + count]

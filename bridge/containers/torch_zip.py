@@ -1,0 +1,241 @@
+"""What torch.save wrote, read without torch and without running anything: a zip of one pickle and a record per storage.
+
+Format: https://github.com/pytorch/pytorch/blob/main/docs/source/notes/serialization.rst
+The calls by which a pickle describes tensors: torch/_utils.py, `_rebuild_tensor_v2` and its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from bridge.containers import torch_pickle as pickles
+from bridge.containers.torch_pickle import Symbol
+from bridge.containers.zip_records import Archive
+from bridge.errors import CheckpointError, quoted
+from bridge.storage.stored_file import StoredFile, first_bytes
+from bridge.storage.tensors import TensorEntry
+
+MOST_TENSORS = 10_000  # GPT-2 XL with AdamW's state has 2,400
+_MOST_RANK = 16
+_MOST_SIZE = 2**48  # elements along an axis, and of all axes that are not empty: what numpy can always address
+
+_STORAGES: Mapping[str, type] = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_WITHOUT_STORAGES = ("uint16", "uint32", "uint64")
+"""Types for which torch writes an untyped storage and, in `_rebuild_tensor_v3`, the dtype."""
+
+_ZIP = b"PK\3\4"
+_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+_BARE_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+_AGAIN = "if you trust it, load it with torch (weights_only=True) and torch.save the tensors again"
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether a file begins as one of torch's does, of today or of before 1.6; False for what cannot be read."""
+    return first_bytes(path, 4).startswith((_ZIP, *_BARE_PICKLES))
+
+
+def read_file(path: str | Path) -> Any:
+    """What torch.save was given: dicts, lists, tuples, numbers, strings, and a `TensorEntry` for each tensor.
+
+    An OrderedDict is a dict here, a parameter its tensor, and the device is not told. Tensors that are the same part
+    of the same storage are the same object. Only the pickle is read; a tensor is read when its entry is.
+
+    Raises `CheckpointError` for every other kind of object, naming it, and for whatever is damaged.
+    """
+    file = StoredFile.open(path)
+    start = file.read(0, min(len(_LEGACY), file.size))
+    if not start.startswith(_ZIP):
+        if start == _LEGACY:
+            raise CheckpointError(f"{quoted(file.path)} is in the format of torch before 1.6; {_AGAIN}")
+        if start.startswith(_BARE_PICKLES):
+            raise CheckpointError(f"{quoted(file.path)} is a pickle that torch.save did not write; {_AGAIN}")
+        raise CheckpointError(f"{quoted(file.path)} is not a file of torch's, or damaged")
+    return _Saved(Archive.open(file)).read()
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """One record of numbers."""
+
+    record: str
+    dtype: np.dtype
+    nbytes: int
+
+
+class _Saved:
+    """One file: its records, and what the pickle calls become."""
+
+    def __init__(self, archive: Archive) -> None:
+        self._archive = archive
+        self._where = quoted(archive.file.path)
+        self._root = next(iter(archive.records), "").partition("/")[0]
+        self._storages: dict[str, _Storage] = {}
+        self._entries: dict[tuple[Any, ...], TensorEntry] = {}
+        self._tensors_made = 0
+
+    def read(self) -> Any:
+        self._require_torch_save()
+        content = self._archive.read(f"{self._root}/data.pkl")
+        return pickles.load(
+            content,
+            f"{self._where}: data.pkl",
+            symbols=self._symbols(),
+            persistent=self._storage,
+            leaves=(TensorEntry,),
+        )
+
+    def _require_torch_save(self) -> None:
+        names = self._archive.records
+        if any(not name.startswith(f"{self._root}/") for name in names):
+            raise CheckpointError(f"{self._where} is a zip of several things, not one file of torch's")
+        if any(name.startswith((f"{self._root}/code/", f"{self._root}/constants.pkl")) for name in names):
+            raise CheckpointError(
+                f"{self._where} is a TorchScript archive, a program; load it with torch.jit.load and torch.save its "
+                "state_dict()"
+            )
+        pickle = names.get(f"{self._root}/data.pkl")
+        if pickle is None:
+            raise CheckpointError(f"{self._where} is a zip without data.pkl, not a file of torch's")
+        if pickle.size > pickles.MOST_BYTES:
+            raise CheckpointError(f"{self._where}: data.pkl has {pickle.size} bytes; at most {pickles.MOST_BYTES}")
+        order = names.get(f"{self._root}/byteorder")
+        if order is not None and (order.size != 6 or self._archive.read(order.name) != b"little"):
+            raise CheckpointError(f"{self._where} is of a big-endian machine; {_AGAIN}")
+
+    def _symbols(self) -> dict[tuple[str, str], Symbol]:
+        """Everything that a pickle may name, and what is done in its place."""
+        calls = {
+            ("collections", "OrderedDict"): self._ordered_dict,
+            ("torch", "Size"): self._size,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor_v2,
+            ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
+            ("torch._utils", "_rebuild_parameter"): self._parameter,
+        }
+        types: dict[tuple[str, str], np.dtype] = {("torch", name): np.dtype(kind) for name, kind in _STORAGES.items()}
+        types["torch.storage", "UntypedStorage"] = np.dtype(np.uint8)
+        types.update({("torch", name): np.dtype(name) for name in _WITHOUT_STORAGES})
+        return {
+            **{key: Symbol(".".join(key), call=call) for key, call in calls.items()},
+            **{key: Symbol(".".join(key), value=dtype) for key, dtype in types.items()},
+        }
+
+    def _refuse(self, why: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}: data.pkl {why}")
+
+    def _ordered_dict(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        if arguments:
+            raise self._refuse("makes an OrderedDict of something")
+        return {}
+
+    def _size(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
+        if len(arguments) != 1 or not _are_sizes(arguments[0]):
+            raise self._refuse("has a torch.Size that is not one of sizes")
+        return arguments[0]
+
+    def _parameter(self, arguments: tuple[Any, ...]) -> TensorEntry:
+        if len(arguments) != 3 or not isinstance(arguments[0], TensorEntry) or not _is_nothing(arguments[2]):
+            raise self._refuse("has a parameter that is not a tensor and whether it is trained")
+        return arguments[0]
+
+    def _storage(self, persistent_id: Any) -> _Storage:
+        """`("storage", type, key, device, count)`, where the count is of elements."""
+        match persistent_id:
+            case ("storage", Symbol(value=np.dtype() as dtype), str(key), str(), int(count)):
+                pass
+            case _:
+                raise self._refuse("has a persistent id that is not a storage")
+        name = f"{self._root}/data/{key}"
+        record = self._archive.records.get(name)
+        if record is None:
+            raise self._refuse(f"has a tensor in the record {quoted(name)}, which is not there")
+        if count * dtype.itemsize != record.size:
+            raise self._refuse(
+                f"has a storage of {quoted(count)} times {dtype.itemsize} bytes in the record {quoted(name)}, which "
+                f"has {record.size}"
+            )
+        storage = self._storages.setdefault(key, _Storage(name, dtype, record.size))
+        if storage.dtype != dtype:
+            raise self._refuse(f"reads the record {quoted(name)} as {storage.dtype} and as {dtype}")
+        return storage
+
+    def _tensor_v2(self, arguments: tuple[Any, ...]) -> TensorEntry:
+        """`(storage, offset, shape, strides, requires_grad, hooks[, metadata])`, counted in elements."""
+        match arguments:
+            case (_Storage() as storage, offset, shape, strides, bool(), hooks, *metadata):
+                if _is_nothing(hooks, *metadata) and len(metadata) <= 1:
+                    return self._tensor(storage, storage.dtype, offset, shape, strides)
+        raise self._refuse("describes a tensor as torch does not: hooks or metadata, or too few of its parts")
+
+    def _tensor_v3(self, arguments: tuple[Any, ...]) -> TensorEntry:
+        """`(storage, offset, shape, strides, requires_grad, hooks, dtype[, metadata])`."""
+        match arguments:
+            case (_Storage() as storage, offset, shape, strides, bool(), hooks, Symbol(value=np.dtype() as dtype), *m):
+                if _is_nothing(hooks, *m) and len(m) <= 1:
+                    return self._tensor(storage, dtype, offset, shape, strides)
+        raise self._refuse("describes a tensor as torch does not: hooks or metadata, or too few of its parts")
+
+    def _tensor(self, storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> TensorEntry:
+        """The entry of a part of a storage, which has to lie in it."""
+        self._tensors_made += 1
+        if self._tensors_made > MOST_TENSORS:
+            raise self._refuse(f"has more than {MOST_TENSORS} tensors")
+        where = f"has a tensor in the record {quoted(storage.record)}"
+        if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset,)) and len(shape) == len(strides)):
+            raise self._refuse(f"{where} whose offset, shape or strides are not small counts, or negative")
+        strides = tuple(stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
+        count = math.prod(shape)
+        reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 if count else 0
+        there = storage.nbytes // dtype.itemsize
+        if offset + reach > there or math.prod(size or 1 for size in shape) >= _MOST_SIZE:
+            raise self._refuse(f"{where} that does not lie in it")
+        if count > there:
+            raise self._refuse(f"{where} that repeats its elements; make it contiguous and save it again")
+        key = (storage.record, dtype, offset, shape, strides)
+        if key not in self._entries:
+            self._entries[key] = TensorEntry(dtype, shape, lambda: self._read(*key, reach))
+        return self._entries[key]
+
+    def _read(
+        self,
+        record: str,
+        dtype: np.dtype,
+        offset: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        reach: int,
+    ) -> np.ndarray:
+        """The elements from the tensor's first to its last, seen as the tensor."""
+        width = dtype.itemsize
+        part = self._archive.read_part(record, offset * width, reach * width)
+        return np.ndarray(shape, dtype, part.data, strides=tuple(stride * width for stride in strides))
+
+
+def _are_sizes(values: Any) -> bool:
+    return (
+        type(values) is tuple
+        and len(values) <= _MOST_RANK
+        and all(type(v) is int and 0 <= v < _MOST_SIZE for v in values)
+    )
+
+
+def _is_nothing(*values: Any) -> bool:
+    """Whether hooks and metadata are empty, as torch writes them for plain tensors."""
+    return all(value is None or (type(value) is dict and not value) for value in values)

@@ -1,0 +1,270 @@
+"""Canonical PyTorch names <-> Flax tree, both ways, derived from the table in `bridge.parameter_table`.
+
+Canonical names and layouts are OpenAI's: no prefix, projections `[in, out]`. Crossing renames and
+reshapes views; nothing is transposed, cast or, unless layers are stacked or rows padded, copied.
+Conversion is total: every missing, extra, duplicate or misshapen tensor is listed in one
+`ConversionError`, and there is no way to let the rest through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from bridge.config import GPT2Config
+from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.parameter_table import Parameter, padded_vocab_size, parameters
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry, aligned_empty
+
+FlaxTree = dict[str, Any]
+"""Nested dictionaries with arrays as leaves: what Flax calls `params`."""
+
+STACK = "h"
+"""The Flax name under which stacked layers live; single layers are `h_0`, `h_1`, ..."""
+
+# Wrappers that write themselves into names: torch DDP and torch.compile, at any depth.
+_WRAPPERS = {"module", "_orig_mod"}
+# What transformers' ancestor pytorch-pretrained-bert called a LayerNorm's parameters, after TensorFlow.
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
+# Causal-mask buffers that old versions of transformers saved beside the weights.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Canonical name -> the name it has in `names`, with wrappers' prefixes and mask buffers gone.
+
+    `transformer.h.0.attn.c_attn.weight` and `module._orig_mod.h.0.attn.c_attn.weight` both become
+    `h.0.attn.c_attn.weight`; if both are there, `ConversionError` names them. `gamma` and `beta` of LayerNorms become
+    `weight` and `bias`, DialoGPT's `lm_head.decoder.weight` becomes `lm_head.weight`.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if parts[:1] == ["transformer"]:
+            parts = parts[1:]
+        if len(parts) > 1 and parts[-2].startswith("ln_"):
+            parts[-1] = _OLD_NAMES.get(parts[-1], parts[-1])
+        if parts == ["lm_head", "decoder", "weight"]:
+            parts = ["lm_head", "weight"]
+        canonical = ".".join(parts)
+        if not _BUFFER.fullmatch(canonical):
+            found.setdefault(canonical, []).append(name)
+    clashes = [
+        f"{quoted(canonical)} is there {len(given)} times: {', '.join(map(quoted, given))}"
+        for canonical, given in found.items()
+        if len(given) > 1
+    ]
+    if clashes:
+        raise ConversionError("tensors that are the same once prefixes are gone:\n" + bullet_list(clashes))
+    return {canonical: given[0] for canonical, given in found.items()}
+
+
+def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensors:
+    """Any PyTorch state_dict of this model under its canonical names, in the table's order.
+
+    A tied head that is stored beside the embedding is compared with it and left out. Raises
+    `ConversionError` unless the tensors are exactly those of the model that `config` describes.
+    """
+    stored = LazyTensors.of(tensors)
+    entries = {canonical: stored.entries[name] for canonical, name in canonical_names(stored).items()}
+    expected = parameters(config)
+    problems = []
+    head, embedding = entries.get("lm_head.weight"), entries.get("wte.weight")
+    if config.tie_word_embeddings and head and embedding:
+        del entries["lm_head.weight"]
+        if embedding.dtype in FLOAT_DTYPES and not same_bytes(head, embedding):
+            problems.append(
+                "lm_head.weight differs from wte.weight although the configuration ties them "
+                "(tie_word_embeddings); set it to false to keep both"
+            )
+    problems += differences({p.torch_name: p.torch_shape for p in expected}, entries)
+    if problems:
+        raise ConversionError("these are not the tensors of the configured GPT-2:\n" + bullet_list(problems))
+    return LazyTensors({p.torch_name: entries[p.torch_name] for p in expected})
+
+
+def to_flax(
+    tensors: Mapping[str, np.ndarray], config: GPT2Config, *, stacked: bool = False, vocab_multiple: int = 1
+) -> FlaxTree:
+    """A PyTorch state_dict as the Flax parameter tree of `gpt2_jax.GPT2`.
+
+    Args:
+        tensors: name -> numpy array (`gpt2_torch.checkpoint_from_model(model).tensors` has them for a
+            PyTorch model); prefixes, buffers and a tied head are dealt with as in `canonicalize`.
+        stacked: one `h` with a leading layer axis (for `nn.scan`) in place of `h_0 ... h_{L-1}`.
+        vocab_multiple: pad the rows of the embedding (and head) with zeros up to this multiple.
+
+    Leaves are views of the arrays in `tensors` except where stacked or padded.
+    """
+    canonical = canonicalize(tensors, config)
+    rows = padded_vocab_size(config.vocab_size, vocab_multiple)
+    if stacked and (mixed := mixed_dtypes(canonical, config)):
+        raise ConversionError(
+            "layers of different dtypes cannot be stacked; keep them per layer, or cast first:\n" + bullet_list(mixed)
+        )
+    tree: FlaxTree = {}
+    for parameter in parameters(config):
+        array = canonical[parameter.torch_name].reshape(parameter.flax_shape)
+        if parameter.has_vocabulary_rows:
+            array = _with_rows(array, rows)
+        if stacked and parameter.layer is not None:
+            path = (STACK, *parameter.flax_path[1:])
+            if parameter.layer == 0:
+                _insert(tree, path, aligned_empty((config.n_layer, *array.shape), array.dtype))
+            _leaf(tree, path)[parameter.layer] = array
+        else:
+            _insert(tree, parameter.flax_path, array)
+    return tree
+
+
+def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: int = 1) -> dict[str, np.ndarray]:
+    """A Flax parameter tree, per layer or stacked, as a PyTorch state_dict with canonical names.
+
+    Args:
+        params: the tree, with numpy or (fetched as needed) JAX leaves.
+        vocab_multiple: the multiple that the vocabulary was padded to; the padding is removed.
+    """
+    if set(params) == {"params"}:
+        raise ConversionError('pass the parameter tree itself: variables["params"], not variables')
+    leaves = flatten(unstack_layers(params) if STACK in params else params)
+    rows = padded_vocab_size(config.vocab_size, vocab_multiple)
+    expected = parameters(config)
+    shapes = {
+        "/".join(p.flax_path): (rows, *p.flax_shape[1:]) if p.has_vocabulary_rows else p.flax_shape for p in expected
+    }
+    if problems := differences(shapes, leaves):
+        raise ConversionError("this is not the parameter tree of the configured GPT-2:\n" + bullet_list(problems))
+    state = {}
+    for p in expected:
+        array = np.asarray(leaves["/".join(p.flax_path)])
+        state[p.torch_name] = (array[: config.vocab_size] if p.has_vocabulary_rows else array).reshape(p.torch_shape)
+    return state
+
+
+def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
+    """The tree with `h_0 ... h_{L-1}` joined into one `h` whose leaves have a leading layer axis."""
+    tree = {name: subtree for name, subtree in params.items() if not re.fullmatch(r"h_\d+", name)}
+    names = [f"{STACK}_{i}" for i in range(len(params) - len(tree))]
+    if not names or STACK in params or any(name not in params for name in names):
+        raise ConversionError(f"layers must be h_0, h_1, ... without gaps; this tree has {sorted(params)}")
+    layers = [flatten(params[name]) for name in names]
+    unlike = [
+        f"{name}/{path} is not an array of the same shape and dtype as h_0's"
+        for name, layer in zip(names, layers, strict=True)
+        for path in {**layers[0], **layer}
+        if path not in layer or path not in layers[0] or not _stackable(layer[path], layers[0][path])
+    ]
+    if unlike:
+        raise ConversionError("layers that differ cannot be stacked:\n" + bullet_list(unlike))
+    for path in layers[0]:
+        _insert(tree, (STACK, *path.split("/")), np.stack([layer[path] for layer in layers]))
+    return tree
+
+
+def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
+    """The tree with its one stacked `h` taken apart into `h_0 ... h_{L-1}`; leaves are views."""
+    tree = {name: subtree for name, subtree in params.items() if name != STACK}
+    if STACK not in params or any(re.fullmatch(r"h_\d+", name) for name in tree):
+        raise ConversionError(f"stacked layers are one h and no h_0, h_1, ...; this tree has {sorted(params)}")
+    for path, leaf in flatten(params[STACK]).items():
+        if not leaf.ndim:
+            raise ConversionError(f"{STACK}/{path} has no layer axis")
+        for i in range(leaf.shape[0]):
+            _insert(tree, (f"{STACK}_{i}", *path.split("/")), leaf[i])
+    return tree
+
+
+def mixed_dtypes(tensors: LazyTensors, config: GPT2Config) -> list[str]:
+    """The parameters that do not have one dtype in all layers, a line each; they cannot be stacked."""
+    first: dict[tuple[str, ...], Parameter] = {}
+    problems = []
+    for p in parameters(config):
+        if p.layer is None:
+            continue
+        like = first.setdefault(p.flax_path[1:], p).torch_name
+        dtype, other = (tensors.entries[name].dtype for name in (p.torch_name, like))
+        if dtype != other:
+            problems.append(f"{p.torch_name} holds {dtype}, {like} {other}")
+    return problems
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> list[str]:
+    """What is missing, misshapen, too much or not of a float type, a line each.
+
+    Args:
+        expected: name -> shape.
+        found: name -> array, or anything else that has a shape and a dtype.
+    """
+    missing = [f"{name} is missing (shape {shape})" for name, shape in expected.items() if name not in found]
+    misshapen = [
+        f"{name} has shape {found[name].shape}, the configuration says {shape}"
+        + _known_mistake(name, tuple(found[name].shape), shape)
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != shape
+    ]
+    extra = [f"{quoted(name)} is not a parameter of this model" for name in found if name not in expected]
+    allowed = ", ".join(map(str, FLOAT_DTYPES))
+    unusable = [
+        f"{quoted(name)} holds {array.dtype}; weights must be one of {allowed}"
+        for name, array in found.items()
+        if array.dtype not in FLOAT_DTYPES
+    ]
+    return missing + misshapen + extra + unusable
+
+
+def _known_mistake(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What a wrong shape most likely comes from."""
+    if len(found) == 2 and found == expected[::-1]:
+        return ": it is transposed, as another format has it"
+    if name.split(".")[0].split("/")[0] in ("wte", "lm_head") and found[1:] == expected[1:] and found[0] > expected[0]:
+        return f": a padded vocabulary? Set vocab_size to {found[0]}, then cut it with gpt2 convert --vocab-size"
+    return ""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries -> `{"h_0/attn/c_attn/kernel": leaf, ...}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}/"))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _insert(tree: FlaxTree, path: tuple[str, ...], leaf: Any) -> None:
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf
+
+
+def _leaf(tree: FlaxTree, path: tuple[str, ...]) -> np.ndarray:
+    node: Any = tree
+    for name in path:
+        node = node[name]
+    return node
+
+
+def _with_rows(array_VD: np.ndarray, rows: int) -> np.ndarray:
+    if rows == len(array_VD):
+        return array_VD
+    padded = aligned_empty((rows, *array_VD.shape[1:]), array_VD.dtype)
+    padded[: len(array_VD)] = array_VD
+    padded[len(array_VD) :] = 0
+    return padded
+
+
+def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Bit for bit: NaN equals itself here, and 0.0 does not equal -0.0."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    bits, block = f"u{a.dtype.itemsize}", 4096  # by blocks: comparing at once would hold a third array
+    x, y = (np.ascontiguousarray(entry.read()).view(bits) for entry in (a, b))
+    return all(np.array_equal(x[i : i + block], y[i : i + block]) for i in range(0, len(x), block))
+
+
+def _stackable(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype

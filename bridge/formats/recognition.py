@@ -1,0 +1,73 @@
+"""Find the checkpoint at a path.
+
+A path may be a file, a directory that is one checkpoint, or a directory that contains checkpoint files. Several
+checkpoints are an error. transformers' own files are an exception: they are forms of one model, and the first in
+transformers' order is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from bridge.errors import CheckpointError, bullet_list, quoted
+from bridge.formats import FORMATS
+from bridge.formats.directory import CONFIG
+from bridge.storage.companions import has_companion, stays_inside
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that a format recognises."""
+
+    format: ModuleType
+    path: Path
+    """The argument for the format's `read`: a file, or a directory that is one checkpoint."""
+
+    @property
+    def model(self) -> object:
+        """A key that all files with forms of the same model share."""
+        return getattr(self.format, "FAMILY", self.path)
+
+
+def find_checkpoints(path: Path) -> list[Found]:
+    """Return all checkpoints in a directory, in the order of `FORMATS`. A file is only what the first format says."""
+    try:
+        found = [Found(module, file) for module in FORMATS.values() for file in module.find(path)]
+    except OSError as error:
+        raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
+    return found if path.is_dir() else found[:1]
+
+
+def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
+    """Return the checkpoint at `path` and a warning about unread forms of its model, or None if there is no checkpoint.
+
+    Raises `CheckpointError` that lists the checkpoints if there are several.
+    """
+    found = find_checkpoints(path)
+    if len({f.model for f in found}) > 1:
+        listed = bullet_list(f"{f.format.NAME}: {quoted(f.path.name)}" for f in found)
+        raise CheckpointError(
+            f"{quoted(path)} holds several checkpoints:\n{listed}\n"
+            f"give the file to read, for example: gpt2 inspect {quoted(next(f.path for f in found if f.path != path))}"
+        )
+    if not found:
+        return None
+    first, *others = found
+    if first.path.parent == path and not stays_inside(path, first.path.name):
+        raise CheckpointError(
+            f"{quoted(first.path)} is a link out of the checkpoint's directory; give the file itself, or "
+            "replace the link with a copy"
+        )
+    if not others:
+        return first, ()
+    names = ", ".join(quoted(f.path.name) for f in others)
+    return first, (f"read from {quoted(first.path.name)}; the directory also holds {names}, which was not read",)
+
+
+def own_config(file: Path) -> Path | None:
+    """Return the `config.json` that describes `file`, or None if it may describe another checkpoint beside it."""
+    config = file.parent / CONFIG
+    is_alone = has_companion(file.parent, CONFIG) and {f.path for f in find_checkpoints(file.parent)} <= {file}
+    return config if is_alone else None

@@ -1,0 +1,1 @@
+"""Text generation without a framework: the configuration, the decoding loop, beam search, and text."""

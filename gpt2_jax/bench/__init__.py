@@ -1,0 +1,1 @@
+"""Benchmarks of training, inference and conversion beside other implementations."""

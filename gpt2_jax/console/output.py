@@ -1,0 +1,67 @@
+"""Output shared by the verbs: progress bars, JSON files, and the message for a missing extra."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from bridge import BridgeError, Checkpoint
+from bridge.errors import install_command
+from bridge.storage.tensors import LazyTensors, TensorEntry
+from gpt2_jax.console.report_files import require_report_path, write_json_report
+from gpt2_jax.console.terminal import Console
+
+
+def progress(*columns: ProgressColumn) -> Progress:
+    """A progress bar on standard error, shown only on a terminal."""
+    watched = Console(stderr=True)
+    return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
+
+
+@contextmanager
+def reading_bar(checkpoint: Checkpoint, doing: str, times: int = 1) -> Iterator[Checkpoint]:
+    """Yield a checkpoint that advances a progress bar whenever a tensor is read. Each is read `times` times."""
+    entries = checkpoint.tensors.entries
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with progress(*columns) as bar:
+        task = bar.add_task(doing, total=times * sum(entry.nbytes for entry in entries.values()))
+
+        def watched(entry: TensorEntry) -> TensorEntry:
+            def read() -> np.ndarray:
+                array = entry.read()
+                bar.advance(task, entry.nbytes)
+                return array
+
+            return replace(entry, read=read)
+
+        yield replace(checkpoint, tensors=LazyTensors({name: watched(entry) for name, entry in entries.items()}))
+
+
+def json_writer(
+    file: Path | None, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
+) -> Callable[[dict[str, Any]], None]:
+    """Return a function that writes `--json FILE`, or does nothing without `--json`.
+
+    Call it before the work starts: it raises if the file cannot be written or may not be replaced.
+
+    Args:
+        overwrite: an earlier report may be replaced.
+        inputs: files and directories that the command reads.
+    """
+    if file is None:
+        return lambda value: None
+    require_report_path(file, overwrite=overwrite, inputs=inputs)
+    return lambda value: write_json_report(file, value, overwrite=overwrite)
+
+
+def require_torch(what: str) -> None:
+    """Raise an error with installation instructions if PyTorch is missing."""
+    if importlib.util.find_spec("torch") is None:
+        raise BridgeError(f"{what} needs PyTorch; install it, or this package's extra: {install_command('torch')}")

@@ -1,0 +1,104 @@
+"""Report files of commands: JSON and plots.
+
+Every report names its generator, so that a later command can recognise it. Only reports are overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bridge import BridgeError
+from bridge.errors import quoted
+from bridge.storage.atomic_writes import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GENERATOR = "gpt2-bridge"
+PLOT_FORMATS = (".png", ".svg", ".pdf")
+_METADATA_FIELD = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
+_JSON_START = f'{{\n  "generator": "{GENERATOR} '.encode()
+_MAX_PLOT_BYTES = 2**24
+_GENERATED = {
+    ".png": re.compile(rb"tEXtSoftware\0gpt2-bridge(?![-\w])"),
+    ".svg": re.compile(rb"<dc:creator>\s*<cc:Agent>\s*<dc:title>gpt2-bridge</dc:title>"),
+    ".pdf": re.compile(rb"/Creator \(gpt2-bridge\)"),
+}
+"""Where each format keeps the metadata that `save_plot` writes."""
+
+
+def require_report_path(path: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise `BridgeError` unless a report can be written to `path`. Call it before the work starts.
+
+    Args:
+        path: the value of `--json` or `--plot`.
+        overwrite: an earlier report may be replaced.
+        inputs: files and directories that the command reads.
+    """
+    for source in inputs:
+        if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
+            raise BridgeError(f"{quoted(path)} is read by this command; choose another file for its report")
+    is_link_to_nothing = path.is_symlink() and not path.exists()
+    if path.is_dir() or is_link_to_nothing or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BridgeError(f"cannot write {quoted(path)}; give a file in a directory that exists and can be written to")
+    if path.exists() and not overwrite:
+        raise BridgeError(f"{quoted(path)} exists; choose another name, or replace an earlier report with --overwrite")
+    if path.exists() and not is_report(path):
+        raise BridgeError(f"{quoted(path)} is not a report of this command and was not replaced; choose another name")
+
+
+def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) -> None:
+    """As `require_report_path`, for a plot, whose name must end in one of `PLOT_FORMATS`.
+
+    `json`: the report of the same command, which must be another file.
+    """
+    if json is not None and path.resolve() == json.resolve():
+        raise BridgeError(f"--plot and --json both name {quoted(path)}; give two files")
+    if path.suffix not in PLOT_FORMATS:
+        raise BridgeError(f"--plot {quoted(path)}: the name must end in {', '.join(PLOT_FORMATS)}")
+    require_report_path(path, overwrite=overwrite)
+
+
+def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    """Write `value` as JSON with its generator. NaN and infinity, which JSON lacks, are written as strings."""
+    content = {"generator": f"{GENERATOR} {version(GENERATOR)}", **value}
+    text = json.dumps(_strict(content), indent=2, allow_nan=False) + "\n"
+    with new_file(path, overwrite=lambda: overwrite and is_report(path)) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def save_plot(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int = 150) -> None:
+    """Write a figure in the format of the path's suffix, with its generator in the metadata."""
+    with new_file(path, overwrite=lambda: overwrite and is_report(path)) as beside:
+        metadata = {_METADATA_FIELD[path.suffix]: GENERATOR}
+        figure.savefig(beside, format=path.suffix.removeprefix("."), dpi=dpi, metadata=metadata)
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report or a plot of this project, by its generator."""
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_JSON_START))
+            if start == _JSON_START:
+                return True
+            pattern = _GENERATED.get(path.suffix)
+            return pattern is not None and pattern.search(start + file.read(_MAX_PLOT_BYTES)) is not None
+    except OSError:
+        return False
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _strict(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

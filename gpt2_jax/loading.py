@@ -1,0 +1,185 @@
+"""From a checkpoint to a model and its parameters on the device, and back to a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
+
+import bridge
+from bridge import Checkpoint, padded_vocab_size
+from bridge.conversion import STACK
+from bridge.storage.tensors import TensorEntry, aligned_empty, contiguous
+from gpt2_jax.model import GPT2
+from gpt2_jax.parallel.sharding import shardings
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    activation: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    scan: bool = False,
+    vocab_multiple: int = 1,
+    mesh: Mesh | None = None,
+) -> tuple[GPT2, dict[str, Any]]:
+    """Load a model and its parameters from a checkpoint in any format or from a Hugging Face id.
+
+    Args:
+        activation: the activation of a nanoGPT file that does not state it; see `bridge.load`.
+        dtype: the dtype of the computation.
+        param_dtype: cast the parameters to this; None keeps the stored dtypes.
+        scan, vocab_multiple: as in `GPT2`.
+        mesh: shard the parameters over this mesh, from `gpt2_jax.parallel.sharding.make_mesh`; see `sharded_params`.
+
+    Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
+    """
+    checkpoint = bridge.load(source, activation=activation)
+    return model_from_checkpoint(
+        checkpoint, dtype=dtype, param_dtype=param_dtype, scan=scan, vocab_multiple=vocab_multiple, mesh=mesh
+    )
+
+
+def model_from_checkpoint(
+    checkpoint: Checkpoint,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | None = None,
+    scan: bool = False,
+    vocab_multiple: int = 1,
+    mesh: Mesh | None = None,
+) -> tuple[GPT2, dict[str, Any]]:
+    """As `from_pretrained`, from a checkpoint that is already open."""
+    if mesh is not None:
+        params = sharded_params(checkpoint, mesh, param_dtype=param_dtype, scan=scan, vocab_multiple=vocab_multiple)
+        stored = params["wte"]["embedding"].dtype
+        return GPT2(checkpoint.config, jnp.dtype(dtype), stored, scan, vocab_multiple), params
+    tree = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=scan, vocab_multiple=vocab_multiple)
+    params = jax.tree.map(lambda array: to_device(array, param_dtype), tree)
+    stored = params["wte"]["embedding"].dtype
+    return GPT2(checkpoint.config, jnp.dtype(dtype), stored, scan, vocab_multiple), params
+
+
+def sharded_params(
+    checkpoint: Checkpoint,
+    mesh: Mesh,
+    *,
+    param_dtype: DTypeLike | None = None,
+    scan: bool = False,
+    vocab_multiple: int = 1,
+) -> dict[str, Any]:
+    """The parameters, spread over a mesh as `gpt2_jax.parallel.sharding` has it.
+
+    They are read one tensor at a time, of which this process keeps its devices' parts; where these are some rows and
+    the format can read rows alone, nothing else is read.
+
+    Raises `MeshError` where the mesh does not divide them, and children of `bridge.BridgeError` for other tensors.
+    """
+    config = checkpoint.config
+    entries = bridge.canonicalize(checkpoint.tensors, config).entries
+    stored: dict[tuple[str, ...], list[_Stored]] = {}
+    for parameter in bridge.parameters(config):
+        stacks = scan and parameter.layer is not None
+        path = (STACK, *parameter.flax_path[1:]) if stacks else parameter.flax_path
+        rows = padded_vocab_size(config.vocab_size, vocab_multiple if parameter.has_vocabulary_rows else 1)
+        shape = (rows if parameter.has_vocabulary_rows else parameter.flax_shape[0], *parameter.flax_shape[1:])
+        entry = entries[parameter.torch_name]
+        stored.setdefault(path, []).append(_Stored(parameter.torch_name, entry, parameter.flax_shape, shape, stacks))
+    described = {path: _described(layers, param_dtype) for path, layers in stored.items()}
+    places = flatten_dict(shardings(unflatten_dict(described), mesh))
+    return unflatten_dict({path: _spread(layers, described[path], places[path]) for path, layers in stored.items()})
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor of a checkpoint, and the shape that it has in the Flax tree, without and with its padding."""
+
+    name: str
+    entry: TensorEntry
+    own_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    is_stacked: bool
+
+    def copy_into(self, parts: Sequence[tuple[Part, np.ndarray]]) -> None:
+        """Fill these parts of the tensor, with zeros from its own rows on."""
+        end = self.own_shape[0]
+        first, last = min(part[0].start for part, _ in parts), min(end, max(part[0].stop for part, _ in parts))
+        rows = np.empty((0, *self.own_shape[1:]), self.entry.dtype)
+        if first < last:
+            # The first axis is PyTorch's own, or the first of those that it is split into.
+            per_row = self.entry.shape[0] // end
+            rows = self.entry.rows(first * per_row, last * per_row).reshape(last - first, *self.own_shape[1:])
+        for part, target in parts:
+            own = max(0, min(end, part[0].stop) - part[0].start)
+            target[own:] = 0
+            begin = part[0].start - first
+            target[:own] = rows[(slice(begin, begin + own), *part[1:])]
+
+
+Part = tuple[slice, ...]
+
+
+def _described(layers: Sequence[_Stored], dtype: DTypeLike | None) -> jax.ShapeDtypeStruct:
+    first = layers[0]
+    if dtype is None and (other := next((s for s in layers if s.entry.dtype != first.entry.dtype), None)):
+        raise bridge.ConversionError(
+            f"{first.name} holds {first.entry.dtype}, {other.name} {other.entry.dtype}; such layers cannot be stacked: "
+            "pass param_dtype, or scan=False"
+        )
+    dtype = jnp.dtype(dtype or first.entry.dtype)
+    _require_representable(dtype)
+    return jax.ShapeDtypeStruct((len(layers), *first.shape) if first.is_stacked else first.shape, dtype)
+
+
+def _spread(layers: Sequence[_Stored], whole: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
+    """One parameter, of one tensor or of one for each layer, on this process's devices."""
+    buffers: dict[str, tuple[Part, np.ndarray]] = {}  # by the part's text: slices are no keys up to Python 3.11
+    devices: Mapping[Any, Any] = place.addressable_devices_indices_map(whole.shape)
+    for index in devices.values():
+        part = tuple(slice(*axis.indices(size)) for axis, size in zip(index, whole.shape, strict=True))
+        buffers.setdefault(str(index), (part, aligned_empty(place.shard_shape(whole.shape), whole.dtype)))
+    for layer, stored in enumerate(layers):
+        if stored.is_stacked:
+            stored.copy_into([(part[1:], buffer[layer]) for part, buffer in buffers.values()])
+        else:
+            stored.copy_into([*buffers.values()])
+    arrays = [jax.device_put(buffers[str(index)][1], device) for device, index in devices.items()]
+    return jax.make_array_from_single_device_arrays(whole.shape, place, arrays)
+
+
+def checkpoint_from_params(model: GPT2, params: Mapping[str, Any], like: Checkpoint | None = None) -> Checkpoint:
+    """The parameters as a checkpoint that `bridge.save` writes.
+
+    `like`: the checkpoint that they were made from, whose tokenizer and harmless fields go along.
+    """
+    state = bridge.to_torch(params, model.config, vocab_multiple=model.vocab_multiple)
+    return Checkpoint.of(state, model.config, like)
+
+
+def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
+    """One array on the default device.
+
+    On CPU a fresh array, as a file's tensors are, is adopted and not copied; one that somebody else
+    holds is read-only (`TensorEntry.of`) and is copied.
+    """
+    if dtype is not None:
+        array = array.astype(jnp.dtype(dtype), copy=False)
+    _require_representable(array.dtype)
+    # device_put adopts with may_alias=False too (JAX 0.10); jnp.array copies.
+    return jax.device_put(contiguous(array)) if array.flags.writeable else jnp.array(array)
+
+
+def _require_representable(dtype: np.dtype) -> None:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise bridge.ConversionError(
+            "the weights are float64, which JAX would cut to float32; set JAX_ENABLE_X64=1 or pass param_dtype"
+        )

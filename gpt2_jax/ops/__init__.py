@@ -1,0 +1,1 @@
+"""Array functions of the model: attention, linear layers, norms, activations, cross-entropy."""

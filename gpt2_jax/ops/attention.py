@@ -1,0 +1,215 @@
+"""Attention between the heads' queries, keys and values: one function, and the implementation that suits.
+
+`plain` takes everything. The others are causal attention alone, without a mask or dropout, and never have all scores
+in memory: `blocks` for CPU (`gpt2_jax.ops.blockwise_attention`), cuDNN's flash attention for GPU (Dao et al. 2022),
+and the splash kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from gpt2_jax.ops.blockwise_attention import causal_attention_by_blocks
+from gpt2_jax.parallel.remat import ATTENDED
+from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts
+
+Implementation = Literal["auto", "plain", "blocks", "cudnn", "splash"]
+
+_HALF_PRECISION = (jnp.bfloat16, jnp.float16)
+_SPLASH_BLOCKS = (512, 256, 128)
+"""Queries and keys that the TPU kernel takes at a time: the largest that divides the length."""
+
+
+def attention(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSHK: Float[Array, "B S H K"],
+    v_BSHK: Float[Array, "B S H K"],
+    mask: Bool[Array, "#B #H #T S"] | None,
+    *,
+    is_causal: bool,
+    scale: float | Float[Array, ""],
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKeyArray | None = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "B T H K"]:
+    """Compute softmax(scale q k^T) v, where each query attends to the keys that are not masked.
+
+    Scores and softmax are at least float32 for every dtype of q, k and v. Products of bfloat16 are exact in float32, so
+    the result is always that of `reorder_and_upcast_attn`.
+
+    Args:
+        implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `plain` with a
+            mask, with dropout, without queries, or if nothing is faster. Give a name to compile for another device.
+
+    Raises `ValueError` for arguments that the named implementation does not support.
+    """
+    T, S = q_BTHK.shape[1], k_BSHK.shape[1]
+    if is_causal and T != S:
+        raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
+    if T == 0:  # the other implementations reduce over scores, which are empty here
+        implementation = "plain"
+    only_causal = is_causal and mask is None and dropout_rate == 0.0
+    if implementation == "auto":
+        implementation = fastest(_platform(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "plain"
+    if implementation == "plain":
+        causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else None
+        visible = causal if mask is None else mask if causal is None else mask & causal
+        return _plain(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
+    if problem := obstacle(implementation, q_BTHK.dtype, T, q_BTHK.shape[3]):
+        raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'plain'")
+    if not only_causal:
+        raise ValueError(f"attention={implementation!r} is for causal attention without a mask or dropout; use 'plain'")
+    fast = {"blocks": _by_blocks, "cudnn": _cudnn, "splash": _splash}[implementation]
+    return fast(_scaled(q_BTHK, scale), k_BSHK, v_BSHK)
+
+
+def fastest(platform: str, dtype: jnp.dtype, length: int, head_size: int) -> Implementation:
+    """For causal attention on a platform, as `jax.default_backend()` names it, without a mask or dropout."""
+    fast: Implementation
+    fast = {"cpu": "blocks", "gpu": "cudnn", "tpu": "splash"}.get(platform, "plain")  # type: ignore[assignment]
+    return "plain" if obstacle(fast, dtype, length, head_size) else fast
+
+
+def _platform() -> str:
+    """As `jax.default_backend()`, but for GPUs without cuDNN's attention: other makers', and from before Ampere."""
+    platform, device = jax.default_backend(), jax.local_devices()[0]
+    if platform != "gpu":
+        return platform
+    has_cudnn = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+    return "gpu" if has_cudnn else "other gpu"
+
+
+def require_device(implementation: Implementation) -> None:
+    """Raise `ValueError` for a kernel that is named but that this process's devices do not run."""
+    platform, needed = _platform(), {"cudnn": "gpu", "splash": "tpu"}.get(implementation)
+    if needed not in (None, platform):
+        described = "an NVIDIA GPU from Ampere on" if needed == "gpu" else "a TPU"
+        raise ValueError(f"attention={implementation!r} needs {described}; JAX computes on {platform} here. Use 'auto'")
+
+
+def obstacle(implementation: str, dtype: jnp.dtype, length: int, head_size: int) -> str | None:
+    """Why an implementation cannot take arrays of this kind."""
+    if implementation not in get_args(Implementation):
+        return f"is none of {', '.join(get_args(Implementation))}"
+    if implementation == "cudnn" and dtype not in _HALF_PRECISION:
+        return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
+    if implementation == "cudnn" and (head_size % 8 or head_size > 128):
+        return f"takes head sizes that are multiples of 8 up to 128, not {head_size}"
+    if implementation == "splash" and length % min(_SPLASH_BLOCKS):
+        return f"takes lengths that are multiples of {min(_SPLASH_BLOCKS)}, not {length}"
+    if implementation == "splash" and dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
+    return None
+
+
+def _scaled(q: Array, scale: float | Array) -> Array:
+    """Rounded once: bfloat16 may not have the scale itself."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return (q.astype(wide) * scale).astype(q.dtype)
+
+
+def _by_blocks(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+    q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
+    return causal_attention_by_blocks(q_BHTK, k_BHSK, v_BHSK).swapaxes(1, 2)
+
+
+def _cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+    return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, is_causal=True, scale=1.0, implementation="cudnn")
+
+
+def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False) -> Array:
+    """XLA does not spread a kernel over a mesh by itself; where one is set (`jax.set_mesh`), every device takes its
+    rows and heads, and all of them where the mesh does not divide them."""
+
+    def own_part(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+        kernel = _splash_kernel(q_BTHK.shape[2], q_BTHK.shape[1], interpret)
+        return jax.vmap(kernel)(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(1, 2)
+
+    axes = axes_of_mesh()
+    if not axes:
+        return own_part(q_BTHK, k_BSHK, v_BSHK)
+    divides_rows, divides_heads = q_BTHK.shape[0] % batch_parts(axes) == 0, q_BTHK.shape[2] % axes.get(TENSOR, 1) == 0
+    batch = tuple(axis for axis in BATCH_AXES if axis in axes) if divides_rows else ()
+    heads = TENSOR if TENSOR in axes and divides_heads else None
+    spec = PartitionSpec(batch or None, None, heads, None)
+    spread = jax.shard_map(own_part, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return spread(q_BTHK, k_BSHK, v_BSHK)
+
+
+def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
+    from jax.experimental.pallas.ops.tpu import splash_attention  # here, for it is slow to import
+
+    block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((length, length))] * heads)
+    return splash_attention.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENDED,
+        interpret=interpret,
+    )
+
+
+def _plain(
+    q_BTHK: Array,
+    k_BSHK: Array,
+    v_BSHK: Array,
+    mask: Array | None,
+    scale: float | Array,
+    dropout_rate: float,
+    dropout_key: PRNGKeyArray | None,
+) -> Array:
+    dtype = v_BSHK.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=wide)
+    weights_BHTS = _weights(scores_BHTS, mask, scale)
+    if dropout_rate > 0.0:
+        if dropout_key is None:
+            raise ValueError('attention dropout needs a key: pass rngs={"dropout": key} to apply')
+        kept = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights_BHTS.shape)
+        weights_BHTS = jnp.where(kept, weights_BHTS / (1.0 - dropout_rate), 0.0)
+    return checkpoint_name(jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(dtype), v_BSHK), ATTENDED)
+
+
+def cached_attention(
+    q_BTHK: Float[Array, "B T H K"],
+    k_NKS: Float[Array, "N K S"],
+    v_NSK: Float[Array, "N S K"],
+    mask: Bool[Array, "#B #H #T S"],
+    *,
+    scale: float | Float[Array, ""],
+) -> Float[Array, "B T H K"]:
+    """As `attention`, with keys and values as a cache has them: N = B H, each head's in one piece."""
+    (B, T, H, K), dtype = q_BTHK.shape, v_NSK.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    q_NTK = q_BTHK.swapaxes(1, 2).reshape(B * H, T, K)
+    scores_NTS = jnp.einsum("NTK,NKS->NTS", q_NTK, k_NKS, preferred_element_type=wide)
+    weights_BHTS = _weights(scores_NTS.reshape(B, H, T, -1), mask, scale)
+    context_NTK = jnp.einsum("NTS,NSK->NTK", weights_BHTS.reshape(B * H, T, -1).astype(dtype), v_NSK)
+    return context_NTK.reshape(B, H, T, K).swapaxes(1, 2)
+
+
+def _weights(
+    scores_BHTS: Float[Array, "B H T S"], mask: Bool[Array, "#B #H #T S"] | None, scale: float | Float[Array, ""]
+) -> Float[Array, "B H T S"]:
+    dtype = scores_BHTS.dtype
+    scores_BHTS = scores_BHTS * jnp.asarray(scale, dtype)
+    if mask is not None:
+        # The most negative number and not -inf: a row of -inf would be NaN after softmax.
+        scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(dtype).min)
+    return jax.nn.softmax(scores_BHTS, axis=-1)

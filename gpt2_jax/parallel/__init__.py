@@ -1,0 +1,1 @@
+"""Meshes, shardings, rematerialisation, and several processes."""

@@ -1,0 +1,117 @@
+"""What the port, `gpt2_jax`, computes: the second of two sides with the same verbs.
+
+Every verb takes and gives numpy, float64 where figures are compared, and keeps no parameters
+afterwards. Matrix products run at the highest precision: GPUs and TPUs round float32 down otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+import bridge
+from bridge import Checkpoint
+from gpt2_jax.loading import to_device
+from gpt2_jax.loss import next_token_loss
+from gpt2_jax.model import GPT2
+from gpt2_jax.parity.sites import HEAD, Trace, input_site, is_output_site, torch_name
+from gpt2_jax.parity.training import AdamW
+
+NAME = "gpt2_jax"
+
+
+@contextmanager
+def exactly(dtype: str) -> Iterator[None]:
+    """float64 available and matrix products unrounded, for this block only; float64 runs on the CPU."""
+    device = jax.devices("cpu")[0] if dtype == "float64" else None
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"), jax.default_device(device):
+        yield
+
+
+def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
+    with exactly(dtype):
+        model, params = _model(checkpoint, dtype)
+        values = jax.jit(model.apply)({"params": params}, _array(ids), _array(mask))
+        return np.asarray(values).astype(np.float64)
+
+
+def trace(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Trace:
+    values: Trace = {}
+
+    def keep(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        name = torch_name(context.module.path) if context.method_name == "__call__" else ""
+        if site := input_site(name):
+            values[site] = _heads_merged(np.asarray(args[0]))
+        output = next_call(*args, **kwargs)
+        if is_output_site(name):
+            values[name] = np.stack(output) if isinstance(output, tuple) else np.asarray(output)
+        return output
+
+    with exactly("float64"), nn.intercept_methods(keep):
+        model, params = _model(checkpoint, "float64")
+        values[HEAD] = np.asarray(model.apply({"params": params}, _array(ids), _array(mask)))
+    return values
+
+
+def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """Of the loss on `ids`, per canonical name, in `dtype`."""
+    with exactly(dtype):
+        model, params = _model(checkpoint, dtype)
+        return bridge.to_torch(jax.jit(jax.grad(_loss(model)))(params, _array(ids)), checkpoint.config)
+
+
+def train(
+    checkpoint: Checkpoint, batches: np.ndarray, dtype: str, adamw: AdamW
+) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The loss before each step, and the weights after the last."""
+    optimizer = optax.adamw(
+        adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.epsilon, weight_decay=adamw.weight_decay
+    )
+    with exactly(dtype):
+        model, params = _model(checkpoint, dtype, scan=True)
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params: Any, state: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
+            loss, grads = jax.value_and_grad(_loss(model))(params, ids)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, loss
+
+        state = jax.jit(optimizer.init)(params)
+        losses = []
+        for ids in batches:
+            params, state, loss = step(params, state, _array(ids))
+            losses.append(float(loss))
+        return losses, bridge.to_torch(params, checkpoint.config)
+
+
+def _model(checkpoint: Checkpoint, dtype: str, scan: bool = False) -> tuple[GPT2, Any]:
+    tree = bridge.to_flax(checkpoint.tensors, checkpoint.config)
+    # Cast before stacking: layers may be stored in different dtypes.
+    tree = jax.tree.map(lambda array: array.astype(jnp.dtype(dtype), copy=False), tree)
+    params = jax.tree.map(to_device, bridge.stack_layers(tree) if scan else tree)
+    return GPT2(checkpoint.config, jnp.dtype(dtype), jnp.dtype(dtype), scan), params
+
+
+def _loss(model: GPT2) -> Callable[..., jax.Array]:
+    def loss(params: Any, ids: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, ids)
+        return next_token_loss(logits, ids)
+
+    return loss
+
+
+def _array(array: np.ndarray | None) -> Any:
+    return None if array is None else jnp.asarray(array, jnp.int32)
+
+
+def _heads_merged(x: np.ndarray) -> np.ndarray:
+    """[B, T, H, K] as PyTorch's [B, T, D]; anything else as it is."""
+    return x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x

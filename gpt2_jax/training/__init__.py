@@ -1,0 +1,27 @@
+"""Training in JAX: `gpt2 train` and its parts."""
+
+from gpt2_jax.training.config import PRESETS, NonFiniteLoss, OptimizerConfig, TrainConfig, TrainingError
+from gpt2_jax.training.loop import Outcome, train
+from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.training.optimizer_state import adamw_state, with_adamw_state
+from gpt2_jax.training.state import settle
+from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+__all__ = [
+    "PRESETS",
+    "NonFiniteLoss",
+    "OptimizerConfig",
+    "Outcome",
+    "TrainConfig",
+    "TrainState",
+    "TrainingError",
+    "adamw_state",
+    "init_state",
+    "learning_rate_schedule",
+    "make_eval_step",
+    "make_optimizer",
+    "make_train_step",
+    "settle",
+    "train",
+    "with_adamw_state",
+]

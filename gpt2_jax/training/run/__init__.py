@@ -1,0 +1,1 @@
+"""The directory of a training run: configuration, checkpoints, metrics and the report."""

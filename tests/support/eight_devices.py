@@ -1,0 +1,102 @@
+"""What needs more than one device, in a process that makes eight of its CPU.
+
+python eight_devices.py NAME FILE.npz
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from gpt2_jax.loss import summed_cross_entropy
+from gpt2_jax.ops.attention import _splash, attention
+from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str, directory: Path) -> dict[str, np.ndarray]:
+    """The arrays that the function of this name gives there."""
+    file = directory / f"{name}.npz"
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-W", "error", __file__, name, str(file)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr
+    with np.load(file) as arrays:
+        return dict(arrays)
+
+
+def make_mesh() -> jax.sharding.Mesh:
+    return jax.make_mesh((2, 2, 2), (*BATCH_AXES, TENSOR), axis_types=(AxisType.Auto,) * 3)
+
+
+def spread_attention() -> dict[str, Any]:
+    """Value and gradients of three implementations: the plain one on one device, the others on a mesh; and there what
+    devices exchange, and the size of their parts."""
+    rng = np.random.default_rng(0)
+    q, k, v, d = (jnp.asarray(rng.normal(size=(4, 128, 4, 8)), jnp.float32) for _ in range(4))
+    functions = {
+        "splash": lambda q, k, v: _splash(q * 0.3, k, v, interpret=True),
+        "blocks": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="blocks"),
+        "plain": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="plain"),
+    }
+
+    def value_and_gradients(name: str, *given: jax.Array) -> list[jax.Array]:
+        value, pullback = jax.vjp(functions[name], *given[:3])
+        return [value, *pullback(given[3])]
+
+    compiled, results = jax.jit(value_and_gradients, static_argnums=0), {}
+    plain = compiled("plain", q, k, v, d)
+    mesh = make_mesh()
+    spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, TENSOR, None))
+    with jax.set_mesh(mesh):
+        given = [jax.device_put(x, spread) for x in (q, k, v, d)]
+        for name in ("splash", "blocks"):
+            program = compiled.lower(name, *given).compile()
+            moves = re.findall(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)\(", program.as_text())
+            found = program(*given)
+            results |= {f"mesh/{name}/{i}": x for i, x in enumerate(found)}
+            results |= {f"plain/{name}/{i}": x for i, x in enumerate(plain)}
+            results |= {f"moves/{name}": moves, f"parts/{name}": found[0].addressable_shards[0].data.shape}
+    return results
+
+
+def spread_loss() -> dict[str, Any]:
+    """Loss and gradients of a batch on one device, and with its rows on eight."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(16, 7, 12)), jnp.float32)
+    embedding = jnp.asarray(rng.normal(size=(29, 12)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 29, (16, 7)), jnp.int32).at[3].set(-100)
+
+    def loss(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> jax.Array:
+        return summed_cross_entropy(hidden, embedding, labels, chunk_bytes=4 * 16 * 29 * 3)
+
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    one = compiled(hidden, embedding, labels)
+    mesh = make_mesh()
+    rows = NamedSharding(mesh, PartitionSpec((*BATCH_AXES, TENSOR)))
+    whole = NamedSharding(mesh, PartitionSpec())
+    given = jax.device_put(hidden, rows), jax.device_put(embedding, whole), jax.device_put(labels, rows)
+    with jax.set_mesh(mesh):
+        eight = compiled(*given)
+    results = {f"one/{i}": x for i, x in enumerate(jax.tree.leaves(one))}
+    results |= {f"eight/{i}": x for i, x in enumerate(jax.tree.leaves(eight))}
+    return results | {"parts": [shard.data.shape for shard in eight[1][0].addressable_shards]}
+
+
+if __name__ == "__main__":
+    np.savez(sys.argv[2], **globals()[sys.argv[1]]())

@@ -1,0 +1,198 @@
+"""What test_meshes.py runs in a process that makes eight devices of its CPU.
+
+    python on_meshes.py NAME FILE.json ARGUMENT ...
+
+Every size of the model is another, so that a shape in a compiled program says what it is of.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import bridge
+from bridge import GPT2Config
+from bridge.storage.tensors import LazyTensors, TensorEntry
+from gpt2_jax.loading import sharded_params
+from gpt2_jax.loss import IGNORED, summed_loss
+from gpt2_jax.model import GPT2
+from gpt2_jax.parallel.sharding import make_mesh, shardings
+from gpt2_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
+from gpt2_jax.training.batches import rows_of_step
+from gpt2_jax.training.state import described_state, first_state, make_model, state_from_seed
+
+MODEL = GPT2Config(vocab_size=71, n_positions=24, n_embd=32, n_layer=5, n_head=8)
+CONFIG = TrainConfig(
+    model=MODEL,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
+    batch_size=16,
+    length=10,
+    steps=20,
+    vocab_multiple=8,
+)
+V, D, F, L, B, T = 72, MODEL.n_embd, MODEL.feed_forward_size, MODEL.n_layer, CONFIG.batch_size, CONFIG.length
+
+SAME_CURVE = 1e-5
+"""Losses in float32, in nats, that differ by the order of sums over devices alone."""
+
+ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) <= 8]
+SOME = [(1, 8, 1), (2, 2, 2)]
+
+
+def curves(dtype: str, which: str, accumulate: str = "1") -> dict[str, Any]:
+    """For each mesh how far losses and gradients are from one device's, and whether all lies where it should."""
+    config = replace(CONFIG, accumulate=int(accumulate), optimizer=replace(CONFIG.optimizer, weight_decay=0.3))
+    model = make_model(config).clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+    tx = make_optimizer(config.optimizer, config.steps)
+    losses, gradients, _ = _curve(config, model, tx, (1, 1, 1))
+    found = {}
+    for sizes in ALL if which == "all" else SOME:
+        other_losses, other_gradients, misplaced = _curve(config, model, tx, sizes)
+        found[_text(sizes)] = {
+            "losses": max(abs(a - b) for a, b in zip(losses, other_losses, strict=True)),
+            "gradients": max(
+                float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(gradients, other_gradients, strict=True)
+            ),
+            "misplaced": misplaced,
+            "learned": losses[0] - other_losses[-1],
+        }
+    return found
+
+
+def _curve(
+    config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, sizes: tuple[int, ...]
+) -> tuple[list[float], list[np.ndarray], list[str]]:
+    mesh = make_mesh(_text(sizes))
+    rows, losses = rows_of_step(config, mesh), []
+    with jax.set_mesh(mesh):
+        state = first_state(config, model, tx, None, mesh)
+        step = make_train_step(model, tx, accumulate=config.accumulate)
+        loss = functools.partial(summed_loss, model)
+        own = [rows.put({name: array[rows.own] for name, array in batch.items()}) for batch in _batches(config)]
+        gradients = jax.tree.map(np.asarray, jax.tree.leaves(jax.jit(jax.grad(loss))(state.params, own[0])))
+        for batch in own:
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        assert step._cache_size() == 1, "what a step gives is taken by the same program"
+        described = jax.tree_util.tree_leaves_with_path(described_state(config, model, tx, mesh))
+    pairs = zip(described, jax.tree.leaves(state), strict=True)
+    misplaced = [jax.tree_util.keystr(path) for (path, like), leaf in pairs if leaf.sharding != like.sharding]
+    return losses, gradients, misplaced
+
+
+def _batches(config: TrainConfig) -> list[dict[str, np.ndarray]]:
+    """Counting up from a random id, which is learned soon; every row has another number of labels that count."""
+    rng, (steps, rows) = np.random.default_rng(1), (config.steps, config.batch_size)
+    ids = (rng.integers(0, 71, (steps, rows, 1)) + np.arange(config.length + 1, dtype=np.int32)) % MODEL.vocab_size
+    hidden = rng.random(ids.shape) < np.linspace(0, 0.8, rows)[:, None]
+    ids, labels = (x.astype(np.int32) for x in (ids, np.where(hidden, IGNORED, ids)))
+    return [{"input_ids": i[:, :-1], "labels": k[:, 1:]} for i, k in zip(ids, labels, strict=True)]
+
+
+def programs() -> dict[str, Any]:
+    """For each mesh the shapes of all results in the programs of the first state and of the step, and of gathers."""
+    model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    found = {}
+    for sizes in ALL[1:]:
+        mesh = make_mesh(_text(sizes))
+        with jax.set_mesh(mesh):
+            state, rows = described_state(CONFIG, model, tx, mesh), rows_of_step(CONFIG, mesh)
+            ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows.sharding)
+            places = jax.tree.map(lambda leaf: leaf.sharding, state)
+            draw = jax.jit(state_from_seed(CONFIG, model, tx), out_shardings=places)
+            drawn = draw.lower(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)).compile().as_text()
+            step = make_train_step(model, tx).lower(state, {"input_ids": ids, "labels": ids}).compile().as_text()
+        found[_text(sizes)] = {
+            "drawn": _results(drawn),
+            "step": _results(step),
+            "gathers": _results(step, "all-gather"),
+        }
+    return found
+
+
+def foreign_meshes() -> dict[str, Any]:
+    """Logits and the step on meshes that are not this project's: how far they are from one device's, and how many rows
+    of them a device has."""
+    model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    first = first_state(CONFIG, model, tx, None, make_mesh("data=1", jax.devices()[:1]))
+    state, batch = jax.tree.map(np.asarray, first), _batches(CONFIG)[0]
+    ids, found = batch["input_ids"], {}
+
+    def logits(params: Any, ids: Any) -> Any:
+        return model.apply({"params": params}, ids)
+
+    expected = np.asarray(jax.jit(logits)(state.params, ids))
+    loss = float(make_train_step(model, tx)(jax.tree.map(jnp.array, state), batch)[1]["loss"])
+    for names in (("dp",), ("data",), ("data", "model"), ("fsdp", "other")):
+        mesh = jax.make_mesh((8, *[1] * (len(names) - 1)), names, axis_types=(AxisType.Auto,) * len(names))
+        rows = NamedSharding(mesh, PartitionSpec(names[0]))
+        with jax.set_mesh(mesh):
+            placed = jax.tree.map(jnp.array, state)
+            given = {name: jax.device_put(array, rows) for name, array in batch.items()}
+            result = jax.jit(logits)(placed.params, given["input_ids"])
+            difference = abs(float(make_train_step(model, tx)(placed, given)[1]["loss"]) - loss)
+        differences = max(difference, float(np.abs(np.asarray(result) - expected).max()))
+        found[" ".join(names)] = differences, result.addressable_shards[0].data.shape[0]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    mapped = jax.shard_map(logits, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False)
+    result = jax.jit(mapped)(state.params, ids)
+    found["shard_map"] = float(np.abs(np.asarray(result) - expected).max()), result.addressable_shards[0].data.shape[0]
+    return found
+
+
+def loaded(directory: str) -> dict[str, Any]:
+    """For each checkpoint there, in each form: which parameters differ, and how many tensors were read again."""
+    return {
+        f"{path.name} {scan}": _loaded(path, scan)
+        for path in sorted(Path(directory).iterdir())
+        for scan in (False, True)
+    }
+
+
+def _loaded(path: Path, scan: bool) -> dict[str, Any]:
+    mesh, checkpoint, reads = make_mesh("data=2,fsdp=2,tensor=2"), bridge.load(path), list[str]()
+
+    def counted(name: str, entry: TensorEntry) -> TensorEntry:
+        return TensorEntry(entry.dtype, entry.shape, lambda: reads.append(name) or entry.read())
+
+    expected = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=scan, vocab_multiple=8)
+    tensors = LazyTensors({name: counted(name, entry) for name, entry in checkpoint.tensors.entries.items()})
+    params = sharded_params(replace(checkpoint, tensors=tensors), mesh, scan=scan, vocab_multiple=8)
+    arrays = list(zip(*map(jax.tree.leaves, (params, expected, shardings(params, mesh))), strict=True))
+    return {
+        "differing": [
+            str(array.shape)
+            for array, like, place in arrays
+            if array.sharding != place or array.dtype != like.dtype or not np.array_equal(np.asarray(array), like)
+        ],
+        "read again": len(reads) - len({*reads}),
+    }
+
+
+def _results(program: str, operation: str = r"[\w-]+") -> list[list[int]]:
+    """The shapes of what the operations of this kind give, each once."""
+    lines = re.findall(rf"= (\(?[^=]*?) {operation}\(", program)
+    shapes = {shape for line in lines for shape in re.findall(r"\w+\[([\d,]+)\]", line)}
+    return sorted([int(size) for size in shape.split(",")] for shape in shapes)
+
+
+def _text(sizes: tuple[int, ...]) -> str:
+    return "data={},fsdp={},tensor={}".format(*sizes)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(globals()[sys.argv[1]](*sys.argv[3:])))

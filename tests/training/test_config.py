@@ -1,0 +1,222 @@
+"""The configuration of a run: what is refused, what is kept, and where the recipes' numbers come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+from support.refusals import within_budget
+from support.training_runs import recipe
+
+from bridge import GPT2_SIZES, BridgeError, GPT2Config
+from gpt2_jax.training.config import FREE, PRESETS, OptimizerConfig, TrainConfig, TrainingError, flat, from_flat
+
+NAN, INFINITE = math.nan, math.inf
+
+BAD: dict[str, tuple[Any, ...]] = {
+    "steps": (0, -1, 2**31),
+    "batch_size": (0,),
+    "length": (0,),
+    "accumulate": (0, 3),  # 3 does not divide the batch of 4
+    "eval_every": (0, 2**31),
+    "eval_batches": (0,),
+    "log_every": (0, 2**31),
+    "checkpoint_every": (0, 2**31),
+    "keep_last": (0,),
+    "vocab_multiple": (0,),
+    "validation_fraction": (0.0, 1.0, NAN),
+    "seed": (-1, 2**32),
+    "sample_tokens": (-1,),
+    "ema_decay": (0.0, 1.0, NAN),
+    "dtype": ("float16",),
+    "remat": ("some",),
+    "attention": ("some",),
+    "examples": ("words",),
+    "optimizer": ("sgd",),
+    "schedule": ("linear",),
+    "learning_rate": (0.0, -1.0, INFINITE, NAN),
+    "epsilon": (0.0, NAN),
+    "muon_learning_rate": (0.0, INFINITE),
+    "min_learning_rate": (-1e-3, NAN),
+    "weight_decay": (-0.1, INFINITE),
+    "muon_weight_decay": (-0.1,),
+    "warmup_steps": (-1, 2**31),
+    "beta1": (1.0, -0.1, NAN),
+    "beta2": (1.0,),
+    "muon_momentum": (1.0,),
+    "decay_fraction": (0.0, 1.1, NAN),
+    "clip_norm": (0.0, NAN, INFINITE),
+    "decay_steps": (-1, 2, 2**31),  # the warm-up takes 2
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_what_is_out_of_range_is_refused_by_its_name(name: str, value: Any) -> None:
+    with pytest.raises(TrainingError, match=rf"- {name}={value!r}: "):
+        recipe(**{name: value})
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(TrainingError) as raised:
+        recipe(**{name: values[0] for name, values in BAD.items()})
+    named = {line.split("- ")[1].split("=")[0] for line in str(raised.value).splitlines()[1:]}
+    assert named == set(BAD)
+
+
+def test_the_edges_of_the_ranges_are_allowed() -> None:
+    recipe(ema_decay=None, clip_norm=None, eval_batches=None, decay_steps=None, warmup_steps=0, seed=2**32 - 1)
+    recipe(min_learning_rate=0.0, weight_decay=0.0, beta1=0.0, decay_fraction=1.0, sample_tokens=0, keep_last=1)
+    recipe(steps=2**31 - 1, decay_steps=2**31 - 1)
+
+
+def test_flags_have_names_of_their_own() -> None:
+    """The fields of the three dataclasses become flags side by side; `optimizer` alone holds one of its name."""
+    outer, model, optimizer = (
+        {f.name for f in dataclasses.fields(c)} for c in (TrainConfig, GPT2Config, OptimizerConfig)
+    )
+    assert not outer & model
+    assert not model & optimizer
+    assert outer & optimizer == {"optimizer"}
+    assert set(flat(TrainConfig())) == outer - {"model"} | model | optimizer
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_goes_through_json_and_back(name: str) -> None:
+    config = PRESETS[name]
+    assert config.preset == name
+    assert from_flat(json.loads(json.dumps(flat(config)))) == config
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {**flat(TrainConfig()), "momentum": 0.9},
+        {k: v for k, v in flat(TrainConfig()).items() if k != "n_layer"},
+        [],
+        "nano",
+        None,
+    ],
+    ids=["unknown", "missing", "list", "text", "nothing"],
+)
+def test_what_is_no_configuration_is_said_to_be_of_another_version(stored: Any) -> None:
+    with pytest.raises(TrainingError, match="another version"):
+        from_flat(stored)
+
+
+HOSTILE: list[Any] = [2**70, 10**400, -(10**400), NAN, INFINITE, "", "text\x1b[31m", "a\0b", True, None, [], {}, [[1]]]
+"""Values that JSON can hold, for a field of any type."""
+
+
+@pytest.mark.parametrize("name", flat(TrainConfig()))
+def test_no_stored_value_raises_anything_else_than_an_error_of_this_project(name: str) -> None:
+    for value in HOSTILE:
+        with within_budget():
+            try:
+                config = from_flat({**flat(TrainConfig()), name: value})
+            except BridgeError as error:
+                message = str(error)
+                assert name in message
+                assert message.replace("\n", "").isprintable() and len(message) < 1000
+            else:
+                assert type(value) is type(flat(config)[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 10**400),
+        ("steps", True),
+        ("steps", "many"),
+        ("steps", 3.0),
+        ("seed", 2**70),
+        ("batch_size", 2**31),
+        ("learning_rate", 10**400),
+        ("learning_rate", True),
+        ("learning_rate", "1e-3"),
+        ("clip_norm", "1"),
+        ("ema_decay", []),
+        ("scan", 1),
+        ("scan", None),
+        ("tensorboard", "yes"),
+        ("data", None),
+        ("data", "a\0b"),
+        ("mesh", "data=2\x1b[31m"),
+        ("optimizer", ["adamw"]),
+        ("dtype", None),
+        ("decay_steps", 1.5),
+        ("wandb", {}),
+    ],
+)
+def test_a_value_of_another_type_or_size_is_refused_by_its_name(name: str, value: Any) -> None:
+    with pytest.raises(TrainingError, match=f"- {name}="):
+        from_flat({**flat(TrainConfig()), name: value})
+
+
+def test_an_int_is_a_float() -> None:
+    assert from_flat({**flat(TrainConfig()), "clip_norm": 1}).optimizer.clip_norm == 1
+
+
+def test_fields_that_a_resumed_run_may_change_exist_and_touch_no_weight() -> None:
+    assert set(flat(TrainConfig())) >= FREE
+    assert not FREE & {"steps", "batch_size", "length", "seed", "optimizer", "accumulate", "dtype", "ema_decay"}
+
+
+# What nanoGPT (github.com/karpathy/nanoGPT, commit 3adf61e) runs with: train.py's defaults, each recipe's own after.
+NANOGPT = {
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+    "learning_rate": 6e-4,
+    "min_learning_rate": 6e-5,
+    "warmup_steps": 2000,
+    "steps": 600_000,
+    "schedule": "cosine",
+    "optimizer": "adamw",
+}
+SHAKESPEARE = NANOGPT | {
+    "n_layer": 6,
+    "n_head": 6,
+    "n_embd": 384,
+    "n_positions": 256,
+    "length": 256,
+    "batch_size": 64,
+    "accumulate": 1,
+    "embd_pdrop": 0.2,
+    "attn_pdrop": 0.2,
+    "resid_pdrop": 0.2,
+    "learning_rate": 1e-3,
+    "min_learning_rate": 1e-4,
+    "beta2": 0.99,
+    "warmup_steps": 100,
+    "steps": 5000,
+    "eval_every": 250,
+    "bias": False,
+    "tokenizer": "characters",
+}
+PUBLISHED = {
+    "shakespeare-char-gpu": SHAKESPEARE,
+    "shakespeare-char": SHAKESPEARE  # the README's flags for a machine without a GPU
+    | {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64, "length": 64, "batch_size": 12, "steps": 2000}
+    | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
+    "gpt2": NANOGPT  # config/train_gpt2.py: 12 sequences at once, 5 * 8 times
+    | {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "length": 1024, "batch_size": 480}
+    | {"accumulate": 40, "dtype": "bfloat16", "tokenizer": "gpt2", "vocab_size": 50257},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_of_nanogpts_has_its_numbers(name: str) -> None:
+    values = flat(PRESETS[name])
+    assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+    assert values["decay_steps"] in (None, values["steps"])  # lr_decay_iters
+    assert -(-values["vocab_size"] // values["vocab_multiple"]) * values["vocab_multiple"] in (65, 50304)
+
+
+def test_the_sizes_are_openais() -> None:
+    for name, size in GPT2_SIZES.items():
+        assert PRESETS[name].model == size
+        assert PRESETS[name].optimizer == PRESETS["gpt2"].optimizer

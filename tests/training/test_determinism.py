@@ -1,0 +1,104 @@
+"""`--deterministic`: what it sets, from when on, and that nobody is told so without being it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.training_runs import RECIPE, recipe, run_in, write_text
+
+from bridge.storage import manifest
+from gpt2_jax.cli.train import wants_determinism
+from gpt2_jax.training import PRESETS, TrainingError
+from gpt2_jax.training.determinism import is_deterministic, make_deterministic
+
+SHORT = "--tokenizer bytes --steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --length 8"
+TINY = "--n-layer 1 --n-embd 8 --n-head 1"
+
+
+def test_it_adds_to_the_flags_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false --other=1")
+    monkeypatch.setenv("NPROC", "8")
+    assert not is_deterministic(os.environ)
+    make_deterministic()
+    make_deterministic()
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=false --other=1 --xla_gpu_deterministic_ops=true"
+    assert os.environ["NPROC"] == "1"
+    assert is_deterministic(os.environ)
+
+
+def test_what_is_said_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false")
+    monkeypatch.setenv("NPROC", "1")
+    assert not is_deterministic(os.environ)
+    make_deterministic()
+    assert is_deterministic(os.environ)
+
+
+def test_flags_in_a_file_are_not_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "/etc/xla.flags")
+    with pytest.raises(TrainingError, match=r"XLA_FLAGS is the file '/etc/xla\.flags'"):
+        make_deterministic()
+    assert os.environ["XLA_FLAGS"] == "/etc/xla.flags"
+
+
+def test_the_library_says_what_must_be_set_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NPROC", raising=False)
+    with pytest.raises(
+        TrainingError, match=r"^deterministic: .*XLA_FLAGS=--xla_gpu_deterministic_ops=true and NPROC=1"
+    ):
+        run_in(tmp_path, recipe(deterministic=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        ([], False),
+        (["--deterministic"], True),
+        (["--deterministic", "--no-deterministic"], False),
+        (["--no_deterministic", "--deterministic"], True),
+    ],
+)
+def test_the_flag_is_found_before_the_flags_are_read(flags: list[str], wanted: bool) -> None:
+    assert wants_determinism(["train", "--out", "x", *flags], PRESETS["nano"]) == wanted
+
+
+def test_a_resumed_run_stays_deterministic() -> None:
+    assert wants_determinism(["train", "--resume"], recipe(deterministic=True))
+    assert not wants_determinism(["train", "--resume", "--no-deterministic"], recipe(deterministic=True))
+    assert RECIPE.deterministic is False
+
+
+def test_the_command_runs_on_one_thread_and_the_manifest_says_so(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from gpt2_jax.cli import main
+try:
+    main()
+finally:
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    print("threads of XLA:", sum(name.startswith("tf_XLAEigen") for name in threads))
+"""
+    places = [
+        "--data",
+        write_text(tmp_path),
+        "--tokenizer",
+        "bytes",
+        "--cache",
+        tmp_path / "c",
+        "--out",
+        tmp_path / "run",
+    ]
+    command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), *TINY.split(), "--deterministic"]
+    # The second start would leave this program; huge pages change no bits.
+    environment = {**os.environ, "GPT2_BRIDGE_STARTED_AGAIN": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "threads of XLA: 1" in done.stdout
+    flags = manifest.verify(tmp_path / "run" / "export")["flags"]
+    assert is_deterministic(flags)

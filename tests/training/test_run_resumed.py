@@ -1,0 +1,239 @@
+"""Going on with a run: what is refused, what may change, and what is taken over."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from support.training_runs import RECIPE, all_weights, data_for, files, recipe, records, run_in, write_text
+
+import bridge
+from bridge.formats.run import steps
+from gpt2_jax.parallel.sharding import make_mesh
+from gpt2_jax.training import Outcome, TrainingError, loop, settle, train
+from gpt2_jax.training.run import directory as runs
+from gpt2_jax.training.run.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_resuming_what_is_finished_changes_nothing(copy: Path) -> None:
+    before = files(copy / "run")
+    again = run_in(copy, RECIPE, resume=True)
+    after = files(copy / "run")
+    assert (again.step, again.stopped_by) == (6, None)
+    changed = {name for name in before if before[name] != after.get(name)}
+    assert changed <= {"loss.png"}
+    assert set(after) == set(before)
+
+
+CHANGES: dict[str, Any] = {
+    "steps": 7,
+    "batch_size": 2,
+    "length": 10,
+    "accumulate": 2,
+    "seed": 1,
+    "learning_rate": 2e-2,
+    "schedule": "constant",
+    "optimizer": "muon",
+    "weight_decay": 0.0,
+    "clip_norm": None,
+    "ema_decay": 0.9,
+    "dtype": "bfloat16",
+    "scan": False,
+    "examples": "documents",
+    "validation_fraction": 0.2,
+    "vocab_multiple": 64,
+    "n_layer": 3,
+    "embd_pdrop": 0.1,
+    "init_from": "elsewhere",
+    "tokenizer": "characters",
+    "preset": "finetune",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_resume_with_another_value_is_refused_by_its_name(copy: Path, name: str) -> None:
+    before = files(copy / "run")
+    with pytest.raises(TrainingError, match=rf"(?m)^  - {name} was .*, now ") as raised:
+        run_in(copy, recipe(**{name: CHANGES[name]}), resume=True)
+    assert "--accept-changes" in str(raised.value)
+    assert files(copy / "run") == before
+
+
+def test_a_last_step_behind_the_newest_checkpoint_is_refused(copy: Path) -> None:
+    before = files(copy / "run")
+    with pytest.raises(TrainingError, match=r"steps=5: the newest checkpoint in '.*run' is already at step 6; give"):
+        run_in(copy, recipe(steps=5), resume=True, accept_changes=True)
+    assert files(copy / "run") == before
+
+
+def test_every_change_is_named_at_once(copy: Path) -> None:
+    with pytest.raises(TrainingError) as raised:
+        run_in(copy, recipe(seed=1, batch_size=2, beta2=0.5), resume=True)
+    assert str(raised.value).count("\n  - ") == 3
+
+
+def test_a_resume_on_other_data_is_refused(copy: Path) -> None:
+    write_text(copy, lines=119)
+    with pytest.raises(TrainingError, match="data: the tokens are not the same"):
+        run_in(copy, RECIPE, resume=True)
+
+
+def test_what_is_only_reported_may_change(copy: Path) -> None:
+    changed = recipe(eval_every=1, log_every=1, checkpoint_every=1, keep_last=5, eval_batches=1)
+    assert run_in(copy, changed, resume=True).step == 6
+    assert runs.stored_identity(copy / "run").config.keep_last == 5
+
+
+def test_accepted_changes_are_taken_over(copy: Path) -> None:
+    changed = recipe(steps=8, seed=5, layer_norm_epsilon=1e-4)
+    outcome = run_in(copy, changed, resume=True, accept_changes=True)
+    assert outcome.step == 8
+    assert [record["step"] for record in read_metrics(copy / "run")] == [0, 2, 4, 6, 8]
+    assert runs.stored_identity(copy / "run").config == changed
+    assert bridge.load(copy / "run").config.layer_norm_epsilon == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n_inner": 44}, r"params/h/mlp/c_fc/kernel: float32 \(2, 24, 40\) is stored, float32 \(2, 24, 44\) expected"),
+        ({"ema_decay": 0.9}, r"ema_params/wte/embedding: nothing is stored, float32 \(384, 24\) expected"),
+        ({"optimizer": "muon"}, r"opt_state/0/count: int32 \(\) is stored, nothing expected"),
+    ],
+    ids=["model", "mean", "optimizer"],
+)
+def test_a_state_of_another_shape_is_refused_and_the_run_stays_readable(
+    copy: Path, change: dict[str, Any], named: str
+) -> None:
+    before = files(copy / "run")
+    with pytest.raises(TrainingError, match=f"(?s)checkpoint of step 6 belongs to another model or optimizer.*{named}"):
+        run_in(copy, recipe(**change), resume=True, accept_changes=True)
+    assert files(copy / "run") == before
+
+
+def test_a_run_without_a_checkpoint_resumes_from_the_beginning(tmp_path: Path, finished: Outcome) -> None:
+    runs.begin(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n{"step": 2, "train_lo')
+    assert run_in(tmp_path, RECIPE, resume=True).step == 6
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 2, 4, 6]
+    assert read_metrics(tmp_path / "run")[0]["val_loss"] == read_metrics(finished.run)[0]["val_loss"]
+
+
+def test_a_run_without_a_checkpoint_takes_over_another_tokenizer(tmp_path: Path) -> None:
+    first = recipe(tokenizer="characters", vocab_size=50)
+    data = data_for(first, tmp_path)
+    runs.begin(tmp_path / "run", settle(first, data), data)
+    with pytest.raises(TrainingError, match="tokenizer was"):
+        run_in(tmp_path, RECIPE, resume=True)
+    run_in(tmp_path, RECIPE, resume=True, accept_changes=True)
+    assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 257
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"version": 1}',
+        '{"version": 1, "config": [], "data": "", "tokenizer": ""}',
+        '{"version": 99}',
+    ],
+)
+def test_a_damaged_run_json_is_an_error_that_says_so(copy: Path, text: str) -> None:
+    (copy / "run" / "run.json").write_text(text)
+    with pytest.raises(bridge.BridgeError, match=r"run\.json|another version"):
+        run_in(copy, RECIPE, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named_passed_over_and_kept(copy: Path) -> None:
+    """The run goes on from the one before it, to the same end."""
+    run = copy / "run"
+    damaged = run / "checkpoints" / "6"
+    before, there = all_weights(damaged), steps(run)
+    file = next(p for p in sorted((damaged / "state").rglob("*")) if p.stat().st_size > 1000)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 4
+    file.write_bytes(data)
+    said, data_of_run = io.StringIO(), data_for(RECIPE, copy)
+    console = Console(file=said, width=1000)
+    outcome = train(settle(RECIPE, data_of_run), run, data_of_run, resume=True, console=console)
+    assert (
+        f"the checkpoint of step 6 is damaged and was skipped: '{file}' was changed after it was written"
+        in said.getvalue()
+    )
+    assert (outcome.step, steps(run)) == (6, there)
+    again = all_weights(run / "checkpoints" / "6")
+    assert all(np.array_equal(again[name], array) for name, array in before.items())
+    assert (run / "checkpoints" / "6.damaged" / file.relative_to(damaged)).read_bytes() == data
+
+
+def test_a_checkpoint_that_is_a_link_is_none(copy: Path) -> None:
+    """Where it leads may be written to by others, and pruning would not know what to remove."""
+    folder = copy / "run" / "checkpoints"
+    (folder / "6").rename(copy / "elsewhere")
+    (folder / "6").symlink_to(copy / "elsewhere")
+    (folder / ".5.partial").symlink_to(copy / "elsewhere")
+    before = files(copy / "elsewhere")
+    assert any("'6' is a link" in note or "/6' is a link" in note for note in bridge.load(copy / "run").diagnostics)
+    assert run_in(copy, RECIPE, resume=True).step == 6
+    assert sorted(p.name for p in folder.iterdir()) == ["4", "6", "6.damaged"]
+    assert not (folder / "6").is_symlink()
+    assert files(copy / "elsewhere") == before
+
+
+def test_a_run_with_damaged_checkpoints_alone_is_not_begun_again(copy: Path) -> None:
+    for step in steps(copy / "run"):
+        (copy / "run" / "checkpoints" / str(step) / "manifest.json").write_text("{}")
+    with pytest.raises(TrainingError, match=r"none of the checkpoints in .* is valid"):
+        run_in(copy, RECIPE, resume=True)
+
+
+def test_a_run_that_is_trained_by_another_process_is_refused(copy: Path) -> None:
+    code = "import sys; from pathlib import Path; from gpt2_jax.training.run.directory import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(copy / "run")], text=True, **pipes) as other:  # type: ignore[call-overload]
+        assert other.stdout.readline() == "in\n"
+        before = files(copy / "run")
+        with pytest.raises(TrainingError, match="another process trains in"):
+            run_in(copy, RECIPE, resume=True)
+        assert files(copy / "run") == before
+    assert run_in(copy, RECIPE, resume=True).step == 6
+
+
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "ema_decay": 0.9, "scan": False}], ids=str)
+def test_the_description_of_a_state_is_that_of_the_first(changes: dict[str, Any]) -> None:
+    config = recipe(**changes)
+    model, tx = loop.make_model(config), loop.make_optimizer(config.optimizer, 6)
+    mesh = make_mesh()
+    state, described = loop.first_state(config, model, tx, None, mesh), loop.described_state(config, model, tx, mesh)
+    assert jax.tree.structure(described) == jax.tree.structure(state)
+    for array, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(described), strict=True):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
+
+
+def test_a_resume_makes_no_state_beside_the_one_it_restores(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "first_state", None)
+    assert run_in(copy, RECIPE, resume=True).step == 6
+
+
+def test_the_data_is_read_as_configured_from_the_step_that_the_run_is_at(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "training_batches", lambda stream, **options: asked.append(options) or iter(()))
+    run_in(copy, recipe(seed=3, length=10, batch_size=2), resume=True, accept_changes=True)
+    assert asked == [
+        {"seed": 3, "length": 10, "batch_size": 2, "start_step": 6, "examples": "stream", "rows": slice(0, 2)}
+    ]

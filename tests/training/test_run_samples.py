@@ -1,0 +1,70 @@
+"""The samples that are shown during a run, and the prompts that they go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.models import random_checkpoint
+from support.training_runs import data_for, recipe, run_in
+
+import bridge
+from bridge import TokenizerError
+from gpt2_jax.data import open_data
+from gpt2_jax.parallel.sharding import make_mesh
+from gpt2_jax.training import TrainingError, loop, settle
+from gpt2_jax.training.run.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_prompt": ""}, "has 0 tokens"),
+        ({"sample_prompt": "x" * 16}, "has 16 tokens"),
+        ({"sample_prompt": "é", "tokenizer": "characters"}, "no character 'é'"),
+    ],
+)
+def test_a_prompt_that_cannot_be_gone_on_from_is_found_before_the_run_begins(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"sample_prompt=.*{message}"):
+        run_in(tmp_path, recipe(sample_tokens=3, **changes))
+    assert not (tmp_path / "run").exists()
+    assert settle(recipe(**changes), data_for(recipe(**changes), tmp_path))  # where nothing is sampled it is unused
+
+
+def test_documents_with_masks_train_too_and_samples_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i:02}.txt").write_text("abcdef " * (i % 7 + 1))
+    config = recipe(data=str(texts), examples="documents", sample_tokens=5, sample_prompt="abc", learning_rate=3e-2)
+    data = open_data(texts, tokenizer="bytes", cache=tmp_path / "cache")
+    outcome = loop.train(settle(config, data), tmp_path / "run", data)
+    kept = read_metrics(outcome.run)
+    assert kept[-1]["val_loss"] < kept[0]["val_loss"]
+    shown = capsys.readouterr().out
+    assert shown.count("\nabc") == 2  # at the evaluations after steps 4 and 6
+    assert "validation loss" in shown
+
+
+def test_a_padded_vocabulary_is_no_trouble_to_a_sample(tmp_path: Path) -> None:
+    """Ids that the model has and the tokenizer has not, as where a checkpoint's vocabulary is a multiple of 64."""
+    model = bridge.GPT2Config(vocab_size=1000, n_positions=16, n_embd=8, n_layer=1, n_head=1)
+    config = recipe(init_from="memory", **vars(model), sample_tokens=15)
+    data = data_for(config, tmp_path)
+    settled = settle(config, data, random_checkpoint(model))
+    gpt2 = loop.make_model(settled)
+    state = loop.first_state(
+        settled, gpt2, loop.make_optimizer(settled.optimizer, 6), random_checkpoint(model), make_mesh()
+    )
+    shown = loop.sample(settled, gpt2, state, data, [65, 27, 10])
+    assert shown.startswith("A\ufffd\n")  # an escape would move the terminal's cursor
+    with pytest.raises((KeyError, TokenizerError)):
+        assert data.tokenizer is not None
+        data.tokenizer.decode([999])

@@ -1,0 +1,304 @@
+"""A signal ends a run before its last step, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support.training_runs import RECIPE, all_weights, recipe, records, run_in, stop_at
+
+import bridge
+from bridge.formats.run import steps, validation_loss, verified
+from bridge.storage.atomic_writes import exclusive_lock
+from gpt2_jax.training import Outcome, loop, preemption
+from gpt2_jax.training.preemption import Stopped, StopSignals
+from gpt2_jax.training.run.checkpointing import Checkpoints
+from gpt2_jax.training.run.directory import LOCK
+from gpt2_jax.training.run.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_a_signal_ends_a_run_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM here; `gpt2 train` is sent both in tests/cli."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop_at(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+    outcome = run_in(tmp_path, RECIPE)
+    assert (outcome.step, outcome.stopped_by) == (5, signal.SIGTERM)
+    assert steps(outcome.run)[-1] == 5
+    assert outcome.to_json()["stopped_by"] == "SIGTERM"
+    assert bridge.load(outcome.export).config.n_layer == 2
+    assert [record["step"] for record in read_metrics(outcome.run)] == [0, 2, 4]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_signal_when_all_is_done_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoints.save
+
+    def signal_in_the_last(self: Checkpoints, state: Any, loss: float | None) -> None:
+        save(self, state, loss)
+        if int(state.step) == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "save", signal_in_the_last)
+    outcome = run_in(tmp_path, RECIPE)
+    assert (outcome.step, outcome.stopped_by) == (6, None)
+
+
+def test_no_more_than_one_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal is heard after what was begun: with steps of a minute that must not be all up to the next record."""
+    awaited: list[int] = []
+    make = loop.make_train_step
+
+    class Loss(float):
+        step: int
+
+        def block_until_ready(self) -> None:
+            awaited.append(self.step)
+
+    def make_watched(*args: Any, **options: Any) -> Any:
+        train_step = make(*args, **options)
+
+        def step(state: Any, batch: Any) -> Any:
+            begun = int(state.step) + 1
+            assert awaited == [*range(1, begun - 1)]
+            state, metrics = train_step(state, batch)
+            loss = Loss(metrics["loss"])
+            loss.step = begun
+            return state, {**metrics, "loss": loss}
+
+        return Compiled(step, train_step.lower)
+
+    monkeypatch.setattr(loop, "make_train_step", make_watched)
+    outcome = run_in(tmp_path, recipe(log_every=6, eval_every=6, checkpoint_every=6))
+    assert (outcome.step, awaited) == (6, [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("step", [0, 4, 6])
+def test_an_evaluation_is_left_saved_and_made_up_for(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Outcome
+) -> None:
+    """Before the first step, in the middle, and after the last: a run that is not evaluated has not ended."""
+    with monkeypatch.context() as stopping:
+        signal_in_evaluation(stopping, step)
+        outcome = run_in(tmp_path, RECIPE)
+    assert (outcome.step, outcome.stopped_by) == (step, signal.SIGTERM)
+    assert steps(outcome.run)[-1] == step
+    assert validation_loss(outcome.run, step) is None
+    assert all("val_loss" not in record for record in read_metrics(outcome.run) if record["step"] == step)
+    resumed = run_in(tmp_path, RECIPE, resume=True)
+    assert (resumed.step, resumed.stopped_by, resumed.best_step) == (6, None, finished.best_step)
+    assert records(resumed.run) == records(finished.run)
+    for name, array in all_weights(finished.export).items():
+        np.testing.assert_allclose(all_weights(resumed.export)[name], array, atol=1e-6)
+    if step:
+        assert verified(resumed.run, step)["val_loss"] == validation_loss(finished.run, step)
+
+
+def signal_in_evaluation(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Between the two batches of the one after `step`."""
+    inner, seen = loop.validation_loss, []
+
+    def signalled(*args: Any) -> float:
+        *rest, state, mesh, check = args
+
+        def check_after_one() -> None:
+            seen.append(int(state.step))
+            if seen.count(step) == 2:
+                signal.raise_signal(signal.SIGTERM)
+            check()
+
+        return inner(*rest, state, mesh, check_after_one)
+
+    monkeypatch.setattr(loop, "validation_loss", signalled)
+
+
+@pytest.mark.parametrize("start", [0, 4])
+@pytest.mark.parametrize("which", ["make_train_step", "make_eval_step"])
+def test_compiling_is_left_at_once(
+    which: str, start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Outcome
+) -> None:
+    """Here it would take for ever. What goes on is gone on with from where it was."""
+    if start:
+        shutil.copytree(finished.run.parent, tmp_path, dirs_exist_ok=True)
+        for step in steps(tmp_path / "run"):
+            if step > start:
+                shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step))
+    released, make = threading.Event(), getattr(loop, which)
+
+    def make_slow(*args: Any, **options: Any) -> Any:
+        function = make(*args, **options)
+
+        def take_for_ever() -> None:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # type: ignore[arg-type]
+            assert released.wait(300)
+
+        return Compiled(function, lambda *arguments: SimpleNamespace(compile=take_for_ever))
+
+    with monkeypatch.context() as slow:
+        slow.setattr(loop, which, make_slow)
+        outcome = run_in(tmp_path, RECIPE, resume=True)
+    released.set()
+    # After a checkpoint that was evaluated the next evaluation, for which it is compiled, is that of step 6.
+    stopped_at = 6 if start and which == "make_eval_step" else start
+    assert (outcome.step, outcome.stopped_by, steps(outcome.run)[-1]) == (stopped_at, signal.SIGTERM, stopped_at)
+    resumed = run_in(tmp_path, RECIPE, resume=True)
+    assert (resumed.step, resumed.stopped_by) == (6, None)
+    assert records(resumed.run) == records(finished.run)
+
+
+class Compiled:
+    """A compiled function whose `lower` is another."""
+
+    def __init__(self, function: Callable[..., Any], lower: Callable[..., Any]) -> None:
+        self._function, self.lower = function, lower
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+def test_an_error_of_the_compiler_is_raised_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise MemoryError("too large")
+
+    make = loop.make_train_step
+    lowered = SimpleNamespace(compile=fail)
+    monkeypatch.setattr(loop, "make_train_step", lambda *a, **o: Compiled(make(*a, **o), lambda *arguments: lowered))
+    with pytest.raises(MemoryError, match="too large"):
+        run_in(tmp_path, RECIPE)
+
+
+def test_a_step_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread's compilation is the one that the step then uses."""
+    made: list[Any] = []
+    make = loop.make_train_step
+    monkeypatch.setattr(loop, "make_train_step", lambda *a, **o: made.append(make(*a, **o)) or made[-1])
+    compiled: list[str] = []
+
+    def count(event: str, duration: float, **about: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and about.get("fun_name") == "jit(step)":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        run_in(tmp_path, RECIPE)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert len(compiled) == 1
+
+
+def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
+
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # which ends the process
+        signal.raise_signal(signal.SIGINT)
+
+    stop_at(monkeypatch, 4, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run_in(tmp_path, RECIPE)
+    assert steps(tmp_path / "run") == [3]
+
+
+def test_two_signals_within_one_call_end_the_process(tmp_path: Path) -> None:
+    """Python runs no handler before the call is over, and then one for both."""
+    code = """
+import signal, jax
+from gpt2_jax.training.preemption import StopSignals
+once = lambda x: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: x * 1.5 % 1.0, x)
+long = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, lambda i, x: once(x), x)).lower(1.0).compile()
+with StopSignals(second=signal.SIG_DFL):
+    print("in", flush=True)
+    float(long(1.0))
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "in\n"
+        time.sleep(0.5)
+        for _ in range(2):
+            assert child.poll() is None
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        try:
+            assert child.wait(60) == 128 + signal.SIGTERM
+        finally:
+            child.kill()
+
+
+def test_the_run_is_locked_until_all_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, held = loop.finish, []
+
+    def finish(run: Path, *arguments: Any) -> Outcome:
+        with exclusive_lock(run / LOCK) as free:
+            held.append(not free)
+        return inner(run, *arguments)
+
+    monkeypatch.setattr(loop, "finish", finish)
+    run = run_in(tmp_path, RECIPE).run
+    assert held == [True]
+    with exclusive_lock(run / LOCK) as free:
+        assert free
+
+
+@pytest.fixture
+def heard_by_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """As if this process was one of several: what JAX's own handler of SIGTERM hears."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    monkeypatch.setattr(preemption, "are_several", lambda: True)
+    monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", lambda question: question == 3)
+    yield heard
+    signal.signal(signal.SIGTERM, before)
+
+
+def agree(stop: StopSignals) -> None:
+    stop.check()
+    stop.check()
+    with pytest.raises(Stopped):
+        stop.check()
+
+
+def test_of_several_one_that_is_told_late_goes_on_saving(heard_by_jax: list[int]) -> None:
+    """Where the system tells each of them, and the first has them stop before the last hears of it."""
+    with StopSignals() as stop:
+        agree(stop)
+        signal.raise_signal(signal.SIGTERM)
+        assert (heard_by_jax, stop.received) == ([], signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the next ends it
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_of_several_the_one_with_the_keyboard_tells_the_others(heard_by_jax: list[int]) -> None:
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert (heard_by_jax, stop.received) == ([signal.SIGTERM], None)
+        agree(stop)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_of_several_a_keyboard_that_is_late_goes_unheard(heard_by_jax: list[int]) -> None:
+    with StopSignals() as stop:
+        agree(stop)
+        signal.raise_signal(signal.SIGINT)
+        assert heard_by_jax == []
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
