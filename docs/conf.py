@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from importlib.metadata import version
+from importlib.metadata import version as installed_version
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ def _sources_digest() -> str:
 project = "gpt2-bridge"
 author = "the gpt2-bridge maintainers"
 copyright = author
-release = version("gpt2-bridge")
+version = release = installed_version("gpt2-bridge")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "generated", "figures"]
 exclude_patterns = ["_build", "_ext", "_generated"]
@@ -64,3 +64,4 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 default_role = "code"
+suppress_warnings = ["ref.python"]  # short names in signatures: both backends have a Decoder

@@ -18,8 +18,8 @@ from sphinx.application import Sphinx
 import bridge
 from gpt2_jax.plan.compiled import described_step
 from gpt2_jax.plan.suggest import divides, needed_bytes, possible_meshes, spread_state
-from gpt2_jax.sharding import make_mesh
-from gpt2_jax.train import PRESETS
+from gpt2_jax.parallel.sharding import make_mesh
+from gpt2_jax.training import PRESETS
 
 TORCH, JAX, BRIDGE, FILES = "#fde0cf", "#d5e8f7", "#e3f1d8", "#eeeeee"
 

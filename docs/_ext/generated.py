@@ -13,8 +13,8 @@ from sphinx.pycode import ModuleAnalyzer
 
 from bridge import GPT2Config
 from gpt2_jax.cli import main
-from gpt2_jax.train import PRESETS, OptimizerConfig, TrainConfig
-from gpt2_jax.train.config import flat
+from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
+from gpt2_jax.training.config import flat
 
 VERBS = ("inspect", "convert", "verify", "generate", "train", "eval", "plan", "bench", "demo")
 _MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
