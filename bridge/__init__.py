@@ -6,8 +6,8 @@ from bridge.conversion import canonical_names, canonicalize, stack_layers, to_fl
 from bridge.diagnostics import find_diagnostics
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.fingerprint import fingerprint
-from bridge.generation.config import Request
-from bridge.generation.text import Completion, complete, end_of_text_ids, stream_text
+from bridge.generation.config import GenerationConfig
+from bridge.generation.text import TextOutput, complete, end_of_text_ids, stream_text
 from bridge.io import BUNDLED, load, save
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
@@ -20,12 +20,12 @@ __all__ = [
     "BridgeError",
     "Checkpoint",
     "CheckpointError",
-    "Completion",
     "ConfigError",
     "ConversionError",
     "GPT2Config",
+    "GenerationConfig",
     "NoTokenizerError",
-    "Request",
+    "TextOutput",
     "TokenizerError",
     "byte_tokenizer",
     "canonical_names",

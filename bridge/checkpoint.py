@@ -14,7 +14,7 @@ from bridge.conversion import canonicalize
 from bridge.errors import ConversionError, NoTokenizerError
 from bridge.optimizer_state import AdamWState
 from bridge.parameter_table import VOCABULARY_ROWS, parameters
-from bridge.storage.tensors import LazyTensors, TensorEntry, first_rows
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, first_rows
 from bridge.tokenizers.loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Checkpoint:
     """A GPT-2's configuration and weights, and what came along with them."""
 
     config: GPT2Config
-    tensors: LazyTensors
+    tensors: LazyTensorMap
     """Canonical name -> array, read anew at each look-up."""
     format: str
     """Name of the format it was read from, or "memory"."""
@@ -63,10 +63,10 @@ class Checkpoint:
         config = replace(self.config, bias=True)
         dtype = next(iter(self.tensors.entries.values())).dtype
         entries = {
-            p.torch_name: self.tensors.entries.get(p.torch_name) or TensorEntry.of(np.zeros(p.torch_shape, dtype))
+            p.torch_name: self.tensors.entries.get(p.torch_name) or LazyTensor.of(np.zeros(p.torch_shape, dtype))
             for p in parameters(config)
         }
-        return replace(self, config=config, tensors=LazyTensors(entries), optimizer=None)
+        return replace(self, config=config, tensors=LazyTensorMap(entries), optimizer=None)
 
     def with_activation(self, name: str) -> Checkpoint:
         """The same weights under another activation: another function, for a format that has only that one."""
@@ -83,7 +83,7 @@ class Checkpoint:
             return self
         cut = {name: first_rows(self.tensors.entries[name], rows) for name in VOCABULARY_ROWS & {*self.tensors}}
         config = replace(self.config, vocab_size=rows)
-        return replace(self, config=config, tensors=LazyTensors({**self.tensors.entries, **cut}), optimizer=None)
+        return replace(self, config=config, tensors=LazyTensorMap({**self.tensors.entries, **cut}), optimizer=None)
 
     def tokenizer(self) -> tiktoken.Encoding:
         """The tokenizer that was saved with the weights; raises `TokenizerError` if there is none."""

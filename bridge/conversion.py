@@ -17,7 +17,7 @@ import numpy as np
 from bridge.config import GPT2Config
 from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.parameter_table import Parameter, padded_vocab_size, parameters
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry, aligned_empty
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, aligned_empty
 
 FlaxTree = dict[str, Any]
 """Nested dictionaries with arrays as leaves: what Flax calls `params`."""
@@ -62,13 +62,13 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
     return {canonical: given[0] for canonical, given in found.items()}
 
 
-def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensors:
+def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensorMap:
     """Any PyTorch state_dict of this model under its canonical names, in the table's order.
 
     A tied head that is stored beside the embedding is compared with it and left out. Raises
     `ConversionError` unless the tensors are exactly those of the model that `config` describes.
     """
-    stored = LazyTensors.of(tensors)
+    stored = LazyTensorMap.of(tensors)
     entries = {canonical: stored.entries[name] for canonical, name in canonical_names(stored).items()}
     expected = parameters(config)
     problems = []
@@ -83,7 +83,7 @@ def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyT
     problems += differences({p.torch_name: p.torch_shape for p in expected}, entries)
     if problems:
         raise ConversionError("these are not the tensors of the configured GPT-2:\n" + bullet_list(problems))
-    return LazyTensors({p.torch_name: entries[p.torch_name] for p in expected})
+    return LazyTensorMap({p.torch_name: entries[p.torch_name] for p in expected})
 
 
 def to_flax(
@@ -177,7 +177,7 @@ def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
     return tree
 
 
-def mixed_dtypes(tensors: LazyTensors, config: GPT2Config) -> list[str]:
+def mixed_dtypes(tensors: LazyTensorMap, config: GPT2Config) -> list[str]:
     """The parameters that do not have one dtype in all layers, a line each; they cannot be stacked."""
     first: dict[tuple[str, ...], Parameter] = {}
     problems = []
@@ -257,7 +257,7 @@ def _with_rows(array_VD: np.ndarray, rows: int) -> np.ndarray:
     return padded
 
 
-def same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     """Bit for bit: NaN equals itself here, and 0.0 does not equal -0.0."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False

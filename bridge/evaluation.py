@@ -17,7 +17,7 @@ import numpy as np
 
 from bridge.config import GPT2Config
 from bridge.errors import BridgeError
-from bridge.labels import IGNORED
+from bridge.labels import IGNORE_INDEX
 
 TOKENS_PER_BATCH = 4096
 """What a batch holds unless asked otherwise: with GPT-2's vocabulary its logits take 0.8 GB in float32."""
@@ -130,7 +130,7 @@ class SlidingWindows:
         return begin_W, np.maximum(reached_W, begin_W + 1), end_W
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Input ids and labels, int32 [B, T]; the label of a position is the token after it, or `IGNORED`.
+        """Input ids and labels, int32 [B, T]; the label of a position is the token after it, or `IGNORE_INDEX`.
 
         All have the same shape: what the last window and the last batch lack is made up by zeros whose labels are
         ignored. A causal model needs no mask for padding on the right.
@@ -143,9 +143,9 @@ class SlidingWindows:
             position_BT = begin_W[batch, None] + columns
             target_BT = position_BT + 1
             inputs_BT = np.where(position_BT < end, self._take(position_BT), 0)
-            labels_BT = np.where((first <= target_BT) & (target_BT < end), self._take(target_BT), IGNORED)
+            labels_BT = np.where((first <= target_BT) & (target_BT < end), self._take(target_BT), IGNORE_INDEX)
             missing = ((0, min(self.batch_size, len(self)) - len(inputs_BT)), (0, 0))
-            yield np.pad(inputs_BT, missing), np.pad(labels_BT, missing, constant_values=IGNORED)
+            yield np.pad(inputs_BT, missing), np.pad(labels_BT, missing, constant_values=IGNORE_INDEX)
 
     def _take(self, position_BT: np.ndarray) -> np.ndarray:
         return self.ids[np.minimum(position_BT, self.ids.size - 1)].astype(np.int32)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bridge.storage.tensors import LazyTensors, contiguous
+from bridge.storage.tensors import LazyTensorMap, contiguous
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
@@ -16,7 +16,7 @@ def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
     `tensors`: canonical name -> array, as `Checkpoint.tensors` is. The order does not matter; every bit does.
     """
     digest = hashlib.sha256()
-    lazy = LazyTensors.of(tensors)
+    lazy = LazyTensorMap.of(tensors)
     for name in sorted(lazy):
         array = contiguous(lazy[name])
         digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())

@@ -21,7 +21,7 @@ from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
 from bridge.storage.manifest import recorded
 from bridge.storage.stored_file import StoredFile
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap
 from bridge.tokenizers.loading import TOKENIZER_FILES
 
 _HUB_COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
@@ -106,7 +106,7 @@ def save(
     *,
     format: str,
     overwrite: bool = False,
-    keep_not_finite: bool = False,
+    allow_non_finite: bool = False,
     **options: Any,
 ) -> tuple[str, ...]:
     """Write `checkpoint` as a new directory or file. The write is atomic.
@@ -122,7 +122,7 @@ def save(
         overwrite: replace the checkpoint at `target`: files recorded in a manifest of this project, and files of a
             recognised checkpoint whose names `format` also writes. If `target` holds other files, nothing is written.
             Without `overwrite`, an existing target is an error.
-        keep_not_finite: write NaN and infinity. By default they raise a `ConversionError` that names the tensor.
+        allow_non_finite: write NaN and infinity. By default they raise a `ConversionError` that names the tensor.
         options: options of the format, for example `max_shard_bytes` for "huggingface".
 
     Returns:
@@ -139,7 +139,7 @@ def save(
     target = Path(target)
     as_file = _names_a_file(target, format)
     _require_apart(target, checkpoint)
-    if not keep_not_finite:
+    if not allow_non_finite:
         checkpoint = _watched(checkpoint)
     module = FORMATS[format]
     left_out: tuple[str, ...] = ()
@@ -166,26 +166,26 @@ def _watched(checkpoint: Checkpoint) -> Checkpoint:
     if adamw is not None:
         adamw = replace(
             adamw,
-            first=_watched_tensors(LazyTensors.of(adamw.first), "the first moment of "),
-            second=_watched_tensors(LazyTensors.of(adamw.second), "the second moment of "),
+            exp_avg=_watched_tensors(LazyTensorMap.of(adamw.exp_avg), "exp_avg of "),
+            exp_avg_sq=_watched_tensors(LazyTensorMap.of(adamw.exp_avg_sq), "exp_avg_sq of "),
         )
     return replace(checkpoint, tensors=_watched_tensors(checkpoint.tensors), optimizer=adamw)
 
 
-def _watched_tensors(tensors: LazyTensors, what: str = "") -> LazyTensors:
-    def watched(name: str, entry: TensorEntry) -> TensorEntry:
+def _watched_tensors(tensors: LazyTensorMap, what: str = "") -> LazyTensorMap:
+    def watched(name: str, entry: LazyTensor) -> LazyTensor:
         def read() -> np.ndarray:
             array = entry.read()
             if array.dtype in FLOAT_DTYPES and (bad := count_not_finite(array)):
                 raise ConversionError(
                     f"{what}{name} has {bad} values that are not finite; the checkpoint is damaged, or its training "
-                    "diverged (--keep-not-finite, or keep_not_finite=True, writes them as they are)"
+                    "diverged (--allow-non-finite, or allow_non_finite=True, writes them as they are)"
                 )
             return array
 
         return replace(entry, read=read)
 
-    return LazyTensors({name: watched(name, entry) for name, entry in tensors.entries.items()})
+    return LazyTensorMap({name: watched(name, entry) for name, entry in tensors.entries.items()})
 
 
 def _names_a_file(target: Path, format: str) -> bool:

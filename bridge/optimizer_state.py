@@ -23,7 +23,7 @@ from bridge.conversion import FlaxTree, canonical_names, differences
 from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.parameter_table import parameters
 from bridge.storage import tensors as arrays
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class AdamWState:
 
     step: int
     """Updates made so far; the bias corrections depend on it."""
-    first: Mapping[str, np.ndarray]
+    exp_avg: Mapping[str, np.ndarray]
     """The running mean of gradients: torch's `exp_avg`, optax's `mu`."""
-    second: Mapping[str, np.ndarray]
+    exp_avg_sq: Mapping[str, np.ndarray]
     """The running mean of their squares: torch's `exp_avg_sq`, optax's `nu`."""
     hyperparameters: Mapping[str, Hyperparameters] = field(default_factory=dict)
     """For whoever goes on, to read. Empty where it came from optax, whose state does not hold them."""
@@ -63,7 +63,7 @@ def from_torch(
     """The state in an AdamW's `state_dict()`; one that was never stepped is step 0 with moments of zero.
 
     Args:
-        state_dict: with CPU tensors or numpy arrays, whose memory the result shares, or with `TensorEntry`, whose
+        state_dict: with CPU tensors or numpy arrays, whose memory the result shares, or with `LazyTensor`, whose
             moments are then read when they are looked up.
         names: the parameters' names in the optimizer's order, group after group, with any prefix that
             `bridge.canonical_names` knows; None where the state names them itself, as it does if the
@@ -81,16 +81,16 @@ def from_torch(
     problems += _unlike(order, shapes)
     problems += _incomplete(keys, entries)
     step = _common_step(_values("step", keys, entries, problems), problems)
-    first, second = (_turned(_values(moment, keys, entries, problems), turned) for moment in _MOMENTS)
-    for moment, values in zip(_MOMENTS, (first, second), strict=True):
+    exp_avg, exp_avg_sq = (_turned(_values(moment, keys, entries, problems), turned) for moment in _MOMENTS)
+    for moment, values in zip(_MOMENTS, (exp_avg, exp_avg_sq), strict=True):
         known = {name: value for name, value in values.items() if name in shapes}
         problems += [f"{moment} of {line}" for line in differences({name: shapes[name] for name in known}, known)]
     hyperparameters = _hyperparameters(groups, order, problems)
     if problems:
         raise ConversionError("this is not the AdamW state of the configured GPT-2:\n" + bullet_list(problems))
     if not entries:
-        first = second = {name: _zeros(shape) for name, shape in shapes.items()}
-    return AdamWState(step, _moments(first), _moments(second), hyperparameters)
+        exp_avg = exp_avg_sq = {name: _zeros(shape) for name, shape in shapes.items()}
+    return AdamWState(step, _moments(exp_avg), _moments(exp_avg_sq), hyperparameters)
 
 
 def to_torch(
@@ -108,11 +108,11 @@ def to_torch(
     groups, _ = _opened({"param_groups": param_groups, "state": {}})
     problems = _variants(groups)
     order = _canonical_order(groups, names, problems)
-    if problems := problems + _unlike(order, state.first):
+    if problems := problems + _unlike(order, state.exp_avg):
         raise ConversionError("this AdamW state does not fit the optimizer:\n" + bullet_list(problems))
     step = np.asarray(state.step, np.float32)  # torch counts in float32
     entries = {
-        key: {"step": step.copy(), "exp_avg": state.first[name], "exp_avg_sq": state.second[name]}
+        key: {"step": step.copy(), "exp_avg": state.exp_avg[name], "exp_avg_sq": state.exp_avg_sq[name]}
         for name, key in zip(order, _keys(groups), strict=True)
     }
     return {"state": entries, "param_groups": [dict(group) for group in groups]}
@@ -122,8 +122,10 @@ def from_flax(
     step: int, mu: Mapping[str, Any], nu: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: int = 1
 ) -> AdamWState:
     """The state whose moments are Flax trees, per layer or stacked, as `bridge.to_torch` takes them."""
-    first, second = _both(("mu", mu), ("nu", nu), lambda t: convert.to_torch(t, config, vocab_multiple=vocab_multiple))
-    return AdamWState(step, first, second)
+    exp_avg, exp_avg_sq = _both(
+        ("mu", mu), ("nu", nu), lambda t: convert.to_torch(t, config, vocab_multiple=vocab_multiple)
+    )
+    return AdamWState(step, exp_avg, exp_avg_sq)
 
 
 def to_flax(
@@ -131,8 +133,8 @@ def to_flax(
 ) -> tuple[FlaxTree, FlaxTree]:
     """optax's `mu` and `nu`, with the switches of `bridge.to_flax`; rows that pad the vocabulary are zero."""
     return _both(
-        ("first", state.first),
-        ("second", state.second),
+        ("exp_avg", state.exp_avg),
+        ("exp_avg_sq", state.exp_avg_sq),
         lambda moments: convert.to_flax(moments, config, stacked=stacked, vocab_multiple=vocab_multiple),
     )
 
@@ -165,7 +167,7 @@ _HARMLESS = {
 
 _Groups = Sequence[Mapping[str, Any]]
 _Entries = Mapping[Any, Mapping[str, Any]]
-_Values = dict[str, np.ndarray | TensorEntry]
+_Values = dict[str, np.ndarray | LazyTensor]
 
 
 def _opened(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entries]:
@@ -259,7 +261,7 @@ def _values(what: str, keys: Mapping[str, Any], entries: _Entries, problems: lis
             continue
         value = entries[key][what]
         try:
-            values[name] = value if isinstance(value, TensorEntry) else np.asarray(value)
+            values[name] = value if isinstance(value, LazyTensor) else np.asarray(value)
         except (TypeError, RuntimeError, ValueError) as error:  # torch: bfloat16, a tensor on a GPU
             problems.append(f"{what} of {name} does not become a numpy array: {quoted(error)}")
     return values
@@ -268,21 +270,21 @@ def _values(what: str, keys: Mapping[str, Any], entries: _Entries, problems: lis
 def _turned(values: _Values, names: Collection[str]) -> _Values:
     """The values, those in `names` transposed."""
 
-    def transposed(value: np.ndarray | TensorEntry) -> np.ndarray | TensorEntry:
-        return arrays.turned(value) if isinstance(value, TensorEntry) else value.T
+    def transposed(value: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
+        return arrays.turned(value) if isinstance(value, LazyTensor) else value.T
 
     return {name: transposed(value) if name in names else value for name, value in values.items()}
 
 
 def _moments(values: _Values) -> Mapping[str, np.ndarray]:
     """What was given as an entry is read when it is looked up."""
-    if not any(isinstance(value, TensorEntry) for value in values.values()):
+    if not any(isinstance(value, LazyTensor) for value in values.values()):
         return cast(dict[str, np.ndarray], values)
-    return LazyTensors({name: v if isinstance(v, TensorEntry) else TensorEntry.of(v) for name, v in values.items()})
+    return LazyTensorMap({name: v if isinstance(v, LazyTensor) else LazyTensor.of(v) for name, v in values.items()})
 
 
-def _zeros(shape: tuple[int, ...]) -> TensorEntry:
-    return TensorEntry(np.dtype(np.float32), shape, lambda: np.zeros(shape, np.float32))
+def _zeros(shape: tuple[int, ...]) -> LazyTensor:
+    return LazyTensor(np.dtype(np.float32), shape, lambda: np.zeros(shape, np.float32))
 
 
 def _common_step(steps: _Values, problems: list[str]) -> int:
@@ -292,7 +294,7 @@ def _common_step(steps: _Values, problems: list[str]) -> int:
         if step.shape != () or step.dtype.kind not in "iuf":
             problems.append(f"step of {name} is {step.dtype} of shape {step.shape}, not a number of updates")
             continue
-        count = step.read() if isinstance(step, TensorEntry) else step
+        count = step.read() if isinstance(step, LazyTensor) else step
         if 0 <= count < 2**63 and count % 1 == 0:
             by_count.setdefault(int(count), []).append(name)
         else:

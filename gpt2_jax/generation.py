@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge.generation import decoder as decoding
-from bridge.generation.config import Request
+from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import ENDED, INVALID, Chunk, with_continuations
 from gpt2_jax.logits_processors import Filters, choose
-from gpt2_jax.model import GPT2, KeyValueCache, check_form, empty_cache
+from gpt2_jax.model import GPT2, KVCache, check_form, empty_cache
 
 SHORTEST_BUCKET = 16
 """Slots of the smallest cache, for which loops are compiled; then powers of two."""
@@ -43,7 +43,7 @@ def generate(
     length_penalty: float = 1.0,
     seed: int = 0,
 ) -> Int[Array, "B*samples T+new"]:
-    """Return the prompts, each followed by `max_new_tokens` tokens. The arguments are the fields of `bridge.Request`.
+    """Return each prompt followed by `max_new_tokens` tokens. The arguments are fields of `bridge.GenerationConfig`.
 
     After a stop id, the rest of the row is filled with the first of `stop_ids`. Use `Decoder` for prompts of different
     lengths, for streaming or for log-probabilities. It also prepares the parameters only once for many calls.
@@ -52,7 +52,7 @@ def generate(
     outside the vocabulary.
     """
     check_form(input_ids)
-    request = Request(
+    request = GenerationConfig(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
         temperature=temperature,
@@ -74,7 +74,7 @@ def generate(
 class _State(NamedTuple):
     """Of the loop over tokens. R rows, V vocabulary, N the most tokens that it can make."""
 
-    cache: KeyValueCache
+    cache: KVCache
     ids_RN: Int[Array, "R N"]
     """`ENDED` before a token is chosen and after the end of a row; `INVALID` if no token could be chosen."""
     log_probs_RN: Float[Array, "R N"] | None
@@ -87,7 +87,7 @@ class _State(NamedTuple):
     filters: Filters
 
 
-class Decoder(decoding.Decoder[_State, KeyValueCache]):
+class Decoder(decoding.Decoder[_State, KVCache]):
     """Generation from one model and its parameters, in one compiled loop per bucket of lengths.
 
     The function that makes tokens is compiled once for a number of rows and a power of two of tokens in each, and
@@ -113,7 +113,7 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
         ids: np.ndarray,
         padding: np.ndarray,
         slots: int,
-        request: Request,
+        request: GenerationConfig,
         draws: np.ndarray,
         ended: np.ndarray,
         copies: int,
@@ -150,17 +150,17 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
 
     def _begin_beams(
         self, ids: np.ndarray, padding: np.ndarray, slots: int, beams: int, candidates: int
-    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
         cache, logits_RV = _repeated(beams, *self._prefilled(ids, padding, slots))
         return cache, *_fetched(_likeliest(candidates, logits_RV))
 
     def _advance_beams(
-        self, state: KeyValueCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
-    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+        self, state: KVCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
+    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
         cache, *likeliest = _more_beams(self.model, candidates, self.params, state, parents, tokens)
         return cache, *_fetched(likeliest)
 
-    def _prefilled(self, ids: np.ndarray, padding: np.ndarray, slots: int) -> tuple[KeyValueCache, Float[Array, "B V"]]:
+    def _prefilled(self, ids: np.ndarray, padding: np.ndarray, slots: int) -> tuple[KVCache, Float[Array, "B V"]]:
         S = bucket(slots, self.config.n_positions)
         chunk = min(bucket(ids.shape[1], self.config.n_positions), PREFILL_CHUNK)
         length = ids.shape[1]
@@ -191,14 +191,14 @@ def _prefill(
     ids_BS: Int[Array, "B S"],
     padding_B: Int[Array, " B"],
     length: int | Int[Array, ""],
-) -> tuple[KeyValueCache, Float[Array, "B V"]]:
+) -> tuple[KVCache, Float[Array, "B V"]]:
     """Run the first `length` ids of each row; the cache, and the logits of what follows."""
     # The last chunk ends where the prompts do, and so begins before the one before it ends: running some tokens
     # twice changes nothing. A prompt shorter than a chunk is followed by slots that are written again later.
     length = jnp.asarray(length, jnp.int32)
     start = jnp.maximum(length - chunk, 0)
 
-    def run(i: Int[Array, ""], carried: tuple[KeyValueCache, Array]) -> tuple[KeyValueCache, Array]:
+    def run(i: Int[Array, ""], carried: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
         cache, _ = carried
         begin = jnp.minimum(i.astype(jnp.int32) * chunk, start)
         part = jax.lax.dynamic_slice_in_dim(ids_BS, begin, chunk, axis=1)
@@ -259,9 +259,7 @@ def _are_invalid(logits_RV: Float[Array, "R V"]) -> Bool[Array, " R"]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _repeated(
-    times: int, cache: KeyValueCache, logits_BV: Float[Array, "B V"]
-) -> tuple[KeyValueCache, Float[Array, "R V"]]:
+def _repeated(times: int, cache: KVCache, logits_BV: Float[Array, "B V"]) -> tuple[KVCache, Float[Array, "R V"]]:
     """Every row so many times, one after the other."""
     return _each_row(cache, lambda array: jnp.repeat(array, times, axis=0)), jnp.repeat(logits_BV, times, axis=0)
 
@@ -271,10 +269,10 @@ def _more_beams(
     model: GPT2,
     candidates: int,
     params: Mapping[str, Any],
-    cache: KeyValueCache,
+    cache: KVCache,
     parents_R: Int[Array, " R"],
     tokens_R: Int[Array, " R"],
-) -> tuple[KeyValueCache, Float[Array, "R N"], Int[Array, "R N"]]:
+) -> tuple[KVCache, Float[Array, "R N"], Int[Array, "R N"]]:
     cache = _each_row(cache, lambda array: array[parents_R])
     x_RTD, cache = _extend(model, params, tokens_R[:, None], cache)
     return cache, *_likeliest(candidates, _logits(model, params, x_RTD[:, 0]))
@@ -291,7 +289,7 @@ def _fetched(arrays: Sequence[Array]) -> list[np.ndarray]:
     return [np.asarray(array) for array in arrays]
 
 
-def _each_row(cache: KeyValueCache, change: Callable[[Array], Array]) -> KeyValueCache:
+def _each_row(cache: KVCache, change: Callable[[Array], Array]) -> KVCache:
     """The cache with other rows, as `change` makes them of an array's first axis."""
     B = cache.padding.shape[0]
 
@@ -299,10 +297,10 @@ def _each_row(cache: KeyValueCache, change: Callable[[Array], Array]) -> KeyValu
         return change(array.reshape(B, -1, *array.shape[1:])).reshape(-1, *array.shape[1:])
 
     keys, values = (tuple(map(changed, arrays)) for arrays in (cache.keys, cache.values))
-    return KeyValueCache(keys, values, change(cache.padding), cache.length)
+    return KVCache(keys, values, change(cache.padding), cache.length)
 
 
-def _extend(model: GPT2, params: Mapping[str, Any], ids: Array, cache: KeyValueCache) -> tuple[Array, KeyValueCache]:
+def _extend(model: GPT2, params: Mapping[str, Any], ids: Array, cache: KVCache) -> tuple[Array, KVCache]:
     extended: Any = model.apply({"params": params}, ids, cache, method="extend")
     return extended
 

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 import bridge
 from bridge import Checkpoint, padded_vocab_size
 from bridge.conversion import STACK
-from bridge.storage.tensors import TensorEntry, aligned_empty, contiguous
+from bridge.storage.tensors import LazyTensor, aligned_empty, contiguous
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import shardings
 
@@ -104,7 +104,7 @@ class _Stored:
     """One tensor of a checkpoint, and the shape that it has in the Flax tree, without and with its padding."""
 
     name: str
-    entry: TensorEntry
+    entry: LazyTensor
     own_shape: tuple[int, ...]
     shape: tuple[int, ...]
     is_stacked: bool
@@ -169,7 +169,7 @@ def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
     """One array on the default device.
 
     On CPU a fresh array, as a file's tensors are, is adopted and not copied; one that somebody else
-    holds is read-only (`TensorEntry.of`) and is copied.
+    holds is read-only (`LazyTensor.of`) and is copied.
     """
     if dtype is not None:
         array = array.astype(jnp.dtype(dtype), copy=False)

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bridge.generation.config import Request
+from bridge.generation.config import GenerationConfig
 
 
 class Filters(NamedTuple):
-    """The numbers of a `Request`'s filters; what is None is not compiled."""
+    """The numbers of a `GenerationConfig`'s filters; what is None is not compiled."""
 
     repetition_penalty: Float[Array, ""] | None
     temperature: Float[Array, ""] | None
@@ -26,7 +26,7 @@ class Filters(NamedTuple):
     min_p: Float[Array, ""] | None
 
     @classmethod
-    def of(cls, request: Request) -> Filters:
+    def of(cls, request: GenerationConfig) -> Filters:
         def given(name: str, dtype: type) -> Array | None:
             value = getattr(request, name)
             return None if value is None else jnp.asarray(value, dtype)

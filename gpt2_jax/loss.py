@@ -11,18 +11,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from bridge.labels import IGNORED
+from bridge.labels import IGNORE_INDEX
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.functions import wide_dtype
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts, constrain, gathered
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """-log p(label) of each position in nats, in float32 at least; exactly 0 where the label is `IGNORED`.
+    """-log p(label) of each position in nats, in float32 at least; exactly 0 where the label is `IGNORE_INDEX`.
 
     Inside `jit` values cannot be looked at: there any other label outside the vocabulary gives NaN.
     """
-    counted = labels != IGNORED
+    counted = labels != IGNORE_INDEX
     # A negative index would count from the end; one past it makes optax's look-up give NaN. Gathering beats a
     # one-hot comparison on CPU: head and loss, forwards and back, take 175 ms against 246 at [1, 512, 50257].
     labels = jnp.where(labels < 0, logits.shape[-1], labels)
@@ -129,7 +129,7 @@ def _summed_forward(
         (total, d_embedding), (x, y) = sums, chunk
         losses, probabilities = _chunk_losses(x, y, kernel, vocab_size)
         is_label = jax.lax.broadcasted_iota(jnp.int32, probabilities.shape, 2) == y[..., None]
-        d_logits = jnp.where((y != IGNORED)[..., None], probabilities - is_label, 0.0).astype(x.dtype)
+        d_logits = jnp.where((y != IGNORE_INDEX)[..., None], probabilities - is_label, 0.0).astype(x.dtype)
         d_x = jnp.einsum("BTV,VD->BTD", d_logits, kernel)
         d_embedding += jnp.einsum("BTV,BTD->VD", d_logits, x, preferred_element_type=wide)
         return (total + losses.sum(), d_embedding), d_x
@@ -162,7 +162,7 @@ def _chunk_losses(x: Array, labels: Array, kernel: Array, vocab_size: int) -> tu
     valid = (labels >= 0) & (labels < vocab_size)
     chosen = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], -1)
     losses = jnp.where(valid, (log_total - chosen)[..., 0], jnp.nan)
-    return jnp.where(labels == IGNORED, 0.0, losses), jnp.exp(logits - log_total)
+    return jnp.where(labels == IGNORE_INDEX, 0.0, losses), jnp.exp(logits - log_total)
 
 
 def _chunks(hidden: Array, labels: Array, length: int) -> tuple[Array, Array]:
@@ -170,5 +170,5 @@ def _chunks(hidden: Array, labels: Array, length: int) -> tuple[Array, Array]:
     B, T, D = hidden.shape
     fill = -T % length
     hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=IGNORED)
+    labels = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=IGNORE_INDEX)
     return hidden.reshape(B, -1, length, D).swapaxes(0, 1), labels.reshape(B, -1, length).swapaxes(0, 1)

@@ -43,7 +43,7 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
 }
 
 
-class KeyValueCache(NamedTuple):
+class KVCache(NamedTuple):
     """What attention needs of the tokens so far, so that none is run twice: `GPT2.extend` takes one and gives one.
 
     Each row's tokens stand in slots that follow each other; rows with fewer begin later. N = B H: with the rows' heads
@@ -59,12 +59,12 @@ class KeyValueCache(NamedTuple):
     """How many slots are filled; `GPT2.extend` writes to those that follow."""
 
 
-def empty_cache(config: GPT2Config, padding: Int[Array, " B"], slots: int, dtype: DTypeLike) -> KeyValueCache:
+def empty_cache(config: GPT2Config, padding: Int[Array, " B"], slots: int, dtype: DTypeLike) -> KVCache:
     """Room for `slots` tokens in each row, padding counted."""
     B, H, K, L = padding.shape[0], config.n_head, config.head_size, config.n_layer
     keys = tuple(jnp.zeros((B * H, K, slots), dtype) for _ in range(L))
     values = tuple(jnp.zeros((B * H, slots, K), dtype) for _ in range(L))
-    return KeyValueCache(keys, values, padding, jnp.zeros((), jnp.int32))
+    return KVCache(keys, values, padding, jnp.zeros((), jnp.int32))
 
 
 class Embedding(nn.Module):
@@ -378,7 +378,7 @@ class GPT2(nn.Module):
         x = self._scan_layers(x, mask, deterministic) if self.scan else self._loop_layers(x, mask, deterministic)
         return self.ln_f(x)
 
-    def extend(self, input_ids: Int[Array, "B T"], cache: KeyValueCache) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+    def extend(self, input_ids: Int[Array, "B T"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """What `head` turns into the logits after each of T more tokens, and the cache with these tokens in it.
 
         Slots of padding come out finite and mean nothing. Needs `scan=False`. Inside `jit` nothing can be
@@ -397,7 +397,7 @@ class GPT2(nn.Module):
         for i, layer in enumerate(self.h):
             x, keys[i], values[i] = layer.extend(x, keys[i], values[i], mask_BTS[:, None], cache.length, layer_index=i)
         length = cache.length + input_ids.shape[1]
-        return self.ln_f(x), KeyValueCache(tuple(keys), tuple(values), cache.padding, length)
+        return self.ln_f(x), KVCache(tuple(keys), tuple(values), cache.padding, length)
 
     def head(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of the next token, in float32 at least: bfloat16 has a few hundred values for 50257 of them."""

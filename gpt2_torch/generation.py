@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridge.generation import decoder as decoding
-from bridge.generation.config import Request
+from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import ENDED, INVALID, Chunk, with_continuations
 from gpt2_torch.logits_processors import choose
-from gpt2_torch.model import GPT2, KeyValueCache, check_form, empty_cache
+from gpt2_torch.model import GPT2, KVCache, check_form, empty_cache
 
 
 def generate(
@@ -35,7 +35,7 @@ def generate(
     length_penalty: float = 1.0,
     seed: int = 0,
 ) -> Int[Tensor, "B*samples T+new"]:
-    """Return the prompts, each followed by `max_new_tokens` tokens. The arguments are the fields of `bridge.Request`.
+    """Return each prompt followed by `max_new_tokens` tokens. The arguments are fields of `bridge.GenerationConfig`.
 
     After a stop id, the rest of the row is filled with the first of `stop_ids`. Use `Decoder` for prompts of different
     lengths, for streaming or for log-probabilities.
@@ -44,7 +44,7 @@ def generate(
     outside the vocabulary.
     """
     check_form(input_ids)
-    request = Request(
+    request = GenerationConfig(
         max_new_tokens=max_new_tokens,
         repetition_penalty=repetition_penalty,
         temperature=temperature,
@@ -67,7 +67,7 @@ def generate(
 class _State:
     """Of the loop over tokens. R rows, V vocabulary, N the most tokens that it can make."""
 
-    cache: KeyValueCache
+    cache: KVCache
     ids_RN: Int[Tensor, "R N"]
     """`ENDED` before a token is chosen and after the end of a row; `INVALID` if no token could be chosen."""
     log_probs_RN: Float[Tensor, "R N"] | None
@@ -76,11 +76,11 @@ class _State:
     """The tokens of each row, where their repetition is penalized."""
     ended_R: Bool[Tensor, " R"]
     stop_ids: Int[Tensor, " stops"]
-    request: Request
+    request: GenerationConfig
     made: int = 0
 
 
-class Decoder(decoding.Decoder[_State, KeyValueCache]):
+class Decoder(decoding.Decoder[_State, KVCache]):
     """Generation from one model, on its device and in its dtype; the model's mode and gradients stay as they are."""
 
     def __init__(self, model: GPT2) -> None:
@@ -91,7 +91,7 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
         ids: np.ndarray,
         padding: np.ndarray,
         slots: int,
-        request: Request,
+        request: GenerationConfig,
         draws: np.ndarray,
         ended: np.ndarray,
         copies: int,
@@ -132,20 +132,20 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
 
     def _begin_beams(
         self, ids: np.ndarray, padding: np.ndarray, slots: int, beams: int, candidates: int
-    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
         cache, logits_RV = self._prefilled(ids, padding, slots, beams)
         return cache, *_likeliest(candidates, logits_RV)
 
     def _advance_beams(
-        self, state: KeyValueCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
-    ) -> tuple[KeyValueCache, np.ndarray, np.ndarray]:
+        self, state: KVCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
+    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
         cache = state.of_rows(torch.from_numpy(parents).to(state.padding.device))
         tokens_R1 = torch.from_numpy(tokens)[:, None].to(state.padding.device)
         return cache, *_likeliest(candidates, self._extended(tokens_R1, cache))
 
     def _prefilled(
         self, ids: np.ndarray, padding: np.ndarray, slots: int, copies: int
-    ) -> tuple[KeyValueCache, Float[Tensor, "B*copies V"]]:
+    ) -> tuple[KVCache, Float[Tensor, "B*copies V"]]:
         weight = self.model.wte.weight
         cache = empty_cache(self.config, torch.from_numpy(padding).to(weight.device), slots, weight.dtype)
         logits_BV = self._extended(torch.from_numpy(ids).to(weight.device), cache)
@@ -155,7 +155,7 @@ class Decoder(decoding.Decoder[_State, KeyValueCache]):
         return cache.of_rows(rows), logits_BV[rows]
 
     @torch.no_grad()  # not inference_mode: a model can be trained on the ids that come out
-    def _extended(self, ids: Int[Tensor, "R T"], cache: KeyValueCache) -> Float[Tensor, "R V"]:
+    def _extended(self, ids: Int[Tensor, "R T"], cache: KVCache) -> Float[Tensor, "R V"]:
         """Logits of what follows the ids, which go into the cache."""
         with _evaluating(self.model):
             return self.model.head(self.model.extend(ids, cache)[:, -1])

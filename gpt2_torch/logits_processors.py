@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridge.generation.config import Request
+from bridge.generation.config import GenerationConfig
 
 
 def choose(
-    logits_RV: Float[Tensor, "R V"], draws_R: Float[Tensor, " R"], request: Request, seen_RV: Bool[Tensor, "R V"] | None
+    logits_RV: Float[Tensor, "R V"],
+    draws_R: Float[Tensor, " R"],
+    request: GenerationConfig,
+    seen_RV: Bool[Tensor, "R V"] | None,
 ) -> Int[Tensor, " R"]:
     """The next token of each row: drawn with a number from [0, 1), or without a temperature the likeliest.
 

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bridge.labels import IGNORED
+from bridge.labels import IGNORE_INDEX
 
 
 def cross_entropy(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """-log p(label) of each position in nats, in float32 at least; exactly 0 where the label is `IGNORED`.
+    """-log p(label) of each position in nats, in float32 at least; exactly 0 where the label is `IGNORE_INDEX`.
 
     Raises `IndexError` for any other label outside the vocabulary (on CPU; a GPU asserts by itself).
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORED, reduction="none")
+    losses = F.cross_entropy(wide.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORE_INDEX, reduction="none")
     return losses.unflatten(0, labels.shape)
 
 

@@ -39,7 +39,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass
-class KeyValueCache:
+class KVCache:
     """What attention needs of the tokens so far, so that none is run twice: `GPT2.extend` writes into it.
 
     Each row's tokens stand in slots that follow each other; rows with fewer begin later.
@@ -53,19 +53,19 @@ class KeyValueCache:
     length: int = 0
     """How many slots are filled; `GPT2.extend` writes to those that follow."""
 
-    def of_rows(self, rows: Int[Tensor, " R"]) -> KeyValueCache:
+    def of_rows(self, rows: Int[Tensor, " R"]) -> KVCache:
         """A copy whose rows are these rows."""
         keys, values = ([tensor[rows] for tensor in tensors] for tensors in (self.keys, self.values))
-        return KeyValueCache(keys, values, self.padding[rows], self.length)
+        return KVCache(keys, values, self.padding[rows], self.length)
 
 
-def empty_cache(config: GPT2Config, padding: Int[Tensor, " B"], slots: int, dtype: torch.dtype) -> KeyValueCache:
+def empty_cache(config: GPT2Config, padding: Int[Tensor, " B"], slots: int, dtype: torch.dtype) -> KVCache:
     """Room for `slots` tokens in each row, padding counted."""
     B, H, K, L = padding.shape[0], config.n_head, config.head_size, config.n_layer
     keys, values = (
         [torch.zeros(B, H, slots, K, dtype=dtype, device=padding.device) for _ in range(L)] for _ in range(2)
     )
-    return KeyValueCache(keys, values, padding)
+    return KVCache(keys, values, padding)
 
 
 class Projection(nn.Module):
@@ -321,7 +321,7 @@ class GPT2(nn.Module):
             x = layer(x, mask, layer_index=i)
         return self.ln_f(x)
 
-    def extend(self, input_ids: Int[Tensor, "B T"], cache: KeyValueCache) -> Float[Tensor, "B T D"]:
+    def extend(self, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B T D"]:
         """What `head` turns into the logits after each of T more tokens, which go into the cache.
 
         Slots of padding come out finite and mean nothing. The cache must have room for T more slots, and no

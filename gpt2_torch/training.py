@@ -16,11 +16,11 @@ import bridge
 from bridge import BridgeError, ConversionError, optimizer_state
 from bridge.optimizer_state import AdamWState
 from gpt2_torch.arrays import array_from_tensor, tensor_from_array
-from gpt2_torch.loss import IGNORED, cross_entropy
+from gpt2_torch.loss import IGNORE_INDEX, cross_entropy
 from gpt2_torch.model import GPT2
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` [B, T]; `labels` [B, T], the token after each, `IGNORED` where none counts; and where there is
+"""`input_ids` [B, T]; `labels` [B, T], the token after each, `IGNORE_INDEX` where none counts; and where there is
 padding `attention_mask` [B, T], 1 for tokens and 0 for padding."""
 
 
@@ -95,7 +95,7 @@ def train_step(
         group["lr"] = learning_rate
     model.train()
     optimizer.zero_grad()
-    count = (batch["labels"] != IGNORED).sum().clamp(min=1)
+    count = (batch["labels"] != IGNORE_INDEX).sum().clamp(min=1)
     losses = []
     for i in range(accumulate):
         part = {name: tensor.chunk(accumulate)[i] for name, tensor in batch.items()}
@@ -136,7 +136,7 @@ def load_adamw_state(optimizer: torch.optim.Optimizer, model: GPT2, state: AdamW
     Moments take the dtypes of their parameters. Raises `bridge.ConversionError` where the state is not that of
     the model's parameters.
     """
-    for moments in (state.first, state.second):
+    for moments in (state.exp_avg, state.exp_avg_sq):
         bridge.canonicalize(moments, model.config)  # torch looks at no shapes
     groups = optimizer.state_dict()["param_groups"]
     stored = optimizer_state.to_torch(state, parameter_names(optimizer, model), groups)

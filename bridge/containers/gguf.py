@@ -19,7 +19,7 @@ import numpy as np
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.stored_file import StoredFile, first_bytes, write_array
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(t) for name, t in {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.items()
@@ -122,7 +122,7 @@ class GGUFFile:
             metadata[key.decode()] = _value(cursor)
         return cls(cursor.file, metadata, tensor_count, cursor.position)
 
-    def tensors(self) -> LazyTensors:
+    def tensors(self) -> LazyTensorMap:
         """The tensors, each read when it is looked up, in numpy's order of axes: the last is the innermost.
 
         Raises `CheckpointError` for types that are not in `DTYPES` and for tensors that overlap, leave holes or do
@@ -155,7 +155,7 @@ class GGUFFile:
         for name, (dtype, shape) in described.items():
             entries[name] = self.file.entry(dtype, shape, start)
             start += _padded(entries[name].nbytes, alignment)
-        return LazyTensors(entries)
+        return LazyTensorMap(entries)
 
     def _alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
@@ -178,7 +178,7 @@ def is_gguf(path: Path) -> bool:
     return first_bytes(path, len(_MAGIC)) == _MAGIC
 
 
-def write_file(path: str | Path, metadata: Mapping[str, bytes], tensors: LazyTensors) -> None:
+def write_file(path: str | Path, metadata: Mapping[str, bytes], tensors: LazyTensorMap) -> None:
     """Write version 3; never more than one tensor is in memory.
 
     Args:

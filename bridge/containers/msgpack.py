@@ -21,7 +21,7 @@ import numpy as np
 from bridge.conversion import flatten
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.stored_file import StoredFile, first_bytes, write_array
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry, aligned_empty
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, aligned_empty
 
 _OTHERS = (np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8, np.bool_)
 # Which of them may be weights is decided where weights are checked.
@@ -65,7 +65,7 @@ _HEADS: Mapping[int, tuple[str, int, int]] = {
 }
 """A value's first byte -> its kind, and how many bytes give its length (or the number itself), or what that is."""
 
-_Node: TypeAlias = "dict[str, _Node] | TensorEntry | int"
+_Node: TypeAlias = "dict[str, _Node] | LazyTensor | int"
 
 
 def is_msgpack(path: Path) -> bool:
@@ -74,7 +74,7 @@ def is_msgpack(path: Path) -> bool:
     return len(start) == 2 and 0x81 <= start[0] <= 0x8F and 0xA1 <= start[1] <= 0xBF
 
 
-def read_file(path: str | Path) -> dict[str, TensorEntry]:
+def read_file(path: str | Path) -> dict[str, LazyTensor]:
     """Path in the tree (`transformer/wte/embedding`) -> array, which is read at each look-up.
 
     Raises `CheckpointError` for anything that is not a complete tree of arrays; what is declared is checked against
@@ -86,14 +86,14 @@ def read_file(path: str | Path) -> dict[str, TensorEntry]:
         raise scanner.refusal("this is not a tree of parameters")
     if trailing := scanner.file.size - scanner.position:
         raise scanner.refusal(f"{trailing} bytes after the end of the tree; the file is damaged")
-    leaves: dict[str, TensorEntry] = flatten(tree)
+    leaves: dict[str, LazyTensor] = flatten(tree)
     for name, leaf in leaves.items():
-        if not isinstance(leaf, TensorEntry):
+        if not isinstance(leaf, LazyTensor):
             raise scanner.refusal(f"{quoted(name)} is the number {leaf}, not an array")
     return leaves
 
 
-def write_file(path: str | Path, tensors: LazyTensors) -> None:
+def write_file(path: str | Path, tensors: LazyTensorMap) -> None:
     """Write `tensors`, path in the tree -> array, one after the other and as `flax.serialization.to_bytes` does."""
     tree: dict[str, Any] = {}
     for name, entry in tensors.entries.items():
@@ -199,7 +199,7 @@ class _Scanner:
             self.path.pop()
         return self.joined(node) if _CHUNKED in node else node
 
-    def extension(self, length: int) -> TensorEntry:
+    def extension(self, length: int) -> LazyTensor:
         type = int.from_bytes(self.take(1), "big", signed=True)
         if type not in (_ARRAY, _SCALAR):
             what = {_COMPLEX: "a complex number", _TIME: "a time"}.get(type, f"of extension type {type}")
@@ -210,7 +210,7 @@ class _Scanner:
             raise self.refusal(f"the array ends at byte {self.position}, its {length} bytes at {end}")
         return entry
 
-    def array(self) -> TensorEntry:
+    def array(self) -> LazyTensor:
         parts = self.expect(_LIST, "an array's content")
         if parts != 3:
             raise self.refusal(f"an array of {parts} parts; Flax stores shape, dtype and bytes")
@@ -228,7 +228,7 @@ class _Scanner:
             raise self.refusal(f"shape {shape} of {name} needs {quoted(needed)} bytes, the array has {nbytes}")
         return self.file.entry(DTYPES[name], shape, start)
 
-    def joined(self, node: dict[str, _Node]) -> TensorEntry:
+    def joined(self, node: dict[str, _Node]) -> LazyTensor:
         """The one array that is stored as its shape and its chunks."""
         shape, chunks = _listed(node.get("shape")), _listed(node.get("chunks"))
         if node.keys() != {_CHUNKED, "shape", "chunks"} or node[_CHUNKED] is not True or not shape or not chunks:
@@ -252,11 +252,11 @@ def _are_sizes(nodes: list[_Node]) -> TypeGuard[list[int]]:
     return all(type(node) is int and node >= 0 for node in nodes)
 
 
-def _are_chunks(nodes: list[_Node]) -> TypeGuard[list[TensorEntry]]:
-    return all(isinstance(node, TensorEntry) and len(node.shape) == 1 for node in nodes)
+def _are_chunks(nodes: list[_Node]) -> TypeGuard[list[LazyTensor]]:
+    return all(isinstance(node, LazyTensor) and len(node.shape) == 1 for node in nodes)
 
 
-def _concatenated(chunks: list[TensorEntry], shape: tuple[int, ...]) -> TensorEntry:
+def _concatenated(chunks: list[LazyTensor], shape: tuple[int, ...]) -> LazyTensor:
     dtype = chunks[0].dtype
 
     def read() -> np.ndarray:
@@ -268,7 +268,7 @@ def _concatenated(chunks: list[TensorEntry], shape: tuple[int, ...]) -> TensorEn
             position = end
         return array
 
-    return TensorEntry(dtype, shape, read)
+    return LazyTensor(dtype, shape, read)
 
 
 _SHORTEST = {(kind, value): first for first, (kind, width, value) in _HEADS.items() if not width}
@@ -290,16 +290,16 @@ def _text(text: str) -> bytes:
     return _head(_TEXT, len(text.encode())) + text.encode()
 
 
-def _write(file: BinaryIO, name: str, node: dict[str, Any] | TensorEntry | int) -> None:
+def _write(file: BinaryIO, name: str, node: dict[str, Any] | LazyTensor | int) -> None:
     match node:
         case dict():
             file.write(_head(_MAP, len(node)))
             for child, value in node.items():
                 file.write(_text(child))
                 _write(file, f"{name}/{child}".lstrip("/"), value)
-        case TensorEntry() if node.nbytes > MOST_CHUNK_BYTES:
+        case LazyTensor() if node.nbytes > MOST_CHUNK_BYTES:
             _write(file, name, _chunked(name, node))
-        case TensorEntry():
+        case LazyTensor():
             sizes = b"".join(_head(_NUMBER, size) for size in node.shape)
             start = _head(_LIST, 3) + _head(_LIST, len(node.shape)) + sizes + _text(node.dtype.name)
             start += _head(_BYTES, node.nbytes)
@@ -309,14 +309,14 @@ def _write(file: BinaryIO, name: str, node: dict[str, Any] | TensorEntry | int) 
             file.write(_head(_BOOL if node is True else _NUMBER, node))
 
 
-def _chunked(name: str, entry: TensorEntry) -> dict[str, Any]:
+def _chunked(name: str, entry: LazyTensor) -> dict[str, Any]:
     """An array, which is read here, as Flax takes a large one apart."""
     array = entry.read()
     if array.dtype != entry.dtype or array.shape != entry.shape:
         raise CheckpointError(f"{quoted(name)} changed while it was being written")
     flat = np.ascontiguousarray(array).reshape(-1)
     count = max(1, MOST_CHUNK_BYTES // entry.dtype.itemsize)
-    chunks = [TensorEntry.of(flat[start : start + count]) for start in range(0, len(flat), count)]
+    chunks = [LazyTensor.of(flat[start : start + count]) for start in range(0, len(flat), count)]
     return {_CHUNKED: True, "shape": _numbered(entry.shape), "chunks": _numbered(chunks)}
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.json_text import parse_object
 from bridge.storage.stored_file import StoredFile, first_bytes, write_array
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 
 # Every type that the format defines and numpy holds. Which of them may be weights is decided where
 # weights are checked: mask buffers of old checkpoints are uint8 or bool.
@@ -68,7 +68,7 @@ def header_names(path: Path, tensor: str) -> bool:
     return json.dumps(tensor).encode() in start[8 : 8 + int.from_bytes(start[:8], "little")]
 
 
-def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
+def read_file(path: str | Path) -> tuple[LazyTensorMap, dict[str, str]]:
     """The tensors of a safetensors file, each read when it is looked up, and its metadata.
 
     Raises `CheckpointError` for anything that is not a complete, well-formed file; what the header
@@ -86,10 +86,10 @@ def read_file(path: str | Path) -> tuple[LazyTensors, dict[str, str]]:
         spans.append((begin, end, name))
         entries[name] = file.entry(dtype, shape, data_start + begin)
     _require_no_holes(file.path, spans, file.size - data_start)
-    return LazyTensors(entries), metadata
+    return LazyTensorMap(entries), metadata
 
 
-def write_file(path: str | Path, tensors: LazyTensors, metadata: Mapping[str, str]) -> None:
+def write_file(path: str | Path, tensors: LazyTensorMap, metadata: Mapping[str, str]) -> None:
     """Write `tensors` one after the other; never more than one of them is in memory."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0

@@ -17,7 +17,7 @@ import numpy as np
 from bridge.containers.crc32c import crc32c, masked
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.stored_file import StoredFile
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 """What the index ends with."""
@@ -63,7 +63,7 @@ def is_index(path: Path) -> bool:
         return False
 
 
-def read_bundle(index: Path) -> LazyTensors:
+def read_bundle(index: Path) -> LazyTensorMap:
     """Return the tensors of `PREFIX.index`. Each is read and verified against its checksum on access."""
     file = StoredFile.open(index)
     if not _FOOTER <= file.size <= _MOST_INDEX_BYTES:
@@ -72,7 +72,7 @@ def read_bundle(index: Path) -> LazyTensors:
         )
     table = _Table(file.path, file.read(0, file.size))
     shards: dict[int, StoredFile] | None = None
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, LazyTensor] = {}
     spans: list[tuple[int, int, int, str]] = []
     for key, value in table.entries():
         if shards is None:  # BundleHeaderProto, whose name is empty, comes first
@@ -85,7 +85,7 @@ def read_bundle(index: Path) -> LazyTensors:
         entries[name] = _entry(table, name, fields, shards)
         spans.append((table.number(fields, 3), table.number(fields, 4), entries[name].nbytes, name))
     _require_apart(spans, shards or {})
-    return LazyTensors(entries)
+    return LazyTensorMap(entries)
 
 
 def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile]:
@@ -102,7 +102,7 @@ def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile
     return {k: StoredFile.open(index.parent / f"{prefix}.data-{k:05d}-of-{count:05d}") for k in range(count)}
 
 
-def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, StoredFile]) -> TensorEntry:
+def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, StoredFile]) -> LazyTensor:
     """BundleEntryProto."""
     kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
     if 7 in fields:
@@ -125,7 +125,7 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
             )
         return array
 
-    return TensorEntry(dtype, shape, read)
+    return LazyTensor(dtype, shape, read)
 
 
 def _require_apart(spans: list[tuple[int, int, int, str]], shards: Mapping[int, StoredFile]) -> None:

@@ -20,7 +20,7 @@ from bridge.containers.torch_pickle import Symbol
 from bridge.containers.zip_records import Archive
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.stored_file import StoredFile, first_bytes
-from bridge.storage.tensors import TensorEntry
+from bridge.storage.tensors import LazyTensor
 
 MOST_TENSORS = 10_000  # GPT-2 XL with AdamW's state has 2,400
 _MOST_RANK = 16
@@ -53,7 +53,7 @@ def is_torch_file(path: Path) -> bool:
 
 
 def read_file(path: str | Path) -> Any:
-    """What torch.save was given: dicts, lists, tuples, numbers, strings, and a `TensorEntry` for each tensor.
+    """What torch.save was given: dicts, lists, tuples, numbers, strings, and a `LazyTensor` for each tensor.
 
     An OrderedDict is a dict here, a parameter its tensor, and the device is not told. Tensors that are the same part
     of the same storage are the same object. Only the pickle is read; a tensor is read when its entry is.
@@ -88,7 +88,7 @@ class _Saved:
         self._where = quoted(archive.file.path)
         self._root = next(iter(archive.records), "").partition("/")[0]
         self._storages: dict[str, _Storage] = {}
-        self._entries: dict[tuple[Any, ...], TensorEntry] = {}
+        self._entries: dict[tuple[Any, ...], LazyTensor] = {}
         self._tensors_made = 0
 
     def read(self) -> Any:
@@ -99,7 +99,7 @@ class _Saved:
             f"{self._where}: data.pkl",
             symbols=self._symbols(),
             persistent=self._storage,
-            leaves=(TensorEntry,),
+            leaves=(LazyTensor,),
         )
 
     def _require_torch_save(self) -> None:
@@ -150,8 +150,8 @@ class _Saved:
             raise self._refuse("has a torch.Size that is not one of sizes")
         return arguments[0]
 
-    def _parameter(self, arguments: tuple[Any, ...]) -> TensorEntry:
-        if len(arguments) != 3 or not isinstance(arguments[0], TensorEntry) or not _is_nothing(arguments[2]):
+    def _parameter(self, arguments: tuple[Any, ...]) -> LazyTensor:
+        if len(arguments) != 3 or not isinstance(arguments[0], LazyTensor) or not _is_nothing(arguments[2]):
             raise self._refuse("has a parameter that is not a tensor and whether it is trained")
         return arguments[0]
 
@@ -176,7 +176,7 @@ class _Saved:
             raise self._refuse(f"reads the record {quoted(name)} as {storage.dtype} and as {dtype}")
         return storage
 
-    def _tensor_v2(self, arguments: tuple[Any, ...]) -> TensorEntry:
+    def _tensor_v2(self, arguments: tuple[Any, ...]) -> LazyTensor:
         """`(storage, offset, shape, strides, requires_grad, hooks[, metadata])`, counted in elements."""
         match arguments:
             case (_Storage() as storage, offset, shape, strides, bool(), hooks, *metadata):
@@ -184,7 +184,7 @@ class _Saved:
                     return self._tensor(storage, storage.dtype, offset, shape, strides)
         raise self._refuse("describes a tensor as torch does not: hooks or metadata, or too few of its parts")
 
-    def _tensor_v3(self, arguments: tuple[Any, ...]) -> TensorEntry:
+    def _tensor_v3(self, arguments: tuple[Any, ...]) -> LazyTensor:
         """`(storage, offset, shape, strides, requires_grad, hooks, dtype[, metadata])`."""
         match arguments:
             case (_Storage() as storage, offset, shape, strides, bool(), hooks, Symbol(value=np.dtype() as dtype), *m):
@@ -192,7 +192,7 @@ class _Saved:
                     return self._tensor(storage, dtype, offset, shape, strides)
         raise self._refuse("describes a tensor as torch does not: hooks or metadata, or too few of its parts")
 
-    def _tensor(self, storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> TensorEntry:
+    def _tensor(self, storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> LazyTensor:
         """The entry of a part of a storage, which has to lie in it."""
         self._tensors_made += 1
         if self._tensors_made > MOST_TENSORS:
@@ -210,7 +210,7 @@ class _Saved:
             raise self._refuse(f"{where} that repeats its elements; make it contiguous and save it again")
         key = (storage.record, dtype, offset, shape, strides)
         if key not in self._entries:
-            self._entries[key] = TensorEntry(dtype, shape, lambda: self._read(*key, reach))
+            self._entries[key] = LazyTensor(dtype, shape, lambda: self._read(*key, reach))
         return self._entries[key]
 
     def _read(

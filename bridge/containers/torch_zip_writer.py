@@ -22,7 +22,7 @@ import numpy as np
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.stored_file import write_array
-from bridge.storage.tensors import ALIGNMENT, TensorEntry
+from bridge.storage.tensors import ALIGNMENT, LazyTensor
 
 STORAGES: Mapping[np.dtype, str] = {
     np.dtype(t): name
@@ -47,7 +47,7 @@ _LOCAL_HEADER, _ZIP64_EXTRA, _PADDING_HEADER = 30, 20, 4  # bytes
 
 
 def write_file(path: str | Path, value: Any) -> None:
-    """Write `value` to a new file: dict, list, tuple, str, int, float, bool, None, and `TensorEntry` for tensors.
+    """Write `value` to a new file: dict, list, tuple, str, int, float, bool, None, and `LazyTensor` for tensors.
 
     One entry in several places is written once and shares its memory when it is loaded. Tensors are read and written
     one after the other; never more than one of them is in memory.
@@ -76,7 +76,7 @@ class _Pickled:
     """`content`: the value, pickled. `entries`: its tensors, each once, in the order of their records."""
 
     def __init__(self, value: Any) -> None:
-        self.entries: list[TensorEntry] = []
+        self.entries: list[LazyTensor] = []
         self._keys: dict[int, int] = {}
         self.content = pickle.PROTO + b"\x02" + self._of(value) + pickle.STOP
 
@@ -102,14 +102,14 @@ class _Pickled:
                 return pickle.EMPTY_LIST + self._all(value) + pickle.APPENDS
             case dict():
                 return pickle.EMPTY_DICT + self._all(itertools.chain(*value.items())) + pickle.SETITEMS
-            case TensorEntry():
+            case LazyTensor():
                 return self._tensor(value)
         raise CheckpointError(f"a torch file is not written with a {type(value).__name__} in it: {quoted(value)}")
 
     def _all(self, values: Any) -> bytes:
         return pickle.MARK + b"".join(map(self._of, values))
 
-    def _tensor(self, entry: TensorEntry) -> bytes:
+    def _tensor(self, entry: LazyTensor) -> bytes:
         """The call `_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
         if entry.dtype not in STORAGES:
             raise CheckpointError(f"torch cannot hold {entry.dtype}")

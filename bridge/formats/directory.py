@@ -16,7 +16,7 @@ from bridge.conversion import differences
 from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.parameter_table import parameters
 from bridge.storage.companions import checked_companion, has_companion, read_json_companion
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from bridge.tokenizers.saving import save_tokenizer
 
@@ -64,7 +64,7 @@ def write_config(path: Path, config: GPT2Config, extra: Mapping[str, Any] | None
     write_json(path, fields if config.bias else {**fields, "bias": False})
 
 
-def tensors_of_tree(stored: Mapping[str, TensorEntry], config: GPT2Config, where: Path) -> LazyTensors:
+def tensors_of_tree(stored: Mapping[str, LazyTensor], config: GPT2Config, where: Path) -> LazyTensorMap:
     """Return the leaves of a Flax tree with unstacked layers, under canonical names and in PyTorch's shapes.
 
     Args:
@@ -74,13 +74,13 @@ def tensors_of_tree(stored: Mapping[str, TensorEntry], config: GPT2Config, where
     expected = {"/".join(p.flax_path): p for p in parameters(config)}
     if problems := differences({path: p.flax_shape for path, p in expected.items()}, stored):
         raise ConversionError(f"{quoted(where)}:\n" + bullet_list(problems))
-    return LazyTensors({p.torch_name: reshaped(stored[path], p.torch_shape) for path, p in expected.items()})
+    return LazyTensorMap({p.torch_name: reshaped(stored[path], p.torch_shape) for path, p in expected.items()})
 
 
-def reshaped(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
+def reshaped(entry: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """Return the tensor, reshaped on read."""
 
     def read(inner: Callable[[], np.ndarray] = entry.read) -> np.ndarray:
         return inner().reshape(shape)
 
-    return TensorEntry(entry.dtype, shape, read)
+    return LazyTensor(entry.dtype, shape, read)

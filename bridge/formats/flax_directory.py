@@ -15,7 +15,7 @@ from bridge.containers.safetensors import header_names, read_file, write_file
 from bridge.formats.directory import CONFIG, carry_files, read_config, reshaped, tensors_of_tree, write_config
 from bridge.formats.finding import config_beside, files_beside_config
 from bridge.parameter_table import parameters
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 
 NAME = "flax"
 WEIGHTS = "flax_model.safetensors"
@@ -43,5 +43,5 @@ def write(checkpoint: Checkpoint, directory: Path) -> None:
         "/".join(p.flax_path): reshaped(checkpoint.tensors.entries[p.torch_name], p.flax_shape)
         for p in parameters(config)
     }
-    write_file(directory / WEIGHTS, LazyTensors(entries), {"format": "flax"})
+    write_file(directory / WEIGHTS, LazyTensorMap(entries), {"format": "flax"})
     carry_files(checkpoint, directory)

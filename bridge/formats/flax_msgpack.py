@@ -20,7 +20,7 @@ from bridge.formats.finding import config_beside, files_beside_config
 from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.formats.single_file import require_implied
 from bridge.parameter_table import Parameter, parameters
-from bridge.storage.tensors import LazyTensors, TensorEntry, turned
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
 
 NAME = "flax_msgpack"
 WEIGHTS = ("flax_model.msgpack", "flax_model.msgpack.index.json")
@@ -71,7 +71,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     carry_files(checkpoint, directory)
 
 
-def _canonical(stored: Mapping[str, TensorEntry], config: GPT2Config, weights: Path) -> LazyTensors:
+def _canonical(stored: Mapping[str, LazyTensor], config: GPT2Config, weights: Path) -> LazyTensorMap:
     tied = config.tie_word_embeddings and _HEAD not in stored  # a tied head may be stored too
     expected = {_path(p): p for p in parameters(replace(config, tie_word_embeddings=tied))}
     if _is_bare(stored):
@@ -80,11 +80,11 @@ def _canonical(stored: Mapping[str, TensorEntry], config: GPT2Config, weights: P
     if problems := differences(shapes, stored):
         raise ConversionError(f"{quoted(weights)} does not hold the tensors of its GPT-2:\n" + bullet_list(problems))
     return canonicalize(
-        LazyTensors({p.torch_name: _as_stored(stored[path], p) for path, p in expected.items()}), config
+        LazyTensorMap({p.torch_name: _as_stored(stored[path], p) for path, p in expected.items()}), config
     )
 
 
-def _is_bare(stored: Mapping[str, TensorEntry]) -> bool:
+def _is_bare(stored: Mapping[str, LazyTensor]) -> bool:
     """Whether this is the tree of `FlaxGPT2Model`."""
     return "wte/embedding" in stored and not any(name.startswith(_TRANSFORMER) for name in stored)
 
@@ -104,12 +104,12 @@ def _is_turned(parameter: Parameter) -> bool:
     return parameter.is_projection or parameter.torch_name == "lm_head.weight"
 
 
-def _as_stored(entry: TensorEntry, parameter: Parameter) -> TensorEntry:
+def _as_stored(entry: LazyTensor, parameter: Parameter) -> LazyTensor:
     """From the canonical layout to the file's, and back."""
     return turned(entry) if _is_turned(parameter) else entry
 
 
-def _diagnostics(stored: Mapping[str, TensorEntry], config: GPT2Config) -> tuple[str, ...]:
+def _diagnostics(stored: Mapping[str, LazyTensor], config: GPT2Config) -> tuple[str, ...]:
     notes = [
         f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: its model computes "
         "another function there"

@@ -47,7 +47,7 @@ from bridge.errors import (
 from bridge.formats.finding import files_by_content
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, parameters
-from bridge.storage.tensors import LazyTensors, TensorEntry, turned
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
 from bridge.tokenizers.gguf import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
 
@@ -118,7 +118,7 @@ def read(file: Path, config_json: Path | None) -> Checkpoint:
     own_tokenizer = None
     if gguf.metadata.get(MODEL) not in (None, *NO_TOKENIZER):
         own_tokenizer = partial(tokenizer_of, gguf.metadata, config.vocab_size, quoted(file))
-    tensors = LazyTensors(entries)
+    tensors = LazyTensorMap(entries)
     return Checkpoint(config, tensors, NAME, file.parent, extra, tuple(diagnostics), own_tokenizer=own_tokenizer)
 
 
@@ -170,7 +170,7 @@ def _require_gpt2(metadata: Mapping[str, Value], file: Path) -> None:
         )
 
 
-def _config(metadata: Mapping[str, Value], stored: LazyTensors, file: Path) -> GPT2Config:
+def _config(metadata: Mapping[str, Value], stored: LazyTensorMap, file: Path) -> GPT2Config:
     """What the keys say, and the shape of the embedding; the head is untied where there is one."""
     sizes: dict[str, Any] = {field: metadata.get(key) for field, key in _SIZES.items()}
     problems = [
@@ -222,7 +222,7 @@ def _require_nothing_else(metadata: Mapping[str, Value], config: GPT2Config, fil
         raise ConfigError(f"{quoted(file)} describes a model that is not supported:\n" + bullet_list(sorted(problems)))
 
 
-def _widened(entries: Mapping[str, TensorEntry]) -> tuple[LazyTensors, dict[str, bytes]]:
+def _widened(entries: Mapping[str, LazyTensor]) -> tuple[LazyTensorMap, dict[str, bytes]]:
     """The tensors as llama.cpp needs them, and the keys that say which of them were something else."""
     vectors = {name: entry for name, entry in entries.items() if len(entry.shape) == 1 and entry.dtype != np.float32}
     remembered = {}
@@ -230,10 +230,10 @@ def _widened(entries: Mapping[str, TensorEntry]) -> tuple[LazyTensors, dict[str,
         if names := [name for name, entry in vectors.items() if entry.dtype == dtype]:
             remembered[key] = strings(names)
     in_float32 = {name: _cast(entry, np.float32, name) for name, entry in vectors.items()}
-    return LazyTensors({**entries, **in_float32}), remembered
+    return LazyTensorMap({**entries, **in_float32}), remembered
 
 
-def _narrowed(gguf: GGUFFile) -> LazyTensors:
+def _narrowed(gguf: GGUFFile) -> LazyTensorMap:
     """The tensors of a file, those that were widened for llama.cpp as they were before."""
     entries = dict(gguf.tensors().entries)
     for dtype, key in _WIDENED_FROM.items():
@@ -246,10 +246,10 @@ def _narrowed(gguf: GGUFFile) -> LazyTensors:
             if name not in entries or entries[name].dtype != np.float32 or len(entries[name].shape) != 1:
                 raise CheckpointError(f"{quoted(gguf.file.path)}: {key} names {quoted(name)}, which is no F32 vector")
             entries[name] = _cast(entries[name], dtype, f"{quoted(gguf.file.path)}: {name}")
-    return LazyTensors(entries)
+    return LazyTensorMap(entries)
 
 
-def _cast(entry: TensorEntry, dtype: DTypeLike, where: str) -> TensorEntry:
+def _cast(entry: LazyTensor, dtype: DTypeLike, where: str) -> LazyTensor:
     """The same numbers in another type, which has to hold each of them."""
 
     def read() -> np.ndarray:
@@ -260,10 +260,10 @@ def _cast(entry: TensorEntry, dtype: DTypeLike, where: str) -> TensorEntry:
             raise ConversionError(f"{where} has values that {np.dtype(dtype)} does not hold")
         return cast
 
-    return TensorEntry(np.dtype(dtype), entry.shape, read)
+    return LazyTensor(np.dtype(dtype), entry.shape, read)
 
 
-def _canonical(stored: LazyTensors, config: GPT2Config, file: Path) -> dict[str, TensorEntry]:
+def _canonical(stored: LazyTensorMap, config: GPT2Config, file: Path) -> dict[str, LazyTensor]:
     expected = {_name(p): p for p in parameters(config)}
     shapes = {name: p.torch_shape[::-1] if p.is_projection else p.torch_shape for name, p in expected.items()}
     if problems := differences(shapes, stored.entries):
@@ -271,7 +271,7 @@ def _canonical(stored: LazyTensors, config: GPT2Config, file: Path) -> dict[str,
     return {p.torch_name: _as_stored(stored.entries[name], p) for name, p in expected.items()}
 
 
-def _as_stored(entry: TensorEntry, parameter: Parameter) -> TensorEntry:
+def _as_stored(entry: LazyTensor, parameter: Parameter) -> LazyTensor:
     """From the canonical layout to the file's, and back."""
     return turned(entry) if parameter.is_projection else entry
 
@@ -298,7 +298,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...
     return metadata_of(encoding, checkpoint.config.vocab_size), ()
 
 
-def _file_type(tensors: LazyTensors) -> int:
+def _file_type(tensors: LazyTensorMap) -> int:
     """llama.cpp's number for what most of the weights are."""
     bytes_of: Counter[np.dtype] = Counter()
     for entry in tensors.entries.values():

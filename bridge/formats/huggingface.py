@@ -20,7 +20,7 @@ from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
 from bridge.formats.finding import config_beside, files_beside_config
 from bridge.formats.sharded import is_index, read_shards, write_shards
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 NAME = "huggingface"
 WEIGHTS = (
@@ -44,7 +44,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(weights: Path) -> Checkpoint:
-    stored = LazyTensors(read_shards(weights, _tensors) if weights.suffix == ".json" else _tensors(weights))
+    stored = LazyTensorMap(read_shards(weights, _tensors) if weights.suffix == ".json" else _tensors(weights))
     hf = read_json(config_beside(weights))
     config = GPT2Config.from_hf(hf)
     tensors = canonicalize(stored, config)
@@ -60,7 +60,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     write_json(directory / CONFIG, checkpoint.config.to_hf(checkpoint.extra))
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
 
-    def write_shard(file: Path, tensors: LazyTensors) -> None:
+    def write_shard(file: Path, tensors: LazyTensorMap) -> None:
         write_file(file, tensors, {"format": "pt"})  # transformers refuses files without it
 
     write_shards(directory, "model", "safetensors", entries, max_shard_bytes, write_shard)
@@ -71,21 +71,21 @@ def _saved_name(canonical: str) -> str:
     return canonical if canonical == "lm_head.weight" else f"transformer.{canonical}"
 
 
-def _tensors(file: Path) -> Mapping[str, TensorEntry]:
+def _tensors(file: Path) -> Mapping[str, LazyTensor]:
     """Return the tensors of one file. Its content determines its kind."""
     if is_torch_file(file) and not is_safetensors(file):  # a safetensors header's length may look like a pickle's start
         return _state_dict(file, read_torch_file(file))
     return read_file(file)[0].entries
 
 
-def _state_dict(file: Path, saved: Any) -> dict[str, TensorEntry]:
+def _state_dict(file: Path, saved: Any) -> dict[str, LazyTensor]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{quoted(file)} holds {type(saved).__name__}, not a state_dict; save model.state_dict()")
     others = [f"{quoted(name)} is no name of a tensor" for name in saved if not isinstance(name, str)]
     others += [
         f"{quoted(name)} is {type(value).__name__}, not a tensor"
         for name, value in saved.items()
-        if not isinstance(value, TensorEntry)
+        if not isinstance(value, LazyTensor)
     ]
     if others:
         raise CheckpointError(
@@ -94,7 +94,7 @@ def _state_dict(file: Path, saved: Any) -> dict[str, TensorEntry]:
     return saved
 
 
-def _diagnostics(stored: LazyTensors, config: GPT2Config) -> tuple[str, ...]:
+def _diagnostics(stored: LazyTensorMap, config: GPT2Config) -> tuple[str, ...]:
     used = canonical_names(stored)
     notes = []
     if dropped := len(stored) - len(used):

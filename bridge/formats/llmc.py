@@ -22,7 +22,7 @@ from bridge.formats.finding import files_by_content
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, num_parameters, padded_vocab_size, parameters
 from bridge.storage.stored_file import StoredFile, first_bytes, write_array
-from bridge.storage.tensors import LazyTensors, TensorEntry, turned
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
 
 NAME = "llmc"
 FILE = "model.bin"
@@ -64,7 +64,7 @@ def read(path: Path, config_json: Path | None) -> Checkpoint:
     file = StoredFile.open(path)
     config, dtype, rows = _header(file)
     entries = {p.torch_name: _entry(file, dtype, p, offset) for p, offset in _places(config, dtype, rows)}
-    tensors = LazyTensors({p.torch_name: entries[p.torch_name] for p in parameters(config)})
+    tensors = LazyTensorMap({p.torch_name: entries[p.torch_name] for p in parameters(config)})
     config, extra = with_sidecar(config, file.path, config_json)
     padding = rows - config.vocab_size
     notes = (f"{padding} rows of vocabulary padding were left out",) if padding else ()
@@ -154,7 +154,7 @@ def _in_order(config: GPT2Config) -> Iterator[Parameter]:
         yield from kind
 
 
-def _entry(file: StoredFile, dtype: np.dtype, p: Parameter, offset: int) -> TensorEntry:
+def _entry(file: StoredFile, dtype: np.dtype, p: Parameter, offset: int) -> LazyTensor:
     if p.is_projection:
         return turned(file.entry(dtype, p.torch_shape[::-1], offset))
     return file.entry(dtype, p.torch_shape, offset)

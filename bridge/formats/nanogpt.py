@@ -37,7 +37,7 @@ from bridge.formats.single_file import left_out, require_implied, with_sidecar
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.parameter_table import parameters
 from bridge.storage.stored_file import first_bytes
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensors, TensorEntry, turned
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, turned
 
 NAME = "nanogpt"
 FILE = "ckpt.pt"
@@ -185,13 +185,13 @@ def _config(model_args: Any) -> GPT2Config:
         raise ConfigError(f"model_args, with block_size as n_positions and dropout as three: {error}") from error
 
 
-def _stored(model: Any) -> dict[str, TensorEntry]:
+def _stored(model: Any) -> dict[str, LazyTensor]:
     if not isinstance(model, dict):
         raise CheckpointError("nanoGPT's checkpoints have the weights in `model`, which is missing here")
     others = [
         f"{quoted(name)} is a {type(value).__name__}, not a tensor"
         for name, value in model.items()
-        if not isinstance(name, str) or not isinstance(value, TensorEntry)
+        if not isinstance(name, str) or not isinstance(value, LazyTensor)
     ]
     if others:
         raise CheckpointError("model is not a state_dict:\n" + bullet_list(others))
@@ -203,17 +203,17 @@ def _projections(config: GPT2Config) -> frozenset[str]:
     return frozenset(p.torch_name for p in parameters(config) if p.is_projection)
 
 
-def _turned(tensors: LazyTensors, names: Collection[str]) -> dict[str, TensorEntry]:
+def _turned(tensors: LazyTensorMap, names: Collection[str]) -> dict[str, LazyTensor]:
     """Convert between the canonical layout and nanoGPT's, in either direction."""
     return {name: turned(entry) if name in names else entry for name, entry in tensors.entries.items()}
 
 
-def _canonical_layout(stored: Mapping[str, TensorEntry], config: GPT2Config) -> LazyTensors:
+def _canonical_layout(stored: Mapping[str, LazyTensor], config: GPT2Config) -> LazyTensorMap:
     """Return the tensors by name, without a head that shares the embedding's memory."""
     given = canonical_names(stored)
     head, embedding = given.get("lm_head.weight"), stored.get(given.get("wte.weight", ""))
     kept = {name: entry for name, entry in stored.items() if name != head or entry is not embedding}
-    return LazyTensors(_turned(LazyTensors(kept), {given[name] for name in _projections(config) if name in given}))
+    return LazyTensorMap(_turned(LazyTensorMap(kept), {given[name] for name in _projections(config) if name in given}))
 
 
 def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
@@ -246,7 +246,7 @@ def _old_groups(config: GPT2Config) -> list[list[str]]:
 def _progress(saved: Mapping[str, Any]) -> dict[str, Any]:
     progress = {name: saved[name] for name in _PROGRESS if name in saved}
     loss = progress.get("best_val_loss", _NO_LOSS_YET)
-    if isinstance(loss, TensorEntry) and loss.shape == () and loss.dtype in FLOAT_DTYPES:
+    if isinstance(loss, LazyTensor) and loss.shape == () and loss.dtype in FLOAT_DTYPES:
         progress["best_val_loss"] = loss = float(loss.read())
     problems = [
         *(["iter_num is not a count"] if type(progress.get("iter_num", 0)) is not int else []),
@@ -258,7 +258,7 @@ def _progress(saved: Mapping[str, Any]) -> dict[str, Any]:
     return progress
 
 
-def _diagnostics(saved: Mapping[str, Any], stored: Mapping[str, TensorEntry]) -> tuple[str, ...]:
+def _diagnostics(saved: Mapping[str, Any], stored: Mapping[str, LazyTensor]) -> tuple[str, ...]:
     notes = []
     if dropped := len(stored) - len(canonical_names(stored)):
         notes.append(f"{dropped} causal-mask buffers were left out")
@@ -308,13 +308,13 @@ def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, 
     return {"state": state, "param_groups": groups}, (unsaid,) if unlike else ()
 
 
-def _moments(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, TensorEntry]]:
+def _moments(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, LazyTensor]]:
     """Return torch's state of each parameter, in the order of the optimizer."""
-    first, second = LazyTensors.of(adamw.first), LazyTensors.of(adamw.second)
+    exp_avg, exp_avg_sq = LazyTensorMap.of(adamw.exp_avg), LazyTensorMap.of(adamw.exp_avg_sq)
     shapes = {p.torch_name: p.torch_shape for p in parameters(config)}
-    if problems := differences(shapes, first.entries) + differences(shapes, second.entries):
+    if problems := differences(shapes, exp_avg.entries) + differences(shapes, exp_avg_sq.entries):
         raise ConversionError("the optimizer's moments are not this model's:\n" + bullet_list(problems))
-    first_entries, second_entries = (_turned(moments, _projections(config)) for moments in (first, second))
+    first_entries, second_entries = (_turned(moments, _projections(config)) for moments in (exp_avg, exp_avg_sq))
     for name in order:
         step = np.asarray(adamw.step, np.float32)  # torch counts in float32
-        yield {"step": TensorEntry.of(step), "exp_avg": first_entries[name], "exp_avg_sq": second_entries[name]}
+        yield {"step": LazyTensor.of(step), "exp_avg": first_entries[name], "exp_avg_sq": second_entries[name]}

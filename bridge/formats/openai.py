@@ -21,7 +21,7 @@ from bridge.formats.directory import read_json, reshaped
 from bridge.parameter_table import Parameter, parameters
 from bridge.storage.companions import has_companion, read_companion, stays_inside
 from bridge.storage.stored_file import first_bytes
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 NAME = "openai"
 HPARAMS = "hparams.json"
@@ -81,7 +81,7 @@ def read(path: Path) -> Checkpoint:
     if problems := differences(shapes, weights):
         raise ConversionError(f"{quoted(index)} does not hold the tensors of its GPT-2:\n" + bullet_list(problems))
     entries = {p.torch_name: reshaped(weights[name], p.torch_shape) for name, p in expected.items()}
-    return Checkpoint(config, LazyTensors(entries), NAME, directory, {}, tuple(_diagnostics(index, stored, weights)))
+    return Checkpoint(config, LazyTensorMap(entries), NAME, directory, {}, tuple(_diagnostics(index, stored, weights)))
 
 
 def _config(file: Path) -> GPT2Config:
@@ -120,7 +120,7 @@ def _shape(p: Parameter) -> tuple[int, ...]:
     return (1, *p.torch_shape) if p.is_projection else p.torch_shape
 
 
-def _diagnostics(index: Path, stored: Mapping[str, TensorEntry], weights: Mapping[str, TensorEntry]) -> Iterator[str]:
+def _diagnostics(index: Path, stored: Mapping[str, LazyTensor], weights: Mapping[str, LazyTensor]) -> Iterator[str]:
     if left_out := len(stored) - len(weights):
         yield f"{left_out} training variables, such as Adam's moments, were left out"
     if others := [quoted(other.name) for other in _indexes(index.parent) if other != index]:

@@ -21,7 +21,7 @@ from bridge.conversion import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config, read_json, tensors_of_tree
 from bridge.storage import manifest
-from bridge.storage.tensors import TensorEntry, first_rows
+from bridge.storage.tensors import LazyTensor, first_rows
 
 NAME = "run"
 RUN = "run.json"
@@ -46,7 +46,7 @@ def read(path: Path) -> Checkpoint:
         run, step = path.parent.parent, path
         verified(run, int(step.name))
     else:
-        run, step = path, path / CHECKPOINTS / str(best_sound_step(path, skipped.append))
+        run, step = path, path / CHECKPOINTS / str(best_valid_step(path, skipped.append))
     config, fields = read_config(run / CONFIG)
     entries = {
         name: _without_padding(entry, config) if name in ("wte/embedding", "lm_head/embedding") else entry
@@ -64,7 +64,7 @@ def steps(run: Path) -> list[int]:
     return sorted(int(p.name) for p in folder.iterdir() if _NUMBER.fullmatch(p.name)) if folder.is_dir() else []
 
 
-def sealed_steps(run: Path) -> list[int]:
+def committed_steps(run: Path) -> list[int]:
     """Return the steps whose manifest is valid. The files are not verified."""
     return [step for step in steps(run) if _about(run, step) is not None]
 
@@ -104,7 +104,7 @@ def sound(run: Path, candidates: Iterable[int], say: Callable[[str], object]) ->
     return None
 
 
-def best_sound_step(run: Path, say: Callable[[str], object]) -> int:
+def best_valid_step(run: Path, say: Callable[[str], object]) -> int:
     """Return the best valid step, ordered as by `best_step`.
 
     `say` gets a message about each damaged checkpoint that was or may have been better. The loss of a checkpoint
@@ -127,7 +127,7 @@ def best_sound_step(run: Path, say: Callable[[str], object]) -> int:
 
 
 def _best_first(run: Path) -> list[int]:
-    losses = {step: validation_loss(run, step) for step in sealed_steps(run)}
+    losses = {step: validation_loss(run, step) for step in committed_steps(run)}
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
     return sorted(evaluated, key=lambda step: evaluated[step]) + sorted({*losses} - {*evaluated}, reverse=True)
 
@@ -173,7 +173,7 @@ def _weights(state: Path) -> dict[str, StoredArray]:
     }
 
 
-def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, TensorEntry]:
+def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, LazyTensor]:
     """Split stacked layers into single ones. At most one layer too many is split; it makes the checkpoint invalid."""
     entries = {}
     for path, stored in arrays.items():
@@ -185,13 +185,13 @@ def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[st
     return entries
 
 
-def _entry(stored: StoredArray, layer: int | None = None) -> TensorEntry:
+def _entry(stored: StoredArray, layer: int | None = None) -> LazyTensor:
     if layer is None:
-        return TensorEntry(stored.dtype, stored.shape, stored.read)
-    return TensorEntry(stored.dtype, stored.shape[1:], lambda: stored.read(layer))
+        return LazyTensor(stored.dtype, stored.shape, stored.read)
+    return LazyTensor(stored.dtype, stored.shape[1:], lambda: stored.read(layer))
 
 
-def _without_padding(entry: TensorEntry, config: GPT2Config) -> TensorEntry:
+def _without_padding(entry: LazyTensor, config: GPT2Config) -> LazyTensor:
     """Remove padding rows of the vocabulary. Returns the entry unchanged if it has more rows than padding can add."""
     is_padded = bool(entry.shape) and entry.shape[0] <= 2 * config.vocab_size + _MOST_PADDING
     return first_rows(entry, config.vocab_size) if is_padded else entry

@@ -13,7 +13,7 @@ from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import read_json, write_json
 from bridge.storage.companions import stays_inside
 from bridge.storage.stored_file import first_bytes
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 _INDEX_START = 2**16  # bytes at the start of the index, enough to contain a shard's name
 
@@ -24,7 +24,7 @@ def is_index(file: Path, suffixes: tuple[str, ...]) -> bool:
     return b'"weight_map"' in start and any(f'{suffix}"'.encode() in start for suffix in suffixes)
 
 
-def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
+def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
     """Return the tensors that an index lists, after checking that the shards contain exactly these.
 
     Args:
@@ -35,7 +35,7 @@ def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, Tenso
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{quoted(index_file)}: weight_map must map tensor names to file names")
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, LazyTensor] = {}
     problems = []
     for file in sorted(set(weight_map.values())):
         if problem := _unusable(directory, file):
@@ -58,9 +58,9 @@ def write_shards(
     directory: Path,
     stem: str,
     suffix: str,
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, LazyTensor],
     max_shard_bytes: int,
-    write_file: Callable[[Path, LazyTensors], object],
+    write_file: Callable[[Path, LazyTensorMap], object],
 ) -> None:
     """Write one file `STEM.SUFFIX`, or several files and `STEM.SUFFIX.index.json`.
 
@@ -71,20 +71,20 @@ def write_shards(
         raise CheckpointError(f"max_shard_bytes={max_shard_bytes}: must be at least 1")
     shards = _split(entries, max_shard_bytes)
     if len(shards) == 1:
-        write_file(directory / f"{stem}.{suffix}", LazyTensors(shards[0]))
+        write_file(directory / f"{stem}.{suffix}", LazyTensorMap(shards[0]))
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"{stem}-{number:05d}-of-{len(shards):05d}.{suffix}"
-        write_file(directory / file, LazyTensors(shard))
+        write_file(directory / file, LazyTensorMap(shard))
         weight_map.update(dict.fromkeys(shard, file))
     total = sum(entry.nbytes for entry in entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(directory / f"{stem}.{suffix}.index.json", index)
 
 
-def _split(entries: Mapping[str, TensorEntry], max_bytes: int) -> list[dict[str, TensorEntry]]:
-    shards: list[dict[str, TensorEntry]] = [{}]
+def _split(entries: Mapping[str, LazyTensor], max_bytes: int) -> list[dict[str, LazyTensor]]:
+    shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, entry in entries.items():
         if shards[-1] and size + entry.nbytes > max_bytes:
@@ -106,7 +106,7 @@ def _unusable(directory: Path, file: str) -> str | None:
     return None
 
 
-def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, LazyTensor]) -> Iterator[str]:
     metadata = index.get("metadata")
     if not isinstance(metadata, dict) or "total_size" not in metadata:
         return

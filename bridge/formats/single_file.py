@@ -15,7 +15,7 @@ from typing import Any
 from bridge.config import TRAINING_ONLY, GPT2Config, harmless_fields
 from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 
 
 def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tuple[GPT2Config, dict[str, Any]]:
@@ -50,7 +50,7 @@ def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any],
         raise ConfigError(f"{format} cannot hold this model{remedy}:\n" + bullet_list(unlike))
 
 
-def require_dtypes(tensors: LazyTensors, format: str, allowed: Collection[Any]) -> None:
+def require_dtypes(tensors: LazyTensorMap, format: str, allowed: Collection[Any]) -> None:
     """Raise `ConversionError` that names the tensors whose dtype is not in `allowed`."""
     spelled = ", ".join(map(str, allowed))
     unlike = [

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from bridge.generation.config import Request
-from bridge.generation.decoder import Continuation, Decoder, InvalidLogits, Prompts, check_ids, left_padded
+from bridge.generation.config import GenerationConfig
+from bridge.generation.decoder import Decoder, GenerationOutput, InvalidLogits, Prompts, check_ids, left_padded
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class _Beam:
 class _Search:
     """The beams of one prompt: those that go on, and the best of those that ended with a stop id."""
 
-    request: Request
+    request: GenerationConfig
     live: list[_Beam]
     ended: list[_Beam] = field(default_factory=list)
     done: bool = False
@@ -54,14 +54,16 @@ class _Search:
     def ends(self, beam: _Beam) -> bool:
         return beam.ids[-1] in self.request.stop_ids
 
-    def best(self) -> list[Continuation]:
+    def best(self) -> list[GenerationOutput]:
         """The continuations asked for, best first; beams that reached the maximum length count too."""
         found = self.ended if self.done else self.ended + self.live
         found = sorted(found, key=self.rank, reverse=True)[: self.request.samples]
-        return [Continuation([*beam.ids], [*beam.log_probs] if self.request.log_probs else None) for beam in found]
+        return [GenerationOutput([*beam.ids], [*beam.log_probs] if self.request.log_probs else None) for beam in found]
 
 
-def beam_search(decoder: Decoder[Any, Any], prompts: Prompts, request: Request) -> list[list[Continuation]]:
+def beam_search(
+    decoder: Decoder[Any, Any], prompts: Prompts, request: GenerationConfig
+) -> list[list[GenerationOutput]]:
     """As `Decoder.generate`, for `request.beams` above 1: the likeliest texts that the search meets, best first.
 
     Each step keeps the `beams` likeliest continuations; those that end with a stop id are put aside. It is
@@ -72,7 +74,7 @@ def beam_search(decoder: Decoder[Any, Any], prompts: Prompts, request: Request) 
     check_ids(decoder.config, prompts)
     width, slots = request.beams, max(map(len, prompts), default=0) + request.max_new_tokens
     if len(prompts) == 0 or not request.max_new_tokens:
-        return [[Continuation([], [] if request.log_probs else None)] * request.samples for _ in prompts]
+        return [[GenerationOutput([], [] if request.log_probs else None)] * request.samples for _ in prompts]
     candidates = width + len(set(request.stop_ids))  # of each row, so that as many as `beams` go on
     state, log_probs, ids = decoder._begin_beams(*left_padded(prompts), slots, width, candidates)
     searches = [_Search(request, [_Beam((), (), 0.0)]) for _ in prompts]

@@ -20,7 +20,7 @@ overflows where logits are divided by much less."""
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationConfig:
     """How far to go on, and how each token is chosen.
 
     The filters act in the order of the fields, as in Hugging Face's `generate`; None leaves one out.
@@ -64,7 +64,7 @@ class Request:
             raise BridgeError("; ".join(problems))
 
 
-def uniform_draws(request: Request) -> Float[np.ndarray, "samples max_new_tokens"]:
+def uniform_draws(request: GenerationConfig) -> Float[np.ndarray, "samples max_new_tokens"]:
     """Float32 numbers from [0, 1), one for each token of each sample of any prompt.
 
     That a prompt's number is not in them makes each row what it is alone. They are multiples of 2**-23 from
@@ -75,7 +75,7 @@ def uniform_draws(request: Request) -> Float[np.ndarray, "samples max_new_tokens
     return (raw >> np.uint64(41)).astype(np.float32) * np.float32(2.0**-23)
 
 
-def _problems(r: Request, config: GPT2Config) -> Iterator[str]:
+def _problems(r: GenerationConfig, config: GPT2Config) -> Iterator[str]:
     if r.max_new_tokens < 0:
         yield f"max_new_tokens={r.max_new_tokens}: must not be negative"
     if not (math.isfinite(r.temperature) and r.temperature >= 0):
@@ -105,7 +105,7 @@ def _problems(r: Request, config: GPT2Config) -> Iterator[str]:
             yield f"samples={r.samples}: would all be the same without a temperature above 0"
 
 
-def _problems_with_beams(r: Request, config: GPT2Config) -> Iterator[str]:
+def _problems_with_beams(r: GenerationConfig, config: GPT2Config) -> Iterator[str]:
     if not r.greedy:
         yield f"temperature={r.temperature}: beams are not sampled; leave it 0, or beams 1"
     for name in ("repetition_penalty", "top_k", "top_p", "min_p"):
@@ -119,7 +119,7 @@ def _problems_with_beams(r: Request, config: GPT2Config) -> Iterator[str]:
         yield f"beams={r.beams}: more than the vocabulary of {config.vocab_size} has besides stop_ids"
 
 
-def _problems_with_prompts(r: Request, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
+def _problems_with_prompts(r: GenerationConfig, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
     if not all(len(prompt) for prompt in prompts):
         yield "the prompt is empty; give at least one token to go on from"
     total = max((len(prompt) for prompt in prompts), default=0) + max(r.max_new_tokens, 0)

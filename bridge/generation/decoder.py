@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from bridge.config import GPT2Config
 from bridge.errors import BridgeError
-from bridge.generation.config import Request, uniform_draws
+from bridge.generation.config import GenerationConfig, uniform_draws
 
 Prompts = Sequence[Sequence[int]]
 State = TypeVar("State")
@@ -41,7 +41,7 @@ class InvalidLogits(BridgeError):
 
 
 @dataclass(frozen=True)
-class Continuation:
+class GenerationOutput:
     """One continuation of a prompt."""
 
     ids: list[int]
@@ -64,7 +64,7 @@ class Decoder(ABC, Generic[State, Beams]):
 
     config: GPT2Config
 
-    def generate(self, prompts: Prompts, request: Request) -> list[list[Continuation]]:
+    def generate(self, prompts: Prompts, request: GenerationConfig) -> list[list[GenerationOutput]]:
         """Return `request.samples` continuations for each prompt. A prompt is a list of token ids.
 
         Raises:
@@ -76,8 +76,8 @@ class Decoder(ABC, Generic[State, Beams]):
             from bridge.generation.beam_search import beam_search
 
             return beam_search(self, prompts, request)
-        rows: list[Continuation] = [
-            Continuation([], [] if request.log_probs else None) for _ in range(len(prompts) * request.samples)
+        rows: list[GenerationOutput] = [
+            GenerationOutput([], [] if request.log_probs else None) for _ in range(len(prompts) * request.samples)
         ]
         for chunk in self.stream(prompts, request):
             for r, row in enumerate(rows):
@@ -87,7 +87,7 @@ class Decoder(ABC, Generic[State, Beams]):
                     row.log_probs.extend(chunk.log_probs[r][new].tolist())
         return [rows[i : i + request.samples] for i in range(0, len(rows), request.samples)]
 
-    def stream(self, prompts: Prompts, request: Request, at_a_time: int | None = None) -> Iterator[Chunk]:
+    def stream(self, prompts: Prompts, request: GenerationConfig, at_a_time: int | None = None) -> Iterator[Chunk]:
         """Yield the same tokens in chunks of `at_a_time` steps; by default, as many as fit into the positions.
 
         The rows of a chunk are the samples of the first prompt, then of the second, and so on.
@@ -98,7 +98,7 @@ class Decoder(ABC, Generic[State, Beams]):
         check_ids(self.config, prompts)
         return self._stream([[*prompt] for prompt in prompts], request, at_a_time)
 
-    def _stream(self, prompts: list[list[int]], request: Request, at_a_time: int | None) -> Iterator[Chunk]:
+    def _stream(self, prompts: list[list[int]], request: GenerationConfig, at_a_time: int | None) -> Iterator[Chunk]:
         rows, draws = prompts, np.tile(uniform_draws(request), (len(prompts), 1))
         made, copies, ended = 0, request.samples, np.zeros(len(draws), bool)
         while made < request.max_new_tokens and not ended.all():
@@ -135,7 +135,7 @@ class Decoder(ABC, Generic[State, Beams]):
         ids: Int[np.ndarray, "B T"],
         padding: Int[np.ndarray, " B"],
         slots: int,
-        request: Request,
+        request: GenerationConfig,
         draws: Float[np.ndarray, "B*copies new"],
         ended: np.ndarray,
         copies: int,
@@ -177,7 +177,7 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "B T"], 
 
 
 def with_continuations(
-    prompts: Int[np.ndarray, "B T"], found: Sequence[Sequence[Continuation]], request: Request
+    prompts: Int[np.ndarray, "B T"], found: Sequence[Sequence[GenerationOutput]], request: GenerationConfig
 ) -> Int[np.ndarray, "B*samples T+new"]:
     """Return prompts and continuations as one array. Finished rows are filled with the first stop id."""
     rows = [(prompt, c.ids) for prompt, continuations in zip(prompts, found, strict=True) for c in continuations]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import BridgeError, TokenizerError
-from bridge.generation.config import Request
+from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import ENDED, Decoder, InvalidLogits
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 
@@ -31,7 +31,7 @@ _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclass(frozen=True)
-class Completion:
+class TextOutput:
     """One continuation of a text."""
 
     text: str
@@ -48,9 +48,9 @@ def complete(
     decoder: Decoder[Any, Any],
     tokenizer: tiktoken.Encoding,
     prompts: Sequence[str],
-    request: Request,
+    request: GenerationConfig,
     stop: Sequence[str] = (),
-) -> list[list[Completion]]:
+) -> list[list[TextOutput]]:
     """Return `request.samples` completions for each prompt. Each also ends before any of the strings `stop`.
 
     Set `stop_ids=bridge.end_of_text_ids(tokenizer)` in the request to end completions at the end of a document.
@@ -73,9 +73,9 @@ def _complete(
     decoder: Decoder[Any, Any],
     tokenizer: tiktoken.Encoding,
     ids: Sequence[Sequence[int]],
-    request: Request,
+    request: GenerationConfig,
     stop: Sequence[str],
-) -> list[list[Completion]]:
+) -> list[list[TextOutput]]:
     if request.beams > 1:
         found = decoder.generate(ids, request)
         rows = [_Row(tokenizer, request, stop) for continuations in found for _ in continuations]
@@ -96,7 +96,7 @@ def stream_text(
     decoder: Decoder[Any, Any],
     tokenizer: tiktoken.Encoding,
     prompt: str,
-    request: Request,
+    request: GenerationConfig,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """The completion of one prompt, piece by piece as it is made; no piece ends inside a character or a stop string."""
@@ -111,7 +111,7 @@ def stream_text(
 
 
 def end_of_text_ids(tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
-    """For `Request.stop_ids`: the id that ends a document, or none where the tokenizer has none."""
+    """For `GenerationConfig.stop_ids`: the id that ends a document, or none where the tokenizer has none."""
     found = tokenizer._special_tokens.get(END_OF_TEXT)
     return () if found is None else (found,)
 
@@ -128,7 +128,7 @@ class _Row:
     """The text of one continuation, read token by token."""
 
     tokenizer: tiktoken.Encoding
-    request: Request
+    request: GenerationConfig
     stop: Sequence[str]
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -169,9 +169,9 @@ class _Row:
                 self.text, self.held = self.text + self.held, ""
         return self.text[before:]
 
-    def completion(self) -> Completion:
+    def completion(self) -> TextOutput:
         self.rest()
-        return Completion(self.text, self.ids, self.log_probs if self.request.log_probs else None, self.stopped)
+        return TextOutput(self.text, self.ids, self.log_probs if self.request.log_probs else None, self.stopped)
 
     def _add(self, new: bytes, final: bool = False) -> None:
         self.held += self.decoder.decode(new, final)

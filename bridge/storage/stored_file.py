@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.tensors import TensorEntry, aligned_empty, contiguous
+from bridge.storage.tensors import LazyTensor, aligned_empty, contiguous
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StoredFile:
         self._fill(memoryview(content), offset)
         return bytes(content)
 
-    def entry(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> TensorEntry:
+    def entry(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyTensor:
         """A tensor that lies in the file from `offset` on, row by row; it is read at each look-up."""
         self._require_inside(offset, math.prod(shape) * dtype.itemsize)
 
@@ -66,7 +66,7 @@ class StoredFile:
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
             return read_from((stop - start, *shape[1:]), offset + start * row_bytes)
 
-        return TensorEntry(dtype, shape, lambda: read_from(shape, offset), read_rows if shape else None)
+        return LazyTensor(dtype, shape, lambda: read_from(shape, offset), read_rows if shape else None)
 
     def _fill(self, view: memoryview, offset: int) -> None:
         try:
@@ -110,7 +110,7 @@ def what_stands_in(start: bytes) -> str | None:
     return None
 
 
-def write_array(file: BinaryIO, name: str, entry: TensorEntry) -> None:
+def write_array(file: BinaryIO, name: str, entry: LazyTensor) -> None:
     """The bytes of one tensor, row by row; `name` is for the error where it is not what `entry` says."""
     array = entry.read()
     if array.dtype != entry.dtype or array.shape != entry.shape:

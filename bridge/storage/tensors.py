@@ -22,7 +22,7 @@ _COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class TensorEntry:
+class LazyTensor:
     """One stored tensor: what it is, without its data, and how to read that."""
 
     dtype: np.dtype
@@ -38,7 +38,7 @@ class TensorEntry:
         return self.read_rows(start, stop)
 
     @classmethod
-    def of(cls, array: np.ndarray) -> TensorEntry:
+    def of(cls, array: np.ndarray) -> LazyTensor:
         """An array in memory, seen read-only: whoever trains on it must not change its owner's copy."""
         view = array.view()
         view.flags.writeable = False
@@ -49,33 +49,33 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def turned(entry: TensorEntry) -> TensorEntry:
+def turned(entry: LazyTensor) -> LazyTensor:
     """The transpose of a matrix: `[out, in]` for `[in, out]`. What is read is a view of what `entry` reads."""
-    return TensorEntry(entry.dtype, entry.shape[::-1], lambda: entry.read().T)
+    return LazyTensor(entry.dtype, entry.shape[::-1], lambda: entry.read().T)
 
 
-def first_rows(entry: TensorEntry, rows: int) -> TensorEntry:
+def first_rows(entry: LazyTensor, rows: int) -> LazyTensor:
     """Return the tensor without vocabulary padding. Unchanged if it has at most `rows` rows."""
     if not entry.shape or entry.shape[0] <= rows:
         return entry
-    return TensorEntry(entry.dtype, (rows, *entry.shape[1:]), lambda: entry.read()[:rows])
+    return LazyTensor(entry.dtype, (rows, *entry.shape[1:]), lambda: entry.read()[:rows])
 
 
-class LazyTensors(Mapping[str, np.ndarray]):
+class LazyTensorMap(Mapping[str, np.ndarray]):
     """A mapping from name to array in which every look-up reads the array anew.
 
     Nothing is kept, so a caller that drops each array before it takes the next holds one at a time.
     """
 
-    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
         self.entries = dict(entries)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, np.ndarray]) -> LazyTensors:
+    def of(cls, tensors: Mapping[str, np.ndarray]) -> LazyTensorMap:
         """Arrays in memory under the same interface; lazy tensors are returned as they are."""
-        if isinstance(tensors, LazyTensors):
+        if isinstance(tensors, LazyTensorMap):
             return tensors
-        return cls({name: TensorEntry.of(_as_array(name, array)) for name, array in tensors.items()})
+        return cls({name: LazyTensor.of(_as_array(name, array)) for name, array in tensors.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.entries[name].read()

@@ -14,7 +14,7 @@ import numpy as np
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 Action = Callable[[], Any]
 
@@ -48,10 +48,12 @@ def copy_to_disk(source: Path, target: Path) -> None:
 def write_checkpoint(path: Path, config: GPT2Config) -> Path:
     """One Hugging Face file with a different number in every tensor; it is made as it is written."""
     entries = {
-        p.torch_name: TensorEntry(np.dtype("f4"), p.torch_shape, partial(_values, p.torch_shape, number))
+        p.torch_name: LazyTensor(np.dtype("f4"), p.torch_shape, partial(_values, p.torch_shape, number))
         for number, p in enumerate(bridge.parameters(config))
     }
-    bridge.save(Checkpoint(config, LazyTensors(entries), "memory"), path, format="huggingface", max_shard_bytes=10**11)
+    bridge.save(
+        Checkpoint(config, LazyTensorMap(entries), "memory"), path, format="huggingface", max_shard_bytes=10**11
+    )
     return path
 
 

@@ -92,7 +92,7 @@ def _decode(job: dict[str, Any]) -> Action:
     if job["name"] == "torch":
         import gpt2_torch
 
-        decoder, request = gpt2_torch.Decoder(model), bridge.Request(job["new"])
+        decoder, request = gpt2_torch.Decoder(model), bridge.GenerationConfig(job["new"])
         return lambda: decoder.generate(prompts, request)
     if not _compiles(job):
         return lambda: generate_with_transformers(model, prompts, job["new"])

@@ -69,7 +69,7 @@ def main(args: list[str] | None = None) -> None:
             verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
         )
     except BridgeError as error:
-        processes.hear_of_others(error)
+        processes.exit_if_peer_failed(error)
         why = str(error)
         print_error(why)
         code = BAD_INPUT
@@ -87,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if not processes.are_several():
             raise
-        processes.hear_of_others(error)
+        processes.exit_if_peer_failed(error)
         why = f"{type(error).__name__}: {error}"
         print(escaped(traceback.format_exc()), file=sys.stderr, end="")
         code = 1

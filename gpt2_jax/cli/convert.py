@@ -27,7 +27,7 @@ def convert(
     zero_biases: bool = False,
     activation: Annotated[str | None, arg(metavar="NAME")] = None,
     vocab_size: Annotated[int | None, arg(metavar="ROWS")] = None,
-    keep_not_finite: bool = False,
+    allow_non_finite: bool = False,
     overwrite: bool = False,
     json: JsonFile = None,
 ) -> None:
@@ -43,7 +43,7 @@ def convert(
         zero_biases: add zero biases to a model without biases, because Hugging Face's GPT-2 requires them.
         activation: set the activation. This changes the model's output. nanogpt supports only gelu.
         vocab_size: remove padding rows of the vocabulary beyond this size.
-        keep_not_finite: also write weights that are NaN or infinite; by default they are an error.
+        allow_non_finite: also write weights that are NaN or infinite; by default they are an error.
         overwrite: replace the checkpoint at the target, and the report of an earlier command.
         json: also write a report to this file.
     """
@@ -55,7 +55,7 @@ def convert(
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)
     with reading_bar(checkpoint, f"writing {to}") as watched:
         left_out = bridge.save(
-            watched, target, format=to, overwrite=overwrite, keep_not_finite=keep_not_finite, **options
+            watched, target, format=to, overwrite=overwrite, allow_non_finite=allow_non_finite, **options
         )
     if opened.optimizer is not None and opened.optimizer.step and checkpoint.optimizer is None:
         left_out += ("the state of AdamW, which is for the parameters as they were",)

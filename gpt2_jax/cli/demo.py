@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import bridge
-from bridge import BridgeError, Request
+from bridge import BridgeError, GenerationConfig
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.generate import Backend, continued_text
@@ -18,7 +18,7 @@ from gpt2_jax.training.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerC
 from gpt2_jax.training.run.directory import remove as remove_run
 
 SHAKESPEARE, PYTHON = "ROMEO:", "def "
-SAMPLING = Request(max_new_tokens=60, temperature=0.8, top_p=0.9, seed=1)
+SAMPLING = GenerationConfig(max_new_tokens=60, temperature=0.8, top_p=0.9, seed=1)
 """The same seed produces the same text in both backends."""
 
 

@@ -14,8 +14,8 @@ from tyro.conf import Positional, UseAppendAction, arg
 import bridge
 from bridge import BridgeError, Checkpoint
 from bridge.generation import decoder as decoding
-from bridge.generation.config import GREEDY_BELOW, Request
-from bridge.generation.text import Completion, complete, end_of_text_ids, printable, stream_text
+from bridge.generation.config import GREEDY_BELOW, GenerationConfig
+from bridge.generation.text import TextOutput, complete, end_of_text_ids, printable, stream_text
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
@@ -94,7 +94,7 @@ def generate(
     checkpoint = bridge.load(source, activation=source_activation)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
-    request = Request(
+    request = GenerationConfig(
         max_new_tokens=max_new_tokens if max_new_tokens is not None else MOST_BY_DEFAULT,
         repetition_penalty=repetition_penalty,
         temperature=temperature,
@@ -113,7 +113,7 @@ def generate(
         raise BridgeError("--interactive generates one text at a time; remove --samples, --beams and --json")
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
-        def fitting(texts: list[str]) -> Request:
+        def fitting(texts: list[str]) -> GenerationConfig:
             """Where no number of tokens was asked for, no more than there is room for."""
             room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
             if max_new_tokens is None and not slide and 0 < room < MOST_BY_DEFAULT:
@@ -155,7 +155,7 @@ def open_decoder(
             yield gpt2_jax.Decoder(model_, params, dtype=dtype)
 
 
-def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, request: Request) -> str:
+def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, request: GenerationConfig) -> str:
     """Print the prompt and its continuation."""
     with open_decoder(backend, checkpoint) as decoder:
         [[found]] = complete(decoder, checkpoint.tokenizer(), [prompt], request)
@@ -209,7 +209,7 @@ def _asked() -> str:
         raise BridgeError(f"the prompt is not UTF-8 text: {error}") from error
 
 
-def _print_all(prompts: list[str], found: list[list[Completion]]) -> None:
+def _print_all(prompts: list[str], found: list[list[TextOutput]]) -> None:
     texts = [prompt + completion.text for prompt, each in zip(prompts, found, strict=True) for completion in each]
     for i, text in enumerate(texts):
         if len(texts) > 1:
@@ -217,7 +217,7 @@ def _print_all(prompts: list[str], found: list[list[Completion]]) -> None:
         print(printable(text))
 
 
-def _as_json(prompts: list[str], found: list[list[Completion]]) -> list[dict[str, Any]]:
+def _as_json(prompts: list[str], found: list[list[TextOutput]]) -> list[dict[str, Any]]:
     return [
         {"prompt": prompt, **dataclasses.asdict(completion)}
         for prompt, each in zip(prompts, found, strict=True)

@@ -24,10 +24,10 @@ from gpt2_jax.console.output import json_writer, progress
 from gpt2_jax.console.process import keep_compiled_programs
 from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.parallel.distributed import end, end_now, first_alone, first_says, is_first, join, leave
-from gpt2_jax.training import PRESETS, NonFiniteLoss, Outcome, TrainConfig, settle, train
+from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, join, leave
+from gpt2_jax.training import PRESETS, NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
-from gpt2_jax.training.preemption import StopSignals
+from gpt2_jax.training.preemption import PreemptionHandler
 from gpt2_jax.training.run.directory import is_run, stored_identity
 from gpt2_jax.training.run.metrics import require_packages
 
@@ -205,11 +205,11 @@ def run_training(
     if is_first():  # before text is tokenised
         require_packages(config)
     say = screen.print
-    resumes = first_says(resume and is_run(out))
+    resumes = broadcast_from_first(resume and is_run(out))
     if resume and not resumes:
         say(f"no run at {out}; starting a new one", soft_wrap=True)
     # A resumed run has its tokenizer and its sizes in RUN, and no longer needs the initial checkpoint.
-    continues = first_says(resumes and bool(steps(out)))
+    continues = broadcast_from_first(resumes and bool(steps(out)))
     origin, activation = (out, None) if continues else (config.init_from, config.source_activation)
     source = None if origin is None else bridge.load(origin, activation=activation)
     if source is not None and not continues:
@@ -222,7 +222,7 @@ def run_training(
     with first_alone("opening the data"):  # the first process tokenises text for all processes
         tokenizer = chosen_tokenizer(config, source, stored_identity(out) if resumes else None)
         data = _open_data(config, tokenizer, source, cache)
-    config = settle(config, data, init_from)
+    config = resolve_config(config, data, init_from)
     if config.tokenizer != "bpe":  # BPE may have fewer tokens if the text is short
         require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
     say(data.description, soft_wrap=True)
@@ -235,7 +235,7 @@ def run_training(
         resume=resume,
         accept_changes=accept_changes,
         console=screen,
-        stop=StopSignals(second=signal.SIG_DFL),
+        stop=PreemptionHandler(second=signal.SIG_DFL),
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
     say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)

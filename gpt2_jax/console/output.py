@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 
 from bridge import BridgeError, Checkpoint
 from bridge.errors import install_command
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax.console.report_files import require_report_path, write_json_report
 from gpt2_jax.console.terminal import Console
 
@@ -33,7 +33,7 @@ def reading_bar(checkpoint: Checkpoint, doing: str, times: int = 1) -> Iterator[
     with progress(*columns) as bar:
         task = bar.add_task(doing, total=times * sum(entry.nbytes for entry in entries.values()))
 
-        def watched(entry: TensorEntry) -> TensorEntry:
+        def watched(entry: LazyTensor) -> LazyTensor:
             def read() -> np.ndarray:
                 array = entry.read()
                 bar.advance(task, entry.nbytes)
@@ -41,7 +41,7 @@ def reading_bar(checkpoint: Checkpoint, doing: str, times: int = 1) -> Iterator[
 
             return replace(entry, read=read)
 
-        yield replace(checkpoint, tensors=LazyTensors({name: watched(entry) for name, entry in entries.items()}))
+        yield replace(checkpoint, tensors=LazyTensorMap({name: watched(entry) for name, entry in entries.items()}))
 
 
 def json_writer(

@@ -1,7 +1,7 @@
 """Batches from a token stream: any step's batch by its number, read ahead on threads by grain.
 
 A batch is a dictionary of int32 [B, T] arrays: `input_ids`; `labels`, the token that follows each, or
-`IGNORED`; and for documents `attention_mask`, 1 for tokens and 0 for padding.
+`IGNORE_INDEX`; and for documents `attention_mask`, 1 for tokens and 0 for padding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Int
 
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.tokens import TokenStream
-from gpt2_jax.loss import IGNORED
+from gpt2_jax.loss import IGNORE_INDEX
 
 Batch = dict[str, Int[np.ndarray, "B T"]]
 Examples = Literal["stream", "documents"]
@@ -75,7 +75,7 @@ def evaluation_batches(
     """The stream's examples once, in order; with `most_batches`, so many batches evenly spaced over it.
 
     Windows do not overlap and begin at the stream's first token; what is left after the last is not
-    used. The last batch is filled up with rows whose labels are all `IGNORED`: one shape for all.
+    used. The last batch is filled up with rows whose labels are all `IGNORE_INDEX`: one shape for all.
     """
     chosen = _Documents(stream, length) if examples == "documents" else _Windows(stream, length)
     number = min(-(-chosen.count // batch_size), most_batches or sys.maxsize)
@@ -184,7 +184,7 @@ class _EvaluationBatches:
         full = np.concatenate([of_batch, np.repeat(of_batch[:1], self.batch_size - len(of_batch))])
         real = np.arange(self.batch_size) < len(of_batch)
         batch = _batch(self.examples, full[self.rows].tolist())
-        batch["labels"][~real[self.rows]] = IGNORED
+        batch["labels"][~real[self.rows]] = IGNORE_INDEX
         return batch
 
 
@@ -195,7 +195,7 @@ def _batch(examples: _Windows | _Documents, numbers: Sequence[int]) -> Batch:
         rows = np.stack(tokens)
         return {"input_ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy()}
     ids = np.zeros((len(tokens), examples.length), np.int32)
-    labels, mask = np.full_like(ids, IGNORED), np.zeros_like(ids)
+    labels, mask = np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids)
     for row, document in enumerate(tokens):
         ids[row, : len(document)] = document[: examples.length]
         labels[row, : len(document) - 1] = document[1:]

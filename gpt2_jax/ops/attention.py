@@ -1,7 +1,7 @@
 """Attention between the heads' queries, keys and values: one function, and the implementation that suits.
 
-`plain` takes everything. The others are causal attention alone, without a mask or dropout, and never have all scores
-in memory: `blocks` for CPU (`gpt2_jax.ops.blockwise_attention`), cuDNN's flash attention for GPU (Dao et al. 2022),
+`xla` takes everything. The others are causal attention alone, without a mask or dropout, and never have all scores
+in memory: `blockwise` for CPU (`gpt2_jax.ops.blockwise_attention`), cuDNN's flash attention for GPU (Dao et al. 2022),
 and the splash kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
 """
 
@@ -19,7 +19,7 @@ from gpt2_jax.ops.blockwise_attention import causal_attention_by_blocks
 from gpt2_jax.parallel.remat import ATTENDED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts
 
-Implementation = Literal["auto", "plain", "blocks", "cudnn", "splash"]
+Implementation = Literal["auto", "xla", "blockwise", "cudnn", "splash"]
 
 _HALF_PRECISION = (jnp.bfloat16, jnp.float16)
 _SPLASH_BLOCKS = (512, 256, 128)
@@ -44,7 +44,7 @@ def attention(
     the result is always that of `reorder_and_upcast_attn`.
 
     Args:
-        implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `plain` with a
+        implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `xla` with a
             mask, with dropout, without queries, or if nothing is faster. Give a name to compile for another device.
 
     Raises `ValueError` for arguments that the named implementation does not support.
@@ -53,27 +53,27 @@ def attention(
     if is_causal and T != S:
         raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
     if T == 0:  # the other implementations reduce over scores, which are empty here
-        implementation = "plain"
+        implementation = "xla"
     only_causal = is_causal and mask is None and dropout_rate == 0.0
     if implementation == "auto":
-        implementation = fastest(_platform(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "plain"
-    if implementation == "plain":
+        implementation = fastest(_platform(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "xla"
+    if implementation == "xla":
         causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else None
         visible = causal if mask is None else mask if causal is None else mask & causal
         return _plain(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
     if problem := obstacle(implementation, q_BTHK.dtype, T, q_BTHK.shape[3]):
-        raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'plain'")
+        raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'xla'")
     if not only_causal:
-        raise ValueError(f"attention={implementation!r} is for causal attention without a mask or dropout; use 'plain'")
-    fast = {"blocks": _by_blocks, "cudnn": _cudnn, "splash": _splash}[implementation]
+        raise ValueError(f"attention={implementation!r} is for causal attention without a mask or dropout; use 'xla'")
+    fast = {"blockwise": _by_blocks, "cudnn": _cudnn, "splash": _splash}[implementation]
     return fast(_scaled(q_BTHK, scale), k_BSHK, v_BSHK)
 
 
 def fastest(platform: str, dtype: jnp.dtype, length: int, head_size: int) -> Implementation:
     """For causal attention on a platform, as `jax.default_backend()` names it, without a mask or dropout."""
     fast: Implementation
-    fast = {"cpu": "blocks", "gpu": "cudnn", "tpu": "splash"}.get(platform, "plain")  # type: ignore[assignment]
-    return "plain" if obstacle(fast, dtype, length, head_size) else fast
+    fast = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")  # type: ignore[assignment]
+    return "xla" if obstacle(fast, dtype, length, head_size) else fast
 
 
 def _platform() -> str:

@@ -56,7 +56,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     """
     global _joined
     where = f" (the first at {coordinator})" if coordinator else ""
-    last_words = _LastWords(f"ended before the processes had found each other{where}; was each started?")
+    exit_message = _ExitMessage(f"ended before the processes had found each other{where}; was each started?")
     try:
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     except (ValueError, RuntimeError) as error:
@@ -65,7 +65,7 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             "other, elsewhere give each --coordinator HOST:PORT, --processes N and --process I"
         ) from error
     finally:
-        last_words.are_said()
+        exit_message.are_said()
     _joined = _Watch()
 
 
@@ -90,16 +90,16 @@ def end(code: int, why: str) -> None:
 def end_now(code: int) -> None:
     """Without what Python and JAX do at the end, which would wait for the others."""
     if _joined is not None:
-        _joined.last_words.are_said()
+        _joined.exit_message.are_said()
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
     os._exit(code)
 
 
-def hear_of_others(error: Exception) -> None:
+def exit_if_peer_failed(error: Exception) -> None:
     """Before an error is explained: where another process has ended or is lost, that is why, and this one ends so."""
-    if _joined is not None and (lost := _joined.without_a_sign()):
+    if _joined is not None and (lost := _joined.missing_peers()):
         why = f"{' and '.join(lost)} was lost: no sign of life, and {type(error).__name__}: {quoted(error, 400)}"
         print_error(f"{why}; {_GO_ON}")
         end(1, why)
@@ -115,7 +115,7 @@ def is_first() -> bool:
     return not are_several() or jax.process_index() == 0
 
 
-def first_says(value: T) -> T:
+def broadcast_from_first(value: T) -> T:
     """The first process's value, of what JSON has, in all of them; none goes on before all have asked.
 
     What depends on files goes through here: each process may see a shared directory as it was at another moment.
@@ -132,7 +132,7 @@ def first_says(value: T) -> T:
 def require_agreement(told: Mapping[str, Any]) -> None:
     """Raise `ProcessesError`, in every process that it is true of, where this one was told something else than the
     first: together they would compute nonsense, or wait for each other for ever."""
-    mine, first = json.loads(json.dumps(told)), first_says(told)
+    mine, first = json.loads(json.dumps(told)), broadcast_from_first(told)
     differing = [name for name in {**first, **mine} if first.get(name) != mine.get(name)]
     if differing:
         lines = [f"{name} is {quoted(mine.get(name))} here, and {quoted(first.get(name))} there" for name in differing]
@@ -163,13 +163,13 @@ class _Watch:
 
         self._client: Any = global_state.client
         self._name = f"process {global_state.process_id}"  # jax.process_index() looks for devices, and may fail in that
-        self.last_words = _LastWords(f"{self._name} was killed, or JAX ended it for what it says above; {_GO_ON}")
+        self.exit_message = _ExitMessage(f"{self._name} was killed, or JAX ended it for what it says above; {_GO_ON}")
         self.over = threading.Event()
         threading.Thread(target=self._look, daemon=True).start()
 
     def stop(self) -> None:
         self.over.set()
-        self.last_words.are_said()
+        self.exit_message.are_said()
 
     def tell(self, why: str) -> None:
         self.over.set()
@@ -178,7 +178,7 @@ class _Watch:
         if self._name == _FIRST:  # the store ends with this process
             time.sleep(4 * _LOOK_EVERY)
 
-    def without_a_sign(self) -> list[str]:
+    def missing_peers(self) -> list[str]:
         """The processes that give no sign of life for ten seconds, in which the others may be heard of."""
         try:
             before = silent = self._signs()
@@ -209,7 +209,7 @@ class _Watch:
                 end_now(1)
 
 
-class _LastWords:
+class _ExitMessage:
     """A line on standard error where this process ends without a word of its own.
 
     JAX ends a process that has lost the others by abort(), in a thread of which Python does not hear; then there are

@@ -116,10 +116,10 @@ def _attention(config: TrainConfig, mesh: Mesh) -> Implementation:
     platform = mesh.devices.flat[0].platform
     if config.attention != "auto":
         if {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, platform) != platform:
-            raise PlanError(f"attention={config.attention}: not on {platform}; choose auto, plain or blocks")
+            raise PlanError(f"attention={config.attention}: not on {platform}; choose auto, xla or blockwise")
         return config.attention
     if config.model.attn_pdrop > 0 or config.examples == "documents":
-        return "plain"
+        return "xla"
     return fastest(platform, jnp.dtype(config.dtype), config.length, config.model.head_size)
 
 

@@ -119,7 +119,7 @@ def weak_scaling(config: TrainConfig, topology: Topology, say: Say = lambda _: N
 
 
 def _require_plannable(config: TrainConfig) -> None:
-    """Raise for what training would settle with files that a plan does not open."""
+    """Raise for what training would resolve_config with files that a plan does not open."""
     positions = config.model.n_positions
     if config.length > positions:
         raise PlanError(f"--length {config.length}: the model has n_positions={positions}; choose no more")

@@ -4,7 +4,7 @@ from gpt2_jax.training.config import PRESETS, NonFiniteLoss, OptimizerConfig, Tr
 from gpt2_jax.training.loop import Outcome, train
 from gpt2_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 from gpt2_jax.training.optimizer_state import adamw_state, with_adamw_state
-from gpt2_jax.training.state import settle
+from gpt2_jax.training.state import resolve_config
 from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "make_eval_step",
     "make_optimizer",
     "make_train_step",
-    "settle",
+    "resolve_config",
     "train",
     "with_adamw_state",
 ]

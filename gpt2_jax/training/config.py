@@ -293,13 +293,13 @@ def _shown(value: Any) -> str:
 
 
 def _attention_problems(c: TrainConfig) -> Iterator[str]:
-    """Where an implementation is named that cannot run this; `auto` and `plain` take everything."""
-    if c.attention in ("auto", "plain") or c.attention not in get_args(Implementation):
+    """Where an implementation is named that cannot run this; `auto` and `xla` take everything."""
+    if c.attention in ("auto", "xla") or c.attention not in get_args(Implementation):
         return
     if problem := obstacle(c.attention, jnp.dtype(c.dtype), c.length, c.model.head_size):
         yield f"attention={c.attention}: {problem}"
     if c.model.attn_pdrop > 0 or c.examples == "documents":
-        yield f"attention={c.attention}: cannot take attn_pdrop above 0 or --examples documents, which plain does"
+        yield f"attention={c.attention}: cannot take attn_pdrop above 0 or --examples documents, which xla does"
 
 
 def _unknown_choices(part: TrainConfig | OptimizerConfig) -> Iterator[str]:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 import bridge
 from bridge import Checkpoint
 from bridge.errors import quoted
-from bridge.formats.run import CHECKPOINTS, best_sound_step, steps
+from bridge.formats.run import CHECKPOINTS, best_valid_step, steps
 from bridge.formats.run import validation_loss as stored_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import new_directory
@@ -27,14 +27,14 @@ from gpt2_jax.console.report_files import is_report
 from gpt2_jax.console.terminal import Console
 from gpt2_jax.data import Data, training_batches
 from gpt2_jax.model import GPT2
-from gpt2_jax.parallel.distributed import first_says, is_first, require_agreement, wait_for_all
+from gpt2_jax.parallel.distributed import broadcast_from_first, is_first, require_agreement, wait_for_all
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training.batches import rows_of_step
 from gpt2_jax.training.config import NonFiniteLoss, TrainConfig, TrainingError
 from gpt2_jax.training.determinism import require_deterministic
 from gpt2_jax.training.evaluation import encoded_prompt, require_finite, require_validation, sample, validation_loss
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt2_jax.training.preemption import Stopped, StopSignals
+from gpt2_jax.training.preemption import Preempted, PreemptionHandler
 from gpt2_jax.training.run import directory as runs
 from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.run.metrics import PLOT, plot_losses, require_packages
@@ -74,7 +74,7 @@ def train(
     resume: bool = False,
     accept_changes: bool = False,
     console: rich.console.Console | None = None,
-    stop: StopSignals | None = None,
+    stop: PreemptionHandler | None = None,
 ) -> Outcome:
     """Train, evaluate, save checkpoints, and export. All files are written below the directory `run`.
 
@@ -104,7 +104,7 @@ def train(
     resumes, begins = _enter(run, config, data, resume, accept_changes)
     console, about = console or Console(quiet=not is_first()), runs.about(config, data)
     say = partial(console.print, soft_wrap=True)
-    with runs.locked(run) if is_first() else nullcontext(), stop or StopSignals() as stop:
+    with runs.locked(run) if is_first() else nullcontext(), stop or PreemptionHandler() as stop:
         with jax.set_mesh(mesh), Checkpoints(run, config.keep_last, about, say) as checkpoints:
             if begins and is_first():
                 runs.require_own(run, config, data)
@@ -136,18 +136,18 @@ def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_chan
     Returns whether an existing run is resumed, and whether training starts at step 0.
     """
     require_agreement({**runs.told(config, data), "resume": resume, "accept_changes": accept_changes})
-    resumes = first_says(resume and runs.is_run(run))
+    resumes = broadcast_from_first(resume and runs.is_run(run))
     if resumes:
         runs.require_run(run)
         runs.require_same(run, config, data, accept_changes)
     # Without a checkpoint, there is nothing to resume, so its tokenizer may differ.
-    begins = first_says(not (resumes and bool(steps(run))))
+    begins = broadcast_from_first(not (resumes and bool(steps(run))))
     if is_first():
         runs.require_replaceable_export(run)
         if begins:
             runs.begin(run, config, data, resume=resume)
     wait_for_all("the run's directory")
-    runs.require_seen(run)
+    runs.wait_until_visible(run)
     return resumes, begins
 
 
@@ -165,7 +165,7 @@ class Loop:
         state: TrainState,
         checkpoints: Checkpoints,
         report: Report,
-        stop: StopSignals,
+        stop: PreemptionHandler,
     ) -> None:
         self.config, self.data, self.model, self.mesh, self.prompt = config, data, model, mesh, prompt
         self.state, self.checkpoints, self.report, self.stop = state, checkpoints, report, stop
@@ -188,7 +188,7 @@ class Loop:
         """Train to the last step or until a signal, then save the state."""
         try:
             self.train()
-        except Stopped:
+        except Preempted:
             self.report.require_finite()
             if self.checkpoints.newest != int(self.state.step):
                 self.save()
@@ -196,7 +196,7 @@ class Loop:
     def train(self) -> None:
         c, start, rows = self.config, int(self.state.step), rows_of_step(self.config, self.mesh)
         self.stop.check()
-        self.evaluate_first(start)
+        self.initial_evaluation(start)
         batches = training_batches(
             self.data.train,
             batch_size=c.batch_size,
@@ -213,9 +213,9 @@ class Loop:
             before, self.val_loss = metrics, None
             self.report.stepped(step, metrics)
             self.checkpoints.check()
-            self.take_stock(step)
+            self.after_step(step)
 
-    def evaluate_first(self, start: int) -> None:
+    def initial_evaluation(self, start: int) -> None:
         """Evaluate before the first step, or repeat the evaluation that a signal interrupted before a resume."""
         missed = start > 0 and self.is_evaluated(start) and self.val_loss is None
         if start == 0 or missed:
@@ -232,7 +232,7 @@ class Loop:
                 self.val_loss, self.best = loss, min(loss, self.best)
             self.report.write(start, {"val_loss": loss})
 
-    def take_stock(self, step: int) -> None:
+    def after_step(self, step: int) -> None:
         """Log, evaluate, save and sample if due after `step`. Signals are handled where little work is lost: before
         each batch of an evaluation, and after saving."""
         c = self.config
@@ -242,7 +242,7 @@ class Loop:
             record = self.report.fetch()
             with self.report.not_training("evaluating" if evaluates else "saving"):
                 if evaluates:
-                    with suppress(Stopped):
+                    with suppress(Preempted):
                         record["val_loss"] = self.val_loss = loss = self.validate()
                         saves, self.best = saves or loss < self.best, min(loss, self.best)
                 if logs or evaluates:  # before saving: a resumed run keeps the records up to its checkpoint
@@ -284,7 +284,7 @@ def finish(
     """
     best, loss = 0, None
     if is_first():
-        best = best_sound_step(run, say)
+        best = best_valid_step(run, say)
         loss = stored_loss(run, best)
         with new_directory(run / runs.EXPORT, replaceable=runs.exported(run)) as export:
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
@@ -293,5 +293,5 @@ def finish(
             say(f"{quoted(run / PLOT)} was not drawn by this version of gpt2 train and is kept")
         else:
             plot_losses(run)
-    best, loss = first_says((best, loss))  # the other processes wait for it
+    best, loss = broadcast_from_first((best, loss))  # the other processes wait for it
     return Outcome(run, step, best, loss, stopped_by, run / runs.EXPORT, run / PLOT)

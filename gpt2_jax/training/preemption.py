@@ -27,11 +27,11 @@ _LOOK_EVERY = 0.2
 """Seconds."""
 
 
-class Stopped(Exception):
+class Preempted(Exception):
     """A signal has come: save, and end."""
 
 
-class StopSignals:
+class PreemptionHandler:
     """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it did before, or as `second`.
 
     Python runs a handler between two calls alone. So a program of its own gives signal.SIG_DFL for `second`: then it
@@ -47,7 +47,7 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
         self._undo = ExitStack()
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             if self._second is signal.SIG_DFL:
                 self._undo.enter_context(_ended_by_the_second())
@@ -56,17 +56,17 @@ class StopSignals:
         return self
 
     def check(self) -> None:
-        """Raise `Stopped` where a signal has come. Every process asks, and as often as the others."""
+        """Raise `Preempted` where a signal has come. Every process asks, and as often as the others."""
         self._questions += 1
         if are_several() and self.received is None and multihost_utils.reached_preemption_sync_point(self._questions):
             self.received = signal.SIGTERM
             if self._before:  # until now JAX swallowed each of them, and it has no more use for one
                 self._handle(signal.SIGTERM, signal.SIG_DFL)
         if self.received is not None:
-            raise Stopped
+            raise Preempted
 
     def compiled_aside(self, function: Any, mesh: Mesh) -> Callable[..., Any]:
-        """`function`, jitted, but that its first call can be left by a signal while it is compiled: raises `Stopped`.
+        """`function`, jitted, but that its first call can be left by a signal while it is compiled: raises `Preempted`.
 
         Compiling takes minutes, and the system gives seconds to save. The compiler cannot be stopped; it goes on in a
         thread that nobody waits for. What is waited for is tracing, which takes seconds, as it is Python and would
@@ -100,7 +100,7 @@ class StopSignals:
         while not wait([done], _LOOK_EVERY).done:
             if self.received is not None:
                 atexit.register(thread.join)  # Python must not end under it; a program that will not wait has os._exit
-                raise Stopped
+                raise Preempted
         done.result()
 
     def __exit__(self, *error: object) -> None:

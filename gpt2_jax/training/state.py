@@ -22,7 +22,7 @@ from gpt2_jax.training.config import TrainConfig, TrainingError
 from gpt2_jax.training.step import TrainState, init_state
 
 
-def settle(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
+def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
     """The configuration with the model that it comes to: the checkpoint's sizes, or the tokenizer's vocabulary.
 
     Dropout is a matter of training, and stays as it was configured.
@@ -94,7 +94,7 @@ def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransfor
 def state_from_seed(
     config: TrainConfig, model: GPT2, tx: optax.GradientTransformation
 ) -> Callable[[Any, Any], TrainState]:
-    model = model.clone(attention="plain")  # weights do not depend on it, and it alone takes sequences of any length
+    model = model.clone(attention="xla")  # weights do not depend on it, and it alone takes sequences of any length
 
     def state(key: Any, ids: Any) -> TrainState:
         return init_state(model.init(key, ids)["params"], tx, ema=config.ema_decay is not None)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.loss import IGNORED, summed_loss
+from gpt2_jax.loss import IGNORE_INDEX, summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import constrain_tree
 from gpt2_jax.training.optimizer import clip_factor
 
 Batch = Mapping[str, Any]
-"""`input_ids` [B, T]; `labels` [B, T], the next tokens, or `IGNORED` for positions that do not count; and with padding,
-`attention_mask` [B, T], 1 for tokens and 0 for padding."""
+"""`input_ids` [B, T]; `labels` [B, T], the next tokens, or `IGNORE_INDEX` for positions that do not count; and with
+padding, `attention_mask` [B, T], 1 for tokens and 0 for padding."""
 
 Metrics = dict[str, Array]
 
@@ -71,7 +71,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         total, grads = _accumulated(jax.value_and_grad(total_loss), state.params, batch, key, accumulate)
         grads = constrain_tree(grads)  # each device needs only the sums of its own shard
-        count = jnp.maximum((batch["labels"] != IGNORED).sum(), 1)
+        count = jnp.maximum((batch["labels"] != IGNORE_INDEX).sum(), 1)
         # Mean and clipping are one factor, so that only the optimizer reads the gradients again.
         norm = optax.tree.norm(grads) / count
         factor = clip_factor(norm, clip_norm) / count
@@ -134,6 +134,6 @@ def make_eval_step(model: GPT2) -> EvalStep:
 
     @jax.jit
     def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
-        return summed_loss(model, params, batch), (batch["labels"] != IGNORED).sum()
+        return summed_loss(model, params, batch), (batch["labels"] != IGNORE_INDEX).sum()
 
     return eval_step

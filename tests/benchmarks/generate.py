@@ -22,7 +22,7 @@ import transformers
 
 import gpt2_jax
 import gpt2_torch
-from bridge import GPT2_SIZES, Checkpoint, Request
+from bridge import GPT2_SIZES, Checkpoint, GenerationConfig
 from gpt2_jax.bench.limits import needed_bytes, reading
 from gpt2_jax.bench.on_jax import DECODING_MULTIPLE
 from gpt2_jax.bench.on_torch import DEVICE, generate_with_transformers
@@ -99,8 +99,8 @@ def make_peers(size: str, dtype: str) -> dict[str, Peer]:
 
     peers: dict[str, Peer] = {
         "transformers": lambda prompts, new: generate_with_transformers(hf, prompts, new),
-        "gpt2_torch": lambda prompts, new: reference.generate(prompts, Request(new)),
-        "gpt2_jax": lambda prompts, new: port.generate(prompts, Request(new)),
+        "gpt2_torch": lambda prompts, new: reference.generate(prompts, GenerationConfig(new)),
+        "gpt2_jax": lambda prompts, new: port.generate(prompts, GenerationConfig(new)),
     }
     if DEVICE == "cuda":
         peers["transformers, static"] = lambda prompts, new: generate_with_transformers(

@@ -26,7 +26,7 @@ def test_a_damaged_checkpoint_is_refused_or_is_what_its_bytes_say(tmp_path: Path
 
 
 def test_the_driver_continues_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped and continued it counts what it counts in one go."""
+    """Preempted and continued it counts what it counts in one go."""
     state, calls, judge = tmp_path / "state.json", itertools.count(), settings.judge
 
     def interrupted(source: Path) -> str:

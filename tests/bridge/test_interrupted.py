@@ -18,14 +18,14 @@ from support.models import SMALLEST, config_for, random_checkpoint
 import bridge
 from bridge import BridgeError
 from bridge.formats import FORMATS, WRITABLE
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 
 def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bridge.Checkpoint:
     """A checkpoint that the format can hold, which calls `before_each` when one of its tensors is read."""
     checkpoint = random_checkpoint(config_for(format, SMALLEST))
 
-    def watched(entry: TensorEntry) -> TensorEntry:
+    def watched(entry: LazyTensor) -> LazyTensor:
         def read() -> np.ndarray:
             before_each()
             return entry.read()
@@ -33,7 +33,7 @@ def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bri
         return replace(entry, read=read)
 
     entries = {name: watched(entry) for name, entry in checkpoint.tensors.entries.items()}
-    return replace(checkpoint, tensors=LazyTensors(entries))
+    return replace(checkpoint, tensors=LazyTensorMap(entries))
 
 
 @pytest.mark.parametrize("as_file", [False, True], ids=["directory", "file"])

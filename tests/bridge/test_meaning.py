@@ -19,7 +19,7 @@ import bridge
 from bridge import BridgeError, ConfigError, ConversionError
 from bridge.containers.safetensors import write_file
 from bridge.optimizer_state import AdamWState
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 
 State = dict[str, np.ndarray]
 Fields = dict[str, Any]
@@ -31,7 +31,7 @@ def written(path: Path, change: Callable[[State, Fields], object]) -> Path:
     fields = SMALLEST.to_hf()
     change(state, fields)
     path.mkdir()
-    write_file(path / "model.safetensors", LazyTensors.of(state), {"format": "pt"})
+    write_file(path / "model.safetensors", LazyTensorMap.of(state), {"format": "pt"})
     (path / "config.json").write_text(json.dumps(fields))
     return path
 
@@ -130,13 +130,13 @@ def test_values_that_are_not_finite_are_reported_and_not_written_unless_asked(
     state["h.1.mlp.c_fc.bias"][3] = value
     checkpoint = bridge.Checkpoint.of(state, SMALLEST)
     assert "h.1.mlp.c_fc.bias has 1 values that are not finite" in bridge.find_diagnostics(checkpoint)
-    bridge.save(checkpoint, tmp_path / "kept", format="huggingface", keep_not_finite=True)
+    bridge.save(checkpoint, tmp_path / "kept", format="huggingface", allow_non_finite=True)
     assert bridge.fingerprint(bridge.load(tmp_path / "kept").tensors) == bridge.fingerprint(checkpoint.tensors)
 
     assert run("convert", tmp_path / "kept", tmp_path / "out", "--to", "flax") == 2
     assert "h.1.mlp.c_fc.bias has 1 values that are not finite" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert run("convert", tmp_path / "kept", tmp_path / "out", "--to", "flax", "--keep-not-finite") == 0
+    assert run("convert", tmp_path / "kept", tmp_path / "out", "--to", "flax", "--allow-non-finite") == 0
 
 
 @pytest.mark.parametrize("moment", ["first", "second"])
@@ -149,7 +149,7 @@ def test_moments_that_are_not_finite_are_not_written_unless_asked(tmp_path: Path
     with pytest.raises(bridge.ConversionError, match=rf"the {moment} moment of h\.1\.mlp\.c_fc\.bias has 1 values"):
         bridge.save(checkpoint, tmp_path / "out.pt", format="nanogpt")
     assert not [*tmp_path.iterdir()]
-    bridge.save(checkpoint, tmp_path / "out.pt", format="nanogpt", keep_not_finite=True)
+    bridge.save(checkpoint, tmp_path / "out.pt", format="nanogpt", allow_non_finite=True)
     bridge.save(checkpoint, tmp_path / "hf", format="huggingface")  # which has no moments
 
 

@@ -19,7 +19,7 @@ import pytest
 import bridge
 from bridge import GPT2_SIZES, Checkpoint
 from bridge.formats import WRITABLE
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 
@@ -68,10 +68,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def huggingface(folder: Path) -> Path:
     """A model of 124M in Hugging Face's form; a tensor is made when it is asked for."""
     entries = {
-        p.torch_name: TensorEntry(np.dtype("f4"), p.torch_shape, partial(np.full, p.torch_shape, np.float32(0.25)))
+        p.torch_name: LazyTensor(np.dtype("f4"), p.torch_shape, partial(np.full, p.torch_shape, np.float32(0.25)))
         for p in bridge.parameters(CONFIG)
     }
-    bridge.save(Checkpoint(CONFIG, LazyTensors(entries), "memory"), folder / "huggingface", format="huggingface")
+    bridge.save(Checkpoint(CONFIG, LazyTensorMap(entries), "memory"), folder / "huggingface", format="huggingface")
     return folder / "huggingface"
 
 

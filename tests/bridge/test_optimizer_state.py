@@ -17,7 +17,7 @@ import bridge
 from bridge import ConversionError, GPT2Config, optimizer_state
 from bridge.conversion import flatten
 from bridge.optimizer_state import AdamWState, Hyperparameters
-from bridge.storage.tensors import TensorEntry
+from bridge.storage.tensors import LazyTensor
 
 CONFIG = replace(TINY, n_layer=3)
 UNTIED = replace(CONFIG, tie_word_embeddings=False)
@@ -67,11 +67,11 @@ def test_torchs_state_arrives_under_canonical_names(config: GPT2Config) -> None:
     state, names, _ = torch_state(config)
     adamw = optimizer_state.from_torch(state, names, config)
     assert adamw.step == STEPS
-    assert set(adamw.first) == set(adamw.second) == set(shapes(config))
+    assert set(adamw.exp_avg) == set(adamw.exp_avg_sq) == set(shapes(config))
     for name in names:
         entry = entry_of(state, name, config)
-        np.testing.assert_array_equal(adamw.first[name], entry["exp_avg"])
-        np.testing.assert_array_equal(adamw.second[name], entry["exp_avg_sq"])
+        np.testing.assert_array_equal(adamw.exp_avg[name], entry["exp_avg"])
+        np.testing.assert_array_equal(adamw.exp_avg_sq[name], entry["exp_avg_sq"])
     decaying = Hyperparameters(learning_rate=1e-3, beta1=0.9, beta2=0.95, epsilon=1e-7, weight_decay=0.1)
     assert adamw.hyperparameters["wpe.weight"] == decaying
     assert adamw.hyperparameters["ln_f.bias"] == replace(decaying, weight_decay=0.0)
@@ -112,12 +112,12 @@ def test_stored_moments_are_read_when_they_are_looked_up() -> None:
     state, names, _ = torch_state()
     reads = []
 
-    def entry(tensor: torch.Tensor) -> TensorEntry:
+    def entry(tensor: torch.Tensor) -> LazyTensor:
         def read() -> np.ndarray:
             reads.append(tensor.shape)
             return tensor.numpy()
 
-        return TensorEntry(np.dtype(np.float32), tuple(tensor.shape), read)
+        return LazyTensor(np.dtype(np.float32), tuple(tensor.shape), read)
 
     stored = {i: {what: entry(value) for what, value in e.items()} for i, e in state["state"].items()}
     adamw = optimizer_state.from_torch({**state, "state": stored}, names, CONFIG)
@@ -133,7 +133,7 @@ def test_moments_of_matrices_that_lie_the_other_way_are_turned(lazy: bool) -> No
     for i, name in enumerate(names):
         for what, value in state["state"][i].items():
             array = value.numpy().T.copy() if name in turned and what != "step" else value.numpy()
-            state["state"][i][what] = TensorEntry.of(array) if lazy else array
+            state["state"][i][what] = LazyTensor.of(array) if lazy else array
     assert_equal(optimizer_state.from_torch(state, names, CONFIG, turned=turned), expected)
 
 
@@ -147,7 +147,7 @@ def test_an_optimizer_that_was_never_stepped_is_step_zero_with_zeros() -> None:
     state, names, _ = torch_state(steps=0)
     adamw = optimizer_state.from_torch(state, names, CONFIG)
     assert adamw.step == 0
-    for moments in (adamw.first, adamw.second):
+    for moments in (adamw.exp_avg, adamw.exp_avg_sq):
         assert {name: array.shape for name, array in moments.items()} == shapes(CONFIG)
         assert not any(array.any() for array in moments.values())
 
@@ -176,7 +176,7 @@ def test_another_order_of_parameters_gets_each_its_own_moments() -> None:
     groups = [{"params": list(range(5))}, {"params": list(range(5, len(names)))}]
     back = optimizer_state.to_torch(adamw, names, groups)
     for i, name in enumerate(names):
-        assert back["state"][i]["exp_avg"] is adamw.first[name]
+        assert back["state"][i]["exp_avg"] is adamw.exp_avg[name]
         assert back["state"][i]["step"] == 17 and back["state"][i]["step"].dtype == np.float32
     assert_equal(optimizer_state.from_torch(back, names, CONFIG), adamw)
 
@@ -410,7 +410,7 @@ def grouped(names: list[str]) -> list[list[str]]:
 
 def assert_equal(a: AdamWState, b: AdamWState) -> None:
     assert a.step == b.step
-    for x, y in ((a.first, b.first), (a.second, b.second)):
+    for x, y in ((a.exp_avg, b.exp_avg), (a.exp_avg_sq, b.exp_avg_sq)):
         assert set(x) == set(y)
         for name in x:
             assert x[name].dtype == y[name].dtype

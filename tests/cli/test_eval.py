@@ -164,7 +164,7 @@ def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
     bare, broken = huggingface_directory(tmp_path / "bare", CONFIG), tmp_path / "broken"
     state = dict(random_checkpoint(CONFIG).tensors.items())
     state["ln_f.bias"] = np.full_like(state["ln_f.bias"], np.nan)
-    bridge.save(bridge.Checkpoint.of(state, CONFIG), broken, format="huggingface", keep_not_finite=True)
+    bridge.save(bridge.Checkpoint.of(state, CONFIG), broken, format="huggingface", allow_non_finite=True)
     write_byte_tokenizer(broken)
     for name, content in (("empty.txt", b""), ("one.txt", b"x"), ("latin.txt", "Grüße".encode("latin-1"))):
         (tmp_path / name).write_bytes(content)

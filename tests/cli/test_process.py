@@ -188,8 +188,8 @@ def test_without_a_home_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatc
         (["--attention", "cudnn", "--dtype", "bfloat16"], "attention='cudnn' needs an NVIDIA GPU"),
         (["--attention", "splash"], "attention='splash' needs a TPU"),
         (["--attention", "splash", "--length", "100"], "takes lengths that are multiples of 128, not 100"),
-        (["--attention", "blocks", "--attn-pdrop", "0.1"], "attn_pdrop"),
-        (["--attention", "blocks", "--examples", "documents"], "--examples documents"),
+        (["--attention", "blockwise", "--attn-pdrop", "0.1"], "attn_pdrop"),
+        (["--attention", "blockwise", "--examples", "documents"], "--examples documents"),
     ],
 )
 def test_attention_that_cannot_run_is_refused_before_the_run_is_made(

@@ -25,7 +25,7 @@ from support.training_runs import RECIPE, data_for, write_text
 import bridge
 from bridge import CheckpointError
 from bridge.formats import FORMATS, WRITABLE
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax.console.report_files import PLOT_FORMATS, require_plot_path, save_plot
 from gpt2_jax.training.run import directory as runs
 
@@ -188,7 +188,7 @@ def acting_at_tenth_tensor(checkpoint: bridge.Checkpoint, act: Callable[[], obje
     """A checkpoint that calls `act` when its tenth tensor is read."""
     calls: list[None] = []
 
-    def watched(entry: TensorEntry) -> TensorEntry:
+    def watched(entry: LazyTensor) -> LazyTensor:
         def read() -> np.ndarray:
             calls.append(None)
             if len(calls) == 10:
@@ -198,7 +198,7 @@ def acting_at_tenth_tensor(checkpoint: bridge.Checkpoint, act: Callable[[], obje
         return replace(entry, read=read)
 
     entries = checkpoint.tensors.entries
-    return replace(checkpoint, tensors=LazyTensors({name: watched(entry) for name, entry in entries.items()}))
+    return replace(checkpoint, tensors=LazyTensorMap({name: watched(entry) for name, entry in entries.items()}))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

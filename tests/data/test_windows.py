@@ -16,7 +16,7 @@ from gpt2_jax.data.text import find_documents
 from gpt2_jax.data.tokenize import cached_text
 from gpt2_jax.data.tokens import open_tokens
 from gpt2_jax.data.windows import _shuffled, _Windows
-from gpt2_jax.loss import IGNORED
+from gpt2_jax.loss import IGNORE_INDEX
 from tests.data.token_files import llmc, nanogpt
 
 LENGTH = 7
@@ -181,7 +181,7 @@ def test_documents_are_padded_masked_and_cut(documents: TokenStream) -> None:
             real = min(length, n + 1)
             assert ids.tolist() == whole[:length] + [0] * (length - real)
             assert mask.tolist() == [1] * real + [0] * (length - real)
-            assert labels.tolist() == whole[1 : length + 1] + [IGNORED] * (length - min(length, n))
+            assert labels.tolist() == whole[1 : length + 1] + [IGNORE_INDEX] * (length - min(length, n))
             seen.append(n)
     assert sorted(seen) == list(range(1, 21))
 
@@ -220,8 +220,8 @@ def test_evaluation_reads_the_stream_once_in_order(stream: TokenStream) -> None:
     assert all(batch["input_ids"].shape == (BATCH, LENGTH) for batch in read)
     labels = np.concatenate([batch["labels"].ravel() for batch in read])
     windows = (COUNT - 1) // LENGTH
-    np.testing.assert_array_equal(labels[labels != IGNORED], np.arange(1, windows * LENGTH + 1))
-    assert (labels == IGNORED).sum() == (len(read) * BATCH - windows) * LENGTH > 0
+    np.testing.assert_array_equal(labels[labels != IGNORE_INDEX], np.arange(1, windows * LENGTH + 1))
+    assert (labels == IGNORE_INDEX).sum() == (len(read) * BATCH - windows) * LENGTH > 0
     assert_equal(read, list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH)))
 
 
@@ -231,7 +231,7 @@ def test_an_evaluation_of_fewer_batches_is_spread_over_the_stream(stream: TokenS
     assert len(read) == 3 and starts == sorted(starts) and len(set(starts)) == 15
     gaps = np.diff(starts)
     assert max(gaps) - min(gaps) <= LENGTH and starts[0] == 0 and starts[-1] > 0.9 * COUNT
-    assert all((batch["labels"] != IGNORED).all() for batch in read)
+    assert all((batch["labels"] != IGNORE_INDEX).all() for batch in read)
     everything = list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH))
     assert_equal(everything, list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH, most_batches=10**6)))
 
@@ -240,9 +240,9 @@ def test_documents_are_evaluated_in_order_with_every_row_attending_to_something(
     read = list(evaluation_batches(documents, batch_size=6, length=30, examples="documents"))
     assert len(read) == 4
     assert all((batch["attention_mask"].sum(1) > 0).all() for batch in read)
-    assert (read[-1]["labels"][2:] == IGNORED).all() and (read[-1]["labels"][:2] != IGNORED).any()
+    assert (read[-1]["labels"][2:] == IGNORE_INDEX).all() and (read[-1]["labels"][:2] != IGNORE_INDEX).any()
     labels = np.concatenate([batch["labels"] for batch in read])
-    assert (labels != IGNORED).sum() == sum(range(1, 21))  # each document's length, its end being a label
+    assert (labels != IGNORE_INDEX).sum() == sum(range(1, 21))  # each document's length, its end being a label
 
 
 def test_a_bad_token_stops_the_iteration_with_its_error(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def program(name: str, length: int) -> str:
     heads = jax.ShapeDtypeStruct((4, length, 12, 64), jnp.bfloat16, sharding=spread)
 
     def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        kind = "plain" if name == "plain" else "splash"
+        kind = "xla" if name == "xla" else "splash"
         return jnp.sin(attention(q, k, v, None, is_causal=True, scale=0.125, implementation=kind).astype(jnp.float32))
 
     layer = jax.checkpoint(layer, policy=POLICIES[name]) if name in POLICIES else layer

@@ -72,7 +72,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_blocks_are_the_plain_attention_in_float64(length: int, x64: None) -> None:
     given = heads(length, np.float64)
-    found, expected = (value_and_gradients(implementation(name), *given) for name in ("blocks", "plain"))
+    found, expected = (value_and_gradients(implementation(name), *given) for name in ("blockwise", "xla"))
     assert_close(found, expected, FLOAT64)
 
 
@@ -80,13 +80,13 @@ def test_blocks_are_the_plain_attention_in_float64(length: int, x64: None) -> No
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, FLOAT32), (jnp.bfloat16, STEPS * 2**-8)])
 def test_blocks_round_no_more_than_their_dtype_does(length: int, dtype: Any, tolerance: float, x64: None) -> None:
     given = heads(length, dtype)
-    found = value_and_gradients(implementation("blocks"), *given)
+    found = value_and_gradients(implementation("blockwise"), *given)
     assert {array.dtype for array in found} == {jnp.dtype(dtype)}
-    exact = value_and_gradients(implementation("plain"), *(array.astype(np.float64) for array in given))
+    exact = value_and_gradients(implementation("xla"), *(array.astype(np.float64) for array in given))
     assert_close(found, exact, tolerance)
 
 
-@pytest.mark.parametrize("name", ["plain", "blocks"])
+@pytest.mark.parametrize("name", ["xla", "blockwise"])
 def test_a_traced_scale_is_a_number_and_has_a_gradient(name: str, x64: None) -> None:
     q, k, v, d = heads(257, np.float64)
 
@@ -95,7 +95,7 @@ def test_a_traced_scale_is_a_number_and_has_a_gradient(name: str, x64: None) -> 
         return (implementation(name, scale)(q, k, v) * d).sum()
 
     scale = 0.3
-    value = value_and_gradients(implementation("plain", scale), q, k, v, d)
+    value = value_and_gradients(implementation("xla", scale), q, k, v, d)
     gradients = jax.jit(jax.grad(total, (0, 1, 2, 3)))(q, k, v, jnp.asarray(scale))
     by_difference = total(q, k, v, scale + 1e-6) - total(q, k, v, scale - 1e-6)
     np.testing.assert_allclose(total(q, k, v, scale), (value[0] * d).sum(), rtol=FLOAT64)
@@ -108,11 +108,11 @@ def test_scores_of_thousands_do_not_overflow(length: int, x64: None) -> None:
     """Keys that are hidden may score higher than those that are seen by more than an exponential can hold."""
     q, k, v, d = heads(length, np.float64)
     given = 1e3 * q, k, v, d
-    found, expected = (value_and_gradients(implementation(name), *given) for name in ("blocks", "plain"))
+    found, expected = (value_and_gradients(implementation(name), *given) for name in ("blockwise", "xla"))
     assert np.abs(np.einsum("BTHK,BSHK->BHTS", given[0], k)).max() * SCALE > np.log(np.finfo(np.float64).max)
     # A rounding of scores is one of exponents: as many more units as the scores are larger.
     assert_close(found, expected, 1e3 * FLOAT64)
-    narrow = value_and_gradients(implementation("blocks"), *(array.astype(np.float32) for array in given))
+    narrow = value_and_gradients(implementation("blockwise"), *(array.astype(np.float32) for array in given))
     assert all(jnp.isfinite(array).all() for array in narrow)
 
 
@@ -127,24 +127,24 @@ def test_blocks_can_be_mapped_and_derived_again(larger: float, x64: None) -> Non
 
         return jax.jit(jax.vmap(jax.grad(squares, (0, 1, 2))))(larger * q, k, v)
 
-    assert_close(slope(implementation("blocks")), slope(implementation("plain")), larger * FLOAT64)
+    assert_close(slope(implementation("blockwise")), slope(implementation("xla")), larger * FLOAT64)
 
 
 @pytest.mark.parametrize("length", [128, 256])
 def test_the_tpu_kernel_is_the_plain_attention(length: int) -> None:
     given = heads(length, size=8)
     found = value_and_gradients(interpreted_splash, *given)
-    assert_close(found, value_and_gradients(implementation("plain", 1 / math.sqrt(8)), *given), FLOAT32)
+    assert_close(found, value_and_gradients(implementation("xla", 1 / math.sqrt(8)), *given), FLOAT32)
 
 
 @pytest.mark.parametrize(
     ("function", "length", "places"),
     [
-        (implementation("plain"), 257, (1, 255)),
-        (implementation("blocks"), 600, (1, 200, 256, 257, 599)),
+        (implementation("xla"), 257, (1, 255)),
+        (implementation("blockwise"), 600, (1, 200, 256, 257, 599)),
         (interpreted_splash, 256, (1, 128, 129)),
     ],
-    ids=["plain", "blocks", "splash"],
+    ids=["xla", "blockwise", "splash"],
 )
 def test_keys_and_values_that_come_later_change_nothing(
     function: Attention, length: int, places: tuple[int, ...]
@@ -179,18 +179,18 @@ def test_blocks_never_have_all_scores() -> None:
     abstract = [jax.ShapeDtypeStruct((B, length, H, K), jnp.float32)] * 4
     programs = {
         name: value_and_gradients.lower(implementation(name), *abstract).compile().as_text()
-        for name in ("plain", "blocks")
+        for name in ("xla", "blockwise")
     }
     assert {name: has_all_scores(program, length) for name, program in programs.items()} == {
-        "plain": True,
-        "blocks": False,
+        "xla": True,
+        "blockwise": False,
     }
 
 
 def test_the_tpu_kernel_on_a_mesh_and_blocks_on_it_are_those_on_one_device(tmp_path: Path) -> None:
     """Rows spread over two axes, heads over a third, in a process that has eight devices; none needs another's."""
     results = eight_devices.run("spread_attention", tmp_path)
-    for name in ("splash", "blocks"):
+    for name in ("splash", "blockwise"):
         found, expected = ([results[f"{where}/{name}/{i}"] for i in range(4)] for where in ("mesh", "plain"))
         assert_close(found, expected, FLOAT32)
         assert results[f"parts/{name}"].tolist() == [1, 128, 2, 8]
@@ -198,22 +198,22 @@ def test_the_tpu_kernel_on_a_mesh_and_blocks_on_it_are_those_on_one_device(tmp_p
 
 
 FASTEST = [
-    ("cpu", jnp.float32, 1024, 64, "blocks"),
-    ("cpu", jnp.float64, 3, 5, "blocks"),
-    ("cpu", jnp.bfloat16, 1, 64, "blocks"),
+    ("cpu", jnp.float32, 1024, 64, "blockwise"),
+    ("cpu", jnp.float64, 3, 5, "blockwise"),
+    ("cpu", jnp.bfloat16, 1, 64, "blockwise"),
     ("gpu", jnp.bfloat16, 1024, 64, "cudnn"),
     ("gpu", jnp.float16, 1023, 128, "cudnn"),
-    ("gpu", jnp.float32, 1024, 64, "plain"),
-    ("gpu", jnp.float64, 1024, 64, "plain"),
-    ("gpu", jnp.bfloat16, 1024, 60, "plain"),
-    ("gpu", jnp.bfloat16, 1024, 136, "plain"),
+    ("gpu", jnp.float32, 1024, 64, "xla"),
+    ("gpu", jnp.float64, 1024, 64, "xla"),
+    ("gpu", jnp.bfloat16, 1024, 60, "xla"),
+    ("gpu", jnp.bfloat16, 1024, 136, "xla"),
     ("tpu", jnp.bfloat16, 1024, 64, "splash"),
     ("tpu", jnp.float32, 384, 25, "splash"),
-    ("tpu", jnp.bfloat16, 1000, 64, "plain"),
-    ("tpu", jnp.bfloat16, 64, 64, "plain"),
-    ("tpu", jnp.float16, 1024, 64, "plain"),
-    ("tpu", jnp.float64, 1024, 64, "plain"),
-    ("METAL", jnp.float32, 1024, 64, "plain"),
+    ("tpu", jnp.bfloat16, 1000, 64, "xla"),
+    ("tpu", jnp.bfloat16, 64, 64, "xla"),
+    ("tpu", jnp.float16, 1024, 64, "xla"),
+    ("tpu", jnp.float64, 1024, 64, "xla"),
+    ("METAL", jnp.float32, 1024, 64, "xla"),
 ]
 
 
@@ -232,10 +232,10 @@ def test_auto_takes_the_fastest_and_the_plain_one_for_a_mask_or_dropout(monkeypa
     def program(mask: jax.Array | None = None, **more: Any) -> str:
         return str(jax.make_jaxpr(lambda: attention(q, k, v, mask, **options | more))())
 
-    assert program() == program(implementation="blocks") != program(implementation="plain")
+    assert program() == program(implementation="blockwise") != program(implementation="xla")
     mask, key = jnp.ones((1, 1, 1, 600), bool), jax.random.key(0)
     for more in ({"mask": mask}, {"dropout_rate": 0.1, "dropout_key": key}, {"is_causal": False}):
-        assert program(**more) == program(**more, implementation="plain")
+        assert program(**more) == program(**more, implementation="xla")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert "pallas_call" not in program()  # 600 is no multiple of 128
     q, k, v, _ = heads(256)
@@ -243,7 +243,7 @@ def test_auto_takes_the_fastest_and_the_plain_one_for_a_mask_or_dropout(monkeypa
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown name": ({"implementation": "flash"}, "'flash' is none of auto, plain, blocks, cudnn, splash"),
+    "an unknown name": ({"implementation": "flash"}, "'flash' is none of auto, xla, blockwise, cudnn, splash"),
     "an unknown name with a mask": ({"implementation": "flash", "mask": True}, "'flash' is none of auto"),
     "cudnn in float32": ({"implementation": "cudnn"}, "'cudnn' takes bfloat16 and float16, not float32"),
     "cudnn's odd head size": (
@@ -260,12 +260,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "'splash' takes bfloat16 and float32, not float16",
     ),
     "a mask": (
-        {"implementation": "blocks", "mask": True},
-        "'blocks' is for causal attention without a mask or dropout",
+        {"implementation": "blockwise", "mask": True},
+        "'blockwise' is for causal attention without a mask or dropout",
     ),
-    "dropout": ({"implementation": "blocks", "dropout_rate": 0.1}, "'blocks' is for causal attention without a mask"),
-    "every key": ({"implementation": "blocks", "is_causal": False}, "'blocks' is for causal attention"),
-    "other keys than queries": ({"implementation": "plain", "keys": 4}, "as many queries as keys, not 7 and 4"),
+    "dropout": (
+        {"implementation": "blockwise", "dropout_rate": 0.1},
+        "'blockwise' is for causal attention without a mask",
+    ),
+    "every key": ({"implementation": "blockwise", "is_causal": False}, "'blockwise' is for causal attention"),
+    "other keys than queries": ({"implementation": "xla", "keys": 4}, "as many queries as keys, not 7 and 4"),
     "other keys than queries for auto": ({"keys": 4}, "as many queries as keys, not 7 and 4"),
 }
 
@@ -295,7 +298,7 @@ def test_cudnn_is_the_plain_attention(length: int, dtype: Any, rounding: float) 
         pytest.skip(f"cuDNN needs a GPU; JAX has {jax.default_backend()}")
     given = heads(length, dtype, size=64)
     with jax.default_matmul_precision("highest"):  # else a GPU multiplies float32 as TensorFloat-32
-        wide = value_and_gradients(implementation("plain", 1 / 8), *(array.astype(jnp.float32) for array in given))
+        wide = value_and_gradients(implementation("xla", 1 / 8), *(array.astype(jnp.float32) for array in given))
     found = value_and_gradients(implementation("cudnn", 1 / 8), *given)
     assert {array.dtype for array in found} == {jnp.dtype(dtype)}
     assert_close(found, wide, STEPS * rounding)
@@ -309,7 +312,7 @@ def test_the_tpu_kernel_compiles_for_a_mesh_of_tpus(tmp_path: Path) -> None:
     length = 1024
     quiet = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    for name, kernels, scores in (("splash", 3, False), ("dots", 3, False), ("full", 4, False), ("plain", 0, True)):
+    for name, kernels, scores in (("splash", 3, False), ("dots", 3, False), ("full", 4, False), ("xla", 0, True)):
         command = [sys.executable, str(Path(__file__).with_name("for_tpu.py")), name, str(length), tmp_path / name]
         child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert child.returncode == 0, child.stderr

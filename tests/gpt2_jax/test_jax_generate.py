@@ -20,7 +20,7 @@ from support.implementations import jax_model, torch_logits, torch_model, transf
 from support.models import TINY, huggingface_directory, random_checkpoint, random_ids
 
 import gpt2_torch
-from bridge.generation.config import Request, uniform_draws
+from bridge.generation.config import GenerationConfig, uniform_draws
 from bridge.generation.decoder import left_padded
 from gpt2_jax import GPT2, generate
 from gpt2_jax.generation import SHORTEST_BUCKET, Decoder, _more_tokens, _prefill, bucket
@@ -146,7 +146,7 @@ def test_any_number_of_lengths_takes_one_compilation_per_bucket(counted: Decoder
     for _ in range(50):
         length = int(rng.integers(1, COMPILED.n_positions - 2))
         new = int(rng.integers(2, COMPILED.n_positions - length + 1))
-        counted.generate([rng.integers(0, COMPILED.vocab_size, length).tolist()], Request(new))
+        counted.generate([rng.integers(0, COMPILED.vocab_size, length).tolist()], GenerationConfig(new))
         slots = bucket(length + new, COMPILED.n_positions)
         caches.add(slots)
         prompts.add((slots, bucket(length, COMPILED.n_positions)))
@@ -156,7 +156,7 @@ def test_any_number_of_lengths_takes_one_compilation_per_bucket(counted: Decoder
 
 
 def test_other_numbers_in_a_request_compile_nothing(counted: Decoder):
-    request = Request(8, temperature=0.7, top_k=5, seed=1)
+    request = GenerationConfig(8, temperature=0.7, top_k=5, seed=1)
     counted.generate([[1, 2, 3]], request)
     assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 1)
     for changes in ({"seed": 2}, {"temperature": 1.3}, {"top_k": 9}, {"max_new_tokens": SHORTEST_BUCKET - 3}):
@@ -195,7 +195,7 @@ def test_bfloat16_parameters_give_the_log_probabilities_of_a_bfloat16_model(
     decoder = Decoder(model, params, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(decoder.params)} == {jnp.dtype(jnp.bfloat16)}
     prompts = PROMPTS.tolist()
-    found = decoder.generate(prompts, Request(9, log_probs=True))
+    found = decoder.generate(prompts, GenerationConfig(9, log_probs=True))
     ids = np.array([[*prompt, *row[0].ids] for prompt, row in zip(prompts, found, strict=True)])
     logits = jnp.asarray(jax.jit(narrow[0].apply)({"params": narrow[1]}, ids))
     log_probs = jax.nn.log_softmax(logits[:, 3:-1].astype(jnp.float32))
@@ -212,7 +212,7 @@ def copies_of(size: int, program: str) -> list[str]:
 def test_the_loop_over_tokens_copies_no_cache():
     """A layout that the products cannot read in place made XLA copy every layer's keys and values for every token."""
     decoder = Decoder(*jax_model(random_checkpoint(replace(SMALL, n_positions=64))))
-    request = Request(20, temperature=1.0)
+    request = GenerationConfig(20, temperature=1.0)
     state = decoder._begin(*left_padded([[1, 2, 3]]), 64, request, uniform_draws(request), np.zeros(1, bool), 1)
     size = state.cache.keys[0].size
     assert size == state.cache.values[0].size == SMALL.n_embd * 64

@@ -66,7 +66,7 @@ def test_what_is_put_in_comes_out_and_every_count_is_set(name: str, options: dic
     assert set(counts(filled)) == {17}
     out = adamw_state(filled, model)
     assert out.step == 17
-    for moments, given in ((out.first, adamw.first), (out.second, adamw.second)):
+    for moments, given in ((out.exp_avg, adamw.exp_avg), (out.exp_avg_sq, adamw.exp_avg_sq)):
         assert set(moments) == set(given)
         for parameter, array in given.items():
             np.testing.assert_array_equal(moments[parameter], array)
@@ -85,14 +85,14 @@ def test_a_filled_state_does_not_change_with_what_it_was_filled_from(scan: bool)
     """torch's optimizer goes on in the memory of its moments."""
     model, params = model_and_params(scan=scan)
     adamw, kept = random_adamw(), random_adamw()
-    lent = {name: aligned_empty(array.shape, array.dtype) for name, array in adamw.first.items()}
-    for name, array in adamw.first.items():
+    lent = {name: aligned_empty(array.shape, array.dtype) for name, array in adamw.exp_avg.items()}
+    for name, array in adamw.exp_avg.items():
         lent[name][:] = array
-    filled = with_adamw_state(optax.adamw(1e-3).init(params), replace(adamw, first=lent), model)
+    filled = with_adamw_state(optax.adamw(1e-3).init(params), replace(adamw, exp_avg=lent), model)
     for array in lent.values():
         array[:] = np.nan
     for name, array in adamw_state(filled, model).first.items():
-        np.testing.assert_array_equal(array, kept.first[name])
+        np.testing.assert_array_equal(array, kept.exp_avg[name])
 
 
 def test_a_state_without_one_adamw_over_everything_is_refused() -> None:

@@ -32,7 +32,7 @@ RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
 POLICIES: tuple[Remat, ...] = get_args(Remat)
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 each_form = pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
-each_attention = pytest.mark.parametrize("attention", ["plain", "blocks"])
+each_attention = pytest.mark.parametrize("attention", ["xla", "blockwise"])
 
 
 def loss_of(config: GPT2Config, **form: Any) -> Callable[..., Any]:
@@ -96,9 +96,9 @@ def test_and_the_program_takes_fewer_bytes(attention: str) -> None:
     assert none > dots > full
 
 
-RUN_AGAIN = {("plain", "dots"): 1, ("plain", "full"): 5, ("blocks", "dots"): 0, ("blocks", "full"): 5}
+RUN_AGAIN = {("xla", "dots"): 1, ("xla", "full"): 5, ("blockwise", "dots"): 0, ("blockwise", "full"): 5}
 """Matrix products of a layer that run a second time. `full`: those of queries, keys and values, scores, contexts, and
-the two projections before the last, whose result nothing asks for. `dots`: the scores, which `blocks` makes twice in
+the two projections before the last, whose result nothing asks for. `dots`: the scores, which `blockwise` makes twice in
 any case: its gradient is written so."""
 
 

@@ -20,7 +20,7 @@ from support.implementations import jax_model
 from support.models import TINY, random_checkpoint, random_ids
 
 from bridge import GPT2Config
-from gpt2_jax.loss import IGNORED, cross_entropy, summed_cross_entropy, summed_loss
+from gpt2_jax.loss import IGNORE_INDEX, cross_entropy, summed_cross_entropy, summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.training import init_state, make_train_step
 
@@ -47,7 +47,7 @@ def arrays(dtype: Any = np.float64, rows: int = V) -> tuple[jax.Array, jax.Array
     rng = np.random.default_rng(0)
     hidden, embedding = rng.normal(size=(B, T, D)), rng.normal(size=(rows, D))
     labels = rng.integers(0, V, (B, T)).astype(np.int32)
-    labels[0, 0] = labels[1, 3:5] = labels[2, -1] = IGNORED
+    labels[0, 0] = labels[1, 3:5] = labels[2, -1] = IGNORE_INDEX
     return jnp.asarray(hidden, dtype), jnp.asarray(embedding, dtype), jnp.asarray(labels)
 
 
@@ -101,10 +101,10 @@ def test_the_value_alone_is_the_value_with_gradients(positions: int) -> None:
 def test_where_no_label_counts_everything_is_exactly_zero(positions: int) -> None:
     hidden, embedding, labels = arrays(np.float32)
     loss = partial(summed_cross_entropy, **in_chunks_of(positions))
-    for array in value_and_gradients(loss, hidden, embedding, jnp.full_like(labels, IGNORED)):
+    for array in value_and_gradients(loss, hidden, embedding, jnp.full_like(labels, IGNORE_INDEX)):
         assert not array.any()
     by_hidden = value_and_gradients(loss, hidden, embedding, labels)[1]
-    np.testing.assert_array_equal(by_hidden.any(-1), labels != IGNORED)
+    np.testing.assert_array_equal(by_hidden.any(-1), labels != IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("wrong", [-1, -V, V, V + 2, 2**31 - 1])
@@ -188,7 +188,7 @@ def test_of_a_model_it_is_that_of_its_logits(tied: bool, multiple: int, masked: 
     ids = random_ids(config, batch=3, length=11).astype(np.int32)
     mask = np.ones_like(ids)
     mask[0, 7:] = mask[1, :4] = 0
-    labels = np.where(mask == 1, np.roll(ids, -1, axis=1), IGNORED) if masked else np.roll(ids, -1, axis=1)
+    labels = np.where(mask == 1, np.roll(ids, -1, axis=1), IGNORE_INDEX) if masked else np.roll(ids, -1, axis=1)
     batch = {"input_ids": ids, "labels": labels} | ({"attention_mask": mask} if masked else {})
 
     def from_logits(params: Any) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.models import TINY, random_checkpoint, random_ids
 
-from bridge import Request
+from bridge import GenerationConfig
 from gpt2_torch import GPT2, generate, model_from_checkpoint
 from gpt2_torch.generation import Decoder
 
@@ -108,7 +108,7 @@ def test_samples_of_a_prompt_follow_each_other(model: GPT2):
 
 def test_a_model_in_half_precision_generates():
     model = model_from_checkpoint(random_checkpoint()).bfloat16()
-    [row] = Decoder(model).generate([[1, 2, 3]], Request(9, log_probs=True))
+    [row] = Decoder(model).generate([[1, 2, 3]], GenerationConfig(9, log_probs=True))
     ids = torch.tensor([[1, 2, 3, *row[0].ids]])
     with torch.no_grad():
         expected = model(ids)[0, 2:-1].float().log_softmax(-1).gather(1, ids[0, 3:, None])[:, 0]
@@ -126,8 +126,8 @@ def test_a_tiny_temperature_takes_the_likeliest_token(temperature: float) -> Non
 def test_a_row_that_has_ended_makes_no_other_slide(model: GPT2, monkeypatch: pytest.MonkeyPatch):
     """Else a long row that ends at once would have the prompts run again for every token of the short one."""
     long, short = [[*range(TINY.n_positions - 2)], [7]]
-    [[first]] = Decoder(model).generate([long], Request(1))
-    request = Request(30, slide=True, stop_ids=(first.ids[0],))
+    [[first]] = Decoder(model).generate([long], GenerationConfig(1))
+    request = GenerationConfig(30, slide=True, stop_ids=(first.ids[0],))
     [[alone]] = Decoder(model).generate([short], request)
     began = []
     begin = Decoder._begin

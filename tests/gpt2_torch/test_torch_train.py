@@ -16,7 +16,7 @@ import bridge
 from bridge import BridgeError, ConversionError, GPT2Config
 from bridge.optimizer_state import AdamWState
 from gpt2_torch import GPT2, model_from_checkpoint
-from gpt2_torch.loss import IGNORED
+from gpt2_torch.loss import IGNORE_INDEX
 from gpt2_torch.training import adamw, adamw_state, learning_rate_at, load_adamw_state, parameter_names, train_step
 
 CONFIG = replace(TINY, vocab_size=61, n_layer=2)
@@ -36,7 +36,7 @@ def ragged_batch(seed: int = 0) -> dict[str, Tensor]:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1))
     mask = np.arange(LENGTH) < np.array([[11], [9], [0], [1], [4], [5]])
-    labels = np.where(mask, tokens[:, 1:], IGNORED)
+    labels = np.where(mask, tokens[:, 1:], IGNORE_INDEX)
     arrays = {"input_ids": tokens[:, :-1], "labels": labels, "attention_mask": mask}
     return {name: torch.from_numpy(np.array(array, np.int32)) for name, array in arrays.items()}
 
@@ -169,7 +169,7 @@ def test_the_norm_is_returned_as_it_was_and_cut_where_asked(clip_norm: float | N
 def test_a_batch_in_which_nothing_counts_moves_nothing_but_what_decays() -> None:
     model, batch = model_of(), ragged_batch()
     before = parameters_of(model)
-    batch["labels"].fill_(IGNORED)
+    batch["labels"].fill_(IGNORE_INDEX)
     loss, norm = train_step(model, adamw(model, weight_decay=0.0), batch, learning_rate=1e-3, accumulate=2)
     assert (loss.item(), norm.item()) == (0.0, 0.0)
     assert_close(parameters_of(model), before, 0.0)
@@ -215,12 +215,12 @@ def test_a_loaded_state_is_a_copy() -> None:
     optimizer = adamw(model)
     train_step(model, optimizer, ragged_batch(), learning_rate=1e-3)
     state = adamw_state(optimizer, model)
-    kept = {name: array.copy() for name, array in state.first.items()}
+    kept = {name: array.copy() for name, array in state.exp_avg.items()}
     other_model = model_of()
     other = adamw(other_model)
     load_adamw_state(other, other_model, state)
     train_step(other_model, other, ragged_batch(1), learning_rate=1e-3)
-    assert_close(dict(state.first), kept, 0.0)
+    assert_close(dict(state.exp_avg), kept, 0.0)
 
 
 def test_a_state_crosses_in_bfloat16_too() -> None:
@@ -231,13 +231,13 @@ def test_a_state_crosses_in_bfloat16_too() -> None:
     other = adamw(model)
     load_adamw_state(other, model, state)
     again = adamw_state(other, model)
-    for name, array in state.first.items():
-        assert array.dtype == again.first[name].dtype == "bfloat16"
-        np.testing.assert_array_equal(array.view(np.int16), again.first[name].view(np.int16))
+    for name, array in state.exp_avg.items():
+        assert array.dtype == again.exp_avg[name].dtype == "bfloat16"
+        np.testing.assert_array_equal(array.view(np.int16), again.exp_avg[name].view(np.int16))
 
 
 def spoiled(state: AdamWState, name: str, change: Callable[[np.ndarray], np.ndarray]) -> AdamWState:
-    return replace(state, second={**state.second, name: change(state.second[name])})
+    return replace(state, exp_avg_sq={**state.exp_avg_sq, name: change(state.exp_avg_sq[name])})
 
 
 def test_what_does_not_fit_the_model_is_refused() -> None:

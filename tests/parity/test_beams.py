@@ -15,7 +15,7 @@ from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from bridge.generation.config import Request
+from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import Decoder
 from gpt2_jax.generation import Decoder as JaxDecoder
 from gpt2_torch.generation import Decoder as TorchDecoder
@@ -43,7 +43,7 @@ def small(quick_compilation: None) -> Decoders:
     return decoders_of(random_checkpoint(SMALL))
 
 
-def ids_of_transformers(model: Any, prompt: list[int], request: Request) -> list[list[int]]:
+def ids_of_transformers(model: Any, prompt: list[int], request: GenerationConfig) -> list[list[int]]:
     found = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
@@ -61,14 +61,14 @@ def ids_of_transformers(model: Any, prompt: list[int], request: Request) -> list
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
-def ids(decoder: Decoder[Any, Any], prompts: list[list[int]], request: Request) -> list[list[list[int]]]:
+def ids(decoder: Decoder[Any, Any], prompts: list[list[int]], request: GenerationConfig) -> list[list[list[int]]]:
     return [[continuation.ids for continuation in row] for row in decoder.generate(prompts, request)]
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("stops", [False, True], ids=["without a stop id", "with one"])
 def test_all_implementations_find_the_same_texts(stops: bool, length_penalty: float, small: Decoders) -> None:
-    request = Request(NEW_TOKENS, beams=4, samples=3, length_penalty=length_penalty)
+    request = GenerationConfig(NEW_TOKENS, beams=4, samples=3, length_penalty=length_penalty)
     if stops:  # tokens in the middle of the texts that are found without
         free = ids(small["gpt2_torch"], PROMPTS, request)
         request = replace(request, stop_ids=(free[0][0][4], free[1][0][6]))
@@ -78,7 +78,7 @@ def test_all_implementations_find_the_same_texts(stops: bool, length_penalty: fl
         assert ids(decoder, PROMPTS, request) == expected, name
     ended = [row for rows in expected for row in rows if row[-1] in request.stop_ids]
     assert bool(ended) == stops
-    greedy = small["gpt2_torch"].generate(PROMPTS, Request(NEW_TOKENS))
+    greedy = small["gpt2_torch"].generate(PROMPTS, GenerationConfig(NEW_TOKENS))
     assert any(rows[0] != only.ids for rows, [only] in zip(expected, greedy, strict=True)), "a search that finds more"
 
 
@@ -86,7 +86,7 @@ def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
     checkpoint = bridge.load("bundled")
     prompt = checkpoint.tokenizer().encode_ordinary("KING RICHARD III:\n")
     [newline] = checkpoint.tokenizer().encode_ordinary("\n")
-    request = Request(16, beams=4, samples=4, stop_ids=(newline,))
+    request = GenerationConfig(16, beams=4, samples=4, stop_ids=(newline,))
     expected = ids_of_transformers(transformers_model(checkpoint), prompt, request)
     assert any(len(row) < 16 for row in expected)
     for name, decoder in decoders_of(checkpoint).items():
@@ -100,11 +100,13 @@ def test_the_search_is_over_when_it_is_in_transformers(length_penalty: float) ->
         checkpoint = random_checkpoint(FEW_TOKENS, seed=seed)
         decoder, peer = TorchDecoder(torch_model(checkpoint)), transformers_model(checkpoint)
         prompt = random_ids(FEW_TOKENS, 1, 3, seed)[0].tolist()
-        request = Request(12, beams=2, samples=2, stop_ids=(7,), length_penalty=length_penalty)
+        request = GenerationConfig(12, beams=2, samples=2, stop_ids=(7,), length_penalty=length_penalty)
         assert ids(decoder, [prompt], request) == [ids_of_transformers(peer, prompt, request)], seed
 
 
-def likeliest_of_all(checkpoint: Checkpoint, prompt: list[int], request: Request) -> list[tuple[float, list[int]]]:
+def likeliest_of_all(
+    checkpoint: Checkpoint, prompt: list[int], request: GenerationConfig
+) -> list[tuple[float, list[int]]]:
     """Every text that there is, with its rank, best first."""
     model, found = torch_model(checkpoint), {}
     for new in itertools.product(range(checkpoint.config.vocab_size), repeat=request.max_new_tokens):
@@ -126,7 +128,9 @@ def test_beams_for_all_beginnings_find_the_best_of_all_texts(
     config = replace(FEW_TOKENS, vocab_size=7)
     checkpoint = random_checkpoint(config, seed=4)
     beams = config.vocab_size - len(stop_ids)
-    request = Request(2, beams=beams, samples=4, stop_ids=stop_ids, length_penalty=length_penalty, log_probs=True)
+    request = GenerationConfig(
+        2, beams=beams, samples=4, stop_ids=stop_ids, length_penalty=length_penalty, log_probs=True
+    )
     [found] = decoders_of(checkpoint)[backend].generate([[1, 5, 2]], request)
     best = likeliest_of_all(checkpoint, [1, 5, 2], request)[:4]
     assert [continuation.ids for continuation in found] == [new for _, new in best]
@@ -137,7 +141,7 @@ def test_beams_for_all_beginnings_find_the_best_of_all_texts(
 @each_backend
 @pytest.mark.parametrize("stop_ids", [(), tuple(range(0, SMALL.vocab_size, 20))], ids=["no stop ids", "many"])
 def test_a_row_is_what_it_is_alone(stop_ids: tuple[int, ...], backend: str, small: Decoders) -> None:
-    request = Request(NEW_TOKENS, beams=3, samples=3, log_probs=True, stop_ids=stop_ids)
+    request = GenerationConfig(NEW_TOKENS, beams=3, samples=3, log_probs=True, stop_ids=stop_ids)
     together = small[backend].generate(PROMPTS, request)
     for prompt, row in zip(PROMPTS, together, strict=True):
         [alone] = small[backend].generate([prompt], request)
@@ -151,7 +155,7 @@ def test_a_row_is_what_it_is_alone(stop_ids: tuple[int, ...], backend: str, smal
 @each_backend
 def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> None:
     model = torch_model(random_checkpoint(SMALL))
-    request = Request(NEW_TOKENS, beams=3, samples=3, log_probs=True)
+    request = GenerationConfig(NEW_TOKENS, beams=3, samples=3, log_probs=True)
     for prompt, row in zip(PROMPTS, small[backend].generate(PROMPTS, request), strict=True):
         for continuation in row:
             whole = torch.tensor([*prompt, *continuation.ids])
@@ -163,5 +167,5 @@ def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> 
 
 @each_backend
 def test_nothing_asked_for_is_nothing_given(backend: str, small: Decoders) -> None:
-    assert ids(small[backend], PROMPTS, Request(0, beams=3, samples=2)) == [[[], []]] * 2
-    assert ids(small[backend], [], Request(3, beams=3)) == []
+    assert ids(small[backend], PROMPTS, GenerationConfig(0, beams=3, samples=2)) == [[[], []]] * 2
+    assert ids(small[backend], [], GenerationConfig(3, beams=3)) == []

@@ -21,7 +21,7 @@ import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
 from gpt2_jax.generation import Decoder
-from gpt2_jax.model import KeyValueCache, empty_cache
+from gpt2_jax.model import KVCache, empty_cache
 from gpt2_torch.model import empty_cache as empty_torch_cache
 
 ROUNDING = {np.float32: 1e-5, np.float64: 1e-12}
@@ -61,10 +61,10 @@ class TorchSide:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model = torch_model(checkpoint)
 
-    def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.model.KeyValueCache:
+    def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.model.KVCache:
         return empty_torch_cache(self.model.config, torch.tensor(padding), SLOTS, self.model.wte.weight.dtype)
 
-    def extend(self, ids: np.ndarray, cache: gpt2_torch.model.KeyValueCache) -> tuple[np.ndarray, Any]:
+    def extend(self, ids: np.ndarray, cache: gpt2_torch.model.KVCache) -> tuple[np.ndarray, Any]:
         with torch.no_grad():
             return self.model.head(self.model.extend(torch.from_numpy(ids), cache)).numpy(), cache
 
@@ -77,7 +77,7 @@ class JaxSide:
         dtype = checkpoint.tensors["wte.weight"].dtype
         self.decoder = Decoder(*gpt2_jax.model_from_checkpoint(checkpoint, dtype=dtype, **form))
 
-    def empty_cache(self, padding: tuple[int, ...]) -> KeyValueCache:
+    def empty_cache(self, padding: tuple[int, ...]) -> KVCache:
         return empty_cache(self.decoder.config, jnp.asarray(padding), SLOTS, self.decoder.model.dtype)
 
     def extend(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
@@ -129,7 +129,7 @@ def test_cached_logits_are_those_of_the_whole_sequence(variant: str, dtype: Any)
 
 
 def changed(cache: Any, **fields: Any) -> Any:
-    return cache._replace(**fields) if isinstance(cache, KeyValueCache) else replace(cache, **fields)
+    return cache._replace(**fields) if isinstance(cache, KVCache) else replace(cache, **fields)
 
 
 MISTAKES: dict[str, Callable[[Any], Any]] = {

@@ -125,4 +125,4 @@ def test_the_batch_size_changes_nothing(evaluate: Evaluate, batch_size: int, x64
 
 
 def test_all_mean_the_same_by_an_ignored_label():
-    assert bridge.evaluation.IGNORED == gpt2_jax.loss.IGNORED == gpt2_torch.loss.IGNORED
+    assert bridge.evaluation.IGNORE_INDEX == gpt2_jax.loss.IGNORE_INDEX == gpt2_torch.loss.IGNORE_INDEX

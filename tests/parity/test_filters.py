@@ -27,7 +27,7 @@ from transformers import (
 
 import gpt2_jax.logits_processors
 import gpt2_torch.logits_processors
-from bridge import Request
+from bridge import GenerationConfig
 from bridge.generation.config import uniform_draws
 
 EPSILON = 2.0**-23
@@ -49,7 +49,7 @@ LEAST_COUNT = 5
 
 DRAWS = 100_000
 
-Choose = Callable[[np.ndarray, np.ndarray, Request, np.ndarray | None], np.ndarray]
+Choose = Callable[[np.ndarray, np.ndarray, GenerationConfig, np.ndarray | None], np.ndarray]
 """(logits, draws, request, seen) -> tokens."""
 
 Filter = Callable[[np.ndarray, Any], np.ndarray]
@@ -58,12 +58,16 @@ Filter = Callable[[np.ndarray, Any], np.ndarray]
 jit_choose = jax.jit(gpt2_jax.logits_processors.choose)
 
 
-def torch_choose(logits: np.ndarray, draws: np.ndarray, request: Request, seen: np.ndarray | None = None) -> np.ndarray:
+def torch_choose(
+    logits: np.ndarray, draws: np.ndarray, request: GenerationConfig, seen: np.ndarray | None = None
+) -> np.ndarray:
     mask = None if seen is None else torch.from_numpy(seen)
     return gpt2_torch.logits_processors.choose(torch.tensor(logits), torch.from_numpy(draws), request, mask).numpy()
 
 
-def jax_choose(logits: np.ndarray, draws: np.ndarray, request: Request, seen: np.ndarray | None = None) -> np.ndarray:
+def jax_choose(
+    logits: np.ndarray, draws: np.ndarray, request: GenerationConfig, seen: np.ndarray | None = None
+) -> np.ndarray:
     mask = None if seen is None else jnp.asarray(seen)
     return np.asarray(
         jit_choose(jnp.asarray(logits), jnp.asarray(draws), gpt2_jax.logits_processors.Filters.of(request), mask)
@@ -282,7 +286,7 @@ def test_both_invert_the_cumulative_probability_of_what_transformers_keeps(names
     """So the two backends choose the same token with one number."""
     logits = np.concatenate([distinct_rows(V, seed) for seed in range(COPIES)])
     ids = np.random.default_rng(3).integers(0, V, (len(logits), 30))
-    draws = uniform_draws(Request(len(logits), seed=4))[0]
+    draws = uniform_draws(GenerationConfig(len(logits), seed=4))[0]
     draws[::50], draws[1::50] = 0, 1 - EPSILON
     for turn in range(2):
         values = {name: VALUES[name][turn] for name in PEERS if name in (*names, "temperature")}
@@ -290,7 +294,7 @@ def test_both_invert_the_cumulative_probability_of_what_transformers_keeps(names
         wanted, near = inverse_cumulative(filtered, draws)
         assert (near | undecided).mean() < 0.1
         for choose in (torch_choose, jax_choose):
-            found = choose(logits, draws, Request(1, **values), seen_of(ids, V))  # type: ignore[arg-type]
+            found = choose(logits, draws, GenerationConfig(1, **values), seen_of(ids, V))  # type: ignore[arg-type]
             np.testing.assert_array_equal(found[~(near | undecided)], wanted[~(near | undecided)])
             assert (filtered[np.arange(len(found)), found] > -np.inf)[~undecided].all()
 
@@ -328,7 +332,7 @@ def test_a_forbidden_token_is_not_drawn_by_any_rounding(choose: Choose, V: int) 
         steps = np.round(np.unique(p.cumsum()) / EPSILON)[:, None] + np.arange(-2, 3)
         draws = np.unique(steps.clip(0, 1 / EPSILON - 1)).astype(np.float32) * np.float32(EPSILON)
         draws = draws[:: 1 + len(draws) // 200]
-        found = choose(np.tile(logits, (len(draws), 1)), draws, Request(1, temperature=1.0), None)
+        found = choose(np.tile(logits, (len(draws), 1)), draws, GenerationConfig(1, temperature=1.0), None)
         assert (p[found] > 0).all()
         upto = p.cumsum()[found]
         assert (draws < upto + CUMULATIVE).all() and (draws > upto - p[found] - CUMULATIVE).all()
@@ -342,7 +346,7 @@ def test_greedy_is_the_likeliest(choose: Choose, penalty: float | None) -> None:
     expected = logits if penalty is None else peer("repetition_penalty", penalty, logits, ids)
     draws = np.full(len(logits), 0.7, np.float32)
     for temperature in (0.0, 1e-9):
-        request = Request(1, penalty, temperature, top_k=40, top_p=0.5, min_p=0.5)
+        request = GenerationConfig(1, penalty, temperature, top_k=40, top_p=0.5, min_p=0.5)
         found = choose(logits, draws, request, seen_of(ids, 257))
         np.testing.assert_array_equal(found, expected.argmax(-1))
         assert np.issubdtype(found.dtype, np.integer)
@@ -356,16 +360,16 @@ def test_tokens_that_are_all_as_likely_are_all_drawn(choose: Choose, fields: dic
     draws = (np.arange(257, dtype=np.float32) + 0.5) / 257
     for level in (0.0, -33.3, 1e30):
         logits = np.full((257, 257), level, np.float32)
-        found = choose(logits, draws, Request(1, temperature=0.7, **fields), None)
+        found = choose(logits, draws, GenerationConfig(1, temperature=0.7, **fields), None)
         np.testing.assert_array_equal(found, np.arange(257))
-        assert (choose(logits, draws, Request(1, **fields), None) == 0).all()
+        assert (choose(logits, draws, GenerationConfig(1, **fields), None) == 0).all()
 
 
 # Frequencies
 
 
 NUMPYS = np.random.default_rng(6).random(DRAWS, np.float32)
-OURS = uniform_draws(Request(DRAWS // 250, samples=250, seed=7)).ravel()
+OURS = uniform_draws(GenerationConfig(DRAWS // 250, samples=250, seed=7)).ravel()
 EVERY_FILTER = {"repetition_penalty": 1.2, "temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02}
 
 
@@ -393,7 +397,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(
     filtered, undecided = filtered_by_transformers(values, logits, ids)
     assert not undecided.any()
     p = probabilities(filtered)[0]
-    found = choose(np.tile(logits, (DRAWS, 1)), draws, Request(1, **values), np.tile(seen_of(ids, 64), (DRAWS, 1)))
+    found = choose(
+        np.tile(logits, (DRAWS, 1)), draws, GenerationConfig(1, **values), np.tile(seen_of(ids, 64), (DRAWS, 1))
+    )
     counts = np.bincount(found, minlength=64)
     assert counts[p == 0].sum() == 0
     assert chi_square_p_value(counts, DRAWS * p) > LEAST_P_VALUE

@@ -14,7 +14,7 @@ from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import BUNDLED, Checkpoint, GPT2Config
-from bridge.generation.config import Request, uniform_draws
+from bridge.generation.config import GenerationConfig, uniform_draws
 from bridge.generation.decoder import ENDED, Decoder
 from gpt2_jax.generation import Decoder as JaxDecoder
 from gpt2_torch.generation import Decoder as TorchDecoder
@@ -76,7 +76,7 @@ def prompts(bundled: Checkpoint) -> list[list[int]]:
 def test_all_implementations_write_the_same_greedy_text(
     bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
 ) -> None:
-    tokenizer, peer, request = bundled.tokenizer(), transformers_model(bundled), Request(24)
+    tokenizer, peer, request = bundled.tokenizer(), transformers_model(bundled), GenerationConfig(24)
     written = set()
     for prompt in prompts:
         expected = tokenizer.decode(greedy_ids_of_transformers(peer, prompt, 24))
@@ -105,7 +105,7 @@ def test_all_implementations_make_the_same_greedy_tokens_at_124m() -> None:
     expected = [greedy_ids_of_transformers(peer, prompt, 12) for prompt in prompts]
     assert len({token for row in expected for token in row}) > 12, "repetitions prove little"
     for name, decoder in decoders_of(checkpoint).items():
-        assert [row[0].ids for row in decoder.generate(prompts, Request(12))] == expected, name
+        assert [row[0].ids for row in decoder.generate(prompts, GenerationConfig(12))] == expected, name
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_all_implementations_make_the_same_greedy_tokens_at_124m() -> None:
 def test_both_backends_draw_the_same_text(
     filters: dict[str, Any], bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
 ) -> None:
-    tokenizer, request = bundled.tokenizer(), Request(40, seed=7, samples=2, repetition_penalty=1.1, **filters)
+    tokenizer, request = bundled.tokenizer(), GenerationConfig(40, seed=7, samples=2, repetition_penalty=1.1, **filters)
     ours, port = (
         [[tokenizer.decode(sample.ids) for sample in row] for row in decoder.generate(prompts[2:5], request)]
         for decoder in trained.values()
@@ -126,16 +126,16 @@ def test_both_backends_draw_the_same_text(
 
 
 REQUESTS = {
-    "greedy": Request(21, log_probs=True),
-    "sampled": Request(21, log_probs=True, temperature=1.0, seed=3),
-    "several samples": Request(21, log_probs=True, temperature=2.0, samples=3),
-    "repetition penalized": Request(21, log_probs=True, repetition_penalty=1.5),
-    "samples with repetition penalized": Request(
+    "greedy": GenerationConfig(21, log_probs=True),
+    "sampled": GenerationConfig(21, log_probs=True, temperature=1.0, seed=3),
+    "several samples": GenerationConfig(21, log_probs=True, temperature=2.0, samples=3),
+    "repetition penalized": GenerationConfig(21, log_probs=True, repetition_penalty=1.5),
+    "samples with repetition penalized": GenerationConfig(
         21, log_probs=True, temperature=0.7, repetition_penalty=1.5, samples=2
     ),
-    "stop ids": Request(21, log_probs=True, temperature=3.0, stop_ids=STOP_IDS),
-    "slide": Request(61, log_probs=True, slide=True),
-    "slide with stop ids": Request(61, log_probs=True, temperature=2.0, slide=True, stop_ids=STOP_IDS[:2]),
+    "stop ids": GenerationConfig(21, log_probs=True, temperature=3.0, stop_ids=STOP_IDS),
+    "slide": GenerationConfig(61, log_probs=True, slide=True),
+    "slide with stop ids": GenerationConfig(61, log_probs=True, temperature=2.0, slide=True, stop_ids=STOP_IDS[:2]),
 }
 
 
@@ -188,7 +188,7 @@ def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> 
             np.testing.assert_allclose(continuation.log_probs, expected, rtol=0, atol=LOG_PROB_ROUNDING)
 
 
-def plain_continuation(prompt: list[int], request: Request) -> list[int]:
+def plain_continuation(prompt: list[int], request: GenerationConfig) -> list[int]:
     """No cache: the whole row runs for each token, and is cut to its last half where it is full."""
     model, row, new, positions = torch_model(random_checkpoint(SMALL)), [*prompt], [], SMALL.n_positions
     for draw in uniform_draws(request)[0]:
@@ -204,7 +204,7 @@ def plain_continuation(prompt: list[int], request: Request) -> list[int]:
 @each_backend
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 def test_a_full_row_goes_on_from_its_last_half(temperature: float, backend: str, small: Decoders) -> None:
-    request = Request(61, log_probs=True, temperature=temperature, slide=True)
+    request = GenerationConfig(61, log_probs=True, temperature=temperature, slide=True)
     for length in (3, SMALL.n_positions, SMALL.n_positions + 9):
         prompt = random_ids(SMALL, 1, length, seed=1)[0].tolist()
         assert small[backend].generate([prompt], request)[0][0].ids == plain_continuation(prompt, request), length
@@ -231,8 +231,8 @@ def test_chunks_are_the_tokens_of_one_go(name: str, at_a_time: int, backend: str
 @each_backend
 def test_what_cannot_be_streamed_is_refused_before_anything_runs(backend: str, small: Decoders) -> None:
     with pytest.raises(ValueError, match="beams"):
-        small[backend].stream(PROMPTS, Request(3, beams=2))
+        small[backend].stream(PROMPTS, GenerationConfig(3, beams=2))
     with pytest.raises(ValueError, match="slide"):
-        small[backend].stream(PROMPTS, Request(SMALL.n_positions))
+        small[backend].stream(PROMPTS, GenerationConfig(SMALL.n_positions))
     with pytest.raises(IndexError, match="vocabulary"):
-        small[backend].stream([[SMALL.vocab_size]], Request(3))
+        small[backend].stream([[SMALL.vocab_size]], GenerationConfig(3))

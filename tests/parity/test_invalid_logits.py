@@ -15,7 +15,7 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge import Checkpoint
-from bridge.generation.config import Request
+from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import Decoder, InvalidLogits
 from bridge.generation.text import PROMPTS_AT_A_TIME, complete, stream_text
 from gpt2_jax.generation import Decoder as JaxDecoder
@@ -29,10 +29,10 @@ LARGE = 3e38
 
 FILTERED = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
 REQUESTS = {
-    "greedy": Request(4),
-    "sampled": Request(4, **FILTERED),
-    "several": Request(4, temperature=0.7, samples=2, log_probs=True, stop_ids=(5,)),
-    "beams": Request(4, beams=3),
+    "greedy": GenerationConfig(4),
+    "sampled": GenerationConfig(4, **FILTERED),
+    "several": GenerationConfig(4, temperature=0.7, samples=2, log_probs=True, stop_ids=(5,)),
+    "beams": GenerationConfig(4, beams=3),
 }
 each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
 
@@ -78,7 +78,7 @@ def test_minus_infinity_for_some_tokens_is_none(name: str, backend: str) -> None
 def test_the_row_and_the_token_are_named(backend: str, at_a_time: int | None) -> None:
     """The embedding of a token is NaN that row 1 has first; what was streamed before is right."""
     right = random_checkpoint(CONFIG)
-    request = Request(8)
+    request = GenerationConfig(8)
     ids = [row[0].ids for row in decoder(backend, right).generate(PROMPTS, request)]
     step = next(n for n in range(1, 7) if ids[1][n] not in {0, *ids[0], *ids[1][:n], *PROMPTS[0], *PROMPTS[1]})
     state = {name: np.array(array) for name, array in right.tensors.items()}
@@ -101,16 +101,16 @@ def test_the_row_is_counted_over_all_prompts() -> None:
     broken = decoder("gpt2_torch", Checkpoint.of(state, CONFIG))
     prompts = ["a"] * PROMPTS_AT_A_TIME + ["a", "!"]
     with pytest.raises(InvalidLogits, match=rf"^row {2 * (PROMPTS_AT_A_TIME + 1)}, new token 0,"):
-        complete(broken, encoding, prompts, Request(1, temperature=1.0, samples=2))
+        complete(broken, encoding, prompts, GenerationConfig(1, temperature=1.0, samples=2))
     with pytest.raises(InvalidLogits):
-        list(stream_text(broken, encoding, "!", Request(2)))
+        list(stream_text(broken, encoding, "!", GenerationConfig(2)))
 
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_the_command_exits_with_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], backend: str
 ) -> None:
-    bridge.save(with_head(LOGITS["NaN"]), tmp_path / "m", format="huggingface", keep_not_finite=True)
+    bridge.save(with_head(LOGITS["NaN"]), tmp_path / "m", format="huggingface", allow_non_finite=True)
     write_byte_tokenizer(tmp_path / "m")
     arguments = ("generate", tmp_path / "m", "--backend", backend, "--max-new-tokens", 4)
     for more in (("We",), ("We", "--json", tmp_path / "g.json")):

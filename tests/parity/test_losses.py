@@ -59,7 +59,7 @@ def expected(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
     """From the definition, in float64."""
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(axis=-1, keepdims=True)
-    counted = labels != gpt2_jax.loss.IGNORED
+    counted = labels != gpt2_jax.loss.IGNORE_INDEX
     one_hot = np.eye(V)[np.where(counted, labels, 0)]
     return np.where(counted, -np.log((p * one_hot).sum(-1)), 0), (p - one_hot) * counted[..., None]
 
@@ -82,7 +82,7 @@ def test_ignored_labels_count_nowhere(losses_of: Losses, x64: None) -> None:
     everywhere, _ = losses_of(logits, labels)
     ignored = np.zeros((B, T), bool)
     ignored[0, 0] = ignored[0, 3:5] = ignored[2, -1] = ignored[1] = True  # a whole row among them
-    labels[ignored] = gpt2_jax.loss.IGNORED
+    labels[ignored] = gpt2_jax.loss.IGNORE_INDEX
     losses, gradient = losses_of(logits, labels)
     assert (losses[ignored] == 0).all() and (gradient[ignored] == 0).all()
     np.testing.assert_array_equal(losses[~ignored], everywhere[~ignored])
@@ -91,7 +91,7 @@ def test_ignored_labels_count_nowhere(losses_of: Losses, x64: None) -> None:
 
 def test_all_ignored_is_zero_with_a_gradient_of_zero(losses_of: Losses) -> None:
     logits, labels = logits_and_labels(np.float32)
-    losses, gradient = losses_of(logits, np.full_like(labels, gpt2_jax.loss.IGNORED))
+    losses, gradient = losses_of(logits, np.full_like(labels, gpt2_jax.loss.IGNORE_INDEX))
     assert (losses == 0).all() and (gradient == 0).all()
 
 
@@ -112,4 +112,4 @@ def test_a_label_outside_the_vocabulary_does_not_pass(label: int) -> None:
 
 
 def test_both_backends_ignore_the_same_label() -> None:
-    assert gpt2_torch.loss.IGNORED == gpt2_jax.loss.IGNORED == torch.nn.CrossEntropyLoss().ignore_index
+    assert gpt2_torch.loss.IGNORE_INDEX == gpt2_jax.loss.IGNORE_INDEX == torch.nn.CrossEntropyLoss().ignore_index

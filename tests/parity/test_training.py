@@ -24,7 +24,7 @@ import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
 from bridge.optimizer_state import AdamWState
-from gpt2_jax.loss import IGNORED
+from gpt2_jax.loss import IGNORE_INDEX
 from gpt2_jax.training import optimizer_state as jax_optimizer_state
 from gpt2_jax.training.config import OptimizerConfig
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -97,7 +97,7 @@ def batches() -> list[dict[str, np.ndarray]]:
             mask = (np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (BATCH, 1))).astype(np.int32)
             mask[step % BATCH] = 0
             mask = mask[:, ::-1] if step % 4 == 3 else mask
-            labels[(mask == 0) | (rng.random(mask.shape) < 0.2)] = IGNORED
+            labels[(mask == 0) | (rng.random(mask.shape) < 0.2)] = IGNORE_INDEX
         result.append({"input_ids": tokens[:, :-1].copy(), "labels": labels, "attention_mask": mask.copy()})
     return result
 
@@ -111,7 +111,8 @@ def beginning(form: str, dtype: str) -> Snapshot:
 def snapshot(weights: Mapping[str, np.ndarray], adamw: AdamWState) -> Snapshot:
     """Copied: torch goes on in the same memory."""
     weights, first, second = (
-        {name: np.array(array) for name, array in arrays.items()} for arrays in (weights, adamw.first, adamw.second)
+        {name: np.array(array) for name, array in arrays.items()}
+        for arrays in (weights, adamw.exp_avg, adamw.exp_avg_sq)
     )
     return Snapshot(weights, AdamWState(adamw.step, first, second))
 
@@ -298,10 +299,10 @@ def average_the_parts(patch: Patch) -> None:
     right_step, right_loss = torch_train.train_step, torch_train.cross_entropy
 
     def step(model: Any, optimizer: Any, batch: Any, **kwargs: Any) -> Any:
-        count = (batch["labels"] != IGNORED).sum()
+        count = (batch["labels"] != IGNORE_INDEX).sum()
 
         def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return right_loss(logits, labels) * count / (ACCUMULATE * (labels != IGNORED).sum())
+            return right_loss(logits, labels) * count / (ACCUMULATE * (labels != IGNORE_INDEX).sum())
 
         patch.setattr(torch_train, "cross_entropy", loss)
         return right_step(model, optimizer, batch, **kwargs)
@@ -346,20 +347,20 @@ def count_one_too_many(state: AdamWState) -> AdamWState:
 
 
 def lose_the_moments(state: AdamWState) -> AdamWState:
-    zeros = {name: np.zeros_like(array) for name, array in state.first.items()}
-    return replace(state, first=zeros, second=zeros)
+    zeros = {name: np.zeros_like(array) for name, array in state.exp_avg.items()}
+    return replace(state, exp_avg=zeros, exp_avg_sq=zeros)
 
 
 def lose_one_moment(state: AdamWState) -> AdamWState:
     """Of the smallest parameter there is, in one layer."""
-    return replace(state, first={**state.first, "h.2.ln_2.bias": np.zeros_like(state.first["h.2.ln_2.bias"])})
+    return replace(state, exp_avg={**state.exp_avg, "h.2.ln_2.bias": np.zeros_like(state.exp_avg["h.2.ln_2.bias"])})
 
 
 def swap_query_and_value(state: AdamWState) -> AdamWState:
     """What a wrong turn of one kernel does to its moments, the weights being right."""
     name = "h.1.attn.c_attn.weight"
-    query, key, value = np.split(state.second[name], 3, axis=1)
-    return replace(state, second={**state.second, name: np.concatenate([value, key, query], axis=1)})
+    query, key, value = np.split(state.exp_avg_sq[name], 3, axis=1)
+    return replace(state, exp_avg_sq={**state.exp_avg_sq, name: np.concatenate([value, key, query], axis=1)})
 
 
 @pytest.mark.parametrize("run", [torch_run, jax_run], ids=["into-torch", "into-jax"])

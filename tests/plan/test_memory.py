@@ -60,7 +60,7 @@ def test_a_described_step_is_the_one_that_is_trained() -> None:
     step = described_step(config, make_mesh("data=1"))
     assert set(step.batch) == {"input_ids", "labels", "attention_mask"}
     assert step.batch["labels"].shape == (4, 1024)
-    assert step.config.attention == step.model.attention == "plain"  # which alone takes a mask
+    assert step.config.attention == step.model.attention == "xla"  # which alone takes a mask
     assert state_bytes(step).batch == 3 * 4 * 4 * 1024
     for kernel in ("cudnn", "splash"):
         with pytest.raises(PlanError, match=f"attention={kernel}: not on cpu"):

@@ -21,7 +21,7 @@ from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.ops.attention import _splash, attention
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(name: str, directory: Path) -> dict[str, np.ndarray]:
@@ -51,8 +51,8 @@ def spread_attention() -> dict[str, Any]:
     q, k, v, d = (jnp.asarray(rng.normal(size=(4, 128, 4, 8)), jnp.float32) for _ in range(4))
     functions = {
         "splash": lambda q, k, v: _splash(q * 0.3, k, v, interpret=True),
-        "blocks": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="blocks"),
-        "plain": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="plain"),
+        "blockwise": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="blockwise"),
+        "xla": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="xla"),
     }
 
     def value_and_gradients(name: str, *given: jax.Array) -> list[jax.Array]:
@@ -60,12 +60,12 @@ def spread_attention() -> dict[str, Any]:
         return [value, *pullback(given[3])]
 
     compiled, results = jax.jit(value_and_gradients, static_argnums=0), {}
-    plain = compiled("plain", q, k, v, d)
+    plain = compiled("xla", q, k, v, d)
     mesh = make_mesh()
     spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, TENSOR, None))
     with jax.set_mesh(mesh):
         given = [jax.device_put(x, spread) for x in (q, k, v, d)]
-        for name in ("splash", "blocks"):
+        for name in ("splash", "blockwise"):
             program = compiled.lower(name, *given).compile()
             moves = re.findall(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)\(", program.as_text())
             found = program(*given)

@@ -25,9 +25,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bridge
 from bridge import GPT2Config
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax.loading import sharded_params
-from gpt2_jax.loss import IGNORED, summed_loss
+from gpt2_jax.loss import IGNORE_INDEX, summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import make_mesh, shardings
 from gpt2_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
@@ -98,7 +98,7 @@ def _batches(config: TrainConfig) -> list[dict[str, np.ndarray]]:
     rng, (steps, rows) = np.random.default_rng(1), (config.steps, config.batch_size)
     ids = (rng.integers(0, 71, (steps, rows, 1)) + np.arange(config.length + 1, dtype=np.int32)) % MODEL.vocab_size
     hidden = rng.random(ids.shape) < np.linspace(0, 0.8, rows)[:, None]
-    ids, labels = (x.astype(np.int32) for x in (ids, np.where(hidden, IGNORED, ids)))
+    ids, labels = (x.astype(np.int32) for x in (ids, np.where(hidden, IGNORE_INDEX, ids)))
     return [{"input_ids": i[:, :-1], "labels": k[:, 1:]} for i, k in zip(ids, labels, strict=True)]
 
 
@@ -166,11 +166,11 @@ def loaded(directory: str) -> dict[str, Any]:
 def _loaded(path: Path, scan: bool) -> dict[str, Any]:
     mesh, checkpoint, reads = make_mesh("data=2,fsdp=2,tensor=2"), bridge.load(path), list[str]()
 
-    def counted(name: str, entry: TensorEntry) -> TensorEntry:
-        return TensorEntry(entry.dtype, entry.shape, lambda: reads.append(name) or entry.read())
+    def counted(name: str, entry: LazyTensor) -> LazyTensor:
+        return LazyTensor(entry.dtype, entry.shape, lambda: reads.append(name) or entry.read())
 
     expected = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=scan, vocab_multiple=8)
-    tensors = LazyTensors({name: counted(name, entry) for name, entry in checkpoint.tensors.entries.items()})
+    tensors = LazyTensorMap({name: counted(name, entry) for name, entry in checkpoint.tensors.entries.items()})
     params = sharded_params(replace(checkpoint, tensors=tensors), mesh, scan=scan, vocab_multiple=8)
     arrays = list(zip(*map(jax.tree.leaves, (params, expected, shardings(params, mesh))), strict=True))
     return {

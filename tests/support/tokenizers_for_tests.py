@@ -37,7 +37,7 @@ TEXTS = [
     "the quick brown fox jumps over the lazy dog " * 20,
 ]
 
-OPENAI_CACHE = Path(__file__).parents[2] / "shared" / "tiktoken-cache"
+OPENAI_CACHE = Path(__file__).parents[3] / "shared" / "tiktoken-cache"
 needs_openai_cache = pytest.mark.skipif(
     not OPENAI_CACHE.is_dir(), reason="needs tiktoken's cache of the gpt2 vocabulary in ../shared/tiktoken-cache"
 )

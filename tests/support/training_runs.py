@@ -14,7 +14,7 @@ from rich.console import Console
 import bridge
 from bridge import GPT2Config
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.training import OptimizerConfig, Outcome, TrainConfig, loop, settle, train
+from gpt2_jax.training import OptimizerConfig, Outcome, TrainConfig, loop, resolve_config, train
 from gpt2_jax.training.config import flat, from_flat
 from gpt2_jax.training.run.metrics import read_metrics
 
@@ -64,7 +64,7 @@ def data_for(config: TrainConfig, directory: Path) -> Data:
 def run_in(directory: Path, config: TrainConfig, name: str = "run", **options: Any) -> Outcome:
     """Train as `gpt2 train` does, in silence, to `directory`/`name`."""
     data = data_for(config, directory)
-    config = settle(config, data, options.get("init_from"))
+    config = resolve_config(config, data, options.get("init_from"))
     return train(config, directory / name, data, console=Console(file=io.StringIO()), **options)
 
 

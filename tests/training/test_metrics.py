@@ -20,7 +20,7 @@ from bridge import GPT2_SIZES, GPT2Config
 from gpt2_jax import hardware
 from gpt2_jax.cli.train import run_training
 from gpt2_jax.hardware import flops_per_token, peak_flops
-from gpt2_jax.training import TrainConfig, TrainingError, settle, train
+from gpt2_jax.training import TrainConfig, TrainingError, resolve_config, train
 from gpt2_jax.training.run.metrics import Metrics, plot_losses, read_metrics
 
 
@@ -211,7 +211,7 @@ def test_a_missing_package_ends_a_run_before_anything_is_written(
     assert files(tmp_path) == before
     data = data_for(config, tmp_path)
     with pytest.raises(TrainingError, match=f"--{name} needs"):
-        train(settle(config, data), tmp_path / "run", data)
+        train(resolve_config(config, data), tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,7 @@ import bridge
 import gpt2_jax.loss
 import gpt2_jax.ops.blockwise_attention
 from bridge import GPT2Config
-from gpt2_jax.loss import IGNORED, cross_entropy
+from gpt2_jax.loss import IGNORE_INDEX, cross_entropy
 from gpt2_jax.model import GPT2
 from gpt2_jax.training import OptimizerConfig, init_state, make_optimizer, make_train_step
 
@@ -42,7 +42,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
         follows = rng.random(BATCH) < 0.9
         tokens[follows, t + 1] = (3 * tokens[follows, t] + 1) % CONFIG.vocab_size
     labels = tokens[:, 1:].copy()
-    labels[0, LENGTH // 2 :] = IGNORED
+    labels[0, LENGTH // 2 :] = IGNORE_INDEX
     return {"input_ids": tokens[:, :-1].copy(), "labels": labels}
 
 
@@ -60,17 +60,17 @@ def curve(path: str, dtype: str) -> np.ndarray:
 
 
 def fast_step(tx: optax.GradientTransformation, dtype: Any) -> Any:
-    model = GPT2(CONFIG, dtype=dtype, scan=True, remat="dots", attention="blocks")
+    model = GPT2(CONFIG, dtype=dtype, scan=True, remat="dots", attention="blockwise")
     return make_train_step(model, tx)
 
 
 def plain_step(tx: optax.GradientTransformation, dtype: Any) -> Any:
-    model = GPT2(CONFIG, dtype=dtype, scan=True, remat="none", attention="plain")
+    model = GPT2(CONFIG, dtype=dtype, scan=True, remat="none", attention="xla")
 
     def loss(params: Any, batch: Any) -> jax.Array:
         hidden = model.apply({"params": params}, batch["input_ids"], method="hidden")
         logits = model.apply({"params": params}, hidden, method="head")
-        return cross_entropy(logits, batch["labels"]).sum() / (batch["labels"] != IGNORED).sum()
+        return cross_entropy(logits, batch["labels"]).sum() / (batch["labels"] != IGNORE_INDEX).sum()
 
     @jax.jit
     def step(state: Any, batch: Any) -> Any:

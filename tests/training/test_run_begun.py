@@ -18,7 +18,7 @@ import bridge
 from bridge import BridgeError, CheckpointError
 from gpt2_jax.data import open_data
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.training import TrainConfig, TrainingError, loop, settle
+from gpt2_jax.training import TrainConfig, TrainingError, loop, resolve_config
 from gpt2_jax.training.run import directory as runs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -50,7 +50,7 @@ def test_without_validation_data_no_run_is_begun(tmp_path: Path) -> None:
 def test_a_resumed_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
     first = recipe(tokenizer="characters", n_layer=3, vocab_size=50)
     data = data_for(first, tmp_path)
-    runs.begin(tmp_path / "run", settle(first, data), data)
+    runs.begin(tmp_path / "run", resolve_config(first, data), data)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n')
     (tmp_path / "run" / "notes.txt").write_text("mine")
     again = data_for(RECIPE, tmp_path)
@@ -177,10 +177,10 @@ def test_a_directory_that_this_process_does_not_see_is_named(tmp_path: Path, mon
             runs.begin(run, RECIPE, data)
 
     monkeypatch.setattr(runs.time, "sleep", wait)
-    runs.require_seen(run)
+    runs.wait_until_visible(run)
     assert sum(waited) == 30
     with pytest.raises(TrainingError, match="elsewhere' is not visible to this process; --out must be"):
-        runs.require_seen(tmp_path / "elsewhere")
+        runs.wait_until_visible(tmp_path / "elsewhere")
 
 
 def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tm
         bridge.GPT2Config(vocab_size=300, n_positions=14, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.5)
     )
     config = recipe(init_from="source", resid_pdrop=0.25)
-    settled = settle(config, data_for(config, tmp_path), source)
+    settled = resolve_config(config, data_for(config, tmp_path), source)
     assert settled.model == bridge.GPT2Config(**{**vars(source.config), "attn_pdrop": 0.0, "resid_pdrop": 0.25})
     model = loop.make_model(settled)
     state = loop.first_state(settled, model, loop.make_optimizer(settled.optimizer, 6), source, make_mesh())
@@ -198,12 +198,12 @@ def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tm
 
 def test_without_one_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
     config = recipe(vocab_size=1000)
-    assert settle(config, data_for(config, tmp_path)).model.vocab_size == 257
+    assert resolve_config(config, data_for(config, tmp_path)).model.vocab_size == 257
 
 
 def test_a_length_that_the_model_has_no_positions_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="length=17: the model has n_positions=16; choose --length 16 or less"):
-        settle(recipe(length=17), data_for(RECIPE, tmp_path))
+        resolve_config(recipe(length=17), data_for(RECIPE, tmp_path))
 
 
 def test_the_seed_draws_the_first_weights(tmp_path: Path) -> None:

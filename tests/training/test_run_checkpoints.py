@@ -24,7 +24,7 @@ from support.training_runs import all_weights, data_for, recipe, run_in, stop_at
 
 from bridge.formats.run import best_step, steps
 from bridge.storage import manifest
-from gpt2_jax.training import TrainingError, loop, settle
+from gpt2_jax.training import TrainingError, loop, resolve_config
 from gpt2_jax.training.run.checkpointing import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -263,7 +263,7 @@ def test_a_hostile_checkpoint_is_refused_in_two_lines(tmp_path: Path, shape: lis
 def test_a_best_one_that_was_damaged_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted_losses(monkeypatch, {0: 9.0, 2: 3.0, 4: 4.0, 6: 5.0})
     screen = io.StringIO()
-    config = settle(recipe(eval_every=2, checkpoint_every=2), data := data_for(recipe(), tmp_path), None)
+    config = resolve_config(recipe(eval_every=2, checkpoint_every=2), data := data_for(recipe(), tmp_path), None)
     stop_at(monkeypatch, 6, lambda: (tmp_path / "run" / "checkpoints" / "2" / "more").touch())
     outcome = loop.train(config, tmp_path / "run", data, console=Console(file=screen, width=1000))
     assert outcome.best_step == 4

@@ -17,7 +17,7 @@ from support.training_runs import RECIPE, all_weights, data_for, recipe, run_in,
 
 import bridge
 from bridge.formats.run import steps
-from gpt2_jax.training import NonFiniteLoss, learning_rate_schedule, loop, settle, train
+from gpt2_jax.training import NonFiniteLoss, learning_rate_schedule, loop, resolve_config, train
 from gpt2_jax.training.run import report
 from gpt2_jax.training.run.metrics import read_metrics
 
@@ -135,7 +135,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monke
         run_in(tmp_path, changes)
     said = io.StringIO()
     data = data_for(changes, tmp_path)
-    outcome = train(settle(changes, data), tmp_path / "run", data, resume=True, console=Console(file=said, width=1000))
+    outcome = train(
+        resolve_config(changes, data), tmp_path / "run", data, resume=True, console=Console(file=said, width=1000)
+    )
     assert outcome.step == 6
     assert "step 4: loss nan, norm of the gradient nan; skipped, 2 in all" in said.getvalue()
     records = {record["step"]: record for record in read_metrics(outcome.run)}

@@ -17,7 +17,7 @@ from support.training_runs import RECIPE, all_weights, data_for, files, recipe, 
 import bridge
 from bridge.formats.run import steps
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.training import Outcome, TrainingError, loop, settle, train
+from gpt2_jax.training import Outcome, TrainingError, loop, resolve_config, train
 from gpt2_jax.training.run import directory as runs
 from gpt2_jax.training.run.metrics import read_metrics
 
@@ -131,7 +131,7 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(tmp_path: Path, f
 def test_a_run_without_a_checkpoint_takes_over_another_tokenizer(tmp_path: Path) -> None:
     first = recipe(tokenizer="characters", vocab_size=50)
     data = data_for(first, tmp_path)
-    runs.begin(tmp_path / "run", settle(first, data), data)
+    runs.begin(tmp_path / "run", resolve_config(first, data), data)
     with pytest.raises(TrainingError, match="tokenizer was"):
         run_in(tmp_path, RECIPE, resume=True)
     run_in(tmp_path, RECIPE, resume=True, accept_changes=True)
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_kept(copy: Path) -> None:
     file.write_bytes(data)
     said, data_of_run = io.StringIO(), data_for(RECIPE, copy)
     console = Console(file=said, width=1000)
-    outcome = train(settle(RECIPE, data_of_run), run, data_of_run, resume=True, console=console)
+    outcome = train(resolve_config(RECIPE, data_of_run), run, data_of_run, resume=True, console=console)
     assert (
         f"the checkpoint of step 6 is damaged and was skipped: '{file}' was changed after it was written"
         in said.getvalue()

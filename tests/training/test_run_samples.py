@@ -13,7 +13,7 @@ import bridge
 from bridge import TokenizerError
 from gpt2_jax.data import open_data
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.training import TrainingError, loop, settle
+from gpt2_jax.training import TrainingError, loop, resolve_config
 from gpt2_jax.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -33,7 +33,9 @@ def test_a_prompt_that_cannot_be_gone_on_from_is_found_before_the_run_begins(
     with pytest.raises(TrainingError, match=f"sample_prompt=.*{message}"):
         run_in(tmp_path, recipe(sample_tokens=3, **changes))
     assert not (tmp_path / "run").exists()
-    assert settle(recipe(**changes), data_for(recipe(**changes), tmp_path))  # where nothing is sampled it is unused
+    assert resolve_config(
+        recipe(**changes), data_for(recipe(**changes), tmp_path)
+    )  # where nothing is sampled it is unused
 
 
 def test_documents_with_masks_train_too_and_samples_are_shown(
@@ -45,7 +47,7 @@ def test_documents_with_masks_train_too_and_samples_are_shown(
         (texts / f"{i:02}.txt").write_text("abcdef " * (i % 7 + 1))
     config = recipe(data=str(texts), examples="documents", sample_tokens=5, sample_prompt="abc", learning_rate=3e-2)
     data = open_data(texts, tokenizer="bytes", cache=tmp_path / "cache")
-    outcome = loop.train(settle(config, data), tmp_path / "run", data)
+    outcome = loop.train(resolve_config(config, data), tmp_path / "run", data)
     kept = read_metrics(outcome.run)
     assert kept[-1]["val_loss"] < kept[0]["val_loss"]
     shown = capsys.readouterr().out
@@ -58,7 +60,7 @@ def test_a_padded_vocabulary_is_no_trouble_to_a_sample(tmp_path: Path) -> None:
     model = bridge.GPT2Config(vocab_size=1000, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     config = recipe(init_from="memory", **vars(model), sample_tokens=15)
     data = data_for(config, tmp_path)
-    settled = settle(config, data, random_checkpoint(model))
+    settled = resolve_config(config, data, random_checkpoint(model))
     gpt2 = loop.make_model(settled)
     state = loop.first_state(
         settled, gpt2, loop.make_optimizer(settled.optimizer, 6), random_checkpoint(model), make_mesh()

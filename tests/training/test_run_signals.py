@@ -23,7 +23,7 @@ import bridge
 from bridge.formats.run import steps, validation_loss, verified
 from bridge.storage.atomic_writes import exclusive_lock
 from gpt2_jax.training import Outcome, loop, preemption
-from gpt2_jax.training.preemption import Stopped, StopSignals
+from gpt2_jax.training.preemption import Preempted, PreemptionHandler
 from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.run.directory import LOCK
 from gpt2_jax.training.run.metrics import read_metrics
@@ -217,10 +217,10 @@ def test_two_signals_within_one_call_end_the_process(tmp_path: Path) -> None:
     """Python runs no handler before the call is over, and then one for both."""
     code = """
 import signal, jax
-from gpt2_jax.training.preemption import StopSignals
+from gpt2_jax.training.preemption import PreemptionHandler
 once = lambda x: jax.lax.fori_loop(0, 2**31 - 1, lambda i, x: x * 1.5 % 1.0, x)
 long = jax.jit(lambda x: jax.lax.fori_loop(0, 1000, lambda i, x: once(x), x)).lower(1.0).compile()
-with StopSignals(second=signal.SIG_DFL):
+with PreemptionHandler(second=signal.SIG_DFL):
     print("in", flush=True)
     float(long(1.0))
 """
@@ -267,16 +267,16 @@ def heard_by_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     signal.signal(signal.SIGTERM, before)
 
 
-def agree(stop: StopSignals) -> None:
+def agree(stop: PreemptionHandler) -> None:
     stop.check()
     stop.check()
-    with pytest.raises(Stopped):
+    with pytest.raises(Preempted):
         stop.check()
 
 
 def test_of_several_one_that_is_told_late_goes_on_saving(heard_by_jax: list[int]) -> None:
     """Where the system tells each of them, and the first has them stop before the last hears of it."""
-    with StopSignals() as stop:
+    with PreemptionHandler() as stop:
         agree(stop)
         signal.raise_signal(signal.SIGTERM)
         assert (heard_by_jax, stop.received) == ([], signal.SIGTERM)
@@ -287,7 +287,7 @@ def test_of_several_one_that_is_told_late_goes_on_saving(heard_by_jax: list[int]
 
 
 def test_of_several_the_one_with_the_keyboard_tells_the_others(heard_by_jax: list[int]) -> None:
-    with StopSignals() as stop:
+    with PreemptionHandler() as stop:
         signal.raise_signal(signal.SIGINT)
         assert (heard_by_jax, stop.received) == ([signal.SIGTERM], None)
         agree(stop)
@@ -296,7 +296,7 @@ def test_of_several_the_one_with_the_keyboard_tells_the_others(heard_by_jax: lis
 
 
 def test_of_several_a_keyboard_that_is_late_goes_unheard(heard_by_jax: list[int]) -> None:
-    with StopSignals() as stop:
+    with PreemptionHandler() as stop:
         agree(stop)
         signal.raise_signal(signal.SIGINT)
         assert heard_by_jax == []

@@ -12,7 +12,7 @@ import pytest
 
 import bridge
 from bridge import GPT2_SIZES, Checkpoint
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")]
 
@@ -45,10 +45,10 @@ leave()
 
 
 def test_a_process_holds_its_share_and_one_tensor(tmp_path: Path) -> None:
-    def zeros(shape: tuple[int, ...]) -> TensorEntry:
-        return TensorEntry(np.dtype(np.float32), shape, lambda: np.zeros(shape, np.float32))
+    def zeros(shape: tuple[int, ...]) -> LazyTensor:
+        return LazyTensor(np.dtype(np.float32), shape, lambda: np.zeros(shape, np.float32))
 
-    tensors = LazyTensors({p.torch_name: zeros(p.torch_shape) for p in bridge.parameters(CONFIG)})
+    tensors = LazyTensorMap({p.torch_name: zeros(p.torch_shape) for p in bridge.parameters(CONFIG)})
     bridge.save(Checkpoint(CONFIG, tensors, "memory"), tmp_path / "xl", format="huggingface")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

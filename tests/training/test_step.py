@@ -15,7 +15,7 @@ from support.models import random_state
 
 import bridge
 from bridge import GPT2Config
-from gpt2_jax.loss import IGNORED
+from gpt2_jax.loss import IGNORE_INDEX
 from gpt2_jax.model import GPT2
 from gpt2_jax.training import OptimizerConfig, TrainState, init_state, make_eval_step, make_optimizer, make_train_step
 from gpt2_jax.training.step import all_finite
@@ -31,7 +31,7 @@ CONFIG = GPT2Config(vocab_size=31, n_positions=12, n_embd=12, n_layer=2, n_head=
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
 """Updates in proportion to gradients, so that states can be compared; AdamW and Muon have tests of their own."""
 STEPS, BATCH, LENGTH = 4, 6, 10
-PADDING = {"input_ids": 5, "labels": IGNORED, "attention_mask": 0}
+PADDING = {"input_ids": 5, "labels": IGNORE_INDEX, "attention_mask": 0}
 
 
 @cache
@@ -52,7 +52,7 @@ def batch(seed: int = 0, *, ragged: bool = False) -> dict[str, np.ndarray]:
     tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1)).astype(np.int32)
     labels = tokens[:, 1:].copy()
     if ragged:  # from no label to all of them
-        labels[np.arange(LENGTH) >= np.linspace(0, LENGTH, BATCH).astype(int)[:, None]] = IGNORED
+        labels[np.arange(LENGTH) >= np.linspace(0, LENGTH, BATCH).astype(int)[:, None]] = IGNORE_INDEX
     return {"input_ids": tokens[:, :-1].copy(), "labels": labels}
 
 
@@ -108,7 +108,7 @@ def test_accumulation_is_exact_where_labels_are_ragged() -> None:
 
 
 def test_where_nothing_is_to_be_learned_the_gradient_is_zero_and_nothing_is_nan() -> None:
-    nothing = batch() | {"labels": np.full((BATCH, LENGTH), IGNORED, np.int32)}
+    nothing = batch() | {"labels": np.full((BATCH, LENGTH), IGNORE_INDEX, np.int32)}
     for step in (stepper(), stepper(accumulate=3)):
         state, metrics = step(first_state(), nothing)
         assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0.0, 0.0)

@@ -26,10 +26,10 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import BridgeError
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
-from bridge.formats.run import CHECKPOINTS, best_step, sealed_steps, sound, steps, validation_loss
+from bridge.formats.run import CHECKPOINTS, best_step, committed_steps, sound, steps, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import flush_to_disk, foreign_files
-from gpt2_jax.parallel.distributed import first_says, is_first, wait_for_all
+from gpt2_jax.parallel.distributed import broadcast_from_first, is_first, wait_for_all
 from gpt2_jax.training.config import TrainingError, is_out_of_memory
 from gpt2_jax.training.step import TrainState
 
@@ -75,7 +75,7 @@ class Checkpoints:
         If there is one, damaged checkpoints are renamed to STEP.damaged, so that they are not counted as the last or
         the best.
         """
-        return first_says(self._newest_sound() if is_first() else None)
+        return broadcast_from_first(self._newest_sound() if is_first() else None)
 
     def _newest_sound(self) -> int | None:
         newest, damaged = None, []
@@ -85,7 +85,7 @@ class Checkpoints:
             else:
                 newest = step
         for path in damaged if newest is not None else ():
-            path.rename(_free(path.with_name(f"{path.name}.damaged")))
+            path.rename(_unused_name(path.with_name(f"{path.name}.damaged")))
         return newest
 
     def save(self, state: TrainState, val_loss: float | None = None) -> None:
@@ -141,11 +141,11 @@ class Checkpoints:
 
     def loss(self, step: int) -> float | None:
         """The validation loss recorded with this checkpoint."""
-        return first_says(validation_loss(self._run, step) if is_first() else None)
+        return broadcast_from_first(validation_loss(self._run, step) if is_first() else None)
 
     def lowest_loss(self) -> float:
         """The best step of all checkpoints."""
-        step = first_says(best_step(self._run) if is_first() else None)
+        step = broadcast_from_first(best_step(self._run) if is_first() else None)
         loss = None if step is None else self.loss(step)
         return float("inf") if loss is None else loss
 
@@ -187,7 +187,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove all checkpoints but the last and the best. Called after a newer valid one was committed."""
-        sealed = sealed_steps(self._run)
+        sealed = committed_steps(self._run)
         kept = {*sealed[-self._keep_last :], best_step(self._run)}
         for step in sealed:  # a damaged checkpoint stays for inspection
             if step not in kept:
@@ -229,7 +229,7 @@ def _explained(what: str) -> Iterator[None]:
         raise TrainingError(f"{what}\n{error if isinstance(error, BridgeError) else reason}") from error
 
 
-def _free(path: Path) -> Path:
+def _unused_name(path: Path) -> Path:
     """Return an unused name: `path`, or `path` with a number."""
     numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
     return next(name for name in itertools.chain([path], numbered) if not os.path.lexists(name))

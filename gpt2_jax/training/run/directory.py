@@ -167,7 +167,7 @@ def require_own(run: Path, config: TrainConfig, data: Data) -> None:
         raise _another_trains(run)
 
 
-def require_seen(run: Path) -> None:
+def wait_until_visible(run: Path) -> None:
     """Raise `TrainingError` if this process does not see the run's directory that the first process created."""
     for _ in range(MOST_SECONDS_UNSEEN):
         if is_run(run):

@@ -11,7 +11,7 @@ import pytest
 from support.models import TINY
 
 import bridge
-from bridge.evaluation import IGNORED, Evaluation, SlidingWindows
+from bridge.evaluation import IGNORE_INDEX, Evaluation, SlidingWindows
 
 CONFIG = replace(TINY, vocab_size=1000)
 
@@ -28,7 +28,7 @@ def predictions(windows: SlidingWindows) -> list[tuple[int, int]]:
     found = []
     for input_ids, labels in windows.batches():
         for row_ids, row_labels in zip(input_ids, labels, strict=True):
-            for t in np.flatnonzero(row_labels != IGNORED):
+            for t in np.flatnonzero(row_labels != IGNORE_INDEX):
                 np.testing.assert_array_equal(row_ids[: t + 1], row_labels[t] - t - 1 + np.arange(t + 1))
                 found.append((int(row_labels[t]) - 100, int(t) + 1))
     return found
@@ -65,7 +65,7 @@ def test_all_batches_have_one_shape(batch_size: int) -> None:
 def test_a_text_shorter_than_the_context_is_one_window_of_its_own_length() -> None:
     [(input_ids, labels)] = windows_over(5, 40, 20).batches()
     assert input_ids.tolist() == [[100, 101, 102, 103, 104]]
-    assert labels.tolist() == [[101, 102, 103, 104, IGNORED]]
+    assert labels.tolist() == [[101, 102, 103, 104, IGNORE_INDEX]]
 
 
 def test_context_stride_and_batch_follow_from_the_model() -> None:
@@ -114,7 +114,9 @@ def test_losses_are_summed_in_float64() -> None:
     windows = windows_over(31, 8, 3, batch_size=2)
 
     def losses() -> list[np.ndarray]:
-        return [np.where(labels == IGNORED, 0, 2**20 + 0.125).astype(np.float32) for _, labels in windows.batches()]
+        return [
+            np.where(labels == IGNORE_INDEX, 0, 2**20 + 0.125).astype(np.float32) for _, labels in windows.batches()
+        ]
 
     assert windows.evaluation(losses()).nats == 30 * (2**20 + 0.125)
 

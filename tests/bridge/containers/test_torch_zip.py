@@ -23,7 +23,7 @@ from support.torch_archives import archive, integer, name, pickled, tensor, text
 
 from bridge import CheckpointError
 from bridge.containers.torch_zip import read_file
-from bridge.storage.tensors import TensorEntry
+from bridge.storage.tensors import LazyTensor
 from gpt2_torch.arrays import array_from_tensor, tensor_from_array
 
 FOUR = np.arange(4, dtype=np.float32).tobytes()
@@ -44,7 +44,7 @@ def test_every_value_of_a_training_state_comes_back(tmp_path: Path, protocol: in
     found = read_file(path)
     entry = found.pop("t")
     assert found == plain
-    assert isinstance(entry, TensorEntry)
+    assert isinstance(entry, LazyTensor)
     assert (entry.shape, entry.dtype, entry.read().tolist()) == ((2, 3), np.float32, [[1.0] * 3] * 2)
 
 

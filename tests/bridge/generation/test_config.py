@@ -11,11 +11,11 @@ import pytest
 from support.models import TINY
 
 from bridge import BridgeError
-from bridge.generation.config import GREEDY_BELOW, LARGEST_SEED, Request, uniform_draws
+from bridge.generation.config import GREEDY_BELOW, LARGEST_SEED, GenerationConfig, uniform_draws
 
 PROMPTS = [[5, 1, 256], [2]]
-SAMPLED = Request(4, 1.3, 0.8, 5, 0.9, 0.05, seed=1, samples=3, stop_ids=(0, 256), log_probs=True)
-BEAMS = Request(4, beams=3, samples=2, stop_ids=(256,), length_penalty=0.6)
+SAMPLED = GenerationConfig(4, 1.3, 0.8, 5, 0.9, 0.05, seed=1, samples=3, stop_ids=(0, 256), log_probs=True)
+BEAMS = GenerationConfig(4, beams=3, samples=2, stop_ids=(256,), length_penalty=0.6)
 
 PINNED = {
     0: [[96861, 2026261, 934707], [6822908, 6302624, 5634200]],
@@ -29,22 +29,22 @@ PINNED = {
     [
         SAMPLED,
         BEAMS,
-        Request(0),
-        Request(TINY.n_positions - 3),
-        Request(1, temperature=1e-9, seed=LARGEST_SEED),
-        Request(1, repetition_penalty=0.5, temperature=100.0, top_k=10**6, top_p=1.0, min_p=0.0),
-        Request(1, temperature=1.0, top_p=1e-9, min_p=1.0),
-        Request(1, beams=TINY.vocab_size),
-        Request(1, beams=TINY.vocab_size - 1, stop_ids=(7, 7)),  # one token, though given twice
-        Request(1, beams=2, length_penalty=-1.0),
+        GenerationConfig(0),
+        GenerationConfig(TINY.n_positions - 3),
+        GenerationConfig(1, temperature=1e-9, seed=LARGEST_SEED),
+        GenerationConfig(1, repetition_penalty=0.5, temperature=100.0, top_k=10**6, top_p=1.0, min_p=0.0),
+        GenerationConfig(1, temperature=1.0, top_p=1e-9, min_p=1.0),
+        GenerationConfig(1, beams=TINY.vocab_size),
+        GenerationConfig(1, beams=TINY.vocab_size - 1, stop_ids=(7, 7)),  # one token, though given twice
+        GenerationConfig(1, beams=2, length_penalty=-1.0),
     ],
 )
-def test_sensible_requests_pass(request_: Request) -> None:
+def test_sensible_requests_pass(request_: GenerationConfig) -> None:
     request_.check(TINY, PROMPTS)
 
 
 def test_no_prompts_are_no_problem() -> None:
-    Request(TINY.n_positions).check(TINY, [])
+    GenerationConfig(TINY.n_positions).check(TINY, [])
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_beams_exclude_what_only_sampling_honours(wrong: dict[str, Any], says: s
 
 
 def test_all_problems_are_told_at_once() -> None:
-    wrong = Request(-1, 0.0, -1.0, 0, 2.0, -1.0, seed=-1, samples=0, stop_ids=(999,), length_penalty=math.nan)
+    wrong = GenerationConfig(-1, 0.0, -1.0, 0, 2.0, -1.0, seed=-1, samples=0, stop_ids=(999,), length_penalty=math.nan)
     with pytest.raises(BridgeError) as caught:
         wrong.check(TINY, [[1] * 41, []])
     problems = str(caught.value)
@@ -119,7 +119,7 @@ def test_all_problems_are_told_at_once() -> None:
 @pytest.mark.parametrize("slide", [False, True])
 def test_an_empty_prompt_is_refused(prompts: list[list[int]], slide: bool) -> None:
     with pytest.raises(BridgeError, match="the prompt is empty; give at least one token"):
-        Request(1, slide=slide).check(TINY, prompts)
+        GenerationConfig(1, slide=slide).check(TINY, prompts)
 
 
 @pytest.mark.parametrize(
@@ -127,36 +127,36 @@ def test_an_empty_prompt_is_refused(prompts: list[list[int]], slide: bool) -> No
 )
 def test_more_than_the_positions_needs_sliding(prompts: list[list[int]], new: int) -> None:
     with pytest.raises(BridgeError, match=f"^{len(prompts[-1]) + new} tokens with the prompt; .* or slide$"):
-        Request(new).check(TINY, prompts)
-    Request(new, slide=True).check(TINY, prompts)
+        GenerationConfig(new).check(TINY, prompts)
+    GenerationConfig(new, slide=True).check(TINY, prompts)
 
 
 @pytest.mark.parametrize(
     ("temperature", "greedy"), [(0.0, True), (GREEDY_BELOW / 2, True), (GREEDY_BELOW, False), (1.0, False)]
 )
 def test_a_temperature_of_next_to_nothing_is_greedy(temperature: float, greedy: bool) -> None:
-    assert Request(1, temperature=temperature).greedy is greedy
+    assert GenerationConfig(1, temperature=temperature).greedy is greedy
 
 
 # Draws
 
 
 def test_draws_are_float32_below_one_a_number_for_each_token_of_each_sample() -> None:
-    draws = uniform_draws(Request(5000, samples=7))
+    draws = uniform_draws(GenerationConfig(5000, samples=7))
     assert draws.shape == (7, 5000) and draws.dtype == np.float32
     assert 0 <= draws.min() < 0.001 and 0.999 < draws.max() < 1
     steps = draws.astype(np.float64) * 2**23
     assert (steps == steps.round()).all()
-    assert uniform_draws(Request(0, samples=2)).shape == (2, 0)
+    assert uniform_draws(GenerationConfig(0, samples=2)).shape == (2, 0)
 
 
 def test_draws_are_uniform() -> None:
-    counts = np.histogram(uniform_draws(Request(20_000, samples=5, seed=3)), bins=100, range=(0, 1))[0]
+    counts = np.histogram(uniform_draws(GenerationConfig(20_000, samples=5, seed=3)), bins=100, range=(0, 1))[0]
     assert np.abs(counts - 1000).max() < 5 * math.sqrt(1000)  # five standard deviations
 
 
 def test_the_seed_and_the_sample_decide_the_draws() -> None:
-    request = Request(50, samples=3, seed=8)
+    request = GenerationConfig(50, samples=3, seed=8)
     draws = uniform_draws(request)
     np.testing.assert_array_equal(draws, uniform_draws(replace(request, temperature=2.0, top_k=3)))
     rows = [*draws, *uniform_draws(replace(request, seed=9)), *uniform_draws(replace(request, seed=0))]
@@ -165,11 +165,11 @@ def test_the_seed_and_the_sample_decide_the_draws() -> None:
 
 @pytest.mark.parametrize("more", [{"samples": 5}, {"max_new_tokens": 60}, {"samples": 4, "max_new_tokens": 51}])
 def test_asking_for_more_leaves_the_first_draws_as_they_are(more: dict[str, int]) -> None:
-    request = Request(50, samples=3, seed=8)
+    request = GenerationConfig(50, samples=3, seed=8)
     np.testing.assert_array_equal(uniform_draws(replace(request, **more))[:3, :50], uniform_draws(request))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", PINNED)
 def test_a_seed_means_the_same_for_ever(seed: int) -> None:
-    draws = uniform_draws(Request(3, samples=2, seed=seed))
+    draws = uniform_draws(GenerationConfig(3, samples=2, seed=seed))
     np.testing.assert_array_equal(draws, np.array(PINNED[seed], np.float32) * np.float32(2.0**-23))

@@ -441,8 +441,8 @@ def test_asking_whether_a_tensor_is_there_does_not_read_it() -> None:
     def read() -> np.ndarray:
         raise AssertionError("was read")
 
-    tensors = bridge.storage.tensors.LazyTensors(
-        {"wte.weight": bridge.storage.tensors.TensorEntry(np.dtype("f4"), (2, 3), read)}
+    tensors = bridge.storage.tensors.LazyTensorMap(
+        {"wte.weight": bridge.storage.tensors.LazyTensor(np.dtype("f4"), (2, 3), read)}
     )
     assert "wte.weight" in tensors and "wpe.weight" not in tensors
     assert len(tensors) == 1 and list(tensors) == ["wte.weight"]

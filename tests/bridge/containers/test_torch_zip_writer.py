@@ -17,14 +17,14 @@ import torch
 from bridge import CheckpointError
 from bridge.containers import torch_zip_writer as torch_writer
 from bridge.containers.torch_zip_writer import STORAGES, write_file
-from bridge.storage.tensors import TensorEntry, turned
+from bridge.storage.tensors import LazyTensor, turned
 from gpt2_torch.arrays import array_from_tensor
 
 
-def random_entry(dtype: np.dtype, shape: tuple[int, ...] = (3, 5)) -> TensorEntry:
+def random_entry(dtype: np.dtype, shape: tuple[int, ...] = (3, 5)) -> LazyTensor:
     """Random bytes; NaN payloads and all."""
     raw = np.random.default_rng(0).integers(0, 2 if dtype == np.bool_ else 256, (*shape, dtype.itemsize), np.uint8)
-    return TensorEntry.of(np.asarray(raw.view(dtype).reshape(shape)))
+    return LazyTensor.of(np.asarray(raw.view(dtype).reshape(shape)))
 
 
 def loaded(path: Path, value: Any) -> Any:
@@ -32,7 +32,7 @@ def loaded(path: Path, value: Any) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def assert_same(tensor: torch.Tensor, entry: TensorEntry) -> None:
+def assert_same(tensor: torch.Tensor, entry: LazyTensor) -> None:
     array = entry.read()
     assert (tuple(tensor.shape), array_from_tensor(tensor).dtype) == (array.shape, array.dtype)
     assert array_from_tensor(tensor).tobytes() == array.tobytes()
@@ -114,7 +114,7 @@ def test_records_with_wide_sizes_are_aligned_and_read(tmp_path: Path, monkeypatc
 
 def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     shape, nbytes = (1024, 1024), 4 * 2**20
-    entries = [TensorEntry(np.dtype(np.float32), shape, lambda k=k: np.full(shape, k, np.float32)) for k in range(8)]
+    entries = [LazyTensor(np.dtype(np.float32), shape, lambda k=k: np.full(shape, k, np.float32)) for k in range(8)]
     tracemalloc.start()
     try:
         write_file(tmp_path / "f.pt", entries)
@@ -136,7 +136,7 @@ def test_what_torch_would_not_take_as_data_is_refused(tmp_path: Path, value: obj
 
 def test_types_that_torch_does_not_have_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="float8_e4m3fn"):
-        write_file(tmp_path / "f.pt", TensorEntry.of(np.zeros(3, ml_dtypes.float8_e4m3fn)))
+        write_file(tmp_path / "f.pt", LazyTensor.of(np.zeros(3, ml_dtypes.float8_e4m3fn)))
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:

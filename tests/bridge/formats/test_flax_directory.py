@@ -19,7 +19,7 @@ import bridge
 from bridge import CheckpointError, ConfigError, ConversionError, GPT2Config
 from bridge.containers.safetensors import read_file, write_file
 from bridge.conversion import flatten
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
 NO_BIAS = replace(TINY, bias=False)
@@ -101,7 +101,7 @@ def saved(tmp_path: Path, edit: Mapping[str, Any] | None = None) -> Path:
         tensors = {**read_file(path / WEIGHTS)[0], **edit}
         (path / WEIGHTS).unlink()
         kept = {name: array for name, array in tensors.items() if array is not None}
-        write_file(path / WEIGHTS, LazyTensors.of(kept), {})
+        write_file(path / WEIGHTS, LazyTensorMap.of(kept), {})
     return path
 
 

@@ -15,9 +15,9 @@ import pytest
 import tiktoken
 
 import bridge
-from bridge import BridgeError, Request
-from bridge.generation.decoder import ENDED, Chunk, Continuation, Decoder
-from bridge.generation.text import Completion, complete, end_of_text_ids, printable, stream_text
+from bridge import BridgeError, GenerationConfig
+from bridge.generation.decoder import ENDED, Chunk, Decoder, GenerationOutput
+from bridge.generation.text import TextOutput, complete, end_of_text_ids, printable, stream_text
 from bridge.tokenizers.byte_level_bpe import WORDS
 
 BYTES = bridge.byte_tokenizer()
@@ -41,7 +41,7 @@ class Canned(Decoder[np.ndarray, Any]):
         ids: np.ndarray,
         padding: np.ndarray,
         slots: int,
-        request: Request,
+        request: GenerationConfig,
         draws: np.ndarray,
         ended: np.ndarray,
         copies: int,
@@ -74,8 +74,8 @@ class Canned(Decoder[np.ndarray, Any]):
 class CannedBeams(Canned):
     """Finds these continuations by beam search."""
 
-    def generate(self, prompts: Any, request: Request) -> list[list[Continuation]]:
-        found = [Continuation([*row], [-1.0] * len(row) if request.log_probs else None) for row in self.rows]
+    def generate(self, prompts: Any, request: GenerationConfig) -> list[list[GenerationOutput]]:
+        found = [GenerationOutput([*row], [-1.0] * len(row) if request.log_probs else None) for row in self.rows]
         return [found[i : i + request.samples] for i in range(0, len(found), request.samples)]
 
 
@@ -98,8 +98,8 @@ def spelled(*parts: str | int) -> list[int]:
 
 def completion_of(
     ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), **fields: Any
-) -> Completion:
-    request = Request(len(ids), **fields)
+) -> TextOutput:
+    request = GenerationConfig(len(ids), **fields)
     ((done,),) = complete(Canned(ids), tokenizer, ["prompt"], request, stop)
     streamed = [*stream_text(Canned(ids), tokenizer, "prompt", request, stop)]
     assert "".join(streamed) == done.text
@@ -132,7 +132,7 @@ def test_a_stop_string_ends_the_text_before_it(
     said: list[str], stop: list[str], text: str, read: int, pieces: tiktoken.Encoding
 ) -> None:
     ids = spelled(*said)
-    assert completion_of(ids, pieces, stop) == Completion(text, ids[:read], None, True)
+    assert completion_of(ids, pieces, stop) == TextOutput(text, ids[:read], None, True)
 
 
 def test_of_a_stop_string_and_its_beginning_the_shorter_is_met_first(pieces: tiktoken.Encoding) -> None:
@@ -150,7 +150,7 @@ def test_the_stop_string_that_stands_first_wins_within_a_token(pieces: tiktoken.
 def test_the_stop_string_that_is_complete_first_wins(pieces: tiktoken.Encoding) -> None:
     """However the text is cut: it is then known, and need not wait for a longer string that began before."""
     for stop in (["abcd", "bc"], ["bc", "abcd"]):
-        assert completion_of(spelled("xabcd"), pieces, stop) == Completion("xa", spelled("xabc"), None, True)
+        assert completion_of(spelled("xabcd"), pieces, stop) == TextOutput("xa", spelled("xabc"), None, True)
         assert completion_of(spelled("xabcd", "y"), pieces, stop).text == "xa"
 
 
@@ -161,18 +161,18 @@ def test_an_empty_stop_string_is_refused(pieces: tiktoken.Encoding) -> None:
 
 @pytest.mark.parametrize("said", ["x stoSTO", "ST", "x S"])
 def test_the_beginning_of_a_stop_string_at_the_end_is_text(said: str) -> None:
-    assert completion_of(spelled(said), BYTES, ["STOP", "TO."]) == Completion(said, spelled(said), None, False)
+    assert completion_of(spelled(said), BYTES, ["STOP", "TO."]) == TextOutput(said, spelled(said), None, False)
 
 
 def test_the_beginning_of_a_stop_string_before_a_stop_id_is_text() -> None:
     ids = spelled("x STO", END, "P")
-    assert completion_of(ids, BYTES, ["STOP"], stop_ids=(END,)) == Completion("x STO", ids[:6], None, True)
+    assert completion_of(ids, BYTES, ["STOP"], stop_ids=(END,)) == TextOutput("x STO", ids[:6], None, True)
 
 
 def test_a_stop_string_in_the_prompt_does_not_count() -> None:
-    request = Request(3)
+    request = GenerationConfig(3)
     ((done,),) = complete(Canned(spelled("OPx")), BYTES, ["STOP and ST"], request, ["STOP"])
-    assert done == Completion("OPx", spelled("OPx"), None, False)
+    assert done == TextOutput("OPx", spelled("OPx"), None, False)
 
 
 def test_any_stop_strings_end_random_text_as_a_search_in_all_of_it_says(pieces: tiktoken.Encoding) -> None:
@@ -186,7 +186,7 @@ def test_any_stop_strings_end_random_text_as_a_search_in_all_of_it_says(pieces: 
         while read < len(ids) and not any(s in text for s in stop):
             text, read = text + pieces.decode([ids[read]]), read + 1
         places = [text.find(s) for s in stop if s in text]
-        expected = Completion(text[: min(places, default=len(text))], ids[:read], None, bool(places))
+        expected = TextOutput(text[: min(places, default=len(text))], ids[:read], None, bool(places))
         assert completion_of(ids, pieces, stop) == expected, (ids, stop)
         stopped += expected.stopped
     assert 100 < stopped < 400
@@ -202,7 +202,7 @@ def test_characters_in_parts_are_put_together() -> None:
 
 def test_pieces_of_text_never_end_inside_a_character() -> None:
     said = "🙂€é日本語🙂🙂🙂"
-    pieces = [*stream_text(Canned([*said.encode()]), BYTES, "p", Request(len(said.encode())))]
+    pieces = [*stream_text(Canned([*said.encode()]), BYTES, "p", GenerationConfig(len(said.encode())))]
     assert "".join(pieces) == said and len(pieces) > 3
 
 
@@ -224,8 +224,8 @@ def test_ids_that_are_no_tokens_say_nothing(tokenizer: tiktoken.Encoding) -> Non
     """As a model with a padded vocabulary draws them."""
     m, o = (tokenizer.encode_ordinary(c)[0] for c in "mo")
     ids = [NO_TOKEN, m, NO_TOKEN, 2**40, o, o, NO_TOKEN]
-    assert completion_of(ids, tokenizer) == Completion("moo", ids, None, False)
-    assert completion_of(ids, tokenizer, ["oo"]) == Completion("m", ids[:6], None, True)
+    assert completion_of(ids, tokenizer) == TextOutput("moo", ids, None, False)
+    assert completion_of(ids, tokenizer, ["oo"]) == TextOutput("m", ids[:6], None, True)
 
 
 def test_an_id_that_is_no_token_does_not_part_a_character() -> None:
@@ -238,15 +238,15 @@ def test_an_id_that_is_no_token_does_not_part_a_character() -> None:
 
 def test_stop_ids_are_told_but_not_shown() -> None:
     ids = spelled("uvw", END, "xyz")
-    assert completion_of(ids, BYTES, stop_ids=(END,)) == Completion("uvw", ids[:4], None, True)
-    assert completion_of(ids, BYTES, stop_ids=(ord("w"), ord("u"))) == Completion("", ids[:1], None, True)
-    assert completion_of(ids, BYTES) == Completion("uvw<|endoftext|>xyz", ids, None, False)
+    assert completion_of(ids, BYTES, stop_ids=(END,)) == TextOutput("uvw", ids[:4], None, True)
+    assert completion_of(ids, BYTES, stop_ids=(ord("w"), ord("u"))) == TextOutput("", ids[:1], None, True)
+    assert completion_of(ids, BYTES) == TextOutput("uvw<|endoftext|>xyz", ids, None, False)
 
 
 def test_a_stop_string_before_a_stop_id_and_the_other_way_round() -> None:
     ids = spelled("a.", END, "b,")
-    assert completion_of(ids, BYTES, ["."], stop_ids=(END,)) == Completion("a", ids[:2], None, True)
-    assert completion_of(ids, BYTES, [","], stop_ids=(END,)) == Completion("a.", ids[:3], None, True)
+    assert completion_of(ids, BYTES, ["."], stop_ids=(END,)) == TextOutput("a", ids[:2], None, True)
+    assert completion_of(ids, BYTES, [","], stop_ids=(END,)) == TextOutput("a.", ids[:3], None, True)
 
 
 def test_stopped_by_the_last_token_is_stopped() -> None:
@@ -267,14 +267,14 @@ def test_log_probabilities_are_those_of_the_ids(stop: str) -> None:
 
 
 def test_nothing_asked_for_is_nothing_said() -> None:
-    assert completion_of([], BYTES, ["."]) == Completion("", [], None, False)
-    assert completion_of([], BYTES, log_probs=True) == Completion("", [], [], False)
-    assert complete(Canned(), BYTES, [], Request(3), ["."]) == []
+    assert completion_of([], BYTES, ["."]) == TextOutput("", [], None, False)
+    assert completion_of([], BYTES, log_probs=True) == TextOutput("", [], [], False)
+    assert complete(Canned(), BYTES, [], GenerationConfig(3), ["."]) == []
 
 
 def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
     said = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
-    request = Request(8, temperature=1.0, samples=2, stop_ids=(ord(","),), log_probs=True)
+    request = GenerationConfig(8, temperature=1.0, samples=2, stop_ids=(ord(","),), log_probs=True)
     found = complete(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], request, ["."])
     assert [[done.text for done in samples] for samples in found] == [
         ["first", "second"],
@@ -289,10 +289,10 @@ def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
 
 def test_beams_end_with_stop_strings_too() -> None:
     decoder = CannedBeams(spelled("a.b"), spelled("uv", END), spelled("xyz"), spelled("a"))
-    request = Request(3, beams=2, samples=2, stop_ids=(END,), log_probs=True)
+    request = GenerationConfig(3, beams=2, samples=2, stop_ids=(END,), log_probs=True)
     assert complete(decoder, BYTES, ["one", "two"], request, ["."]) == [
-        [Completion("a", spelled("a."), [-1.0] * 2, True), Completion("uv", spelled("uv", END), [-1.0] * 3, True)],
-        [Completion("xyz", spelled("xyz"), [-1.0] * 3, False), Completion("a", spelled("a"), [-1.0], False)],
+        [TextOutput("a", spelled("a."), [-1.0] * 2, True), TextOutput("uv", spelled("uv", END), [-1.0] * 3, True)],
+        [TextOutput("xyz", spelled("xyz"), [-1.0] * 3, False), TextOutput("a", spelled("a"), [-1.0], False)],
     ]
 
 
@@ -301,10 +301,10 @@ def test_beams_end_with_stop_strings_too() -> None:
 
 def test_no_more_is_made_once_all_have_stopped() -> None:
     decoder = Canned(spelled("a." + 98 * "x"), spelled("abc." + 96 * "y"))
-    complete(decoder, BYTES, ["one", "two"], Request(100), ["."])
+    complete(decoder, BYTES, ["one", "two"], GenerationConfig(100), ["."])
     assert decoder.made < 25
     decoder = Canned(spelled("a." + 98 * "x"))
-    assert [*stream_text(decoder, BYTES, "one", Request(100), ["."])] == ["a"]
+    assert [*stream_text(decoder, BYTES, "one", GenerationConfig(100), ["."])] == ["a"]
     assert decoder.made < 10
 
 
@@ -312,7 +312,7 @@ def test_text_comes_as_it_is_made_less_what_may_be_a_stop_string() -> None:
     said = "0123456789 ST no STOP"
     decoder = Canned(spelled(said))
     shown = ""
-    for piece in stream_text(decoder, BYTES, "prompt", Request(len(said)), ["STOP"]):
+    for piece in stream_text(decoder, BYTES, "prompt", GenerationConfig(len(said)), ["STOP"]):
         shown += piece
         made = said[: decoder.made]
         assert shown == made.removesuffix(next(s for s in ("STOP", "STO", "ST", "S", "") if made.endswith(s)))
@@ -322,11 +322,11 @@ def test_text_comes_as_it_is_made_less_what_may_be_a_stop_string() -> None:
 def test_what_cannot_be_honoured_is_refused_before_anything_is_said() -> None:
     decoder = Canned([1])
     with pytest.raises(BridgeError, match="the prompt is empty"):
-        complete(decoder, BYTES, [""], Request(1))
+        complete(decoder, BYTES, [""], GenerationConfig(1))
     with pytest.raises(BridgeError, match="temperature=-1"):
-        next(stream_text(decoder, BYTES, "a", Request(1, temperature=-1)))
+        next(stream_text(decoder, BYTES, "a", GenerationConfig(1, temperature=-1)))
     with pytest.raises(BridgeError, match="no character"):
-        complete(decoder, bridge.character_tokenizer("abc"), ["d"], Request(1))
+        complete(decoder, bridge.character_tokenizer("abc"), ["d"], GenerationConfig(1))
     assert decoder.made == 0
 
 

@@ -356,7 +356,7 @@ def test_old_files_with_buffers_and_a_stored_head_load_and_are_called_odd(tmp_pa
         stored[f"h.{i}.attn.masked_bias"] = np.float32(-1e4)
     (path / "model.safetensors").unlink()
     bridge.containers.safetensors.write_file(
-        path / "model.safetensors", bridge.storage.tensors.LazyTensors.of(stored), {}
+        path / "model.safetensors", bridge.storage.tensors.LazyTensorMap.of(stored), {}
     )
     checkpoint = bridge.load(path)
     assert_same(checkpoint.tensors, state)

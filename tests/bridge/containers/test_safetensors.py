@@ -21,7 +21,7 @@ from support.refusals import assert_refused
 
 from bridge import CheckpointError
 from bridge.containers.safetensors import DTYPES, read_file, write_file
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 
 TORCH_DTYPES = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -41,7 +41,7 @@ def samples(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
-    write_file(path, LazyTensors.of(tensors), {"format": "pt"})
+    write_file(path, LazyTensorMap.of(tensors), {"format": "pt"})
     return path
 
 
@@ -153,7 +153,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_changes_while_it_is_written_is_an_error(tmp_path: Path) -> None:
-    tensors = LazyTensors.of({"w": np.zeros(3, np.float32)})
+    tensors = LazyTensorMap.of({"w": np.zeros(3, np.float32)})
     entry = tensors.entries["w"]
     tensors.entries["w"] = type(entry)(entry.dtype, entry.shape, lambda: np.zeros(4, np.float32))
     with pytest.raises(CheckpointError, match="'w' changed"):

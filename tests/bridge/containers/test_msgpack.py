@@ -22,7 +22,7 @@ from support.refusals import assert_refused
 import bridge.containers.msgpack
 from bridge import CheckpointError
 from bridge.containers.msgpack import DTYPES, is_msgpack, read_file, write_file
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 SHAPES = [(3, 5, 2), (7,), (), (0,), (3, 0, 2), (40, 9), (300, 70)]
 """Bytes of one digit to more than 2^16, so that every width of a length occurs."""
@@ -39,7 +39,7 @@ def samples(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
-    write_file(path, LazyTensors.of(arrays))
+    write_file(path, LazyTensorMap.of(arrays))
     return path
 
 
@@ -47,8 +47,8 @@ def nested(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def read(path: Path) -> LazyTensors:
-    return LazyTensors(read_file(path))
+def read(path: Path) -> LazyTensorMap:
+    return LazyTensorMap(read_file(path))
 
 
 def assert_same(found: Mapping[str, Any], expected: Mapping[str, np.ndarray]) -> None:
@@ -158,9 +158,9 @@ def test_a_tensor_that_changes_while_it_is_written_is_an_error(
 ) -> None:
     if chunks:
         request.getfixturevalue("small_chunks")
-    entry = TensorEntry(np.dtype(np.float32), (50,), lambda: np.zeros(size, np.float32))
+    entry = LazyTensor(np.dtype(np.float32), (50,), lambda: np.zeros(size, np.float32))
     with pytest.raises(CheckpointError, match="'m/w' changed"):
-        write_file(tmp_path / "f", LazyTensors({"m/w": entry}))
+        write_file(tmp_path / "f", LazyTensorMap({"m/w": entry}))
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:

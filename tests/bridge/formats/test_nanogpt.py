@@ -28,7 +28,7 @@ from bridge import BridgeError, Checkpoint, CheckpointError, ConfigError, Conver
 from bridge.containers.zip_records import Archive
 from bridge.formats import WRITABLE
 from bridge.optimizer_state import AdamWState, Hyperparameters
-from bridge.storage.tensors import LazyTensors
+from bridge.storage.tensors import LazyTensorMap
 from gpt2_jax.training.optimizer import decay_mask
 
 ARGS: dict[str, Any] = {
@@ -99,7 +99,7 @@ def logits_of(model: torch.nn.Module) -> np.ndarray:
 def assert_same_state(found: AdamWState, expected: AdamWState) -> None:
     assert found.step == expected.step
     assert dict(found.hyperparameters) == dict(expected.hyperparameters)
-    for a, b in ((found.first, expected.first), (found.second, expected.second)):
+    for a, b in ((found.exp_avg, expected.exp_avg), (found.exp_avg_sq, expected.exp_avg_sq)):
         assert bridge.fingerprint(a) == bridge.fingerprint(b)
 
 
@@ -145,10 +145,10 @@ def test_moments_come_under_the_names_and_in_the_layout_of_their_weights(tmp_pat
     saved = nanogpts(tmp_path / "ckpt.pt")
     state = bridge.load(tmp_path).optimizer
     assert state is not None and state.step == FEW_STEPS
-    assert set(state.first) == set(state.second) == set(names_in_order())
+    assert set(state.exp_avg) == set(state.exp_avg_sq) == set(names_in_order())
     for i, name in enumerate(names_in_order()):
-        assert_is_layout_of(state.first[name], saved["optimizer"]["state"][i]["exp_avg"], name)
-        assert_is_layout_of(state.second[name], saved["optimizer"]["state"][i]["exp_avg_sq"], name)
+        assert_is_layout_of(state.exp_avg[name], saved["optimizer"]["state"][i]["exp_avg"], name)
+        assert_is_layout_of(state.exp_avg_sq[name], saved["optimizer"]["state"][i]["exp_avg_sq"], name)
     decaying = Hyperparameters(learning_rate=2e-3, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.1)
     assert state.hyperparameters["wte.weight"] == state.hyperparameters["h.2.mlp.c_fc.weight"] == decaying
     assert state.hyperparameters["h.0.ln_1.weight"] == replace(decaying, weight_decay=0.0)
@@ -167,7 +167,7 @@ def test_the_optimizer_of_before_june_2023_is_told_by_its_groups(tmp_path: Path)
     assert ckpt.optimizer is not None
     for name, parameter in model.named_parameters():
         name = name.removeprefix("transformer.")
-        assert_is_layout_of(ckpt.optimizer.first[name], optimizer.state[parameter]["exp_avg"], name)
+        assert_is_layout_of(ckpt.optimizer.exp_avg[name], optimizer.state[parameter]["exp_avg"], name)
     assert ckpt.optimizer.hyperparameters["wte.weight"].weight_decay == 0.0
     assert ckpt.optimizer.hyperparameters["h.0.mlp.c_fc.weight"].weight_decay == 0.1
 
@@ -255,7 +255,7 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ckpt = bridge.load(tmp_path)
     assert set(read) == {4}, "bytes"
     assert ckpt.optimizer is not None
-    ckpt.optimizer.first["wpe.weight"]
+    ckpt.optimizer.exp_avg["wpe.weight"]
     assert read[-1] == 4 * 13 * 24
 
 
@@ -316,7 +316,7 @@ def test_without_an_optimizer_nanogpt_resumes_with_one_that_was_never_stepped(tm
         assert torch.equal(a, b)
     back = bridge.load(tmp_path / "ckpt.pt")
     assert back.optimizer is not None and back.optimizer.step == 0
-    assert not any(array.any() for array in back.optimizer.first.values())
+    assert not any(array.any() for array in back.optimizer.exp_avg.values())
     bridge.save(back, tmp_path / "again.pt", format="nanogpt")
     assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "ckpt.pt").read_bytes()
 
@@ -361,7 +361,7 @@ def halfway(tmp_path: Path) -> tuple[Path, NanoGPT]:
     return tmp_path / "ckpt.pt", model
 
 
-def assert_moved_alike(found: Mapping[str, np.ndarray], model: NanoGPT, before: LazyTensors) -> None:
+def assert_moved_alike(found: Mapping[str, np.ndarray], model: NanoGPT, before: LazyTensorMap) -> None:
     """What the step changed, to rounding; a step is about 2e-3 long."""
     stepped = {name.removeprefix("transformer."): p.detach().numpy() for name, p in model.named_parameters()}
     for p in bridge.parameters(CONFIG):
@@ -527,7 +527,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     "n_layer 10,000": (args(n_layer=10_000), "n_layer=10000, and model has only 41 tensors", ConversionError),
     "n_layer text": (args(n_layer="12"), "n_layer='12': must be int, not str", ConfigError),
     "n_layer true": (args(n_layer=True), "n_layer='True': must be int, not bool", ConfigError),
-    "n_layer a tensor": (args(n_layer=torch.ones(1)), "must be int, not TensorEntry", ConfigError),
+    "n_layer a tensor": (args(n_layer=torch.ones(1)), "must be int, not LazyTensor", ConfigError),
     "n_layer one more": (args(n_layer=4), "groups of '[14, 26]' parameters; nanoGPT makes [18, 34]", ConversionError),
     "n_head 5": (args(n_head=5), "n_embd='24' is not divisible by n_head='5'", ConfigError),
     "block_size a float": (args(block_size=13.0), "n_positions='13.0': must be int", ConfigError),

@@ -37,7 +37,7 @@ from bridge.containers.gguf import int32s as int32s_value
 from bridge.containers.gguf import string as string_value
 from bridge.containers.gguf import strings as strings_value
 from bridge.containers.gguf import uint32 as uint32_value
-from bridge.storage.tensors import LazyTensors, TensorEntry
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 DTYPES = {
     np.dtype(np.float32): gguf.GGMLQuantizationType.F32,
@@ -125,7 +125,7 @@ def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
         "a.strings": strings_value(["", "é", "three"]),
         "a.ints": int32s_value([3, -1]),
     }
-    write_file(tmp_path / "f", metadata, LazyTensors.of(samples()))
+    write_file(tmp_path / "f", metadata, LazyTensorMap.of(samples()))
     reader = gguf.GGUFReader(tmp_path / "f")
     contents = {name: field.contents() for name, field in reader.fields.items()}
     assert contents == {
@@ -150,7 +150,7 @@ def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    write_file(tmp_path / "f", {"a.strings": strings_value(["x", "yz"])}, LazyTensors.of(samples()))
+    write_file(tmp_path / "f", {"a.strings": strings_value(["x", "yz"])}, LazyTensorMap.of(samples()))
     file = GGUFFile.open(tmp_path / "f")
     assert_same(file.tensors(), samples())
     assert is_gguf(tmp_path / "f")
@@ -158,44 +158,44 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_file(tmp_path / name, {}, LazyTensors.of(samples()))
+        write_file(tmp_path / name, {}, LazyTensorMap.of(samples()))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_views_are_written_in_their_order(tmp_path: Path) -> None:
     base = np.arange(48, dtype=np.float32).reshape(6, 8)
     views = {"transposed": base.T, "strided": base[::2, 1::3], "reversed": base[::-1]}
-    write_file(tmp_path / "f", {}, LazyTensors.of(views))
+    write_file(tmp_path / "f", {}, LazyTensorMap.of(views))
     assert_same(GGUFFile.open(tmp_path / "f").tensors(), views)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.complex64])
 def test_a_dtype_that_is_not_carried_is_refused_before_anything_is_written(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(CheckpointError, match=r"'odd': GGUF cannot hold"):
-        write_file(tmp_path / "f", {}, LazyTensors.of({"odd": np.zeros(3, dtype)}))
+        write_file(tmp_path / "f", {}, LazyTensorMap.of({"odd": np.zeros(3, dtype)}))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
-    tensors = LazyTensors.of(dict.fromkeys(map(str, range(20_000)), np.zeros(1, np.float32)))
+    tensors = LazyTensorMap.of(dict.fromkeys(map(str, range(20_000)), np.zeros(1, np.float32)))
     with pytest.raises(CheckpointError, match="20000 tensors and a header of"):
         write_file(tmp_path / "f", {}, tensors)
     with pytest.raises(CheckpointError, match="more than is read back"):
-        write_file(tmp_path / "f", {"a.string": string_value("x" * 2**24)}, LazyTensors({}))
+        write_file(tmp_path / "f", {"a.string": string_value("x" * 2**24)}, LazyTensorMap({}))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("mine")
     with pytest.raises(FileExistsError):
-        write_file(tmp_path / "f", {}, LazyTensors({}))
+        write_file(tmp_path / "f", {}, LazyTensorMap({}))
     assert (tmp_path / "f").read_text() == "mine"
 
 
 def test_a_tensor_that_changes_while_it_is_written_is_an_error(tmp_path: Path) -> None:
-    entry = TensorEntry(np.dtype(np.float32), (3,), lambda: np.zeros(4, np.float32))
+    entry = LazyTensor(np.dtype(np.float32), (3,), lambda: np.zeros(4, np.float32))
     with pytest.raises(CheckpointError, match="'w' changed"):
-        write_file(tmp_path / "f", {}, LazyTensors({"w": entry}))
+        write_file(tmp_path / "f", {}, LazyTensorMap({"w": entry}))
 
 
 def test_the_types_of_messages_are_the_packages() -> None:

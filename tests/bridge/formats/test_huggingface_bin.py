@@ -147,7 +147,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 NO_STATE_DICTS: dict[str, tuple[Callable[[], object], str, type[bridge.BridgeError]]] = {
     "a list": (lambda: list(state_dict().values()), "holds list, not a state_dict", CheckpointError),
-    "a tensor": (lambda: torch.ones(2), "holds TensorEntry, not a state_dict", CheckpointError),
+    "a tensor": (lambda: torch.ones(2), "holds LazyTensor, not a state_dict", CheckpointError),
     "a training state": (lambda: {"state_dict": state_dict(), "epoch": 1}, "'state_dict' is dict", CheckpointError),
     "a number beside": (lambda: {**state_dict(), "step": 3}, "'step' is int, not a tensor", CheckpointError),
     "numbers as names": (lambda: dict(enumerate(state_dict().values())), "'0' is no name of a tensor", CheckpointError),

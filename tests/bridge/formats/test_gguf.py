@@ -103,7 +103,7 @@ def test_values_that_are_not_finite_are_kept_where_asked(tmp_path: Path) -> None
     checkpoint = Checkpoint.of(state, SMALLEST)
     with pytest.raises(ConversionError, match="values that are not finite"):
         saved(tmp_path / "m.gguf", checkpoint)
-    bridge.save(checkpoint, tmp_path / "m.gguf", format="gguf", keep_not_finite=True)
+    bridge.save(checkpoint, tmp_path / "m.gguf", format="gguf", allow_non_finite=True)
     assert_same(bridge.load(tmp_path / "m.gguf"), checkpoint)
 
 

@@ -141,7 +141,7 @@ def test_weights_that_are_a_link_out_of_the_directory_are_read_only_by_name(tmp_
 
 
 def test_a_config_that_may_be_another_checkpoints_is_not_read(tmp_path: Path) -> None:
-    """`config.json` says gelu_new; for nanoGPT's file alone it would settle the activation."""
+    """`config.json` says gelu_new; for nanoGPT's file alone it would resolve_config the activation."""
     path = huggingface_directory(tmp_path / "both")
     add(path, "nanogpt")
     found = bridge.load(path / "ckpt.pt")
