@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import FlagCreatePairsOff, arg
 
 from bridge import BridgeError
@@ -18,7 +17,7 @@ from gpt2_jax.bench.peers import TASKS, Task, chosen_peers, ours, rivals
 from gpt2_jax.bench.plot import plot
 from gpt2_jax.bench.report import Report, Result, system_load
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.console.output import json_writer, progress
+from gpt2_jax.console.output import json_writer, status_bar
 from gpt2_jax.console.report_files import require_plot_path
 from gpt2_jax.console.terminal import console
 from gpt2_jax.training.config import TrainConfig
@@ -97,9 +96,8 @@ def run(config: TrainConfig, cases: Sequence[Case], peers: Sequence[str], pairs:
     """Measure each case in pairs of ours and a peer; alone, where there is no peer."""
     results = []
     load = system_load()
-    with ExitStack() as stack:
+    with ExitStack() as stack, status_bar() as say:
         limits = Limits(stack, config.dtype)
-        say = _bar(stack)
         for case in cases:
             others = rivals(case.task, peers)
             groups = [[ours(case.task), other] for other in others] or [[ours(case.task)]]
@@ -107,13 +105,6 @@ def run(config: TrainConfig, cases: Sequence[Case], peers: Sequence[str], pairs:
             without = [] if case.task == "convert" else [name for name in peers if name not in others]
             results.append(Result(case, measured, without))
     return Report(config, results, limits.sources, limits.failure, load)
-
-
-def _bar(stack: ExitStack) -> Callable[[str], None]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = stack.enter_context(progress(*columns))
-    task = bar.add_task("", total=None)
-    return lambda doing: bar.update(task, description=doing)
 
 
 def _scans(scan: bool, no_scan: bool) -> bool | None:

@@ -21,10 +21,19 @@ from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.effect import OVERWRITE, Rule, require_effect
 from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes, sizes_asked_for
 from gpt2_jax.console.output import json_writer, progress
-from gpt2_jax.console.process import keep_compiled_programs
+from gpt2_jax.console.process import enable_compilation_cache
 from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, join, leave
+from gpt2_jax.parallel.distributed import (
+    are_several,
+    broadcast_from_first,
+    end,
+    end_now,
+    first_alone,
+    is_first,
+    join,
+    leave,
+)
 from gpt2_jax.training import PRESETS, NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
 from gpt2_jax.training.preemption import PreemptionHandler
@@ -111,7 +120,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         """
         if distributed:
             join(coordinator, processes, process)
-            keep_compiled_programs()
+            enable_compilation_cache(several_processes=are_several())
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process go with --distributed")
         asked = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}

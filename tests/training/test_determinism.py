@@ -96,7 +96,7 @@ finally:
     ]
     command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), *TINY.split(), "--deterministic"]
     # The second start would leave this program; huge pages change no bits.
-    environment = {**os.environ, "GPT2_BRIDGE_STARTED_AGAIN": "1"}
+    environment = {**os.environ, "GPT2_BRIDGE_RESTARTED": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "threads of XLA: 1" in done.stdout
