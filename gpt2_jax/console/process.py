@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from bridge.errors import quoted
 from gpt2_jax.console.cache import cache_directory
 
@@ -75,6 +73,8 @@ def enable_compilation_cache(*, several_processes: bool = False) -> None:
     Args:
         several_processes: other processes take part in the computation.
     """
+    import jax  # not at the top, because verbs that compute nothing must not wait for it
+
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
     cpu = ""
