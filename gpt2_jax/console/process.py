@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bridge.errors import quoted
 from gpt2_jax.console.cache import cache_directory
@@ -128,6 +128,14 @@ def _unraisablehook(unraisable: Any) -> None:
 def _excepthook(error: Any) -> None:
     if not type(error.thread).__module__.startswith("tensorboard."):
         _previous_excepthook(error)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process after flushing its output, without what Python and JAX do at the end: it may wait for others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
 
 
 def _cpu() -> str:
