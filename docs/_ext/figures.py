@@ -16,9 +16,9 @@ from matplotlib.patches import FancyBboxPatch
 from sphinx.application import Sphinx
 
 import bridge
+from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.plan.compiled import described_step
 from gpt2_jax.plan.suggest import divides, needed_bytes, possible_meshes, spread_state
-from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import PRESETS
 
 TORCH, JAX, BRIDGE, FILES = "#fde0cf", "#d5e8f7", "#e3f1d8", "#eeeeee"
@@ -31,7 +31,15 @@ def architecture(file: Path) -> None:
     axes.axis("off")
     formats = "Hugging Face · nanoGPT · llm.c · GGUF · flax_model.msgpack · OpenAI's TensorFlow files"
     _box(axes, 0.4, 5.3, 11.2, 0.8, formats, FILES)
-    _box(axes, 2.2, 3.3, 7.6, 1.2, "bridge\none table of parameters: names, shapes, both directions\nno framework", BRIDGE)
+    _box(
+        axes,
+        2.2,
+        3.3,
+        7.6,
+        1.2,
+        "bridge\none table of parameters: names, shapes, both directions\nno framework",
+        BRIDGE,
+    )
     _box(axes, 0.4, 0.7, 4.2, 1.4, "gpt2_torch\nPyTorch, the reference", TORCH)
     _box(axes, 7.4, 0.7, 4.2, 1.4, "gpt2_jax\nFlax Linen, pure functions, jit", JAX)
     _arrow(axes, (6, 5.3), (6, 4.5), "bridge.load", "bridge.save")

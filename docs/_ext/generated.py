@@ -46,7 +46,7 @@ def _table(part: type) -> str:
     documented = ModuleAnalyzer.for_module(part.__module__).find_attr_docs()
     default = part()
     rows = [f"## {part.__name__}", "", "| field | flag | default | meaning |", "|---|---|---|---|"]
-    for name, field in part.__dataclass_fields__.items():  # type: ignore[attr-defined]
+    for name in part.__dataclass_fields__:  # type: ignore[attr-defined]
         if name in ("model", "optimizer") and part is TrainConfig:
             continue
         flag = "--" + name.replace("_", "-")

@@ -10,7 +10,7 @@ from bridge import BridgeError, GenerationConfig
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.generate import Backend, continued_text
-from gpt2_jax.cli.train import run_training
+from gpt2_jax.cli.run_training import run_training
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import console

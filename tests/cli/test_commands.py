@@ -15,7 +15,7 @@ from support.models import huggingface_directory
 from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
-from gpt2_jax.cli import VERBS
+from gpt2_jax.cli.verbs import VERBS, load_verb
 from gpt2_jax.cli.verify import ALL_CHECKS
 
 
@@ -108,7 +108,7 @@ def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
 def test_the_default_is_the_packages_model_also_where_a_directory_has_its_name(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert inspect.signature(VERBS[verb]).parameters["source"].default == str(bridge.BUNDLED)
+    assert inspect.signature(load_verb(verb, ())).parameters["source"].default == str(bridge.BUNDLED)
     assert run(verb, "--help") == 0
     shown = capsys.readouterr().out
     assert "(default: bundled)" in shown

@@ -285,7 +285,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty key": (with_pair("", number(1)), "'' is not an ASCII name"),
     "key not ASCII": (with_pair("é", number(1)), "is not an ASCII name"),
     "key not UTF-8": (with_pair(b"\xff\xfe", number(1)), "is not an ASCII name"),
-    "key with control characters": (with_pair("\x1b[31m\n", b"\x63\0\0\0"), r"'\x1b[31m\n': has a value of the unknown type 99"),
+    "key with control characters": (with_pair("\x1b[31m\n", b"\x63\0\0\0"), r"'\x1b[31m\n': has a value of the unknown"),
     "duplicate key": (gpt2(twice(gpt2_pairs())), "'gpt2.context_length': is there twice"),
     # Values
     "value of type 13": (with_pair("a.b", struct.pack("<II", 13, 0)), "'a.b': has a value of the unknown type 13"),
@@ -298,7 +298,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "array of 2^64-1 bytes": (with_pair("a.b", array(b"", 0, 2**64 - 1)), "exceed the file's"),
     "array of 2^60 strings": (with_pair("a.b", array(b"", 8, HUGE)), f"'a.b': '{8 * HUGE}' bytes from"),
     "array with a string too long": (with_pair("a.b", array(sized("a") + sized("", HUGE), 8, 2)), f"'{HUGE}' bytes"),
-    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "brings the strings in arrays to 524289"),
+    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "strings in arrays to 524289"),
     "arrays of strings, too many": (
         gpt2([*gpt2_pairs(), (b"a.b", texts(["x"])), (b"a.c", texts([b""] * 2**19))]),
         "'a.c': brings the strings in arrays to 524289; the limit is 524288",
@@ -306,7 +306,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "array of arrays": (with_pair("a.b", array(int32s([1]), 9, 1)), "is an array of type 9; only arrays of"),
     "arrays nested 100,000 deep": (with_pair("a.b", array(NESTED * 100_000, 9, 1)), "of type 9"),
     "array of type 99": (with_pair("a.b", array(b"", 99, 0)), "is an array of type 99"),
-    "header larger than is read": (with_pair("a.b", text("x" * 2**24)), "the header is larger than the limit of 16777216 bytes"),
+    "header larger than is read": (with_pair("a.b", text("x" * 2**24)), "larger than the limit of 16777216 bytes"),
     # Alignment
     "alignment 0": (aligned_to(number(0)), "general.alignment is '0', not a power of two of at least 8"),
     "alignment 3": (aligned_to(number(3)), "general.alignment is '3'"),
