@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gpt2_torch.loss", "gpt2_torch.loading", "gpt2_torch.logits_processors"),
     ("gpt2_torch.generation", "gpt2_torch.evaluation", "gpt2_torch.training"),
     ("gpt2_torch",),
+    ("gpt2_jax.choices", "gpt2_jax.lazy_names"),
     ("gpt2_jax.console",),
     ("gpt2_jax.parallel",),
     ("gpt2_jax.ops",),
