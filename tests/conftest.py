@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 # Before torch is imported. Several threads wait for each other longer than one computes a small model, ten times as
 # long where another worker has the cores.
@@ -13,6 +16,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+MEMORY_DISK = Path("/dev/shm")
+MEMORY_DISK_BYTES = 4 * 2**30
+"""Free space that the temporary files of a whole run need, with room."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep temporary files in memory, because every write of this project waits for the disk (fsync).
+
+    `--basetemp`, `TMPDIR` and `PYTEST_DEBUG_TEMPROOT` choose another place. Workers of xdist get the place of the
+    process that starts them.
+    """
+    chosen = config.option.basetemp or "TMPDIR" in os.environ or "PYTEST_DEBUG_TEMPROOT" in os.environ
+    if chosen or not os.access(MEMORY_DISK, os.W_OK) or shutil.disk_usage(MEMORY_DISK).free < MEMORY_DISK_BYTES:
+        return
+    place = tempfile.mkdtemp(prefix="pytest-", dir=MEMORY_DISK)
+    config.option.basetemp = place
+    config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
 
 
 @pytest.fixture
