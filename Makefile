@@ -11,7 +11,7 @@ demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## everything but the marked tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)  ## the tests at 124M parameters
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
