@@ -5,13 +5,16 @@ PEERS := .venv-peers
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu test-overwriting fuzz faults check bench clean
+.PHONY: demo test test-fast test-slow test-peers test-mesh test-gpu test-tpu test-overwriting fuzz faults check bench clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## everything but the marked tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: $(INSTALLED)  ## a selection for the inner loop, from every package; 2 minutes
+	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 test-slow: $(INSTALLED)  ## the tests at 124M parameters
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow

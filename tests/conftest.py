@@ -21,6 +21,16 @@ MEMORY_DISK = Path("/dev/shm")
 MEMORY_DISK_BYTES = 4 * 2**30
 """Free space that the temporary files of a whole run need, with room."""
 
+LENGTHY_FOLDERS = {"faults", "fuzz", "overwriting"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="only the first case of each parametrized test, and no tests that train, start processes or fuzz",
+    )
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +45,30 @@ def pytest_configure(config: pytest.Config) -> None:
     place = tempfile.mkdtemp(prefix="pytest-", dir=MEMORY_DISK)
     config.option.basetemp = place
     config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--fast`, keep the first case of each test that is not lengthy."""
+    if not config.getoption("--fast"):
+        return
+    kept: dict[str, pytest.Item] = {}
+    for item in items:
+        if not _is_lengthy(item):
+            kept.setdefault(item.nodeid.partition("[")[0], item)
+    chosen = set(kept.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept.values()
+
+
+def _is_lengthy(item: pytest.Item) -> bool:
+    """Whether a test trains or compiles much, starts child processes, or tries many random inputs."""
+    folders = item.path.relative_to(Path(__file__).parent).parts[:-1]
+    fixtures = getattr(item, "fixturenames", ())
+    return (
+        not LENGTHY_FOLDERS.isdisjoint(folders)
+        or "compiling_quickly" in fixtures
+        or hasattr(getattr(item, "module", None), "subprocess")
+    )
 
 
 @pytest.fixture
