@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -32,19 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Keep temporary files in memory, because every write of this project waits for the disk (fsync).
 
-    `--basetemp`, `TMPDIR` and `PYTEST_DEBUG_TEMPROOT` choose another place. Workers of xdist get the place of the
-    process that starts them.
+    `--basetemp`, `TMPDIR` and `PYTEST_DEBUG_TEMPROOT` choose another place.
     """
-    chosen = config.option.basetemp or "TMPDIR" in os.environ or "PYTEST_DEBUG_TEMPROOT" in os.environ
-    if chosen or not os.access(MEMORY_DISK, os.W_OK) or shutil.disk_usage(MEMORY_DISK).free < MEMORY_DISK_BYTES:
-        return
-    place = tempfile.mkdtemp(prefix="pytest-", dir=MEMORY_DISK)
-    config.option.basetemp = place
-    config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+    if "TMPDIR" not in os.environ and os.access(MEMORY_DISK, os.W_OK):
+        if shutil.disk_usage(MEMORY_DISK).free >= MEMORY_DISK_BYTES:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest asks when it first needs it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
