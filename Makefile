@@ -9,13 +9,16 @@ DIST := .venv-dist
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
+.PHONY: help demo test test-fast test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## everything but the marked tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: $(INSTALLED)  ## a selection for the inner loop, from every package
+	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 test-slow: $(INSTALLED)  ## the tests at 124M parameters
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
@@ -34,10 +37,10 @@ test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it
 
 # Older packages warn of what their own newer dependencies deprecate.
 test-oldest: $(OLDEST)/.installed  ## with the lowest versions that pyproject.toml allows; torch as in constraints.txt
-	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -W ignore::DeprecationWarning
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
 test-newest: $(NEWEST)/.installed  ## with Python 3.13 and the newest versions, without torch
-	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
 
 fuzz: $(INSTALLED)  ## 100,000 damaged files of every format and companion; hours, Ctrl-C stops it and it continues
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000 --state .fuzz.json && rm .fuzz.json

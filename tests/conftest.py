@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported. Several threads wait for each other longer than one computes a small model, ten times as
@@ -15,6 +17,55 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+MEMORY_DISK = Path("/dev/shm")
+MEMORY_DISK_BYTES = 4 * 2**30
+"""Free space that the temporary files of a whole run need, with room."""
+
+LENGTHY_FOLDERS = {"faults", "fuzz", "overwriting"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="only the first case of each parametrized test, and no tests that train, start processes or fuzz",
+    )
+
+
+def pytest_configure() -> None:
+    """Keep temporary files in memory, because every write of this project waits for the disk (fsync).
+
+    `--basetemp`, `TMPDIR` and `PYTEST_DEBUG_TEMPROOT` choose another place.
+    """
+    if "TMPDIR" not in os.environ and os.access(MEMORY_DISK, os.W_OK):
+        if shutil.disk_usage(MEMORY_DISK).free >= MEMORY_DISK_BYTES:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest asks when it first needs it
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--fast`, keep the first case of each test that is not lengthy."""
+    if not config.getoption("--fast"):
+        return
+    kept: dict[str, pytest.Item] = {}
+    for item in items:
+        if not _is_lengthy(item):
+            kept.setdefault(item.nodeid.partition("[")[0], item)
+    chosen = set(kept.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept.values()
+
+
+def _is_lengthy(item: pytest.Item) -> bool:
+    """Whether a test trains or compiles much, starts child processes, or tries many random inputs."""
+    folders = item.path.relative_to(Path(__file__).parent).parts[:-1]
+    fixtures = getattr(item, "fixturenames", ())
+    return (
+        not LENGTHY_FOLDERS.isdisjoint(folders)
+        or "compiling_quickly" in fixtures
+        or hasattr(getattr(item, "module", None), "subprocess")
+    )
+
 
 NO_TORCH = find_spec("torch") is None
 NEEDS_TORCH = "needs torch, which is not installed"
