@@ -12,6 +12,9 @@ from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizers.saving import save_tokenizer
 
+__version__ = "0.1.0"
+"""The version of all three packages, which are released as one. pyproject.toml takes it from here."""
+
 __all__ = [
     "BUNDLED",
     "GPT2_SIZES",
@@ -26,6 +29,7 @@ __all__ = [
     "NoTokenizerError",
     "TextOutput",
     "TokenizerError",
+    "__version__",
     "byte_tokenizer",
     "canonical_names",
     "canonicalize",

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bridge import BridgeError, save_tokenizer, tokenizer_fingerprint
+from bridge import BridgeError, __version__, save_tokenizer, tokenizer_fingerprint
 from bridge.errors import bullet_list, quoted
 from bridge.formats.directory import CONFIG, write_config, write_json
 from bridge.formats.run import CHECKPOINTS, RUN, steps
@@ -243,7 +243,7 @@ def about(config: TrainConfig, data: Data) -> dict[str, Any]:
         "config": flat(config),
         "data": identity.data,
         "tokenizer": identity.tokenizer,
-        "versions": {name: version(name) for name in ("gpt2-bridge", "jax", "jaxlib", "flax", "optax")},
+        "versions": {"gpt2-bridge": __version__} | {n: version(n) for n in ("jax", "jaxlib", "flax", "optax")},
         "flags": {name: os.environ[name] for name in _FLAGS if name in os.environ},
     }
 
