@@ -53,7 +53,7 @@ def test_every_type_and_every_view_is_read_bit_for_bit(tmp_path: Path, dtype: st
     base = (100 * torch.randn(4, 6)).to(getattr(torch, dtype))
     views = {
         "whole": base,
-        "turned": base.T,
+        "transposed": base.T,
         "rows": base[1:3],
         "columns": base[:, 2:5],
         "every second": base[::2, ::3],
@@ -99,7 +99,7 @@ def test_types_without_a_storage_of_their_own_are_read(tmp_path: Path, dtype: st
 
 def test_a_tied_tensor_is_the_same_object_and_its_views_are_not(tmp_path: Path) -> None:
     w = torch.ones(3, 3)
-    found = read_file(saved(tmp_path / "f", {"wte": w, "head": w.detach(), "turned": w.T, "copy": w.clone()}))
+    found = read_file(saved(tmp_path / "f", {"wte": w, "head": w.detach(), "transposed": w.T, "copy": w.clone()}))
     assert found["wte"] is found["head"]
     assert len({id(entry) for entry in found.values()}) == 3
 

@@ -124,9 +124,9 @@ def test_an_index_of_shards_is_read_by_its_name(tmp_path: Path, format: str, ind
 def test_a_run_with_a_checkpoint_beside_it_is_two(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "run")
     (path / "run.json").write_text('{"distance_km": 10}')
-    assert [found.format.NAME for found in find_checkpoints(path)] == ["huggingface"], "another program's run.json"
+    assert [found.format.name for found in find_checkpoints(path)] == ["huggingface"], "another program's run.json"
     (path / "checkpoints").mkdir()
-    assert [found.format.NAME for found in find_checkpoints(path)] == ["run", "huggingface"]
+    assert [found.format.name for found in find_checkpoints(path)] == ["run", "huggingface"]
     with pytest.raises(
         CheckpointError, match=r"several checkpoints:\n  - run: 'run'\n  - huggingface: 'model\.safetens"
     ):
