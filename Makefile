@@ -9,7 +9,7 @@ DIST := .venv-dist
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check bench dist clean
+.PHONY: help demo test test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -54,6 +54,9 @@ check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## the manual, in docs/_build/html; offline, with warnings as errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
 bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.convert
@@ -70,7 +73,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 20
 
 clean:
-	rm -rf .venv $(PEERS) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output
+	rm -rf .venv $(PEERS) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output docs/_build docs/_generated
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -3,9 +3,8 @@
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.conversion import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
-from bridge.diagnostics import find_diagnostics
+from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
-from bridge.fingerprint import fingerprint
 from bridge.generation.config import GenerationConfig
 from bridge.generation.text import TextOutput, complete, end_of_text_ids, stream_text
 from bridge.io import BUNDLED, load, save

@@ -23,7 +23,8 @@ import numpy as np
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.json_text import parse_object
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensorMap
 
 # Every type that the format defines and numpy holds. Which of them may be weights is decided where
@@ -136,7 +137,7 @@ def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
             f"{quoted(file.path)}: not a safetensors file, or truncated: its header would be longer than the file"
         )
     if length > _MOST_HEADER_BYTES:
-        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")
+        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; the limit is {_MOST_HEADER_BYTES}")
     return parse_object(file.read(8, length), f"{quoted(file.path)}: the header", CheckpointError), 8 + length
 
 
@@ -155,7 +156,7 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
     if not _are_sizes(shape) or len(shape) > _MOST_RANK:
         raise refuse(f"shape {quoted(shape)} is not a list of at most {_MOST_RANK} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
-        raise refuse(f"data_offsets {quoted(offsets)} do not lie in the file's {data_size} bytes of data")
+        raise refuse(f"data_offsets {quoted(offsets)} exceed the file's {data_size} bytes of data")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
         raise refuse(

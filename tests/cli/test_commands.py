@@ -15,7 +15,7 @@ from support.models import huggingface_directory
 from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
-from gpt2_jax.cli import VERBS
+from gpt2_jax.cli.verbs import VERBS, load_verb
 from gpt2_jax.cli.verify import ALL_CHECKS
 
 
@@ -75,7 +75,7 @@ BAD = {
     "length penalty without beams": ("generate", "{model}", "We", "--length-penalty", "2"),
     "seed beside a text": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
     "untrained and no prediction": ("verify", "{model}", "--untrained", "--checks", "round-trip"),
-    "no sequence": ("verify", "{model}", "--batch", "0"),
+    "no sequence": ("verify", "{model}", "--batch-size", "0"),
     "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
     "unwritable json": ("convert", "{model}", "{tmp}/out", "--to", "flax", "--json", "{tmp}/nowhere/facts.json"),
     "no source": ("inspect", ""),
@@ -108,7 +108,7 @@ def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
 def test_the_default_is_the_packages_model_also_where_a_directory_has_its_name(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert inspect.signature(VERBS[verb]).parameters["source"].default == str(bridge.BUNDLED)
+    assert inspect.signature(load_verb(verb, ())).parameters["source"].default == str(bridge.BUNDLED)
     assert run(verb, "--help") == 0
     shown = capsys.readouterr().out
     assert "(default: bundled)" in shown
@@ -165,7 +165,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("for word in words:\n    print(word)\n" * 2000)
-    assert run("demo", "--out", out, "--steps", 3, "--data", text) == 0
+    assert run("demo", "--out", out, "--max-steps", 3, "--data", text) == 0
     assert json.loads((out / "report.json").read_text())["holds"] is True
     assert bridge.load(out / "run" / "export").config.n_embd == bridge.load("bundled").config.n_embd
     shown = capsys.readouterr().out

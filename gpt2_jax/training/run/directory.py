@@ -19,7 +19,6 @@ from bridge.formats.run import CHECKPOINTS, RUN, steps
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import (
     Replaceable,
-    exclusive_lock,
     foreign_files,
     new_directory,
     new_file,
@@ -27,7 +26,8 @@ from bridge.storage.atomic_writes import (
     require_replaceable,
 )
 from bridge.storage.json_text import parse_object
-from bridge.storage.small_file import read_small_file
+from bridge.storage.locks import exclusive_lock
+from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from gpt2_jax.training.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat

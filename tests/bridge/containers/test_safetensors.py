@@ -233,7 +233,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "offset null": (file_of({"w": {**GOOD, "data_offsets": None}}, bytes(8)), "do not lie in"),
     "one offset": (file_of({"w": {**GOOD, "data_offsets": [8]}}, bytes(8)), "do not lie in"),
     "three offsets": (file_of({"w": {**GOOD, "data_offsets": [0, 4, 8]}}, bytes(8)), "do not lie in"),
-    "past the end": (file_of({"w": GOOD}, bytes(7)), "do not lie in the file's 7 bytes"),
+    "past the end": (file_of({"w": GOOD}, bytes(7)), "exceed the file's 7 bytes"),
     "far past the end": (file_of({"w": tensor((2**40,), 0, 2**42)}, bytes(8)), "do not lie in"),
     "overlapping": (file_of({"w": GOOD, "x": tensor(begin=4, end=12)}, bytes(12)), "'x' overlaps"),
     "the same range": (file_of({"w": GOOD, "x": GOOD}, bytes(8)), "'x' overlaps"),
