@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from bridge import hub
 from bridge.checkpoint import Checkpoint
-from bridge.errors import BridgeError, CheckpointError, ConversionError, install_command, quoted
+from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
@@ -22,14 +23,7 @@ from bridge.storage.companions import has_companion
 from bridge.storage.manifest import recorded
 from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap
-from bridge.tokenizers.loading import TOKENIZER_FILES
 
-_HUB_COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-_HUB_WEIGHTS = (
-    ("*.safetensors", "*.safetensors.index.json"),
-    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
-    ("flax_model*.msgpack", "flax_model.msgpack.index.json"),
-)
 _SUFFIXES = frozenset(
     {
         ".safetensors",
@@ -41,9 +35,6 @@ _SUFFIXES = frozenset(
     }
 )
 """Suffixes of checkpoint files. A target directory with such a name is an error."""
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
 BUNDLED = Path(__file__).parent / "bundled"
 """A small GPT-2 in Hugging Face format, trained on Shakespeare by this project. `load("bundled")` opens it."""
 
@@ -67,9 +58,9 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
     if str(source) == BUNDLED.name and not path.exists():
         path = BUNDLED
     if not os.path.exists(path):  # unlike Path.exists, returns False for a name that is too long
-        if not _HUB_ID.fullmatch(str(source)):
+        if not hub.is_repo_id(str(source)):
             raise CheckpointError(f"{quoted(Path(source))} does not exist")
-        path = _from_hub(str(source))
+        path = hub.download(str(source))
     chosen = choose_checkpoint(path)
     if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
@@ -263,24 +254,3 @@ def _what_it_lacks(path: Path) -> str:
     if not StoredFile.open(path).size:  # raises if it is not a regular file
         return "it is empty"
     return "its first bytes match no supported format; the download may be damaged, or it is not a checkpoint"
-
-
-def _from_hub(repo_id: str) -> Path:
-    missing = f"{quoted(repo_id)} is not a local path"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f"{missing}; to load it from the Hugging Face hub, install its extra: {install_command('hub')}"
-        ) from None
-    try:
-        for weights in _HUB_WEIGHTS:  # download one form only: each is the whole model
-            path = Path(snapshot_download(repo_id, allow_patterns=[*_HUB_COMPANIONS, *weights]))
-            if choose_checkpoint(path) is not None:
-                break
-        return path
-    except Exception as error:  # the hub's client also raises errors of its HTTP library and of the system
-        raise CheckpointError(
-            f"{missing}, and the download from the Hugging Face hub failed ({type(error).__name__}); check the name "
-            "and the connection, or download it elsewhere and give the directory"
-        ) from error

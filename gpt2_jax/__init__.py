@@ -1,6 +1,6 @@
 """GPT-2 in JAX (Flax Linen), functionally pure. Needs no torch."""
 
-from bridge import GPT2_SIZES, GPT2Config
+from bridge import GPT2_SIZES, GPT2Config, __version__
 from gpt2_jax.evaluation import evaluate
 from gpt2_jax.generation import Decoder, generate
 from gpt2_jax.loading import checkpoint_from_params, from_pretrained, model_from_checkpoint
@@ -14,6 +14,7 @@ __all__ = [
     "GPT2Config",
     "GPT2Layer",
     "MultiHeadAttention",
+    "__version__",
     "checkpoint_from_params",
     "evaluate",
     "from_pretrained",

@@ -1,9 +1,10 @@
-"""The safetensors container, read one tensor at a time and written as a stream.
+"""The safetensors container: read one tensor at a time, written as a stream.
 
-The `safetensors` package maps the file or takes all tensors at once; a conversion here may hold
-two of the largest tensors and no more, so the container is read and written with plain file
-calls. (Its numpy writer also stores wrong data for arrays that are not C-contiguous, upstream
-issue 825.) The tests hold both directions against the package.
+The `safetensors` package is not used to read or write tensors, for three reasons. It maps the file into memory, so a
+file that shrinks while it is read ends the process with SIGBUS. It writes all tensors at once, while a conversion here
+holds at most two of the largest tensors. Its numpy writer stores wrong data for arrays that are not C-contiguous
+(upstream issue 825). The package opens every written file before it is published, so that each file is known to be
+readable by it. The tests compare both directions with the package.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the data without holes.
 https://github.com/huggingface/safetensors#format
@@ -22,7 +23,8 @@ import numpy as np
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.json_text import parse_object
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensorMap
 
 # Every type that the format defines and numpy holds. Which of them may be weights is decided where
@@ -108,6 +110,20 @@ def write_file(path: str | Path, tensors: LazyTensorMap, metadata: Mapping[str, 
         file.write(encoded)
         for name, entry in tensors.entries.items():
             write_array(file, name, entry)
+    _require_readable(Path(path))
+
+
+def _require_readable(path: Path) -> None:
+    """Open a written file with the `safetensors` package, which validates the header and the file's size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{quoted(path)}: the safetensors package cannot read the written file: {error}"
+        ) from error
 
 
 def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
@@ -121,7 +137,7 @@ def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
             f"{quoted(file.path)}: not a safetensors file, or truncated: its header would be longer than the file"
         )
     if length > _MOST_HEADER_BYTES:
-        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")
+        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; the limit is {_MOST_HEADER_BYTES}")
     return parse_object(file.read(8, length), f"{quoted(file.path)}: the header", CheckpointError), 8 + length
 
 
@@ -140,7 +156,7 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
     if not _are_sizes(shape) or len(shape) > _MOST_RANK:
         raise refuse(f"shape {quoted(shape)} is not a list of at most {_MOST_RANK} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
-        raise refuse(f"data_offsets {quoted(offsets)} do not lie in the file's {data_size} bytes of data")
+        raise refuse(f"data_offsets {quoted(offsets)} exceed the file's {data_size} bytes of data")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
         raise refuse(

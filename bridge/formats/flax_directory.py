@@ -12,8 +12,16 @@ from pathlib import Path
 from bridge.checkpoint import Checkpoint
 from bridge.config import harmless_fields
 from bridge.containers.safetensors import header_names, read_file, write_file
-from bridge.formats.directory import CONFIG, carry_files, read_config, reshaped, tensors_of_tree, write_config
-from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.directory import (
+    CONFIG,
+    carry_files,
+    config_beside,
+    files_beside_config,
+    read_config,
+    reshaped,
+    tensors_of_tree,
+    write_config,
+)
 from bridge.parameter_table import parameters
 from bridge.storage.tensors import LazyTensorMap
 

@@ -15,8 +15,7 @@ from bridge.config import ACTIVATIONS, GPT2Config, harmless_fields
 from bridge.containers.msgpack import is_msgpack, read_file, write_file
 from bridge.conversion import canonicalize, differences
 from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
-from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
-from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.directory import CONFIG, carry_files, config_beside, files_beside_config, read_json, write_json
 from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.formats.single_file import require_implied
 from bridge.parameter_table import Parameter, parameters

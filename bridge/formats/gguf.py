@@ -44,7 +44,7 @@ from bridge.errors import (
     bullet_list,
     quoted,
 )
-from bridge.formats.finding import files_by_content
+from bridge.formats.directory import files_by_content
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, parameters
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned

@@ -17,8 +17,7 @@ from bridge.containers.torch_zip import is_torch_file
 from bridge.containers.torch_zip import read_file as read_torch_file
 from bridge.conversion import canonical_names, canonicalize
 from bridge.errors import CheckpointError, bullet_list, quoted
-from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
-from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.directory import CONFIG, carry_files, config_beside, files_beside_config, read_json, write_json
 from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 

@@ -18,10 +18,11 @@ import numpy as np
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
-from bridge.formats.finding import files_by_content
+from bridge.formats.directory import files_by_content
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, num_parameters, padded_vocab_size, parameters
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
 
 NAME = "llmc"

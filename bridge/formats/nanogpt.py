@@ -31,12 +31,11 @@ from bridge.containers.torch_zip import read_file
 from bridge.containers.torch_zip_writer import write_file
 from bridge.conversion import canonical_names, canonicalize, differences
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, bullet_list, quoted
-from bridge.formats.directory import read_config
-from bridge.formats.finding import files_by_content
+from bridge.formats.directory import files_by_content, read_config
 from bridge.formats.single_file import left_out, require_implied, with_sidecar
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.parameter_table import parameters
-from bridge.storage.stored_file import first_bytes
+from bridge.storage.regular_file import first_bytes
 from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, turned
 
 NAME = "nanogpt"

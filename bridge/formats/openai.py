@@ -20,7 +20,7 @@ from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_
 from bridge.formats.directory import read_json, reshaped
 from bridge.parameter_table import Parameter, parameters
 from bridge.storage.companions import has_companion, read_companion, stays_inside
-from bridge.storage.stored_file import first_bytes
+from bridge.storage.regular_file import first_bytes
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 NAME = "openai"

@@ -48,7 +48,7 @@ def matrix_products(dtype: str) -> tuple[float, str]:
     """
     from gpt2_jax import hardware
 
-    hardware._measured_peak.cache_clear()
+    hardware.measured_peak_flops.cache_clear()
     return hardware.peak_flops(dtype)
 
 

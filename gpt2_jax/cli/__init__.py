@@ -8,12 +8,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import tyro
 
-from bridge import BridgeError
+from bridge import BridgeError, __version__
 from bridge.errors import escaped, quoted
 from gpt2_jax.cli.bench import bench
 from gpt2_jax.cli.convert import convert
@@ -24,7 +23,7 @@ from gpt2_jax.cli.inspect import inspect
 from gpt2_jax.cli.plan import plan_command
 from gpt2_jax.cli.train import default_config, train_command, wants_determinism
 from gpt2_jax.cli.verify import verify
-from gpt2_jax.console.process import keep_compiled_programs, leave_errors_to_their_message, take_huge_pages
+from gpt2_jax.console.process import enable_compilation_cache, restart_with_huge_pages, suppress_duplicate_tracebacks
 from gpt2_jax.console.terminal import print_error
 from gpt2_jax.parallel import distributed as processes
 from gpt2_jax.training.determinism import make_deterministic
@@ -50,10 +49,10 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
     if args is None and sys.argv[1:2] in (["train"], ["demo"]):  # a process of our own
-        take_huge_pages()
-    leave_errors_to_their_message()
+        restart_with_huge_pages()
+    suppress_duplicate_tracebacks()
     if (sys.argv[1:] if args is None else args) == ["--version"]:
-        print(f"gpt2-bridge {version('gpt2-bridge')}")
+        print(f"gpt2-bridge {__version__}")
         sys.exit(0)
     code: int | None
     why = ""
@@ -63,7 +62,7 @@ def main(args: list[str] | None = None) -> None:
             make_deterministic()
         asks = {"--help", "--distributed"} & {*sys.argv}  # JAX must not look for its devices before processes join
         if args is None and set(sys.argv[1:2]) & COMPILING and not asks:
-            keep_compiled_programs()
+            enable_compilation_cache()
         verbs = {**VERBS, "train": train_command(default), "plan": plan_command(default)}
         code = tyro.extras.subcommand_cli_from_dict(
             verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args

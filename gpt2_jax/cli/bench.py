@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import FlagCreatePairsOff, arg
 
 from bridge import BridgeError
@@ -18,7 +17,7 @@ from gpt2_jax.bench.peers import TASKS, Task, chosen_peers, ours, rivals
 from gpt2_jax.bench.plot import plot
 from gpt2_jax.bench.report import Report, Result, system_load
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.console.output import json_writer, progress
+from gpt2_jax.console.output import json_writer, status_bar
 from gpt2_jax.console.report_files import require_plot_path
 from gpt2_jax.console.terminal import console
 from gpt2_jax.training.config import TrainConfig
@@ -34,7 +33,7 @@ def bench(
     tasks: tuple[Task, ...] = ("train", "forward", "decode"),
     peers: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None,
     batch: Sizes = (),
-    length: Sizes = (),
+    seq_len: Sizes = (),
     pairs: int = 5,
     dtype: Literal["float32", "bfloat16"] | None = None,
     remat: Annotated[str | None, arg(metavar="NAME")] = None,
@@ -50,7 +49,7 @@ def bench(
     Each implementation runs in its own process, alternating with JAX, with the same sizes and tokens. Weights are
     random and dropout is off. Exit code 1 if an implementation crashed; the others are still reported.
 
-    Example: gpt2 bench --preset gpt2 --dtype float32 --batch 4 --length 256 --json bench.json --plot bench.png
+    Example: gpt2 bench --preset gpt2 --dtype float32 --batch 4 --seq-len 256 --json bench.json --plot bench.png
 
     Args:
         preset: the model and the defaults of the flags below, as in `gpt2 train`.
@@ -61,7 +60,7 @@ def bench(
             to start on CPU. The default is all installed peers that need no compilation; without a name, only JAX runs.
         batch: sequences per step; several values are measured one after the other. The default is one microbatch of
             the preset.
-        length: tokens per sequence; one or several values.
+        seq_len: tokens per sequence; one or several values.
         pairs: how often each implementation runs, alternating with JAX.
         dtype: the dtype of the computation. In training, weights and optimizer state stay float32.
         remat: what JAX recomputes in the backward pass, as in `gpt2 train`.
@@ -82,7 +81,7 @@ def bench(
         raise BridgeError(f"--pairs {pairs}: must be at least 1")
     if not tasks:
         raise BridgeError(f"--tasks needs at least one of {', '.join(TASKS)}")
-    configs = at_sizes(config, batch, length)
+    configs = at_sizes(config, batch, seq_len)
     with TemporaryDirectory(prefix="gpt2-bench-") as scratch:
         cases = [case for task in dict.fromkeys(tasks) for case in cases_of(task, configs, Path(scratch))]
         report = run(config, cases, names, pairs)
@@ -97,9 +96,8 @@ def run(config: TrainConfig, cases: Sequence[Case], peers: Sequence[str], pairs:
     """Measure each case in pairs of ours and a peer; alone, where there is no peer."""
     results = []
     load = system_load()
-    with ExitStack() as stack:
+    with ExitStack() as stack, status_bar() as say:
         limits = Limits(stack, config.dtype)
-        say = _bar(stack)
         for case in cases:
             others = rivals(case.task, peers)
             groups = [[ours(case.task), other] for other in others] or [[ours(case.task)]]
@@ -107,13 +105,6 @@ def run(config: TrainConfig, cases: Sequence[Case], peers: Sequence[str], pairs:
             without = [] if case.task == "convert" else [name for name in peers if name not in others]
             results.append(Result(case, measured, without))
     return Report(config, results, limits.sources, limits.failure, load)
-
-
-def _bar(stack: ExitStack) -> Callable[[str], None]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = stack.enter_context(progress(*columns))
-    task = bar.add_task("", total=None)
-    return lambda doing: bar.update(task, description=doing)
 
 
 def _scans(scan: bool, no_scan: bool) -> bool | None:

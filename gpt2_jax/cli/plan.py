@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import jax
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import OmitArgPrefixes, arg
 
 from bridge import BridgeError
 from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.train import Flags, flags_of
-from gpt2_jax.console.output import json_writer, progress
+from gpt2_jax.console.output import json_writer, status_bar
 from gpt2_jax.console.report_files import require_plot_path
 from gpt2_jax.console.terminal import console
 from gpt2_jax.plan.errors import PlanError
@@ -47,7 +45,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         Takes the flags of `gpt2 train`. Opens no data, so --vocab-size is used unchanged. Compiling takes a minute for
         any size. Exit code 1 if the step does not fit into memory; always 0 with --scaling, which lists every size.
 
-        Example: gpt2 plan --preset gpt2-xl --topology v5e:4x4 --mesh fsdp=16 --accumulate 6
+        Example: gpt2 plan --preset gpt2-xl --topology v5e:4x4 --mesh fsdp=16 --num-microbatches 6
 
         Args:
             config: the configuration; --preset sets the default of every other flag.
@@ -68,8 +66,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         recipe = from_flat(flat(config))
         jax.config.update("jax_platforms", "cpu")  # libtpu only compiles; JAX must not look for a TPU
         chosen = _topology(topology, devices)
-        with ExitStack() as stack:
-            say = _bar(stack)
+        with status_bar() as say:
             points = weak_scaling(recipe, chosen, say) if scaling else []
             made = None if scaling else make_plan(recipe, chosen, say)
         if made is not None:
@@ -89,10 +86,3 @@ def _topology(name: str | None, devices: int | None) -> Topology:
     if (name is None) == (devices is None):
         raise PlanError("give either --topology, such as v5e:4x4, or --devices N for N virtual CPU devices")
     return tpu_topology(name) if name is not None else cpu_topology(devices or 0)
-
-
-def _bar(stack: ExitStack) -> Callable[[str], None]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = stack.enter_context(progress(*columns))
-    task = bar.add_task("", total=None)
-    return lambda doing: bar.update(task, description=doing)

@@ -21,10 +21,19 @@ from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.effect import OVERWRITE, Rule, require_effect
 from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes, sizes_asked_for
 from gpt2_jax.console.output import json_writer, progress
-from gpt2_jax.console.process import keep_compiled_programs
+from gpt2_jax.console.process import enable_compilation_cache
 from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
-from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, join, leave
+from gpt2_jax.parallel.distributed import (
+    are_several,
+    broadcast_from_first,
+    end,
+    end_now,
+    first_alone,
+    is_first,
+    join,
+    leave,
+)
 from gpt2_jax.training import PRESETS, NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, flat, from_flat, is_out_of_memory
 from gpt2_jax.training.preemption import PreemptionHandler
@@ -111,7 +120,7 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
         """
         if distributed:
             join(coordinator, processes, process)
-            keep_compiled_programs()
+            enable_compilation_cache(several_processes=are_several())
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process go with --distributed")
         asked = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
@@ -138,8 +147,8 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             if not is_out_of_memory(error):
                 raise
             raise BridgeError(
-                f"out of memory with {config.batch_size} sequences per step in {config.accumulate} microbatches; "
-                "lower --batch-size, or raise --accumulate"
+                f"out of memory with {config.batch_size} sequences per step in {config.num_microbatches} microbatches; "
+                "lower --batch-size, or raise --num-microbatches"
             ) from error
         write_json(outcome.to_json())
         leave()
@@ -226,7 +235,7 @@ def run_training(
     if config.tokenizer != "bpe":  # BPE may have fewer tokens if the text is short
         require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
     say(data.description, soft_wrap=True)
-    say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
+    say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.seq_len:,} tokens a step")
     outcome = train(
         config,
         out,

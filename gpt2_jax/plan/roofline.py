@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpt2_jax.hardware import flops_per_token
-from gpt2_jax.plan.chips import Chip
+from gpt2_jax.hardware import TpuChip, flops_per_token
 from gpt2_jax.plan.collectives import Exchange
 from gpt2_jax.plan.memory import WIDTH, State, kept_bytes, layer_parameters
 from gpt2_jax.training import TrainConfig
@@ -61,7 +60,7 @@ class Roofline:
 
 
 def roofline(
-    config: TrainConfig, mesh: dict[str, int], state: State, found: Exchange, slices: Sequence[int], chip: Chip
+    config: TrainConfig, mesh: dict[str, int], state: State, found: Exchange, slices: Sequence[int], chip: TpuChip
 ) -> Roofline:
     """Of a step on a mesh of devices that lie in these slices."""
     across = [one for one in found.collectives if one.crosses(slices)]
@@ -71,7 +70,7 @@ def roofline(
 
 
 def estimate(
-    config: TrainConfig, mesh: dict[str, int], state: State, link_bytes: float, network_bytes: float, chip: Chip
+    config: TrainConfig, mesh: dict[str, int], state: State, link_bytes: float, network_bytes: float, chip: TpuChip
 ) -> Roofline:
     flops, again = step_flops(config, mesh)
     moved = hbm_bytes(config, mesh, state)
@@ -94,15 +93,19 @@ def step_flops(config: TrainConfig, mesh: dict[str, int]) -> tuple[float, float]
     `dots` computes norms and activations again, which are no matrix products.
     """
     devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
-    tokens = config.batch_size * config.length / devices
+    tokens = config.batch_size * config.seq_len / devices
     c = config.model
-    forward = 2 * layer_parameters(config) + 4 * c.n_layer * c.n_embd * config.length
-    return tokens * flops_per_token(c, config.length), tokens * forward if config.remat == "full" else 0.0
+    forward = 2 * layer_parameters(config) + 4 * c.n_layer * c.n_embd * config.seq_len
+    return tokens * flops_per_token(c, config.seq_len), tokens * forward if config.remat == "full" else 0.0
 
 
 def hbm_bytes(config: TrainConfig, mesh: dict[str, int], state: State) -> float:
     """That a device reads and writes in a step at the least; see `ASSUMPTIONS`."""
     gathered = layer_parameters(config) * WIDTH[config.dtype] / mesh["tensor"]
     own_gradients = state.parameters
-    part = 2 * gathered + 2 * kept_bytes(config, mesh) + (2 * own_gradients if config.accumulate > 1 else own_gradients)
-    return config.accumulate * part + 2 * (state.parameters + state.optimizer + state.mean) + own_gradients
+    part = (
+        2 * gathered
+        + 2 * kept_bytes(config, mesh)
+        + (2 * own_gradients if config.num_microbatches > 1 else own_gradients)
+    )
+    return config.num_microbatches * part + 2 * (state.parameters + state.optimizer + state.mean) + own_gradients

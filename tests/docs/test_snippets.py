@@ -53,12 +53,12 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
 """(part of a line, why it is only parsed)."""
 
 SMALLER = {
-    "train": "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --length 16 --batch-size 2 --accumulate 1 --steps 2 "
+    "train": "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 2 --num-microbatches 1 --max-steps 2 "
     "--warmup-steps 1 --eval-every 2 --eval-batches 1 --checkpoint-every 1 --sample-tokens 0",
     "resume": "--accept-changes --eval-batches 1 --sample-tokens 0",
-    "finetune": "--length 16 --batch-size 2 --steps 2 --warmup-steps 1 --eval-every 2 --eval-batches 1 "
+    "finetune": "--seq-len 16 --batch-size 2 --max-steps 2 --warmup-steps 1 --eval-every 2 --eval-batches 1 "
     "--checkpoint-every 1 --sample-tokens 0",
-    "verify": "--batch 1 --length 16",
+    "verify": "--batch-size 1 --seq-len 16",
     "generate": "--max-new-tokens 4",
 }
 """Flags appended to a line so that it runs in seconds; the line's own flags are parsed all the same."""

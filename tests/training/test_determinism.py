@@ -15,7 +15,7 @@ from gpt2_jax.cli.train import wants_determinism
 from gpt2_jax.training import PRESETS, TrainingError
 from gpt2_jax.training.determinism import is_deterministic, make_deterministic
 
-SHORT = "--tokenizer bytes --steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --length 8"
+SHORT = "--tokenizer bytes --max-steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --seq-len 8"
 TINY = "--n-layer 1 --n-embd 8 --n-head 1"
 
 
@@ -96,7 +96,7 @@ finally:
     ]
     command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), *TINY.split(), "--deterministic"]
     # The second start would leave this program; huge pages change no bits.
-    environment = {**os.environ, "GPT2_BRIDGE_STARTED_AGAIN": "1"}
+    environment = {**os.environ, "GPT2_BRIDGE_RESTARTED": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "threads of XLA: 1" in done.stdout

@@ -20,6 +20,7 @@ from support.models import SMALLEST
 from support.refusals import assert_refused
 
 from bridge import CheckpointError
+from bridge.containers import safetensors as container
 from bridge.containers.safetensors import DTYPES, read_file, write_file
 from bridge.storage.tensors import LazyTensorMap
 
@@ -232,7 +233,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "offset null": (file_of({"w": {**GOOD, "data_offsets": None}}, bytes(8)), "do not lie in"),
     "one offset": (file_of({"w": {**GOOD, "data_offsets": [8]}}, bytes(8)), "do not lie in"),
     "three offsets": (file_of({"w": {**GOOD, "data_offsets": [0, 4, 8]}}, bytes(8)), "do not lie in"),
-    "past the end": (file_of({"w": GOOD}, bytes(7)), "do not lie in the file's 7 bytes"),
+    "past the end": (file_of({"w": GOOD}, bytes(7)), "exceed the file's 7 bytes"),
     "far past the end": (file_of({"w": tensor((2**40,), 0, 2**42)}, bytes(8)), "do not lie in"),
     "overlapping": (file_of({"w": GOOD, "x": tensor(begin=4, end=12)}, bytes(12)), "'x' overlaps"),
     "the same range": (file_of({"w": GOOD, "x": GOOD}, bytes(8)), "'x' overlaps"),
@@ -368,3 +369,11 @@ def test_reading_the_header_does_not_read_the_data(tmp_path: Path) -> None:
     os.truncate(path, path.stat().st_size + 2**40)
     tensors, _ = read_file(path)
     assert tensors.entries["w"].nbytes == 2**40
+
+
+def test_a_written_file_that_the_package_cannot_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(container._NAMES, np.dtype("f4"), "F99")
+    with pytest.raises(CheckpointError, match="the safetensors package cannot read the written file"):
+        write_file(tmp_path / "a", LazyTensorMap.of({"x": np.ones(3, "f4")}), {})

@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from support.models import SMALLEST, TINY, random_checkpoint
 from support.refusals import assert_refused
 
 import bridge
 import gpt2_jax
-import gpt2_torch
 from bridge import BridgeError, Checkpoint, CheckpointError, ConfigError, ConversionError, GPT2Config
 
 WRITTEN_BY_TRANSFORMERS = Path(__file__).parents[2] / "files" / "transformers-4.57.6"
@@ -97,6 +95,10 @@ def leaves_under(leaves: Leaves, modules: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_backends_compute_the_logits_that_transformers_computed(name: str) -> None:
+    import torch
+
+    import gpt2_torch
+
     ids, expected = np.load(WRITTEN_BY_TRANSFORMERS / "ids.npy"), np.load(WRITTEN_BY_TRANSFORMERS / name / "logits.npy")
     assert abs(expected).max() > 0.5, "logits that say something"
     reference = gpt2_torch.model_from_checkpoint(bridge.load(WRITTEN_BY_TRANSFORMERS / name)).float().eval()
