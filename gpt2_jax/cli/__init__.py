@@ -26,9 +26,9 @@ def main(args: list[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
     words = sys.argv[1:] if args is None else args
     if words == ["--version"]:
-        from importlib.metadata import version
+        from bridge import __version__
 
-        print(f"gpt2-bridge {version('gpt2-bridge')}")
+        print(f"gpt2-bridge {__version__}")
         sys.exit(0)
     if not words or words[0].startswith("-"):
         top_level(words)

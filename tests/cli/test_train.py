@@ -22,8 +22,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from jax.errors import JaxRuntimeError
 from support import commands
 from support.implementations import relative_error
@@ -32,7 +30,6 @@ from support.training_runs import RECIPE, write_text
 
 import bridge
 import gpt2_jax
-import gpt2_torch
 from bridge import GPT2Config
 from bridge.formats.run import steps
 from gpt2_jax.cli import run_training
@@ -111,6 +108,11 @@ def test_flags_override_the_preset_and_are_stored(trained: Path) -> None:
 
 def test_the_export_is_the_same_function_in_every_implementation(trained: Path) -> None:
     """The run has no biases and a padded vocabulary, the export zero biases and no padding."""
+    import torch
+    import transformers
+
+    import gpt2_torch
+
     export, ids = trained / "run" / "export", random_ids(RECIPE.model, length=12)
     model, params = gpt2_jax.from_pretrained(trained / "run")
     expected = np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
@@ -126,6 +128,8 @@ def test_the_export_is_the_same_function_in_every_implementation(trained: Path) 
 
 
 def test_the_export_has_the_tokenizer(trained: Path) -> None:
+    import transformers
+
     text = "line 1 says é\n"
     ids = bridge.load(trained / "run").tokenizer().encode_ordinary(text)
     assert ids == list(text.encode())
