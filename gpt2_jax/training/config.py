@@ -8,12 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import jax.numpy as jnp
-
 from bridge import GPT2Config
 from bridge.errors import bullet_list, quoted
-from gpt2_jax.ops.attention import Implementation, obstacle
-from gpt2_jax.parallel.remat import Remat
+from gpt2_jax.choices import Implementation, Remat, obstacle
 from gpt2_jax.training.errors import TrainingError
 from gpt2_jax.training.validation import choice_problems, range_problems, type_problems
 
@@ -225,7 +222,7 @@ def _attention_problems(c: TrainConfig) -> Iterator[str]:
     """Yield why the chosen attention cannot run this configuration. `auto` and `xla` can run every one."""
     if c.attention in ("auto", "xla") or c.attention not in get_args(Implementation):
         return
-    if problem := obstacle(c.attention, jnp.dtype(c.dtype), c.seq_len, c.model.head_size):
+    if problem := obstacle(c.attention, c.dtype, c.seq_len, c.model.head_size):
         yield f"attention={c.attention}: {problem}"
     if c.model.attn_pdrop > 0 or c.examples == "documents":
         yield f"attention={c.attention}: does not support attn_pdrop above 0 or --examples documents; xla does"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from jax.errors import JaxRuntimeError
-
 from bridge import BridgeError
 
 
@@ -17,4 +15,6 @@ class NonFiniteLoss(TrainingError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the machine or of a device was too small."""
+    from jax.errors import JaxRuntimeError  # not at the top, because `gpt2 train --help` must not wait for JAX
+
     return isinstance(error, MemoryError) or (isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))

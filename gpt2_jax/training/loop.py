@@ -30,7 +30,7 @@ from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gpt2_jax.training.preemption import Preempted, PreemptionHandler
 from gpt2_jax.training.run import directory
 from gpt2_jax.training.run.checkpointing import Checkpoints
-from gpt2_jax.training.run.identity import description, run_arguments
+from gpt2_jax.training.run.identity import description, has_run_json, run_arguments
 from gpt2_jax.training.run.metrics import require_packages
 from gpt2_jax.training.run.outcome import Outcome, finish
 from gpt2_jax.training.run.report import Report
@@ -126,7 +126,7 @@ def _prepare_directory(
     Returns whether an existing run is resumed, and whether training starts at step 0.
     """
     require_agreement({**run_arguments(config, data), "resume": resume, "accept_changes": accept_changes})
-    is_resumed = broadcast_from_first(resume and directory.has_run_json(run))
+    is_resumed = broadcast_from_first(resume and has_run_json(run))
     if is_resumed:
         directory.require_run(run)
         if not accept_changes:

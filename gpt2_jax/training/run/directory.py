@@ -17,18 +17,18 @@ from bridge.formats.run import CHECKPOINTS, RUN, first_valid, steps
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import (
     Replaceable,
-    exclusive_lock,
     foreign_files,
     new_directory,
     new_file,
     replace_files,
     require_replaceable,
 )
+from bridge.storage.locks import exclusive_lock
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import TrainingError
-from gpt2_jax.training.run.identity import Identity, description, stored_identity
+from gpt2_jax.training.run.identity import Identity, description, has_run_json, stored_identity
 from gpt2_jax.training.run.metrics import METRICS, PLOT, TENSORBOARD, WANDB_ID
 
 if TYPE_CHECKING:
@@ -187,11 +187,6 @@ def require_steps_left(run: Path, config: TrainConfig, newest: int | None) -> No
             f"max_steps={config.max_steps}: the newest checkpoint in {quoted(run)} is already at step {newest}; "
             f"give --max-steps {newest} or more, or start again with another --out"
         )
-
-
-def has_run_json(run: Path) -> bool:
-    """Whether a directory has a file named run.json, which may be another program's."""
-    return (run / RUN).is_file()
 
 
 def _write_new(directory: Path, config: TrainConfig, data: Data) -> None:

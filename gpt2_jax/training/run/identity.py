@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge import BridgeError, tokenizer_fingerprint
+from bridge import BridgeError, __version__, tokenizer_fingerprint
 from bridge.errors import quoted
 from bridge.formats.run import RUN
 from bridge.storage.json_text import parse_object
-from bridge.storage.small_file import read_small_file
+from bridge.storage.regular_file import read_small_file
 from gpt2_jax.training.config import CHANGEABLE_FIELDS, PATH_FIELDS, TrainConfig, flat, from_flat
 from gpt2_jax.training.errors import TrainingError
 
@@ -83,9 +83,14 @@ def description(config: TrainConfig, data: Data) -> dict[str, Any]:
         "config": flat(config),
         "data": identity.data,
         "tokenizer": identity.tokenizer,
-        "versions": {name: version(name) for name in ("gpt2-bridge", "jax", "jaxlib", "flax", "optax")},
+        "versions": {"gpt2-bridge": __version__} | {n: version(n) for n in ("jax", "jaxlib", "flax", "optax")},
         "flags": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     }
+
+
+def has_run_json(run: Path) -> bool:
+    """Whether a directory has a file named run.json, which may be another program's."""
+    return (run / RUN).is_file()
 
 
 def stored_identity(run: Path) -> Identity:
