@@ -69,12 +69,14 @@ def test_a_resume_with_another_value_is_refused_by_its_name(copy: Path, name: st
     assert files(copy / "run") == before
 
 
-def test_a_last_step_behind_the_newest_checkpoint_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize("accept_changes", [False, True])
+def test_a_last_step_before_the_newest_checkpoint_is_refused(copy: Path, accept_changes: bool) -> None:
+    """Also without --accept-changes, which would not help."""
     before = files(copy / "run")
-    with pytest.raises(
-        TrainingError, match=r"max_steps=5: the newest checkpoint in '.*run' is already at step 6; give"
-    ):
-        run_in(copy, recipe(max_steps=5), resume=True, accept_changes=True)
+    message = r"max_steps=5: the newest checkpoint in '.*run' is already at step 6; give --max-steps 6 or more"
+    with pytest.raises(TrainingError, match=message) as raised:
+        run_in(copy, recipe(max_steps=5), resume=True, accept_changes=accept_changes)
+    assert "--accept-changes" not in str(raised.value)
     assert files(copy / "run") == before
 
 
