@@ -101,6 +101,37 @@ assert logits.shape == (2, 17, 257) and np.isfinite(logits).all()
     assert_runs_without((*TORCH, "gpt2_torch"), code, huggingface_directory(tmp_path / "source"))
 
 
+HEAVY = (*JAX, *TORCH, "gpt2_torch", "orbax", "grain", "tensorstore", "tokenizers", "matplotlib")
+"""Packages whose import takes a noticeable time. Verbs that do not need them must start without them."""
+
+
+def test_the_packages_are_imported_without_their_frameworks() -> None:
+    assert_runs_without(HEAVY, "import bridge, gpt2_jax, gpt2_jax.data, gpt2_jax.training, gpt2_jax.cli")
+
+
+def test_help_version_inspect_and_convert_import_no_framework(tmp_path: Path) -> None:
+    code = """
+from gpt2_jax.cli import main
+from gpt2_jax.cli.verbs import VERBS
+
+def run(*arguments):
+    try:
+        main([*arguments])
+    except SystemExit as ended:
+        assert not ended.code, (arguments, ended.code)
+
+run("--help")
+assert "numpy" not in sys.modules
+run("--version")
+for verb in VERBS:
+    run(verb, "--help")
+run("inspect")
+run("convert", sys.argv[2], sys.argv[3], "--to", "flax")
+"""
+    source = huggingface_directory(tmp_path / "source")
+    assert_runs_without(HEAVY, code, source, tmp_path / "flax")
+
+
 @pytest.mark.parametrize(
     "imports",
     [

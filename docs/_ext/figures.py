@@ -81,8 +81,8 @@ def loss_curve(file: Path) -> None:
 
 def memory_by_mesh(file: Path) -> None:
     """Draw what a training step of 774M parameters needs on each of eight devices, for every mesh."""
-    config = replace(PRESETS["gpt2-large"], accumulate=10)
-    one = replace(config, batch_size=1, accumulate=1)
+    config = replace(PRESETS["gpt2-large"], num_microbatches=10)
+    one = replace(config, batch_size=1, num_microbatches=1)
     state = described_step(one, make_mesh("data=1", jax.devices()[:1])).state
     meshes = [mesh for mesh in possible_meshes(8) if divides(state, mesh)]
     names, parts = [], []

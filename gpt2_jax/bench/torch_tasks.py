@@ -1,6 +1,6 @@
-"""The peers in PyTorch: the reference and transformers' GPT-2, each eager and under `torch.compile`.
+"""Benchmark tasks in PyTorch: `gpt2_torch` and the GPT-2 of transformers, both eager and with `torch.compile`.
 
-On a GPU float32 products may use TF32, as XLA's do there, and bfloat16 is autocast over weights in float32.
+On GPUs, float32 products may use TF32, as they do in XLA. bfloat16 means autocast with float32 weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import bridge
 from bridge import GPT2Config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CLIP_NORM = 1.0
+MAX_GRAD_NORM = 1.0
 
 Action = Callable[[], Any]
 
 
-def imports(name: str) -> None:
+def import_packages(name: str) -> None:
     if name.startswith("transformers"):
         from transformers import GPT2LMHeadModel  # noqa: F401
     else:
@@ -37,7 +37,7 @@ def prepare(job: dict[str, Any]) -> tuple[Action, Action]:
     return action, lambda: None
 
 
-def about() -> dict[str, Any]:
+def device_info() -> dict[str, Any]:
     if DEVICE == "cpu":
         return {"device": "CPU", "device_peak_bytes": None}
     return {"device": torch.cuda.get_device_name(), "device_peak_bytes": torch.cuda.max_memory_allocated()}
@@ -59,9 +59,9 @@ def _train(job: dict[str, Any]) -> Action:
         optimizer.zero_grad(set_to_none=True)
         loss = run(inputs, labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
-        return loss.item()  # waits for all of the step on a GPU: it is the last in the stream
+        return loss.item()  # on a GPU, this waits for the entire step, because operations run in order
 
     return step
 
@@ -80,7 +80,7 @@ def _forward(job: dict[str, Any]) -> Action:
     @torch.no_grad()
     def action() -> None:
         run(inputs)
-        _wait()
+        _synchronize()
 
     return action
 
@@ -92,12 +92,12 @@ def _decode(job: dict[str, Any]) -> Action:
     if job["name"] == "torch":
         import gpt2_torch
 
-        decoder, request = gpt2_torch.Decoder(model), bridge.GenerationConfig(job["new"])
-        return lambda: decoder.generate(prompts, request)
+        decoder, generation = gpt2_torch.Decoder(model), bridge.GenerationConfig(job["new_tokens"])
+        return lambda: decoder.generate(prompts, generation)
     if not _compiles(job):
-        return lambda: generate_with_transformers(model, prompts, job["new"])
-    model.forward = torch.compile(model.forward)  # a static cache has one shape for all tokens
-    return lambda: generate_with_transformers(model, prompts, job["new"], cache_implementation="static")
+        return lambda: generate_with_transformers(model, prompts, job["new_tokens"])
+    model.forward = torch.compile(model.forward)  # the static cache has the same shape for every token
+    return lambda: generate_with_transformers(model, prompts, job["new_tokens"], cache_implementation="static")
 
 
 def _load(job: dict[str, Any]) -> Action:
@@ -107,37 +107,37 @@ def _load(job: dict[str, Any]) -> Action:
         return lambda: gpt2_torch.GPT2.from_pretrained(job["directory"]).to(DEVICE)
     import transformers
 
-    theirs: Any = transformers.GPT2LMHeadModel
-    return lambda: theirs.from_pretrained(job["directory"]).to(DEVICE)
+    model_class: Any = transformers.GPT2LMHeadModel
+    return lambda: model_class.from_pretrained(job["directory"]).to(DEVICE)
 
 
 @torch.no_grad()
-def generate_with_transformers(model: Any, prompts: Sequence[Sequence[int]], new: int, **kwargs: Any) -> None:
-    """transformers' own loop: greedy, exactly `new` tokens after each of the prompts, which are of one length."""
+def generate_with_transformers(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int, **kwargs: Any) -> None:
+    """Generate exactly `new_tokens` tokens greedily with transformers. All prompts must have the same length."""
     ids = torch.tensor(prompts, device=model.device)
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=new,
-        min_new_tokens=new,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         eos_token_id=None,
         pad_token_id=0,
         **kwargs,
     )
-    _wait()
+    _synchronize()
 
 
 def _model(job: dict[str, Any]) -> tuple[Any, Callable[[torch.Tensor], torch.Tensor]]:
-    """A model with random weights in float32, and what makes logits with it."""
+    """A model with random float32 weights, and a function from token ids to its logits."""
     config = GPT2Config(**job["model"])
     if job["name"].startswith("transformers"):
         import transformers
 
         hf = transformers.GPT2Config(**replace(config, bias=True).to_hf())
-        theirs: Any = transformers.GPT2LMHeadModel(hf)
-        theirs.to(DEVICE)
-        return theirs, lambda ids: theirs(ids, use_cache=False).logits
+        peer: Any = transformers.GPT2LMHeadModel(hf)
+        peer.to(DEVICE)
+        return peer, lambda ids: peer(ids, use_cache=False).logits
     import gpt2_torch
 
     model = gpt2_torch.GPT2(config).to(DEVICE)
@@ -145,7 +145,7 @@ def _model(job: dict[str, Any]) -> tuple[Any, Callable[[torch.Tensor], torch.Ten
 
 
 def _adamw(model: torch.nn.Module, config: GPT2Config) -> torch.optim.AdamW:
-    """The fused AdamW, which is torch's fastest, with the rule of decay that all implementations have here."""
+    """Fused AdamW, PyTorch's fastest, with weight decay on the same parameters as in JAX."""
     names = {p.torch_name for p in bridge.parameters(config) if p.decays}
     decaying: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -163,6 +163,6 @@ def _compiles(job: dict[str, Any]) -> bool:
     return job["name"].endswith("-compiled")
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The port, as `gpt2 train`, `from_pretrained` and `gpt2 generate` run it."""
+"""Benchmark tasks in JAX, with the code of `gpt2 train`, `from_pretrained` and `gpt2 generate`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gpt2_jax.training import make_optimizer, make_train_step
 from gpt2_jax.training.config import TrainConfig, from_flat
 from gpt2_jax.training.state import first_state, make_model
 
-DECODING_MULTIPLE = 64
-"""The vocabulary is padded at least to a multiple of this for decoding, which is faster on CPU."""
+DECODE_VOCAB_MULTIPLE = 64
+"""Decoding pads the vocabulary at least to a multiple of this, which is faster on CPU."""
 
 Action = Callable[[], Any]
 
 
-def imports(name: str) -> None:
-    """All is imported above."""
+def import_packages(name: str) -> None:
+    """Does nothing: this module imports all packages at its top."""
 
 
 def prepare(job: dict[str, Any]) -> tuple[Action, Action]:
@@ -32,7 +32,7 @@ def prepare(job: dict[str, Any]) -> tuple[Action, Action]:
     return action, lambda: None
 
 
-def about() -> dict[str, Any]:
+def device_info() -> dict[str, Any]:
     device = jax.local_devices()[0]
     stats = (device.memory_stats() if device.platform != "cpu" else None) or {}
     kind = "CPU" if device.platform == "cpu" else device.device_kind
@@ -41,12 +41,8 @@ def about() -> dict[str, Any]:
 
 def _train(job: dict[str, Any]) -> Action:
     config = from_flat(job["config"])
-    model, tx, mesh = (
-        make_model(config),
-        make_optimizer(config.optimizer, config.max_steps),
-        make_mesh(devices=jax.devices()[:1]),
-    )
-    state = first_state(config, model, tx, None, mesh)
+    model, tx = make_model(config), make_optimizer(config.optimizer, config.max_steps)
+    state = first_state(config, model, tx, None, make_mesh(devices=jax.devices()[:1]))
     train_step = make_train_step(model, tx, seed=config.seed, max_grad_norm=config.optimizer.max_grad_norm)
     ids = job["ids"].astype(np.int32)
     batch = jax.device_put({"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
@@ -61,7 +57,7 @@ def _train(job: dict[str, Any]) -> Action:
 
 def _forward(job: dict[str, Any]) -> Action:
     config = from_flat(job["config"])
-    model, params = _initialised(config)
+    model, params = _init(config)
     ids = jnp.asarray(job["ids"][:, :-1], jnp.int32)
     logits = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     return lambda: jax.block_until_ready(logits(params, ids))
@@ -69,18 +65,18 @@ def _forward(job: dict[str, Any]) -> Action:
 
 def _decode(job: dict[str, Any]) -> Action:
     config = from_flat(job["config"])
-    multiple = int(np.lcm(config.vocab_multiple, DECODING_MULTIPLE))
-    model, params = _initialised(replace(config, scan=False, vocab_multiple=multiple))
+    multiple = int(np.lcm(config.vocab_multiple, DECODE_VOCAB_MULTIPLE))
+    model, params = _init(replace(config, scan=False, vocab_multiple=multiple))
     decoder = gpt2_jax.Decoder(model, params, dtype=jnp.dtype(config.dtype))
-    prompts, request = job["ids"][:, :-1].tolist(), bridge.GenerationConfig(job["new"])
-    return lambda: decoder.generate(prompts, request)
+    prompts, generation = job["ids"][:, :-1].tolist(), bridge.GenerationConfig(job["new_tokens"])
+    return lambda: decoder.generate(prompts, generation)
 
 
 def _load(job: dict[str, Any]) -> Action:
     return lambda: jax.block_until_ready(gpt2_jax.from_pretrained(job["directory"])[1])
 
 
-def _initialised(config: TrainConfig) -> tuple[gpt2_jax.GPT2, Any]:
+def _init(config: TrainConfig) -> tuple[gpt2_jax.GPT2, Any]:
     model = make_model(config)
     key, ids = jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)
     return model, jax.jit(model.init)(key, ids)["params"]

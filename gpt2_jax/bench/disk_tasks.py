@@ -1,4 +1,4 @@
-"""Converting a checkpoint, beside `cp` of the same bytes; both end with the data on the disk. No framework runs."""
+"""Benchmark tasks without a framework: converting a checkpoint, and `cp` of the same bytes. Both wait for the disk."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from bridge.storage.tensors import LazyTensor, LazyTensorMap
 Action = Callable[[], Any]
 
 
-def imports(name: str) -> None:
-    """All is imported above."""
+def import_packages(name: str) -> None:
+    """Does nothing: this module imports all packages at its top."""
 
 
 def prepare(job: dict[str, Any]) -> tuple[Action, Action]:
@@ -31,7 +31,7 @@ def prepare(job: dict[str, Any]) -> tuple[Action, Action]:
     return partial(_convert, source, target), lambda: shutil.rmtree(target)
 
 
-def about() -> dict[str, Any]:
+def device_info() -> dict[str, Any]:
     return {"device": "disk", "device_peak_bytes": None}
 
 
@@ -40,13 +40,13 @@ def _convert(source: Path, target: Path) -> None:
 
 
 def copy_to_disk(source: Path, target: Path) -> None:
-    """`cp`, and wait until the data are on the disk, as `bridge.save` does."""
+    """Run `cp` and wait until the data are on disk, as `bridge.save` does."""
     subprocess.run(["cp", source, target], check=True)
     subprocess.run(["sync", target], check=True)
 
 
 def write_checkpoint(path: Path, config: GPT2Config) -> Path:
-    """One Hugging Face file with a different number in every tensor; it is made as it is written."""
+    """Write a Hugging Face checkpoint in one file. The values are generated while writing, to save memory."""
     entries = {
         p.torch_name: LazyTensor(np.dtype("f4"), p.torch_shape, partial(_values, p.torch_shape, number))
         for number, p in enumerate(bridge.parameters(config))
@@ -58,7 +58,7 @@ def write_checkpoint(path: Path, config: GPT2Config) -> Path:
 
 
 def _values(shape: tuple[int, ...], number: int) -> np.ndarray:
-    """One number, but for every thousandth, so that a wrong turn or place changes the fingerprint."""
+    """`number` everywhere except at every thousandth element, so that transposed or swapped tensors are detected."""
     values = np.full(math.prod(shape), number, np.float32)
     values[::1000] = np.arange(len(values[::1000]))
     return values.reshape(shape)
