@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from bridge.labels import IGNORE_INDEX
+from bridge.evaluation import IGNORE_INDEX
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.functions import wide_dtype
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts, constrain, gathered

@@ -25,9 +25,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
-from gpt2_jax.ops.attention import Implementation, attention, cached_attention
+from gpt2_jax.choices import Implementation, Remat
+from gpt2_jax.ops.attention import attention, cached_attention
 from gpt2_jax.ops.functions import gelu_tanh, project, project_to_vocabulary, scaled_norm
-from gpt2_jax.parallel.remat import POLICIES, PROJECTED, Remat
+from gpt2_jax.parallel.remat import POLICIES, PROJECTED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, constrain, gathered
 
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {

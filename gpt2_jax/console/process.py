@@ -12,9 +12,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, NoReturn
 
 from bridge.errors import quoted
 from gpt2_jax.console.cache import cache_directory
@@ -75,6 +73,8 @@ def enable_compilation_cache(*, several_processes: bool = False) -> None:
     Args:
         several_processes: other processes take part in the computation.
     """
+    import jax  # not at the top, because verbs that compute nothing must not wait for it
+
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
     cpu = ""
@@ -128,6 +128,14 @@ def _unraisablehook(unraisable: Any) -> None:
 def _excepthook(error: Any) -> None:
     if not type(error.thread).__module__.startswith("tensorboard."):
         _previous_excepthook(error)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process after flushing its output, without what Python and JAX do at the end: it may wait for others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
 
 
 def _cpu() -> str:

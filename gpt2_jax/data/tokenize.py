@@ -19,7 +19,7 @@ import numpy as np
 from bridge.errors import BridgeError, quoted
 from bridge.storage.atomic_writes import new_directory
 from bridge.storage.json_text import parse_object
-from bridge.storage.small_file import read_small_file
+from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import tokenizer_fingerprint
 from gpt2_jax.console.cache import cache_directory

@@ -6,13 +6,11 @@ Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-Remat = Literal["none", "dots", "full"]
-"""none: keep what the derivatives take. dots: keep the results of products and of attention, and compute norms and
-activations again, which takes less time on CPU than to write and read them. full: keep each layer's input alone."""
+from gpt2_jax.choices import Remat
 
 PROJECTED, ATTENDED = "projected", "attended"
 """The names, for `jax.ad_checkpoint.checkpoint_name`, of the results that `dots` keeps."""

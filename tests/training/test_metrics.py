@@ -18,7 +18,7 @@ from support.training_runs import RECIPE, data_for, files, recipe, write_text
 
 from bridge import GPT2_SIZES, GPT2Config
 from gpt2_jax import hardware
-from gpt2_jax.cli.train import run_training
+from gpt2_jax.cli.run_training import run_training
 from gpt2_jax.hardware import flops_per_token, peak_flops
 from gpt2_jax.training import TrainConfig, TrainingError, resolve_config, train
 from gpt2_jax.training.run.metrics import Metrics, plot_losses, read_metrics
