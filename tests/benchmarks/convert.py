@@ -1,4 +1,4 @@
-"""Time and memory of converting a checkpoint of gpt2-xl's size (1.56B parameters, 6.2 GB in float32), compared with `cp`.
+"""Time and memory of converting a checkpoint of gpt2-xl's size (1.56B parameters, 6.2 GB), compared with `cp`.
 
     python -m tests.benchmarks.convert [pairs] [--size gpt2-xl] [--formats flax llmc ...]
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.generate [--size gpt2] [--dtype float32] [--pairs 5]
 
 Greedy generation in one process; the implementations alternate. The benchmark prints medians and ranges. The limit is
-the time of reading the weights once, at the bandwidth measured in the same run. On GPUs, transformers also runs with its
-compiled static cache.
+the time of reading the weights once, at the bandwidth measured in the same run. On GPUs, transformers also runs with
+its compiled static cache.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""`verify` detects mistakes: each test breaks the JAX model in a way that is easy to get wrong, and `verify` must fail and
-name the right location."""
+"""`verify` detects mistakes.
+
+Each test breaks the JAX model in a way that is easy to get wrong. `verify` must fail and name the right location.
+"""
 
 from __future__ import annotations
 
