@@ -156,6 +156,16 @@ def test_no_default_in_the_help_reads_as_code(verb: str, capsys: pytest.CaptureF
         assert noise not in shown
 
 
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_help_fits_the_terminal(
+    verb: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run(verb, "--help") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= width
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_completion_script_knows_verbs_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
