@@ -16,6 +16,8 @@ sys.path.insert(0, str(HERE / "_ext"))
 # must not look for accelerators, and must give the same output everywhere.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling takes longer than running these small models.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["COLUMNS"] = "100"
 
 
@@ -51,10 +53,9 @@ myst_heading_anchors = 3
 # adds the packages' text, so that a change to the code executes them again.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "executed" / _sources_digest())
-nb_execution_excludepatterns = ["how-to/*", "reference/*", "explanation/*", "*.md"]
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 300
+nb_execution_timeout = 900  # on a busy machine
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
@@ -63,5 +64,6 @@ autodoc_default_options = {"members": True, "undoc-members": True, "exclude-memb
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # "Attributes:" describes fields that autodoc lists too
 default_role = "code"
 suppress_warnings = ["ref.python"]  # short names in signatures: both backends have a Decoder

@@ -18,7 +18,8 @@ from gpt2_jax.cli.generate import Backend, continued_text
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import console
-from gpt2_jax.training.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
+from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
+from gpt2_jax.training.presets import PRESETS
 from gpt2_jax.training.run.directory import remove as remove_run
 from gpt2_jax.training.run.metrics import read_metrics
 

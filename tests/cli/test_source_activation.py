@@ -123,7 +123,7 @@ def test_train_starts_with_the_given_activation(
 
 def test_train_without_a_checkpoint_refuses_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--out", tmp_path / "run", "--source-activation", "gelu") == 2
-    assert "source_activation='gelu': it is only for --init-from" in capsys.readouterr().err
+    assert "source_activation='gelu': is only for --init-from" in capsys.readouterr().err
 
 
 def test_a_run_stored_before_the_flag_existed_is_read() -> None:
