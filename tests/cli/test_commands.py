@@ -19,6 +19,7 @@ from gpt2_jax.cli import main
 from gpt2_jax.cli.parsing import parse_and_run
 from gpt2_jax.cli.verbs import VERBS, load_verb
 from gpt2_jax.cli.verify import ALL_CHECKS
+from gpt2_jax.training.run.metrics import read_metrics
 
 
 def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +236,10 @@ def test_the_demo_converts_verifies_fine_tunes_and_exports(tmp_path: Path, capsy
     assert bridge.load(out / "run" / "export").config.n_embd == bridge.load("bundled").config.n_embd
     shown = capsys.readouterr().out
     assert "the two backends are the same function" in shown
+    first, *_, last = [record["val_loss"] for record in read_metrics(out / "run") if "val_loss" in record]
+    summary = shown[shown.index("before, PyTorch") :]
+    for expected in ("after, PyTorch", "after, JAX", "8 of 8 checks", f"{first:.3f} -> {last:.3f}", "identical"):
+        assert expected in summary
     ending = "\n".join(shown.splitlines()[-3:])
     assert all(name in ending for name in ("report.json", "loss.png", "export"))
     assert run("demo", "--out", out) == 2  # an existing run is kept without --overwrite
