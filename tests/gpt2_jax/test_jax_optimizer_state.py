@@ -91,7 +91,7 @@ def test_a_filled_state_does_not_change_with_what_it_was_filled_from(scan: bool)
     filled = with_adamw_state(optax.adamw(1e-3).init(params), replace(adamw, exp_avg=lent), model)
     for array in lent.values():
         array[:] = np.nan
-    for name, array in adamw_state(filled, model).first.items():
+    for name, array in adamw_state(filled, model).exp_avg.items():
         np.testing.assert_array_equal(array, kept.exp_avg[name])
 
 
@@ -102,7 +102,7 @@ def test_a_state_without_one_adamw_over_everything_is_refused() -> None:
     for tx, message in (
         (optax.sgd(1e-3), "holds 0 AdamW states"),
         (two, "holds 2 AdamW states"),
-        (muon, r"does not move 12 of the parameters, h_0/attn/c_attn/kernel among them"),
+        (muon, r"does not update 12 of the parameters, among them h_0/attn/c_attn/kernel"),
     ):
         with pytest.raises(ConversionError, match=message):
             adamw_state(tx.init(params), model)
