@@ -53,8 +53,8 @@ def bench(
     Args:
         preset: the model and the defaults of the flags below, as in `gpt2 train`.
         tasks: train: a step with gradients, clipping and AdamW; forward: the logits of a batch; decode: 64 greedy
-            tokens after a prompt of 16; load: read a Hugging Face directory to the device; convert: convert it, beside
-            `cp`.
+            tokens after a prompt of 16; load: read a Hugging Face directory to the device; convert: convert it,
+            compared with `cp`.
         peers: torch, torch-compiled, transformers, transformers-compiled, or all. The compiled ones take a minute each
             to start on CPU. The default is all installed peers that need no compilation; without a name, only JAX runs.
         batch_size: sequences per step; several values are measured one after the other.
