@@ -12,6 +12,7 @@ import tiktoken
 
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
 from gpt2_jax.data import DataError
+from gpt2_jax.data import documents as documents_module
 from gpt2_jax.data.bpe_training import train_bpe
 from gpt2_jax.data.documents import find_documents
 

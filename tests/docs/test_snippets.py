@@ -1,8 +1,8 @@
 """Every Python snippet and every `gpt2` line of the README and the manual works as it stands there.
 
 Snippets of one page run one after the other, in a directory with the files that the pages name. Lines that this machine
-cannot run are parsed by the command's own parser, with the reason in `ONLY_PARSED`. `make docs` executes the cells of the
-tutorials; here their commands are parsed.
+cannot run are parsed by the command's own parser, with the reason in `ONLY_PARSED`. `make docs` executes the
+cells of the tutorials; here their commands are parsed.
 """
 
 from __future__ import annotations
