@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CONFIG, run
+from support.commands import CONFIG, needs_torch, run
 
 from gpt2_jax.cli.generate import _asked
 
@@ -29,7 +29,7 @@ def completions(model: Path, tmp_path: Path) -> Any:
     return made
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=needs_torch)])
 def test_the_prompt_is_continued(backend: str, completions: Any, capsys: pytest.CaptureFixture[str]) -> None:
     [made] = completions("We", "--backend", backend, "--max-new-tokens", 5)
     assert made["prompt"] == "We"
@@ -37,6 +37,7 @@ def test_the_prompt_is_continued(backend: str, completions: Any, capsys: pytest.
     assert capsys.readouterr().out.startswith("We")
 
 
+@needs_torch
 @pytest.mark.parametrize(
     "sampling", [(), ("--temperature", 1.0, "--top-p", 0.9, "--seed", 3)], ids=["greedy", "sampled"]
 )
@@ -124,6 +125,7 @@ def test_beams_are_given_best_first(completions: Any) -> None:
     assert totals == sorted(totals, reverse=True)
 
 
+@needs_torch
 def test_bfloat16_is_a_choice(completions: Any) -> None:
     for backend in BACKENDS:
         assert len(completions("We", "--backend", backend, "--dtype", "bfloat16", "--max-new-tokens", 4)[0]["ids"]) == 4
