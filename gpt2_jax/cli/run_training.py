@@ -20,7 +20,7 @@ from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, fi
 from gpt2_jax.training import NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
 from gpt2_jax.training.config import is_out_of_memory
 from gpt2_jax.training.preemption import PreemptionHandler
-from gpt2_jax.training.run.directory import is_run, stored_identity
+from gpt2_jax.training.run.directory import has_run_file, stored_identity
 from gpt2_jax.training.run.metrics import require_packages
 
 DIVERGED = 1
@@ -83,7 +83,7 @@ def run_training(
     if is_first():  # before text is tokenised
         require_packages(config)
     say = screen.print
-    resumes = broadcast_from_first(resume and is_run(out))
+    resumes = broadcast_from_first(resume and has_run_file(out))
     if resume and not resumes:
         say(f"no run at {out}; starting a new one", soft_wrap=True)
     # A resumed run has its tokenizer and its sizes in RUN, and no longer needs the initial checkpoint.

@@ -109,7 +109,7 @@ def _keep(encoding: tiktoken.Encoding, directory: Path) -> None:
     try:
         with new_directory(directory, replaceable={*TOKENIZER_FILES, manifest.MANIFEST}.__contains__) as beside:
             save_tokenizer(encoding, beside)
-            manifest.seal(beside, {"tokenizer": encoding.name})
+            manifest.commit(beside, {"tokenizer": encoding.name})
     except BridgeError:
         # Another process may have made the same one meanwhile.
         if _kept(directory) is None:

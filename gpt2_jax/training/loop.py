@@ -136,7 +136,7 @@ def _enter(run: Path, config: TrainConfig, data: Data, resume: bool, accept_chan
     Returns whether an existing run is resumed, and whether training starts at step 0.
     """
     require_agreement({**runs.told(config, data), "resume": resume, "accept_changes": accept_changes})
-    resumes = broadcast_from_first(resume and runs.is_run(run))
+    resumes = broadcast_from_first(resume and runs.has_run_file(run))
     if resumes:
         runs.require_run(run)
         runs.require_same(run, config, data, accept_changes)
@@ -288,7 +288,7 @@ def finish(
         loss = stored_loss(run, best)
         with new_directory(run / runs.EXPORT, replaceable=runs.exported(run)) as export:
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
-            manifest.seal(export, {**about, "step": best, "val_loss": loss})
+            manifest.commit(export, {**about, "step": best, "val_loss": loss})
         if (run / PLOT).exists() and not is_report(run / PLOT):
             say(f"{quoted(run / PLOT)} was not drawn by this version of gpt2 train and is kept")
         else:

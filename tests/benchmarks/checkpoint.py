@@ -59,7 +59,7 @@ def main() -> None:
         )
         checkpoints = Checkpoints(folder, keep_last=1)
 
-        def sealed(state: Any) -> Waiting:
+        def committed(state: Any) -> Waiting:
             checkpoints.save(state)
             return checkpoints.wait
 
@@ -69,7 +69,7 @@ def main() -> None:
         kinds: dict[str, Callable[[Any], Waiting]] = {
             "none": lambda state: lambda: None,
             "orbax": bare,
-            "sealed": sealed,
+            "committed": committed,
         }
         stepping: dict[str, list[float]] = {name: [] for name in kinds}
         complete: dict[str, list[float]] = {name: [] for name in kinds}
@@ -112,10 +112,11 @@ def _limits(folder: Path, size: int) -> str:
 
 def _seal_alone(directory: Path) -> None:
     began = time.perf_counter()
-    manifest.seal(directory, {})
-    sealed = time.perf_counter()
+    manifest.commit(directory, {})
+    committed = time.perf_counter()
     manifest.verify(directory, from_disk=True)
-    print(f"with nothing else: sealed in {sealed - began:.2f} s, verified in {time.perf_counter() - sealed:.2f} s")
+    verified = time.perf_counter()
+    print(f"with nothing else: committed in {committed - began:.2f} s, verified in {verified - committed:.2f} s")
 
 
 if __name__ == "__main__":

@@ -8,18 +8,14 @@ run is parsed by the command's own parser, and `ONLY_PARSED` has the reason. The
 from __future__ import annotations
 
 import functools
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 from support.commands import run
 from support.documents import PAGES, Line, commands_of, name_of, python_of
-from support.models import random_ids
 
 import bridge
 from gpt2_jax import cli

@@ -25,13 +25,14 @@ import numpy as np
 
 import bridge
 from bridge import BridgeError
-from bridge.formats.run import CHECKPOINTS, best_step, steps, validation_loss
+from bridge.formats.run import CHECKPOINTS, steps, validation_loss
 from bridge.storage.manifest import MANIFEST
 from faults import runs
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import TrainState, make_optimizer
 from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.run.directory import stored_identity
+from gpt2_jax.training.run.retention import best_step
 from gpt2_jax.training.state import described_state, make_model
 
 FLAGS = ("--n-embd", 24, "--learning-rate", 1e-3, "--eval-every", 3, "--keep-last", 4)

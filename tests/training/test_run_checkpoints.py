@@ -22,10 +22,11 @@ from support import ocdbt_bytes
 from support.refusals import within_budget
 from support.training_runs import all_weights, data_for, recipe, run_in, stop_at
 
-from bridge.formats.run import best_step, steps
+from bridge.formats.run import steps
 from bridge.storage import manifest
 from gpt2_jax.training import TrainingError, loop, resolve_config
 from gpt2_jax.training.run.checkpointing import Checkpoints
+from gpt2_jax.training.run.retention import best_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -227,7 +228,7 @@ def test_what_only_orbax_reads_is_not_read(tmp_path: Path, name: str, content: b
         save_all(checkpoints, 3)
         path = tmp_path / "checkpoints" / "3"
         (path / name).write_bytes(content)
-        manifest.seal(path, {"step": 3, "val_loss": None})
+        manifest.commit(path, {"step": 3, "val_loss": None})
         assert checkpoints.latest() == 3
         assert int(checkpoints.restore(3, state_at(3)).step) == 3
 
@@ -254,7 +255,7 @@ def test_a_hostile_checkpoint_is_refused_in_two_lines(tmp_path: Path, shape: lis
         key = "params.a/c" + "/0" * len(shape)
         leaf = ocdbt_bytes.leaf({"params.a/zarr.json": json.dumps(fields).encode(), key: bytes(12)})
         ocdbt_bytes.write(path / "state", [leaf])
-        manifest.seal(path, {"step": 3, "val_loss": None})
+        manifest.commit(path, {"step": 3, "val_loss": None})
         with within_budget(), pytest.raises(TrainingError, match=said) as error:
             checkpoints.restore(3, state_at(3))
     assert "Traceback" not in str(error.value) and len(str(error.value)) < 1000

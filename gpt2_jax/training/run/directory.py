@@ -101,7 +101,7 @@ def begin(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) -
 
 def require_run(run: Path) -> None:
     """Raise `TrainingError` unless `run` is the directory of a run of this project."""
-    if not is_run(run):
+    if not has_run_file(run):
         raise TrainingError(f"{quoted(run)} exists and is not a run; choose another --out")
     stored_identity(run)  # raises if another program wrote a file with this name
     for name in (*_FILES, *_FOLDERS):
@@ -170,7 +170,7 @@ def require_own(run: Path, config: TrainConfig, data: Data) -> None:
 def wait_until_visible(run: Path) -> None:
     """Raise `TrainingError` if this process does not see the run's directory that the first process created."""
     for _ in range(MOST_SECONDS_UNSEEN):
-        if is_run(run):
+        if has_run_file(run):
             return
         time.sleep(1)
     raise TrainingError(
@@ -199,7 +199,7 @@ def told(config: TrainConfig, data: Data) -> dict[str, Any]:
     return {**fields, "data": identity.data, "tokenizer": identity.tokenizer}
 
 
-def is_run(run: Path) -> bool:
+def has_run_file(run: Path) -> bool:
     return (run / RUN).is_file()
 
 
