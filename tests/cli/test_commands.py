@@ -166,7 +166,7 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
     out, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("for word in words:\n    print(word)\n" * 2000)
     assert run("demo", "--out", out, "--max-steps", 3, "--data", text) == 0
-    assert json.loads((out / "report.json").read_text())["holds"] is True
+    assert json.loads((out / "report.json").read_text())["passed"] is True
     assert bridge.load(out / "run" / "export").config.n_embd == bridge.load("bundled").config.n_embd
     shown = capsys.readouterr().out
     assert "the two backends are the same function" in shown

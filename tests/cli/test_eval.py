@@ -15,8 +15,8 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 import bridge
 from bridge.tokenizers.loading import byte_tokenizer
 from gpt2_jax.cli.eval import _encode
-from gpt2_jax.data.text import find_documents
-from gpt2_jax.data.tokenize import cached_text
+from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.token_cache import cached_text
 
 TEXT = "Grüße — one word\nafter another,  two spaces, and a tail that goes on for some windows more. " * 2
 

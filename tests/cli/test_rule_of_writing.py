@@ -461,7 +461,7 @@ def test_train_does_not_change_a_directory_that_is_not_a_run(
 
 
 def begun(path: Path) -> Path:
-    runs.begin(path, RECIPE, data_for(RECIPE, path.parent / "data"))
+    runs.create(path, RECIPE, data_for(RECIPE, path.parent / "data"))
     return path
 
 

@@ -123,7 +123,7 @@ def test_train_begins_with_it(
 
 def test_train_without_a_checkpoint_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--out", tmp_path / "run", "--source-activation", "gelu") == 2
-    assert "source_activation='gelu': it is only for --init-from" in capsys.readouterr().err
+    assert "source_activation='gelu': is only for --init-from" in capsys.readouterr().err
 
 
 def test_a_run_of_before_the_flag_is_read() -> None:

@@ -26,7 +26,7 @@ from jax.errors import JaxRuntimeError
 from support import commands
 from support.implementations import relative_error
 from support.models import huggingface_directory, random_ids
-from support.training_runs import RECIPE, write_text
+from support.training_runs import RECIPE, files, write_text
 
 import bridge
 import gpt2_jax
@@ -36,7 +36,7 @@ from gpt2_jax.cli import run_training
 from gpt2_jax.cli.config_flags import default_config
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
 from gpt2_jax.training.config import flat
-from gpt2_jax.training.run.directory import stored_identity
+from gpt2_jax.training.run.identity import stored_identity
 from gpt2_jax.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -335,6 +335,32 @@ def test_bad_input_ends_with_2_and_a_message_and_leaves_nothing(name: str, tmp_p
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("name", ["run", "text.txt", "notes"])
+def test_a_directory_that_cannot_be_used_is_refused_before_the_data_is_read(copy: Path, name: str) -> None:
+    (copy / "notes").mkdir()
+    (copy / "notes" / "mine.txt").write_text("mine")
+    before = files(copy)
+    code, printed, errors = run("train", "--out", copy / name, "--data", copy / "text.txt", "--cache", copy / "new")
+    expected = "is a run; continue it with --resume" if name == "run" else "exists and is not a run; choose another"
+    assert (code, printed) == (2, "") and expected in errors
+    assert files(copy) == before and not (copy / "new").exists()
+
+
+def test_flags_that_have_no_effect_on_token_files_are_refused(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    for name in ("train.bin", "val.bin"):
+        np.tile(np.arange(50, dtype=np.uint16), 20).tofile(data / name)
+    flags = ("--out", out, "--tokenizer", "none", "--cache", tmp_path / "cache", "--validation-fraction", "0.2")
+    code, _, errors = run("train", "--data", data, *flags)
+    assert code == 2
+    assert "--cache: has no effect, because token files are not tokenised; leave it out" in errors
+    assert "--validation-fraction: has no effect, because --data has validation files; leave it out" in errors
+    code, _, errors = run("train", "--data", data / "train.bin", *flags)
+    assert code == 2 and "--cache: has no effect" in errors and "--validation-fraction" not in errors
+    assert not out.exists() and not (tmp_path / "cache").exists()
 
 
 def test_token_files_need_no_tokenizer_and_a_resume_may_begin(tmp_path: Path) -> None:

@@ -44,7 +44,6 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("--interactive", TERMINAL),
     ("bench", LONG),
     ("demo", LONG),
-    ("DIR/", "DIR stands for a directory of the reader"),
 )
 """(part of a line, why it is only parsed)."""
 

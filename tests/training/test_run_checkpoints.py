@@ -22,11 +22,10 @@ from support import ocdbt_bytes
 from support.refusals import within_budget
 from support.training_runs import all_weights, data_for, recipe, run_in, stop_at
 
-from bridge.formats.run import steps
+from bridge.formats.run import steps, steps_by_loss
 from bridge.storage import manifest
 from gpt2_jax.training import TrainingError, loop, resolve_config
 from gpt2_jax.training.run.checkpointing import Checkpoints
-from gpt2_jax.training.run.retention import best_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -69,7 +68,7 @@ def test_without_an_evaluation_the_newest_is_taken(tmp_path: Path, monkeypatch: 
     stop_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
     outcome = run_in(tmp_path, recipe(eval_every=100))
     assert (outcome.best_step, outcome.best_val_loss) == (4, None)
-    assert best_step(outcome.run) == 4
+    assert steps_by_loss(outcome.run)[0] == 4
 
 
 def test_what_is_saved_is_the_state_at_that_step_and_not_what_became_of_it(tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_damaged_ones_take_no_place_among_those_that_are_kept(tmp_path: Path) ->
     (tmp_path / "checkpoints" / ".7.partial.orbax-checkpoint-tmp").mkdir()
     save((7, 0.9))
     assert steps(tmp_path) == [6, 7]
-    assert best_step(tmp_path) == 7
+    assert steps_by_loss(tmp_path)[0] == 7
     save((8, 1.2), (10, 1.3), (11, 1.4))
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["10", "11", "3.damaged", "7", "9.damaged"]

@@ -26,14 +26,13 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import BridgeError
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
-from bridge.formats.run import CHECKPOINTS, committed_steps, first_valid_step, steps, validation_loss
+from bridge.formats.run import CHECKPOINTS, committed_steps, first_valid, steps, steps_by_loss, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import foreign_files
 from bridge.storage.fsync import flush_to_disk
 from gpt2_jax.parallel.distributed import broadcast_from_first, is_first, wait_for_all
-from gpt2_jax.training.config import TrainingError, is_out_of_memory
-from gpt2_jax.training.run.retention import best_step
-from gpt2_jax.training.step import TrainState
+from gpt2_jax.training.errors import TrainingError, is_out_of_memory
+from gpt2_jax.training.state import TrainState
 
 PARTIAL = ".{}.partial"
 _LEFT = re.compile(r"\.(0|[1-9]\d*)\.partial(\.orbax-checkpoint-tmp.*)?")
@@ -82,7 +81,7 @@ class Checkpoints:
     def _newest_valid(self) -> int | None:
         newest, damaged = None, []
         for step in steps(self._run):
-            if first_valid_step(self._run, [step], self._say) is None:
+            if first_valid(self._run, [step], self._say) is None:
                 damaged.append(self._folder / str(step))
             else:
                 newest = step
@@ -147,7 +146,7 @@ class Checkpoints:
 
     def lowest_loss(self) -> float:
         """The best step of all checkpoints."""
-        step = broadcast_from_first(best_step(self._run) if is_first() else None)
+        step = broadcast_from_first(next(iter(steps_by_loss(self._run)), None) if is_first() else None)
         loss = None if step is None else self.loss(step)
         return float("inf") if loss is None else loss
 
@@ -190,7 +189,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all checkpoints but the last and the best. Called after a newer valid one was committed."""
         committed = committed_steps(self._run)
-        kept = {*committed[-self._keep_last :], best_step(self._run)}
+        kept = {*committed[-self._keep_last :], *steps_by_loss(self._run)[:1]}
         for step in committed:  # a damaged checkpoint stays for inspection
             if step not in kept:
                 path = self._folder / str(step)

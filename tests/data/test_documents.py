@@ -12,8 +12,8 @@ import tiktoken
 
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
 from gpt2_jax.data import DataError, text
-from gpt2_jax.data.bpe import train_bpe
-from gpt2_jax.data.text import find_documents
+from gpt2_jax.data.bpe_training import train_bpe
+from gpt2_jax.data.documents import find_documents
 
 # Whatever regular expressions tell apart: letters, digits, marks, white space of all kinds, and what
 # Python takes for white space and Rust does not (U+001C ... U+001F).

@@ -25,8 +25,8 @@ from bridge import (
     tokenizer_fingerprint,
 )
 from gpt2_jax.data import DataError, TokenStream, cache_directory, open_data, text, tokenize
-from gpt2_jax.data.text import find_documents
-from gpt2_jax.data.tokenize import cached_text
+from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.token_cache import cached_text
 from gpt2_jax.data.tokenizers import make_tokenizer
 
 LINES = "".join(f"The line {i} is like line {i // 2}.\n" for i in range(300))
