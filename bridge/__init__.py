@@ -7,8 +7,9 @@ from bridge.diagnostics import find_diagnostics
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.fingerprint import fingerprint
 from bridge.generation.config import GenerationConfig
-from bridge.generation.text import TextOutput, complete, end_of_text_ids, stream_text
+from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
+from bridge.labels import IGNORE_INDEX
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizers.saving import save_tokenizer
@@ -16,6 +17,7 @@ from bridge.tokenizers.saving import save_tokenizer
 __all__ = [
     "BUNDLED",
     "GPT2_SIZES",
+    "IGNORE_INDEX",
     "PARAMETERS",
     "BridgeError",
     "Checkpoint",
@@ -31,10 +33,10 @@ __all__ = [
     "canonical_names",
     "canonicalize",
     "character_tokenizer",
-    "complete",
     "end_of_text_ids",
     "find_diagnostics",
     "fingerprint",
+    "generate_text",
     "load",
     "num_parameters",
     "padded_vocab_size",

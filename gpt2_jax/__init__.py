@@ -1,10 +1,14 @@
-"""GPT-2 in JAX (Flax Linen), functionally pure. Needs no torch."""
+"""GPT-2 in JAX (Flax Linen), as pure functions. Needs no torch."""
 
-from bridge import GPT2_SIZES, GPT2Config
+from bridge import GPT2_SIZES, GenerationConfig, GPT2Config
 from gpt2_jax.evaluation import evaluate
 from gpt2_jax.generation import Decoder, generate
-from gpt2_jax.loading import checkpoint_from_params, from_pretrained, model_from_checkpoint
+from gpt2_jax.loading import checkpoint_from_params, from_pretrained, model_from_checkpoint, sharded_params
+from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
+from gpt2_jax.ops.cross_entropy import cross_entropy, next_token_loss, summed_cross_entropy
+from gpt2_jax.ops.kv_cache import KVCache, empty_cache
+from gpt2_jax.parallel.sharding import make_mesh, shardings
 
 __all__ = [
     "GPT2",
@@ -13,10 +17,20 @@ __all__ = [
     "FeedForward",
     "GPT2Config",
     "GPT2Layer",
+    "GenerationConfig",
+    "KVCache",
     "MultiHeadAttention",
     "checkpoint_from_params",
+    "cross_entropy",
+    "empty_cache",
     "evaluate",
     "from_pretrained",
     "generate",
+    "make_mesh",
     "model_from_checkpoint",
+    "next_token_loss",
+    "sharded_params",
+    "shardings",
+    "summed_cross_entropy",
+    "summed_loss",
 ]

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 import bridge
-from bridge import BridgeError, ConversionError, optimizer_state
+from bridge import IGNORE_INDEX, BridgeError, ConversionError, optimizer_state
 from bridge.optimizer_state import AdamWState
 from gpt2_torch.arrays import array_from_tensor, tensor_from_array
-from gpt2_torch.loss import IGNORE_INDEX, cross_entropy
 from gpt2_torch.model import GPT2
+from gpt2_torch.ops.cross_entropy import cross_entropy
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, T]; `labels` [B, T], the token after each, `IGNORE_INDEX` where none counts; and where there is

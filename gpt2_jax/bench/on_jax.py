@@ -72,8 +72,8 @@ def _decode(job: dict[str, Any]) -> Action:
     multiple = int(np.lcm(config.vocab_multiple, DECODING_MULTIPLE))
     model, params = _initialised(replace(config, scan=False, vocab_multiple=multiple))
     decoder = gpt2_jax.Decoder(model, params, dtype=jnp.dtype(config.dtype))
-    prompts, request = job["ids"][:, :-1].tolist(), bridge.GenerationConfig(job["new"])
-    return lambda: decoder.generate(prompts, request)
+    prompts, generation_config = job["ids"][:, :-1].tolist(), bridge.GenerationConfig(job["new"])
+    return lambda: decoder.generate(prompts, generation_config)
 
 
 def _load(job: dict[str, Any]) -> Action:

@@ -92,8 +92,8 @@ def _decode(job: dict[str, Any]) -> Action:
     if job["name"] == "torch":
         import gpt2_torch
 
-        decoder, request = gpt2_torch.Decoder(model), bridge.GenerationConfig(job["new"])
-        return lambda: decoder.generate(prompts, request)
+        decoder, generation_config = gpt2_torch.Decoder(model), bridge.GenerationConfig(job["new"])
+        return lambda: decoder.generate(prompts, generation_config)
     if not _compiles(job):
         return lambda: generate_with_transformers(model, prompts, job["new"])
     model.forward = torch.compile(model.forward)  # a static cache has one shape for all tokens

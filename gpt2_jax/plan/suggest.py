@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from bridge import padded_vocab_size
-from gpt2_jax.loss import default_chunk_bytes
+from gpt2_jax.ops.cross_entropy import default_chunk_bytes
 from gpt2_jax.parallel.sharding import AXES, MeshError, shardings
 from gpt2_jax.plan.chips import Chip
 from gpt2_jax.plan.memory import FLOAT32, WIDTH, State, device_bytes, kept_bytes, layer_parameters

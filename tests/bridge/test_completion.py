@@ -16,8 +16,9 @@ import tiktoken
 
 import bridge
 from bridge import BridgeError, GenerationConfig
-from bridge.generation.decoder import ENDED, Chunk, Decoder, GenerationOutput
-from bridge.generation.text import TextOutput, complete, end_of_text_ids, printable, stream_text
+from bridge.generation.decoder import Decoder
+from bridge.generation.output import ENDED, Chunk, GenerationOutput
+from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
 from bridge.tokenizers.byte_level_bpe import WORDS
 
 BYTES = bridge.byte_tokenizer()
@@ -36,47 +37,47 @@ class Canned(Decoder[np.ndarray, Any]):
     def __init__(self, *rows: Sequence[int]) -> None:
         self.config, self.rows, self.made = CONFIG, rows, 0
 
-    def _begin(
+    def _prefill(
         self,
         ids: np.ndarray,
         padding: np.ndarray,
         slots: int,
-        request: GenerationConfig,
-        draws: np.ndarray,
+        config: GenerationConfig,
+        noise: np.ndarray,
         ended: np.ndarray,
         copies: int,
     ) -> np.ndarray:
-        assert len(draws) == len(ids) * copies == len(self.rows)
-        said = np.full(draws.shape, ENDED)
+        assert len(noise) == len(ids) * copies == len(self.rows)
+        said = np.full(noise.shape, ENDED)
         for row, canned in zip(said, self.rows, strict=True):
-            stops = [i for i, token in enumerate(canned) if token in request.stop_ids]
+            stops = [i for i, token in enumerate(canned) if token in config.eos_token_ids]
             length = min([len(row), *(i + 1 for i in stops)])
             row[:length] = canned[:length]
         self.made = 1
         return said
 
-    def _advance(self, state: np.ndarray, steps: int) -> np.ndarray:
+    def _decode(self, state: np.ndarray, steps: int) -> np.ndarray:
         self.made += steps
         return state
 
-    def _made(self, state: np.ndarray, first: int, number: int) -> Chunk:
+    def _chunk(self, state: np.ndarray, first: int, number: int) -> Chunk:
         assert first + number == self.made  # no more is read than was made, and nothing is left out
-        log_probs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
-        return Chunk(state[:, first : first + number], log_probs)
+        logprobs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
+        return Chunk(state[:, first : first + number], logprobs)
 
-    def _begin_beams(self, *_: Any) -> Any:
+    def prefill_beams(self, *_: Any) -> Any:
         raise NotImplementedError
 
-    def _advance_beams(self, *_: Any) -> Any:
+    def decode_beams(self, *_: Any) -> Any:
         raise NotImplementedError
 
 
 class CannedBeams(Canned):
     """Finds these continuations by beam search."""
 
-    def generate(self, prompts: Any, request: GenerationConfig) -> list[list[GenerationOutput]]:
-        found = [GenerationOutput([*row], [-1.0] * len(row) if request.log_probs else None) for row in self.rows]
-        return [found[i : i + request.samples] for i in range(0, len(found), request.samples)]
+    def generate(self, prompts: Any, config: GenerationConfig) -> list[list[GenerationOutput]]:
+        found = [GenerationOutput([*row], [-1.0] * len(row) if config.logprobs else None) for row in self.rows]
+        return [found[i : i + config.num_return_sequences] for i in range(0, len(found), config.num_return_sequences)]
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,9 @@ def spelled(*parts: str | int) -> list[int]:
 def completion_of(
     ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), **fields: Any
 ) -> TextOutput:
-    request = GenerationConfig(len(ids), **fields)
-    ((done,),) = complete(Canned(ids), tokenizer, ["prompt"], request, stop)
-    streamed = [*stream_text(Canned(ids), tokenizer, "prompt", request, stop)]
+    config = GenerationConfig(len(ids), **fields)
+    ((done,),) = generate_text(Canned(ids), tokenizer, ["prompt"], config, stop)
+    streamed = [*stream_text(Canned(ids), tokenizer, "prompt", config, stop)]
     assert "".join(streamed) == done.text
     assert all(streamed)
     return done
@@ -166,12 +167,12 @@ def test_the_beginning_of_a_stop_string_at_the_end_is_text(said: str) -> None:
 
 def test_the_beginning_of_a_stop_string_before_a_stop_id_is_text() -> None:
     ids = spelled("x STO", END, "P")
-    assert completion_of(ids, BYTES, ["STOP"], stop_ids=(END,)) == TextOutput("x STO", ids[:6], None, True)
+    assert completion_of(ids, BYTES, ["STOP"], eos_token_id=(END,)) == TextOutput("x STO", ids[:6], None, True)
 
 
 def test_a_stop_string_in_the_prompt_does_not_count() -> None:
-    request = GenerationConfig(3)
-    ((done,),) = complete(Canned(spelled("OPx")), BYTES, ["STOP and ST"], request, ["STOP"])
+    config = GenerationConfig(3)
+    ((done,),) = generate_text(Canned(spelled("OPx")), BYTES, ["STOP and ST"], config, ["STOP"])
     assert done == TextOutput("OPx", spelled("OPx"), None, False)
 
 
@@ -215,13 +216,13 @@ def test_bytes_that_are_no_characters_are_shown_as_replaced() -> None:
 
 @pytest.mark.parametrize("end", [[], [END]])
 def test_a_character_that_was_not_finished_is_shown_as_replaced(end: list[int]) -> None:
-    done = completion_of([*b"ab", *"🙂".encode()[:3], *end], BYTES, ["🙂"], stop_ids=(END,))
+    done = completion_of([*b"ab", *"🙂".encode()[:3], *end], BYTES, ["🙂"], eos_token_id=(END,))
     assert done.text == "ab\ufffd" and done.stopped is bool(end)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, bridge.character_tokenizer("amno\n prt")])
 def test_ids_that_are_no_tokens_say_nothing(tokenizer: tiktoken.Encoding) -> None:
-    """As a model with a padded vocabulary draws them."""
+    """As a model with a padded vocabulary noise them."""
     m, o = (tokenizer.encode_ordinary(c)[0] for c in "mo")
     ids = [NO_TOKEN, m, NO_TOKEN, 2**40, o, o, NO_TOKEN]
     assert completion_of(ids, tokenizer) == TextOutput("moo", ids, None, False)
@@ -238,44 +239,44 @@ def test_an_id_that_is_no_token_does_not_part_a_character() -> None:
 
 def test_stop_ids_are_told_but_not_shown() -> None:
     ids = spelled("uvw", END, "xyz")
-    assert completion_of(ids, BYTES, stop_ids=(END,)) == TextOutput("uvw", ids[:4], None, True)
-    assert completion_of(ids, BYTES, stop_ids=(ord("w"), ord("u"))) == TextOutput("", ids[:1], None, True)
+    assert completion_of(ids, BYTES, eos_token_id=(END,)) == TextOutput("uvw", ids[:4], None, True)
+    assert completion_of(ids, BYTES, eos_token_id=(ord("w"), ord("u"))) == TextOutput("", ids[:1], None, True)
     assert completion_of(ids, BYTES) == TextOutput("uvw<|endoftext|>xyz", ids, None, False)
 
 
 def test_a_stop_string_before_a_stop_id_and_the_other_way_round() -> None:
     ids = spelled("a.", END, "b,")
-    assert completion_of(ids, BYTES, ["."], stop_ids=(END,)) == TextOutput("a", ids[:2], None, True)
-    assert completion_of(ids, BYTES, [","], stop_ids=(END,)) == TextOutput("a.", ids[:3], None, True)
+    assert completion_of(ids, BYTES, ["."], eos_token_id=(END,)) == TextOutput("a", ids[:2], None, True)
+    assert completion_of(ids, BYTES, [","], eos_token_id=(END,)) == TextOutput("a.", ids[:3], None, True)
 
 
 def test_stopped_by_the_last_token_is_stopped() -> None:
     assert completion_of(spelled("ab."), BYTES, ["."]).stopped
-    assert completion_of(spelled("ab", END), BYTES, stop_ids=(END,)).stopped
-    assert not completion_of(spelled("ab"), BYTES, ["."], stop_ids=(END,)).stopped
+    assert completion_of(spelled("ab", END), BYTES, eos_token_id=(END,)).stopped
+    assert not completion_of(spelled("ab"), BYTES, ["."], eos_token_id=(END,)).stopped
 
 
 @pytest.mark.parametrize("stop", ["", "the end"])
 def test_log_probabilities_are_those_of_the_ids(stop: str) -> None:
     said = "a text that is longer than is looked at in one go, the end and more"
     ids = spelled(said, END, "unread")
-    done = completion_of(ids, BYTES, [stop] if stop else [], stop_ids=(END,), log_probs=True)
+    done = completion_of(ids, BYTES, [stop] if stop else [], eos_token_id=(END,), logprobs=True)
     length = said.index(stop) + len(stop) if stop else len(said) + 1
     assert done.ids == ids[:length]
-    assert done.log_probs == [-i / 8 for i in range(length)]
-    assert completion_of(ids, BYTES, stop_ids=(END,)).log_probs is None
+    assert done.logprobs == [-i / 8 for i in range(length)]
+    assert completion_of(ids, BYTES, eos_token_id=(END,)).logprobs is None
 
 
 def test_nothing_asked_for_is_nothing_said() -> None:
     assert completion_of([], BYTES, ["."]) == TextOutput("", [], None, False)
-    assert completion_of([], BYTES, log_probs=True) == TextOutput("", [], [], False)
-    assert complete(Canned(), BYTES, [], GenerationConfig(3), ["."]) == []
+    assert completion_of([], BYTES, logprobs=True) == TextOutput("", [], [], False)
+    assert generate_text(Canned(), BYTES, [], GenerationConfig(3), ["."]) == []
 
 
 def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
     said = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
-    request = GenerationConfig(8, temperature=1.0, samples=2, stop_ids=(ord(","),), log_probs=True)
-    found = complete(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], request, ["."])
+    config = GenerationConfig(8, temperature=1.0, num_return_sequences=2, eos_token_id=(ord(","),), logprobs=True)
+    found = generate_text(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], config, ["."])
     assert [[done.text for done in samples] for samples in found] == [
         ["first", "second"],
         ["third", "fourth"],
@@ -284,13 +285,13 @@ def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
     assert [done.stopped for samples in found for done in samples] == [True, True, True, True, False, True]
     for done, ids in zip(itertools.chain(*found), map(spelled, said), strict=True):
         assert done.ids == ids[: len(done.text) + done.stopped]
-        assert done.log_probs is not None and len(done.log_probs) == len(done.ids)
+        assert done.logprobs is not None and len(done.logprobs) == len(done.ids)
 
 
 def test_beams_end_with_stop_strings_too() -> None:
     decoder = CannedBeams(spelled("a.b"), spelled("uv", END), spelled("xyz"), spelled("a"))
-    request = GenerationConfig(3, beams=2, samples=2, stop_ids=(END,), log_probs=True)
-    assert complete(decoder, BYTES, ["one", "two"], request, ["."]) == [
+    config = GenerationConfig(3, num_beams=2, num_return_sequences=2, eos_token_id=(END,), logprobs=True)
+    assert generate_text(decoder, BYTES, ["one", "two"], config, ["."]) == [
         [TextOutput("a", spelled("a."), [-1.0] * 2, True), TextOutput("uv", spelled("uv", END), [-1.0] * 3, True)],
         [TextOutput("xyz", spelled("xyz"), [-1.0] * 3, False), TextOutput("a", spelled("a"), [-1.0], False)],
     ]
@@ -301,7 +302,7 @@ def test_beams_end_with_stop_strings_too() -> None:
 
 def test_no_more_is_made_once_all_have_stopped() -> None:
     decoder = Canned(spelled("a." + 98 * "x"), spelled("abc." + 96 * "y"))
-    complete(decoder, BYTES, ["one", "two"], GenerationConfig(100), ["."])
+    generate_text(decoder, BYTES, ["one", "two"], GenerationConfig(100), ["."])
     assert decoder.made < 25
     decoder = Canned(spelled("a." + 98 * "x"))
     assert [*stream_text(decoder, BYTES, "one", GenerationConfig(100), ["."])] == ["a"]
@@ -322,11 +323,11 @@ def test_text_comes_as_it_is_made_less_what_may_be_a_stop_string() -> None:
 def test_what_cannot_be_honoured_is_refused_before_anything_is_said() -> None:
     decoder = Canned([1])
     with pytest.raises(BridgeError, match="the prompt is empty"):
-        complete(decoder, BYTES, [""], GenerationConfig(1))
+        generate_text(decoder, BYTES, [""], GenerationConfig(1))
     with pytest.raises(BridgeError, match="temperature=-1"):
         next(stream_text(decoder, BYTES, "a", GenerationConfig(1, temperature=-1)))
     with pytest.raises(BridgeError, match="no character"):
-        complete(decoder, bridge.character_tokenizer("abc"), ["d"], GenerationConfig(1))
+        generate_text(decoder, bridge.character_tokenizer("abc"), ["d"], GenerationConfig(1))
     assert decoder.made == 0
 
 

@@ -33,7 +33,7 @@ def completions(model: Path, tmp_path: Path) -> Any:
 def test_the_prompt_is_continued(backend: str, completions: Any, capsys: pytest.CaptureFixture[str]) -> None:
     [made] = completions("We", "--backend", backend, "--max-new-tokens", 5)
     assert made["prompt"] == "We"
-    assert len(made["ids"]) == len(made["log_probs"]) == 5
+    assert len(made["ids"]) == len(made["logprobs"]) == 5
     assert capsys.readouterr().out.startswith("We")
 
 
@@ -76,11 +76,11 @@ def test_lines_of_a_file_are_prompts_of_their_own(
     lines = tmp_path / "prompts.txt"
     lines.write_text("We hold\n\nthese\n")
     sampling = ("--temperature", 1.0, "--max-new-tokens", 10)
-    made = completions("--lines", lines, "--samples", 2, *sampling)
+    made = completions("--lines", lines, "--num-return-sequences", 2, *sampling)
     assert [c["prompt"] for c in made] == ["We hold", "We hold", "these", "these"]
     assert made[0]["ids"] != made[1]["ids"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
-    assert completions("--lines", "-", "--samples", 2, *sampling) == made
+    assert completions("--lines", "-", "--num-return-sequences", 2, *sampling) == made
     [alone] = completions("these", *sampling)
     assert (alone["ids"], alone["text"]) == (made[2]["ids"], made[2]["text"])
 
@@ -119,8 +119,8 @@ def test_a_stop_string_ends_the_text_before_it(completions: Any) -> None:
 
 
 def test_beams_are_given_best_first(completions: Any) -> None:
-    made = completions("We", "--beams", 3, "--samples", 3, "--max-new-tokens", 6, "--no-stop-at-end")
-    totals = [sum(c["log_probs"]) for c in made]
+    made = completions("We", "--num-beams", 3, "--num-return-sequences", 3, "--max-new-tokens", 6, "--no-stop-at-end")
+    totals = [sum(c["logprobs"]) for c in made]
     assert totals == sorted(totals, reverse=True)
 
 

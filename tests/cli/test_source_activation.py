@@ -83,7 +83,7 @@ def test_verify_says_how_the_file_was_read(
 
 def test_eval_and_generate_compute_with_it(nanogpt: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("We predict this text.")
-    losses, log_probs = {}, {}
+    losses, logprobs = {}, {}
     for activation in ("gelu", "gelu_new"):
         flags = (
             "--backend",
@@ -97,9 +97,9 @@ def test_eval_and_generate_compute_with_it(nanogpt: Path, tmp_path: Path) -> Non
         assert run("eval", nanogpt, "--data", tmp_path / "text.txt", *flags) == 0
         losses[activation] = facts(tmp_path / "found.json")["loss"]
         assert run("generate", nanogpt, "We", "--max-new-tokens", 2, *flags) == 0
-        log_probs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
+        logprobs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
     assert losses["gelu"] != losses["gelu_new"]
-    assert log_probs["gelu"] != log_probs["gelu_new"]
+    assert logprobs["gelu"] != logprobs["gelu_new"]
 
 
 def test_train_begins_with_it(

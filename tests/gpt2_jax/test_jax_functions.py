@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gpt2_jax.ops.functions import (
-    BLOCKS,
-    FEW_ROWS,
-    SUMMANDS,
-    _kernel_gradient,
-    gelu_tanh,
-    project,
-    project_to_vocabulary,
-    scaled_norm,
-)
+from gpt2_jax.ops.activations import gelu_tanh
+from gpt2_jax.ops.linear import BLOCKS, FEW_ROWS, SUMMANDS, _kernel_gradient, project, project_to_vocabulary
+from gpt2_jax.ops.norm import scaled_norm
 
 ROUNDING = 1e-12  # float64, sums of at most a hundred terms of order 1
 FLOAT32_ROUNDING = 1e-5  # sums of 11 products of order 1, which float32 holds exactly where the factors are bfloat16

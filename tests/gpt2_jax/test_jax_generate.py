@@ -20,10 +20,10 @@ from support.implementations import jax_model, torch_logits, torch_model, transf
 from support.models import TINY, huggingface_directory, random_checkpoint, random_ids
 
 import gpt2_torch
-from bridge.generation.config import GenerationConfig, uniform_draws
-from bridge.generation.decoder import left_padded
+from bridge.generation.config import GenerationConfig, uniform_noise
+from bridge.generation.prompts import left_padded
 from gpt2_jax import GPT2, generate
-from gpt2_jax.generation import SHORTEST_BUCKET, Decoder, _more_tokens, _prefill, bucket
+from gpt2_jax.generation import SMALLEST_BUCKET, Decoder, _decode_loop, _prefill_chunks, bucket
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +116,7 @@ def test_generating_twice_gives_the_same(model_and_params: tuple[GPT2, dict[str,
 def test_a_row_is_filled_with_the_stop_id_after_which_it_ended(model_and_params: tuple[GPT2, dict[str, Any]]):
     free = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9)).tolist()
     stop = free[0][6]
-    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, stop_ids=[stop])).tolist()
+    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, eos_token_id=[stop])).tolist()
     assert len(ids) == len(free)
     for row, whole in zip(ids, free, strict=True):
         end = whole.index(stop, 4) + 1 if stop in whole[4:] else len(whole)
@@ -124,7 +124,7 @@ def test_a_row_is_filled_with_the_stop_id_after_which_it_ended(model_and_params:
 
 
 def test_samples_of_a_prompt_follow_each_other(model_and_params: tuple[GPT2, dict[str, Any]]):
-    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=3.0, samples=2))
+    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=3.0, num_return_sequences=2))
     np.testing.assert_array_equal(ids[:, :4], PROMPTS.repeat(2, axis=0))
     assert len({tuple(row) for row in ids.tolist()}) == 6
 
@@ -136,8 +136,8 @@ COMPILED_BUCKETS = (32, 64, 128)
 @pytest.fixture
 def counted() -> Decoder:
     """A decoder whose compilations alone are counted."""
-    _prefill.clear_cache()
-    _more_tokens.clear_cache()
+    _prefill_chunks.clear_cache()
+    _decode_loop.clear_cache()
     return Decoder(*jax_model(random_checkpoint(COMPILED)))
 
 
@@ -150,26 +150,26 @@ def test_any_number_of_lengths_takes_one_compilation_per_bucket(counted: Decoder
         slots = bucket(length + new, COMPILED.n_positions)
         caches.add(slots)
         prompts.add((slots, bucket(length, COMPILED.n_positions)))
-    assert caches <= {SHORTEST_BUCKET, *COMPILED_BUCKETS}
-    assert _more_tokens._cache_size() <= len(caches)
-    assert _prefill._cache_size() <= len(prompts)
+    assert caches <= {SMALLEST_BUCKET, *COMPILED_BUCKETS}
+    assert _decode_loop._cache_size() <= len(caches)
+    assert _prefill_chunks._cache_size() <= len(prompts)
 
 
 def test_other_numbers_in_a_request_compile_nothing(counted: Decoder):
-    request = GenerationConfig(8, temperature=0.7, top_k=5, seed=1)
-    counted.generate([[1, 2, 3]], request)
-    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 1)
-    for changes in ({"seed": 2}, {"temperature": 1.3}, {"top_k": 9}, {"max_new_tokens": SHORTEST_BUCKET - 3}):
-        counted.generate([[4, 5, 6]], replace(request, **changes))
+    generation_config = GenerationConfig(8, temperature=0.7, top_k=5, seed=1)
+    counted.generate([[1, 2, 3]], generation_config)
+    assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 1)
+    for changes in ({"seed": 2}, {"temperature": 1.3}, {"top_k": 9}, {"max_new_tokens": SMALLEST_BUCKET - 3}):
+        counted.generate([[4, 5, 6]], replace(generation_config, **changes))
     for at_a_time in (1, 3):
-        assert [*counted.stream([[7]], request, at_a_time)]
-    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 1)
-    counted.generate([[1, 2, 3]], replace(request, top_p=0.9))
-    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 2), "this would not have counted"
+        assert [*counted.stream([[7]], generation_config, at_a_time)]
+    assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 1)
+    counted.generate([[1, 2, 3]], replace(generation_config, top_p=0.9))
+    assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 2), "this would not have counted"
 
 
 def test_buckets_are_powers_of_two_up_to_the_positions():
-    lengths = (1, SHORTEST_BUCKET, SHORTEST_BUCKET + 1, 64, 65, 100)
+    lengths = (1, SMALLEST_BUCKET, SMALLEST_BUCKET + 1, 64, 65, 100)
     assert [bucket(length, 100) for length in lengths] == [16, 16, 32, 64, 100, 100]
     assert bucket(3, 8) == 8
 
@@ -181,7 +181,7 @@ def test_a_prompt_of_several_chunks_has_the_logits_of_one_run(
     monkeypatch.setattr(sys.modules[Decoder.__module__], "PREFILL_CHUNK", 8)
     model, params = model_and_params
     rows = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in lengths]
-    _, found = Decoder(model, params)._prefilled(*left_padded(rows), slots=31)
+    _, found = Decoder(model, params)._prefill_cache(*left_padded(rows), max_length=31)
     for row, logits in zip(rows, found, strict=True):
         expected = torch_logits(random_checkpoint(SMALL), np.array([row]))[0, -1]  # nothing to compile
         np.testing.assert_allclose(logits, expected, rtol=0, atol=LOGIT_ROUNDING * np.abs(expected).max())
@@ -195,12 +195,12 @@ def test_bfloat16_parameters_give_the_log_probabilities_of_a_bfloat16_model(
     decoder = Decoder(model, params, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(decoder.params)} == {jnp.dtype(jnp.bfloat16)}
     prompts = PROMPTS.tolist()
-    found = decoder.generate(prompts, GenerationConfig(9, log_probs=True))
+    found = decoder.generate(prompts, GenerationConfig(9, logprobs=True))
     ids = np.array([[*prompt, *row[0].ids] for prompt, row in zip(prompts, found, strict=True)])
     logits = jnp.asarray(jax.jit(narrow[0].apply)({"params": narrow[1]}, ids))
-    log_probs = jax.nn.log_softmax(logits[:, 3:-1].astype(jnp.float32))
-    expected = np.take_along_axis(np.asarray(log_probs), ids[:, 4:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose([row[0].log_probs for row in found], expected, rtol=0, atol=BFLOAT16_NATS)
+    logprobs = jax.nn.log_softmax(logits[:, 3:-1].astype(jnp.float32))
+    expected = np.take_along_axis(np.asarray(logprobs), ids[:, 4:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose([row[0].logprobs for row in found], expected, rtol=0, atol=BFLOAT16_NATS)
 
 
 def copies_of(size: int, program: str) -> list[str]:
@@ -212,11 +212,13 @@ def copies_of(size: int, program: str) -> list[str]:
 def test_the_loop_over_tokens_copies_no_cache():
     """A layout that the products cannot read in place made XLA copy every layer's keys and values for every token."""
     decoder = Decoder(*jax_model(random_checkpoint(replace(SMALL, n_positions=64))))
-    request = GenerationConfig(20, temperature=1.0)
-    state = decoder._begin(*left_padded([[1, 2, 3]]), 64, request, uniform_draws(request), np.zeros(1, bool), 1)
+    generation_config = GenerationConfig(20, temperature=1.0)
+    state = decoder._prefill(
+        *left_padded([[1, 2, 3]]), 64, generation_config, uniform_noise(generation_config), np.zeros(1, bool), 1
+    )
     size = state.cache.keys[0].size
     assert size == state.cache.values[0].size == SMALL.n_embd * 64
-    program = _more_tokens.lower(decoder.model, decoder.params, state, 3).compile().as_text()
+    program = _decode_loop.lower(decoder.model, decoder.params, state, 3).compile().as_text()
     assert re.search(r"\bwhile\(", program)
     assert copies_of(size, program) == []
 
@@ -253,8 +255,8 @@ assert len(jax.devices()) == 8
 sharded = jax.tree_util.tree_map_with_path(split, params)
 assert sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded)) > 8
 prompts = np.arange(1, 9).reshape(2, 4)
-for request in ({}, {"temperature": 1.0}):
-    expected, found = (gpt2_jax.generate(model, p, prompts, max_new_tokens=9, **request) for p in (params, sharded))
+for fields in ({}, {"temperature": 1.0}):
+    expected, found = (gpt2_jax.generate(model, p, prompts, max_new_tokens=9, **fields) for p in (params, sharded))
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 """
 

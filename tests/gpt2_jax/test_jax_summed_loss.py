@@ -19,9 +19,10 @@ from support import eight_devices
 from support.implementations import jax_model
 from support.models import TINY, random_checkpoint, random_ids
 
-from bridge import GPT2Config
-from gpt2_jax.loss import IGNORE_INDEX, cross_entropy, summed_cross_entropy, summed_loss
+from bridge import IGNORE_INDEX, GPT2Config
+from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
+from gpt2_jax.ops.cross_entropy import cross_entropy, summed_cross_entropy
 from gpt2_jax.training import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -227,7 +228,9 @@ def test_a_compiled_training_step_never_has_all_logits(monkeypatch: pytest.Monke
     logits = math.prod(ids.shape) * config.vocab_size
     largest = []
     for positions in (32, 8):
-        monkeypatch.setattr("gpt2_jax.loss.default_chunk_bytes", lambda p=positions: 4 * 4 * config.vocab_size * p)
+        monkeypatch.setattr(
+            "gpt2_jax.ops.cross_entropy.default_chunk_bytes", lambda p=positions: 4 * 4 * config.vocab_size * p
+        )
         model, tx = GPT2(config, scan=True, remat="dots"), optax.sgd(0.1)
         state = jax.eval_shape(
             lambda key, model=model, tx=tx: init_state(model.init(key, jnp.zeros((1, 8), int))["params"], tx),

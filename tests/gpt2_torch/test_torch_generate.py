@@ -71,7 +71,7 @@ def test_the_model_is_in_the_mode_it_was_in(model: GPT2, monkeypatch: pytest.Mon
     model.train()
     generate(model, PROMPTS, max_new_tokens=1)
     assert model.training
-    monkeypatch.setattr(GPT2, "extend", lambda *_: 1 / 0)
+    monkeypatch.setattr(GPT2, "decode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, PROMPTS, max_new_tokens=1)
     assert model.training
@@ -93,7 +93,7 @@ def test_dropout_is_off_while_a_model_in_training_generates():
 def test_a_row_is_filled_with_the_stop_id_after_which_it_ended(model: GPT2):
     free = generate(model, PROMPTS, max_new_tokens=9)
     stop = int(free[0, 6])
-    ids = generate(model, PROMPTS, max_new_tokens=9, stop_ids=[stop])
+    ids = generate(model, PROMPTS, max_new_tokens=9, eos_token_id=[stop])
     assert ids.shape == free.shape
     for row, whole in zip(ids.tolist(), free.tolist(), strict=True):
         end = whole.index(stop, 4) + 1 if stop in whole[4:] else len(whole)
@@ -101,18 +101,18 @@ def test_a_row_is_filled_with_the_stop_id_after_which_it_ended(model: GPT2):
 
 
 def test_samples_of_a_prompt_follow_each_other(model: GPT2):
-    ids = generate(model, PROMPTS, max_new_tokens=5, temperature=3.0, samples=2)
+    ids = generate(model, PROMPTS, max_new_tokens=5, temperature=3.0, num_return_sequences=2)
     assert torch.equal(ids[:, :4], PROMPTS.repeat_interleave(2, dim=0))
     assert len({tuple(row) for row in ids.tolist()}) == 6
 
 
 def test_a_model_in_half_precision_generates():
     model = model_from_checkpoint(random_checkpoint()).bfloat16()
-    [row] = Decoder(model).generate([[1, 2, 3]], GenerationConfig(9, log_probs=True))
+    [row] = Decoder(model).generate([[1, 2, 3]], GenerationConfig(9, logprobs=True))
     ids = torch.tensor([[1, 2, 3, *row[0].ids]])
     with torch.no_grad():
         expected = model(ids)[0, 2:-1].float().log_softmax(-1).gather(1, ids[0, 3:, None])[:, 0]
-    torch.testing.assert_close(torch.tensor(row[0].log_probs), expected, rtol=0, atol=BFLOAT16_NATS)
+    torch.testing.assert_close(torch.tensor(row[0].logprobs), expected, rtol=0, atol=BFLOAT16_NATS)
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-50])
@@ -127,12 +127,12 @@ def test_a_row_that_has_ended_makes_no_other_slide(model: GPT2, monkeypatch: pyt
     """Else a long row that ends at once would have the prompts run again for every token of the short one."""
     long, short = [[*range(TINY.n_positions - 2)], [7]]
     [[first]] = Decoder(model).generate([long], GenerationConfig(1))
-    request = GenerationConfig(30, slide=True, stop_ids=(first.ids[0],))
-    [[alone]] = Decoder(model).generate([short], request)
+    config = GenerationConfig(30, slide=True, eos_token_id=(first.ids[0],))
+    [[alone]] = Decoder(model).generate([short], config)
     began = []
-    begin = Decoder._begin
-    monkeypatch.setattr(Decoder, "_begin", lambda *args: began.append(args) or begin(*args))
-    [[ended], [going_on]] = Decoder(model).generate([long, short], request)
+    begin = Decoder._prefill
+    monkeypatch.setattr(Decoder, "_prefill", lambda *args: began.append(args) or begin(*args))
+    [[ended], [going_on]] = Decoder(model).generate([long, short], config)
     assert (ended.ids, going_on.ids) == (first.ids, alone.ids)
     assert len(began) == 2
 

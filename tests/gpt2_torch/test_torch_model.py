@@ -14,7 +14,7 @@ from support.models import TINY, random_checkpoint, random_ids
 import bridge
 from bridge import GPT2Config
 from gpt2_torch import GPT2, model_from_checkpoint
-from gpt2_torch.model import attention
+from gpt2_torch.ops.attention import attention
 
 STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; seeds are fixed besides
 

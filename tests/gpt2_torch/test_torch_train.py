@@ -13,10 +13,9 @@ from support.models import TINY, random_checkpoint
 from torch import Tensor
 
 import bridge
-from bridge import BridgeError, ConversionError, GPT2Config
+from bridge import IGNORE_INDEX, BridgeError, ConversionError, GPT2Config
 from bridge.optimizer_state import AdamWState
 from gpt2_torch import GPT2, model_from_checkpoint
-from gpt2_torch.loss import IGNORE_INDEX
 from gpt2_torch.training import adamw, adamw_state, learning_rate_at, load_adamw_state, parameter_names, train_step
 
 CONFIG = replace(TINY, vocab_size=61, n_layer=2)

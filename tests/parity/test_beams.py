@@ -22,7 +22,7 @@ from gpt2_torch.generation import Decoder as TorchDecoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LOG_PROB_ROUNDING = 2e-5
+LOGPROB_ROUNDING = 2e-5
 """Nats. Logits are about 20 and rounded at 2e-6 of that, each in sums that have another order alone than in a batch."""
 
 SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
@@ -43,40 +43,45 @@ def small(quick_compilation: None) -> Decoders:
     return decoders_of(random_checkpoint(SMALL))
 
 
-def ids_of_transformers(model: Any, prompt: list[int], request: GenerationConfig) -> list[list[int]]:
+def ids_of_transformers(model: Any, prompt: list[int], generation_config: GenerationConfig) -> list[list[int]]:
     found = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         do_sample=False,
-        num_beams=request.beams,
-        num_return_sequences=request.samples,
-        max_new_tokens=request.max_new_tokens,
-        length_penalty=request.length_penalty,
+        num_beams=generation_config.num_beams,
+        num_return_sequences=generation_config.num_return_sequences,
+        max_new_tokens=generation_config.max_new_tokens,
+        length_penalty=generation_config.length_penalty,
         early_stopping=False,
         pad_token_id=0,
-        eos_token_id=[*request.stop_ids] or None,
+        eos_token_id=[*generation_config.eos_token_ids] or None,
     )
     rows = [row[len(prompt) :] for row in found.tolist()]
-    ends = [min((n for n, token in enumerate(row, 1) if token in request.stop_ids), default=len(row)) for row in rows]
+    ends = [
+        min((n for n, token in enumerate(row, 1) if token in generation_config.eos_token_ids), default=len(row))
+        for row in rows
+    ]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
-def ids(decoder: Decoder[Any, Any], prompts: list[list[int]], request: GenerationConfig) -> list[list[list[int]]]:
-    return [[continuation.ids for continuation in row] for row in decoder.generate(prompts, request)]
+def ids(
+    decoder: Decoder[Any, Any], prompts: list[list[int]], generation_config: GenerationConfig
+) -> list[list[list[int]]]:
+    return [[continuation.ids for continuation in row] for row in decoder.generate(prompts, generation_config)]
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("stops", [False, True], ids=["without a stop id", "with one"])
 def test_all_implementations_find_the_same_texts(stops: bool, length_penalty: float, small: Decoders) -> None:
-    request = GenerationConfig(NEW_TOKENS, beams=4, samples=3, length_penalty=length_penalty)
+    generation_config = GenerationConfig(NEW_TOKENS, num_beams=4, num_return_sequences=3, length_penalty=length_penalty)
     if stops:  # tokens in the middle of the texts that are found without
-        free = ids(small["gpt2_torch"], PROMPTS, request)
-        request = replace(request, stop_ids=(free[0][0][4], free[1][0][6]))
+        free = ids(small["gpt2_torch"], PROMPTS, generation_config)
+        generation_config = replace(generation_config, eos_token_id=(free[0][0][4], free[1][0][6]))
     peer = transformers_model(random_checkpoint(SMALL))
-    expected = [ids_of_transformers(peer, prompt, request) for prompt in PROMPTS]
+    expected = [ids_of_transformers(peer, prompt, generation_config) for prompt in PROMPTS]
     for name, decoder in small.items():
-        assert ids(decoder, PROMPTS, request) == expected, name
-    ended = [row for rows in expected for row in rows if row[-1] in request.stop_ids]
+        assert ids(decoder, PROMPTS, generation_config) == expected, name
+    ended = [row for rows in expected for row in rows if row[-1] in generation_config.eos_token_ids]
     assert bool(ended) == stops
     greedy = small["gpt2_torch"].generate(PROMPTS, GenerationConfig(NEW_TOKENS))
     assert any(rows[0] != only.ids for rows, [only] in zip(expected, greedy, strict=True)), "a search that finds more"
@@ -86,11 +91,11 @@ def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
     checkpoint = bridge.load("bundled")
     prompt = checkpoint.tokenizer().encode_ordinary("KING RICHARD III:\n")
     [newline] = checkpoint.tokenizer().encode_ordinary("\n")
-    request = GenerationConfig(16, beams=4, samples=4, stop_ids=(newline,))
-    expected = ids_of_transformers(transformers_model(checkpoint), prompt, request)
+    generation_config = GenerationConfig(16, num_beams=4, num_return_sequences=4, eos_token_id=(newline,))
+    expected = ids_of_transformers(transformers_model(checkpoint), prompt, generation_config)
     assert any(len(row) < 16 for row in expected)
     for name, decoder in decoders_of(checkpoint).items():
-        assert ids(decoder, [prompt], request) == [expected], name
+        assert ids(decoder, [prompt], generation_config) == [expected], name
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
@@ -100,72 +105,81 @@ def test_the_search_is_over_when_it_is_in_transformers(length_penalty: float) ->
         checkpoint = random_checkpoint(FEW_TOKENS, seed=seed)
         decoder, peer = TorchDecoder(torch_model(checkpoint)), transformers_model(checkpoint)
         prompt = random_ids(FEW_TOKENS, 1, 3, seed)[0].tolist()
-        request = GenerationConfig(12, beams=2, samples=2, stop_ids=(7,), length_penalty=length_penalty)
-        assert ids(decoder, [prompt], request) == [ids_of_transformers(peer, prompt, request)], seed
+        generation_config = GenerationConfig(
+            12, num_beams=2, num_return_sequences=2, eos_token_id=(7,), length_penalty=length_penalty
+        )
+        assert ids(decoder, [prompt], generation_config) == [ids_of_transformers(peer, prompt, generation_config)], seed
 
 
 def likeliest_of_all(
-    checkpoint: Checkpoint, prompt: list[int], request: GenerationConfig
+    checkpoint: Checkpoint, prompt: list[int], generation_config: GenerationConfig
 ) -> list[tuple[float, list[int]]]:
     """Every text that there is, with its rank, best first."""
     model, found = torch_model(checkpoint), {}
-    for new in itertools.product(range(checkpoint.config.vocab_size), repeat=request.max_new_tokens):
-        end = min((n for n, token in enumerate(new, 1) if token in request.stop_ids), default=len(new))
+    for new in itertools.product(range(checkpoint.config.vocab_size), repeat=generation_config.max_new_tokens):
+        end = min((n for n, token in enumerate(new, 1) if token in generation_config.eos_token_ids), default=len(new))
         with torch.no_grad():
-            log_probs = model(torch.tensor([[*prompt, *new[:end]]]))[0].log_softmax(-1).numpy()
-        total = sum(float(log_probs[len(prompt) - 1 + n, token]) for n, token in enumerate(new[:end]))
-        found[new[:end]] = total / end**request.length_penalty
+            logprobs = model(torch.tensor([[*prompt, *new[:end]]]))[0].log_softmax(-1).numpy()
+        total = sum(float(logprobs[len(prompt) - 1 + n, token]) for n, token in enumerate(new[:end]))
+        found[new[:end]] = total / end**generation_config.length_penalty
     return sorted(((rank, [*new]) for new, rank in found.items()), reverse=True)
 
 
 @each_backend
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-@pytest.mark.parametrize("stop_ids", [(), (3,)])
+@pytest.mark.parametrize("eos_token_ids", [(), (3,)])
 def test_beams_for_all_beginnings_find_the_best_of_all_texts(
-    stop_ids: tuple[int, ...], length_penalty: float, backend: str
+    eos_token_ids: tuple[int, ...], length_penalty: float, backend: str
 ) -> None:
     """V beams keep every beginning of texts of two tokens."""
     config = replace(FEW_TOKENS, vocab_size=7)
     checkpoint = random_checkpoint(config, seed=4)
-    beams = config.vocab_size - len(stop_ids)
-    request = GenerationConfig(
-        2, beams=beams, samples=4, stop_ids=stop_ids, length_penalty=length_penalty, log_probs=True
+    beams = config.vocab_size - len(eos_token_ids)
+    generation_config = GenerationConfig(
+        2,
+        num_beams=beams,
+        num_return_sequences=4,
+        eos_token_id=eos_token_ids,
+        length_penalty=length_penalty,
+        logprobs=True,
     )
-    [found] = decoders_of(checkpoint)[backend].generate([[1, 5, 2]], request)
-    best = likeliest_of_all(checkpoint, [1, 5, 2], request)[:4]
+    [found] = decoders_of(checkpoint)[backend].generate([[1, 5, 2]], generation_config)
+    best = likeliest_of_all(checkpoint, [1, 5, 2], generation_config)[:4]
     assert [continuation.ids for continuation in found] == [new for _, new in best]
-    ranks = [sum(c.log_probs or []) / len(c.ids) ** length_penalty for c in found]
-    np.testing.assert_allclose(ranks, [rank for rank, _ in best], rtol=0, atol=LOG_PROB_ROUNDING)
+    ranks = [sum(c.logprobs or []) / len(c.ids) ** length_penalty for c in found]
+    np.testing.assert_allclose(ranks, [rank for rank, _ in best], rtol=0, atol=LOGPROB_ROUNDING)
 
 
 @each_backend
-@pytest.mark.parametrize("stop_ids", [(), tuple(range(0, SMALL.vocab_size, 20))], ids=["no stop ids", "many"])
-def test_a_row_is_what_it_is_alone(stop_ids: tuple[int, ...], backend: str, small: Decoders) -> None:
-    request = GenerationConfig(NEW_TOKENS, beams=3, samples=3, log_probs=True, stop_ids=stop_ids)
-    together = small[backend].generate(PROMPTS, request)
+@pytest.mark.parametrize("eos_token_ids", [(), tuple(range(0, SMALL.vocab_size, 20))], ids=["no stop ids", "many"])
+def test_a_row_is_what_it_is_alone(eos_token_ids: tuple[int, ...], backend: str, small: Decoders) -> None:
+    generation_config = GenerationConfig(
+        NEW_TOKENS, num_beams=3, num_return_sequences=3, logprobs=True, eos_token_id=eos_token_ids
+    )
+    together = small[backend].generate(PROMPTS, generation_config)
     for prompt, row in zip(PROMPTS, together, strict=True):
-        [alone] = small[backend].generate([prompt], request)
+        [alone] = small[backend].generate([prompt], generation_config)
         assert [c.ids for c in row] == [c.ids for c in alone]
         for ours, expected in zip(row, alone, strict=True):
-            np.testing.assert_allclose(ours.log_probs, expected.log_probs, rtol=0, atol=LOG_PROB_ROUNDING)
-            assert ours.log_probs is not None
-            assert len(ours.log_probs) == len(ours.ids)
+            np.testing.assert_allclose(ours.logprobs, expected.logprobs, rtol=0, atol=LOGPROB_ROUNDING)
+            assert ours.logprobs is not None
+            assert len(ours.logprobs) == len(ours.ids)
 
 
 @each_backend
 def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> None:
     model = torch_model(random_checkpoint(SMALL))
-    request = GenerationConfig(NEW_TOKENS, beams=3, samples=3, log_probs=True)
-    for prompt, row in zip(PROMPTS, small[backend].generate(PROMPTS, request), strict=True):
+    generation_config = GenerationConfig(NEW_TOKENS, num_beams=3, num_return_sequences=3, logprobs=True)
+    for prompt, row in zip(PROMPTS, small[backend].generate(PROMPTS, generation_config), strict=True):
         for continuation in row:
             whole = torch.tensor([*prompt, *continuation.ids])
             with torch.no_grad():
-                log_probs = model(whole[None])[0].log_softmax(-1)[len(prompt) - 1 : -1]
-            expected = log_probs.gather(1, whole[len(prompt) :, None])[:, 0].numpy()
-            np.testing.assert_allclose(continuation.log_probs, expected, rtol=0, atol=LOG_PROB_ROUNDING)
+                logprobs = model(whole[None])[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = logprobs.gather(1, whole[len(prompt) :, None])[:, 0].numpy()
+            np.testing.assert_allclose(continuation.logprobs, expected, rtol=0, atol=LOGPROB_ROUNDING)
 
 
 @each_backend
 def test_nothing_asked_for_is_nothing_given(backend: str, small: Decoders) -> None:
-    assert ids(small[backend], PROMPTS, GenerationConfig(0, beams=3, samples=2)) == [[[], []]] * 2
-    assert ids(small[backend], [], GenerationConfig(3, beams=3)) == []
+    assert ids(small[backend], PROMPTS, GenerationConfig(0, num_beams=3, num_return_sequences=2)) == [[[], []]] * 2
+    assert ids(small[backend], [], GenerationConfig(3, num_beams=3)) == []

@@ -18,7 +18,7 @@ import gpt2_torch
 from bridge import BUNDLED, Checkpoint
 from gpt2_jax.parity import verify
 from gpt2_jax.training import make_eval_step
-from gpt2_torch.loss import cross_entropy
+from gpt2_torch.ops.cross_entropy import cross_entropy
 
 MOST_BYTES = 8_000_000
 PROMPTS = ("ROMEO:", "To be, or not", "KING RICHARD III:\n", "What, ho!", "Enter a messenger")

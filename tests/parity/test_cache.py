@@ -20,9 +20,8 @@ from support.models import TINY, random_checkpoint, random_ids, random_state
 import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
+from gpt2_jax import KVCache, empty_cache
 from gpt2_jax.generation import Decoder
-from gpt2_jax.model import KVCache, empty_cache
-from gpt2_torch.model import empty_cache as empty_torch_cache
 
 ROUNDING = {np.float32: 1e-5, np.float64: 1e-12}
 """Largest difference over the largest logit: a product with one row is summed in another order than one with many,
@@ -61,12 +60,12 @@ class TorchSide:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model = torch_model(checkpoint)
 
-    def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.model.KVCache:
-        return empty_torch_cache(self.model.config, torch.tensor(padding), SLOTS, self.model.wte.weight.dtype)
+    def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.KVCache:
+        return gpt2_torch.empty_cache(self.model.config, torch.tensor(padding), SLOTS, self.model.wte.weight.dtype)
 
-    def extend(self, ids: np.ndarray, cache: gpt2_torch.model.KVCache) -> tuple[np.ndarray, Any]:
+    def decode(self, ids: np.ndarray, cache: gpt2_torch.KVCache) -> tuple[np.ndarray, Any]:
         with torch.no_grad():
-            return self.model.head(self.model.extend(torch.from_numpy(ids), cache)).numpy(), cache
+            return self.model.head(self.model.decode(torch.from_numpy(ids), cache)).numpy(), cache
 
 
 class JaxSide:
@@ -80,14 +79,14 @@ class JaxSide:
     def empty_cache(self, padding: tuple[int, ...]) -> KVCache:
         return empty_cache(self.decoder.config, jnp.asarray(padding), SLOTS, self.decoder.model.dtype)
 
-    def extend(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+    def decode(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         logits, cache = _extended(self.decoder.model, self.decoder.params, jnp.asarray(ids), cache)
         return np.asarray(logits), cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _extended(model: gpt2_jax.GPT2, params: Any, ids: jax.Array, cache: Any) -> tuple[Any, Any]:
-    x, cache = model.apply({"params": params}, ids, cache, method="extend")
+    x, cache = model.apply({"params": params}, ids, cache, method="decode")
     return model.apply({"params": params}, x, method="head"), cache
 
 
@@ -102,7 +101,7 @@ def logits_in_pieces(
     cache: Any = side.empty_cache(padding)
     found = []
     for piece in np.split(ids, np.cumsum(pieces)[:-1], axis=1):
-        logits, cache = side.extend(piece, cache)
+        logits, cache = side.decode(piece, cache)
         found.append(logits)
     return np.concatenate(found, axis=1)
 
@@ -135,7 +134,7 @@ def changed(cache: Any, **fields: Any) -> Any:
 MISTAKES: dict[str, Callable[[Any], Any]] = {
     "a slot is left out": lambda cache: changed(cache, length=cache.length + 1),
     "a token is written over": lambda cache: changed(cache, length=cache.length - 1),
-    "a row's first token is taken for padding": lambda cache: changed(cache, padding=cache.padding + 1),
+    "a row's first token is taken for padding": lambda cache: changed(cache, num_padding=cache.num_padding + 1),
     "values stand one slot too late": lambda cache: changed(
         cache, values=type(cache.values)(values[..., [0, *range(SLOTS - 1)], :] for values in cache.values)
     ),
@@ -150,8 +149,8 @@ def test_a_mistake_in_the_cache_would_show(mistake: str) -> None:
         right = side.logits(random_checkpoint(CONFIG), ids, mask_of((0, 0, 0)))[:, known:]
         cache: Any = side.empty_cache((0, 0, 0))
         for at in range(known):
-            _, cache = side.extend(ids[:, at : at + 1], cache)
-        wrong, _ = side.extend(ids[:, known:], MISTAKES[mistake](cache))
+            _, cache = side.decode(ids[:, at : at + 1], cache)
+        wrong, _ = side.decode(ids[:, known:], MISTAKES[mistake](cache))
         assert relative_error(wrong, right) > A_MISTAKE, name
 
 

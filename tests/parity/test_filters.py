@@ -1,7 +1,7 @@
-"""Filters of logits and the draw: both backends against transformers' processors, and against exact probabilities.
+"""Logits processors and sampling: both backends against transformers' processors, and against exact probabilities.
 
 Where a sum of probabilities falls on a threshold up to float32 rounding, either answer is right; such tokens and
-draws are found in float64 and left out. All else must be equal.
+noise are found in float64 and left out. All else must be equal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import (
 import gpt2_jax.logits_processors
 import gpt2_torch.logits_processors
 from bridge import GenerationConfig
-from bridge.generation.config import uniform_draws
+from bridge.generation.config import uniform_noise
 
 EPSILON = 2.0**-23
 
@@ -42,35 +42,39 @@ UNITS = 4 * EPSILON
 """Relative, of a number that a few float32 operations made."""
 
 LEAST_P_VALUE = 1e-4
-"""Of a chi-square test. The draws are fixed, so that it passes or fails for good."""
+"""Of a chi-square test. The noise is fixed, so that it passes or fails for good."""
 
 LEAST_COUNT = 5
 """Tokens expected to be drawn less often are counted together, as the chi-square distribution asks."""
 
 DRAWS = 100_000
 
-Choose = Callable[[np.ndarray, np.ndarray, GenerationConfig, np.ndarray | None], np.ndarray]
-"""(logits, draws, request, seen) -> tokens."""
+SampleToken = Callable[[np.ndarray, np.ndarray, GenerationConfig, np.ndarray | None], np.ndarray]
+"""(logits, noise, config, seen) -> tokens."""
 
 Filter = Callable[[np.ndarray, Any], np.ndarray]
-"""(logits, the request's number) -> filtered logits."""
+"""(logits, the configuration's value) -> filtered logits."""
 
-jit_choose = jax.jit(gpt2_jax.logits_processors.choose)
+jit_sample_token = jax.jit(gpt2_jax.logits_processors.sample_token)
 
 
-def torch_choose(
-    logits: np.ndarray, draws: np.ndarray, request: GenerationConfig, seen: np.ndarray | None = None
+def torch_sample_token(
+    logits: np.ndarray, noise: np.ndarray, config: GenerationConfig, seen: np.ndarray | None = None
 ) -> np.ndarray:
     mask = None if seen is None else torch.from_numpy(seen)
-    return gpt2_torch.logits_processors.choose(torch.tensor(logits), torch.from_numpy(draws), request, mask).numpy()
+    return gpt2_torch.logits_processors.sample_token(
+        torch.tensor(logits), torch.from_numpy(noise), config, mask
+    ).numpy()
 
 
-def jax_choose(
-    logits: np.ndarray, draws: np.ndarray, request: GenerationConfig, seen: np.ndarray | None = None
+def jax_sample_token(
+    logits: np.ndarray, noise: np.ndarray, config: GenerationConfig, seen: np.ndarray | None = None
 ) -> np.ndarray:
     mask = None if seen is None else jnp.asarray(seen)
     return np.asarray(
-        jit_choose(jnp.asarray(logits), jnp.asarray(draws), gpt2_jax.logits_processors.Filters.of(request), mask)
+        jit_sample_token(
+            jnp.asarray(logits), jnp.asarray(noise), gpt2_jax.logits_processors.LogitsProcessors.of(config), mask
+        )
     )
 
 
@@ -104,7 +108,9 @@ PEERS: Mapping[str, Callable[[Any], Any]] = {  # in the order in which transform
 }
 
 each_backend = pytest.mark.parametrize("backend", FILTERS)
-each_choose = pytest.mark.parametrize("choose", [torch_choose, jax_choose], ids=["torch", "jax"])
+each_sample_token = pytest.mark.parametrize(
+    "sample_token", [torch_sample_token, jax_sample_token], ids=["torch", "jax"]
+)
 each_value = pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -283,18 +289,18 @@ V, COPIES = 300, 40  # two blocks of tokens in `gpt2_jax`; rows of each shape
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
 def test_both_invert_the_cumulative_probability_of_what_transformers_keeps(names: tuple[str, ...]) -> None:
-    """So the two backends choose the same token with one number."""
+    """So the two backends sample_token the same token with one number."""
     logits = np.concatenate([distinct_rows(V, seed) for seed in range(COPIES)])
     ids = np.random.default_rng(3).integers(0, V, (len(logits), 30))
-    draws = uniform_draws(GenerationConfig(len(logits), seed=4))[0]
-    draws[::50], draws[1::50] = 0, 1 - EPSILON
+    noise = uniform_noise(GenerationConfig(len(logits), seed=4))[0]
+    noise[::50], noise[1::50] = 0, 1 - EPSILON
     for turn in range(2):
         values = {name: VALUES[name][turn] for name in PEERS if name in (*names, "temperature")}
         filtered, undecided = filtered_by_transformers(values, logits, ids)
-        wanted, near = inverse_cumulative(filtered, draws)
+        wanted, near = inverse_cumulative(filtered, noise)
         assert (near | undecided).mean() < 0.1
-        for choose in (torch_choose, jax_choose):
-            found = choose(logits, draws, GenerationConfig(1, **values), seen_of(ids, V))  # type: ignore[arg-type]
+        for sample_token in (torch_sample_token, jax_sample_token):
+            found = sample_token(logits, noise, GenerationConfig(1, **values), seen_of(ids, V))  # type: ignore[arg-type]
             np.testing.assert_array_equal(found[~(near | undecided)], wanted[~(near | undecided)])
             assert (filtered[np.arange(len(found)), found] > -np.inf)[~undecided].all()
 
@@ -311,17 +317,17 @@ def filtered_by_transformers(
     return logits, undecided
 
 
-def inverse_cumulative(logits: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def inverse_cumulative(logits: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The token of each draw, and whether the draw is where one token ends and the next begins."""
     upto = probabilities(logits).cumsum(-1)
-    wanted = (upto <= draws[:, None] * upto[:, -1:]).sum(-1)
+    wanted = (upto <= noise[:, None] * upto[:, -1:]).sum(-1)
     ends = np.where((upto > 0) & (upto < upto[:, -1:]), upto, np.inf)
-    return wanted, np.abs(ends - draws[:, None]).min(-1) < CUMULATIVE
+    return wanted, np.abs(ends - noise[:, None]).min(-1) < CUMULATIVE
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize("V", [7, 257, 700, 50257])
-def test_a_forbidden_token_is_not_drawn_by_any_rounding(choose: Choose, V: int) -> None:
+def test_a_forbidden_token_is_not_drawn_by_any_rounding(sample_token: SampleToken, V: int) -> None:
     """Draws at all the places where one token ends and the next begins."""
     rng = np.random.default_rng(V)
     for share in (0.5, 0.9):
@@ -330,52 +336,52 @@ def test_a_forbidden_token_is_not_drawn_by_any_rounding(choose: Choose, V: int) 
         logits[V // 2] = 1.0
         p = probabilities(logits)
         steps = np.round(np.unique(p.cumsum()) / EPSILON)[:, None] + np.arange(-2, 3)
-        draws = np.unique(steps.clip(0, 1 / EPSILON - 1)).astype(np.float32) * np.float32(EPSILON)
-        draws = draws[:: 1 + len(draws) // 200]
-        found = choose(np.tile(logits, (len(draws), 1)), draws, GenerationConfig(1, temperature=1.0), None)
+        noise = np.unique(steps.clip(0, 1 / EPSILON - 1)).astype(np.float32) * np.float32(EPSILON)
+        noise = noise[:: 1 + len(noise) // 200]
+        found = sample_token(np.tile(logits, (len(noise), 1)), noise, GenerationConfig(1, temperature=1.0), None)
         assert (p[found] > 0).all()
         upto = p.cumsum()[found]
-        assert (draws < upto + CUMULATIVE).all() and (draws > upto - p[found] - CUMULATIVE).all()
+        assert (noise < upto + CUMULATIVE).all() and (noise > upto - p[found] - CUMULATIVE).all()
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize("penalty", [None, 0.5, 2.0])
-def test_greedy_is_the_likeliest(choose: Choose, penalty: float | None) -> None:
+def test_greedy_is_the_likeliest(sample_token: SampleToken, penalty: float | None) -> None:
     logits = distinct_rows(257)
     ids = np.argsort(-logits)[:, [0, 1, 5]]
     expected = logits if penalty is None else peer("repetition_penalty", penalty, logits, ids)
-    draws = np.full(len(logits), 0.7, np.float32)
+    noise = np.full(len(logits), 0.7, np.float32)
     for temperature in (0.0, 1e-9):
-        request = GenerationConfig(1, penalty, temperature, top_k=40, top_p=0.5, min_p=0.5)
-        found = choose(logits, draws, request, seen_of(ids, 257))
+        config = GenerationConfig(1, penalty, temperature, top_k=40, top_p=0.5, min_p=0.5)
+        found = sample_token(logits, noise, config, seen_of(ids, 257))
         np.testing.assert_array_equal(found, expected.argmax(-1))
         assert np.issubdtype(found.dtype, np.integer)
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize(
     "fields", [{}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 3, "top_p": 0.2, "min_p": 0.7}]
 )
-def test_tokens_that_are_all_as_likely_are_all_drawn(choose: Choose, fields: dict[str, Any]) -> None:
-    draws = (np.arange(257, dtype=np.float32) + 0.5) / 257
+def test_tokens_that_are_all_as_likely_are_all_drawn(sample_token: SampleToken, fields: dict[str, Any]) -> None:
+    noise = (np.arange(257, dtype=np.float32) + 0.5) / 257
     for level in (0.0, -33.3, 1e30):
         logits = np.full((257, 257), level, np.float32)
-        found = choose(logits, draws, GenerationConfig(1, temperature=0.7, **fields), None)
+        found = sample_token(logits, noise, GenerationConfig(1, temperature=0.7, **fields), None)
         np.testing.assert_array_equal(found, np.arange(257))
-        assert (choose(logits, draws, GenerationConfig(1, **fields), None) == 0).all()
+        assert (sample_token(logits, noise, GenerationConfig(1, **fields), None) == 0).all()
 
 
 # Frequencies
 
 
 NUMPYS = np.random.default_rng(6).random(DRAWS, np.float32)
-OURS = uniform_draws(GenerationConfig(DRAWS // 250, samples=250, seed=7)).ravel()
+OURS = uniform_noise(GenerationConfig(DRAWS // 250, num_return_sequences=250, seed=7)).ravel()
 EVERY_FILTER = {"repetition_penalty": 1.2, "temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02}
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize(
-    ("values", "draws"),
+    ("values", "noise"),
     [
         ({"temperature": 1.0}, NUMPYS),
         ({"temperature": 0.6}, NUMPYS),
@@ -390,15 +396,15 @@ EVERY_FILTER = {"repetition_penalty": 1.2, "temperature": 1.3, "top_k": 40, "top
     ids=lambda x: ",".join(f"{name}={value}" for name, value in x.items()) if isinstance(x, dict) else "",
 )
 def test_tokens_are_drawn_as_often_as_they_are_likely(
-    choose: Choose, values: dict[str, Any], draws: np.ndarray
+    sample_token: SampleToken, values: dict[str, Any], noise: np.ndarray
 ) -> None:
     logits = np.random.default_rng(5).normal(scale=1.5, size=(1, 64)).astype(np.float32)
     ids = np.argsort(-logits)[:, ::3]  # the likeliest, and others
     filtered, undecided = filtered_by_transformers(values, logits, ids)
     assert not undecided.any()
     p = probabilities(filtered)[0]
-    found = choose(
-        np.tile(logits, (DRAWS, 1)), draws, GenerationConfig(1, **values), np.tile(seen_of(ids, 64), (DRAWS, 1))
+    found = sample_token(
+        np.tile(logits, (DRAWS, 1)), noise, GenerationConfig(1, **values), np.tile(seen_of(ids, 64), (DRAWS, 1))
     )
     counts = np.bincount(found, minlength=64)
     assert counts[p == 0].sum() == 0

@@ -16,8 +16,9 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 import bridge
 from bridge import Checkpoint
 from bridge.generation.config import GenerationConfig
-from bridge.generation.decoder import Decoder, InvalidLogits
-from bridge.generation.text import PROMPTS_AT_A_TIME, complete, stream_text
+from bridge.generation.decoder import Decoder
+from bridge.generation.output import InvalidLogits
+from bridge.generation.text import PROMPTS_PER_BATCH, generate_text, stream_text
 from gpt2_jax.generation import Decoder as JaxDecoder
 from gpt2_torch.generation import Decoder as TorchDecoder
 
@@ -31,8 +32,8 @@ FILTERED = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repet
 REQUESTS = {
     "greedy": GenerationConfig(4),
     "sampled": GenerationConfig(4, **FILTERED),
-    "several": GenerationConfig(4, temperature=0.7, samples=2, log_probs=True, stop_ids=(5,)),
-    "beams": GenerationConfig(4, beams=3),
+    "several": GenerationConfig(4, temperature=0.7, num_return_sequences=2, logprobs=True, eos_token_id=(5,)),
+    "beams": GenerationConfig(4, num_beams=3),
 }
 each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
 
@@ -78,12 +79,12 @@ def test_minus_infinity_for_some_tokens_is_none(name: str, backend: str) -> None
 def test_the_row_and_the_token_are_named(backend: str, at_a_time: int | None) -> None:
     """The embedding of a token is NaN that row 1 has first; what was streamed before is right."""
     right = random_checkpoint(CONFIG)
-    request = GenerationConfig(8)
-    ids = [row[0].ids for row in decoder(backend, right).generate(PROMPTS, request)]
+    config = GenerationConfig(8)
+    ids = [row[0].ids for row in decoder(backend, right).generate(PROMPTS, config)]
     step = next(n for n in range(1, 7) if ids[1][n] not in {0, *ids[0], *ids[1][:n], *PROMPTS[0], *PROMPTS[1]})
     state = {name: np.array(array) for name, array in right.tensors.items()}
     state["wte.weight"][ids[1][step]] = np.nan
-    chunks = decoder(backend, Checkpoint.of(state, CONFIG)).stream(PROMPTS, request, at_a_time)
+    chunks = decoder(backend, Checkpoint.of(state, CONFIG)).stream(PROMPTS, config, at_a_time)
     streamed: list[list[int]] = [[], []]
     with pytest.raises(InvalidLogits) as raised:
         for chunk in chunks:
@@ -99,9 +100,9 @@ def test_the_row_is_counted_over_all_prompts() -> None:
     state = {name: np.array(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
     state["wte.weight"][ord("!")] = np.nan
     broken = decoder("gpt2_torch", Checkpoint.of(state, CONFIG))
-    prompts = ["a"] * PROMPTS_AT_A_TIME + ["a", "!"]
-    with pytest.raises(InvalidLogits, match=rf"^row {2 * (PROMPTS_AT_A_TIME + 1)}, new token 0,"):
-        complete(broken, encoding, prompts, GenerationConfig(1, temperature=1.0, samples=2))
+    prompts = ["a"] * PROMPTS_PER_BATCH + ["a", "!"]
+    with pytest.raises(InvalidLogits, match=rf"^row {2 * (PROMPTS_PER_BATCH + 1)}, new token 0,"):
+        generate_text(broken, encoding, prompts, GenerationConfig(1, temperature=1.0, num_return_sequences=2))
     with pytest.raises(InvalidLogits):
         list(stream_text(broken, encoding, "!", GenerationConfig(2)))
 
