@@ -1,9 +1,10 @@
-"""The safetensors container, read one tensor at a time and written as a stream.
+"""The safetensors container: read one tensor at a time, written as a stream.
 
-The `safetensors` package maps the file or takes all tensors at once; a conversion here may hold
-two of the largest tensors and no more, so the container is read and written with plain file
-calls. (Its numpy writer also stores wrong data for arrays that are not C-contiguous, upstream
-issue 825.) The tests hold both directions against the package.
+The `safetensors` package is not used to read or write tensors, for three reasons. It maps the file into memory, so a
+file that shrinks while it is read ends the process with SIGBUS. It writes all tensors at once, while a conversion here
+holds at most two of the largest tensors. Its numpy writer stores wrong data for arrays that are not C-contiguous
+(upstream issue 825). The package opens every written file before it is published, so that each file is known to be
+readable by it. The tests compare both directions with the package.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the data without holes.
 https://github.com/huggingface/safetensors#format
@@ -108,6 +109,20 @@ def write_file(path: str | Path, tensors: LazyTensorMap, metadata: Mapping[str, 
         file.write(encoded)
         for name, entry in tensors.entries.items():
             write_array(file, name, entry)
+    _require_readable(Path(path))
+
+
+def _require_readable(path: Path) -> None:
+    """Open a written file with the `safetensors` package, which validates the header and the file's size."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{quoted(path)}: the safetensors package cannot read the written file: {error}"
+        ) from error
 
 
 def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:

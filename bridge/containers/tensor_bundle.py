@@ -11,16 +11,19 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 
-from bridge.containers.crc32c import crc32c, masked
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 """What the index ends with."""
+
+_CHUNK = 2**20
+"""Bytes whose checksum is computed at a time."""
 
 # DataType of tensorflow/core/framework/types.proto. Which may be weights is decided where weights are checked.
 _DTYPES: Mapping[int, np.dtype] = {
@@ -102,6 +105,17 @@ def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile
     return {k: StoredFile.open(index.parent / f"{prefix}.data-{k:05d}-of-{count:05d}") for k in range(count)}
 
 
+def masked_crc32c(content: bytes | memoryview) -> int:
+    """Return the CRC-32C of `content`, masked as LevelDB stores it (util/crc32c.h).
+
+    The mask is there because the CRC of data that contains its own CRC is weak.
+    """
+    crc = 0
+    for start in range(0, len(content), _CHUNK):  # the package takes only `bytes`, so each chunk is copied
+        crc = google_crc32c.extend(crc, bytes(content[start : start + _CHUNK]))
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFF_FFFF
+
+
 def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, StoredFile]) -> LazyTensor:
     """BundleEntryProto."""
     kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
@@ -119,7 +133,7 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
 
     def read() -> np.ndarray:
         array = stored.read()
-        if masked(crc32c(array.reshape(-1).view(np.uint8).data)) != expected:
+        if masked_crc32c(array.reshape(-1).view(np.uint8).data) != expected:
             raise CheckpointError(
                 f"{quoted(shards[shard].path)} is damaged: {quoted(name)} does not have the checksum stored for it"
             )
@@ -222,7 +236,7 @@ class _Table:
         """The entries of one block, whose keys leave out what they share with the one before."""
         offset, size = handle
         block = self._take(self._content, offset, size + _TRAILER)
-        if masked(crc32c(block[:-4])) != int.from_bytes(block[-4:], "little"):
+        if masked_crc32c(block[:-4]) != int.from_bytes(block[-4:], "little"):
             raise self.damaged(f"is damaged: the block at {offset} does not have the checksum stored for it")
         if block[size] != 0:
             raise self.damaged("has compressed blocks, which TensorFlow does not write; save it with TensorFlow")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.containers.crc32c import crc32c, masked
+from bridge.containers.tensor_bundle import masked_crc32c
 
 FILES = Path(__file__).parent.parent / "files" / "tensorflow-2.21.0"
 DTYPES = {1: np.float32, 2: np.float64, 19: np.float16}
@@ -114,7 +114,7 @@ def repair(source: Path) -> None:
         for start, length in handles:
             end = start + length + 1
             if end + 4 <= len(content):
-                content[end : end + 4] = masked(crc32c(content[start:end])).to_bytes(4, "little")
+                content[end : end + 4] = masked_crc32c(bytes(content[start:end])).to_bytes(4, "little")
     except IndexError:
         return
     file.write_bytes(content)

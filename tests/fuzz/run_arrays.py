@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +19,6 @@ from support.models import SMALLEST, random_state
 
 import bridge
 from bridge import CheckpointError, ConversionError
-from bridge.containers.crc32c import crc32c
 from bridge.formats.directory import write_config
 from bridge.storage import manifest
 
@@ -92,7 +92,7 @@ def repair(source: Path) -> None:
             size = int.from_bytes(content[start + 4 : start + 12], "little")
             if 16 <= size <= len(content) - start:
                 end = start + size - 4
-                content[end : end + 4] = struct.pack("<I", crc32c(bytes(content[start:end])))
+                content[end : end + 4] = struct.pack("<I", google_crc32c.value(bytes(content[start:end])))
         file.write_bytes(content)
     files = {
         path.relative_to(source).as_posix(): {

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from bridge.containers.crc32c import crc32c
+import google_crc32c
 
 MANIFEST, NODE = 0x0CDB3A2A, 0x0CDB20DE
 DATA_FILE = "d/data"
@@ -35,7 +35,7 @@ def framed(magic: int, content: bytes, compression: int = 0) -> bytes:
     """A node or a manifest with its header and its checksum."""
     size = 4 + 8 + 2 + len(content) + 4
     whole = struct.pack(">I", magic) + struct.pack("<Q", size) + bytes([0, compression]) + content
-    return whole + struct.pack("<I", crc32c(whole))
+    return whole + struct.pack("<I", google_crc32c.value(whole))
 
 
 def file_table(files: Sequence[str]) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -115,7 +116,7 @@ def overlong(state: Path) -> Path:
     whole = ocdbt.framed(ocdbt.NODE, b"\x01" + content)
     patched = bytearray(whole[:-4])
     patched[12:14] = b"\x80\0"
-    return ocdbt.write(state, [bytes(patched) + ocdbt.crc32c(bytes(patched)).to_bytes(4, "little")])
+    return ocdbt.write(state, [bytes(patched) + google_crc32c.value(bytes(patched)).to_bytes(4, "little")])
 
 
 HOSTILE: dict[str, Callable[[Path], Path]] = {

@@ -24,7 +24,7 @@ import gpt2_jax
 import gpt2_torch
 from bridge import BridgeError, Checkpoint, CheckpointError, ConfigError, ConversionError, GPT2Config
 
-WRITTEN_BY_TRANSFORMERS = Path(__file__).parents[1] / "files" / "transformers-4.57.6"
+WRITTEN_BY_TRANSFORMERS = Path(__file__).parents[2] / "files" / "transformers-4.57.6"
 NAMES = ("tied", "bfloat16", "untied", "sharded", "without_head")
 SAME_FP32 = 2e-6
 """Logits of size 1, by another order of the same float32 sums."""

@@ -20,6 +20,7 @@ from support.models import SMALLEST
 from support.refusals import assert_refused
 
 from bridge import CheckpointError
+from bridge.containers import safetensors as container
 from bridge.containers.safetensors import DTYPES, read_file, write_file
 from bridge.storage.tensors import LazyTensorMap
 
@@ -368,3 +369,11 @@ def test_reading_the_header_does_not_read_the_data(tmp_path: Path) -> None:
     os.truncate(path, path.stat().st_size + 2**40)
     tensors, _ = read_file(path)
     assert tensors.entries["w"].nbytes == 2**40
+
+
+def test_a_written_file_that_the_package_cannot_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(container._NAMES, np.dtype("f4"), "F99")
+    with pytest.raises(CheckpointError, match="the safetensors package cannot read the written file"):
+        write_file(tmp_path / "a", LazyTensorMap.of({"x": np.ones(3, "f4")}), {})
