@@ -35,8 +35,8 @@ from support.tokenizers_for_tests import (
 import bridge
 from bridge import TokenizerError
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS, WORDS
-from bridge.tokenizers.limits import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
 from bridge.tokenizers.loading import decode_known, load_tokenizer
+from bridge.tokenizers.validation import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
 
 VOCAB_SIZE = 400
 
@@ -133,7 +133,7 @@ def test_tokens_added_after_training_are_special(trained: tuple[tokenizers.Token
     ours = load_tokenizer(tmp_path, size + 2)
     assert ours.special_tokens_set == {END, "<|user|>", "<|pad|>"}
     assert ours.encode("<|pad|>", allowed_special="all") == [size + 1]
-    with pytest.raises(TokenizerError, match=f"has ids up to {size + 1}, the model's vocabulary only {size}"):
+    with pytest.raises(TokenizerError, match=f"has ids up to {size + 1}, but the model's vocabulary has only {size}"):
         load_tokenizer(tmp_path, size)
 
 
@@ -145,7 +145,9 @@ def test_ids_beyond_the_vocabulary_are_refused(
     directory_with(files, path, tmp_path)
     size = theirs.get_vocab_size()
     assert load_tokenizer(tmp_path, size).n_vocab == size
-    with pytest.raises(TokenizerError, match=f"has ids up to {size - 1}, the model's vocabulary only {size - 1}"):
+    with pytest.raises(
+        TokenizerError, match=f"has ids up to {size - 1}, but the model's vocabulary has only {size - 1}"
+    ):
         load_tokenizer(tmp_path, size - 1)
 
 
@@ -337,7 +339,7 @@ BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
     "a token of a megabyte": ({"a" * 10**6: 1000}, "has 1000000 bytes; the limit is 512"),
     "hundreds of long tokens": ({f"<{i:03}>" * 100: 1000 + i for i in range(300)}, "bytes; the limit is 32768"),
     "thousands of tokens": ({f"<|{i}|>": 1000 + i for i in range(20_000)}, "bytes; the limit is 32768"),
-    "an id past the rows": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, the model's vocabulary only 400"),
+    "an id past the rows": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, but the model's vocabulary has only 400"),
 }
 
 
@@ -639,7 +641,9 @@ def test_without_network_or_cache_the_remedy_is_named(tmp_path: Path, monkeypatc
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(TokenizerError, match=r"\(ConnectionError\); connect once, set TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(
+        TokenizerError, match=r"\(ConnectionError\); connect to the internet once, set TIKTOKEN_CACHE_DIR"
+    ):
         load_tokenizer(tmp_path, 50257)
 
 

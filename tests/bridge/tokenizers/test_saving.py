@@ -205,12 +205,12 @@ def refused(**changes: Any) -> tiktoken.Encoding:
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
-        (refused(pat_str=r"\S+|\s+"), r"'odd' cuts text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's"),
+        (refused(pat_str=r"\S+|\s+"), r"'odd' splits text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's"),
         (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256}), "the token 'b'abc'' is not a merge of two tokens"),
         (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256, b"ab": 257}), "is not a merge of two tokens"),
         (refused(mergeable_ranks={b"a": 0}), "some of the 256 bytes have no token"),
-        (refused(special_tokens={"a": 256}), "has a special token that is spelled as an ordinary one"),
-        (refused(special_tokens={"Ġ": 256}), "has a special token that is spelled as an ordinary one"),
+        (refused(special_tokens={"a": 256}), "has a special token with the spelling of an ordinary one"),
+        (refused(special_tokens={"Ġ": 256}), "has a special token with the spelling of an ordinary one"),
     ],
 )
 def test_what_the_files_cannot_hold_is_refused_and_nothing_is_written(
