@@ -42,8 +42,8 @@ def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
     )
     if encoding.max_token_value >= rows:
         raise TokenizerError(
-            f"{named} has ids up to {encoding.max_token_value}, but the model's vocabulary has only {rows}; they do not "
-            "belong together"
+            f"{named} has ids up to {encoding.max_token_value}, but the model's vocabulary has only {rows}; they do "
+            "not belong together"
         )
     require_all_bytes(ranks, named)
     character_of = {byte: character for character, byte in printable_bytes().items()}

@@ -225,7 +225,7 @@ def test_a_file_of_another_layout_is_refused(
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda v, m: v.update(the="7"), "the id of 'the' is '7', not a whole number"),
+        (lambda v, m: v.update(the="7"), "the id of 'the' is '7', not an integer"),
         (lambda v, m: v.update(the=True), "the id of 'the' is 'True'"),
         (lambda v, m: v.update(the=-1), "the id of 'the' is '-1'"),
         (lambda v, m: v.update(a=2**40), "the id of 'a' is"),
@@ -326,7 +326,7 @@ def test_an_id_that_is_none_is_refused(
         "added_tokens": lambda: edited(trained[1], tmp_path, lambda t: t["added_tokens"][0].update(id=bad)),
     }
     message = assert_refused_in_budget(edits[place](), capfd)
-    assert "not a whole number" in message or "is not valid JSON" in message
+    assert "not an integer" in message or "is not valid JSON" in message
 
 
 BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
