@@ -1,4 +1,4 @@
-"""What of a layer is kept for the backward pass, and what is computed again.
+"""Rematerialization: which activations of a layer are saved for the backward pass, and which are recomputed.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 """
@@ -11,15 +11,16 @@ from typing import Any, Literal
 import jax
 
 Remat = Literal["none", "dots", "full"]
-"""none: keep what the derivatives take. dots: keep the results of products and of attention, and compute norms and
-activations again, which takes less time on CPU than to write and read them. full: keep each layer's input alone."""
+"""none: save everything that the derivatives use. dots: save the results of products and of attention, and recompute
+norms and activation functions, which is faster on CPU than writing and reading them. full: save only each layer's
+input."""
 
 PROJECTED, ATTENDED = "projected", "attended"
-"""The names, for `jax.ad_checkpoint.checkpoint_name`, of the results that `dots` keeps."""
+"""Names of the results that `dots` saves, for `jax.ad_checkpoint.checkpoint_name`."""
 
 
 def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """JAX gives no name to the row sums that cuDNN's backward pass takes besides its result; so all of it is kept."""
+    """Save all results of cuDNN's attention: JAX does not name the row sums that its backward pass also uses."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
