@@ -48,7 +48,7 @@ def adamw(
 def learning_rate_at(
     step: int,
     *,
-    steps: int,
+    max_steps: int,
     learning_rate: float,
     min_learning_rate: float,
     schedule: Literal["cosine", "wsd", "constant"] = "cosine",
@@ -65,9 +65,9 @@ def learning_rate_at(
     if schedule == "constant":
         return learning_rate
     if schedule == "cosine":
-        begin, end = warmup_steps, steps if decay_steps is None else decay_steps
+        begin, end = warmup_steps, max_steps if decay_steps is None else decay_steps
     else:
-        begin, end = max(warmup_steps, steps - round(decay_fraction * steps)), steps
+        begin, end = max(warmup_steps, max_steps - round(decay_fraction * max_steps)), max_steps
     fallen = min(max((step - begin) / max(1, end - begin), 0.0), 1.0)
     if schedule == "cosine":
         fallen = 0.5 * (1.0 - math.cos(math.pi * fallen))
@@ -80,30 +80,32 @@ def train_step(
     batch: Batch,
     *,
     learning_rate: float,
-    clip_norm: float | None = 1.0,
-    accumulate: int = 1,
+    max_grad_norm: float | None = 1.0,
+    num_microbatches: int = 1,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """One update of `model`, in training mode. Returns the loss, in nats, and the gradient's norm before clipping.
 
-    The loss is the mean over all counted labels of the batch, also where `accumulate` runs it in parts: a part
+    The loss is the mean over all counted labels of the batch, also where `num_microbatches` runs it in parts: a part
     counts by its labels. Raises `bridge.BridgeError` where the parts cannot be of one size.
     """
     rows = len(batch["input_ids"])
-    if accumulate < 1 or rows % accumulate:
-        raise BridgeError(f"a batch of {rows} cannot be run in {accumulate} equal parts; choose a divisor of {rows}")
+    if num_microbatches < 1 or rows % num_microbatches:
+        raise BridgeError(
+            f"a batch of {rows} cannot be run in {num_microbatches} equal parts; choose a divisor of {rows}"
+        )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     model.train()
     optimizer.zero_grad()
     count = (batch["labels"] != IGNORE_INDEX).sum().clamp(min=1)
     losses = []
-    for i in range(accumulate):
-        part = {name: tensor.chunk(accumulate)[i] for name, tensor in batch.items()}
+    for i in range(num_microbatches):
+        part = {name: tensor.chunk(num_microbatches)[i] for name, tensor in batch.items()}
         logits_BTV = model(part["input_ids"], part.get("attention_mask"))
         loss = cross_entropy(logits_BTV, part["labels"]).sum() / count
         loss.backward()
         losses.append(loss.detach())
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if clip_norm is None else clip_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
     optimizer.step()
     return torch.stack(losses).sum(), norm
 

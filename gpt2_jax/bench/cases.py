@@ -84,27 +84,27 @@ def recipe(preset: str, **changes: Any) -> TrainConfig:
     return replace(
         found,
         model=replace(found.model, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
-        optimizer=replace(found.optimizer, optimizer="adamw", clip_norm=1.0),
-        batch_size=found.batch_size // found.accumulate,
-        accumulate=1,
+        optimizer=replace(found.optimizer, optimizer="adamw", max_grad_norm=1.0),
+        batch_size=found.batch_size // found.num_microbatches,
+        num_microbatches=1,
         ema_decay=None,
         **given,
     )
 
 
-def at_sizes(config: TrainConfig, batch: Sequence[int], length: Sequence[int]) -> list[TrainConfig]:
+def at_sizes(config: TrainConfig, batch: Sequence[int], seq_len: Sequence[int]) -> list[TrainConfig]:
     """The configuration at each size that was asked for."""
     positions = config.model.n_positions
-    for tokens in length:
+    for tokens in seq_len:
         if not 1 <= tokens <= positions:
-            raise BridgeError(f"--length {tokens}: must be from 1 to the model's n_positions, {positions}")
+            raise BridgeError(f"--seq-len {tokens}: must be from 1 to the model's n_positions, {positions}")
     for rows in batch:
         if rows < 1:
             raise BridgeError(f"--batch {rows}: must be at least 1")
     return [
-        replace(config, batch_size=rows, length=tokens)
+        replace(config, batch_size=rows, seq_len=tokens)
         for rows in batch or (config.batch_size,)
-        for tokens in length or (min(config.length, positions),)
+        for tokens in seq_len or (min(config.seq_len, positions),)
     ]
 
 
@@ -113,7 +113,7 @@ def cases_of(task: Task, configs: Sequence[TrainConfig], scratch: Path) -> Itera
     both, is written to `scratch`."""
     if task in ("train", "forward"):
         for config in configs:
-            yield Case(task, config, config.batch_size, config.length)
+            yield Case(task, config, config.batch_size, config.seq_len)
         return
     config = configs[0]
     if task == "decode":

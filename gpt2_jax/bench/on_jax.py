@@ -43,11 +43,11 @@ def _train(job: dict[str, Any]) -> Action:
     config = from_flat(job["config"])
     model, tx, mesh = (
         make_model(config),
-        make_optimizer(config.optimizer, config.steps),
+        make_optimizer(config.optimizer, config.max_steps),
         make_mesh(devices=jax.devices()[:1]),
     )
     state = first_state(config, model, tx, None, mesh)
-    train_step = make_train_step(model, tx, seed=config.seed, clip_norm=config.optimizer.clip_norm)
+    train_step = make_train_step(model, tx, seed=config.seed, max_grad_norm=config.optimizer.max_grad_norm)
     ids = job["ids"].astype(np.int32)
     batch = jax.device_put({"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
 

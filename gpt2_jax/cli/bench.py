@@ -34,7 +34,7 @@ def bench(
     tasks: tuple[Task, ...] = ("train", "forward", "decode"),
     peers: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None,
     batch: Sizes = (),
-    length: Sizes = (),
+    seq_len: Sizes = (),
     pairs: int = 5,
     dtype: Literal["float32", "bfloat16"] | None = None,
     remat: Annotated[str | None, arg(metavar="NAME")] = None,
@@ -50,7 +50,7 @@ def bench(
     Each implementation runs in its own process, alternating with JAX, with the same sizes and tokens. Weights are
     random and dropout is off. Exit code 1 if an implementation crashed; the others are still reported.
 
-    Example: gpt2 bench --preset gpt2 --dtype float32 --batch 4 --length 256 --json bench.json --plot bench.png
+    Example: gpt2 bench --preset gpt2 --dtype float32 --batch 4 --seq-len 256 --json bench.json --plot bench.png
 
     Args:
         preset: the model and the defaults of the flags below, as in `gpt2 train`.
@@ -61,7 +61,7 @@ def bench(
             to start on CPU. The default is all installed peers that need no compilation; without a name, only JAX runs.
         batch: sequences per step; several values are measured one after the other. The default is one microbatch of
             the preset.
-        length: tokens per sequence; one or several values.
+        seq_len: tokens per sequence; one or several values.
         pairs: how often each implementation runs, alternating with JAX.
         dtype: the dtype of the computation. In training, weights and optimizer state stay float32.
         remat: what JAX recomputes in the backward pass, as in `gpt2 train`.
@@ -82,7 +82,7 @@ def bench(
         raise BridgeError(f"--pairs {pairs}: must be at least 1")
     if not tasks:
         raise BridgeError(f"--tasks needs at least one of {', '.join(TASKS)}")
-    configs = at_sizes(config, batch, length)
+    configs = at_sizes(config, batch, seq_len)
     with TemporaryDirectory(prefix="gpt2-bench-") as scratch:
         cases = [case for task in dict.fromkeys(tasks) for case in cases_of(task, configs, Path(scratch))]
         report = run(config, cases, names, pairs)

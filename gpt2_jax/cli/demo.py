@@ -22,7 +22,9 @@ SAMPLING = GenerationConfig(max_new_tokens=60, temperature=0.8, top_p=0.9, seed=
 """The same seed produces the same text in both backends."""
 
 
-def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 150, overwrite: bool = False) -> int:
+def demo(
+    *, out: Path = Path("demo-output"), data: str = "stdlib", max_steps: int = 150, overwrite: bool = False
+) -> int:
     """Load a PyTorch GPT-2 in JAX, verify that both compute the same, fine-tune it, and export it for PyTorch.
 
     The model is the bundled one, trained on Shakespeare. It is fine-tuned on Python's standard library.
@@ -32,7 +34,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     Args:
         out: the directory for the report and the run; they take 50 MB.
         data: the text to fine-tune on, as for `gpt2 train --data`.
-        steps: number of fine-tuning steps.
+        max_steps: number of fine-tuning steps.
         overwrite: replace the report and the run of an earlier demo. Other files in the directory stay.
     """
     require_torch("gpt2 demo")
@@ -50,10 +52,10 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     from gpt2_jax.parity import verify
 
     with progress_bar(ALL_CHECKS) as begin:
-        report = verify(bridge.load(BUNDLED), source=BUNDLED, length=128, progress=begin)
+        report = verify(bridge.load(BUNDLED), source=BUNDLED, seq_len=128, progress=begin)
     code = finish(report, write_report)
     say(f"\n3. fine-tuned in JAX, on {data}")
-    outcome = run_training(_recipe(data, steps), run, cache=out / "tokens")
+    outcome = run_training(_recipe(data, max_steps), run, cache=out / "tokens")
     say("\n4. the export, in both")
     exported = bridge.load(outcome.export)
     backends: tuple[Backend, ...] = ("torch", "jax")
@@ -66,7 +68,7 @@ def demo(*, out: Path = Path("demo-output"), data: str = "stdlib", steps: int = 
     return code
 
 
-def _recipe(data: str, steps: int) -> TrainConfig:
+def _recipe(data: str, max_steps: int) -> TrainConfig:
     return replace(
         PRESETS["finetune"],
         init_from=BUNDLED,
@@ -74,9 +76,9 @@ def _recipe(data: str, steps: int) -> TrainConfig:
         data=data,
         mesh="data=1",  # independent of the number of devices
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=10, beta2=0.99),
-        steps=steps,
-        eval_every=max(1, steps // 3),
+        max_steps=max_steps,
+        eval_every=max(1, max_steps // 3),
         eval_batches=20,
-        checkpoint_every=steps,
+        checkpoint_every=max_steps,
         sample_tokens=0,
     )

@@ -47,7 +47,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         Takes the flags of `gpt2 train`. Opens no data, so --vocab-size is used unchanged. Compiling takes a minute for
         any size. Exit code 1 if the step does not fit into memory; always 0 with --scaling, which lists every size.
 
-        Example: gpt2 plan --preset gpt2-xl --topology v5e:4x4 --mesh fsdp=16 --accumulate 6
+        Example: gpt2 plan --preset gpt2-xl --topology v5e:4x4 --mesh fsdp=16 --num-microbatches 6
 
         Args:
             config: the configuration; --preset sets the default of every other flag.

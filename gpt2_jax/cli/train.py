@@ -138,8 +138,8 @@ def train_command(default: TrainConfig) -> Callable[..., int]:
             if not is_out_of_memory(error):
                 raise
             raise BridgeError(
-                f"out of memory with {config.batch_size} sequences per step in {config.accumulate} microbatches; "
-                "lower --batch-size, or raise --accumulate"
+                f"out of memory with {config.batch_size} sequences per step in {config.num_microbatches} microbatches; "
+                "lower --batch-size, or raise --num-microbatches"
             ) from error
         write_json(outcome.to_json())
         leave()
@@ -226,7 +226,7 @@ def run_training(
     if config.tokenizer != "bpe":  # BPE may have fewer tokens if the text is short
         require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
     say(data.description, soft_wrap=True)
-    say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.length:,} tokens a step")
+    say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.seq_len:,} tokens a step")
     outcome = train(
         config,
         out,

@@ -38,7 +38,7 @@ def verify(
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
     text_file: Annotated[Path | None, arg(metavar="FILE")] = None,
     batch: int = 2,
-    length: int = 256,
+    seq_len: int = 256,
     seed: int = 0,
     untrained: bool = False,
     checks: tuple[CheckName, ...] = ALL_CHECKS,
@@ -55,7 +55,7 @@ def verify(
             the built-in text's characters, the default is random characters, and predictions are not checked.
         text_file: a UTF-8 file with that text.
         batch: sequences in the batch.
-        length: tokens per sequence; at most n_positions are used.
+        seq_len: tokens per sequence; at most n_positions are used.
         seed: the seed of random ids, for a checkpoint without a tokenizer, or of random characters.
         untrained: the weights are random, so do not check that they predict text.
         checks: run only these.
@@ -80,7 +80,7 @@ def verify(
             source=source,
             text=text,
             batch=batch,
-            length=length,
+            seq_len=seq_len,
             seed=seed,
             untrained=untrained,
             checks=checks,

@@ -38,7 +38,7 @@ def training_batches(
     stream: TokenStream,
     *,
     batch_size: int,
-    length: int,
+    seq_len: int,
     seed: int = 0,
     start_step: int = 0,
     examples: Examples = "stream",
@@ -46,7 +46,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """The batches of steps start_step, start_step + 1, ... without end.
 
-    Batch number s depends on the stream, `batch_size`, `length`, `seed` and s, and on nothing else.
+    Batch number s depends on the stream, `batch_size`, `seq_len`, `seed` and s, and on nothing else.
     An epoch visits every example once, in an order drawn from the seed and the epoch; the batch in
     which one epoch ends goes on with the next.
 
@@ -54,12 +54,12 @@ def training_batches(
         examples: "stream": windows of length + 1 tokens that follow each other, from a beginning
             that is drawn for each epoch, so that the borders between windows move; what is left at
             the two ends is less than two windows. "documents": each document is an example, cut
-            to `length` and padded on the right.
+            to `seq_len` and padded on the right.
         rows: the rows of each batch that this process reads; the batches are the same for any.
 
     Raises `DataError` for a stream that is too short, or has no documents where they are asked for.
     """
-    chosen = _Documents(stream, length, seed) if examples == "documents" else _Windows(stream, length, seed)
+    chosen = _Documents(stream, seq_len, seed) if examples == "documents" else _Windows(stream, seq_len, seed)
     return iter(grain.MapDataset.source(_Batches(chosen, batch_size, rows))[start_step:].to_iter_dataset(READING))
 
 
@@ -67,7 +67,7 @@ def evaluation_batches(
     stream: TokenStream,
     *,
     batch_size: int,
-    length: int,
+    seq_len: int,
     most_batches: int | None = None,
     examples: Examples = "stream",
     rows: slice = ALL_ROWS,
@@ -77,7 +77,7 @@ def evaluation_batches(
     Windows do not overlap and begin at the stream's first token; what is left after the last is not
     used. The last batch is filled up with rows whose labels are all `IGNORE_INDEX`: one shape for all.
     """
-    chosen = _Documents(stream, length) if examples == "documents" else _Windows(stream, length)
+    chosen = _Documents(stream, seq_len) if examples == "documents" else _Windows(stream, seq_len)
     number = min(-(-chosen.count // batch_size), most_batches or sys.maxsize)
     wanted = min(number * batch_size, chosen.count)
     indices = np.arange(wanted) * chosen.count // wanted
@@ -90,34 +90,34 @@ class _Windows:
     """Windows of one epoch after another; without a seed, those of the stream in order."""
 
     stream: TokenStream
-    length: int
+    seq_len: int
     seed: int | None = None
     masked = False
 
     def __post_init__(self) -> None:
-        if len(self.stream) <= self.length:
+        if len(self.stream) <= self.seq_len:
             which = "validation data" if self.seed is None else "data"
             raise DataError(
-                f"the {which} has {len(self.stream)} tokens, and one window of length {self.length} takes "
-                f"{self.length + 1}; choose a smaller length, or more data"
+                f"the {which} has {len(self.stream)} tokens, and one window of seq_len={self.seq_len} takes "
+                f"{self.seq_len + 1}; choose a smaller seq_len, or more data"
             )
         if self.count > 2**32:
-            raise DataError(f"the data has {self.count} windows, and 2**32 can be shuffled; choose a larger length")
+            raise DataError(f"the data has {self.count} windows, and 2**32 can be shuffled; choose a larger seq_len")
 
     @cached_property
     def count(self) -> int:
-        whole = (len(self.stream) - 1) // self.length
-        # One fewer leaves room for the beginning to move by any number below `length`.
-        return whole if self.seed is None else max(1, (len(self.stream) - self.length) // self.length)
+        whole = (len(self.stream) - 1) // self.seq_len
+        # One fewer leaves room for the beginning to move by any number below `seq_len`.
+        return whole if self.seed is None else max(1, (len(self.stream) - self.seq_len) // self.seq_len)
 
     def span(self, number: int) -> tuple[int, int]:
         """Where in the stream example `number` stands."""
-        start = number * self.length
+        start = number * self.seq_len
         if self.seed is not None:
             epoch, k = divmod(number, self.count)
-            room = len(self.stream) - self.count * self.length
-            start = _shuffled(k, self.count, self.seed, epoch) * self.length + _drawn(self.seed, epoch)[1] % room
-        return start, start + self.length + 1
+            room = len(self.stream) - self.count * self.seq_len
+            start = _shuffled(k, self.count, self.seed, epoch) * self.seq_len + _drawn(self.seed, epoch)[1] % room
+        return start, start + self.seq_len + 1
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Documents:
     """Documents of one epoch after another; without a seed, in the order of the stream."""
 
     stream: TokenStream
-    length: int
+    seq_len: int
     seed: int | None = None
     masked = True
 
@@ -149,7 +149,7 @@ class _Documents:
             epoch, k = divmod(number, self.count)
             k = _shuffled(k, self.count, self.seed, epoch)
         start = int(ends[k - 1]) if k else 0
-        return start, min(int(ends[k]), start + self.length + 1)
+        return start, min(int(ends[k]), start + self.seq_len + 1)
 
 
 @dataclass(frozen=True)
@@ -189,15 +189,15 @@ class _EvaluationBatches:
 
 
 def _batch(examples: _Windows | _Documents, numbers: Sequence[int]) -> Batch:
-    """The examples of these numbers as rows, each of 1 to length + 1 tokens."""
+    """The examples of these numbers as rows, each of 1 to seq_len + 1 tokens."""
     tokens = examples.stream.read_spans(map(examples.span, numbers))
     if not examples.masked:
         rows = np.stack(tokens)
         return {"input_ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy()}
-    ids = np.zeros((len(tokens), examples.length), np.int32)
+    ids = np.zeros((len(tokens), examples.seq_len), np.int32)
     labels, mask = np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids)
     for row, document in enumerate(tokens):
-        ids[row, : len(document)] = document[: examples.length]
+        ids[row, : len(document)] = document[: examples.seq_len]
         labels[row, : len(document) - 1] = document[1:]
         mask[row, : len(document)] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}

@@ -43,7 +43,7 @@ def verify(
     source: str = "",
     text: str | None = None,
     batch: int = 2,
-    length: int = 256,
+    seq_len: int = 256,
     seed: int = 0,
     untrained: bool = False,
     checks: Iterable[str] = tuple(CHECKS),
@@ -57,7 +57,7 @@ def verify(
             lacks. If it lacks more than a tenth of the text, the tokens are random characters of the tokenizer. Without
             a tokenizer, they are random ids. Both are drawn from `seed`, and the check of predictions is skipped,
             because no model predicts random tokens.
-        batch, length: number of sequences, and of tokens in each; at most `n_positions` are used.
+        batch, seq_len: number of sequences, and of tokens in each; at most `n_positions` are used.
         untrained: the weights are known to be random, so a loss above ln(V) is not a failure.
         checks: names from `gpt2_jax.parity.CHECKS`.
         progress: called with the name of each check before it starts.
@@ -67,7 +67,7 @@ def verify(
         BridgeError: a sequence has fewer than two tokens, or `seed` is given but not used.
     """
     config = checkpoint.config
-    shape = (batch, min(length, config.n_positions))
+    shape = (batch, min(seq_len, config.n_positions))
     if shape[0] < 1 or shape[1] < 2 or seed < 0:
         raise BridgeError(f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: a prediction needs two tokens")
     tokens = _tokens(checkpoint, text, shape, seed)

@@ -66,20 +66,20 @@ def described_step(config: TrainConfig, mesh: Mesh) -> Step:
     rows = rows_of_step(config, mesh)
     # Of what a device runs: made with "auto", because a kernel for TPU is none that this process could name.
     model = make_model(replace(config, attention="auto"))
-    state = described_state(config, model, make_optimizer(config.optimizer, config.steps), mesh)
+    state = described_state(config, model, make_optimizer(config.optimizer, config.max_steps), mesh)
     config = replace(config, attention=_attention(config, mesh))
     return Step(config, mesh, state, _batch(config, rows), model.clone(attention=config.attention))
 
 
 def compile_step(step: Step) -> Program:
     """Compile it as `gpt2 train` does."""
-    config, tx = step.config, make_optimizer(step.config.optimizer, step.config.steps)
+    config, tx = step.config, make_optimizer(step.config.optimizer, step.config.max_steps)
     train_step: Any = make_train_step(
         step.model,
         tx,
         seed=config.seed,
-        accumulate=config.accumulate,
-        clip_norm=config.optimizer.clip_norm,
+        num_microbatches=config.num_microbatches,
+        max_grad_norm=config.optimizer.max_grad_norm,
         ema_decay=config.ema_decay,
     )
     began = time.perf_counter()
@@ -120,10 +120,10 @@ def _attention(config: TrainConfig, mesh: Mesh) -> Implementation:
         return config.attention
     if config.model.attn_pdrop > 0 or config.examples == "documents":
         return "xla"
-    return fastest(platform, jnp.dtype(config.dtype), config.length, config.model.head_size)
+    return fastest(platform, jnp.dtype(config.dtype), config.seq_len, config.model.head_size)
 
 
 def _batch(config: TrainConfig, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
     names = ("input_ids", "labels", *(("attention_mask",) if config.examples == "documents" else ()))
-    array = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32, sharding=rows.sharding)
+    array = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=rows.sharding)
     return dict.fromkeys(names, array)

@@ -91,7 +91,7 @@ def kept_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
         "dots": width * (inputs + projected + attended + inner) + row_sums,
         "none": width * (3 * inputs + projected + attended + inner + 2 * c.feed_forward_size / split) + row_sums,
     }[config.remat]
-    tokens = config.batch_size // config.accumulate * config.length / (mesh["data"] * mesh["fsdp"])
+    tokens = config.batch_size // config.num_microbatches * config.seq_len / (mesh["data"] * mesh["fsdp"])
     return int(tokens * c.n_layer * per_token)
 
 

@@ -65,7 +65,7 @@ def make_plan(config: TrainConfig, topology: Topology, say: Say = lambda _: None
     """Compile a step of `config` for its mesh of these devices; raises `PlanError` where the mesh does not divide it,
     with one that does."""
     _require_plannable(config)
-    whole = described_step(replace(config, batch_size=1, accumulate=1), make_mesh("data=1", topology.devices[:1]))
+    whole = described_step(replace(config, batch_size=1, num_microbatches=1), make_mesh("data=1", topology.devices[:1]))
     suggestion = suggest(config, whole.state, topology)
     try:
         mesh = make_mesh(config.mesh, topology.devices)
@@ -102,10 +102,11 @@ def weak_scaling(config: TrainConfig, topology: Topology, say: Say = lambda _: N
         raise PlanError(
             f"--scaling needs a mesh that grows: -1 for one of its axes, which --mesh {config.mesh} has not"
         )
-    if config.batch_size % (devices * config.accumulate):
+    if config.batch_size % (devices * config.num_microbatches):
         raise PlanError(
-            f"--scaling takes batch_size={config.batch_size} in accumulate={config.accumulate} parts as {devices} "
-            f"chips' rows; choose a --batch-size that is a multiple of {devices * config.accumulate}"
+            f"--scaling: batch_size={config.batch_size} is not a multiple of num_microbatches x chips = "
+            f"{config.num_microbatches} x {devices}; choose a --batch-size that is a multiple of "
+            f"{devices * config.num_microbatches}"
         )
     points = []
     for chips, shape in chip.sizes.items():
@@ -121,7 +122,7 @@ def weak_scaling(config: TrainConfig, topology: Topology, say: Say = lambda _: N
 def _require_plannable(config: TrainConfig) -> None:
     """Raise for what training would resolve_config with files that a plan does not open."""
     positions = config.model.n_positions
-    if config.length > positions:
-        raise PlanError(f"--length {config.length}: the model has n_positions={positions}; choose no more")
+    if config.seq_len > positions:
+        raise PlanError(f"--seq-len {config.seq_len}: the model has n_positions={positions}; choose no more")
     if config.init_from is not None:
         raise PlanError("--init-from: a plan opens no weights; give the sizes, by --preset or by their flags")

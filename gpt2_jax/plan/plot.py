@@ -65,7 +65,8 @@ def _title(plan: Plan) -> str:
     c, chip = plan.config, plan.topology.chip
     devices = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"]
     rows, name = c.batch_size / devices, "" if chip is None else chip.name
-    return f"{c.preset} on {name}: {rows:g} x {c.length} tokens a chip and step in {c.accumulate} parts, estimated"
+    batch = f"{rows:g} x {c.seq_len} tokens a chip and step in {c.num_microbatches} microbatches"
+    return f"{c.preset} on {name}: {batch}, estimated"
 
 
 def _wrapped() -> str:

@@ -139,8 +139,9 @@ def scaling_to_json(points: Iterable[Point]) -> list[dict[str, Any]]:
 def _title(plan: Plan) -> str:
     c = plan.config
     return (
-        f"{c.preset}: {plan.parameters:,} parameters, {c.batch_size} x {c.length} tokens a step in {c.accumulate} "
-        f"part{'s' if c.accumulate > 1 else ''}, {c.dtype}, attention {c.attention}, remat {c.remat}; on "
+        f"{c.preset}: {plan.parameters:,} parameters, {c.batch_size} x {c.seq_len} tokens a step in "
+        f"{c.num_microbatches} microbatch{'es' if c.num_microbatches > 1 else ''}, {c.dtype}, attention {c.attention}, "
+        f"remat {c.remat}; on "
         f"{plan.topology.name}, {_mesh(plan)}; compiled in {plan.program.seconds:.0f} s"
     )
 
@@ -218,7 +219,7 @@ def _times(plan: Plan) -> Table:
     line = plan.roofline
     assert line is not None
     devices = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"]
-    tokens = plan.config.batch_size * plan.config.length
+    tokens = plan.config.batch_size * plan.config.seq_len
     per = f"{devices} device{'s' if devices > 1 else ''}"
     table = _table(f"estimate of a step, {tokens:,} tokens on {per}", "of each", "seconds", "MFU", "tokens/s")
     table.add_row("arithmetic of the model", f"{line.flops / 1e12:,.2f} TFLOP", f"{line.flops / line.peak:.4g}")
@@ -271,7 +272,7 @@ def _suggestion(plan: Plan) -> dict[str, Any]:
         "flags": made.flags,
         "mesh": dict(made.mesh),
         "batch_size": made.batch_size,
-        "accumulate": made.accumulate,
+        "num_microbatches": made.num_microbatches,
         "needed": made.needed,
         "seconds_in_turn": made.roofline.in_turn,
     }

@@ -94,15 +94,19 @@ def step_flops(config: TrainConfig, mesh: dict[str, int]) -> tuple[float, float]
     `dots` computes norms and activations again, which are no matrix products.
     """
     devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
-    tokens = config.batch_size * config.length / devices
+    tokens = config.batch_size * config.seq_len / devices
     c = config.model
-    forward = 2 * layer_parameters(config) + 4 * c.n_layer * c.n_embd * config.length
-    return tokens * flops_per_token(c, config.length), tokens * forward if config.remat == "full" else 0.0
+    forward = 2 * layer_parameters(config) + 4 * c.n_layer * c.n_embd * config.seq_len
+    return tokens * flops_per_token(c, config.seq_len), tokens * forward if config.remat == "full" else 0.0
 
 
 def hbm_bytes(config: TrainConfig, mesh: dict[str, int], state: State) -> float:
     """That a device reads and writes in a step at the least; see `ASSUMPTIONS`."""
     gathered = layer_parameters(config) * WIDTH[config.dtype] / mesh["tensor"]
     own_gradients = state.parameters
-    part = 2 * gathered + 2 * kept_bytes(config, mesh) + (2 * own_gradients if config.accumulate > 1 else own_gradients)
-    return config.accumulate * part + 2 * (state.parameters + state.optimizer + state.mean) + own_gradients
+    part = (
+        2 * gathered
+        + 2 * kept_bytes(config, mesh)
+        + (2 * own_gradients if config.num_microbatches > 1 else own_gradients)
+    )
+    return config.num_microbatches * part + 2 * (state.parameters + state.optimizer + state.mean) + own_gradients

@@ -31,7 +31,7 @@ class Suggestion:
 
     mesh: Mapping[str, int]
     batch_size: int
-    accumulate: int
+    num_microbatches: int
     needed: int
     """Bytes on a device."""
     roofline: Roofline
@@ -41,7 +41,7 @@ class Suggestion:
         """As `gpt2 train` takes them."""
         sizes = {axis: size for axis, size in self.mesh.items() if size > 1} or {"data": 1}
         mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        return f"--mesh {mesh} --batch-size {self.batch_size} --accumulate {self.accumulate}"
+        return f"--mesh {mesh} --batch-size {self.batch_size} --num-microbatches {self.num_microbatches}"
 
 
 def suggest(config: TrainConfig, state: TrainState, topology: Topology) -> Suggestion | None:
@@ -61,9 +61,9 @@ def suggest(config: TrainConfig, state: TrainState, topology: Topology) -> Sugge
         candidate
         for size in sizes
         for mesh in meshes
-        for candidate in _candidates(replace(config, batch_size=size, accumulate=1), mesh, state, topology, chip)
+        for candidate in _candidates(replace(config, batch_size=size, num_microbatches=1), mesh, state, topology, chip)
     ]
-    return min(found, key=lambda s: (s.roofline.in_turn, s.accumulate, s.mesh["tensor"]), default=None)
+    return min(found, key=lambda s: (s.roofline.in_turn, s.num_microbatches, s.mesh["tensor"]), default=None)
 
 
 def possible_meshes(devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
@@ -100,7 +100,7 @@ def spread_state(config: TrainConfig, state: TrainState, mesh: Mapping[str, int]
         device_bytes(moved.params),
         device_bytes(moved.opt_state),
         device_bytes(moved.ema_params),
-        2 * FLOAT32 * rows * config.length,  # ids and labels, of which a number has as many bytes
+        2 * FLOAT32 * rows * config.seq_len,  # ids and labels, of which a number has as many bytes
     )
 
 
@@ -110,7 +110,7 @@ def _candidates(
     """On a mesh, those that fit: in one part, or in several."""
     spread = spread_state(config, state, mesh)
     for parts in _parts(config.batch_size, mesh["data"] * mesh["fsdp"]):
-        in_parts = replace(config, accumulate=parts)
+        in_parts = replace(config, num_microbatches=parts)
         needed = needed_bytes(in_parts, mesh, spread)
         if needed <= MARGIN * chip.hbm_available:
             links, network = sent_bytes(in_parts, mesh, topology.slices)
@@ -123,7 +123,7 @@ def needed_bytes(config: TrainConfig, mesh: Mapping[str, int], state: State) -> 
     logits of a chunk with their gradients, and a layer's weights."""
     width, c = WIDTH[config.dtype], config.model
     embedding = padded_vocab_size(c.vocab_size, config.vocab_multiple) * c.n_embd // mesh["tensor"]
-    gradients = state.parameters * (2 if config.accumulate > 1 else 1)
+    gradients = state.parameters * (2 if config.num_microbatches > 1 else 1)
     whole = embedding * (width + width + FLOAT32)  # gathered; the look-up's gradient; the head's
     logits = default_chunk_bytes() * 2 // mesh["tensor"]
     layer = 2 * width * layer_parameters(config) // c.n_layer // mesh["tensor"]  # one runs while the next comes in
@@ -138,16 +138,16 @@ def sent_bytes(config: TrainConfig, mesh: Mapping[str, int], slices: int = 1) ->
     data, fsdp, tensor = (mesh[axis] for axis in AXES)
     layers = width * layer_parameters(config) / tensor
     embedding = padded_vocab_size(c.vocab_size, config.vocab_multiple) * c.n_embd / tensor
-    activations = width * c.n_embd * config.length * config.batch_size / (data * fsdp)
+    activations = width * c.n_embd * config.seq_len * config.batch_size / (data * fsdp)
     weights = 3 * layers * _share(fsdp)
     over_data = 2 * layers / fsdp * _share(data)
     embeddings = 2 * embedding * (width + FLOAT32) * _share(data * fsdp)
     over_tensor = 4 * 2 * c.n_layer * activations * _share(tensor)
     a_part = weights + over_data + embeddings
-    links = config.accumulate * a_part + over_tensor + width * embedding * _share(fsdp)
+    links = config.num_microbatches * a_part + over_tensor + width * embedding * _share(fsdp)
     if slices == 1:
         return links, 0.0
-    network = config.accumulate * (over_data + embeddings)
+    network = config.num_microbatches * (over_data + embeddings)
     return links - network, network
 
 

@@ -56,22 +56,23 @@ def rows_of_step(config: TrainConfig, mesh: Mesh) -> Rows:
 def rows_of_part(config: TrainConfig, mesh: Mesh) -> Rows:
     """Of what a step has in memory at a time, which is what evaluation takes too."""
     _require_divided(config, mesh)
-    return Rows(config.batch_size // config.accumulate, mesh)
+    return Rows(config.batch_size // config.num_microbatches, mesh)
 
 
 def _require_divided(config: TrainConfig, mesh: Mesh) -> None:
-    rows, parts = config.batch_size // config.accumulate, batch_parts(mesh.shape)
+    rows, parts = config.batch_size // config.num_microbatches, batch_parts(mesh.shape)
     if rows % parts:
         raise TrainingError(
-            f"batch_size={config.batch_size} in accumulate={config.accumulate} parts is {rows} rows at a time, which "
-            f"the mesh's data x fsdp = {parts} does not divide; {_cure(config.batch_size, config.accumulate, parts)}, "
-            f"or another --mesh (data={math.gcd(rows, parts)} takes fewer devices)"
+            f"batch_size={config.batch_size} in num_microbatches={config.num_microbatches} is {rows} rows at a time, "
+            f"which the mesh's data x fsdp = {parts} does not divide; "
+            f"{_fitting_flag(config.batch_size, config.num_microbatches, parts)}, or another --mesh "
+            f"(data={math.gcd(rows, parts)} takes fewer devices)"
         )
 
 
-def _cure(batch_size: int, accumulate: int, parts: int) -> str:
-    """The flags nearest to those given that go."""
+def _fitting_flag(batch_size: int, num_microbatches: int, parts: int) -> str:
+    """Return the valid flag that is nearest to the given values."""
     fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n % parts == 0]
     if fitting:
-        return f"choose --accumulate {min(fitting, key=lambda n: abs(n - accumulate))}"
-    return f"choose --batch-size {-(-batch_size // (parts * accumulate)) * parts * accumulate}"
+        return f"choose --num-microbatches {min(fitting, key=lambda n: abs(n - num_microbatches))}"
+    return f"choose --batch-size {-(-batch_size // (parts * num_microbatches)) * parts * num_microbatches}"

@@ -61,7 +61,7 @@ class OptimizerConfig:
     """Added to AdamW's denominator."""
     weight_decay: float = 0.1
     """Multiplied by the learning rate. Applies to projections and embeddings, never to biases and LayerNorms."""
-    clip_norm: float | None = 1.0
+    max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this, as torch does; None disables clipping."""
     muon_learning_rate: float = 0.02
     """For muon: the highest learning rate of the layers' projections, under the same schedule."""
@@ -101,13 +101,13 @@ class TrainConfig:
     """The activation of a nanoGPT file in --init-from that does not state it: gelu, or gelu_new if nanoGPT's code from
     before June 14, 2023, wrote the file."""
 
-    steps: int = 2000
+    max_steps: int = 2000
     """Updates of the parameters."""
     batch_size: int = 16
     """Sequences in one step."""
-    length: int = 256
+    seq_len: int = 256
     """Tokens in a sequence, at most n_positions."""
-    accumulate: int = 1
+    num_microbatches: int = 1
     """Split each batch into this many microbatches, run one after the other, to save memory."""
     seed: int = 0
     """Seed of the initial weights, the order of the data, and dropout."""
@@ -209,7 +209,9 @@ def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(model=model, optimizer=optimizer, **rest)
 
 
-_COUNTED_IN_STEPS = frozenset({"steps", "eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps"})
+_COUNTED_IN_STEPS = frozenset(
+    {"max_steps", "eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps"}
+)
 _TYPE_NAMES = {int: "a whole number of 64 bits", float: "a number", bool: "true or false", NoneType: "none"}
 _MESH = re.compile(r"[\w=, -]{1,100}", re.ASCII)
 
@@ -221,7 +223,15 @@ def _problems(c: TrainConfig) -> Iterator[str]:
         return  # comparing a non-number with a number would raise
     yield from _unknown_choices(c)
     yield from _unknown_choices(o)
-    at_least_one = ("steps", "batch_size", "length", "accumulate", "eval_every", "log_every", "checkpoint_every")
+    at_least_one = (
+        "max_steps",
+        "batch_size",
+        "seq_len",
+        "num_microbatches",
+        "eval_every",
+        "log_every",
+        "checkpoint_every",
+    )
     for name in (*at_least_one, "vocab_multiple", "keep_last"):
         if getattr(c, name) < 1:
             yield f"{name}={getattr(c, name)}: must be at least 1"
@@ -231,8 +241,8 @@ def _problems(c: TrainConfig) -> Iterator[str]:
             yield f"{name}={count}: must be below {2**31}{counted}"
     if not _MESH.fullmatch(c.mesh):
         yield f"mesh={quoted(c.mesh)}: must be like data=2,fsdp=4,tensor=1"
-    if c.accumulate >= 1 and c.batch_size % c.accumulate:
-        yield f"accumulate={c.accumulate}: does not divide batch_size={c.batch_size}"
+    if c.num_microbatches >= 1 and c.batch_size % c.num_microbatches:
+        yield f"num_microbatches={c.num_microbatches}: does not divide batch_size={c.batch_size}"
     if c.eval_batches is not None and c.eval_batches < 1:
         yield f"eval_batches={c.eval_batches}: must be at least 1"
     if not 0 < c.validation_fraction < 1:
@@ -259,8 +269,8 @@ def _problems(c: TrainConfig) -> Iterator[str]:
             yield f"{name}={getattr(o, name)}: must be at least 0 and below 1"
     if not 0 < o.decay_fraction <= 1:
         yield f"decay_fraction={o.decay_fraction}: must be above 0 and at most 1"
-    if o.clip_norm is not None and not (math.isfinite(o.clip_norm) and o.clip_norm > 0):
-        yield f"clip_norm={o.clip_norm}: must be positive, or None"
+    if o.max_grad_norm is not None and not (math.isfinite(o.max_grad_norm) and o.max_grad_norm > 0):
+        yield f"max_grad_norm={o.max_grad_norm}: must be positive, or None"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
 
@@ -296,7 +306,7 @@ def _attention_problems(c: TrainConfig) -> Iterator[str]:
     """Where an implementation is named that cannot run this; `auto` and `xla` take everything."""
     if c.attention in ("auto", "xla") or c.attention not in get_args(Implementation):
         return
-    if problem := obstacle(c.attention, jnp.dtype(c.dtype), c.length, c.model.head_size):
+    if problem := obstacle(c.attention, jnp.dtype(c.dtype), c.seq_len, c.model.head_size):
         yield f"attention={c.attention}: {problem}"
     if c.model.attn_pdrop > 0 or c.examples == "documents":
         yield f"attention={c.attention}: cannot take attn_pdrop above 0 or --examples documents, which xla does"
@@ -317,14 +327,14 @@ PRESETS: Mapping[str, TrainConfig] = {
         model=GPT2Config(vocab_size=1024, n_positions=256, n_embd=128, n_layer=4, n_head=4),
         optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=2e-4, beta2=0.99),
         batch_size=16,
-        length=128,
+        seq_len=128,
     ),
     # From somebody's weights, with --init-from.
     "finetune": TrainConfig(
         preset="finetune",
         optimizer=OptimizerConfig(learning_rate=5e-5, min_learning_rate=0.0, warmup_steps=20),
         tokenizer="gpt2",
-        steps=500,
+        max_steps=500,
         batch_size=8,
         eval_every=100,
         checkpoint_every=100,
@@ -336,7 +346,7 @@ PRESETS: Mapping[str, TrainConfig] = {
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, beta2=0.99),
         tokenizer="characters",
         batch_size=12,
-        length=64,
+        seq_len=64,
         scan=False,
         eval_batches=None,
     ),
@@ -355,9 +365,9 @@ PRESETS: Mapping[str, TrainConfig] = {
         optimizer=OptimizerConfig(
             optimizer="muon", learning_rate=2e-3, min_learning_rate=1e-4, beta2=0.99, muon_weight_decay=0.1
         ),
-        steps=1200,
+        max_steps=1200,
         batch_size=16,
-        length=256,
+        seq_len=256,
         eval_batches=None,
     ),
     # nanoGPT's config/train_shakespeare_char.py.
@@ -376,9 +386,9 @@ PRESETS: Mapping[str, TrainConfig] = {
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, beta2=0.99),
         tokenizer="characters",
-        steps=5000,
+        max_steps=5000,
         batch_size=64,
-        length=256,
+        seq_len=256,
         eval_batches=None,
     ),
     # The four sizes, with nanoGPT's recipe for reproducing the smallest: 0.5M tokens a step.
@@ -388,10 +398,10 @@ PRESETS: Mapping[str, TrainConfig] = {
             model=size,
             optimizer=_GPT2_OPTIMIZER,
             tokenizer="gpt2",
-            steps=600_000,
+            max_steps=600_000,
             batch_size=480,
-            length=1024,
-            accumulate=40,
+            seq_len=1024,
+            num_microbatches=40,
             dtype="bfloat16",
             vocab_multiple=128,
             eval_every=1000,

@@ -40,8 +40,8 @@ def validation_loss(
     batches = evaluation_batches(
         require_validation(data),
         batch_size=rows.size,
-        length=config.length,
-        most_batches=config.eval_batches and config.eval_batches * config.accumulate,
+        seq_len=config.seq_len,
+        most_batches=config.eval_batches and config.eval_batches * config.num_microbatches,
         examples=config.examples,
         rows=rows.own,
     )

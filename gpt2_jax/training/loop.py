@@ -98,7 +98,7 @@ def train(
     if is_first():
         require_packages(config)
     prompt = encoded_prompt(config, data)
-    model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.steps), make_mesh(config.mesh)
+    model, tx, mesh = make_model(config), make_optimizer(config.optimizer, config.max_steps), make_mesh(config.mesh)
     place = described_state(config, model, tx, mesh)  # before a run is created that does not fit this mesh
     rows_of_step(config, mesh)
     resumes, begins = _enter(run, config, data, resume, accept_changes)
@@ -113,17 +113,17 @@ def train(
                 raise TrainingError(
                     f"none of the checkpoints in {quoted(run)} is valid; start again with another --out"
                 )
-            if saved is not None and saved > config.steps:
+            if saved is not None and saved > config.max_steps:
                 raise TrainingError(
-                    f"steps={config.steps}: the newest checkpoint in {quoted(run)} is already at step {saved}; give "
-                    f"--steps {saved} or more, or start again with another --out"
+                    f"max_steps={config.max_steps}: the newest checkpoint in {quoted(run)} is already at step {saved}; "
+                    f"give --max-steps {saved} or more, or start again with another --out"
                 )
             state = (
                 first_state(config, model, tx, init_from, mesh) if saved is None else checkpoints.restore(saved, place)
             )
             if resumes and is_first():  # now that the state fits the configuration
                 runs.describe(run, config, data)
-            schedule = learning_rate_schedule(config.optimizer, config.steps)
+            schedule = learning_rate_schedule(config.optimizer, config.max_steps)
             with Report(console, run, config, int(state.step), schedule, mesh.size) as report:
                 loop = Loop(config, data, model, tx, mesh, prompt, state, checkpoints, report, stop)
                 loop.run()
@@ -177,8 +177,8 @@ class Loop:
             model,
             tx,
             seed=config.seed,
-            accumulate=config.accumulate,
-            clip_norm=config.optimizer.clip_norm,
+            num_microbatches=config.num_microbatches,
+            max_grad_norm=config.optimizer.max_grad_norm,
             ema_decay=config.ema_decay,
             skip_non_finite=config.non_finite == "skip",
         )
@@ -200,14 +200,14 @@ class Loop:
         batches = training_batches(
             self.data.train,
             batch_size=c.batch_size,
-            length=c.length,
+            seq_len=c.seq_len,
             seed=c.seed,
             start_step=start,
             examples=c.examples,
             rows=rows.own,
         )
         before = None
-        for step in range(start + 1, c.steps + 1):
+        for step in range(start + 1, c.max_steps + 1):
             self.state, metrics = self.train_step(self.state, rows.put(next(batches)))
             jax.block_until_ready(before)  # at most one step ahead of the device, so that a signal is handled promptly
             before, self.val_loss = metrics, None
@@ -237,7 +237,7 @@ class Loop:
         each batch of an evaluation, and after saving."""
         c = self.config
         logs, evaluates = step % c.log_every == 0, self.is_evaluated(step)
-        saves = step % c.checkpoint_every == 0 or step == c.steps
+        saves = step % c.checkpoint_every == 0 or step == c.max_steps
         if logs or evaluates or saves:
             record = self.report.fetch()
             with self.report.not_training("evaluating" if evaluates else "saving"):
@@ -256,10 +256,10 @@ class Loop:
 
     @property
     def is_complete(self) -> bool:
-        return int(self.state.step) >= self.config.steps and self.val_loss is not None
+        return int(self.state.step) >= self.config.max_steps and self.val_loss is not None
 
     def is_evaluated(self, step: int) -> bool:
-        return step % self.config.eval_every == 0 or step == self.config.steps
+        return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def validate(self) -> float:
         return validation_loss(self.eval_step, self.config, self.data, self.state, self.mesh, self.stop.check)

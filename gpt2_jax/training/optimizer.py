@@ -26,13 +26,13 @@ MATRICES: Mapping[tuple[str, ...], MuonDimensionNumbers] = {
 Params = Mapping[str, Any]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation that turns clipped gradients into updates, over a run of `steps` steps.
+def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTransformation:
+    """The transformation that turns clipped gradients into updates, over a run of `max_steps` steps.
 
     AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), on the layers'
     projections, whose updates are orthogonal and times sqrt(max(1, outputs / inputs)).
     """
-    schedule = learning_rate_schedule(config, steps)
+    schedule = learning_rate_schedule(config, max_steps)
     adamw = optax.adamw(
         schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
     )
@@ -48,18 +48,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.partition({"muon": muon, "adamw": adamw}, _labels)
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:
+def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> Callable[[Any], Any]:
     """Step, from 0, -> learning rate. The warm-up and the cosine are nanoGPT's `get_lr`."""
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "constant":
         fall, begins = optax.constant_schedule(peak), warmup
     elif config.schedule == "cosine":
-        length = max(1, (config.decay_steps or steps) - warmup)
+        length = max(1, (config.decay_steps or max_steps) - warmup)
         fall, begins = optax.cosine_decay_schedule(peak, length, alpha=floor / peak), warmup
     else:
-        begins = max(warmup, steps - round(config.decay_fraction * steps))
-        fall = optax.linear_schedule(peak, floor, max(1, steps - begins))
+        begins = max(warmup, max_steps - round(config.decay_fraction * max_steps))
+        fall = optax.linear_schedule(peak, floor, max(1, max_steps - begins))
     schedule = optax.join_schedules([rise, fall], [begins])
     # From an integer step optax would compute in float32 even where the run is in float64.
     return lambda step: schedule(jnp.asarray(step, float))

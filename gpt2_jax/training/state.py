@@ -33,10 +33,10 @@ def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None
         model = replace(init_from.config, **rates)
     elif data.tokenizer is not None:
         model = replace(model, vocab_size=data.tokenizer.max_token_value + 1)
-    if config.length > model.n_positions:
+    if config.seq_len > model.n_positions:
         positions = model.n_positions
         raise TrainingError(
-            f"length={config.length}: the model has n_positions={positions}; choose --length {positions} or less"
+            f"seq_len={config.seq_len}: the model has n_positions={positions}; choose --seq-len {positions} or less"
         )
     return replace(config, model=model)
 

@@ -49,8 +49,8 @@ def make_train_step(
     tx: optax.GradientTransformation,
     *,
     seed: int = 0,
-    accumulate: int = 1,
-    clip_norm: float | None = 1.0,
+    num_microbatches: int = 1,
+    max_grad_norm: float | None = 1.0,
     ema_decay: float | None = None,
     skip_non_finite: bool = False,
 ) -> TrainStep:
@@ -58,7 +58,7 @@ def make_train_step(
 
     Under `jax.set_mesh` it runs on that mesh, and the new state has the sharding of `gpt2_jax.parallel.sharding`.
 
-    The loss is the mean over all counted labels of the batch. With `accumulate` microbatches, sums are added over the
+    The loss is the mean over all counted labels of the batch: with `num_microbatches` above 1, sums are added over the
     microbatches and divided once. Metrics: `loss`, in nats; `grad_norm`, before clipping; `skipped`, the number of
     steps so far with a non-finite loss or gradient. With `skip_non_finite`, such a step changes only the two counts:
     parameters, moments and the position in the schedule stay.
@@ -70,12 +70,12 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        total, grads = _accumulated(jax.value_and_grad(total_loss), state.params, batch, key, accumulate)
+        total, grads = _accumulated(jax.value_and_grad(total_loss), state.params, batch, key, num_microbatches)
         grads = constrain_tree(grads)  # each device needs only the sums of its own shard
         count = jnp.maximum((batch["labels"] != IGNORE_INDEX).sum(), 1)
         # Mean and clipping are one factor, so that only the optimizer reads the gradients again.
         norm = optax.tree.norm(grads) / count
-        factor = clip_factor(norm, clip_norm) / count
+        factor = clip_factor(norm, max_grad_norm) / count
         grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

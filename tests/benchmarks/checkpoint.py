@@ -1,6 +1,6 @@
 """What a checkpoint costs the training that goes on meanwhile: orbax alone, and put on the disk, hashed and verified.
 
-    python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch 1] [--length 512] [--steps 6]
+    python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch 1] [--seq-len 512] [--steps 6]
 
 A round has a turn of each kind: so many training steps after no save, after `orbax.save_async` alone, and after
 `Checkpoints.save`, in alternating order, each from a quiet disk. Given are medians and ranges of the steps' time over
@@ -40,14 +40,14 @@ def main() -> None:
     parser.add_argument("rounds", type=int, nargs="?", default=5)
     parser.add_argument("--preset", choices=PRESETS, default="gpt2")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
     config = replace(
-        PRESETS[options.preset], batch_size=options.batch, length=options.length, accumulate=1, dtype="float32"
+        PRESETS[options.preset], batch_size=options.batch, seq_len=options.seq_len, num_microbatches=1, dtype="float32"
     )
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, 1000), make_mesh()
-    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (options.batch, options.length), np.int32)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (options.batch, options.seq_len), np.int32)
     batch = {"input_ids": ids, "labels": ids}
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = Path(scratch).absolute()
@@ -55,7 +55,7 @@ def main() -> None:
         state, _ = train_step(first_state(config, model, tx, None, mesh), batch)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         print(
-            f"{options.preset}, {options.batch} x {options.length}: a state of {size:,} bytes; {_limits(folder, size)}"
+            f"{options.preset}, {options.batch} x {options.seq_len}: a state of {size:,} bytes; {_limits(folder, size)}"
         )
         checkpoints = Checkpoints(folder, keep_last=1)
 

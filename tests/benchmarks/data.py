@@ -47,7 +47,7 @@ from gpt2_jax.data import open_data, training_batches
 
 data = open_data(sys.argv[1], validation_fraction=0)
 batch_size, length = 64, 1024
-batches = training_batches(data.train, batch_size=batch_size, length=length)
+batches = training_batches(data.train, batch_size=batch_size, seq_len=length)
 next(batches)
 kept = [np.memmap(file.path, np.uint8, "r") for file in data.train.files] if sys.argv[2] == "kept" else []
 
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def _time_batches(source: str, batch_size: int, length: int, number: int = 300) -> None:
-    batches = training_batches(open_data(source).train, batch_size=batch_size, length=length)
+    batches = training_batches(open_data(source).train, batch_size=batch_size, seq_len=length)
     rounds = []
     for _ in range(PAIRS):
         start = time.perf_counter()

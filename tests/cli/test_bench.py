@@ -34,8 +34,8 @@ from gpt2_jax.training.config import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TINY = ("--preset", "shakespeare-char", "--batch", 2, "--length", 8, "--pairs", 1)
-CONFIG = replace(PRESETS["shakespeare-char"], model=SMALLEST, batch_size=2, length=3)
+TINY = ("--preset", "shakespeare-char", "--batch", 2, "--seq-len", 8, "--pairs", 1)
+CONFIG = replace(PRESETS["shakespeare-char"], model=SMALLEST, batch_size=2, seq_len=3)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_decoding_is_a_token_and_short_models_decode_less(tmp_path: Path) -> Non
 
 
 def test_every_size_that_was_asked_for_is_measured(tmp_path: Path) -> None:
-    sizes = at_sizes(CONFIG, batch=(1, 4), length=(2, 5))
+    sizes = at_sizes(CONFIG, batch=(1, 4), seq_len=(2, 5))
     train = list(cases_of("train", sizes, tmp_path))
     [_] = cases_of("decode", sizes, tmp_path)  # which has a size of its own
     assert [(case.batch, case.length) for case in train] == [(1, 2), (1, 5), (4, 2), (4, 5)]
@@ -205,7 +205,7 @@ def test_the_recipe_is_the_presets_with_adamw_and_without_dropout() -> None:
     assert (config.optimizer.optimizer, config.model.resid_pdrop, config.scan) == ("adamw", 0.0, False)
     assert (config.vocab_multiple, config.dtype, config.batch_size) == (128, "float32", 16)
     large = recipe("gpt2")
-    assert (large.batch_size, large.accumulate, large.dtype) == (12, 1, "bfloat16")
+    assert (large.batch_size, large.num_microbatches, large.dtype) == (12, 1, "bfloat16")
     assert asdict(large.model) == asdict(replace(bridge.GPT2_SIZES["gpt2"], embd_pdrop=0, attn_pdrop=0, resid_pdrop=0))
 
 
@@ -224,8 +224,8 @@ def test_peers_are_those_installed_that_need_no_compiling_unless_asked_for(monke
 BAD = {
     "unknown peer": (("--peers", "keras"), "--peers keras: must be one of torch"),
     "unknown preset": (("--preset", "tiny"), "--preset tiny: must be one of nano"),
-    "more tokens than positions": (("--length", "8", "999"), "--length 999"),
-    "no tokens": (("--length", "0"), "--length 0"),
+    "more tokens than positions": (("--seq-len", "8", "999"), "--seq-len 999"),
+    "no tokens": (("--seq-len", "0"), "--seq-len 0"),
     "no rows": (("--batch", "0"), "--batch 0"),
     "no pairs": (("--pairs", "0"), "--pairs 0"),
     "no tasks": (("--tasks",), "--tasks"),

@@ -164,7 +164,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("for word in words:\n    print(word)\n" * 2000)
-    assert run("demo", "--out", out, "--steps", 3, "--data", text) == 0
+    assert run("demo", "--out", out, "--max-steps", 3, "--data", text) == 0
     assert json.loads((out / "report.json").read_text())["holds"] is True
     assert bridge.load(out / "run" / "export").config.n_embd == bridge.load("bundled").config.n_embd
     shown = capsys.readouterr().out

@@ -187,7 +187,7 @@ def test_without_a_home_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatc
         (["--attention", "cudnn"], "attention=cudnn: takes bfloat16 and float16, not float32"),
         (["--attention", "cudnn", "--dtype", "bfloat16"], "attention='cudnn' needs an NVIDIA GPU"),
         (["--attention", "splash"], "attention='splash' needs a TPU"),
-        (["--attention", "splash", "--length", "100"], "takes lengths that are multiples of 128, not 100"),
+        (["--attention", "splash", "--seq-len", "100"], "takes lengths that are multiples of 128, not 100"),
         (["--attention", "blockwise", "--attn-pdrop", "0.1"], "attn_pdrop"),
         (["--attention", "blockwise", "--examples", "documents"], "--examples documents"),
     ],

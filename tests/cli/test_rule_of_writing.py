@@ -451,7 +451,7 @@ def test_train_does_not_change_a_directory_that_is_not_a_run(
         out,
         "--cache",
         tmp_path / "cache",
-        "--steps",
+        "--max-steps",
         1,
         *flags,
     )

@@ -75,7 +75,7 @@ def test_verify_says_how_the_file_was_read(
     activation: str,
     is_assumed: bool,
 ) -> None:
-    options = ("--checks", "round-trip", "--length", 4, "--json", tmp_path / "report.json")
+    options = ("--checks", "round-trip", "--seq-len", 4, "--json", tmp_path / "report.json")
     assert run("verify", nanogpt, *flag, *options) == 0
     assert any(ASSUMED in line for line in facts(tmp_path / "report.json")["diagnostics"]) is is_assumed
     assert ("warning: the file does not state its activation" in capsys.readouterr().out) is is_assumed
@@ -113,7 +113,7 @@ def test_train_begins_with_it(
 
     monkeypatch.setattr(train_verb, "train", stop)
     (tmp_path / "text.txt").write_text("We train on this text.\n" * 200)
-    places = ("--data", tmp_path / "text.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "run", "--length", 8)
+    places = ("--data", tmp_path / "text.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "run", "--seq-len", 8)
     for flag in (SILENT, ("--source-activation", "gelu_new")):
         assert run("train", "--init-from", nanogpt, *places, *flag) == 2
     assert [config.model.activation_function for config, _ in begun] == ["gelu", "gelu_new"]

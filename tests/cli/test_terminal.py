@@ -128,7 +128,7 @@ def test_the_help_of_a_resumed_run_escapes_its_defaults(tmp_path: Path, capsys: 
 def test_training_prints_no_control_character(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / f"{NAME}.txt"
     text.write_text("We hold these truths to be self-evident. " * 40)
-    sizes = ("--steps", 2, "--batch-size", 2, "--length", 8, "--eval-batches", 1, "--sample-tokens", 4)
+    sizes = ("--max-steps", 2, "--batch-size", 2, "--seq-len", 8, "--eval-batches", 1, "--sample-tokens", 4)
     places = ("--data", text, "--cache", tmp_path / "cache")
     run_arguments = ("train", "--init-from", named, *places, "--out", tmp_path / f"run{NAME}", *sizes)
     assert run(*run_arguments) == 0

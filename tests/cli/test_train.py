@@ -163,7 +163,7 @@ def test_resume_with_another_flag_is_refused_by_its_name_unless_it_is_accepted(c
 
 def test_fine_tuning_takes_sizes_and_tokenizer_and_needs_its_source_only_to_begin(copy: Path) -> None:
     source, out = copy / "run" / "export", copy / "tuned"
-    quick = ("--steps", 1, "--batch-size", 2, "--length", 8, "--eval-batches", 1, "--sample-tokens", 0)
+    quick = ("--max-steps", 1, "--batch-size", 2, "--seq-len", 8, "--eval-batches", 1, "--sample-tokens", 0)
     places = ("--out", out, "--data", copy / "text.txt", "--cache", copy / "cache")
     code, _, errors = run("train", "--init-from", source, *places, *quick, "--n-layer", 2)  # as it has
     assert (code, errors) == (0, "")
@@ -185,7 +185,7 @@ def test_fine_tuning_takes_sizes_and_tokenizer_and_needs_its_source_only_to_begi
     assert (code, "is not the tokenizer of" in errors) == (2, True)
 
 
-QUICK = ("--steps", 1, "--batch-size", 2, "--length", 8, "--eval-batches", 1, "--sample-tokens", 0)
+QUICK = ("--max-steps", 1, "--batch-size", 2, "--seq-len", 8, "--eval-batches", 1, "--sample-tokens", 0)
 
 
 def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path: Path) -> None:
@@ -265,18 +265,18 @@ def test_other_verbs_have_no_preset() -> None:
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no directory": ((), "--out"),
     "unknown preset": (("--out", "{out}", "--preset", "tiny"), "--preset tiny: must be one of nano"),
-    "out of range": (("--out", "{out}", "--steps", "0", "--beta1", "2"), "steps=0"),
+    "out of range": (("--out", "{out}", "--max-steps", "0", "--beta1", "2"), "max_steps=0"),
     "a model that cannot be": (("--out", "{out}", "--n-head", "5"), "n_head"),
     "a choice that is none": (("--out", "{out}", "--optimizer", "sgd"), "sgd"),
-    "no number": (("--out", "{out}", "--steps", "many"), "many"),
+    "no number": (("--out", "{out}", "--max-steps", "many"), "many"),
     "unknown flag": (("--out", "{out}", "--lr", "1"), "--lr"),
     "data without a name": (("--out", "{out}", "--data", ""), "empty name"),
     "data that is not there": (("--out", "{out}", "--data", "{tmp}/nowhere"), "nowhere"),
     "tokenizer that is none": (("--out", "{out}", "--data", "{text}", "--tokenizer", "words"), "words"),
     "source that is not there": (("--out", "{out}", "--init-from", "{tmp}/nowhere"), "nowhere"),
     "more tokens than positions": (
-        ("--out", "{out}", "--data", "{text}", "--length", "999", "--tokenizer", "bytes"),
-        "length=999",
+        ("--out", "{out}", "--data", "{text}", "--seq-len", "999", "--tokenizer", "bytes"),
+        "seq_len=999",
     ),
     "something else in the way": (("--out", "{text}", "--data", "{text}", "--tokenizer", "bytes"), "is not a run"),
     "unwritable json": (("--out", "{out}", "--json", "{tmp}/nowhere/x.json"), "cannot write"),
@@ -352,7 +352,7 @@ def test_too_little_memory_is_bad_input(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys.modules["gpt2_jax.cli.train"], "run_training", run_training)
     code, _, errors = run("train", "--out", tmp_path / "run")
     assert code == 2
-    assert "lower --batch-size, or raise --accumulate" in errors
+    assert "lower --batch-size, or raise --num-microbatches" in errors
 
 
 def test_too_little_text_is_bad_input(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_signal_saves_exports_and_is_told_by_the_exit_code(
     trained: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "run"
-    changed: dict[str, Any] = {"steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
+    changed: dict[str, Any] = {"max_steps": 100_000, "eval_every": 50_000, "checkpoint_every": 50_000}
     flags = flags_of(replace(RECIPE, **changed), PRESETS["nano"])
     places = ["--data", trained / "text.txt", "--cache", trained / "cache", "--out", out]
     command = [Path(sys.executable).with_name("gpt2"), "train", *places, *flags]

@@ -205,9 +205,9 @@ def test_batches_of_text_train_and_evaluate(folder: Path, tmp_path: Path) -> Non
     data = opened(folder, tmp_path / "cache", tokenizer="bpe", vocab_size=300)
     assert data.validation is not None and data.tokenizer is not None and data.tokenizer.n_vocab == 300
     for examples in ("stream", "documents"):
-        batch = next(training_batches(data.train, batch_size=3, length=7, seed=5, examples=examples))  # type: ignore[arg-type]
+        batch = next(training_batches(data.train, batch_size=3, seq_len=7, seed=5, examples=examples))  # type: ignore[arg-type]
         np.testing.assert_array_equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
-    assert sum(1 for _ in evaluation_batches(data.validation, batch_size=3, length=7)) > 1
+    assert sum(1 for _ in evaluation_batches(data.validation, batch_size=3, seq_len=7)) > 1
 
 
 @pytest.mark.parametrize("spec", ["characters", "bpe"])

@@ -40,7 +40,7 @@ def documents(tmp_path: Path) -> TokenStream:
 
 
 def batches(stream: TokenStream, number: int, **options: Any) -> list[Batch]:
-    options = {"batch_size": BATCH, "length": LENGTH, "seed": 11} | options
+    options = {"batch_size": BATCH, "seq_len": LENGTH, "seed": 11} | options
     return list(islice(training_batches(stream, **options), number))
 
 
@@ -146,8 +146,8 @@ def test_rows_of_a_batch_can_be_read_apart(stream: TokenStream, documents: Token
         for name in joined:
             for step, batch in enumerate(whole):
                 np.testing.assert_array_equal(batch[name], np.concatenate([part[step][name] for part in parts]))
-    whole = list(evaluation_batches(stream, batch_size=10, length=LENGTH))
-    parts = [list(evaluation_batches(stream, batch_size=10, length=LENGTH, rows=r)) for r in rows]
+    whole = list(evaluation_batches(stream, batch_size=10, seq_len=LENGTH))
+    parts = [list(evaluation_batches(stream, batch_size=10, seq_len=LENGTH, rows=r)) for r in rows]
     for name in joined:
         for step, batch in enumerate(whole):
             np.testing.assert_array_equal(batch[name], np.concatenate([part[step][name] for part in parts]))
@@ -160,20 +160,20 @@ def test_short_streams_have_at_least_one_window(tmp_path: Path, extra: int) -> N
     for batch in batches(stream, 50):
         np.testing.assert_array_equal(batch["labels"], batch["input_ids"] + 1)
         assert batch["labels"].max() < count
-    assert sum(1 for _ in evaluation_batches(stream, batch_size=1, length=LENGTH)) == (count - 1) // LENGTH
+    assert sum(1 for _ in evaluation_batches(stream, batch_size=1, seq_len=LENGTH)) == (count - 1) // LENGTH
 
 
 @pytest.mark.parametrize(("make", "which"), [(training_batches, "data"), (evaluation_batches, "validation data")])
 def test_a_stream_shorter_than_a_window_is_an_error(tmp_path: Path, make: Any, which: str) -> None:
     stream = open_tokens(nanogpt(tmp_path / "tokens.bin", np.arange(LENGTH)))[0]
-    with pytest.raises(DataError, match=f"the {which} has 7 tokens, and one window of length 7 takes 8"):
-        make(stream, batch_size=BATCH, length=LENGTH)
+    with pytest.raises(DataError, match=f"the {which} has 7 tokens, and one window of seq_len=7 takes 8"):
+        make(stream, batch_size=BATCH, seq_len=LENGTH)
 
 
 def test_documents_are_padded_masked_and_cut(documents: TokenStream) -> None:
     length = 9
     seen = []
-    for batch in batches(documents, 4, batch_size=5, length=length, examples="documents"):
+    for batch in batches(documents, 4, batch_size=5, seq_len=length, examples="documents"):
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             n = int(ids[0]) - 96
             whole = [96 + n] * n + [256]
@@ -206,37 +206,37 @@ def test_a_part_of_a_stream_has_its_documents(documents: TokenStream) -> None:
 
 
 def documents_in_order(stream: TokenStream, length: int) -> list[Batch]:
-    return list(evaluation_batches(stream, batch_size=1, length=length, examples="documents"))
+    return list(evaluation_batches(stream, batch_size=1, seq_len=length, examples="documents"))
 
 
 def test_documents_cannot_be_told_apart_in_token_files(stream: TokenStream) -> None:
     with pytest.raises(DataError, match="do not say where a document ends"):
-        training_batches(stream, batch_size=BATCH, length=LENGTH, examples="documents")
+        training_batches(stream, batch_size=BATCH, seq_len=LENGTH, examples="documents")
 
 
 def test_evaluation_reads_the_stream_once_in_order(stream: TokenStream) -> None:
-    read = list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH))
+    read = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH))
     assert all(batch["input_ids"].shape == (BATCH, LENGTH) for batch in read)
     labels = np.concatenate([batch["labels"].ravel() for batch in read])
     windows = (COUNT - 1) // LENGTH
     np.testing.assert_array_equal(labels[labels != IGNORE_INDEX], np.arange(1, windows * LENGTH + 1))
     assert (labels == IGNORE_INDEX).sum() == (len(read) * BATCH - windows) * LENGTH > 0
-    assert_equal(read, list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH)))
+    assert_equal(read, list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH)))
 
 
 def test_an_evaluation_of_fewer_batches_is_spread_over_the_stream(stream: TokenStream) -> None:
-    read = list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH, most_batches=3))
+    read = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, most_batches=3))
     starts = first_tokens(read)
     assert len(read) == 3 and starts == sorted(starts) and len(set(starts)) == 15
     gaps = np.diff(starts)
     assert max(gaps) - min(gaps) <= LENGTH and starts[0] == 0 and starts[-1] > 0.9 * COUNT
     assert all((batch["labels"] != IGNORE_INDEX).all() for batch in read)
-    everything = list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH))
-    assert_equal(everything, list(evaluation_batches(stream, batch_size=BATCH, length=LENGTH, most_batches=10**6)))
+    everything = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH))
+    assert_equal(everything, list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, most_batches=10**6)))
 
 
 def test_documents_are_evaluated_in_order_with_every_row_attending_to_something(documents: TokenStream) -> None:
-    read = list(evaluation_batches(documents, batch_size=6, length=30, examples="documents"))
+    read = list(evaluation_batches(documents, batch_size=6, seq_len=30, examples="documents"))
     assert len(read) == 4
     assert all((batch["attention_mask"].sum(1) > 0).all() for batch in read)
     assert (read[-1]["labels"][2:] == IGNORE_INDEX).all() and (read[-1]["labels"][:2] != IGNORE_INDEX).any()

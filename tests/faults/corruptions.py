@@ -151,7 +151,7 @@ class Sound:
     @classmethod
     def of(cls, run: Path) -> Sound:
         config = stored_identity(run).config
-        tx = make_optimizer(config.optimizer, config.steps)
+        tx = make_optimizer(config.optimizer, config.max_steps)
         like = described_state(config, make_model(config), tx, make_mesh(config.mesh))
         with Checkpoints(run) as checkpoints:
             states = {step: hash_of_state(checkpoints.restore(step, like)) for step in steps(run)}

@@ -21,7 +21,7 @@ from bridge.formats.run import steps
 from faults import runs
 from gpt2_jax.training.run.metrics import read_metrics
 
-LARGER = ("--batch-size", 16, "--n-positions", 64, "--length", 64, "--attn-pdrop", 0.1)
+LARGER = ("--batch-size", 16, "--n-positions", 64, "--seq-len", 64, "--attn-pdrop", 0.1)
 """Than the faults' own: on CPU XLA gives the smallest arrays to one thread."""
 
 

@@ -91,7 +91,7 @@ def _once_made(phase: Phase, file: Path) -> None:
 
     def made(self: loop.Loop, *arguments: Any, **named: Any) -> None:
         make(self, *arguments, **named)
-        call = self.config.steps if phase.call == LAST else phase.call
+        call = self.config.max_steps if phase.call == LAST else phase.call
         setattr(self, phase.function, _staying(getattr(self, phase.function), call, file))
 
     setattr(loop.Loop, "__init__", made)  # noqa: B010

@@ -22,8 +22,9 @@ DETERMINISTIC = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true", "NPROC": "1"}
 STEPS = 60
 FLAGS = shlex.split(f"""
     --tokenizer bytes --n-positions 16 --n-embd 96 --n-layer 3 --n-head 3 --vocab-multiple 128 --resid-pdrop 0.1
-    --steps {STEPS} --batch-size 4 --length 12 --accumulate 2 --ema-decay 0.9 --learning-rate 1e-2 --warmup-steps 2
-    --eval-every 20 --eval-batches 1 --log-every 1 --checkpoint-every 3 --keep-last 2 --sample-tokens 0
+    --max-steps {STEPS} --batch-size 4 --seq-len 12 --num-microbatches 2 --ema-decay 0.9
+    --learning-rate 1e-2 --warmup-steps 2 --eval-every 20
+    --eval-batches 1 --log-every 1 --checkpoint-every 3 --keep-last 2 --sample-tokens 0
 """)
 
 

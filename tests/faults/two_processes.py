@@ -42,7 +42,7 @@ NOTICED = 2.0
 MESHES = ("fsdp=2", "data=2")
 STEPS = 24
 FLAGS = shlex.split(f"""
-    --steps {STEPS} --eval-every 8 --eval-batches 2 --accumulate 1 --n-layer 1 --n-embd 48 --sample-tokens 2
+    --max-steps {STEPS} --eval-every 8 --eval-batches 2 --num-microbatches 1 --n-layer 1 --n-embd 48 --sample-tokens 2
 """)
 HEARD = 0.1
 """Seconds after which Python has run the handler of a signal."""

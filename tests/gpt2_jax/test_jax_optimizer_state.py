@@ -43,7 +43,7 @@ def counts(opt_state: Any) -> list[int]:
 
 
 TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "ours": lambda: make_optimizer(OptimizerConfig(), steps=50),
+    "ours": lambda: make_optimizer(OptimizerConfig(), max_steps=50),
     "constant-rate": lambda: optax.adamw(1e-3),
     "chained": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3))),
     "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3),
@@ -98,7 +98,7 @@ def test_a_filled_state_does_not_change_with_what_it_was_filled_from(scan: bool)
 def test_a_state_without_one_adamw_over_everything_is_refused() -> None:
     model, params = model_and_params()
     two = optax.chain(optax.scale_by_adam(), optax.scale_by_adam())
-    muon = make_optimizer(OptimizerConfig(optimizer="muon"), steps=50)
+    muon = make_optimizer(OptimizerConfig(optimizer="muon"), max_steps=50)
     for tx, message in (
         (optax.sgd(1e-3), "holds 0 AdamW states"),
         (two, "holds 2 AdamW states"),

@@ -90,7 +90,7 @@ def nanogpt_rate(it: int, *, peak: float, floor: float, warmup: int, end: int) -
 def test_the_cosine_is_nanogpts(warmup: int, end: int | None) -> None:
     for step in range(130):
         rate = learning_rate_at(
-            step, steps=100, learning_rate=2e-3, min_learning_rate=1e-4, warmup_steps=warmup, decay_steps=end
+            step, max_steps=100, learning_rate=2e-3, min_learning_rate=1e-4, warmup_steps=warmup, decay_steps=end
         )
         expected = nanogpt_rate(step, peak=2e-3, floor=1e-4, warmup=warmup, end=end or 100)
         assert rate == pytest.approx(expected, rel=FP64)
@@ -100,7 +100,7 @@ def test_the_other_schedules_are_flat_and_one_falls_in_a_line_at_the_end() -> No
     def rate(schedule: str, step: int, warmup_steps: int = 4) -> float:
         return learning_rate_at(
             step,
-            steps=50,
+            max_steps=50,
             learning_rate=1.0,
             min_learning_rate=0.2,
             schedule=schedule,
@@ -118,13 +118,15 @@ def test_the_other_schedules_are_flat_and_one_falls_in_a_line_at_the_end() -> No
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
-@pytest.mark.parametrize("accumulate", [2, 3, 6])
-def test_a_batch_in_parts_is_the_batch(config: GPT2Config, accumulate: int) -> None:
+@pytest.mark.parametrize("num_microbatches", [2, 3, 6])
+def test_a_batch_in_parts_is_the_batch(config: GPT2Config, num_microbatches: int) -> None:
     results = []
-    for parts in (1, accumulate):
+    for parts in (1, num_microbatches):
         model = model_of(config)
         optimizer = adamw(model)
-        loss, norm = train_step(model, optimizer, ragged_batch(), learning_rate=1e-3, clip_norm=0.3, accumulate=parts)
+        loss, norm = train_step(
+            model, optimizer, ragged_batch(), learning_rate=1e-3, max_grad_norm=0.3, num_microbatches=parts
+        )
         results.append(({"loss": loss.numpy(), "norm": norm.numpy(), **gradients_of(model)}, parameters_of(model)))
     (figures, weights), (figures_in_parts, weights_in_parts) = results
     assert_close(figures_in_parts, figures)
@@ -141,7 +143,7 @@ def test_the_loss_is_the_mean_over_counted_labels_and_padding_changes_nothing() 
         logits = model(ids[None, :n])[0] if n else torch.zeros(0, CONFIG.vocab_size)
         losses += -logits.log_softmax(-1).gather(1, labels[:n, None].long()).sum().item()
         count += n
-    loss, _ = train_step(model, adamw(model), batch, learning_rate=1e-3, accumulate=2)
+    loss, _ = train_step(model, adamw(model), batch, learning_rate=1e-3, num_microbatches=2)
     assert loss.item() == pytest.approx(losses / count, rel=FP64)
 
 
@@ -155,13 +157,13 @@ def test_a_batch_without_a_mask_is_one_of_tokens_alone() -> None:
     assert norms[0] == pytest.approx(norms[1], rel=FP64)
 
 
-@pytest.mark.parametrize("clip_norm", [None, 1e-2, 1e3])
-def test_the_norm_is_returned_as_it_was_and_cut_where_asked(clip_norm: float | None) -> None:
+@pytest.mark.parametrize("max_grad_norm", [None, 1e-2, 1e3])
+def test_the_norm_is_returned_as_it_was_and_cut_where_asked(max_grad_norm: float | None) -> None:
     model = model_of()
-    _, norm = train_step(model, adamw(model), ragged_batch(), learning_rate=0.0, clip_norm=clip_norm)
+    _, norm = train_step(model, adamw(model), ragged_batch(), learning_rate=0.0, max_grad_norm=max_grad_norm)
     left = math.sqrt(sum((g**2).sum() for g in gradients_of(model).values()))
     assert norm.item() > 0.1
-    factor = min(1.0, (clip_norm or math.inf) / (norm.item() + 1e-6))
+    factor = min(1.0, (max_grad_norm or math.inf) / (norm.item() + 1e-6))
     assert left == pytest.approx(norm.item() * factor, rel=FP64)
 
 
@@ -169,7 +171,7 @@ def test_a_batch_in_which_nothing_counts_moves_nothing_but_what_decays() -> None
     model, batch = model_of(), ragged_batch()
     before = parameters_of(model)
     batch["labels"].fill_(IGNORE_INDEX)
-    loss, norm = train_step(model, adamw(model, weight_decay=0.0), batch, learning_rate=1e-3, accumulate=2)
+    loss, norm = train_step(model, adamw(model, weight_decay=0.0), batch, learning_rate=1e-3, num_microbatches=2)
     assert (loss.item(), norm.item()) == (0.0, 0.0)
     assert_close(parameters_of(model), before, 0.0)
 
@@ -183,11 +185,11 @@ def test_training_learns_a_batch_by_heart_with_dropout_on() -> None:
     assert losses[-1] < losses[0] / 3
 
 
-@pytest.mark.parametrize("accumulate", [0, -1, 4, 7])
-def test_parts_of_unequal_size_are_refused(accumulate: int) -> None:
+@pytest.mark.parametrize("num_microbatches", [0, -1, 4, 7])
+def test_parts_of_unequal_size_are_refused(num_microbatches: int) -> None:
     model = model_of()
-    with pytest.raises(BridgeError, match=f"a batch of 6 cannot be run in {accumulate} equal parts"):
-        train_step(model, adamw(model), ragged_batch(), learning_rate=1e-3, accumulate=accumulate)
+    with pytest.raises(BridgeError, match=f"a batch of 6 cannot be run in {num_microbatches} equal parts"):
+        train_step(model, adamw(model), ragged_batch(), learning_rate=1e-3, num_microbatches=num_microbatches)
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])

@@ -400,7 +400,7 @@ MISTAKES = [
 def test_verify_finds_the_mistake_and_names_its_place(mistake: Mistake, monkeypatch: Patch) -> None:
     checkpoint = random_checkpoint(CONFIG)
     mistake.make(monkeypatch)
-    report = verify(checkpoint, length=LENGTH, checks=(mistake.check.replace(" ", "-"),))
+    report = verify(checkpoint, seq_len=LENGTH, checks=(mistake.check.replace(" ", "-"),))
     (check,) = report.checks
     assert not report.holds
     if check.departs_at:
@@ -411,7 +411,7 @@ def test_verify_finds_the_mistake_and_names_its_place(mistake: Mistake, monkeypa
 
 @pytest.mark.parametrize("check", sorted({mistake.check for mistake in MISTAKES}))
 def test_without_a_mistake_the_same_check_holds(check: str) -> None:
-    report = verify(random_checkpoint(CONFIG), length=LENGTH, checks=(check.replace(" ", "-"),))
+    report = verify(random_checkpoint(CONFIG), seq_len=LENGTH, checks=(check.replace(" ", "-"),))
     assert report.holds, failures(report.checks[0])
     assert report.checks[0].departs_at == ""
 

@@ -53,7 +53,7 @@ def scaled(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def test_verify_holds(directory: Path) -> None:
-    report = verify(bridge.load(directory), batch=BATCH, length=LENGTH, untrained=True)
+    report = verify(bridge.load(directory), batch=BATCH, seq_len=LENGTH, untrained=True)
     assert report.holds, [m for check in report.checks for m in check.measurements if not m.holds]
     assert all(check.was_run for check in report.checks if check.name != "prediction")
     assert value(report.checks, "training", "fp32 losses") <= 1e-5

@@ -31,13 +31,13 @@ from gpt2_jax.training.step import init_state, make_train_step
 from gpt2_torch import training as torch_train
 
 STEPS, CROSSING, AFTER_CROSSING = 50, 20, 40
-BATCH, LENGTH, ACCUMULATE = 10, 13, 2
+BATCH, LENGTH, MICROBATCHES = 10, 13, 2
 CONFIG = replace(TINY, vocab_size=67, n_positions=17, n_embd=24, n_layer=3, n_head=2, n_inner=40)
 
 OPTIMIZER = OptimizerConfig(
-    learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=7, decay_steps=45, weight_decay=0.1, clip_norm=1.2
+    learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=7, decay_steps=45, weight_decay=0.1, max_grad_norm=1.2
 )
-"""Warm-up, cosine and the constant end all fall into the steps; the norm is above `clip_norm` in some of them."""
+"""Warm-up, cosine and the constant end all fall into the steps; the norm is above `max_grad_norm` in some of them."""
 
 LOSS = {"float64": 1e-9, "float32": 1e-4}
 """Nats, in every step. Two correct programs are some 1e-15 and 1e-6 apart here; a constant that is rounded to
@@ -119,7 +119,7 @@ def snapshot(weights: Mapping[str, np.ndarray], adamw: AdamWState) -> Snapshot:
 def torch_rate(step: int, o: OptimizerConfig = OPTIMIZER) -> float:
     return torch_train.learning_rate_at(
         step,
-        steps=STEPS,
+        max_steps=STEPS,
         learning_rate=o.learning_rate,
         min_learning_rate=o.min_learning_rate,
         schedule=o.schedule,
@@ -138,7 +138,12 @@ def torch_run(form: str, start: Snapshot, end: int = STEPS) -> Run:
     for step in range(start.adamw.step, end):
         batch = {name: torch.from_numpy(array) for name, array in batches()[step].items()}
         loss, norm = torch_train.train_step(
-            model, optimizer, batch, learning_rate=torch_rate(step), clip_norm=o.clip_norm, accumulate=ACCUMULATE
+            model,
+            optimizer,
+            batch,
+            learning_rate=torch_rate(step),
+            max_grad_norm=o.max_grad_norm,
+            num_microbatches=MICROBATCHES,
         )
         run.losses.append(loss.item())
         run.norms.append(norm.item())
@@ -153,7 +158,7 @@ def jax_sides(form: str, dtype: str) -> tuple[gpt2_jax.GPT2, Any, Callable[..., 
     f = FORMS[form]
     model = gpt2_jax.GPT2(f.config, jnp.dtype(dtype), jnp.dtype(dtype), f.scan, f.vocab_multiple)
     tx = make_optimizer(OPTIMIZER, STEPS)
-    return model, tx, make_train_step(model, tx, accumulate=ACCUMULATE, clip_norm=OPTIMIZER.clip_norm)
+    return model, tx, make_train_step(model, tx, num_microbatches=MICROBATCHES, max_grad_norm=OPTIMIZER.max_grad_norm)
 
 
 def jax_run(form: str, start: Snapshot, end: int = STEPS) -> Run:
@@ -228,7 +233,7 @@ def test_the_backends_train_alike(form: str, dtype: str) -> None:
 
 @each_form_and_dtype
 def test_clipping_acts_in_some_steps_and_not_in_others(form: str, dtype: str) -> None:
-    clipped = np.array(straight(torch_run, form, dtype).norms) > OPTIMIZER.clip_norm
+    clipped = np.array(straight(torch_run, form, dtype).norms) > OPTIMIZER.max_grad_norm
     assert 10 < clipped.sum() < STEPS - 10
 
 
@@ -301,7 +306,7 @@ def average_the_parts(patch: Patch) -> None:
         count = (batch["labels"] != IGNORE_INDEX).sum()
 
         def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return right_loss(logits, labels) * count / (ACCUMULATE * (labels != IGNORE_INDEX).sum())
+            return right_loss(logits, labels) * count / (MICROBATCHES * (labels != IGNORE_INDEX).sum())
 
         patch.setattr(torch_train, "cross_entropy", loss)
         return right_step(model, optimizer, batch, **kwargs)

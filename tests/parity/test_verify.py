@@ -27,7 +27,7 @@ CONFIG = replace(TINY, n_layer=2, vocab_size=263)
 
 
 def test_every_check_holds_on_a_random_model() -> None:
-    report = verify(random_checkpoint(CONFIG), length=20)
+    report = verify(random_checkpoint(CONFIG), seq_len=20)
     assert report.holds, [m for c in report.checks for m in c.measurements if not m.holds]
     assert [check.name.replace(" ", "-") for check in report.checks] == list(CHECKS)
     assert [check.name for check in report.checks if not check.was_run] == ["prediction"]
@@ -36,7 +36,7 @@ def test_every_check_holds_on_a_random_model() -> None:
 def test_it_covers_untied_bias_free_and_switched_models() -> None:
     config = replace(CONFIG, tie_word_embeddings=False, bias=False, activation_function="relu", n_layer=1)
     report = verify(
-        random_checkpoint(config), length=9, checks=("logits", "hidden-states", "gradients", "transformers")
+        random_checkpoint(config), seq_len=9, checks=("logits", "hidden-states", "gradients", "transformers")
     )
     assert report.holds
     assert report.checks[-1].note == "its GPT-2 always has biases, this one has none"
@@ -44,13 +44,13 @@ def test_it_covers_untied_bias_free_and_switched_models() -> None:
 
 def test_it_covers_the_attention_switches_of_other_trainers() -> None:
     config = replace(CONFIG, reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=50)
-    report = verify(random_checkpoint(config), length=9, checks=("logits", "gradients", "transformers"))
+    report = verify(random_checkpoint(config), seq_len=9, checks=("logits", "gradients", "transformers"))
     assert report.holds, [m for check in report.checks for m in check.measurements if not m.holds]
 
 
 def test_transformers_is_left_out_with_a_word_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_side, "is_installed", lambda: False)
-    (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), length=5).checks
+    (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), seq_len=5).checks
     assert not check.was_run
     assert "not installed" in check.note
 
@@ -69,12 +69,12 @@ def test_nan_in_the_weights_is_not_called_equal() -> None:
     state = {name: np.array(array) for name, array in checkpoint.tensors.items()}
     state["h.1.ln_2.bias"][0] = np.nan
     with np.errstate(invalid="ignore"):
-        report = verify(Checkpoint.of(state, CONFIG), length=9, checks=("logits", "hidden-states", "padding"))
+        report = verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("logits", "hidden-states", "padding"))
     assert [check.holds for check in report.checks] == [False, False, False]
 
 
 def test_the_report_is_read_by_machines_and_by_people() -> None:
-    report = verify(random_checkpoint(CONFIG), length=9, checks=("hidden-states", "round-trip"), source="tiny")
+    report = verify(random_checkpoint(CONFIG), seq_len=9, checks=("hidden-states", "round-trip"), source="tiny")
     parsed = json.loads(json.dumps(report.to_json()))
     assert parsed["holds"] is True
     assert parsed["source"] == "tiny"
@@ -130,7 +130,7 @@ def test_a_checkpoint_laid_out_wrongly_agrees_with_itself_and_predicts_nothing(t
     state["wpe.weight"] = state["wpe.weight"][::-1].copy()
     state["wte.weight"] = np.roll(state["wte.weight"], 7, axis=0)
     wrong = replace(right, tensors=Checkpoint.of(state, right.config).tensors)
-    agreement, prediction = verify(wrong, checks=("hidden-states", "prediction"), length=40).checks
+    agreement, prediction = verify(wrong, checks=("hidden-states", "prediction"), seq_len=40).checks
     assert agreement.holds
     assert not prediction.holds
     assert "laid out wrongly" in prediction.note
@@ -140,7 +140,7 @@ def test_random_weights_are_excused_on_request(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "random", replace(CONFIG, vocab_size=256))
     write_byte_tokenizer(path)
     for untrained in (False, True):
-        (check,) = verify(bridge.load(path), checks=("prediction",), untrained=untrained, length=40).checks
+        (check,) = verify(bridge.load(path), checks=("prediction",), untrained=untrained, seq_len=40).checks
         assert check.was_run
         assert check.holds is untrained
 
@@ -164,7 +164,7 @@ def of_characters(path: Path, characters: str) -> Checkpoint:
 @pytest.mark.parametrize("characters", ["αβγδε ", "🎵🎶"])
 def test_a_tokenizer_of_other_characters_runs_on_its_own(tmp_path: Path, characters: str) -> None:
     report = verify(
-        of_characters(tmp_path / "model", characters), checks=("hidden-states", "prediction"), length=9, seed=3
+        of_characters(tmp_path / "model", characters), checks=("hidden-states", "prediction"), seq_len=9, seed=3
     )
     assert report.holds
     assert report.about["tokens"] == "2 x 9, random characters of its tokenizer from seed 3"
@@ -180,7 +180,7 @@ def test_characters_are_drawn_from_all_that_the_tokenizer_has_and_no_others() ->
 
 def test_a_tokenizer_that_lacks_a_few_characters_runs_on_the_rest_of_the_text(tmp_path: Path) -> None:
     known = {*BUILT_IN_TEXT} - {*"JLv"}
-    report = verify(of_characters(tmp_path / "model", "".join(known)), checks=("prediction",), length=9)
+    report = verify(of_characters(tmp_path / "model", "".join(known)), checks=("prediction",), seq_len=9)
     lacking = sum(character in "JLv" for character in BUILT_IN_TEXT)
     assert report.about["tokens"] == f"2 x 9, the built-in text, without {lacking} characters that the tokenizer lacks"
     assert report.checks[0].was_run
@@ -199,7 +199,7 @@ def test_the_command_exits_with_0_only_if_all_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = huggingface_directory(tmp_path / "model", CONFIG)
-    arguments = ["verify", str(path), "--length", "9", "--checks", "hidden-states", "round-trip"]
+    arguments = ["verify", str(path), "--seq-len", "9", "--checks", "hidden-states", "round-trip"]
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--json", str(tmp_path / "report.json")])
     assert ended.value.code == 0
@@ -243,19 +243,19 @@ def test_layers_of_different_dtypes_are_verified_and_not_stacked() -> None:
     state = {name: np.array(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
     for name in [n for n in state if n.startswith("h.0.")]:
         state[name] = state[name].astype(np.float16)
-    report = verify(Checkpoint.of(state, CONFIG), length=9, checks=("hidden-states", "training", "round-trip"))
+    report = verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("hidden-states", "training", "round-trip"))
     assert report.holds
     assert "not stacked" in report.checks[-1].note
 
 
 def test_weights_of_zero_are_compared_like_others() -> None:
     state = {name: np.zeros_like(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
-    assert verify(Checkpoint.of(state, CONFIG), length=9, checks=("logits", "padding", "training")).holds
+    assert verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("logits", "padding", "training")).holds
 
 
 def test_harmless_fields_of_a_config_stay_out_of_the_third_opinion() -> None:
     checkpoint = replace(random_checkpoint(CONFIG), extra={"return_dict": False, "bos_token_id": 50256})
-    assert verify(checkpoint, length=9, checks=("transformers",)).holds
+    assert verify(checkpoint, seq_len=9, checks=("transformers",)).holds
 
 
 def test_a_figure_that_is_no_number_is_null_for_machines() -> None:

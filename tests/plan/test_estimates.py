@@ -18,7 +18,7 @@ from gpt2_jax.plan.topology import Topology
 from gpt2_jax.training import PRESETS, TrainConfig
 
 MODEL = GPT2Config(vocab_size=64, n_positions=16, n_embd=24, n_layer=2, n_head=4)
-CONFIG = replace(PRESETS["nano"], model=MODEL, batch_size=12, accumulate=3, length=16, dtype="bfloat16")
+CONFIG = replace(PRESETS["nano"], model=MODEL, batch_size=12, num_microbatches=3, seq_len=16, dtype="bfloat16")
 ONE, FOUR = {"data": 1, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 1}
 
 
@@ -27,7 +27,7 @@ def chip(memory: int = 2**40, link: float = 1e3) -> Chip:
 
 
 def suggested(config: TrainConfig, of: Chip, devices: int = 4, slices: int = 1) -> Suggestion | None:
-    step = described_step(replace(config, batch_size=1, accumulate=1), make_mesh("data=1"))
+    step = described_step(replace(config, batch_size=1, num_microbatches=1), make_mesh("data=1"))
     return suggest(config, step.state, Topology("made-up", (None,) * devices, of, slices))
 
 
@@ -83,14 +83,14 @@ def test_meshes_are_all_that_there_are_and_slices_are_parted_by_data() -> None:
 def test_data_alone_is_suggested_for_many_rows_where_all_fits_and_in_one_part() -> None:
     found = suggested(replace(CONFIG, batch_size=1200), chip())
     assert found is not None
-    assert (found.mesh, found.accumulate) == ({"data": 4, "fsdp": 1, "tensor": 1}, 1)
-    assert found.flags == "--mesh data=4 --batch-size 1200 --accumulate 1"
+    assert (found.mesh, found.num_microbatches) == ({"data": 4, "fsdp": 1, "tensor": 1}, 1)
+    assert found.flags == "--mesh data=4 --batch-size 1200 --num-microbatches 1"
 
 
 def test_less_memory_asks_for_parts_of_the_state_and_too_little_for_nothing() -> None:
-    step = described_step(replace(CONFIG, batch_size=1, accumulate=1), make_mesh("data=1"))
+    step = described_step(replace(CONFIG, batch_size=1, num_microbatches=1), make_mesh("data=1"))
     needed = {
-        axis: needed_bytes(replace(CONFIG, accumulate=3), mesh, spread_state(CONFIG, step.state, mesh))
+        axis: needed_bytes(replace(CONFIG, num_microbatches=3), mesh, spread_state(CONFIG, step.state, mesh))
         for axis in ("data", "fsdp")
         if (mesh := {**ONE, axis: 4})
     }
@@ -104,14 +104,14 @@ def test_less_memory_asks_for_parts_of_the_state_and_too_little_for_nothing() ->
 
 def test_a_batch_that_cannot_be_spread_is_suggested_otherwise() -> None:
     odd = replace(MODEL, n_head=3, vocab_size=63)  # so that tensor must be 1
-    found = suggested(replace(CONFIG, model=odd, batch_size=6, accumulate=1), chip())
+    found = suggested(replace(CONFIG, model=odd, batch_size=6, num_microbatches=1), chip())
     assert found is not None
     assert (found.batch_size, found.mesh["tensor"]) == (8, 1)
     assert suggested(CONFIG, chip(), devices=2, slices=2).mesh["data"] == 2  # type: ignore[union-attr]
 
 
 def test_without_a_chip_nothing_is_suggested() -> None:
-    step = described_step(replace(CONFIG, batch_size=1, accumulate=1), make_mesh("data=1"))
+    step = described_step(replace(CONFIG, batch_size=1, num_microbatches=1), make_mesh("data=1"))
     assert suggest(CONFIG, step.state, Topology("4 x CPU", (None,) * 4, None)) is None
 
 

@@ -19,7 +19,7 @@ COUNTS = 2 * 4
 
 
 def described(config: TrainConfig) -> TrainState:
-    return described_step(replace(config, batch_size=1, accumulate=1), make_mesh("data=1")).state
+    return described_step(replace(config, batch_size=1, num_microbatches=1), make_mesh("data=1")).state
 
 
 def parameter_bytes(c: GPT2Config, rows: int, fsdp: int, tensor: int) -> int:
@@ -56,7 +56,7 @@ def test_the_largest_size_is_its_parameters_over_the_devices() -> None:
 
 
 def test_a_described_step_is_the_one_that_is_trained() -> None:
-    config = replace(PRESETS["gpt2"], examples="documents", batch_size=4, accumulate=2)
+    config = replace(PRESETS["gpt2"], examples="documents", batch_size=4, num_microbatches=2)
     step = described_step(config, make_mesh("data=1"))
     assert set(step.batch) == {"input_ids", "labels", "attention_mask"}
     assert step.batch["labels"].shape == (4, 1024)
@@ -70,7 +70,7 @@ def test_a_described_step_is_the_one_that_is_trained() -> None:
 def test_what_is_kept_for_the_backward_pass() -> None:
     """4 rows of 8 in two parts, so two rows of 8 over two devices, D 6, F 24, H 2, L 3; by remat."""
     model = GPT2Config(vocab_size=11, n_positions=8, n_embd=6, n_layer=3, n_head=2)
-    config = replace(PRESETS["nano"], model=model, batch_size=4, accumulate=2, length=8)
+    config = replace(PRESETS["nano"], model=model, batch_size=4, num_microbatches=2, seq_len=8)
     mesh, tokens = {"data": 1, "fsdp": 2, "tensor": 1}, 8 * 3
     assert kept_bytes(replace(config, remat="full"), mesh) == tokens * 4 * 6
     assert kept_bytes(config, mesh) == tokens * 4 * (6 + 18 + 6 + 6 + 24 + 6 + 2)

@@ -48,7 +48,7 @@ def plan(*arguments: object, timeout: int = 300, **environment: str) -> subproce
 
 def test_a_step_on_devices_of_the_cpu(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    mesh = ("--devices", 4, "--mesh", "fsdp=2,tensor=2", "--batch-size", 8, "--accumulate", 2, "--length", 16)
+    mesh = ("--devices", 4, "--mesh", "fsdp=2,tensor=2", "--batch-size", 8, "--num-microbatches", 2, "--seq-len", 16)
     done = plan(*TINY, *mesh, "--json", file, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     assert (done.returncode, done.stderr) == (0, "")
     for expected in ("on 4 x CPU, fsdp=2,tensor=2", "parameters", "collectives of a step", "no chip is named"):
@@ -82,7 +82,7 @@ BAD = {
     "no slices": (("--topology", "v5e:2x2*0"), "v5e:4x4*2"),
     "no devices": (("--devices", "0"), "--devices 0: must be from 1"),
     "unknown preset": (("--preset", "tiny", "--topology", "v5e:2x2"), "--preset tiny: must be one of"),
-    "a recipe that cannot be": (("--devices", "4", "--accumulate", "3"), "accumulate=3: does not divide"),
+    "a recipe that cannot be": (("--devices", "4", "--num-microbatches", "3"), "num_microbatches=3: does not divide"),
     "plot without scaling": (("--devices", "4", "--plot", "{tmp}/x.png"), "give --scaling too"),
     "plot of no format": (("--topology", "v5e:2x2", "--scaling", "--plot", "{tmp}/x.txt"), "must end in .png"),
     "unwritable json": (("--topology", "v5e:2x2", "--json", "{tmp}/nowhere/x.json"), "cannot write"),
@@ -113,7 +113,7 @@ def test_without_the_compiler_it_says_how_to_get_it(
 def test_it_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "--help") == 0
     shown = capsys.readouterr().out
-    for expected in ("Example: gpt2 plan", "--topology NAME", "--mesh STR", "--accumulate INT"):
+    for expected in ("Example: gpt2 plan", "--topology NAME", "--mesh STR", "--num-microbatches INT"):
         assert expected in shown
 
 
@@ -227,7 +227,7 @@ def test_the_smallest_size_fits_on_four_chips(tmp_path: Path) -> None:
 
 @pytest.mark.tpu
 def test_the_largest_size_fits_on_sixteen_chips_in_parts(tmp_path: Path) -> None:
-    parts = ("--mesh", "fsdp=16", "--accumulate", 6)
+    parts = ("--mesh", "fsdp=16", "--num-microbatches", 6)
     done, found = tpu_plan(tmp_path, "--preset", "gpt2-xl", "--topology", "v5e:4x4", *parts)
     assert done.returncode == 0
     require_consistent(found, "gpt2-xl", 16)

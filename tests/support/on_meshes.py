@@ -39,11 +39,11 @@ CONFIG = TrainConfig(
     model=MODEL,
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
     batch_size=16,
-    length=10,
-    steps=20,
+    seq_len=10,
+    max_steps=20,
     vocab_multiple=8,
 )
-V, D, F, L, B, T = 72, MODEL.n_embd, MODEL.feed_forward_size, MODEL.n_layer, CONFIG.batch_size, CONFIG.length
+V, D, F, L, B, T = 72, MODEL.n_embd, MODEL.feed_forward_size, MODEL.n_layer, CONFIG.batch_size, CONFIG.seq_len
 
 SAME_CURVE = 1e-5
 """Losses in float32, in nats, that differ by the order of sums over devices alone."""
@@ -52,11 +52,13 @@ ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod
 SOME = [(1, 8, 1), (2, 2, 2)]
 
 
-def curves(dtype: str, which: str, accumulate: str = "1") -> dict[str, Any]:
+def curves(dtype: str, which: str, num_microbatches: str = "1") -> dict[str, Any]:
     """For each mesh how far losses and gradients are from one device's, and whether all lies where it should."""
-    config = replace(CONFIG, accumulate=int(accumulate), optimizer=replace(CONFIG.optimizer, weight_decay=0.3))
+    config = replace(
+        CONFIG, num_microbatches=int(num_microbatches), optimizer=replace(CONFIG.optimizer, weight_decay=0.3)
+    )
     model = make_model(config).clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-    tx = make_optimizer(config.optimizer, config.steps)
+    tx = make_optimizer(config.optimizer, config.max_steps)
     losses, gradients, _ = _curve(config, model, tx, (1, 1, 1))
     found = {}
     for sizes in ALL if which == "all" else SOME:
@@ -79,7 +81,7 @@ def _curve(
     rows, losses = rows_of_step(config, mesh), []
     with jax.set_mesh(mesh):
         state = first_state(config, model, tx, None, mesh)
-        step = make_train_step(model, tx, accumulate=config.accumulate)
+        step = make_train_step(model, tx, num_microbatches=config.num_microbatches)
         loss = functools.partial(summed_loss, model)
         own = [rows.put({name: array[rows.own] for name, array in batch.items()}) for batch in _batches(config)]
         gradients = jax.tree.map(np.asarray, jax.tree.leaves(jax.jit(jax.grad(loss))(state.params, own[0])))
@@ -95,8 +97,8 @@ def _curve(
 
 def _batches(config: TrainConfig) -> list[dict[str, np.ndarray]]:
     """Counting up from a random id, which is learned soon; every row has another number of labels that count."""
-    rng, (steps, rows) = np.random.default_rng(1), (config.steps, config.batch_size)
-    ids = (rng.integers(0, 71, (steps, rows, 1)) + np.arange(config.length + 1, dtype=np.int32)) % MODEL.vocab_size
+    rng, (steps, rows) = np.random.default_rng(1), (config.max_steps, config.batch_size)
+    ids = (rng.integers(0, 71, (steps, rows, 1)) + np.arange(config.seq_len + 1, dtype=np.int32)) % MODEL.vocab_size
     hidden = rng.random(ids.shape) < np.linspace(0, 0.8, rows)[:, None]
     ids, labels = (x.astype(np.int32) for x in (ids, np.where(hidden, IGNORE_INDEX, ids)))
     return [{"input_ids": i[:, :-1], "labels": k[:, 1:]} for i, k in zip(ids, labels, strict=True)]
@@ -104,7 +106,7 @@ def _batches(config: TrainConfig) -> list[dict[str, np.ndarray]]:
 
 def programs() -> dict[str, Any]:
     """For each mesh the shapes of all results in the programs of the first state and of the step, and of gathers."""
-    model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.max_steps)
     found = {}
     for sizes in ALL[1:]:
         mesh = make_mesh(_text(sizes))
@@ -126,7 +128,7 @@ def programs() -> dict[str, Any]:
 def foreign_meshes() -> dict[str, Any]:
     """Logits and the step on meshes that are not this project's: how far they are from one device's, and how many rows
     of them a device has."""
-    model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.steps)
+    model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.max_steps)
     first = first_state(CONFIG, model, tx, None, make_mesh("data=1", jax.devices()[:1]))
     state, batch = jax.tree.map(np.asarray, first), _batches(CONFIG)[0]
     ids, found = batch["input_ids"], {}

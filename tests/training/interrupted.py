@@ -25,8 +25,8 @@ from gpt2_jax import hardware
 from gpt2_jax.training import TrainConfig, loop
 
 CONFIGS = {
-    "adamw": recipe(steps=24, resid_pdrop=0.1, accumulate=2, ema_decay=0.9, eval_every=7, keep_last=1),
-    "muon": recipe(steps=9, optimizer="muon", eval_every=7),
+    "adamw": recipe(max_steps=24, resid_pdrop=0.1, num_microbatches=2, ema_decay=0.9, eval_every=7, keep_last=1),
+    "muon": recipe(max_steps=9, optimizer="muon", eval_every=7),
 }
 RANDOM_STEPS = sorted(random.Random(3).sample(range(1, 24), 10))
 INTERRUPTIONS = {

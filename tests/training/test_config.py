@@ -17,10 +17,10 @@ from gpt2_jax.training.config import FREE, PRESETS, OptimizerConfig, TrainConfig
 NAN, INFINITE = math.nan, math.inf
 
 BAD: dict[str, tuple[Any, ...]] = {
-    "steps": (0, -1, 2**31),
+    "max_steps": (0, -1, 2**31),
     "batch_size": (0,),
-    "length": (0,),
-    "accumulate": (0, 3),  # 3 does not divide the batch of 4
+    "seq_len": (0,),
+    "num_microbatches": (0, 3),  # 3 does not divide the batch of 4
     "eval_every": (0, 2**31),
     "eval_batches": (0,),
     "log_every": (0, 2**31),
@@ -48,7 +48,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "beta2": (1.0,),
     "muon_momentum": (1.0,),
     "decay_fraction": (0.0, 1.1, NAN),
-    "clip_norm": (0.0, NAN, INFINITE),
+    "max_grad_norm": (0.0, NAN, INFINITE),
     "decay_steps": (-1, 2, 2**31),  # the warm-up takes 2
 }
 
@@ -67,9 +67,9 @@ def test_every_problem_is_named_at_once() -> None:
 
 
 def test_the_edges_of_the_ranges_are_allowed() -> None:
-    recipe(ema_decay=None, clip_norm=None, eval_batches=None, decay_steps=None, warmup_steps=0, seed=2**32 - 1)
+    recipe(ema_decay=None, max_grad_norm=None, eval_batches=None, decay_steps=None, warmup_steps=0, seed=2**32 - 1)
     recipe(min_learning_rate=0.0, weight_decay=0.0, beta1=0.0, decay_fraction=1.0, sample_tokens=0, keep_last=1)
-    recipe(steps=2**31 - 1, decay_steps=2**31 - 1)
+    recipe(max_steps=2**31 - 1, decay_steps=2**31 - 1)
 
 
 def test_flags_have_names_of_their_own() -> None:
@@ -127,16 +127,16 @@ def test_no_stored_value_raises_anything_else_than_an_error_of_this_project(name
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("steps", 10**400),
-        ("steps", True),
-        ("steps", "many"),
-        ("steps", 3.0),
+        ("max_steps", 10**400),
+        ("max_steps", True),
+        ("max_steps", "many"),
+        ("max_steps", 3.0),
         ("seed", 2**70),
         ("batch_size", 2**31),
         ("learning_rate", 10**400),
         ("learning_rate", True),
         ("learning_rate", "1e-3"),
-        ("clip_norm", "1"),
+        ("max_grad_norm", "1"),
         ("ema_decay", []),
         ("scan", 1),
         ("scan", None),
@@ -156,12 +156,21 @@ def test_a_value_of_another_type_or_size_is_refused_by_its_name(name: str, value
 
 
 def test_an_int_is_a_float() -> None:
-    assert from_flat({**flat(TrainConfig()), "clip_norm": 1}).optimizer.clip_norm == 1
+    assert from_flat({**flat(TrainConfig()), "max_grad_norm": 1}).optimizer.max_grad_norm == 1
 
 
 def test_fields_that_a_resumed_run_may_change_exist_and_touch_no_weight() -> None:
     assert set(flat(TrainConfig())) >= FREE
-    assert not FREE & {"steps", "batch_size", "length", "seed", "optimizer", "accumulate", "dtype", "ema_decay"}
+    assert not FREE & {
+        "max_steps",
+        "batch_size",
+        "seq_len",
+        "seed",
+        "optimizer",
+        "num_microbatches",
+        "dtype",
+        "ema_decay",
+    }
 
 
 # What nanoGPT (github.com/karpathy/nanoGPT, commit 3adf61e) runs with: train.py's defaults, each recipe's own after.
@@ -169,11 +178,11 @@ NANOGPT = {
     "beta1": 0.9,
     "beta2": 0.95,
     "weight_decay": 0.1,
-    "clip_norm": 1.0,
+    "max_grad_norm": 1.0,
     "learning_rate": 6e-4,
     "min_learning_rate": 6e-5,
     "warmup_steps": 2000,
-    "steps": 600_000,
+    "max_steps": 600_000,
     "schedule": "cosine",
     "optimizer": "adamw",
 }
@@ -182,9 +191,9 @@ SHAKESPEARE = NANOGPT | {
     "n_head": 6,
     "n_embd": 384,
     "n_positions": 256,
-    "length": 256,
+    "seq_len": 256,
     "batch_size": 64,
-    "accumulate": 1,
+    "num_microbatches": 1,
     "embd_pdrop": 0.2,
     "attn_pdrop": 0.2,
     "resid_pdrop": 0.2,
@@ -192,7 +201,7 @@ SHAKESPEARE = NANOGPT | {
     "min_learning_rate": 1e-4,
     "beta2": 0.99,
     "warmup_steps": 100,
-    "steps": 5000,
+    "max_steps": 5000,
     "eval_every": 250,
     "bias": False,
     "tokenizer": "characters",
@@ -200,11 +209,11 @@ SHAKESPEARE = NANOGPT | {
 PUBLISHED = {
     "shakespeare-char-gpu": SHAKESPEARE,
     "shakespeare-char": SHAKESPEARE  # the README's flags for a machine without a GPU
-    | {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64, "length": 64, "batch_size": 12, "steps": 2000}
+    | {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 64, "seq_len": 64, "batch_size": 12, "max_steps": 2000}
     | {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt2": NANOGPT  # config/train_gpt2.py: 12 sequences at once, 5 * 8 times
-    | {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "length": 1024, "batch_size": 480}
-    | {"accumulate": 40, "dtype": "bfloat16", "tokenizer": "gpt2", "vocab_size": 50257},
+    | {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "seq_len": 1024, "batch_size": 480}
+    | {"num_microbatches": 40, "dtype": "bfloat16", "tokenizer": "gpt2", "vocab_size": 50257},
 }
 
 
@@ -212,7 +221,7 @@ PUBLISHED = {
 def test_a_recipe_of_nanogpts_has_its_numbers(name: str) -> None:
     values = flat(PRESETS[name])
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
-    assert values["decay_steps"] in (None, values["steps"])  # lr_decay_iters
+    assert values["decay_steps"] in (None, values["max_steps"])  # lr_decay_iters
     assert -(-values["vocab_size"] // values["vocab_multiple"]) * values["vocab_multiple"] in (65, 50304)
 
 

@@ -15,7 +15,7 @@ from gpt2_jax.cli.train import wants_determinism
 from gpt2_jax.training import PRESETS, TrainingError
 from gpt2_jax.training.determinism import is_deterministic, make_deterministic
 
-SHORT = "--tokenizer bytes --steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --length 8"
+SHORT = "--tokenizer bytes --max-steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --seq-len 8"
 TINY = "--n-layer 1 --n-embd 8 --n-head 1"
 
 

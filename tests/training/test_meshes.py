@@ -64,10 +64,10 @@ def test_losses_and_gradients_are_one_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.mesh
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_they_are_on_every_mesh(dtype: str, accumulate: int, tmp_path: Path) -> None:
-    found = on_eight_devices("curves", tmp_path, dtype, "all", str(accumulate), x64=dtype == "float64")
+def test_they_are_on_every_mesh(dtype: str, num_microbatches: int, tmp_path: Path) -> None:
+    found = on_eight_devices("curves", tmp_path, dtype, "all", str(num_microbatches), x64=dtype == "float64")
     print(json.dumps(found, indent=1))
     assert len(found) == 20
     assert_the_same(found, dtype)
@@ -185,11 +185,13 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_by_shape_and_axis() ->
 
 
 @pytest.mark.parametrize("rows", [rows_of_step, rows_of_part])
-@pytest.mark.parametrize(("batch_size", "cure"), [(4, "--accumulate 1"), (24, "--accumulate 3"), (6, "--batch-size 8")])
+@pytest.mark.parametrize(
+    ("batch_size", "cure"), [(4, "--num-microbatches 1"), (24, "--num-microbatches 3"), (6, "--batch-size 8")]
+)
 def test_rows_that_the_mesh_does_not_divide_are_refused_with_what_to_choose(
     rows: Any, batch_size: int, cure: str
 ) -> None:
-    config = recipe(batch_size=batch_size, accumulate=4 if batch_size == 24 else 2)
+    config = recipe(batch_size=batch_size, num_microbatches=4 if batch_size == 24 else 2)
     with pytest.raises(TrainingError, match=rf"rows at a time.* = 4 does not divide; choose {cure}, or another"):
         rows(config, FakeMesh(data=2, fsdp=2))
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.mesh
 STEPS = 8
 FLAGS = shlex.split("""
     --tokenizer bytes --n-positions 16 --n-embd 32 --n-layer 2 --n-head 4 --vocab-multiple 64
-    --steps 8 --batch-size 8 --accumulate 2 --length 12 --learning-rate 1e-2 --warmup-steps 2
+    --max-steps 8 --batch-size 8 --num-microbatches 2 --seq-len 12 --learning-rate 1e-2 --warmup-steps 2
     --eval-every 4 --eval-batches 2 --log-every 1 --checkpoint-every 2 --keep-last 9 --sample-tokens 3
 """)
 
@@ -164,7 +164,7 @@ def test_a_process_that_waits_in_vain_says_for_whom(directory: Path) -> None:
 @pytest.mark.parametrize("told", [0, 1])
 def test_a_signal_to_one_saves_and_stops_all_after_the_same_step(told: int, directory: Path, alone: Path) -> None:
     run = directory / f"told {told}"
-    long = ["--steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000]
+    long = ["--max-steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000]
     started = start(2, 1, arguments(directory, run.name, *long))
     until(lambda: len(read_metrics(run)) > 5)
     started[told].send_signal(signal.SIGTERM)

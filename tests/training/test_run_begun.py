@@ -202,8 +202,8 @@ def test_without_one_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
 
 
 def test_a_length_that_the_model_has_no_positions_for_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="length=17: the model has n_positions=16; choose --length 16 or less"):
-        resolve_config(recipe(length=17), data_for(RECIPE, tmp_path))
+    with pytest.raises(TrainingError, match="seq_len=17: the model has n_positions=16; choose --seq-len 16 or less"):
+        resolve_config(recipe(seq_len=17), data_for(RECIPE, tmp_path))
 
 
 def test_the_seed_draws_the_first_weights(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a resume too; what is learned from the others is what a run without the skipped batches learns."""
     bad_batches(monkeypatch, 2, 4)
-    changes = recipe(non_finite="skip", log_every=1, steps=6)
+    changes = recipe(non_finite="skip", log_every=1, max_steps=6)
     with monkeypatch.context() as stopping:
         stop_at(stopping, 3, lambda: signal.raise_signal(signal.SIGTERM))
         run_in(tmp_path, changes)
@@ -159,4 +159,4 @@ def test_where_nothing_is_finite_any_more_skipping_ends(tmp_path: Path, monkeypa
     monkeypatch.setattr(report, "MOST_SKIPPED", 3)
     bad_batches(monkeypatch, 1, 3, 4, 5, 6)
     with pytest.raises(NonFiniteLoss, match=r"^step 5: loss nan.*the last of 3 in a row"):
-        run_in(tmp_path, recipe(non_finite="skip", steps=9))
+        run_in(tmp_path, recipe(non_finite="skip", max_steps=9))

@@ -35,16 +35,16 @@ def test_resuming_what_is_finished_changes_nothing(copy: Path) -> None:
 
 
 CHANGES: dict[str, Any] = {
-    "steps": 7,
+    "max_steps": 7,
     "batch_size": 2,
-    "length": 10,
-    "accumulate": 2,
+    "seq_len": 10,
+    "num_microbatches": 2,
     "seed": 1,
     "learning_rate": 2e-2,
     "schedule": "constant",
     "optimizer": "muon",
     "weight_decay": 0.0,
-    "clip_norm": None,
+    "max_grad_norm": None,
     "ema_decay": 0.9,
     "dtype": "bfloat16",
     "scan": False,
@@ -70,8 +70,10 @@ def test_a_resume_with_another_value_is_refused_by_its_name(copy: Path, name: st
 
 def test_a_last_step_behind_the_newest_checkpoint_is_refused(copy: Path) -> None:
     before = files(copy / "run")
-    with pytest.raises(TrainingError, match=r"steps=5: the newest checkpoint in '.*run' is already at step 6; give"):
-        run_in(copy, recipe(steps=5), resume=True, accept_changes=True)
+    with pytest.raises(
+        TrainingError, match=r"max_steps=5: the newest checkpoint in '.*run' is already at step 6; give"
+    ):
+        run_in(copy, recipe(max_steps=5), resume=True, accept_changes=True)
     assert files(copy / "run") == before
 
 
@@ -94,7 +96,7 @@ def test_what_is_only_reported_may_change(copy: Path) -> None:
 
 
 def test_accepted_changes_are_taken_over(copy: Path) -> None:
-    changed = recipe(steps=8, seed=5, layer_norm_epsilon=1e-4)
+    changed = recipe(max_steps=8, seed=5, layer_norm_epsilon=1e-4)
     outcome = run_in(copy, changed, resume=True, accept_changes=True)
     assert outcome.step == 8
     assert [record["step"] for record in read_metrics(copy / "run")] == [0, 2, 4, 6, 8]
@@ -233,7 +235,7 @@ def test_the_data_is_read_as_configured_from_the_step_that_the_run_is_at(
 ) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(loop, "training_batches", lambda stream, **options: asked.append(options) or iter(()))
-    run_in(copy, recipe(seed=3, length=10, batch_size=2), resume=True, accept_changes=True)
+    run_in(copy, recipe(seed=3, seq_len=10, batch_size=2), resume=True, accept_changes=True)
     assert asked == [
-        {"seed": 3, "length": 10, "batch_size": 2, "start_step": 6, "examples": "stream", "rows": slice(0, 2)}
+        {"seed": 3, "seq_len": 10, "batch_size": 2, "start_step": 6, "examples": "stream", "rows": slice(0, 2)}
     ]

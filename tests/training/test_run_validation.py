@@ -43,7 +43,7 @@ def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(tmp_path: Path) ->
         return 1.0, 1
 
     data, state = data_for(RECIPE, tmp_path), loop.TrainState(jax.numpy.int32(0), {}, {})
-    for accumulate in (1, 2):
-        loop.validation_loss(eval_step, recipe(accumulate=accumulate), data, state, make_mesh())
+    for num_microbatches in (1, 2):
+        loop.validation_loss(eval_step, recipe(num_microbatches=num_microbatches), data, state, make_mesh())
     assert [len(ids) for ids in seen] == [4, 4, 2, 2, 2, 2]
     np.testing.assert_array_equal(np.concatenate(seen[:2]), np.concatenate(seen[2:]))

@@ -36,7 +36,7 @@ PADDING = {"input_ids": 5, "labels": IGNORE_INDEX, "attention_mask": 0}
 @cache
 def stepper(tx: Any = MOMENTUM, *, drop: float = 0.0, seed: int = 0, ema: float | None = None, **options: Any) -> Any:
     """A compiled step, the same for all tests that ask for this one."""
-    of_step = {name: options.pop(name) for name in ("accumulate", "skip_non_finite") if name in options}
+    of_step = {name: options.pop(name) for name in ("num_microbatches", "skip_non_finite") if name in options}
     model = GPT2(replace(CONFIG, embd_pdrop=drop), **{"scan": True, **options})
     return make_train_step(model, tx, seed=seed, ema_decay=ema, **of_step)
 
@@ -102,13 +102,13 @@ def test_the_loss_falls_and_is_that_of_the_weights_before_the_update() -> None:
 def test_accumulation_is_exact_where_labels_are_ragged() -> None:
     """A mean of the parts' means would weigh a part with one label as much as one with all."""
     whole = stepper()(first_state(), batch(ragged=True))
-    parts = stepper(accumulate=3)(first_state(), batch(ragged=True))
+    parts = stepper(num_microbatches=3)(first_state(), batch(ragged=True))
     assert_close(parts, whole)
 
 
 def test_where_nothing_is_to_be_learned_the_gradient_is_zero_and_nothing_is_nan() -> None:
     nothing = batch() | {"labels": np.full((BATCH, LENGTH), IGNORE_INDEX, np.int32)}
-    for step in (stepper(), stepper(accumulate=3)):
+    for step in (stepper(), stepper(num_microbatches=3)):
         state, metrics = step(first_state(), nothing)
         assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0.0, 0.0)
         assert_equal(state.params, first_state().params)
@@ -200,11 +200,11 @@ def test_one_number_that_is_not_finite_is_found(poison: float) -> None:
     assert not all_finite(params)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(accumulate: int) -> None:
+@pytest.mark.parametrize("num_microbatches", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(num_microbatches: int) -> None:
     """Weights, moments, their counts and the mean are those of a run that never had its batch."""
     tx = make_optimizer(OptimizerConfig(warmup_steps=1), 9)
-    step = stepper(tx, accumulate=accumulate, ema=0.5, skip_non_finite=True)
+    step = stepper(tx, num_microbatches=num_microbatches, ema=0.5, skip_non_finite=True)
     bad = batch(1)
     bad["input_ids"][0, 0] = CONFIG.vocab_size  # which makes its row NaN
     state, expected = first_state(tx, ema=True), first_state(tx, ema=True)

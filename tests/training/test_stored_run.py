@@ -43,12 +43,12 @@ DAMAGE: dict[str, bytes] = {
     **{f"tokenizer {str(value)[:9]}": changed(tokenizer=value) for value in (3, True, [], {})},
     **{f"config {value!r}": changed(config=value) for value in ([], "x", None, 3, {})},
     "config field unknown": with_config(**{"\x1b[31mmomentum": 1}),
-    "config field missing": changed(config={name: value for name, value in CONFIG.items() if name != "steps"}),
-    "steps of 400 digits": with_config(steps=10**400),
-    "steps 2^70": with_config(steps=2**70),
-    "steps text": with_config(steps="many"),
-    "steps true": with_config(steps=True),
-    "steps null": with_config(steps=None),
+    "config field missing": changed(config={name: value for name, value in CONFIG.items() if name != "max_steps"}),
+    "steps of 400 digits": with_config(max_steps=10**400),
+    "steps 2^70": with_config(max_steps=2**70),
+    "steps text": with_config(max_steps="many"),
+    "steps true": with_config(max_steps=True),
+    "steps null": with_config(max_steps=None),
     "learning rate of 400 digits": with_config(learning_rate=10**400),
     "learning rate NaN": with_config(learning_rate=float("nan")),
     "learning rate infinite": with_config(learning_rate=float("inf")),
@@ -87,10 +87,12 @@ def test_resuming_with_a_damaged_run_json_ends_with_its_message(
     (tmp_path / "run.json").write_bytes(DAMAGE["steps of 400 digits"])
     assert run("train", "--resume", "--out", tmp_path) == 2
     printed = capsys.readouterr().err
-    assert "steps=1000" in printed and "run.json" in printed and "Traceback" not in printed
+    assert "max_steps=1000" in printed and "run.json" in printed and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("flag", ["--steps", "--seed", "--learning-rate", "--batch-size", "--n-layer", "--clip-norm"])
+@pytest.mark.parametrize(
+    "flag", ["--max-steps", "--seed", "--learning-rate", "--batch-size", "--n-layer", "--max-grad-norm"]
+)
 def test_a_flag_of_400_digits_is_refused(tmp_path: Path, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--out", tmp_path / "run", flag, "1" + "0" * 400) == 2
     printed = capsys.readouterr()

@@ -41,7 +41,7 @@ class Report:
     ) -> None:
         self._out, self._config, self._schedule = out, config, schedule
         self._metrics = Metrics(run, config, start_step) if is_first() else None
-        self._flops_per_step = flops_per_token(config.model, config.length) * config.batch_size * config.length
+        self._flops_per_step = flops_per_token(config.model, config.seq_len) * config.batch_size * config.seq_len
         peak, source = peak_flops(config.dtype)
         self._peak = devices * peak
         each = f" on each of {devices} devices" if devices > 1 else ""
@@ -51,7 +51,7 @@ class Report:
         self._bar = Progress(
             *columns, console=watched, transient=True, disable=not (watched.is_terminal and is_first())
         )
-        self._task = self._bar.add_task("compiling", total=config.steps, completed=start_step)
+        self._task = self._bar.add_task("compiling", total=config.max_steps, completed=start_step)
         self._pending: list[tuple[int, dict[str, Any]]] = []
         self._skipped_in_a_row = 0
         self._resumed_at: float | None = None  # None until the first step, which compiles, is over
@@ -81,7 +81,7 @@ class Report:
             "grad_norm": None if was_skipped else norm,
             "learning_rate": float(self._schedule(max(0, step - skipped - 1))),  # skipped steps have no place in it
             "skipped": skipped if self._config.non_finite == "skip" else None,
-            "tokens_per_second": speed and speed * self._config.batch_size * self._config.length,
+            "tokens_per_second": speed and speed * self._config.batch_size * self._config.seq_len,
             "mfu": speed and speed * self._flops_per_step / self._peak,
         }
         self._shown = f"loss {loss:.4f}"
