@@ -188,7 +188,7 @@ def test_training_learns_a_batch_by_heart_with_dropout_on() -> None:
 @pytest.mark.parametrize("num_microbatches", [0, -1, 4, 7])
 def test_parts_of_unequal_size_are_refused(num_microbatches: int) -> None:
     model = model_of()
-    with pytest.raises(BridgeError, match=f"a batch of 6 cannot be run in {num_microbatches} equal parts"):
+    with pytest.raises(BridgeError, match=f"a batch of 6 rows cannot be split into {num_microbatches} equal"):
         train_step(model, adamw(model), ragged_batch(), learning_rate=1e-3, num_microbatches=num_microbatches)
 
 
