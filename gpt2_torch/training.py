@@ -58,7 +58,7 @@ def learning_rate_at(
     decay_steps: int | None = None,
     decay_fraction: float = 0.2,
 ) -> float:
-    """Return the learning rate of a step, counted from 0. `gpt2_jax.training.config.OptimizerConfig` describes the fields.
+    """Return the learning rate of a step, counted from 0. `gpt2_jax.training.config.OptimizerConfig` has the fields.
 
     Warm-up and cosine are those of nanoGPT's `get_lr`.
     """
@@ -95,7 +95,8 @@ def train_step(
     rows = len(batch["input_ids"])
     if num_microbatches < 1 or rows % num_microbatches:
         raise BridgeError(
-            f"a batch of {rows} rows cannot be split into {num_microbatches} equal microbatches; choose a divisor of {rows}"
+            f"a batch of {rows} rows cannot be split into {num_microbatches} equal microbatches; choose a divisor "
+            f"of {rows}"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
