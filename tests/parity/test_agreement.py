@@ -1,4 +1,4 @@
-"""The reference, the port in both its forms, and transformers compute one and the same function."""
+"""The reference, the port in both forms, and transformers compute the same function."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from bridge.config import ACTIVATIONS
 from gpt2_jax import loss as jax_loss
 from gpt2_torch import loss as torch_loss
 
-FP64_RELATIVE = 1e-10  # rounding gives 1e-14; any difference in the mathematics gives 1e-7 or more
-FP32_ABSOLUTE = 1e-5  # logits here are of order 1, where float32 steps are 1e-7 and five layers add some up
-FP32_DIVERGENCE = 1e-9  # nats; half the square of FP32_ABSOLUTE, with room
+FP64_RELATIVE = 1e-10  # rounding gives 1e-14; a difference in the computation gives 1e-7 or more
+FP32_ABSOLUTE = 1e-5  # logits of order 1, where the spacing of float32 is 1e-7, after five layers
+FP32_DIVERGENCE = 1e-9  # nats; above half the square of FP32_ABSOLUTE
 FP32_GRADIENT = 1e-5  # relative L2 of one parameter's gradient
 
 SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings")
@@ -46,7 +46,7 @@ GRID = [
     for switches in itertools.product((True, False), repeat=len(SWITCHES))
     for n_inner in (TINY.n_inner, None)
 ]
-"""Every activation with every combination of switches: 288 models."""
+"""Every activation with every combination of options: 288 models."""
 
 _WORDS = ("-----", "---++", "--+-+", "-+--+", "+---+", "--++-", "-+-+-", "+--+-", "-++--")
 _OPPOSITE = str.maketrans("+-", "-+")
@@ -60,7 +60,7 @@ COVERING = [
     for activation, word in zip(ACTIVATIONS, _WORDS, strict=True)
     for bits in (word, word.translate(_OPPOSITE))
 ]
-"""18 of them in which each pair of values, of two switches or of a switch and an activation, occurs."""
+"""18 of them that contain each pair of values of two options, or of an option and the activation."""
 
 
 def name_of(config: GPT2Config) -> str:
@@ -69,10 +69,10 @@ def name_of(config: GPT2Config) -> str:
 
 
 def float32_checkpoint(config: GPT2Config) -> Checkpoint:
-    """Weights of half the size, std 0.1; GPT-2's own are about 0.14.
+    """Return weights with half the standard deviation, 0.1; that of GPT-2 is about 0.14.
 
-    At `random_state`'s 0.2 with scores not divided by sqrt(K), attention is so sharp that rounding alone
-    moves logits by 1.1e-5 between any two float32 implementations.
+    With 0.2 and unscaled scores, attention is so sharp that rounding alone changes logits by 1.1e-5 between any two
+    float32 implementations.
     """
     state = random_state(config)
     return Checkpoint.of({name: w if w.mean() > 0.5 else w / 2 for name, w in state.items()}, config)
@@ -152,7 +152,7 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, dict[str, np
 
 
 def largest_gradient_error(answers: dict[str, dict[str, np.ndarray]]) -> float:
-    """Each parameter is judged whole: the key bias, a third of c_attn.bias, has a true gradient of zero."""
+    """Compare whole parameters, because the key bias, a third of c_attn.bias, has a true gradient of zero."""
     names = set(answers["gpt2_torch"])
     assert all(set(answer) == names for answer in answers.values())
     return max(
@@ -201,7 +201,7 @@ def test_a_model_without_biases_equals_one_whose_biases_are_zero(tied: bool, x64
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
-def test_padding_the_vocabulary_leaves_the_logits_alone(scan: bool, tied: bool, x64: None):
+def test_padding_the_vocabulary_does_not_change_the_logits(scan: bool, tied: bool, x64: None):
     config = replace(TINY, tie_word_embeddings=tied)
     checkpoint, ids = random_checkpoint(config, np.float64), random_ids(config)
     padded = jax_logits(checkpoint, ids, scan=scan, vocab_multiple=64)
@@ -212,7 +212,7 @@ def test_padding_the_vocabulary_leaves_the_logits_alone(scan: bool, tied: bool, 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
 @pytest.mark.parametrize("form", [{}, {"jit": True}, {"scan": True}], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-def test_no_tokens_have_no_logits(shape: tuple[int, int], form: dict[str, Any], masked: bool) -> None:
+def test_no_tokens_give_no_logits(shape: tuple[int, int], form: dict[str, Any], masked: bool) -> None:
     checkpoint, ids = random_checkpoint(SMALLEST), np.zeros(shape, np.int64)
     mask = np.ones(shape, np.int64) if masked else None
     ours = jax_logits(checkpoint, ids, mask, **form)
@@ -220,7 +220,7 @@ def test_no_tokens_have_no_logits(shape: tuple[int, int], form: dict[str, Any], 
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
-def test_the_losses_of_no_tokens_are_torchs(shape: tuple[int, int]) -> None:
+def test_the_losses_of_no_tokens_equal_torchs(shape: tuple[int, int]) -> None:
     checkpoint, ids = random_checkpoint(SMALLEST), np.zeros(shape, np.int64)
     model, params = jax_model(checkpoint)
     logits = jax_logits(checkpoint, ids), torch.from_numpy(np.array(jax_logits(checkpoint, ids)))
@@ -228,7 +228,7 @@ def test_the_losses_of_no_tokens_are_torchs(shape: tuple[int, int]) -> None:
         jax_loss.cross_entropy(logits[0], ids).shape == torch_loss.cross_entropy(logits[1], torch.from_numpy(ids)).shape
     )
     assert np.isnan(jax_loss.next_token_loss(logits[0], ids))
-    assert torch_loss.next_token_loss(logits[1], torch.from_numpy(ids)).isnan()  # a mean of nothing
+    assert torch_loss.next_token_loss(logits[1], torch.from_numpy(ids)).isnan()  # a mean over no tokens
     batch = {"input_ids": ids, "labels": ids}
     total, gradients = jax.value_and_grad(lambda p: jax_loss.summed_loss(model, p, batch))(params)
     assert total == 0.0

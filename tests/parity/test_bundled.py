@@ -1,4 +1,4 @@
-"""The model that comes with the package: small, trained, and the same in every backend."""
+"""The bundled model: small, trained, and equal in every backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpt2_torch.ops.cross_entropy import cross_entropy
 MOST_BYTES = 8_000_000
 PROMPTS = ("ROMEO:", "To be, or not", "KING RICHARD III:\n", "What, ho!", "Enter a messenger")
 NEW_TOKENS = 24
-LIKE_ITS_TEXT = 0.75  # of the words it writes occur in the tenth of Shakespeare at hand; of random letters, 0.05 do
+LIKE_ITS_TEXT = 0.75  # fraction of its words that are in the validation text; 0.05 for random letters
 SAME_LOSS = 1e-4  # nats: float32 sums in another order
 
 
@@ -73,14 +73,14 @@ def test_verify_holds_on_trained_weights(checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_all_go_on_alike_from_a_prompt(checkpoint: Checkpoint, prompt: str) -> None:
+def test_all_implementations_continue_a_prompt_equally(checkpoint: Checkpoint, prompt: str) -> None:
     ids = checkpoint.tokenizer().encode_ordinary(prompt)
     reference = gpt2_torch.generate(torch_model(checkpoint), torch.tensor([ids]), max_new_tokens=NEW_TOKENS)
     model, params = gpt2_jax.model_from_checkpoint(checkpoint)
     port = gpt2_jax.generate(model, params, jnp.asarray([ids]), max_new_tokens=NEW_TOKENS)
     third = transformers_model(checkpoint).generate(
         torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # else id 0, "!", is taken to be padding
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # otherwise transformers takes id 0, "!", for padding
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
@@ -102,9 +102,7 @@ def test_its_samples_look_like_the_text_it_learned(checkpoint: Checkpoint) -> No
     assert re.search(r"^[A-Z][A-Za-z ]+:$", text, re.MULTILINE), "nobody speaks"
 
 
-def test_it_predicts_what_it_has_not_seen_better_than_it_would_by_chance(
-    checkpoint: Checkpoint, validation_ids: np.ndarray
-) -> None:
+def test_it_predicts_unseen_text_better_than_chance(checkpoint: Checkpoint, validation_ids: np.ndarray) -> None:
     found = gpt2_torch.evaluate(torch_model(checkpoint), validation_ids[:2000])
     assert found.loss < math.log(checkpoint.config.vocab_size) / 1.5
 

@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite are an error in every mode of generation, which names the row and the token."""
+"""NaN or infinite logits are an error in every mode of generation. The error names the row and the token."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def decoder(backend: str, checkpoint: Checkpoint) -> Decoder[Any, Any]:
 
 
 def with_head(rows: Any) -> Checkpoint:
-    """A model whose logits are n_embd times these numbers, one for each token."""
+    """Return a model whose logits are n_embd times these numbers, one for each token."""
     state = dict(random_checkpoint(CONFIG).tensors.items())
     head = np.broadcast_to(np.asarray(rows, np.float32)[:, None], state["lm_head.weight"].shape)
     norm = {"ln_f.weight": np.zeros_like(state["ln_f.weight"]), "ln_f.bias": np.ones_like(state["ln_f.bias"])}
@@ -69,22 +69,22 @@ def test_it_is_an_error_in_every_mode(name: str, logits: str, backend: str) -> N
 
 @each_backend
 @pytest.mark.parametrize("name", REQUESTS)
-def test_minus_infinity_for_some_tokens_is_none(name: str, backend: str) -> None:
+def test_minus_infinity_for_some_tokens_is_no_error(name: str, backend: str) -> None:
     found = decoder(backend, with_head(one_token(-LARGE))).generate(PROMPTS, REQUESTS[name])
     assert all(0 <= i < CONFIG.vocab_size and i != 9 for row in found for c in row for i in c.ids)
 
 
 @each_backend
-@pytest.mark.parametrize("at_a_time", [None, 1, 3])
-def test_the_row_and_the_token_are_named(backend: str, at_a_time: int | None) -> None:
-    """The embedding of a token is NaN that row 1 has first; what was streamed before is right."""
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_the_error_names_the_row_and_the_token(backend: str, chunk_size: int | None) -> None:
+    """The embedding of a token is NaN, and row 1 is the first row with it. Tokens streamed before it are correct."""
     right = random_checkpoint(CONFIG)
     config = GenerationConfig(8)
     ids = [row[0].ids for row in decoder(backend, right).generate(PROMPTS, config)]
     step = next(n for n in range(1, 7) if ids[1][n] not in {0, *ids[0], *ids[1][:n], *PROMPTS[0], *PROMPTS[1]})
     state = {name: np.array(array) for name, array in right.tensors.items()}
     state["wte.weight"][ids[1][step]] = np.nan
-    chunks = decoder(backend, Checkpoint.of(state, CONFIG)).stream(PROMPTS, config, at_a_time)
+    chunks = decoder(backend, Checkpoint.of(state, CONFIG)).stream(PROMPTS, config, chunk_size)
     streamed: list[list[int]] = [[], []]
     with pytest.raises(InvalidLogits) as raised:
         for chunk in chunks:
@@ -92,10 +92,10 @@ def test_the_row_and_the_token_are_named(backend: str, at_a_time: int | None) ->
                 row.extend(new)
     assert (raised.value.row, raised.value.step) == (1, step + 1)
     assert streamed == [row[: len(streamed[0])] for row in ids]
-    assert at_a_time != 1 or len(streamed[0]) == step + 1
+    assert chunk_size != 1 or len(streamed[0]) == step + 1
 
 
-def test_the_row_is_counted_over_all_prompts() -> None:
+def test_the_error_counts_rows_over_all_prompts() -> None:
     encoding = bridge.byte_tokenizer()
     state = {name: np.array(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
     state["wte.weight"][ord("!")] = np.nan

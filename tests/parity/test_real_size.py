@@ -1,4 +1,4 @@
-"""The parity of a GPT-2 of real size: 124M, as transformers writes it. `make test-slow`."""
+"""Parity at 124M parameters, with a checkpoint written by transformers. `make test-slow`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BATCH, LENGTH = 2, 256
 LOGITS_FP32 = 1e-5
 """Largest logit difference with initial weights, whose logits are about 3; torch is 2e-6 from float64."""
 SCALED_LOGITS_FP32 = 1e-4
-"""The same with logits of 100, as pretrained weights give; the spacing of float32 is 8e-6 there."""
+"""The same with logits of 100, as pretrained weights give, where the spacing of float32 is 8e-6."""
 SCALE = 4.0
-"""Embedding and final norm times this give logits of about 100."""
+"""Embedding and final norm are multiplied by this, for logits of about 100."""
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written by transformers; its biases of 0 and norm scales of 1 made random, as they hide mistakes."""
+    """Write a model with transformers, with random biases and norm scales: zeros and ones would hide mistakes."""
     path = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
@@ -105,7 +105,7 @@ def value(checks: list[Check], name: str, what: str) -> float:
 
 
 def randomize_biases_and_norms(model: torch.nn.Module) -> None:
-    """Instead of the zeros and ones that GPT-2 starts with: those would hide a wrong row."""
+    """Replace the zeros and ones of the initialization, which would hide a wrong row."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -23,7 +23,7 @@ PINNED = {
     0: [[96861, 2026261, 934707], [6822908, 6302624, 5634200]],
     LARGEST_SEED: [[5095258, 3324360, 3550486], [1380164, 5270161, 4467457]],
 }
-"""Each seed's first noise of two samples, times 2**23. While they stay, so do the texts that were made with a seed."""
+"""Seed -> the first numbers of two outputs, times 2**23. Texts of a seed stay the same as long as these do."""
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ PINNED = {
         GenerationConfig(1, repetition_penalty=0.5, temperature=100.0, top_k=10**6, top_p=1.0, min_p=0.0),
         GenerationConfig(1, temperature=1.0, top_p=1e-9, min_p=1.0),
         GenerationConfig(1, num_beams=TINY.vocab_size),
-        GenerationConfig(1, num_beams=TINY.vocab_size - 1, eos_token_id=(7, 7)),  # one token, though given twice
+        GenerationConfig(1, num_beams=TINY.vocab_size - 1, eos_token_id=(7, 7)),  # the same token twice
         GenerationConfig(1, num_beams=2, length_penalty=-1.0),
     ],
 )
@@ -163,7 +163,7 @@ def test_more_than_the_positions_needs_sliding(prompts: list[list[int]], new: in
 @pytest.mark.parametrize(
     ("temperature", "greedy"), [(0.0, True), (GREEDY_BELOW / 2, True), (GREEDY_BELOW, False), (1.0, False)]
 )
-def test_a_temperature_of_next_to_nothing_is_greedy(temperature: float, greedy: bool) -> None:
+def test_a_temperature_close_to_zero_is_greedy(temperature: float, greedy: bool) -> None:
     assert GenerationConfig(1, temperature=temperature).greedy is greedy
 
 

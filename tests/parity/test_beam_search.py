@@ -1,4 +1,4 @@
-"""Beam search: the same from both backends and from transformers, and the best there is where it can see all."""
+"""Beam search: equal in both backends and transformers, and optimal if the beams cover all texts."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from gpt2_torch.generation import Decoder as TorchDecoder
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LOGPROB_ROUNDING = 2e-5
-"""Nats. Logits are about 20 and rounded at 2e-6 of that, each in sums that have another order alone than in a batch."""
+"""Nats. Logits are about 20 with a rounding of 2e-6 of that. Sums have another order in a batch than alone."""
 
-SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
+SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers take longer to compile
 NEW_TOKENS = 10
 PROMPTS = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in (5, 3)]
 FEW_TOKENS = GPT2Config(vocab_size=11, n_positions=40, n_embd=16, n_layer=1, n_head=2, n_inner=20)
@@ -74,7 +74,7 @@ def ids(
 @pytest.mark.parametrize("stops", [False, True], ids=["without a stop id", "with one"])
 def test_all_implementations_find_the_same_texts(stops: bool, length_penalty: float, small: Decoders) -> None:
     generation_config = GenerationConfig(NEW_TOKENS, num_beams=4, num_return_sequences=3, length_penalty=length_penalty)
-    if stops:  # tokens in the middle of the texts that are found without
+    if stops:  # tokens in the middle of the texts found without them
         free = ids(small["gpt2_torch"], PROMPTS, generation_config)
         generation_config = replace(generation_config, eos_token_id=(free[0][0][4], free[1][0][6]))
     peer = transformers_model(random_checkpoint(SMALL))
@@ -99,8 +99,8 @@ def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_the_search_is_over_when_it_is_in_transformers(length_penalty: float) -> None:
-    """With so few tokens every search ends by the rule of when it may, which has its corners; torch alone, for time."""
+def test_the_search_ends_when_it_does_in_transformers(length_penalty: float) -> None:
+    """With few tokens, every search ends by the stopping rule, which has edge cases. Only torch, to save time."""
     for seed in range(13):
         checkpoint = random_checkpoint(FEW_TOKENS, seed=seed)
         decoder, peer = TorchDecoder(torch_model(checkpoint)), transformers_model(checkpoint)
@@ -111,10 +111,10 @@ def test_the_search_is_over_when_it_is_in_transformers(length_penalty: float) ->
         assert ids(decoder, [prompt], generation_config) == [ids_of_transformers(peer, prompt, generation_config)], seed
 
 
-def likeliest_of_all(
+def best_of_all(
     checkpoint: Checkpoint, prompt: list[int], generation_config: GenerationConfig
 ) -> list[tuple[float, list[int]]]:
-    """Every text that there is, with its rank, best first."""
+    """Return every possible text with its rank, best first."""
     model, found = torch_model(checkpoint), {}
     for new in itertools.product(range(checkpoint.config.vocab_size), repeat=generation_config.max_new_tokens):
         end = min((n for n, token in enumerate(new, 1) if token in generation_config.eos_token_ids), default=len(new))
@@ -128,10 +128,10 @@ def likeliest_of_all(
 @each_backend
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos_token_ids", [(), (3,)])
-def test_beams_for_all_beginnings_find_the_best_of_all_texts(
+def test_beams_that_cover_all_first_tokens_find_the_best_of_all_texts(
     eos_token_ids: tuple[int, ...], length_penalty: float, backend: str
 ) -> None:
-    """V beams keep every beginning of texts of two tokens."""
+    """V beams keep every first token of texts of two tokens."""
     config = replace(FEW_TOKENS, vocab_size=7)
     checkpoint = random_checkpoint(config, seed=4)
     beams = config.vocab_size - len(eos_token_ids)
@@ -144,7 +144,7 @@ def test_beams_for_all_beginnings_find_the_best_of_all_texts(
         logprobs=True,
     )
     [found] = decoders_of(checkpoint)[backend].generate([[1, 5, 2]], generation_config)
-    best = likeliest_of_all(checkpoint, [1, 5, 2], generation_config)[:4]
+    best = best_of_all(checkpoint, [1, 5, 2], generation_config)[:4]
     assert [continuation.ids for continuation in found] == [new for _, new in best]
     ranks = [sum(c.logprobs or []) / len(c.ids) ** length_penalty for c in found]
     np.testing.assert_allclose(ranks, [rank for rank, _ in best], rtol=0, atol=LOGPROB_ROUNDING)
@@ -152,7 +152,7 @@ def test_beams_for_all_beginnings_find_the_best_of_all_texts(
 
 @each_backend
 @pytest.mark.parametrize("eos_token_ids", [(), tuple(range(0, SMALL.vocab_size, 20))], ids=["no stop ids", "many"])
-def test_a_row_is_what_it_is_alone(eos_token_ids: tuple[int, ...], backend: str, small: Decoders) -> None:
+def test_a_row_does_not_depend_on_the_others(eos_token_ids: tuple[int, ...], backend: str, small: Decoders) -> None:
     generation_config = GenerationConfig(
         NEW_TOKENS, num_beams=3, num_return_sequences=3, logprobs=True, eos_token_id=eos_token_ids
     )
@@ -180,6 +180,6 @@ def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> 
 
 
 @each_backend
-def test_nothing_asked_for_is_nothing_given(backend: str, small: Decoders) -> None:
+def test_no_tokens_or_no_prompts_give_no_output(backend: str, small: Decoders) -> None:
     assert ids(small[backend], PROMPTS, GenerationConfig(0, num_beams=3, num_return_sequences=2)) == [[[], []]] * 2
     assert ids(small[backend], [], GenerationConfig(3, num_beams=3)) == []
