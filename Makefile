@@ -2,16 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers
+OLDEST := .venv-oldest
+NEWEST := .venv-newest
+NEWEST_PYTHON ?= python3.13
+DIST := .venv-dist
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-peers test-mesh test-gpu test-tpu test-overwriting fuzz faults check bench clean
+.PHONY: help demo test test-fast test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## everything but the marked tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-fast: $(INSTALLED)  ## a selection for the inner loop, from every package
+	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 test-slow: $(INSTALLED)  ## the tests at 124M parameters
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
@@ -28,6 +35,13 @@ test-gpu: $(INSTALLED)  ## cuDNN's attention, on a machine with a GPU and the `c
 test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it, on any Linux machine
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/$(TPU) $(BIN)/python -m pytest -m tpu
 
+# Older packages warn of what their own newer dependencies deprecate.
+test-oldest: $(OLDEST)/.installed  ## with the lowest versions that pyproject.toml allows; torch as in constraints.txt
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
+
+test-newest: $(NEWEST)/.installed  ## with Python 3.13 and the newest versions, without torch
+	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
+
 fuzz: $(INSTALLED)  ## 100,000 damaged files of every format and companion; hours, Ctrl-C stops it and it continues
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000 --state .fuzz.json && rm .fuzz.json
 
@@ -43,6 +57,9 @@ check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: $(INSTALLED)  ## the manual, in docs/_build/html; offline, with warnings as errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+
 bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.convert
@@ -50,8 +67,16 @@ bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/gpt2 bench --preset shakespeare-char
 	$(BIN)/python -m tests.benchmarks.generate
 
+dist: $(DIST)/.installed  ## the source distribution and the wheel, in dist/
+	rm -rf build dist
+	$(DIST)/bin/python -m build
+	$(DIST)/bin/python -m twine check --strict dist/*
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 20
+
 clean:
-	rm -rf .venv $(PEERS) $(TPU) demo-output
+	rm -rf .venv $(PEERS) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output docs/_build docs/_generated
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -62,6 +87,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PEERS)/.installed:
 	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet transformers==4.57.6 jax==0.10.2 flax==0.12.8
+	touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt .ci/oldest.py
+	test -d $(OLDEST) || $(PYTHON) -m venv $(OLDEST)
+	(grep '^torch==' constraints.txt; $(PYTHON) .ci/oldest.py) > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	test -d $(NEWEST) || $(NEWEST_PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[test]'
+	touch $@
+
+$(DIST)/.installed:
+	test -d $(DIST) || $(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet build twine
 	touch $@
 
 # Beside the environment and not in it: JAX would look for a TPU in every process that finds this. For jax 0.10.2.

@@ -3,16 +3,18 @@
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.conversion import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
-from bridge.diagnostics import find_diagnostics
+from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
-from bridge.fingerprint import fingerprint
+from bridge.evaluation import IGNORE_INDEX
 from bridge.generation.config import GenerationConfig
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
-from bridge.labels import IGNORE_INDEX
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizers.saving import save_tokenizer
+
+__version__ = "0.1.0"
+"""The version of all three packages, which are released as one. pyproject.toml takes it from here."""
 
 __all__ = [
     "BUNDLED",
@@ -29,6 +31,7 @@ __all__ = [
     "NoTokenizerError",
     "TextOutput",
     "TokenizerError",
+    "__version__",
     "byte_tokenizer",
     "canonical_names",
     "canonicalize",

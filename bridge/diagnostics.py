@@ -1,18 +1,42 @@
-"""Warnings about a checkpoint that loads. A user should read them before relying on the checkpoint."""
+"""Inspection of a loaded checkpoint: warnings about unusual properties, and a fingerprint of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.finite import count_not_finite
+from bridge.storage.tensors import LazyTensorMap, contiguous
 from bridge.tokenizers.loading import OPENAI_VOCAB_SIZE
 
 
 def find_diagnostics(checkpoint: Checkpoint) -> list[str]:
-    """Return one sentence per finding. Reads every tensor once, one at a time."""
+    """Return one warning per unusual property, for the user to read before relying on the checkpoint.
+
+    Reads every tensor once, one at a time.
+    """
     return [*checkpoint.diagnostics, *_in_config(checkpoint.config), *_in_dtypes(checkpoint), *_in_values(checkpoint)]
+
+
+def fingerprint(tensors: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256, in hex, of a set of weights. It does not depend on the file format.
+
+    The digest covers names, dtypes, shapes and bytes of the tensors, sorted by name. Reads one tensor at a time.
+
+    Args:
+        tensors: canonical name -> array, for example `Checkpoint.tensors`.
+    """
+    digest = hashlib.sha256()
+    lazy = LazyTensorMap.of(tensors)
+    for name in sorted(lazy):
+        array = contiguous(lazy[name])
+        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _in_config(config: GPT2Config) -> Iterator[str]:

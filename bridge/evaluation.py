@@ -17,7 +17,9 @@ import numpy as np
 
 from bridge.config import GPT2Config
 from bridge.errors import BridgeError
-from bridge.labels import IGNORE_INDEX
+
+IGNORE_INDEX = -100
+"""Label of a position without a loss, such as padding. The default `ignore_index` of PyTorch's cross entropy."""
 
 TOKENS_PER_BATCH = 4096
 """What a batch holds unless asked otherwise: with GPT-2's vocabulary its logits take 0.8 GB in float32."""

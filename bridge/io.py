@@ -10,26 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from bridge import hub
 from bridge.checkpoint import Checkpoint
-from bridge.errors import BridgeError, CheckpointError, ConversionError, install_command, quoted
+from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
-from bridge.formats.recognition import Found, choose_checkpoint, find_checkpoints, own_config
+from bridge.formats.recognition import Found, SeveralCheckpointsError, choose_checkpoint, own_config
 from bridge.formats.run import is_run
 from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
 from bridge.storage.manifest import recorded
 from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap
-from bridge.tokenizers.loading import TOKENIZER_FILES
 
-_HUB_COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-_HUB_WEIGHTS = (
-    ("*.safetensors", "*.safetensors.index.json"),
-    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
-    ("flax_model*.msgpack", "flax_model.msgpack.index.json"),
-)
 _SUFFIXES = frozenset(
     {
         ".safetensors",
@@ -37,13 +31,10 @@ _SUFFIXES = frozenset(
         ".ckpt",
         ".h5",
         ".zip",
-        *(s for m in FORMATS.values() for s in getattr(m, "SUFFIXES", ())),
+        *(suffix for format in FORMATS.values() for suffix in format.suffixes),
     }
 )
 """Suffixes of checkpoint files. A target directory with such a name is an error."""
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
 BUNDLED = Path(__file__).parent / "bundled"
 """A small GPT-2 in Hugging Face format, trained on Shakespeare by this project. `load("bundled")` opens it."""
 
@@ -67,9 +58,9 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
     if str(source) == BUNDLED.name and not path.exists():
         path = BUNDLED
     if not os.path.exists(path):  # unlike Path.exists, returns False for a name that is too long
-        if not _HUB_ID.fullmatch(str(source)):
+        if not hub.is_repo_id(str(source)):
             raise CheckpointError(f"{quoted(Path(source))} does not exist")
-        path = _from_hub(str(source))
+        path = hub.download(str(source))
     chosen = choose_checkpoint(path)
     if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
@@ -82,21 +73,20 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
 
 
 def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Checkpoint:
-    module = found.format
     options: dict[str, Any] = {}
-    if hasattr(module, "FILE"):
+    if found.format.file_name is not None:
         options["config_json"] = config_json = own_config(found.path)
         if config_json is None and has_companion(found.path.parent, CONFIG):
             notes += (f"{CONFIG} beside the file was not read, because the directory holds several checkpoints",)
-    if hasattr(module, "STATES_NO_ACTIVATION"):
+    if not found.format.states_activation:
         options["activation"] = activation
     elif activation is not None:
         raise CheckpointError(
-            f"{quoted(found.path)}: activation={quoted(activation)} was given, but {module.NAME} files state their "
-            "activation; leave the argument out (--source-activation), or change the model with "
+            f"{quoted(found.path)}: activation={quoted(activation)} was given, but {found.format.name} files state "
+            "their activation; leave the argument out (--source-activation), or change the model with "
             "checkpoint.with_activation() (--activation)"
         )
-    checkpoint = module.read(found.path, **options)
+    checkpoint = found.format.read(found.path, **options)
     return replace(checkpoint, diagnostics=(*checkpoint.diagnostics, *notes))
 
 
@@ -134,28 +124,28 @@ def save(
             suffix of another format, or cannot be written.
         BridgeError: the format cannot represent the model. The message names the field.
     """
-    if format not in WRITABLE:
+    if format not in FORMATS or (write := FORMATS[format].write) is None:
         raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(WRITABLE)}")
     target = Path(target)
     as_file = _names_a_file(target, format)
     _require_apart(target, checkpoint)
     if not allow_non_finite:
         checkpoint = _watched(checkpoint)
-    module = FORMATS[format]
-    left_out: tuple[str, ...] = ()
     if as_file:
         with new_file(target, overwrite=lambda: overwrite and _require_format(target, format)) as file:
-            left_out = module.write(checkpoint, file, **options)
+            left_out = write(checkpoint, file, **options)
     else:
         with new_directory(target, replaceable=_replaceable(target, format) if overwrite else None) as directory:
-            if hasattr(module, "FILE"):
-                module.write(checkpoint, directory / module.FILE, **options)
+            file_name = FORMATS[format].file_name
+            if file_name is None:
+                write(checkpoint, directory, **options)
+            else:
+                write(checkpoint, directory / file_name, **options)
                 write_config(directory / CONFIG, checkpoint.config, checkpoint.extra)
                 carry_files(checkpoint, directory)
-            else:
-                module.write(checkpoint, directory, **options)
+            left_out = ()
     steps = checkpoint.optimizer.step if checkpoint.optimizer is not None else 0
-    if steps and not hasattr(module, "KEEPS_OPTIMIZER"):
+    if steps and not FORMATS[format].keeps_optimizer:
         left_out += (f"the state of AdamW after {steps} steps, which {format} cannot store",)
     return left_out
 
@@ -191,10 +181,10 @@ def _watched_tensors(tensors: LazyTensorMap, what: str = "") -> LazyTensorMap:
 def _names_a_file(target: Path, format: str) -> bool:
     """Whether `target` is a file, not a directory. Raises `CheckpointError` for the suffix of another format."""
     suffix = target.suffix.lower()
-    if suffix in getattr(FORMATS[format], "SUFFIXES", ()):
+    written = FORMATS[format].suffixes
+    if suffix in written:
         return True
     if suffix in _SUFFIXES:
-        written = getattr(FORMATS[format], "SUFFIXES", None)
         instead = f"a file that ends in {written[0]}, or a directory" if written else "a directory"
         raise CheckpointError(
             f"{quoted(target)} ends in {suffix}, but {format} is written as {instead}; choose a name without {suffix}"
@@ -221,19 +211,19 @@ def _replaceable(target: Path, format: str) -> Replaceable:
         return lambda name: False
     if any(is_run(path) for path in (target.resolve(), *target.resolve().parents)):
         raise CheckpointError(f"{quoted(target)} is not overwritten, because it belongs to a training run")
-    if len({found.model for found in find_checkpoints(target)}) > 1:
-        raise CheckpointError(f"{quoted(target)} is not overwritten, because it holds several checkpoints")
-    if _format_of(target) not in WRITABLE:
+    try:
+        is_writable = _format_of(target) in WRITABLE
+    except SeveralCheckpointsError:
+        raise CheckpointError(f"{quoted(target)} is not overwritten, because it holds several checkpoints") from None
+    if not is_writable:
         return lambda name: False
     known, names = recorded(target), _writes(format)
     return lambda name: name in known or names.fullmatch(name) is not None
 
 
 def _writes(format: str) -> re.Pattern[str]:
-    """A pattern that matches the name of every file that this format may write to a directory."""
-    module = FORMATS[format]
-    weights = re.escape(module.FILE) if hasattr(module, "FILE") else module.WRITES
-    return re.compile("|".join([weights, *map(re.escape, (CONFIG, *CARRIED_FILES))]))
+    """Return a pattern for the names of all files that this format writes into a directory."""
+    return re.compile("|".join([FORMATS[format].written_names, *map(re.escape, (CONFIG, *CARRIED_FILES))]))
 
 
 def _require_format(target: Path, format: str) -> bool:
@@ -246,9 +236,14 @@ def _require_format(target: Path, format: str) -> bool:
 
 
 def _format_of(path: Path) -> str | None:
-    """The format of the checkpoint at `path`, or None if it cannot be read."""
+    """Return the format of the checkpoint at `path`, or None if it cannot be read.
+
+    Raises `SeveralCheckpointsError` if `path` holds several.
+    """
     try:
         return load(path).format
+    except SeveralCheckpointsError:
+        raise
     except BridgeError:
         return None
 
@@ -263,24 +258,3 @@ def _what_it_lacks(path: Path) -> str:
     if not StoredFile.open(path).size:  # raises if it is not a regular file
         return "it is empty"
     return "its first bytes match no supported format; the download may be damaged, or it is not a checkpoint"
-
-
-def _from_hub(repo_id: str) -> Path:
-    missing = f"{quoted(repo_id)} is not a local path"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f"{missing}; to load it from the Hugging Face hub, install its extra: {install_command('hub')}"
-        ) from None
-    try:
-        for weights in _HUB_WEIGHTS:  # download one form only: each is the whole model
-            path = Path(snapshot_download(repo_id, allow_patterns=[*_HUB_COMPANIONS, *weights]))
-            if choose_checkpoint(path) is not None:
-                break
-        return path
-    except Exception as error:  # the hub's client also raises errors of its HTTP library and of the system
-        raise CheckpointError(
-            f"{missing}, and the download from the Hugging Face hub failed ({type(error).__name__}); check the name "
-            "and the connection, or download it elsewhere and give the directory"
-        ) from error

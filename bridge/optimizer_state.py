@@ -17,13 +17,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from bridge import conversion as convert
+from bridge import conversion
 from bridge.config import GPT2Config
 from bridge.conversion import FlaxTree, canonical_names, differences
 from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.parameter_table import parameters
-from bridge.storage import tensors as arrays
-from bridge.storage.tensors import LazyTensor, LazyTensorMap
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def group_sizes(state_dict: Mapping[str, Any]) -> list[int]:
 
 
 def from_torch(
-    state_dict: Mapping[str, Any], names: Sequence[str] | None, config: GPT2Config, *, turned: Collection[str] = ()
+    state_dict: Mapping[str, Any], names: Sequence[str] | None, config: GPT2Config, *, transposed: Collection[str] = ()
 ) -> AdamWState:
     """The state in an AdamW's `state_dict()`; one that was never stepped is step 0 with moments of zero.
 
@@ -68,7 +67,7 @@ def from_torch(
         names: the parameters' names in the optimizer's order, group after group, with any prefix that
             `bridge.canonical_names` knows; None where the state names them itself, as it does if the
             optimizer was given `model.named_parameters()` (torch 2.6).
-        turned: the canonical names of the matrices that are `[out, in]` in that model, as `nn.Linear` keeps them.
+        transposed: the canonical names of the matrices that are `[out, in]` in that model, as `nn.Linear` keeps them.
 
     Raises `ConversionError` unless this is the state of every parameter of the model that `config`
     describes, all of them stepped equally often, by AdamW and no variant of it.
@@ -81,7 +80,7 @@ def from_torch(
     problems += _unlike(order, shapes)
     problems += _incomplete(keys, entries)
     step = _common_step(_values("step", keys, entries, problems), problems)
-    exp_avg, exp_avg_sq = (_turned(_values(moment, keys, entries, problems), turned) for moment in _MOMENTS)
+    exp_avg, exp_avg_sq = (_transposed(_values(moment, keys, entries, problems), transposed) for moment in _MOMENTS)
     for moment, values in zip(_MOMENTS, (exp_avg, exp_avg_sq), strict=True):
         known = {name: value for name, value in values.items() if name in shapes}
         problems += [f"{moment} of {line}" for line in differences({name: shapes[name] for name in known}, known)]
@@ -123,7 +122,7 @@ def from_flax(
 ) -> AdamWState:
     """The state whose moments are Flax trees, per layer or stacked, as `bridge.to_torch` takes them."""
     exp_avg, exp_avg_sq = _both(
-        ("mu", mu), ("nu", nu), lambda t: convert.to_torch(t, config, vocab_multiple=vocab_multiple)
+        ("mu", mu), ("nu", nu), lambda t: conversion.to_torch(t, config, vocab_multiple=vocab_multiple)
     )
     return AdamWState(step, exp_avg, exp_avg_sq)
 
@@ -135,7 +134,7 @@ def to_flax(
     return _both(
         ("exp_avg", state.exp_avg),
         ("exp_avg_sq", state.exp_avg_sq),
-        lambda moments: convert.to_flax(moments, config, stacked=stacked, vocab_multiple=vocab_multiple),
+        lambda moments: conversion.to_flax(moments, config, stacked=stacked, vocab_multiple=vocab_multiple),
     )
 
 
@@ -267,13 +266,13 @@ def _values(what: str, keys: Mapping[str, Any], entries: _Entries, problems: lis
     return values
 
 
-def _turned(values: _Values, names: Collection[str]) -> _Values:
+def _transposed(values: _Values, names: Collection[str]) -> _Values:
     """The values, those in `names` transposed."""
 
-    def transposed(value: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
-        return arrays.turned(value) if isinstance(value, LazyTensor) else value.T
+    def transpose(value: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
+        return transposed(value) if isinstance(value, LazyTensor) else value.T
 
-    return {name: transposed(value) if name in names else value for name, value in values.items()}
+    return {name: transpose(value) if name in names else value for name, value in values.items()}
 
 
 def _moments(values: _Values) -> Mapping[str, np.ndarray]:

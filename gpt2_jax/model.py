@@ -25,14 +25,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
+from gpt2_jax.choices import Implementation, Remat
 from gpt2_jax.ops import kv_cache
 from gpt2_jax.ops.activations import ACTIVATIONS
-from gpt2_jax.ops.attention import Implementation, attention, cached_attention
+from gpt2_jax.ops.attention import attention, cached_attention
 from gpt2_jax.ops.dtypes import wide_dtype
 from gpt2_jax.ops.kv_cache import KVCache
 from gpt2_jax.ops.linear import project, project_to_vocabulary
 from gpt2_jax.ops.norm import scaled_norm
-from gpt2_jax.parallel.remat import POLICIES, PROJECTED, Remat
+from gpt2_jax.parallel.remat import POLICIES, PROJECTED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, constrain, gathered
 
 

@@ -1,6 +1,6 @@
 """GPT-2 in PyTorch: the reference. Needs no JAX."""
 
-from bridge import GPT2_SIZES, GenerationConfig, GPT2Config
+from bridge import GPT2_SIZES, GenerationConfig, GPT2Config, __version__
 from gpt2_torch.evaluation import evaluate
 from gpt2_torch.generation import Decoder, generate
 from gpt2_torch.loading import checkpoint_from_model, from_pretrained, model_from_checkpoint
@@ -19,6 +19,7 @@ __all__ = [
     "GenerationConfig",
     "KVCache",
     "MultiHeadAttention",
+    "__version__",
     "checkpoint_from_model",
     "cross_entropy",
     "empty_cache",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 # Before torch is imported. Several threads wait for each other longer than one computes a small model, ten times as
 # long where another worker has the cores.
@@ -13,6 +17,90 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+MEMORY_DISK = Path("/dev/shm")
+MEMORY_DISK_BYTES = 4 * 2**30
+"""Free space that the temporary files of a whole run need, with room."""
+
+LENGTHY_FOLDERS = {"faults", "fuzz", "overwriting"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="only the first case of each parametrized test, and no tests that train, start processes or fuzz",
+    )
+
+
+def pytest_configure() -> None:
+    """Keep temporary files in memory, because every write of this project waits for the disk (fsync).
+
+    `--basetemp`, `TMPDIR` and `PYTEST_DEBUG_TEMPROOT` choose another place.
+    """
+    if "TMPDIR" not in os.environ and os.access(MEMORY_DISK, os.W_OK):
+        if shutil.disk_usage(MEMORY_DISK).free >= MEMORY_DISK_BYTES:
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest asks when it first needs it
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--fast`, keep the first case of each test that is not lengthy."""
+    if not config.getoption("--fast"):
+        return
+    kept: dict[str, pytest.Item] = {}
+    for item in items:
+        if not _is_lengthy(item):
+            kept.setdefault(item.nodeid.partition("[")[0], item)
+    chosen = set(kept.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept.values()
+
+
+def _is_lengthy(item: pytest.Item) -> bool:
+    """Whether a test trains or compiles much, starts child processes, or tries many random inputs."""
+    folders = item.path.relative_to(Path(__file__).parent).parts[:-1]
+    fixtures = getattr(item, "fixturenames", ())
+    return (
+        not LENGTHY_FOLDERS.isdisjoint(folders)
+        or "compiling_quickly" in fixtures
+        or hasattr(getattr(item, "module", None), "subprocess")
+    )
+
+
+NO_TORCH = find_spec("torch") is None
+NEEDS_TORCH = "needs torch, which is not installed"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Skip a module that imports torch where torch is not installed (`make test-newest`). Other errors stay errors."""
+    report = yield
+    if NO_TORCH and report.failed and "No module named 'torch'" in str(report.longrepr):
+        report.outcome = "skipped"
+        report.longrepr = (str(collector.path), 0, f"Skipped: {NEEDS_TORCH}")
+    return report
+
+
+def _skip_without_torch() -> Generator[None, Any, Any]:
+    """Skip a test or fixture that imports torch itself where torch is not installed."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if NO_TORCH and error.name == "torch":
+            pytest.skip(NEEDS_TORCH)
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, Any, Any]:
+    return (yield from _skip_without_torch())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, Any, Any]:
+    return (yield from _skip_without_torch())
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The floors: what must run without which framework, proved in child processes that cannot import it."""
+"""Which packages run without which framework, proved in child processes, and the order of the modules inside them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.import_graph import circles, import_graph, upward_imports
 from support.models import huggingface_directory
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ sys.meta_path.insert(0, Blocker())
 
 JAX = ("jax", "jaxlib", "flax", "optax")
 TORCH = ("torch", "transformers")
-OTHER = ("safetensors", "huggingface_hub", "tiktoken", "rich", "tyro")
+OTHER = ("huggingface_hub", "tiktoken", "rich", "tyro")
 
 
 def run_without(blocked: tuple[str, ...], code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
@@ -100,6 +101,37 @@ assert logits.shape == (2, 17, 257) and np.isfinite(logits).all()
     assert_runs_without((*TORCH, "gpt2_torch"), code, huggingface_directory(tmp_path / "source"))
 
 
+HEAVY = (*JAX, *TORCH, "gpt2_torch", "orbax", "grain", "tensorstore", "tokenizers", "matplotlib")
+"""Packages whose import takes a noticeable time. Verbs that do not need them must start without them."""
+
+
+def test_the_packages_are_imported_without_their_frameworks() -> None:
+    assert_runs_without(HEAVY, "import bridge, gpt2_jax, gpt2_jax.data, gpt2_jax.training, gpt2_jax.cli")
+
+
+def test_help_version_inspect_and_convert_import_no_framework(tmp_path: Path) -> None:
+    code = """
+from gpt2_jax.cli import main
+from gpt2_jax.cli.verbs import VERBS
+
+def run(*arguments):
+    try:
+        main([*arguments])
+    except SystemExit as ended:
+        assert not ended.code, (arguments, ended.code)
+
+run("--help")
+assert "numpy" not in sys.modules
+run("--version")
+for verb in VERBS:
+    run(verb, "--help")
+run("inspect")
+run("convert", sys.argv[2], sys.argv[3], "--to", "flax")
+"""
+    source = huggingface_directory(tmp_path / "source")
+    assert_runs_without(HEAVY, code, source, tmp_path / "flax")
+
+
 @pytest.mark.parametrize(
     "imports",
     [
@@ -120,10 +152,78 @@ def test_the_check_fails_where_a_blocked_package_is_imported(imports: str) -> No
 
 def test_the_check_fails_where_the_upper_floor_needs_the_blocked_package() -> None:
     assert "torch is blocked here" in run_without(TORCH, "import gpt2_torch").stderr
-    assert "jax is blocked here" in run_without(JAX, "import gpt2_jax").stderr
+    assert "jax is blocked here" in run_without(JAX, "import gpt2_jax; gpt2_jax.GPT2").stderr
 
 
 def test_an_import_that_is_blocked_and_caught_can_fall_back() -> None:
     """Optional imports see the ordinary ModuleNotFoundError, with the name that is missing."""
     code = "try:\n    import torch\nexcept ModuleNotFoundError as error:\n    assert error.name == 'torch'"
     assert_runs_without(TORCH, code)
+
+
+def test_no_module_imports_a_higher_one_and_none_are_circular() -> None:
+    graph = import_graph()
+    assert len(graph) > 100
+    assert circles(graph) == []
+    assert upward_imports(graph) == []
+
+
+def write_modules(root: Path, **sources: str) -> Path:
+    """Write `bridge__config="..."` as `bridge/config.py`, and so on, with empty packages around them."""
+    for name, source in sources.items():
+        path = root.joinpath(*name.split("__")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        for parent in path.relative_to(root).parents[:-1]:
+            (root / parent / "__init__.py").touch()
+    return root
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import bridge.io",
+        "from bridge import io",
+        "from bridge.io import load",
+        "from .. import io",
+        "from ..io import load",
+        "def later():\n    from bridge.io import load",
+        "class A:\n    def later(self):\n        if True:\n            import bridge.io as files",
+    ],
+)
+def test_an_upward_import_is_found_wherever_it_stands(tmp_path: Path, statement: str) -> None:
+    root = write_modules(tmp_path, bridge__storage__manifest=statement, bridge__io="load = None")
+    assert upward_imports(import_graph(root, ["bridge"])) == [
+        "bridge.storage.manifest imports bridge.io, which is above it"
+    ]
+
+
+def test_an_import_for_type_checking_alone_does_not_count(tmp_path: Path) -> None:
+    source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from bridge import io"
+    root = write_modules(tmp_path, bridge__storage__manifest=source, bridge__io="")
+    assert upward_imports(import_graph(root, ["bridge"])) == []
+
+
+def test_a_circle_is_found_through_other_modules_and_inside_functions(tmp_path: Path) -> None:
+    root = write_modules(
+        tmp_path,
+        bridge__formats__a="from bridge.formats import b",
+        bridge__formats__b="import bridge.formats.c",
+        bridge__formats__c="def later():\n    from bridge.formats.a import x",
+        bridge__formats__d="import bridge.formats.a",
+    )
+    assert circles(import_graph(root, ["bridge"])) == [["bridge.formats.a", "bridge.formats.b", "bridge.formats.c"]]
+
+
+def test_a_module_without_a_layer_and_an_import_of_the_other_backend_are_found(tmp_path: Path) -> None:
+    root = write_modules(
+        tmp_path,
+        bridge__novelty="",
+        gpt2_torch__model="",
+        gpt2_jax__data__text="import gpt2_torch.model",
+        gpt2_jax__parity__verify="import gpt2_torch.model",
+    )
+    assert upward_imports(import_graph(root)) == [
+        "bridge.novelty has no layer",
+        "gpt2_jax.data.text imports gpt2_torch.model; only gpt2_jax.parity, gpt2_jax.bench, gpt2_jax.cli may",
+    ]

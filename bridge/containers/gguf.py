@@ -1,8 +1,9 @@
 """The GGUF container: typed metadata and tensors, read one tensor at a time and written as a stream.
 
 Format: magic, version, two counts, keys with values, descriptions of the tensors, padding, data; all little-endian.
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Where that leaves room llama.cpp's own reader decides
-(ggml/src/gguf.cpp): no arrays of arrays, tensors in the order of their descriptions with nothing but padding between.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Where the description is ambiguous, this module follows
+llama.cpp's reader (ggml/src/gguf.cpp): no arrays of arrays; tensors in the order of their descriptions, with only
+padding between them. The `gguf` package is not used: importing it takes half a second and brings three more packages.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import ml_dtypes
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensorMap
 
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(t) for name, t in {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.items()
 }
-"""The element types that are carried, by ggml's names."""
+"""The element types that are read and written, by ggml's names."""
 
-# enum ggml_type in its order, "-" where ggml has removed one; those that are not read are here for messages.
+# enum ggml_type, in order; "-" for removed types. Types that are not read are listed for messages.
 _TENSOR_TYPES_IN_ORDER = (
     "F32 F16 Q4_0 Q4_1 - - Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S "
     "IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 - - - TQ1_0 TQ2_0 - - - MXFP4 NVFP4 Q1_0"
@@ -35,7 +37,7 @@ _TENSOR_TYPES = _TENSOR_TYPES_IN_ORDER.split()
 _TYPE_NUMBERS = {DTYPES[name]: number for number, name in enumerate(_TENSOR_TYPES) if name in DTYPES}
 _UNQUANTISED = {"I8", "I16", "I32", "I64", "F64"}
 
-# enum gguf_metadata_value_type: the name, and struct's letter.
+# enum gguf_metadata_value_type: the name, and the format character of `struct`.
 _SCALARS = {
     0: ("uint8", "B"),
     1: ("int8", "b"),
@@ -52,33 +54,33 @@ _SCALARS = {
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 _MAGIC = b"GGUF"
-_VERSIONS = (2, 3)  # 3 differs from 2 in that it may be big-endian
-_ALIGNMENT = 32  # where general.alignment does not say otherwise
+_VERSIONS = (2, 3)  # version 3 only adds big-endian files
+_ALIGNMENT = 32  # the default of general.alignment
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
-_MOST_NAME_BYTES = 63  # GGML_MAX_NAME, with the zero behind it
+_MOST_NAME_BYTES = 63  # GGML_MAX_NAME without the terminating zero
 _MOST_KEY_BYTES = 2**16 - 1
 
-# What follows bounds the cost of a hostile file, which may be sparse; it is far above what a GPT-2 needs.
+# Limits on the cost of a malicious file, which may be sparse. A GPT-2 needs far less.
 _MOST_HEADER_BYTES = 2**24  # a vocabulary of 50,257 takes 2 MB
 _MOST_KEYS = 2**12
 _MOST_TENSORS = 2**14
-_MOST_STRINGS = 2**19  # in all arrays together; tokens and merges are 100,257
+_MOST_STRINGS = 2**19  # in all arrays together; GPT-2 has 100,257 tokens and merges
 _BLOCK_BYTES = 2**17
 
 
 @dataclass(frozen=True)
 class Array:
-    """An array of the metadata, which stays in the file until it is read."""
+    """An array of the metadata. Its entries are read on access."""
 
     type: str
-    """Of its entries: "string", "int32" ..."""
+    """Type of the entries: "string", "int32" ..."""
     count: int
     _file: StoredFile
     _offset: int
     _nbytes: int
 
     def read(self) -> list[Any]:
-        """Its entries; strings as UTF-8 bytes."""
+        """Return the entries. Strings are UTF-8 bytes."""
         content = self._file.read(self._offset, self._nbytes)
         if self.type != "string":
             letter = dict(_SCALARS.values())[self.type]
@@ -92,7 +94,7 @@ class Array:
 
 
 Value: TypeAlias = int | float | bool | bytes | Array
-"""What a key has; a string is UTF-8 bytes that nobody has looked at yet."""
+"""The value of a key. A string is UTF-8 bytes that have not been validated."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,10 @@ class GGUFFile:
 
     @classmethod
     def open(cls, path: str | Path) -> GGUFFile:
-        """Reads the metadata, without the arrays. Raises `CheckpointError` for what is damaged or not little-endian
-        GGUF of version 2 or 3; every count and length is held against the bytes that are there first."""
+        """Read the metadata, without its arrays. Counts and lengths are validated against the size of the file first.
+
+        Raises `CheckpointError` if the file is damaged, or is not little-endian GGUF of version 2 or 3.
+        """
         cursor = _Cursor(StoredFile.open(path))
         tensor_count, key_count = _counts(cursor)
         metadata: dict[str, Value] = {}
@@ -115,7 +119,7 @@ class GGUFFile:
             cursor.field = f"key {number + 1} of {key_count}"
             key = cursor.string(_MOST_KEY_BYTES)
             if not key or not key.isascii():
-                raise cursor.refusal(f"{shown(key)} is not a name in ASCII")
+                raise cursor.refusal(f"{shown(key)} is not an ASCII name")
             cursor.field = quoted(key.decode())
             if key.decode() in metadata:
                 raise cursor.refusal("is there twice")
@@ -123,10 +127,10 @@ class GGUFFile:
         return cls(cursor.file, metadata, tensor_count, cursor.position)
 
     def tensors(self) -> LazyTensorMap:
-        """The tensors, each read when it is looked up, in numpy's order of axes: the last is the innermost.
+        """Return the tensors, each read on access, with axes in numpy's order: the last axis is the innermost.
 
-        Raises `CheckpointError` for types that are not in `DTYPES` and for tensors that overlap, leave holes or do
-        not lie in the file.
+        Raises `CheckpointError` for types that are not in `DTYPES`, and for tensors that overlap, leave holes or are
+        outside the file.
         """
         cursor = _Cursor(self.file, self._tensors_described_at)
         described: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
@@ -140,13 +144,12 @@ class GGUFFile:
             shape, dtype, offset = _shape(cursor), _dtype(cursor), cursor.number(8)
             if offset != end:
                 raise cursor.refusal(
-                    f"starts at byte {offset} of the data, where {quoted(end)} is the next free one; the file is "
-                    "damaged"
+                    f"starts at byte {offset} of the data instead of {quoted(end)}; the file is damaged"
                 )
             described[name] = dtype, shape
             end = offset + _padded(math.prod(shape) * dtype.itemsize, alignment)
         start = _padded(cursor.position, alignment)
-        if self.file.size > start + end:  # it may end before: the last tensor need not be padded
+        if self.file.size > start + end:  # the file may be shorter: the last tensor need not be padded
             trailing = self.file.size - start - end
             raise CheckpointError(
                 f"{quoted(self.file.path)}: {trailing} bytes after the last tensor; the file is damaged"
@@ -161,29 +164,29 @@ class GGUFFile:
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         if type(alignment) is not int or alignment < 8 or alignment.bit_count() != 1:
             raise CheckpointError(
-                f"{quoted(self.file.path)}: general.alignment is {shown(alignment)}, not a power of two from 8 on"
+                f"{quoted(self.file.path)}: general.alignment is {shown(alignment)}, not a power of two of at least 8"
             )
         return alignment
 
 
 def shown(value: Value | None) -> str:
-    """A value of the metadata, fit for a message; None is one that is missing."""
+    """Format a value of the metadata for a message. None is a missing value."""
     if isinstance(value, Array):
         return f"an array of {value.count}"
     return "missing" if value is None else quoted(value.decode(errors="replace") if isinstance(value, bytes) else value)
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as GGUF does; False for what cannot be read."""
+    """Whether a file starts with GGUF's magic number. Returns False for an unreadable file."""
     return first_bytes(path, len(_MAGIC)) == _MAGIC
 
 
 def write_file(path: str | Path, metadata: Mapping[str, bytes], tensors: LazyTensorMap) -> None:
-    """Write version 3; never more than one tensor is in memory.
+    """Write GGUF version 3. At most one tensor is in memory at a time.
 
     Args:
-        metadata: key -> what `uint32`, `float32`, `string`, `int32s` or `strings` makes of its value.
-        tensors: of the types in `DTYPES`.
+        metadata: key -> value, encoded by `uint32`, `float32`, `string`, `int32s` or `strings`.
+        tensors: tensors of the types in `DTYPES`.
     """
     header = bytearray(_MAGIC + struct.pack("<IQQ", _VERSIONS[-1], len(tensors), len(metadata)))
     for key, value in metadata.items():
@@ -199,7 +202,7 @@ def write_file(path: str | Path, metadata: Mapping[str, bytes], tensors: LazyTen
         position += _padded(entry.nbytes, _ALIGNMENT)
     if len(tensors) > _MOST_TENSORS or len(header) > _MOST_HEADER_BYTES:
         raise CheckpointError(
-            f"{len(tensors)} tensors and a header of {len(header)} bytes are more than is read back: "
+            f"{len(tensors)} tensors and a header of {len(header)} bytes exceed the limits for reading, "
             f"{_MOST_TENSORS} and {_MOST_HEADER_BYTES}"
         )
     with open(path, "xb") as file:
@@ -210,7 +213,7 @@ def write_file(path: str | Path, metadata: Mapping[str, bytes], tensors: LazyTen
 
 
 def uint32(value: int) -> bytes:
-    """A value of the metadata as it is stored, its type in front; so do the next four."""
+    """Encode a value of the metadata, with its type in front. The next four functions do the same for other types."""
     return struct.pack("<II", 4, value)
 
 
@@ -236,15 +239,15 @@ def _sized(text: str) -> bytes:
 
 
 class _Cursor:
-    """A place in the header. Reads by blocks, because `StoredFile` opens the file for each read."""
+    """A position in the header. Reads in blocks, because `StoredFile` opens the file for each read."""
 
     def __init__(self, file: StoredFile, position: int = 0) -> None:
         self.file = file
         self.position = position
         self.field = "the header"
-        """What is being read, for messages."""
+        """The field that is being read, for messages."""
         self.strings = 0
-        """Those in arrays so far."""
+        """Number of strings in arrays so far."""
         self._block = b""
         self._block_start = 0
 
@@ -252,14 +255,14 @@ class _Cursor:
         return CheckpointError(f"{quoted(self.file.path)}: {self.field}: {why}")
 
     def require(self, count: int) -> None:
-        """That `count` bytes are there, in a header that is not too large to be one."""
+        """Raise unless `count` more bytes exist and fit into the largest allowed header."""
         if count > self.file.size - self.position:
             raise self.refusal(
-                f"{quoted(count)} bytes from {self.position} on do not lie in the file's {self.file.size}; it is "
-                "damaged or truncated"
+                f"{quoted(count)} bytes from {self.position} exceed the file's {self.file.size}; it is damaged or "
+                "truncated"
             )
         if count > _MOST_HEADER_BYTES - self.position:
-            raise self.refusal(f"the header is larger than the {_MOST_HEADER_BYTES} bytes that are read of one")
+            raise self.refusal(f"the header is larger than the limit of {_MOST_HEADER_BYTES} bytes")
 
     def skip(self, count: int) -> None:
         self.require(count)
@@ -274,33 +277,33 @@ class _Cursor:
         return self._block[start - self._block_start : self.position - self._block_start]
 
     def number(self, width: int) -> int:
-        """An unsigned one of `width` bytes."""
+        """Read an unsigned integer of `width` bytes."""
         return int.from_bytes(self.take(width), "little")
 
     def string(self, most: int = _MOST_HEADER_BYTES) -> bytes:
         length = self.number(8)
         self.require(length)
         if length > most:
-            raise self.refusal(f"a name of {length} bytes; at most {most} are read")
+            raise self.refusal(f"a name of {length} bytes; the limit is {most}")
         return self.take(length)
 
 
 def _counts(cursor: _Cursor) -> tuple[int, int]:
-    """How many tensors and how many keys there are, from the file's first bytes."""
+    """Read the number of tensors and the number of keys."""
     if cursor.take(len(_MAGIC)) != _MAGIC:
         raise cursor.refusal("this is not a GGUF file")
     version = cursor.number(4)
     if version and not version & 0xFFFF:
-        raise cursor.refusal("this GGUF file is big-endian; turn it with gguf-convert-endian of the package gguf")
+        raise cursor.refusal("this GGUF file is big-endian; convert it with gguf-convert-endian of the package gguf")
     if version not in _VERSIONS:
         raise cursor.refusal(
-            f"GGUF version {version}; only {' and '.join(map(str, _VERSIONS))} are read: make it again from the "
-            "model's original with a llama.cpp of today"
+            f"GGUF version {version}; only versions {' and '.join(map(str, _VERSIONS))} are supported; convert the "
+            "original model again with a current llama.cpp"
         )
     tensors, keys = cursor.number(8), cursor.number(8)
     for count, most, what in ((tensors, _MOST_TENSORS, "tensors"), (keys, _MOST_KEYS, "keys")):
         if count > most:
-            raise cursor.refusal(f"says that there are {count} {what}; at most {most} are read")
+            raise cursor.refusal(f"states {count} {what}; the limit is {most}")
     return tensors, keys
 
 
@@ -311,13 +314,13 @@ def _value(cursor: _Cursor) -> Value:
     if type == _ARRAY:
         return _array(cursor)
     if type not in _SCALARS:
-        raise cursor.refusal(f"has a value of type {type}, which GGUF does not have")
+        raise cursor.refusal(f"has a value of the unknown type {type}")
     letter = "<" + _SCALARS[type][1]
     value: int | float = struct.unpack(letter, cursor.take(struct.calcsize(letter)))[0]
     if type != _BOOL:
         return value
     if value not in (0, 1):
-        raise cursor.refusal(f"is a bool of value {value}, neither 0 nor 1")
+        raise cursor.refusal(f"is a bool with the value {value}")
     return bool(value)
 
 
@@ -332,11 +335,11 @@ def _array(cursor: _Cursor) -> Array:
         cursor.require(8 * count)
         cursor.strings += count
         if cursor.strings > _MOST_STRINGS:
-            raise cursor.refusal(f"makes it {cursor.strings} strings in arrays; at most {_MOST_STRINGS} are read")
+            raise cursor.refusal(f"brings the strings in arrays to {cursor.strings}; the limit is {_MOST_STRINGS}")
         for _ in range(count):
             cursor.skip(cursor.number(8))
     else:
-        raise cursor.refusal(f"is an array of values of type {type}; arrays of numbers and of strings are read")
+        raise cursor.refusal(f"is an array of type {type}; only arrays of numbers and of strings are supported")
     return Array(name, count, cursor.file, start, cursor.position - start)
 
 
@@ -349,7 +352,7 @@ def _name(cursor: _Cursor) -> str:
 
 
 def _shape(cursor: _Cursor) -> tuple[int, ...]:
-    """ggml counts axes from the innermost, numpy from the outermost."""
+    """Read a shape. ggml lists the innermost axis first, numpy the outermost."""
     rank = cursor.number(4)
     if not 1 <= rank <= _MOST_DIMENSIONS:
         raise cursor.refusal(f"has {rank} dimensions, not 1 to {_MOST_DIMENSIONS}")
@@ -363,10 +366,10 @@ def _dtype(cursor: _Cursor) -> np.dtype:
         return DTYPES[name]
     if name == "-" or name in _UNQUANTISED:
         what = f"ggml's type {number}" if name == "-" else name
-        raise cursor.refusal(f"holds {what}; weights are read from {', '.join(DTYPES)}")
+        raise cursor.refusal(f"holds {what}; supported types are {', '.join(DTYPES)}")
     raise cursor.refusal(
-        f"holds {name}, a quantised type, which is not read; llama.cpp turns it into F16 "
-        "(llama-quantize --allow-requantize IN.gguf OUT.gguf F16), but better start from what it was quantised from"
+        f"has the quantised type {name}, which is not supported; convert the original model, or dequantise with "
+        "llama.cpp (llama-quantize --allow-requantize IN.gguf OUT.gguf F16)"
     )
 
 

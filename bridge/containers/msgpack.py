@@ -1,11 +1,11 @@
-"""Flax's msgpack file, a tree of named arrays, scanned without the arrays and written as a stream.
+"""Flax's msgpack files, trees of named arrays: read one array at a time, written as a stream.
 
-The `msgpack` package decodes a file as a whole with every array in memory, and Flax then takes any dtype and shape.
-Here the structure is read, and the bytes of an array when it is looked up. The tests hold both directions against
-`flax.serialization`.
+The `msgpack` package is not used. Its unpacker decodes a whole file with all arrays in memory, and Flax then accepts
+any dtype and shape. Its packer needs each array as bytes and copies them, which triples the memory of the largest
+tensor. The tests compare both directions with `flax.serialization`.
 
-Format: a map of maps whose leaves are of extension type 1, a msgpack list of shape, dtype's name and bytes. An array
-of more than 2^30 bytes is a map in its place, of its shape and of flat chunks.
+Format: a map of maps. Leaves have extension type 1: a msgpack list of shape, dtype name and bytes. An array of more
+than 2^30 bytes is stored as a map with its shape and flat chunks.
 https://github.com/msgpack/msgpack/blob/master/spec.md and `flax.serialization.msgpack_serialize`
 """
 
@@ -20,22 +20,23 @@ import numpy as np
 
 from bridge.conversion import flatten
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, aligned_empty
 
 _OTHERS = (np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8, np.bool_)
-# Which of them may be weights is decided where weights are checked.
+# The formats decide which of them may be weights.
 DTYPES: Mapping[str, np.dtype] = {dtype.name: dtype for dtype in (*FLOAT_DTYPES, *map(np.dtype, _OTHERS))}
-"""The element types that are read and written, under the names that Flax gives them."""
+"""The element types that are read and written, by Flax's names."""
 
 MOST_CHUNK_BYTES = 2**30
-"""A larger array is stored in flat chunks of this size; `flax.serialization.MAX_CHUNK_SIZE`."""
+"""Larger arrays are stored in flat chunks of this size, `flax.serialization.MAX_CHUNK_SIZE`."""
 
-_ARRAY, _COMPLEX, _SCALAR, _TIME = 1, 2, 3, -1  # extension types; the last is msgpack's own
+_ARRAY, _COMPLEX, _SCALAR, _TIME = 1, 2, 3, -1  # extension types; the last is defined by msgpack
 _CHUNKED = "__msgpack_chunked_array__"
 
-# What follows bounds the cost of a hostile file, which may be sparse; it is far above what a GPT-2 needs.
-_MOST_VALUES = 2**15  # a GPT-2 XL has 580 arrays, in fewer maps
+# Limits on the cost of a malicious file, which may be sparse. A GPT-2 needs far less.
+_MOST_VALUES = 2**15  # GPT-2 XL has 580 arrays, and fewer maps
 _MOST_DEPTH = 16
 _MOST_NAME_BYTES = 256
 _MOST_RANK = 16
@@ -50,7 +51,7 @@ _HEADS: Mapping[int, tuple[str, int, int]] = {
     **{0x90 + n: (_LIST, 0, n) for n in range(16)},
     **{0xA0 + n: (_TEXT, 0, n) for n in range(32)},
     0xC0: ("nil", 0, 0),
-    0xC1: ("a value of no kind", 0, 0),
+    0xC1: ("an invalid value", 0, 0),
     **{0xC2 + n: (_BOOL, 0, n) for n in range(2)},
     **{0xC4 + n: (_BYTES, 2**n, 0) for n in range(3)},
     **{0xC7 + n: (_EXTENSION, 2**n, 0) for n in range(3)},
@@ -63,22 +64,23 @@ _HEADS: Mapping[int, tuple[str, int, int]] = {
     **{0xDE + n: (_MAP, 2 * 2**n, 0) for n in range(2)},
     **{0xE0 + n: (_NUMBER, 0, n - 32) for n in range(32)},
 }
-"""A value's first byte -> its kind, and how many bytes give its length (or the number itself), or what that is."""
+"""First byte of a value -> its kind, the number of bytes that hold its length or value, and that number if it is in the
+first byte itself."""
 
 _Node: TypeAlias = "dict[str, _Node] | LazyTensor | int"
 
 
 def is_msgpack(path: Path) -> bool:
-    """Whether a file begins as a small map with a short name in it does; False for what cannot be read."""
+    """Whether a file starts with a small map that has a short name. Returns False for an unreadable file."""
     start = first_bytes(path, 2)
     return len(start) == 2 and 0x81 <= start[0] <= 0x8F and 0xA1 <= start[1] <= 0xBF
 
 
 def read_file(path: str | Path) -> dict[str, LazyTensor]:
-    """Path in the tree (`transformer/wte/embedding`) -> array, which is read at each look-up.
+    """Return path in the tree (`transformer/wte/embedding`) -> lazy tensor.
 
-    Raises `CheckpointError` for anything that is not a complete tree of arrays; what is declared is checked against
-    the bytes that are there before any of it is allocated.
+    Raises `CheckpointError` for anything but a complete tree of arrays. Declared sizes are validated against the size
+    of the file before memory is allocated.
     """
     scanner = _Scanner(StoredFile.open(path))
     tree = scanner.value()
@@ -94,30 +96,30 @@ def read_file(path: str | Path) -> dict[str, LazyTensor]:
 
 
 def write_file(path: str | Path, tensors: LazyTensorMap) -> None:
-    """Write `tensors`, path in the tree -> array, one after the other and as `flax.serialization.to_bytes` does."""
+    """Write `tensors` (path in the tree -> array) one at a time, in the layout of `flax.serialization.to_bytes`."""
     tree: dict[str, Any] = {}
     for name, entry in tensors.entries.items():
         if entry.dtype not in DTYPES.values():
-            raise CheckpointError(f"{quoted(name)}: no {entry.dtype} is written into Flax's msgpack files")
+            raise CheckpointError(f"{quoted(name)}: Flax's msgpack files cannot hold {entry.dtype}")
         *modules, leaf = name.split("/")
         node = tree
         for module in modules:
             node = node.setdefault(module, {})
         node[leaf] = entry
-    if len(tensors) > _MOST_VALUES // 2:  # which leaves as much for maps
-        raise CheckpointError(f"{len(tensors)} tensors are more than are read back, {_MOST_VALUES // 2}")
+    if len(tensors) > _MOST_VALUES // 2:  # the other half is for maps
+        raise CheckpointError(f"{len(tensors)} tensors exceed the limit for reading, {_MOST_VALUES // 2}")
     with open(path, "xb") as file:
         _write(file, "", tree)
 
 
 class _Scanner:
-    """A place in the file. Reads by blocks, because `StoredFile` opens the file for each read."""
+    """A position in the file. Reads in blocks, because `StoredFile` opens the file for each read."""
 
     def __init__(self, file: StoredFile) -> None:
         self.file = file
         self.position = 0
         self.path: list[str] = []
-        """The names of the maps around this place, for messages."""
+        """Names of the maps around this position, for messages."""
         self._values = 0
         self._block = b""
         self._block_start = 0
@@ -127,11 +129,11 @@ class _Scanner:
         return CheckpointError(f"{quoted(self.file.path)}: {where}{why}")
 
     def skip(self, count: int) -> int:
-        """Pass `count` bytes, which have to be there; returns where they begin."""
+        """Skip `count` bytes and return the position of the first. Raises if the file is too short."""
         start = self.position
         if count > self.file.size - start:
             raise self.refusal(
-                f"{count} bytes from {start} on do not lie in the file's {self.file.size}; it is damaged or truncated"
+                f"{count} bytes from {start} exceed the file's {self.file.size}; it is damaged or truncated"
             )
         self.position += count
         return start
@@ -144,7 +146,7 @@ class _Scanner:
         return self._block[start - self._block_start : self.position - self._block_start]
 
     def head(self) -> tuple[str, int]:
-        """The kind of the value that begins here, and its length, or the number that it is."""
+        """Read the first bytes of a value. Return its kind, and its length or, for a number, its value."""
         first = self.take(1)[0]
         kind, width, value = _HEADS[first]
         if width:
@@ -152,7 +154,7 @@ class _Scanner:
         return kind, value
 
     def expect(self, kind: str, what: str) -> int:
-        """The length, or number, of a value that has to be of this `kind`; `what` it is, for the message."""
+        """Read the start of a value of this `kind` and return its length or number. Messages call it `what`."""
         found, value = self.head()
         if found != kind:
             raise self.refusal(f"{what} is {found}, not {kind}")
@@ -161,7 +163,7 @@ class _Scanner:
     def text(self, what: str) -> str:
         length = self.expect(_TEXT, what)
         if length > _MOST_NAME_BYTES:
-            raise self.refusal(f"{what} has {length} bytes; at most {_MOST_NAME_BYTES} are read")
+            raise self.refusal(f"{what} has {length} bytes; the limit is {_MOST_NAME_BYTES}")
         text = self.take(length)
         try:
             return text.decode()
@@ -171,14 +173,14 @@ class _Scanner:
     def value(self) -> _Node:
         self._values += 1
         if self._values > _MOST_VALUES:
-            raise self.refusal(f"more than {_MOST_VALUES} values come before this; that is not a GPT-2")
+            raise self.refusal(f"the file has more than {_MOST_VALUES} values; it is not a GPT-2")
         kind, value = self.head()
         match kind:
             case "a map":
                 return self.map(value)
             case "an extension":
                 return self.extension(value)
-            case "a whole number":  # which a chunked array has, and whose mark is a bool
+            case "a whole number":  # part of a chunked array; a bool marks one
                 return value
             case "a bool":
                 return bool(value)
@@ -188,12 +190,12 @@ class _Scanner:
         if len(self.path) >= _MOST_DEPTH:
             raise self.refusal(f"maps are nested more than {_MOST_DEPTH} deep")
         node: dict[str, _Node] = {}
-        for _ in range(count):  # each takes bytes of the file
+        for _ in range(count):  # bounded: each entry needs bytes of the file
             name = self.text("a name in it")
             if not name or "/" in name:
-                raise self.refusal(f"{quoted(name)} is no name of a module or a parameter")
+                raise self.refusal(f"{quoted(name)} is not a valid name of a module or a parameter")
             if name in node:
-                raise self.refusal(f"{quoted(name)} is there twice")
+                raise self.refusal(f"{quoted(name)} appears twice")
             self.path.append(name)
             node[name] = self.value()
             self.path.pop()
@@ -216,7 +218,7 @@ class _Scanner:
             raise self.refusal(f"an array of {parts} parts; Flax stores shape, dtype and bytes")
         rank = self.expect(_LIST, "its shape")
         if rank > _MOST_RANK:
-            raise self.refusal(f"a shape of {rank} axes; at most {_MOST_RANK} are read")
+            raise self.refusal(f"a shape with {rank} axes; the limit is {_MOST_RANK}")
         shape = tuple(self.expect(_NUMBER, "a size in its shape") for _ in range(rank))
         name = self.text("its dtype")
         nbytes = self.expect(_BYTES, "its data")
@@ -229,12 +231,12 @@ class _Scanner:
         return self.file.entry(DTYPES[name], shape, start)
 
     def joined(self, node: dict[str, _Node]) -> LazyTensor:
-        """The one array that is stored as its shape and its chunks."""
+        """Return the array that a map stores as shape and chunks."""
         shape, chunks = _listed(node.get("shape")), _listed(node.get("chunks"))
         if node.keys() != {_CHUNKED, "shape", "chunks"} or node[_CHUNKED] is not True or not shape or not chunks:
-            raise self.refusal("a chunked array without exactly its shape and its chunks, numbered from 0 on")
+            raise self.refusal("a chunked array must have exactly a shape and chunks, numbered from 0")
         if not _are_sizes(shape) or not _are_chunks(chunks) or len({chunk.dtype for chunk in chunks}) > 1:
-            raise self.refusal("a chunked array has a shape of whole numbers, and flat chunks of one dtype")
+            raise self.refusal("a chunked array must have a shape of whole numbers, and flat chunks of one dtype")
         there = sum(chunk.shape[0] for chunk in chunks)
         if len(shape) > _MOST_RANK or math.prod(shape) != there:
             raise self.refusal(f"shape {quoted(shape)} does not fit the {there} elements of the chunks")
@@ -242,7 +244,7 @@ class _Scanner:
 
 
 def _listed(node: _Node | None) -> list[_Node]:
-    """The values of a map whose names count from 0 on; nothing for any other node."""
+    """Return the values of a map whose names are 0, 1, 2, ...; an empty list for any other node."""
     if not isinstance(node, dict) or node.keys() != {str(i) for i in range(len(node))}:
         return []
     return [node[str(i)] for i in range(len(node))]
@@ -279,7 +281,7 @@ for _first, (_kind, _width, _) in _HEADS.items():
 
 
 def _head(kind: str, value: int) -> bytes:
-    """The shortest spelling of a head, as msgpack's writers choose it; `_Scanner.head` the other way."""
+    """Encode kind and length in the fewest bytes, as msgpack's writers do. The inverse of `_Scanner.head`."""
     if (kind, value) in _SHORTEST:
         return bytes([_SHORTEST[kind, value]])
     width, first = next(wider for wider in _WIDER[kind] if value < 256 ** wider[0])
@@ -310,7 +312,7 @@ def _write(file: BinaryIO, name: str, node: dict[str, Any] | LazyTensor | int) -
 
 
 def _chunked(name: str, entry: LazyTensor) -> dict[str, Any]:
-    """An array, which is read here, as Flax takes a large one apart."""
+    """Read a large array and split it into chunks as Flax does."""
     array = entry.read()
     if array.dtype != entry.dtype or array.shape != entry.shape:
         raise CheckpointError(f"{quoted(name)} changed while it was being written")

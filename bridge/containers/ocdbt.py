@@ -28,7 +28,7 @@ import numpy as np
 from bridge.containers.zstd_frame import largest_content
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.json_text import parse_object
-from bridge.storage.small_file import read_small_file
+from bridge.storage.regular_file import read_small_file
 
 _DTYPES = {
     **{name: np.dtype(name) for name in ("bool", "uint8", "int32", "uint32", "int64", "float16", "float32", "float64")},

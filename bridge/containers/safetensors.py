@@ -23,11 +23,12 @@ import numpy as np
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.json_text import parse_object
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensorMap
 
-# Every type that the format defines and numpy holds. Which of them may be weights is decided where
-# weights are checked: mask buffers of old checkpoints are uint8 or bool.
+# Every type of the format that numpy holds. The formats decide which of them may be weights: old checkpoints also have
+# mask buffers of uint8 or bool.
 DTYPES: Mapping[str, np.dtype] = {
     name: np.dtype(t)
     for name, t in {
@@ -49,14 +50,14 @@ DTYPES: Mapping[str, np.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _FORMATS_MOST_HEADER_BYTES = 10**8
-# A GPT-2 XL's header is 60 kB. Parsed, a hostile one takes 33 times its size, and refusing a file
-# may cost 64 MiB.
+# The header of GPT-2 XL has 60 kB. A malicious header takes 33 times its size when parsed, and refusing a file may cost
+# at most 64 MiB.
 _MOST_HEADER_BYTES = 2**20
 _MOST_RANK = 16  # Flax's deepest leaf has 5 axes; a header can claim 10,000
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins with the length of a header and an opening brace; False for what cannot be read."""
+    """Whether a file starts with a header length and an opening brace. Returns False for an unreadable file."""
     start = first_bytes(path, 9)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _FORMATS_MOST_HEADER_BYTES
 
@@ -70,10 +71,10 @@ def header_names(path: Path, tensor: str) -> bool:
 
 
 def read_file(path: str | Path) -> tuple[LazyTensorMap, dict[str, str]]:
-    """The tensors of a safetensors file, each read when it is looked up, and its metadata.
+    """Return the tensors of a safetensors file, each read on access, and its metadata.
 
-    Raises `CheckpointError` for anything that is not a complete, well-formed file; what the header
-    declares is checked against the bytes that are there before any of it is allocated.
+    Raises `CheckpointError` unless the file is complete and well-formed. Declared sizes are validated against the size
+    of the file before memory is allocated.
     """
     file = StoredFile.open(path)
     header, data_start = _read_header(file)
@@ -91,7 +92,7 @@ def read_file(path: str | Path) -> tuple[LazyTensorMap, dict[str, str]]:
 
 
 def write_file(path: str | Path, tensors: LazyTensorMap, metadata: Mapping[str, str]) -> None:
-    """Write `tensors` one after the other; never more than one of them is in memory."""
+    """Write `tensors` one at a time. At most one of them is in memory."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, entry in tensors.entries.items():
@@ -103,7 +104,9 @@ def write_file(path: str | Path, tensors: LazyTensorMap, metadata: Mapping[str, 
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
     if len(encoded) > _MOST_HEADER_BYTES:
-        raise CheckpointError(f"{len(tensors)} tensors need a header of {len(encoded)} bytes, more than is read back")
+        raise CheckpointError(
+            f"{len(tensors)} tensors need a header of {len(encoded)} bytes, which exceeds the limit for reading"
+        )
     with open(path, "xb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
@@ -126,7 +129,7 @@ def _require_readable(path: Path) -> None:
 
 
 def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
-    """The header, and where the data starts."""
+    """Return the header and the position of the data."""
     start = file.read(0, min(8, file.size))
     length = int.from_bytes(start, "little")
     if len(start) < 8:
@@ -136,12 +139,12 @@ def _read_header(file: StoredFile) -> tuple[dict[str, Any], int]:
             f"{quoted(file.path)}: not a safetensors file, or truncated: its header would be longer than the file"
         )
     if length > _MOST_HEADER_BYTES:
-        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; at most {_MOST_HEADER_BYTES} are read")
+        raise CheckpointError(f"{quoted(file.path)}: a header of {length} bytes; the limit is {_MOST_HEADER_BYTES}")
     return parse_object(file.read(8, length), f"{quoted(file.path)}: the header", CheckpointError), 8 + length
 
 
 def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """dtype, shape, begin and end of one tensor, as far as they can be believed."""
+    """Return dtype, shape, begin and end of one tensor, after validating them."""
 
     def refuse(why: str) -> CheckpointError:
         return CheckpointError(f"{quoted(path)}: tensor {quoted(name)}: {why}")
@@ -155,7 +158,7 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
     if not _are_sizes(shape) or len(shape) > _MOST_RANK:
         raise refuse(f"shape {quoted(shape)} is not a list of at most {_MOST_RANK} sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
-        raise refuse(f"data_offsets {quoted(offsets)} do not lie in the file's {data_size} bytes of data")
+        raise refuse(f"data_offsets {quoted(offsets)} are not two positions in the file's {data_size} bytes of data")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
         raise refuse(

@@ -1,7 +1,8 @@
-"""TensorFlow's checkpoint, version 2 ("tensor bundle"), without TensorFlow: `PREFIX.index` and `PREFIX.data-*-of-*`.
+"""Read TensorFlow checkpoints of version 2 ("tensor bundles") without TensorFlow.
 
-The index is a LevelDB table (github.com/google/leveldb, doc/table_format.md) whose values are protocol buffers, the
-data files are the tensors one after the other. Every block of the index and every tensor has a CRC-32C.
+A bundle is `PREFIX.index` and `PREFIX.data-*-of-*`. The index is a LevelDB table (github.com/google/leveldb,
+doc/table_format.md) whose values are protocol buffers. The data files hold the tensors one after the other. Every block
+of the index and every tensor has a CRC-32C.
 Source: tensorflow/core/util/tensor_bundle and core/protobuf/tensor_bundle.proto.
 """
 
@@ -20,12 +21,12 @@ from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
-"""What the index ends with."""
+"""The last bytes of the index."""
 
 _CHUNK = 2**20
 """Bytes whose checksum is computed at a time."""
 
-# DataType of tensorflow/core/framework/types.proto. Which may be weights is decided where weights are checked.
+# DataType of tensorflow/core/framework/types.proto. The formats decide which of them may be weights.
 _DTYPES: Mapping[int, np.dtype] = {
     number: np.dtype(kind)
     for number, kind in {
@@ -43,22 +44,22 @@ _DTYPES: Mapping[int, np.dtype] = {
 }
 
 _FOOTER = 48
-_TRAILER = 5  # of a block: how it is compressed, and its checksum
-# The index of gpt2-xl with Adam's slots has 150 kB and 1,743 tensors. Names are bounded because each takes over from
-# the one before: three bytes could make another of megabytes.
+_TRAILER = 5  # bytes after a block: compression type and checksum
+# The index of gpt2-xl with Adam's slots has 150 kB and 1,743 tensors. Names are limited because each shares a prefix
+# with the previous one: three bytes of the file could produce a name of megabytes.
 _MOST_INDEX_BYTES = 2**20
 _MOST_TENSORS = 4_000
 _MOST_NAME_BYTES = 1_024
 _MOST_SHARDS = 1_000
 _MOST_RANK = 16
-_VERSION = 1  # of the format, VersionDef in the header; it has been this one since it began
+_VERSION = 1  # VersionDef in the header; there has only been this version
 
 _Fields = dict[int, list[int | bytes]]
-"""A protocol buffer: number of the field -> its values."""
+"""A protocol buffer: field number -> values."""
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file ends as an index does; False for what cannot be read."""
+    """Whether a file ends like an index. Returns False for an unreadable file."""
     try:
         file = StoredFile.open(path)
         return file.size >= len(MAGIC) and file.read(file.size - len(MAGIC), len(MAGIC)) == MAGIC
@@ -78,7 +79,7 @@ def read_bundle(index: Path) -> LazyTensorMap:
     entries: dict[str, LazyTensor] = {}
     spans: list[tuple[int, int, int, str]] = []
     for key, value in table.entries():
-        if shards is None:  # BundleHeaderProto, whose name is empty, comes first
+        if shards is None:  # the first entry is BundleHeaderProto, with an empty name
             shards = _shards(file.path, table.message(value) if key == b"" else {}, table)
             continue
         if len(entries) >= _MOST_TENSORS:
@@ -92,15 +93,15 @@ def read_bundle(index: Path) -> LazyTensorMap:
 
 
 def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile]:
-    """The data files, whose names come from the index's own and their number, and from nothing in a file."""
+    """Open the data files. Their names follow from the name of the index and their number, not from file content."""
     count, endianness = table.number(header, 1), table.number(header, 2)
     if endianness != 0:
-        raise table.damaged("was written on a big-endian machine; save it again on another")
+        raise table.damaged("was written on a big-endian machine; save it again on a little-endian one")
     version = table.message(table.bytes_of(header, 3))
     if table.number(version, 2) > _VERSION or 3 in version:  # min_consumer, bad_consumers
-        raise table.damaged("is of a later version of TensorFlow's checkpoints; save it with TensorFlow 2")
+        raise table.damaged("has a later checkpoint version; save it with TensorFlow 2")
     if not 1 <= count <= _MOST_SHARDS:
-        raise table.damaged(f"says that its data lie in {count} files")
+        raise table.damaged(f"states that its data is in {count} files")
     prefix = index.name.removesuffix(".index")
     return {k: StoredFile.open(index.parent / f"{prefix}.data-{k:05d}-of-{count:05d}") for k in range(count)}
 
@@ -117,14 +118,14 @@ def masked_crc32c(content: bytes | memoryview) -> int:
 
 
 def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, StoredFile]) -> LazyTensor:
-    """BundleEntryProto."""
+    """Return the tensor of a BundleEntryProto."""
     kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
     if 7 in fields:
-        raise table.damaged(f"{quoted(name)} is stored in slices of a partitioned variable; save it whole")
+        raise table.damaged(f"{quoted(name)} is a partitioned variable; save it without partitions")
     if kind not in _DTYPES:
-        raise table.damaged(f"{quoted(name)} has TensorFlow's data type {kind}; save the model's variables alone")
+        raise table.damaged(f"{quoted(name)} has TensorFlow's data type {kind}; save only the variables of the model")
     if shard not in shards:
-        raise table.damaged(f"says that {quoted(name)} lies in data file {shard}, and there are {len(shards)}")
+        raise table.damaged(f"states that {quoted(name)} is in data file {shard} of {len(shards)}")
     dtype, shape = _DTYPES[kind], _shape(table, name, fields)
     if math.prod(shape) * dtype.itemsize != size:
         raise table.damaged(f"{quoted(name)} of shape {quoted(shape)} and {dtype} has {size} bytes")
@@ -135,7 +136,7 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
         array = stored.read()
         if masked_crc32c(array.reshape(-1).view(np.uint8).data) != expected:
             raise CheckpointError(
-                f"{quoted(shards[shard].path)} is damaged: {quoted(name)} does not have the checksum stored for it"
+                f"{quoted(shards[shard].path)} is damaged: {quoted(name)} does not match its checksum"
             )
         return array
 
@@ -143,9 +144,10 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
 
 
 def _require_apart(spans: list[tuple[int, int, int, str]], shards: Mapping[int, StoredFile]) -> None:
-    """That no two tensors share bytes and that none come after the last; there may be gaps, from alignment.
+    """Raise `CheckpointError` if tensors overlap or bytes follow the last one. Gaps for alignment are allowed.
 
-    `spans`: data file, offset, bytes and name of each.
+    Args:
+        spans: data file, offset, size in bytes and name of each tensor.
     """
     ends = dict.fromkeys(shards, 0)
     for shard, offset, nbytes, name in sorted(spans):
@@ -156,47 +158,47 @@ def _require_apart(spans: list[tuple[int, int, int, str]], shards: Mapping[int, 
         if end != shards[shard].size:
             raise CheckpointError(
                 f"{quoted(shards[shard].path)}: {shards[shard].size - end} bytes after the last tensor; it is damaged, "
-                "or of another checkpoint than its index"
+                "or belongs to another checkpoint than the index"
             )
 
 
 def _shape(table: _Table, name: str, fields: _Fields) -> tuple[int, ...]:
-    """TensorShapeProto."""
+    """Return the shape in a TensorShapeProto."""
     shape = table.message(table.bytes_of(fields, 2))
     dims = [table.number(table.message(dim), 1) for dim in shape.get(2, ()) if isinstance(dim, bytes)]
     if len(dims) > _MOST_RANK or 3 in shape or any(dim >= 2**63 for dim in dims):
-        raise table.damaged(f"{quoted(name)} has no shape that a tensor can have")
+        raise table.damaged(f"{quoted(name)} has an invalid shape")
     return tuple(dims)
 
 
 class _Table:
-    """A LevelDB table of a few blocks, in memory."""
+    """A LevelDB table, in memory."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path, self._content = path, content
 
     def entries(self) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values in order; no key twice."""
+        """Yield keys and values. Keys are ordered and unique."""
         footer = len(self._content) - _FOOTER
         if self._content[-8:] != MAGIC:
-            raise self.damaged("does not end as an index does; it is truncated, or something else")
-        _, position = self._handle(self._content, footer)  # of the metaindex, which is empty
+            raise self.damaged("does not end like an index; it is truncated, or another kind of file")
+        _, position = self._handle(self._content, footer)  # of the metaindex, which is unused
         index, _ = self._handle(self._content, position)
         last: bytes | None = None
         used = 0
         for _, value in self._block(index):
             handle, _ = self._handle(value, 0)
             used += handle[1]
-            if used > len(self._content):  # or one block could be read as often as there are handles
-                raise self.damaged("has blocks that overlap, or do not fit into it")
+            if used > len(self._content):  # otherwise one block could be read once per handle
+                raise self.damaged("has blocks that overlap or exceed the file")
             for key, entry in self._block(handle):
                 if last is not None and key <= last:
-                    raise self.damaged("has names that are out of order, or twice")
+                    raise self.damaged("has names that are unordered or repeated")
                 last = key
                 yield key, entry
 
     def message(self, content: bytes) -> _Fields:
-        """A protocol buffer's fields, none of them interpreted. https://protobuf.dev/programming-guides/encoding"""
+        """Return the raw fields of a protocol buffer. https://protobuf.dev/programming-guides/encoding"""
         fields: _Fields = {}
         position = 0
         while position < len(content):
@@ -212,12 +214,12 @@ class _Table:
                     value = int.from_bytes(self._take(content, position, 4), "little")
                     position += 4
                 case _:
-                    raise self.damaged("has a value that is no protocol buffer of TensorFlow's")
+                    raise self.damaged("has a value that is not a protocol buffer of TensorFlow")
             fields.setdefault(tag >> 3, []).append(value)
         return fields
 
     def number(self, fields: _Fields, field: int) -> int:
-        """A number, 0 where it is left out."""
+        """Return a number; 0 if the field is absent."""
         values = fields.get(field, [0])
         if len(values) != 1 or isinstance(values[0], bytes):
             raise self.damaged(f"has a value whose field {field} is not one number")
@@ -233,11 +235,11 @@ class _Table:
         return CheckpointError(f"{quoted(self.path)} {why}")
 
     def _block(self, handle: tuple[int, int]) -> Iterator[tuple[bytes, bytes]]:
-        """The entries of one block, whose keys leave out what they share with the one before."""
+        """Yield the entries of a block. Each key is stored without the prefix that it shares with the previous key."""
         offset, size = handle
         block = self._take(self._content, offset, size + _TRAILER)
         if masked_crc32c(block[:-4]) != int.from_bytes(block[-4:], "little"):
-            raise self.damaged(f"is damaged: the block at {offset} does not have the checksum stored for it")
+            raise self.damaged(f"is damaged: the block at {offset} does not match its checksum")
         if block[size] != 0:
             raise self.damaged("has compressed blocks, which TensorFlow does not write; save it with TensorFlow")
         restarts = int.from_bytes(self._take(block, size - 4, 4), "little")
@@ -248,7 +250,7 @@ class _Table:
             added, position = self._varint(block, position)
             length, position = self._varint(block, position)
             if shared > len(key) or position + added + length > end:
-                raise self.damaged("has an entry that does not fit in its block")
+                raise self.damaged("has an entry that exceeds its block")
             if shared + added > _MOST_NAME_BYTES:
                 raise self.damaged(f"has a name of more than {_MOST_NAME_BYTES} bytes")
             key = key[:shared] + block[position : position + added]
@@ -256,7 +258,7 @@ class _Table:
             yield key, block[position : position + length]
             position += length
         if position != end:
-            raise self.damaged("has a block that is longer or shorter than its entries")
+            raise self.damaged("has a block whose size differs from its entries")
 
     def _handle(self, content: bytes, position: int) -> tuple[tuple[int, int], int]:
         offset, position = self._varint(content, position)
@@ -275,5 +277,5 @@ class _Table:
 
     def _take(self, content: bytes, position: int, count: int) -> bytes:
         if not 0 <= position <= position + count <= len(content):
-            raise self.damaged("is damaged or truncated: it points outside of itself")
+            raise self.damaged("is damaged or truncated: it refers to bytes outside of the file")
         return content[position : position + count]

@@ -1,8 +1,8 @@
-"""Pickles read as data: a machine for the opcodes that torch writes, in which every name stands for one of ours.
+"""A symbolic pickle reader: an interpreter for the opcodes that torch writes. It imports and calls nothing.
 
-Python's unpickler imports whatever a pickle names and calls it. Here a name is looked up in a table of the caller's,
-and only what that table holds is ever called; any other name, and every opcode that makes objects in another way, is
-refused. The machine does not recurse, and what it may cost is bounded before it begins.
+Python's unpickler imports and calls every name in a pickle. Here each name is looked up in a table that the caller
+provides, and only functions of that table are called. Any other name, and every opcode that creates objects in another
+way, is refused. The interpreter does not recurse, and its cost is bounded by the limits below.
 
 Opcodes: https://docs.python.org/3/library/pickletools.html
 """
@@ -20,24 +20,24 @@ from bridge.errors import CheckpointError, quoted
 MOST_BYTES = 2**22
 MOST_OPCODES = 2**19
 MOST_VALUES = 2**18
-"""In the result; one that is reached in several ways counts each time."""
+"""Limit on the values in the result. A value that is referenced several times counts each time."""
 MOST_DEPTH = 32
 MOST_STRING_BYTES = 2**16
 MOST_CHARACTERS = 2**22
-"""Of all strings in the result, counted in the same way."""
+"""Limit on the characters of all strings in the result, counted in the same way."""
 MOST_KEY = 2**16
-"""Of a dict, where that is a number (AdamW's parameters are numbered); larger ones can be made to collide."""
+"""Limit on integer keys of a dict (AdamW numbers its parameters). Larger keys can be chosen to collide."""
 _MOST_NAME_BYTES = 256
 _PROTOCOLS = range(2, 6)
 
 
 @dataclass(frozen=True)
 class Symbol:
-    """What a name in a pickle stands for here."""
+    """The meaning of a name in a pickle."""
 
     name: str
     call: Callable[[tuple[Any, ...]], Any] | None = None
-    """What the pickle's calling it does, with the arguments; None if it is not for calling."""
+    """Called with the arguments when the pickle calls the name. None if the name may not be called."""
     value: Any = None
 
 
@@ -49,18 +49,18 @@ def load(
     persistent: Callable[[Any], Any],
     leaves: tuple[type, ...],
 ) -> Any:
-    """What a pickle holds: dicts, lists, tuples, strings, numbers, bools, None, and `leaves`.
+    """Return the content of a pickle: dicts, lists, tuples, strings, numbers, bools, None, and `leaves`.
 
     Args:
-        where: what to call the pickle in messages.
-        symbols: (module, name) -> what it stands for. Nothing else can be named.
-        persistent: what a persistent id stands for.
-        leaves: the types that `persistent` and calls make for the result.
+        where: the name of the pickle for messages.
+        symbols: (module, name) -> its meaning. Every other name is an error.
+        persistent: a function from a persistent id to its value.
+        leaves: the types of the values that `persistent` and the calls return.
 
-    Raises `CheckpointError` for whatever is not that, or costs more than weights do.
+    Raises `CheckpointError` for any other content, and if a limit is exceeded.
     """
     if len(content) > MOST_BYTES:
-        raise CheckpointError(f"{where} has {len(content)} bytes; at most {MOST_BYTES} are read")
+        raise CheckpointError(f"{where} has {len(content)} bytes; the limit is {MOST_BYTES}")
     machine = _Machine(content, where, symbols, persistent)
     result = machine.run()
     _require_plain(result, where, leaves)
@@ -100,9 +100,9 @@ class _Machine:
     def finished(self) -> Any:
         result = self.pop()
         if self.stack or self.below_marks:
-            raise self.refused("ends in the middle of something")
+            raise self.refused("ends inside an unfinished value")
         if left := len(self.content) - self.position:
-            raise self.refused(f"has {left} bytes behind its end")
+            raise self.refused(f"has {left} bytes after its end")
         return result
 
     def refused(self, why: str) -> CheckpointError:
@@ -121,14 +121,14 @@ class _Machine:
     def line(self) -> str:
         end = self.content.find(b"\n", self.position, self.position + _MOST_NAME_BYTES)
         if end < 0:
-            raise self.refused(f"has a name without an end, or longer than {_MOST_NAME_BYTES} bytes")
+            raise self.refused(f"has a name that does not end, or is longer than {_MOST_NAME_BYTES} bytes")
         line = self.text(end - self.position)
         self.position += 1
         return line
 
     def text(self, count: int) -> str:
         if count > MOST_STRING_BYTES:
-            raise self.refused(f"has a string of {count} bytes; at most {MOST_STRING_BYTES} are read")
+            raise self.refused(f"has a string of {count} bytes; the limit is {MOST_STRING_BYTES}")
         try:
             return self.take(count).decode()
         except UnicodeDecodeError:
@@ -143,22 +143,22 @@ class _Machine:
 
     def top(self, kind: type | None = None) -> Any:
         if not self.stack:
-            raise self.refused("takes more from its stack than there is")
+            raise self.refused("pops from an empty stack")
         if kind is not None and type(self.stack[-1]) is not kind:
-            raise self.refused(f"has {_what(self.stack[-1])} in the place of a {kind.__name__.lower()}")
+            raise self.refused(f"has {_what(self.stack[-1])} instead of a {kind.__name__.lower()}")
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[Any]:
         if not self.below_marks:
-            raise self.refused("goes back to a mark that it has not set")
+            raise self.refused("refers to a mark that it has not set")
         items, self.stack = self.stack, self.below_marks.pop()
         return items
 
     def resolve(self, module: str, name: str) -> Symbol:
         if (module, name) not in self.symbols:
             raise self.refused(
-                f"asks for {quoted(f'{module}.{name}')}, which weights do not need; nothing of it was run. If you "
-                "trust the file, load it with torch and save its tensors alone"
+                f"refers to {quoted(f'{module}.{name}')}; only tensor types are allowed. No code was executed. If you "
+                "trust the file, load it with torch and save only its tensors"
             )
         return self.symbols[module, name]
 
@@ -222,13 +222,13 @@ def _set_items(m: _Machine, items: list[Any]) -> None:
 
 def _put(m: _Machine, index: int) -> None:
     if index >= MOST_OPCODES:
-        raise m.refused(f"keeps a value under the number {index}; the largest is {MOST_OPCODES - 1}")
+        raise m.refused(f"stores a value under the number {index}; the largest is {MOST_OPCODES - 1}")
     m.memo[index] = m.top()
 
 
 def _get(m: _Machine, index: int) -> None:
     if index not in m.memo:
-        raise m.refused(f"goes back to the value {index}, which it has not kept")
+        raise m.refused(f"refers to the stored value {index}, which does not exist")
     m.push(m.memo[index])
 
 
@@ -249,7 +249,7 @@ def _reduce(m: _Machine) -> None:
 
 
 def _build(m: _Machine) -> None:
-    """A state_dict's `_metadata`, the versions of its modules, which torch sets as an attribute."""
+    """Accept the attribute `_metadata` of a state_dict, the versions of its modules. It is not kept."""
     attributes = m.pop(dict)
     m.top(dict)
     for name in attributes:
@@ -297,9 +297,10 @@ _MAKE_OBJECTS = {ord("o"): "OBJ", 0x81: "NEWOBJ", 0x92: "NEWOBJ_EX", 0x82: "EXT1
 
 
 def _require_plain(result: Any, where: str, leaves: tuple[type, ...]) -> None:
-    """That the result is a tree of plain values, as small when it is written out as it is in memory.
+    """Raise `CheckpointError` unless the result is a tree of plain values within the limits.
 
-    Values that are shared, each by several that are shared themselves, would be endless for whoever walks them.
+    Shared values count each time they are referenced: nested sharing can make a small pickle exponentially large for
+    code that walks the tree.
     """
     waiting = [(result, 0)]
     values = characters = 0

@@ -1,7 +1,7 @@
-"""What torch.save wrote, read without torch and without running anything: a zip of one pickle and a record per storage.
+"""Read files of torch.save without torch and without executing code: a zip with a pickle and a record per storage.
 
 Format: https://github.com/pytorch/pytorch/blob/main/docs/source/notes/serialization.rst
-The calls by which a pickle describes tensors: torch/_utils.py, `_rebuild_tensor_v2` and its neighbours.
+The functions that a pickle calls to describe tensors: torch/_utils.py, `_rebuild_tensor_v2` and others.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bridge.containers import torch_pickle as pickles
+from bridge.containers import torch_pickle
 from bridge.containers.torch_pickle import Symbol
 from bridge.containers.zip_records import Archive
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.stored_file import StoredFile, first_bytes
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import LazyTensor
 
 MOST_TENSORS = 10_000  # GPT-2 XL with AdamW's state has 2,400
 _MOST_RANK = 16
-_MOST_SIZE = 2**48  # elements along an axis, and of all axes that are not empty: what numpy can always address
+_MOST_SIZE = 2**48  # elements along an axis, and in all non-empty axes: the limit of what numpy can address
 
 _STORAGES: Mapping[str, type] = {
     "DoubleStorage": np.float64,
@@ -39,7 +40,7 @@ _STORAGES: Mapping[str, type] = {
     "BoolStorage": np.bool_,
 }
 _WITHOUT_STORAGES = ("uint16", "uint32", "uint64")
-"""Types for which torch writes an untyped storage and, in `_rebuild_tensor_v3`, the dtype."""
+"""Types without a storage class. torch writes an untyped storage, and the dtype in `_rebuild_tensor_v3`."""
 
 _ZIP = b"PK\3\4"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -48,17 +49,17 @@ _AGAIN = "if you trust it, load it with torch (weights_only=True) and torch.save
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file begins as one of torch's does, of today or of before 1.6; False for what cannot be read."""
+    """Whether a file starts like a file of torch, of any version. Returns False for an unreadable file."""
     return first_bytes(path, 4).startswith((_ZIP, *_BARE_PICKLES))
 
 
 def read_file(path: str | Path) -> Any:
-    """What torch.save was given: dicts, lists, tuples, numbers, strings, and a `LazyTensor` for each tensor.
+    """Return the object passed to torch.save: dicts, lists, tuples, numbers, strings, and a `LazyTensor` per tensor.
 
-    An OrderedDict is a dict here, a parameter its tensor, and the device is not told. Tensors that are the same part
-    of the same storage are the same object. Only the pickle is read; a tensor is read when its entry is.
+    An OrderedDict becomes a dict and a parameter its tensor; devices are ignored. Tensors that are the same view of the
+    same storage are the same object. Only the pickle is read here; each tensor is read on access.
 
-    Raises `CheckpointError` for every other kind of object, naming it, and for whatever is damaged.
+    Raises `CheckpointError` for any other type of object, with its name, and for a damaged file.
     """
     file = StoredFile.open(path)
     start = file.read(0, min(len(_LEGACY), file.size))
@@ -67,13 +68,13 @@ def read_file(path: str | Path) -> Any:
             raise CheckpointError(f"{quoted(file.path)} is in the format of torch before 1.6; {_AGAIN}")
         if start.startswith(_BARE_PICKLES):
             raise CheckpointError(f"{quoted(file.path)} is a pickle that torch.save did not write; {_AGAIN}")
-        raise CheckpointError(f"{quoted(file.path)} is not a file of torch's, or damaged")
+        raise CheckpointError(f"{quoted(file.path)} is not a file of torch, or is damaged")
     return _Saved(Archive.open(file)).read()
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """One record of numbers."""
+    """The record of a storage."""
 
     record: str
     dtype: np.dtype
@@ -81,7 +82,7 @@ class _Storage:
 
 
 class _Saved:
-    """One file: its records, and what the pickle calls become."""
+    """An open file: its records, and the functions that its pickle may call."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
@@ -94,7 +95,7 @@ class _Saved:
     def read(self) -> Any:
         self._require_torch_save()
         content = self._archive.read(f"{self._root}/data.pkl")
-        return pickles.load(
+        return torch_pickle.load(
             content,
             f"{self._where}: data.pkl",
             symbols=self._symbols(),
@@ -105,23 +106,24 @@ class _Saved:
     def _require_torch_save(self) -> None:
         names = self._archive.records
         if any(not name.startswith(f"{self._root}/") for name in names):
-            raise CheckpointError(f"{self._where} is a zip of several things, not one file of torch's")
+            raise CheckpointError(f"{self._where} is a zip archive that torch.save did not write")
         if any(name.startswith((f"{self._root}/code/", f"{self._root}/constants.pkl")) for name in names):
             raise CheckpointError(
-                f"{self._where} is a TorchScript archive, a program; load it with torch.jit.load and torch.save its "
-                "state_dict()"
+                f"{self._where} is a TorchScript archive; load it with torch.jit.load and torch.save its state_dict()"
             )
         pickle = names.get(f"{self._root}/data.pkl")
         if pickle is None:
-            raise CheckpointError(f"{self._where} is a zip without data.pkl, not a file of torch's")
-        if pickle.size > pickles.MOST_BYTES:
-            raise CheckpointError(f"{self._where}: data.pkl has {pickle.size} bytes; at most {pickles.MOST_BYTES}")
+            raise CheckpointError(f"{self._where} is a zip archive without data.pkl; torch.save did not write it")
+        if pickle.size > torch_pickle.MOST_BYTES:
+            raise CheckpointError(
+                f"{self._where}: data.pkl has {pickle.size} bytes; the limit is {torch_pickle.MOST_BYTES}"
+            )
         order = names.get(f"{self._root}/byteorder")
         if order is not None and (order.size != 6 or self._archive.read(order.name) != b"little"):
-            raise CheckpointError(f"{self._where} is of a big-endian machine; {_AGAIN}")
+            raise CheckpointError(f"{self._where} was written on a big-endian machine; {_AGAIN}")
 
     def _symbols(self) -> dict[tuple[str, str], Symbol]:
-        """Everything that a pickle may name, and what is done in its place."""
+        """Return everything that a pickle may name, with its meaning."""
         calls = {
             ("collections", "OrderedDict"): self._ordered_dict,
             ("torch", "Size"): self._size,
@@ -152,11 +154,11 @@ class _Saved:
 
     def _parameter(self, arguments: tuple[Any, ...]) -> LazyTensor:
         if len(arguments) != 3 or not isinstance(arguments[0], LazyTensor) or not _is_nothing(arguments[2]):
-            raise self._refuse("has a parameter that is not a tensor and whether it is trained")
+            raise self._refuse("has a parameter whose arguments are not a tensor and a bool")
         return arguments[0]
 
     def _storage(self, persistent_id: Any) -> _Storage:
-        """`("storage", type, key, device, count)`, where the count is of elements."""
+        """`("storage", type, key, device, count)`. `count` is a number of elements."""
         match persistent_id:
             case ("storage", Symbol(value=np.dtype() as dtype), str(key), str(), int(count)):
                 pass
@@ -165,7 +167,7 @@ class _Saved:
         name = f"{self._root}/data/{key}"
         record = self._archive.records.get(name)
         if record is None:
-            raise self._refuse(f"has a tensor in the record {quoted(name)}, which is not there")
+            raise self._refuse(f"has a tensor in the record {quoted(name)}, which does not exist")
         if count * dtype.itemsize != record.size:
             raise self._refuse(
                 f"has a storage of {quoted(count)} times {dtype.itemsize} bytes in the record {quoted(name)}, which "
@@ -182,7 +184,9 @@ class _Saved:
             case (_Storage() as storage, offset, shape, strides, bool(), hooks, *metadata):
                 if _is_nothing(hooks, *metadata) and len(metadata) <= 1:
                     return self._tensor(storage, storage.dtype, offset, shape, strides)
-        raise self._refuse("describes a tensor as torch does not: hooks or metadata, or too few of its parts")
+        raise self._refuse(
+            "describes a tensor in a way that torch does not: with hooks or metadata, or with missing arguments"
+        )
 
     def _tensor_v3(self, arguments: tuple[Any, ...]) -> LazyTensor:
         """`(storage, offset, shape, strides, requires_grad, hooks, dtype[, metadata])`."""
@@ -190,22 +194,24 @@ class _Saved:
             case (_Storage() as storage, offset, shape, strides, bool(), hooks, Symbol(value=np.dtype() as dtype), *m):
                 if _is_nothing(hooks, *m) and len(m) <= 1:
                     return self._tensor(storage, dtype, offset, shape, strides)
-        raise self._refuse("describes a tensor as torch does not: hooks or metadata, or too few of its parts")
+        raise self._refuse(
+            "describes a tensor in a way that torch does not: with hooks or metadata, or with missing arguments"
+        )
 
     def _tensor(self, storage: _Storage, dtype: np.dtype, offset: Any, shape: Any, strides: Any) -> LazyTensor:
-        """The entry of a part of a storage, which has to lie in it."""
+        """Return the lazy tensor of a view of a storage, after checking that the view lies inside the storage."""
         self._tensors_made += 1
         if self._tensors_made > MOST_TENSORS:
             raise self._refuse(f"has more than {MOST_TENSORS} tensors")
         where = f"has a tensor in the record {quoted(storage.record)}"
         if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset,)) and len(shape) == len(strides)):
-            raise self._refuse(f"{where} whose offset, shape or strides are not small counts, or negative")
+            raise self._refuse(f"{where} whose offset, shape or strides are negative, too large or no integers")
         strides = tuple(stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
         count = math.prod(shape)
         reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 if count else 0
         there = storage.nbytes // dtype.itemsize
         if offset + reach > there or math.prod(size or 1 for size in shape) >= _MOST_SIZE:
-            raise self._refuse(f"{where} that does not lie in it")
+            raise self._refuse(f"{where} that is larger than the record")
         if count > there:
             raise self._refuse(f"{where} that repeats its elements; make it contiguous and save it again")
         key = (storage.record, dtype, offset, shape, strides)
@@ -222,7 +228,7 @@ class _Saved:
         strides: tuple[int, ...],
         reach: int,
     ) -> np.ndarray:
-        """The elements from the tensor's first to its last, seen as the tensor."""
+        """Read the range from the first element of the tensor to its last, and return a strided view of it."""
         width = dtype.itemsize
         part = self._archive.read_part(record, offset * width, reach * width)
         return np.ndarray(shape, dtype, part.data, strides=tuple(stride * width for stride in strides))

@@ -1,7 +1,7 @@
-"""Files that `torch.load(weights_only=True)` reads, written without torch: a pickle beside one record per tensor.
+"""Write files for `torch.load(weights_only=True)` without torch: a pickle, and one record per tensor.
 
-Format: an uncompressed zip; `data.pkl` describes the nesting, in which a tensor is a call that names its record, and
-each record `data/N` is a tensor's bytes, aligned so that it can be mapped.
+Format: an uncompressed zip. `data.pkl` describes the nested value; a tensor is a call that names its record. Each
+record `data/N` holds the bytes of a tensor, aligned for memory mapping.
 https://github.com/pytorch/pytorch/blob/main/docs/source/notes/serialization.rst
 Opcodes: https://docs.python.org/3/library/pickletools.html
 """
@@ -39,18 +39,18 @@ STORAGES: Mapping[np.dtype, str] = {
         np.bool_: "BoolStorage",
     }.items()
 }
-"""What torch calls an array of each type that it and numpy share."""
+"""numpy dtype -> name of torch's storage class."""
 
 _ROOT = "archive"
-_ZIP64_FROM = 2**30  # zipfile needs the wider fields from 2**31 on, and wants to be told before it writes
+_ZIP64_FROM = 2**30  # zipfile needs 64-bit fields from 2**31 bytes, and must know before it writes
 _LOCAL_HEADER, _ZIP64_EXTRA, _PADDING_HEADER = 30, 20, 4  # bytes
 
 
 def write_file(path: str | Path, value: Any) -> None:
     """Write `value` to a new file: dict, list, tuple, str, int, float, bool, None, and `LazyTensor` for tensors.
 
-    One entry in several places is written once and shares its memory when it is loaded. Tensors are read and written
-    one after the other; never more than one of them is in memory.
+    A tensor that appears several times is written once, and its copies share memory when loaded. At most one tensor is
+    in memory at a time.
     """
     pickled = _Pickled(value)
     with open(path, "xb") as file, zipfile.ZipFile(file, "w") as archive:
@@ -64,7 +64,7 @@ def write_file(path: str | Path, value: Any) -> None:
 
 
 def _record(archive: zipfile.ZipFile, name: str, wide: bool = False) -> zipfile.ZipInfo:
-    """The header of the next record, as long as it takes for the data after it to be aligned."""
+    """Return the header of the next record, padded so that the data after it is aligned."""
     record = zipfile.ZipInfo(f"{_ROOT}/{name}")
     header = _LOCAL_HEADER + len(record.filename) + _PADDING_HEADER + (_ZIP64_EXTRA if wide else 0)
     padding = -(archive.start_dir + header) % ALIGNMENT
@@ -73,7 +73,12 @@ def _record(archive: zipfile.ZipFile, name: str, wide: bool = False) -> zipfile.
 
 
 class _Pickled:
-    """`content`: the value, pickled. `entries`: its tensors, each once, in the order of their records."""
+    """A pickled value.
+
+    Attributes:
+        content: the pickle.
+        entries: its tensors, each once, in the order of their records.
+    """
 
     def __init__(self, value: Any) -> None:
         self.entries: list[LazyTensor] = []
@@ -104,7 +109,7 @@ class _Pickled:
                 return pickle.EMPTY_DICT + self._all(itertools.chain(*value.items())) + pickle.SETITEMS
             case LazyTensor():
                 return self._tensor(value)
-        raise CheckpointError(f"a torch file is not written with a {type(value).__name__} in it: {quoted(value)}")
+        raise CheckpointError(f"cannot write a {type(value).__name__} to a torch file: {quoted(value)}")
 
     def _all(self, values: Any) -> bytes:
         return pickle.MARK + b"".join(map(self._of, values))
@@ -130,5 +135,5 @@ def _global(module: str, name: str) -> bytes:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a contiguous tensor, in elements. In an empty one torch counts an axis of none as one of 1."""
+    """Return the strides of a contiguous tensor, in elements. torch counts an empty axis as size 1."""
     return tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))

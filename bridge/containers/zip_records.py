@@ -1,10 +1,10 @@
-"""Zip archives of uncompressed records, as torch writes them: where each record lies, and reading it.
+"""A strict reader of zip archives with uncompressed records, as torch writes them.
 
-Readers of zip files disagree on files that contradict themselves, so that one of them checks what another does not
-load. Whatever torch does not write is refused: compression, encryption, comments at the end, records that share bytes
-or names, headers that differ from the directory.
+Zip readers interpret inconsistent files differently, so one reader may check other bytes than another one loads.
+Everything that torch does not write is therefore refused: compression, encryption, trailing comments, records that
+share bytes or names, and headers that differ from the directory.
 
-Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, whose section numbers are in the comments.
+Format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT. Comments give its section numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CENTRAL = struct.Struct("<4s6H3I5H2I")  # 4.3.12
 _END64 = struct.Struct("<4sQ2H2I4Q")  # 4.3.14
 _LOCATOR64 = struct.Struct("<4sIQI")  # 4.3.15
 _END = struct.Struct("<4s4H2IH")  # 4.3.16
-_DIRECTORY = 0x10  # of MS-DOS's attributes
+_DIRECTORY = 0x10  # an MS-DOS attribute
 _SEE_ZIP64_16, _SEE_ZIP64_32 = 0xFFFF, 0xFFFFFFFF
 _ZIP64_EXTRA = 1
 _SIZES_FOLLOW, _UTF8 = 1 << 3, 1 << 11  # 4.4.4
@@ -39,17 +39,17 @@ _CHUNK_BYTES = 2**20
 class Record:
     name: str
     header: int
-    """Where its header lies in the file."""
+    """Position of the header in the file."""
     data: int
-    """Where its bytes lie."""
+    """Position of the content in the file."""
     size: int
     crc: int
-    """Of its bytes; 0 where it was not computed."""
+    """CRC-32 of the content; 0 if the writer did not compute it."""
 
 
 @dataclass
 class Archive:
-    """The records of a zip file. Every method raises `CheckpointError` where the file is damaged."""
+    """The records of a zip file. All methods raise `CheckpointError` if the file is damaged."""
 
     file: StoredFile
     records: Mapping[str, Record]
@@ -57,7 +57,7 @@ class Archive:
 
     @classmethod
     def open(cls, file: StoredFile) -> Archive:
-        """Reads the directory, and the header of each record, but none of the records."""
+        """Read the directory and the header of each record, but no content."""
         archive = cls(file, _records(file))
         _require_disjoint(file, archive.records)
         return archive
@@ -67,7 +67,7 @@ class Archive:
         return self.read_part(name, 0, record.size).tobytes()
 
     def read_part(self, name: str, start: int, count: int) -> np.ndarray:
-        """`count` bytes of a record from `start` on, as `uint8`. The first time all of it is held to its CRC."""
+        """Return `count` bytes of a record from `start`, as `uint8`. The first call verifies the record's CRC."""
         record = self.records[name]
         if not 0 <= start <= start + count <= record.size:
             raise CheckpointError(f"{quoted(self.file.path)}: {quoted(name)} has only {record.size} bytes")
@@ -76,8 +76,8 @@ class Archive:
             crc = zlib.crc32(part.data) if count == record.size else self._crc(record)
             if crc != record.crc:
                 raise CheckpointError(
-                    f"{quoted(self.file.path)}: the bytes of {quoted(name)} are not those that were written (CRC-32); "
-                    "get the file again"
+                    f"{quoted(self.file.path)}: {quoted(name)} does not match its checksum (CRC-32); the file is "
+                    "damaged, download it again"
                 )
             self._intact.add(name)
         return part
@@ -93,8 +93,8 @@ def _records(file: StoredFile) -> dict[str, Record]:
     start, size, count = _directory(file)
     if count > MOST_RECORDS or size > MOST_DIRECTORY_BYTES:
         raise CheckpointError(
-            f"{quoted(file.path)}: a zip of {count} records, which take {size} bytes to list; at most {MOST_RECORDS} "
-            f"and {MOST_DIRECTORY_BYTES} are read"
+            f"{quoted(file.path)}: a zip with {count} records and a directory of {size} bytes; the limits are "
+            f"{MOST_RECORDS} and {MOST_DIRECTORY_BYTES}"
         )
     content = file.read(start, size)
     records: dict[str, Record] = {}
@@ -102,47 +102,47 @@ def _records(file: StoredFile) -> dict[str, Record]:
     position = 0
     for _ in range(count):
         record, position = _record(file, content, position, start)
-        if record.name.lower() in names:  # torch finds records without regard to case
+        if record.name.lower() in names:  # torch ignores case in the names of records
             raise CheckpointError(f"{quoted(file.path)}: two records have the name {quoted(record.name)}")
         names.add(record.name.lower())
         records[record.name] = record
     if position != size:
-        raise _contradicts(file, "its directory holds more than its records")
+        raise _contradicts(file, "its directory is longer than its records")
     return records
 
 
 def _directory(file: StoredFile) -> tuple[int, int, int]:
-    """Where the directory starts, its bytes, its records (4.3.16, and 4.3.14 where that is there)."""
+    """Return the position of the directory, its size in bytes and the number of records (4.3.16, 4.3.14)."""
     end_at = file.size - _END.size
     if end_at < 0:
-        raise _contradicts(file, "it is truncated, or no zip file")
+        raise _contradicts(file, "it is truncated or not a zip file")
     magic, *disks, here, count, size, start, comment = _END.unpack(file.read(end_at, _END.size))
     if magic != b"PK\5\6" or comment:
-        raise _contradicts(file, "it is truncated, or has something behind its end")
+        raise _contradicts(file, "it is truncated, or has data after its end")
     ends_at = end_at
     locator_at = end_at - _LOCATOR64.size
     located = file.read(locator_at, _LOCATOR64.size) if locator_at >= 0 else b""
     if located.startswith(b"PK\6\7"):
         _, disk, ends_at, disks_in_all = _LOCATOR64.unpack(located)
         if disk or disks_in_all > 1 or ends_at + _END64.size != locator_at:
-            raise _contradicts(file, "its end is not where it says")
+            raise _contradicts(file, "its end record is not at the position that it states")
         magic, length, _, _, *wide_disks, wide_here, wide_count, wide_size, wide_start = _END64.unpack(
             file.read(ends_at, _END64.size)
         )
         if magic != b"PK\6\6" or length != _END64.size - 12:
-            raise _contradicts(file, "its end is not where it says")
+            raise _contradicts(file, "its end record is not at the position that it states")
         pairs = ((here, wide_here), (count, wide_count), (size, wide_size), (start, wide_start))
         if any(narrow not in (wide, _SEE_ZIP64_16, _SEE_ZIP64_32) for narrow, wide in pairs):
-            raise _contradicts(file, "its two ends differ")
+            raise _contradicts(file, "its two end records differ")
         disks += wide_disks
         here, count, size, start = wide_here, wide_count, wide_size, wide_start
     if any(disks) or here != count or start + size != ends_at:
-        raise _contradicts(file, "its directory is not where it says")
+        raise _contradicts(file, "its directory is not at the position that it states")
     return start, size, count
 
 
 def _record(file: StoredFile, directory: bytes, position: int, data_end: int) -> tuple[Record, int]:
-    """One record of the directory (4.3.12), held against its own header (4.3.7), and where the next one is."""
+    """Return a record of the directory (4.3.12), checked against its local header (4.3.7), and the next position."""
     fixed = directory[position : position + _CENTRAL.size]
     if len(fixed) < _CENTRAL.size or not fixed.startswith(b"PK\1\2"):
         raise _contradicts(file, "its directory is damaged")
@@ -165,15 +165,15 @@ def _record(file: StoredFile, directory: bytes, position: int, data_end: int) ->
             "load it with torch and torch.save it again"
         )
     if external & _DIRECTORY:
-        raise _contradicts(file, f"{quoted(name)} is marked as a directory, of which torch would read zeros")
+        raise _contradicts(file, f"{quoted(name)} is marked as a directory, which torch would read as zeros")
     data = _data_start(file, parts[0], header, flags, crc, size)
     if data + size > data_end:
-        raise _contradicts(file, f"{quoted(name)} does not lie in it")
+        raise _contradicts(file, f"{quoted(name)} is outside the data")
     return Record(name, header, data, size, crc), position
 
 
 def _wide(file: StoredFile, name: str, extra: bytes, values: list[int]) -> list[int]:
-    """`values`, those that do not fit into 32 bits from the extra fields (4.5.3)."""
+    """Return `values`, with those that do not fit into 32 bits taken from the extra fields (4.5.3)."""
     position, wide = 0, b""
     while position < len(extra):
         kind, length = struct.unpack("<2H", extra[position : position + 4].ljust(4, b"\xff"))
@@ -191,7 +191,7 @@ def _wide(file: StoredFile, name: str, extra: bytes, values: list[int]) -> list[
 
 
 def _data_start(file: StoredFile, name: bytes, at: int, flags: int, crc: int, size: int) -> int:
-    """Where a record's bytes start, by the header that stands before them."""
+    """Return the position of a record's content, after comparing its local header with the directory."""
     fixed = file.read(at, _LOCAL.size + len(name))
     magic, _, own_flags, method, _, _, *own, name_length, extra_length = _LOCAL.unpack(fixed[: _LOCAL.size])
     expected = [crc, size, size]
@@ -214,4 +214,4 @@ def _require_disjoint(file: StoredFile, records: Mapping[str, Record]) -> None:
 
 
 def _contradicts(file: StoredFile, why: str) -> CheckpointError:
-    return CheckpointError(f"{quoted(file.path)} is damaged, or not as torch writes zip files: {why}")
+    return CheckpointError(f"{quoted(file.path)} is damaged, or is not a zip file of torch: {why}")

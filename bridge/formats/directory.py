@@ -1,9 +1,9 @@
-"""Shared code of the formats whose checkpoint is a directory with a `config.json`."""
+"""Files of a checkpoint's directory: finding the weights, `config.json`, and files that are copied on conversion."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.conversion import differences
-from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.parameter_table import parameters
 from bridge.storage.companions import checked_companion, has_companion, read_json_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
@@ -22,6 +22,31 @@ from bridge.tokenizers.saving import save_tokenizer
 
 CONFIG = "config.json"
 CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:
+    """Return `path` if it is a `recognised` file, or the recognised files with a suffix in the directory `path`."""
+    if path.is_dir():
+        return [p for p in sorted(path.iterdir()) if p.suffix in suffixes and p.is_file() and recognised(p)]
+    return [path] if path.is_file() and recognised(path) else []
+
+
+def files_beside_config(directory: Path, names: Iterable[str]) -> list[Path]:
+    """Return the files in `names` that exist in a directory with a `config.json`, in the order of `names`."""
+    if not has_companion(directory, CONFIG):
+        return []
+    return [directory / name for name in names if (directory / name).is_file()]
+
+
+def config_beside(weights: Path) -> Path:
+    """Return the `config.json` beside `weights`. The weights alone do not determine the model."""
+    config = weights.parent / CONFIG
+    if not has_companion(weights.parent, CONFIG):
+        raise CheckpointError(
+            f"{quoted(weights)} holds tensors, but there is no {CONFIG} beside it; add the model's {CONFIG}, because "
+            "the tensors alone do not determine the model"
+        )
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,19 +7,28 @@ without this project.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bridge.checkpoint import Checkpoint
 from bridge.config import harmless_fields
 from bridge.containers.safetensors import header_names, read_file, write_file
-from bridge.formats.directory import CONFIG, carry_files, read_config, reshaped, tensors_of_tree, write_config
-from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.directory import (
+    CONFIG,
+    carry_files,
+    config_beside,
+    files_beside_config,
+    read_config,
+    reshaped,
+    tensors_of_tree,
+    write_config,
+)
+from bridge.formats.format import Format
 from bridge.parameter_table import parameters
 from bridge.storage.tensors import LazyTensorMap
 
 NAME = "flax"
 WEIGHTS = "flax_model.safetensors"
-WRITES = r"flax_model\.safetensors"
 
 _A_LEAF = "wte/embedding"  # a name that never occurs in a state_dict
 
@@ -36,7 +45,7 @@ def read(weights: Path) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(fields))
 
 
-def write(checkpoint: Checkpoint, directory: Path) -> None:
+def write(checkpoint: Checkpoint, directory: Path) -> tuple[str, ...]:
     config = checkpoint.config
     write_config(directory / CONFIG, config, checkpoint.extra)
     entries = {
@@ -45,3 +54,7 @@ def write(checkpoint: Checkpoint, directory: Path) -> None:
     }
     write_file(directory / WEIGHTS, LazyTensorMap(entries), {"format": "flax"})
     carry_files(checkpoint, directory)
+    return ()
+
+
+FORMAT = Format(name=NAME, find=find, read=read, write=write, weight_files=re.escape(WEIGHTS))

@@ -15,18 +15,16 @@ from bridge.config import ACTIVATIONS, GPT2Config, harmless_fields
 from bridge.containers.msgpack import is_msgpack, read_file, write_file
 from bridge.conversion import canonicalize, differences
 from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
-from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
-from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.directory import CONFIG, carry_files, config_beside, files_beside_config, read_json, write_json
+from bridge.formats.format import Format
 from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.formats.single_file import require_implied
 from bridge.parameter_table import Parameter, parameters
-from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 
 NAME = "flax_msgpack"
 WEIGHTS = ("flax_model.msgpack", "flax_model.msgpack.index.json")
 """In transformers' order: the first of these that a directory holds is read."""
-WRITES = r"flax_model(-\d{5}-of-\d{5})?\.msgpack|flax_model\.msgpack\.index\.json"
-FAMILY = "transformers"
 MAX_SHARD_BYTES = 10 * 10**9  # transformers' own default for Flax, "10GB"
 
 _SHARDS = (".msgpack",)
@@ -52,7 +50,7 @@ def read(weights: Path) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), _diagnostics(stored, config))
 
 
-def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[str, ...]:
     """Write what `FlaxGPT2LMHeadModel.save_pretrained` writes. Raises `ConfigError` for settings that it ignores.
 
     Args:
@@ -69,6 +67,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     entries = {_path(p): _as_stored(checkpoint.tensors.entries[p.torch_name], p) for p in parameters(config)}
     write_shards(directory, "flax_model", "msgpack", entries, max_shard_bytes, write_file)
     carry_files(checkpoint, directory)
+    return ()
 
 
 def _canonical(stored: Mapping[str, LazyTensor], config: GPT2Config, weights: Path) -> LazyTensorMap:
@@ -76,7 +75,7 @@ def _canonical(stored: Mapping[str, LazyTensor], config: GPT2Config, weights: Pa
     expected = {_path(p): p for p in parameters(replace(config, tie_word_embeddings=tied))}
     if _is_bare(stored):
         stored = {_TRANSFORMER + name: entry for name, entry in stored.items()}
-    shapes = {path: p.torch_shape[::-1] if _is_turned(p) else p.torch_shape for path, p in expected.items()}
+    shapes = {path: p.torch_shape[::-1] if _is_transposed(p) else p.torch_shape for path, p in expected.items()}
     if problems := differences(shapes, stored):
         raise ConversionError(f"{quoted(weights)} does not hold the tensors of its GPT-2:\n" + bullet_list(problems))
     return canonicalize(
@@ -99,14 +98,14 @@ def _path(parameter: Parameter) -> str:
     return _TRANSFORMER + "/".join([*modules, leaf])
 
 
-def _is_turned(parameter: Parameter) -> bool:
+def _is_transposed(parameter: Parameter) -> bool:
     """The head is `[V, D]` in the canonical layout and `[in, out]` as a kernel, the projections the other way round."""
     return parameter.is_projection or parameter.torch_name == "lm_head.weight"
 
 
 def _as_stored(entry: LazyTensor, parameter: Parameter) -> LazyTensor:
     """From the canonical layout to the file's, and back."""
-    return turned(entry) if _is_turned(parameter) else entry
+    return transposed(entry) if _is_transposed(parameter) else entry
 
 
 def _diagnostics(stored: Mapping[str, LazyTensor], config: GPT2Config) -> tuple[str, ...]:
@@ -121,3 +120,13 @@ def _diagnostics(stored: Mapping[str, LazyTensor], config: GPT2Config) -> tuple[
     if config.tie_word_embeddings and _HEAD in stored:
         notes.append(f"{_HEAD} is stored although the head is tied; it equals wte/embedding")
     return tuple(notes)
+
+
+FORMAT = Format(
+    name=NAME,
+    find=find,
+    read=read,
+    write=write,
+    weight_files=r"flax_model(-\d{5}-of-\d{5})?\.msgpack|flax_model\.msgpack\.index\.json",
+    family="transformers",
+)

@@ -44,15 +44,15 @@ from bridge.errors import (
     bullet_list,
     quoted,
 )
-from bridge.formats.finding import files_by_content
+from bridge.formats.directory import files_by_content
+from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, parameters
-from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
 from bridge.tokenizers.gguf import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
 
 NAME = "gguf"
-FILE = "model.gguf"
 SUFFIXES = (".gguf",)
 
 _MODULES: Mapping[str, str] = {
@@ -273,7 +273,7 @@ def _canonical(stored: LazyTensorMap, config: GPT2Config, file: Path) -> dict[st
 
 def _as_stored(entry: LazyTensor, parameter: Parameter) -> LazyTensor:
     """From the canonical layout to the file's, and back."""
-    return turned(entry) if parameter.is_projection else entry
+    return transposed(entry) if parameter.is_projection else entry
 
 
 def _name(parameter: Parameter) -> str:
@@ -324,3 +324,6 @@ def _shortest(value: float) -> float:
 def _in_float32(value: float) -> float:
     with np.errstate(over="ignore"):
         return float(np.float32(value))
+
+
+FORMAT = Format(name=NAME, find=find, read=read, write=write, file_name="model.gguf", suffixes=SUFFIXES)

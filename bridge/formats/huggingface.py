@@ -17,8 +17,8 @@ from bridge.containers.torch_zip import is_torch_file
 from bridge.containers.torch_zip import read_file as read_torch_file
 from bridge.conversion import canonical_names, canonicalize
 from bridge.errors import CheckpointError, bullet_list, quoted
-from bridge.formats.directory import CONFIG, carry_files, read_json, write_json
-from bridge.formats.finding import config_beside, files_beside_config
+from bridge.formats.directory import CONFIG, carry_files, config_beside, files_beside_config, read_json, write_json
+from bridge.formats.format import Format
 from bridge.formats.sharded import is_index, read_shards, write_shards
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
@@ -30,8 +30,6 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """In transformers' order: the first of these that a directory holds is read."""
-WRITES = r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-FAMILY = "transformers"
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own default, "5GB"
 
 _SHARDS = (".safetensors", ".bin")
@@ -51,7 +49,7 @@ def read(weights: Path) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), _diagnostics(stored, config))
 
 
-def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[str, ...]:
     """Write the names that `GPT2LMHeadModel.save_pretrained` writes. A tied head is not stored.
 
     Args:
@@ -65,6 +63,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
 
     write_shards(directory, "model", "safetensors", entries, max_shard_bytes, write_shard)
     carry_files(checkpoint, directory)
+    return ()
 
 
 def _saved_name(canonical: str) -> str:
@@ -104,3 +103,13 @@ def _diagnostics(stored: LazyTensorMap, config: GPT2Config) -> tuple[str, ...]:
     if any(name.endswith((".gamma", ".beta")) for name in stored):
         notes.append("the LayerNorm parameters have their old names, gamma and beta; they were read as weight and bias")
     return tuple(notes)
+
+
+FORMAT = Format(
+    name=NAME,
+    find=find,
+    read=read,
+    write=write,
+    weight_files=r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json",
+    family="transformers",
+)

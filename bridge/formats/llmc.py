@@ -18,14 +18,15 @@ import numpy as np
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
-from bridge.formats.finding import files_by_content
+from bridge.formats.directory import files_by_content
+from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, num_parameters, padded_vocab_size, parameters
-from bridge.storage.stored_file import StoredFile, first_bytes, write_array
-from bridge.storage.tensors import LazyTensor, LazyTensorMap, turned
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.stored_file import StoredFile, write_array
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 
 NAME = "llmc"
-FILE = "model.bin"
 SUFFIXES = (".bin",)
 
 MAGIC = 20240326
@@ -87,7 +88,7 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
         out.write(header.tobytes())
         for p, _ in _places(config, dtype, rows):
             entry = tensors.entries[p.torch_name]
-            write_array(out, p.torch_name, turned(entry) if p.is_projection else entry)
+            write_array(out, p.torch_name, transposed(entry) if p.is_projection else entry)
             if p.has_vocabulary_rows:
                 out.write(bytes((rows - config.vocab_size) * config.n_embd * dtype.itemsize))
     return left_out(config, held=GPT2Config())
@@ -156,5 +157,8 @@ def _in_order(config: GPT2Config) -> Iterator[Parameter]:
 
 def _entry(file: StoredFile, dtype: np.dtype, p: Parameter, offset: int) -> LazyTensor:
     if p.is_projection:
-        return turned(file.entry(dtype, p.torch_shape[::-1], offset))
+        return transposed(file.entry(dtype, p.torch_shape[::-1], offset))
     return file.entry(dtype, p.torch_shape, offset)
+
+
+FORMAT = Format(name=NAME, find=find, read=read, write=write, file_name="model.bin", suffixes=SUFFIXES)

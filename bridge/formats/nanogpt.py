@@ -31,19 +31,16 @@ from bridge.containers.torch_zip import read_file
 from bridge.containers.torch_zip_writer import write_file
 from bridge.conversion import canonical_names, canonicalize, differences
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, bullet_list, quoted
-from bridge.formats.directory import read_config
-from bridge.formats.finding import files_by_content
+from bridge.formats.directory import files_by_content, read_config
+from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_implied, with_sidecar
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.parameter_table import parameters
-from bridge.storage.stored_file import first_bytes
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, turned
+from bridge.storage.regular_file import first_bytes
+from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, transposed
 
 NAME = "nanogpt"
-FILE = "ckpt.pt"
 SUFFIXES = (".pt", ".pth")
-KEEPS_OPTIMIZER = True
-STATES_NO_ACTIVATION = True
 
 _ALWAYS_THERE = {
     "n_layer": "n_layer",
@@ -98,7 +95,7 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
     config, progress, adamw = checkpoint.config, checkpoint.progress, checkpoint.optimizer
     _require_nanogpt(config)
     rate = config.resid_pdrop
-    entries = {f"transformer.{name}": e for name, e in _turned(checkpoint.tensors, _projections(config)).items()}
+    entries = {f"transformer.{name}": e for name, e in _transposed(checkpoint.tensors, _projections(config)).items()}
     optimizer, unsaid = _optimizer(adamw, config)
     saved = {
         "model": {**entries, "lm_head.weight": entries["transformer.wte.weight"]},
@@ -203,9 +200,9 @@ def _projections(config: GPT2Config) -> frozenset[str]:
     return frozenset(p.torch_name for p in parameters(config) if p.is_projection)
 
 
-def _turned(tensors: LazyTensorMap, names: Collection[str]) -> dict[str, LazyTensor]:
+def _transposed(tensors: LazyTensorMap, names: Collection[str]) -> dict[str, LazyTensor]:
     """Convert between the canonical layout and nanoGPT's, in either direction."""
-    return {name: turned(entry) if name in names else entry for name, entry in tensors.entries.items()}
+    return {name: transposed(entry) if name in names else entry for name, entry in tensors.entries.items()}
 
 
 def _canonical_layout(stored: Mapping[str, LazyTensor], config: GPT2Config) -> LazyTensorMap:
@@ -213,7 +210,9 @@ def _canonical_layout(stored: Mapping[str, LazyTensor], config: GPT2Config) -> L
     given = canonical_names(stored)
     head, embedding = given.get("lm_head.weight"), stored.get(given.get("wte.weight", ""))
     kept = {name: entry for name, entry in stored.items() if name != head or entry is not embedding}
-    return LazyTensorMap(_turned(LazyTensorMap(kept), {given[name] for name in _projections(config) if name in given}))
+    return LazyTensorMap(
+        _transposed(LazyTensorMap(kept), {given[name] for name in _projections(config) if name in given})
+    )
 
 
 def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
@@ -230,7 +229,7 @@ def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
         )
     is_old = sizes == spelled[1]
     order = [name for names in layouts[is_old] for name in names]
-    return optimizer_state.from_torch(state, order, config, turned=_projections(config)), is_old
+    return optimizer_state.from_torch(state, order, config, transposed=_projections(config)), is_old
 
 
 def _groups(config: GPT2Config) -> list[list[str]]:
@@ -314,7 +313,19 @@ def _moments(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Ite
     shapes = {p.torch_name: p.torch_shape for p in parameters(config)}
     if problems := differences(shapes, exp_avg.entries) + differences(shapes, exp_avg_sq.entries):
         raise ConversionError("the optimizer's moments are not this model's:\n" + bullet_list(problems))
-    first_entries, second_entries = (_turned(moments, _projections(config)) for moments in (exp_avg, exp_avg_sq))
+    first_entries, second_entries = (_transposed(moments, _projections(config)) for moments in (exp_avg, exp_avg_sq))
     for name in order:
         step = np.asarray(adamw.step, np.float32)  # torch counts in float32
         yield {"step": LazyTensor.of(step), "exp_avg": first_entries[name], "exp_avg_sq": second_entries[name]}
+
+
+FORMAT = Format(
+    name=NAME,
+    find=find,
+    read=read,
+    write=write,
+    file_name="ckpt.pt",
+    suffixes=SUFFIXES,
+    keeps_optimizer=True,
+    states_activation=False,
+)

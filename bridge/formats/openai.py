@@ -18,9 +18,10 @@ from bridge.containers.tensor_bundle import is_index, read_bundle
 from bridge.conversion import differences
 from bridge.errors import CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import read_json, reshaped
+from bridge.formats.format import Format
 from bridge.parameter_table import Parameter, parameters
 from bridge.storage.companions import has_companion, read_companion, stays_inside
-from bridge.storage.stored_file import first_bytes
+from bridge.storage.regular_file import first_bytes
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 NAME = "openai"
@@ -125,3 +126,6 @@ def _diagnostics(index: Path, stored: Mapping[str, LazyTensor], weights: Mapping
         yield f"{left_out} training variables, such as Adam's moments, were left out"
     if others := [quoted(other.name) for other in _indexes(index.parent) if other != index]:
         yield f"read from {quoted(index.name)}; the directory also holds {', '.join(others[:10])}, which was not read"
+
+
+FORMAT = Format(name=NAME, find=find, read=read)

@@ -9,32 +9,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats import FORMATS
 from bridge.formats.directory import CONFIG
+from bridge.formats.format import Format
 from bridge.storage.companions import has_companion, stays_inside
+
+
+class SeveralCheckpointsError(CheckpointError):
+    """A directory holds several checkpoints."""
 
 
 @dataclass(frozen=True)
 class Found:
     """A checkpoint that a format recognises."""
 
-    format: ModuleType
+    format: Format
     path: Path
     """The argument for the format's `read`: a file, or a directory that is one checkpoint."""
 
     @property
     def model(self) -> object:
         """A key that all files with forms of the same model share."""
-        return getattr(self.format, "FAMILY", self.path)
+        return self.format.family or self.path
 
 
 def find_checkpoints(path: Path) -> list[Found]:
     """Return all checkpoints in a directory, in the order of `FORMATS`. A file is only what the first format says."""
     try:
-        found = [Found(module, file) for module in FORMATS.values() for file in module.find(path)]
+        found = [Found(format, file) for format in FORMATS.values() for file in format.find(path)]
     except OSError as error:
         raise CheckpointError(f"cannot read {quoted(path)}: {error.strerror}") from error
     return found if path.is_dir() else found[:1]
@@ -43,12 +47,12 @@ def find_checkpoints(path: Path) -> list[Found]:
 def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
     """Return the checkpoint at `path` and a warning about unread forms of its model, or None if there is no checkpoint.
 
-    Raises `CheckpointError` that lists the checkpoints if there are several.
+    Raises `SeveralCheckpointsError` that lists the checkpoints if there are several.
     """
     found = find_checkpoints(path)
     if len({f.model for f in found}) > 1:
-        listed = bullet_list(f"{f.format.NAME}: {quoted(f.path.name)}" for f in found)
-        raise CheckpointError(
+        listed = bullet_list(f"{f.format.name}: {quoted(f.path.name)}" for f in found)
+        raise SeveralCheckpointsError(
             f"{quoted(path)} holds several checkpoints:\n{listed}\n"
             f"give the file to read, for example: gpt2 inspect {quoted(next(f.path for f in found if f.path != path))}"
         )

@@ -20,6 +20,7 @@ from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.conversion import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config, read_json, tensors_of_tree
+from bridge.formats.format import Format
 from bridge.storage import manifest
 from bridge.storage.tensors import LazyTensor, first_rows
 
@@ -195,3 +196,6 @@ def _without_padding(entry: LazyTensor, config: GPT2Config) -> LazyTensor:
     """Remove padding rows of the vocabulary. Returns the entry unchanged if it has more rows than padding can add."""
     is_padded = bool(entry.shape) and entry.shape[0] <= 2 * config.vocab_size + _MOST_PADDING
     return first_rows(entry, config.vocab_size) if is_padded else entry
+
+
+FORMAT = Format(name=NAME, find=find, read=read)

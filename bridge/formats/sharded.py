@@ -12,7 +12,7 @@ import numpy as np
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import read_json, write_json
 from bridge.storage.companions import stays_inside
-from bridge.storage.stored_file import first_bytes
+from bridge.storage.regular_file import first_bytes
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 _INDEX_START = 2**16  # bytes at the start of the index, enough to contain a shard's name

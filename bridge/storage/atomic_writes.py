@@ -11,30 +11,25 @@ function follows one rule for writing:
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import re
-import secrets
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bridge.errors import CheckpointError, bullet_list, quoted
-
-_NEW, _OLD = "new", "old"
-"""Names in the hidden directory: the new data, and the old data if the system cannot exchange two names."""
-_LEAVING, _REPLACED = "leaving", "replaced"
-"""Subdirectories for old files, used when a target is filled in place: `_LEAVING` is renamed to `_REPLACED` once all
-old files are in it."""
-_KEPT = "kept"
-"""Subdirectory for old files that could not be moved back after an error. A hidden directory with it is not removed."""
-_MARKER = ".gpt2-bridge"
-"""An empty file in every hidden directory. A directory without it was not made by this module, whatever its name."""
-_AT_WORKING_DIRECTORY, _NO_REPLACE, _EXCHANGE = -100, 1, 2
-"""AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux's fcntl.h and stdio.h."""
+from bridge.storage.fsync import flush_to_disk, flush_tree
+from bridge.storage.hidden_directories import KEPT, NEW, OLD, hidden_directory, hidden_name, is_hidden_directory
+from bridge.storage.locks import exclusive_lock
+from bridge.storage.regular_file import identity
+from bridge.storage.renames import (
+    complete_move,
+    is_mount_point,
+    mount_points,
+    move_in,
+    rename_directory,
+    rename_file,
+)
 
 Replaceable = Callable[[str], bool]
 """Whether a file may be replaced, by its path relative to the target directory, with forward slashes."""
@@ -59,7 +54,7 @@ def new_directory(target: str | Path, *, replaceable: Replaceable | None = None)
     def check(path: Path) -> None:
         if not path.is_dir():
             raise CheckpointError(f"{quoted(target)} exists and is not a directory; choose another name")
-        if mounts := [mount for mount in _mount_points() if path in mount.parents]:
+        if mounts := [mount for mount in mount_points() if path in mount.parents]:
             raise CheckpointError(f"{quoted(mounts[0])} is a mount point inside the target; choose another name")
         if replaceable is not None:
             require_replaceable(path, replaceable, name=target)
@@ -67,20 +62,20 @@ def new_directory(target: str | Path, *, replaceable: Replaceable | None = None)
             raise CheckpointError(_exists(target))
 
     with _destination(target, check) as path:
-        stays = path.is_dir() and (_is_mount_point(path) or path == Path.cwd())
-        with _hidden_place(path / path.name if stays else path) as place:
-            new = place / _NEW
+        stays = path.is_dir() and (is_mount_point(path) or path == Path.cwd())
+        with hidden_directory(path / path.name if stays else path) as hidden:
+            new = hidden / NEW
             new.mkdir()
             yield new
             if path.is_dir():
                 shutil.copymode(path, new)
-            _flush_tree(new)
+            flush_tree(new)
             if stays:
-                names = [p.name for p in path.iterdir() if not _is_hidden_place(p)]
+                names = [p.name for p in path.iterdir() if not is_hidden_directory(p)]
                 check(path)
-                _move_in(place, path, names, check)
+                move_in(hidden, path, names, check)
             else:
-                _rename_directory(new, path, check)
+                rename_directory(new, path, check)
                 flush_to_disk(path.parent)
 
 
@@ -112,13 +107,13 @@ def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False
             )
 
     with _destination(target, check) as path:
-        if _is_mount_point(path):
+        if is_mount_point(path):
             raise CheckpointError(f"{quoted(target)} is a mount point and cannot be replaced; choose another name")
-        with _hidden_place(path) as place:
-            new = place / _NEW
+        with hidden_directory(path) as hidden:
+            new = hidden / NEW
             yield new
             flush_to_disk(new)
-            _rename_file(new, path, check)
+            rename_file(new, path, check)
             flush_to_disk(path.parent)
 
 
@@ -148,11 +143,11 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
             write(new)
         return
     leaving = {*remove, *files}
-    with _destination(directory, check) as path, _hidden_place(path / path.name) as place:
-        (place / _NEW).mkdir()
-        write(place / _NEW)
-        _flush_tree(place / _NEW)
-        _move_in(place, path, leaving, check)
+    with _destination(directory, check) as path, hidden_directory(path / path.name) as hidden:
+        (hidden / NEW).mkdir()
+        write(hidden / NEW)
+        flush_tree(hidden / NEW)
+        move_in(hidden, path, leaving, check)
 
 
 def require_replaceable(directory: Path, replaceable: Replaceable, name: str | Path | None = None) -> None:
@@ -186,55 +181,11 @@ def foreign_files(directory: Path, replaceable: Replaceable) -> list[str]:
             if entry.is_dir(follow_symlinks=False):
                 if replaceable(name + "/"):
                     folders.append(path)
-                elif not (folder == directory and _is_hidden_place(path)):
+                elif not (folder == directory and is_hidden_directory(path)):
                     foreign.append(name + "/")
             elif not (entry.is_file(follow_symlinks=False) and replaceable(name)):
                 foreign.append(name)
     return foreign
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or a directory. Windows cannot open directories, so they are skipped there."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows needs write access to flush
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def exclusive_lock(path: Path, *, is_file: bool = False) -> Iterator[bool | None]:
-    """Lock a directory or a file for the duration of a block. The system releases the lock when the process ends.
-
-    Args:
-        path: a directory or a file. A link raises `OSError`.
-        is_file: `path` is a file, which is created if it does not exist. NFS can lock only writable files.
-
-    Yields:
-        True if this process holds the lock, False if another one does, None if the system or the file system has no
-        such locks (Windows, object stores).
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield None
-        return
-    descriptor = os.open(path, (os.O_RDWR | os.O_CREAT if is_file else os.O_RDONLY) | os.O_NOFOLLOW, 0o666)
-    try:
-        held: bool | None = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        except OSError:
-            held = None
-        if held and not _is_named(descriptor, path):
-            held = False  # the path now names another file, which is not locked
-        yield held
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -249,9 +200,9 @@ def _destination(target: str | Path, check: Callable[[Path], None]) -> Iterator[
     try:
         made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_away(path)
+        _remove_leftovers(path)
         if path.is_dir():
-            _clear_away(path / path.name)
+            _remove_leftovers(path / path.name)
         if os.path.lexists(path):
             check(path)
         yield path
@@ -283,251 +234,19 @@ def _exists(target: str | Path) -> str:
 
 def _identity(path: Path) -> tuple[int, ...] | None:
     try:
-        status = os.stat(path)
+        return identity(os.stat(path))
     except OSError:
         return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _is_mount_point(path: Path) -> bool:
-    """Whether `path` is a mount point. Unlike os.path.ismount, detects a bind mount from the same file system."""
-    return os.path.ismount(path) or path in _mount_points()
-
-
-def _mount_points() -> set[Path]:
-    """The mount points that Linux lists for this process. Empty on other systems."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        return set()
-    return {Path(_without_octal(mount.split(" ")[4])) for mount in mounts}
-
-
-def _without_octal(text: str) -> str:
-    r"""Decode the octal escapes of proc(5), such as `\040` for a space."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
-
-
-def _flush_tree(directory: Path) -> None:
-    for path in (directory, *directory.rglob("*")):
-        flush_to_disk(path)
-
-
-def _is_named(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _hidden_name(target: Path) -> Path:
-    return target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-
-
-def _is_hidden_place(path: Path, name: str | None = None) -> bool:
-    """Whether `path` is a hidden directory of this module for a target called `name`, with its marker or still empty.
-
-    `name`: by default the name of the parent directory.
-    """
-    name = path.parent.name if name is None else name
-    has_name = re.fullmatch(rf"\.{re.escape(name)}\.[0-9a-f]{{8}}\.partial", path.name) is not None
-    return has_name and _is_own(path) and path.is_dir() and (_is_own(path / _MARKER) or not any(path.iterdir()))
-
-
-def _is_own(path: Path) -> bool:
-    """Whether a path is no link, and belongs to this user where the system has users."""
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return False
-    return not stat.S_ISLNK(status.st_mode) and (not hasattr(os, "geteuid") or status.st_uid == os.geteuid())
-
-
-@contextmanager
-def _hidden_place(target: Path) -> Iterator[Path]:
-    """Create a hidden directory for the duration of a block. A lock on it shows that its writer is alive."""
-    with ExitStack() as stack:
-        while True:
-            place = _hidden_name(target)
-            place.mkdir(mode=0o700)
-            with suppress(FileNotFoundError):  # another process may remove it before it is locked
-                (place / _MARKER).touch()
-                if stack.enter_context(exclusive_lock(place)) is not False and place.exists():
-                    break
-        try:
-            yield place
-        except BaseException as error:
-            for name in (_OLD, _LEAVING, _REPLACED):  # what an error left in them belongs to somebody
-                with suppress(FileNotFoundError):
-                    _keep_unless_empty(place / name)
-            if (place / _KEPT).exists():
-                raise CheckpointError(
-                    f"cannot write {quoted(target)}, and files could not be moved back; they are kept in "
-                    f"{quoted(place / _KEPT)}"
-                ) from error
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _keep_unless_empty(directory: Path) -> None:
-    try:
-        directory.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        directory.rename(directory.with_name(_KEPT))
-
-
-def _clear_away(target: Path) -> None:
+def _remove_leftovers(target: Path) -> None:
     """Remove hidden directories that killed writers of `target` left behind. Does nothing on systems without locks."""
-    for place in [p for p in target.parent.iterdir() if _is_hidden_place(p, target.name)]:
-        with suppress(OSError), exclusive_lock(place) as held:
-            if held and not (place / _KEPT).exists() and not any(path.is_symlink() for path in place.iterdir()):
-                if (place / _OLD).exists() and not target.exists():
-                    (place / _OLD).rename(target)  # the writer was killed between two renames
-                _complete_move(place)
+    for hidden in [p for p in target.parent.iterdir() if is_hidden_directory(p, target.name)]:
+        with suppress(OSError), exclusive_lock(hidden) as held:
+            if held and not (hidden / KEPT).exists() and not any(path.is_symlink() for path in hidden.iterdir()):
+                if (hidden / OLD).exists() and not target.exists():
+                    (hidden / OLD).rename(target)  # the writer was killed between two renames
+                complete_move(hidden)
                 # A live writer on another machine may hold a lock that is invisible here. The rename makes it fail
                 # instead of publishing incomplete data.
-                shutil.rmtree(place.rename(_hidden_name(target)), ignore_errors=True)
-
-
-def _rename_directory(new: Path, target: Path, check: Callable[[Path], None]) -> None:
-    """Rename `new` to `target`. An existing directory moves to the hidden directory if `check` allows it."""
-    if not target.is_dir() or not any(target.iterdir()):
-        with _kept_if_it_appeared(target):
-            if os.name == "nt" and target.is_dir():  # rename cannot replace a directory on Windows
-                target.rmdir()
-            new.rename(target)  # replaces an empty directory and fails for everything else
-    elif not _exchanged(new, target, check):
-        old = new.with_name(_OLD)
-        try:
-            target.rename(old)
-            check(old)
-            new.rename(target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-
-
-def _rename_file(new: Path, target: Path, check: Callable[[Path], None]) -> None:
-    """Rename `new` to `target`. An existing file moves to the hidden directory if `check` allows it."""
-    if not os.path.lexists(target):
-        with _kept_if_it_appeared(target):
-            _rename_without_replacing(new, target)
-    elif not _exchanged(new, target, check):
-        check(target)
-        new.replace(target)
-
-
-def _exchanged(new: Path, target: Path, check: Callable[[Path], None]) -> bool:
-    """Exchange two names in one step, and exchange them back if `check` does not allow it. False if unsupported."""
-    ours = _inode(new)
-    try:
-        if not _rename_at_once(new, target, _EXCHANGE):
-            return False
-        check(new)
-    except BaseException:
-        if _inode(target) == ours and not _rename_at_once(new, target, _EXCHANGE):
-            new.rename(new.with_name(_KEPT))
-        raise
-    return True
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-@contextmanager
-def _kept_if_it_appeared(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
-            raise
-        raise CheckpointError(
-            f"{quoted(target)} was created by another program during the write and was not replaced"
-        ) from error
-
-
-def _rename_without_replacing(new: Path, target: Path) -> None:
-    """Rename `new` to `target`. Raises `FileExistsError` if `target` exists."""
-    if _rename_at_once(new, target, _NO_REPLACE):
-        return
-    if new.is_dir() or os.name == "nt":  # Windows never replaces a file
-        new.rename(target)
-        return
-    try:
-        os.link(new, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        new.replace(target)
-    else:
-        new.unlink()
-
-
-def _rename_at_once(one: Path, other: Path, flag: int) -> bool:
-    """Exchange two names, or rename without replacing, with Linux's renameat2(2). Returns False if it is unsupported.
-
-    Raises `FileExistsError` for `_NO_REPLACE` if `other` exists.
-    """
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, TypeError, OSError):  # another system
-        return False
-    done = renameat2(_AT_WORKING_DIRECTORY, os.fsencode(one), _AT_WORKING_DIRECTORY, os.fsencode(other), flag) == 0
-    if not done and ctypes.get_errno() == errno.EEXIST:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(other))
-    return done
-
-
-def _move_in(place: Path, directory: Path, remove: Iterable[str], check: Callable[[Path], None]) -> None:
-    """Move the files named in `remove` from `directory` into `place`, then all of `place / _NEW` into `directory`.
-
-    The largest files are moved last, and an index of shards after them, so that a partly filled directory is not
-    recognised as a checkpoint. An error moves all files back.
-
-    Args:
-        check: raises if the directory that it is given holds files that may not be replaced.
-    """
-    leaving, replaced, new = place / _LEAVING, place / _REPLACED, place / _NEW
-    arriving = sorted(new.iterdir(), key=lambda path: (path.name.endswith(".index.json"), path.stat().st_size))
-    ours = {path: _inode(path) for path in arriving}
-    leaving.mkdir()
-    try:
-        with _kept_if_it_appeared(directory):
-            for name in remove:
-                with suppress(FileNotFoundError):
-                    (directory / name).rename(leaving / name)
-            check(leaving)
-            flush_to_disk(directory)
-            leaving.rename(replaced)
-            for path in arriving:
-                _rename_without_replacing(path, directory / path.name)
-    except BaseException:
-        back = [(directory / path.name, path) for path in arriving if _inode(directory / path.name) == ours[path]]
-        back += [(path, directory / path.name) for folder in (leaving, replaced) for path in _listed(folder)]
-        for here, there in back:
-            with suppress(OSError):  # what cannot be moved back is kept in the hidden place
-                _rename_without_replacing(here, there)
-        raise
-    flush_to_disk(directory)
-
-
-def _complete_move(place: Path) -> None:
-    """Finish an interrupted `_move_in`: undo it if old files were still being moved out, otherwise complete it."""
-    forward = _listed(place / _NEW) if (place / _REPLACED).exists() else []
-    for path in (*_listed(place / _LEAVING), *forward):
-        with suppress(FileExistsError):
-            _rename_without_replacing(path, place.parent / path.name)
-
-
-def _listed(directory: Path) -> list[Path]:
-    return [*directory.iterdir()] if directory.is_dir() and not directory.is_symlink() else []
+                shutil.rmtree(hidden.rename(hidden_name(target)), ignore_errors=True)

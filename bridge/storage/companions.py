@@ -14,7 +14,7 @@ from typing import Any
 
 from bridge.errors import BridgeError, CheckpointError, quoted
 from bridge.storage.json_text import parse_plain_object
-from bridge.storage.small_file import read_small_file
+from bridge.storage.regular_file import read_small_file
 
 MOST_SETTINGS_BYTES = 2**20
 """Limit for a JSON file of settings. GPT-2 XL's index has 50 kB. Parsed malicious JSON takes 33 times its size."""

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bridge.errors import CheckpointError, quoted
-from bridge.storage.atomic_writes import flush_to_disk
-from bridge.storage.small_file import read_small_file
+from bridge.storage.fsync import flush_to_disk
+from bridge.storage.regular_file import read_small_file
 
 MANIFEST = "manifest.json"
 _ENTRY = {"bytes": int, "sha256": str}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.regular_file import identity, open_regular_file
 from bridge.storage.tensors import LazyTensor, aligned_empty, contiguous
 
 
@@ -36,12 +36,13 @@ class StoredFile:
         """Also refuses what stands in a checkpoint's place after a failed download, and says what that is."""
         path = Path(path).absolute()  # it is read later, perhaps from another working directory
         try:
-            status = os.stat(path)
+            with open_regular_file(path, CheckpointError) as opened:
+                status = os.fstat(opened.fileno())
+        except CheckpointError:
+            raise
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from error
-        if not stat.S_ISREG(status.st_mode):  # before it is opened, which would wait at a pipe
-            raise CheckpointError(f"{quoted(path)} is not a regular file")
-        file = cls(path, status.st_size, _identity(status))
+        file = cls(path, status.st_size, identity(status))
         if stand_in := what_stands_in(file.read(0, min(64, file.size))):
             raise CheckpointError(f"{quoted(path)}: {stand_in}")
         return file
@@ -70,8 +71,8 @@ class StoredFile:
 
     def _fill(self, view: memoryview, offset: int) -> None:
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                if _identity(os.fstat(file.fileno())) != self._identity:
+            with open_regular_file(self.path, CheckpointError) as file:
+                if identity(os.fstat(file.fileno())) != self._identity:
                     raise CheckpointError(f"{quoted(self.path)} changed since it was opened; load it again")
                 file.seek(offset)
                 while view:
@@ -90,17 +91,6 @@ class StoredFile:
             )
 
 
-def first_bytes(path: Path, count: int) -> bytes:
-    """What a regular file begins with; nothing for whatever cannot be read or is not one."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return b""
-        with open(path, "rb") as file:
-            return file.read(count)
-    except (OSError, ValueError):
-        return b""
-
-
 def what_stands_in(start: bytes) -> str | None:
     """What a file that begins like this is, where it stands in for one that was not fetched."""
     if start.startswith(b"version https://git-lfs"):
@@ -116,11 +106,6 @@ def write_array(file: BinaryIO, name: str, entry: LazyTensor) -> None:
     if array.dtype != entry.dtype or array.shape != entry.shape:
         raise CheckpointError(f"{quoted(name)} changed while it was being written")
     file.write(contiguous(array).reshape(-1).view(np.uint8).data)
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is replaced or written to."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> CheckpointError:

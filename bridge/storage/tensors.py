@@ -49,7 +49,7 @@ class LazyTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def turned(entry: LazyTensor) -> LazyTensor:
+def transposed(entry: LazyTensor) -> LazyTensor:
     """The transpose of a matrix: `[out, in]` for `[in, out]`. What is read is a view of what `entry` reads."""
     return LazyTensor(entry.dtype, entry.shape[::-1], lambda: entry.read().T)
 

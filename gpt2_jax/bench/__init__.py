@@ -1,1 +1,1 @@
-"""Benchmarks of training, inference and conversion beside other implementations."""
+"""Benchmarks of training, inference and conversion, compared with other implementations and with device limits."""

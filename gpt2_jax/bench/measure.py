@@ -1,4 +1,4 @@
-"""Two implementations measured in turns, each in a process of its own."""
+"""Time two implementations alternately, each in its own process."""
 
 from __future__ import annotations
 
@@ -10,147 +10,152 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gpt2_jax.bench.cases import Case
-from gpt2_jax.bench.process import Worker, WorkerDied
+from gpt2_jax.bench.process import Worker, WorkerError
 
-SHORTEST_TURN = 0.25
-"""Seconds. What takes less is repeated within a turn: single short steps vary by more than implementations differ."""
-MOST_REPETITIONS = 100
+MIN_ROUND_SECONDS = 0.25
+"""Shorter units are repeated within a round, because single short steps vary more than the implementations differ."""
+MAX_ITERATIONS = 100
 PAUSE = 0.05
-"""Seconds between turns, in which the threads of the one before stop spinning for more work."""
+"""Seconds between rounds. The other process's threads stop spinning in the meantime."""
 
 Say = Callable[[str], None]
+"""Shows what is being done."""
 
 
 @dataclass
-class Measured:
-    """One implementation in one pair. Times are in seconds, memory in bytes."""
+class Measurement:
+    """One implementation in one comparison."""
 
     implementation: str
-    repetitions: int = 1
-    """Within a turn."""
+    iterations: int = 1
+    """Units per round."""
     seconds: list[float] = field(default_factory=list)
-    """Of one repetition, turn by turn."""
-    first: float | None = None
-    """From the start of the process to the end of the first run, imports and compiling included."""
-    first_after_imports: float | None = None
+    """Time per unit, for each round."""
+    first_run_seconds: float | None = None
+    """From process start to the end of the first run, including imports and compilation."""
+    first_run_seconds_after_imports: float | None = None
     peak_bytes_after_imports: int | None = None
     peak_bytes: int | None = None
+    """Peak resident memory of the process."""
     device: str | None = None
     device_peak_bytes: int | None = None
     first_loss: float | None = None
     failure: str | None = None
-    """Why it ended early."""
+    """Why the process ended early."""
 
 
 @dataclass
-class Pair:
-    """Ours and a peer in turns; or ours alone, where there is no peer."""
+class Comparison:
+    """Alternating measurements of JAX and a peer, or of JAX alone."""
 
-    measured: list[Measured]
-    rates: list[float] = field(default_factory=list)
-    """What the device gave between the turns, in units of the case's work a second."""
+    measurements: list[Measurement]
+    device_rates: list[float] = field(default_factory=list)
+    """The device's rate between the rounds, in FLOP/s or bytes/s as the case requires."""
 
     @property
-    def ratios(self) -> list[float]:
-        """How many times as long as ours the peer took, turn by turn."""
-        if len(self.measured) < 2:
+    def relative_times(self) -> list[float]:
+        """The peer's time divided by JAX's, for each round."""
+        if len(self.measurements) < 2:
             return []
-        ours, peer = (m.seconds for m in self.measured)
-        return [theirs / own for own, theirs in zip(ours, peer, strict=False)]  # one may have died
+        jax_seconds, peer_seconds = (m.seconds for m in self.measurements)
+        return [peer / own for own, peer in zip(jax_seconds, peer_seconds, strict=False)]  # one may have failed
 
 
-class Limits:
-    """The device's rates, from a worker of their own that is started at the first question."""
+class DeviceRates:
+    """Measures the device's rates in a worker, which starts on first use and ends with `stack`."""
 
     def __init__(self, stack: ExitStack, dtype: str) -> None:
         self._stack, self._dtype = stack, dtype
         self._worker: Worker | None = None
         self.sources: dict[str, str] = {}
+        """Kind of rate -> source of the figure."""
         self.failure: str | None = None
 
-    def rate(self, unit: str | None) -> list[float]:
-        """FLOP/s for "flops", bytes a second for "bytes"; nothing where it cannot be measured."""
-        if unit is None or self.failure is not None:
+    def measure(self, kind: str | None) -> list[float]:
+        """Return the rate in FLOP/s ("flops") or bytes/s ("bytes"), or an empty list if it cannot be measured."""
+        if kind is None or self.failure is not None:
             return []
         try:
             if self._worker is None:
                 self._worker = self._stack.enter_context(Worker("limits"))
-                self._worker.ask("import")
-            self._worker.ask("prepare", job={"task": unit, "dtype": self._dtype})
-            rate, self.sources[unit] = self._worker.ask("run", times=1)["value"]
-        except WorkerDied as error:
+                self._worker.request("import")
+            self._worker.request("prepare", job={"task": kind, "dtype": self._dtype})
+            rate, self.sources[kind] = self._worker.request("run", iterations=1)["value"]
+        except WorkerError as error:
             self.failure = str(error)
             return []
         return [rate]
 
 
-def measure(case: Case, names: Sequence[str], pairs: int, limits: Limits, say: Say) -> Pair:
-    """Start both, warm them up, and time them alternately; what dies is left out from there on."""
-    pair = Pair([Measured(name) for name in names])
+def compare(case: Case, implementations: Sequence[str], rounds: int, rates: DeviceRates, say: Say) -> Comparison:
+    """Start the implementations, warm them up, and time them alternately. One that fails is left out from then on."""
+    comparison = Comparison([Measurement(name) for name in implementations])
     with ExitStack() as stack:
         running: list[_Running] = []
-        for measured in pair.measured:
-            say(f"{case.title}: {measured.implementation} starts")
-            running.append((measured, stack.enter_context(Worker(measured.implementation))))
-            _ask_each(running, lambda m, w: _start(case, m, w), only=measured)
-        _ask_each(running, _warm_up)
-        pair.rates += limits.rate(case.bound_by)
-        for turn in range(pairs):
-            say(f"{case.title}: {' and '.join(names)}, turn {turn + 1} of {pairs}")
-            # Whoever is second in one turn is first in the next.
-            order = running if turn % 2 == 0 else running[::-1]
-            _ask_each(order, lambda m, w: m.seconds.append(_run(case, w, m.repetitions)))
+        for measurement in comparison.measurements:
+            say(f"{case.title}: starting {measurement.implementation}")
+            started = [(measurement, stack.enter_context(Worker(measurement.implementation)))]
+            _for_each(started, lambda m, w: _first_run(case, m, w))
+            running += started
+        _for_each(running, _warm_up)
+        comparison.device_rates += rates.measure(case.limited_by)
+        for number in range(rounds):
+            say(f"{case.title}: {' and '.join(implementations)}, round {number + 1} of {rounds}")
+            # The order alternates, so that neither always runs first.
+            order = running if number % 2 == 0 else running[::-1]
+            _for_each(order, lambda m, w: m.seconds.append(_time_round(case, w, m.iterations)))
             running = [entry for entry in running if entry in order]
-            pair.rates += limits.rate(case.bound_by)
-        _ask_each(running, _finish)
-    return pair
+            comparison.device_rates += rates.measure(case.limited_by)
+        _for_each(running, _finish)
+    return comparison
 
 
-_Running = tuple[Measured, Worker]
+_Running = tuple[Measurement, Worker]
 
 
-def _ask_each(running: list[_Running], action: Callable[[Measured, Worker], Any], only: Measured | None = None) -> None:
-    """Do it with each in turn; a worker that dies of it takes no further part, and its last word is kept."""
+def _for_each(running: list[_Running], action: Callable[[Measurement, Worker], Any]) -> None:
+    """Call `action` for every entry. A worker that fails is removed from the list, and the reason is recorded."""
     for entry in [*running]:
-        measured, worker = entry
-        if only is None or measured is only:
-            time.sleep(PAUSE)
-            try:
-                action(measured, worker)
-            except WorkerDied as error:
-                measured.failure = str(error)
-                running.remove(entry)
+        measurement, worker = entry
+        time.sleep(PAUSE)
+        try:
+            action(measurement, worker)
+        except WorkerError as error:
+            measurement.failure = str(error)
+            running.remove(entry)
 
 
-def _start(case: Case, measured: Measured, worker: Worker) -> None:
-    """The first run, as a user waits for it."""
-    measured.peak_bytes_after_imports = worker.ask("import")["peak_bytes"]
+def _first_run(case: Case, measurement: Measurement, worker: Worker) -> None:
+    measurement.peak_bytes_after_imports = worker.request("import")["peak_bytes"]
     imported = time.perf_counter()
-    worker.ask("prepare", job=case.job())
-    measured.first_loss = worker.ask("run", times=1)["value"]
+    worker.request("prepare", job=case.job())
+    measurement.first_loss = worker.request("run", iterations=1)["value"]
     ended = time.perf_counter()
-    measured.first, measured.first_after_imports = ended - worker.began, ended - imported
+    measurement.first_run_seconds = ended - worker.began
+    measurement.first_run_seconds_after_imports = ended - imported
 
 
-def _warm_up(measured: Measured, worker: Worker) -> None:
-    """Run again, which tells how many repetitions make a turn long enough, and then a turn."""
-    seconds = worker.ask("run", times=1)["seconds"]
-    measured.repetitions = min(MOST_REPETITIONS, math.ceil(SHORTEST_TURN / max(seconds, 1e-9)))
-    if measured.repetitions > 1:
-        worker.ask("run", times=measured.repetitions)
+def _warm_up(measurement: Measurement, worker: Worker) -> None:
+    """Choose the number of iterations per round from the time of a second run, and run one round."""
+    seconds = worker.request("run", iterations=1)["seconds"]
+    measurement.iterations = min(MAX_ITERATIONS, math.ceil(MIN_ROUND_SECONDS / max(seconds, 1e-9)))
+    if measurement.iterations > 1:
+        worker.request("run", iterations=measurement.iterations)
 
 
-def _run(case: Case, worker: Worker, times: int) -> float:
-    """Seconds of one repetition, after one that does not count: training steps follow each other, and some machines
-    take back what a process does not use while it waits for its turn, so that the first would pay to have it again."""
+def _time_round(case: Case, worker: Worker, iterations: int) -> float:
+    """Time one round. Returns seconds per unit.
+
+    Training and forward passes run once before the clock starts. Some systems reclaim unused memory from a process that
+    waits, and in a real training run no step would pay for getting it back.
+    """
     if case.task in ("train", "forward"):
-        worker.ask("run", times=1)
-    seconds = worker.ask("run", times=times)["seconds"]
-    return seconds / case.length if case.task == "decode" else seconds
+        worker.request("run", iterations=1)
+    seconds = worker.request("run", iterations=iterations)["seconds"]
+    return seconds / case.new_tokens if case.task == "decode" else seconds
 
 
-def _finish(measured: Measured, worker: Worker) -> None:
-    """What a process knows of itself after its last turn."""
-    about = worker.ask("about")
-    measured.device, measured.peak_bytes = about["device"], about["peak_bytes"]
-    measured.device_peak_bytes = about["device_peak_bytes"]
+def _finish(measurement: Measurement, worker: Worker) -> None:
+    info = worker.request("info")
+    measurement.device, measurement.peak_bytes = info["device"], info["peak_bytes"]
+    measurement.device_peak_bytes = info["device_peak_bytes"]

@@ -1,4 +1,4 @@
-"""Who is compared, and in what."""
+"""The implementations that JAX is compared with, and their tasks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Peer:
-    """What an implementation needs to be installed, and what it can do."""
+    """Another implementation."""
 
     packages: tuple[str, ...]
+    """Packages that it needs."""
     tasks: tuple[Task, ...]
     compiled: bool = False
+    """It uses `torch.compile`, so its first run takes a minute."""
 
 
 PEERS: Mapping[str, Peer] = {
@@ -32,36 +34,39 @@ PEERS: Mapping[str, Peer] = {
 }
 
 
-def missing(name: str) -> list[str]:
-    """The packages that it needs and that are not installed."""
+def missing_packages(name: str) -> list[str]:
+    """The packages that this peer needs and that are not installed."""
     return [package for package in PEERS[name].packages if importlib.util.find_spec(package) is None]
 
 
-def chosen_peers(names: Sequence[str] | None) -> list[str]:
-    """The peers that were asked for; unless any were, those installed that need no compiling.
+def choose_peers(names: Sequence[str] | None) -> list[str]:
+    """The peers with these names, or by default all installed peers that need no compilation.
 
-    Raises `BridgeError` for a name that is none, and for one that is not installed.
+    Raises:
+        BridgeError: a name is unknown, or its packages are not installed.
     """
     if names is None:
-        return [name for name, peer in PEERS.items() if not peer.compiled and not missing(name)]
+        return [name for name, peer in PEERS.items() if not peer.compiled and not missing_packages(name)]
     chosen: list[str] = []
     for name in names:
         if name == ALL:
-            chosen += [peer for peer in PEERS if not missing(peer)]
+            chosen += [peer for peer in PEERS if not missing_packages(peer)]
         elif name not in PEERS:
             raise BridgeError(f"--peers {name}: must be one of {', '.join(PEERS)}, {ALL}")
-        elif packages := missing(name):
-            raise BridgeError(f"--peers {name}: {' and '.join(packages)} is not installed; pip install it, or leave it")
+        elif packages := missing_packages(name):
+            raise BridgeError(
+                f"--peers {name}: {' and '.join(packages)} is not installed; pip install it, or choose other peers"
+            )
         else:
             chosen.append(name)
     return list(dict.fromkeys(chosen))
 
 
-def ours(task: Task) -> str:
-    """What the peers are compared with."""
+def own_implementation(task: Task) -> str:
+    """The implementation of this project, which the peers are compared with."""
     return "convert" if task == "convert" else "jax"
 
 
-def rivals(task: Task, peers: Sequence[str]) -> list[str]:
-    """Those of the peers that have this task; a conversion has only `cp` beside it."""
+def peers_with(task: Task, peers: Sequence[str]) -> list[str]:
+    """The peers that have this task. The only peer of `convert` is `cp`."""
     return ["cp"] if task == "convert" else [name for name in peers if task in PEERS[name].tasks]

@@ -1,4 +1,4 @@
-"""Bars of the medians, with the range of the turns, and the limit as a line."""
+"""Bar chart of the median times, with the range over the rounds and the limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from gpt2_jax.bench.report import Report, Result
 from gpt2_jax.console.report_files import save_plot
 
-COLOURS = {
+COLORS = {
     "jax": "tab:blue",
     "convert": "tab:blue",
     "torch": "tab:orange",
@@ -38,12 +38,12 @@ def _bars(ax: Any, result: Result) -> None:
     medians = [1e3 * (row.median or 0.0) for row in rows]
     below = [middle - 1e3 * min(row.seconds) for middle, row in zip(medians, rows, strict=True)]
     above = [1e3 * max(row.seconds) - middle for middle, row in zip(medians, rows, strict=True)]
-    ax.barh(names, medians, xerr=[below, above], color=[COLOURS[name] for name in names], capsize=3)
+    ax.barh(names, medians, xerr=[below, above], color=[COLORS[name] for name in names], capsize=3)
     ax.invert_yaxis()
-    if (bound := rows[0].bound) is not None:
-        ax.axvline(1e3 * bound, color="black", linestyle="--", label="limit")
+    if (limit := rows[0].limit_seconds) is not None:
+        ax.axvline(1e3 * limit, color="black", linestyle="--", label="limit")
         ax.legend(fontsize=8)
     ax.set_xlim(left=0)
     ax.set_title(result.case.title, fontsize=10, loc="left")
-    ax.set_xlabel(f"milliseconds a {result.case.repetition}", fontsize=9)
+    ax.set_xlabel(f"milliseconds per {result.case.unit}", fontsize=9)
     ax.tick_params(labelsize=9)

@@ -1,4 +1,4 @@
-"""The parent's side of a worker: start it, ask it, and say why it died."""
+"""Start a worker process, send it commands, and explain its failure."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ WORKER = Path(__file__).with_name("worker.py")
 ROOT = Path(gpt2_jax.__file__).parents[1]
 
 
-class WorkerDied(Exception):
-    """A worker ended before its work did; the message is its last word."""
+class WorkerError(Exception):
+    """A worker process ended unexpectedly. The message is the reason."""
 
 
 class Worker:
-    """A process that runs one implementation. Ends with the `with` block."""
+    """A process that runs one implementation. It is killed at the end of the `with` block."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.began = time.perf_counter()
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process is
-        # -P: without the script's directory on the path, whose names are not for everybody.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
+        # -P keeps the script's directory off the path, because its file names would hide other modules.
         command = [sys.executable, "-P", str(WORKER), name]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._process = subprocess.Popen(command, env=environment(os.environ), encoding="utf-8", **pipes)
+        self._process = subprocess.Popen(command, env=worker_environment(os.environ), encoding="utf-8", **pipes)
 
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The reply to one command. Raises `WorkerDied` where there is none."""
+    def request(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command and return its reply. Raises `WorkerError` if the process ends without a reply."""
         assert self._process.stdin is not None and self._process.stdout is not None
         line = ""
         with contextlib.suppress(BrokenPipeError, ConnectionError):
-            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+            print(json.dumps({"command": command, **arguments}), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
         if not line:
-            raise WorkerDied(self._last_word())
+            raise WorkerError(self._failure_reason())
         return json.loads(line)
 
-    def _last_word(self) -> str:
+    def _failure_reason(self) -> str:
         code = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         if code < 0:
-            hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+            hint = ", probably because memory ran out" if code == -signal.SIGKILL else ""
             return f"killed by {signal.Signals(-code).name}{hint}"
         return lines[-1].strip() if lines else f"ended with exit code {code}"
 
@@ -68,15 +68,15 @@ class Worker:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not yet sent to one that is dead
+                with contextlib.suppress(OSError):  # closing flushes, which fails if the process has ended
                     pipe.close()
         self._errors.close()
 
 
-def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """What a worker runs with, all alike: large pages as `gpt2 train` takes them, and no compilation of an earlier day.
+def worker_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables of every worker: huge pages as in `gpt2 train`, and no compilation caches.
 
-    On a GPU JAX takes memory as it needs it, because another process computes there too.
+    On GPUs, JAX allocates memory on demand, because it shares the GPU with the other worker.
     """
     settings = {
         **inherited,

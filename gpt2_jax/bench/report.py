@@ -1,4 +1,4 @@
-"""The table, and the same for machines."""
+"""The report of `gpt2 bench`, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -13,102 +13,103 @@ from rich.console import Console
 from rich.table import Table
 
 from gpt2_jax.bench.cases import Case
-from gpt2_jax.bench.limits import cores
-from gpt2_jax.bench.measure import Pair
-from gpt2_jax.bench.summary import Summary, summaries
+from gpt2_jax.bench.limits import available_cores
+from gpt2_jax.bench.measure import Comparison
+from gpt2_jax.bench.summary import Summary, summarize
 from gpt2_jax.training.config import TrainConfig, flat
 
 PACKAGES = ("gpt2-bridge", "numpy", "jax", "jaxlib", "flax", "optax", "torch", "transformers")
-SETTINGS = ("JAX_", "XLA_", "TORCH", "OMP_", "MKL_", "GLIBC_", "CUDA_")
-"""How the variables begin that change what these packages do."""
+ENVIRONMENT_PREFIXES = ("JAX_", "XLA_", "TORCH", "OMP_", "MKL_", "GLIBC_", "CUDA_")
+"""Prefixes of the environment variables that change the behaviour of these packages."""
 
-BUSY = 0.3
-"""Load average per core from which the times are doubtful: torch's threads wait for each other without sleeping."""
+BUSY_LOAD = 0.3
+"""Load average per core above which times are unreliable, because PyTorch's threads spin while they wait."""
 
 NOT_MEASURED = (
-    "reading and tokenising data: every step takes the same tokens, which are in memory",
-    "evaluation, logging, checkpoints, accumulation and dropout, which is off everywhere",
+    "reading and tokenising data: every step uses the same tokens, which are in memory",
+    "evaluation, logging, checkpoints, microbatches and dropout (off in all implementations)",
     "several devices",
-    "a second start: JAX's and torch.compile's caches on the disk are off, so the first run compiles all it needs",
-    "files that are not in the page cache: loading reads what was just written",
-    "other machines, and what else this one did: pairs alternate against drift, and the range shows the rest",
+    "a second start: the compilation caches of JAX and torch.compile are off, so the first run compiles everything",
+    "files outside the page cache: loading reads a file that was just written",
+    "other machines, and other load on this one: alternating rounds cancel drift, and the ranges show what remains",
 )
 
 
 @dataclass(frozen=True)
 class Result:
-    """One case with all its pairs."""
+    """One case with all its comparisons."""
 
     case: Case
-    pairs: list[Pair]
-    without: list[str]
+    comparisons: list[Comparison]
+    unsupported_peers: list[str]
     """Peers that do not have this task."""
 
     @property
     def summaries(self) -> list[Summary]:
-        return summaries(self.case, self.pairs)
+        return summarize(self.case, self.comparisons)
 
     @property
-    def rates(self) -> list[float]:
-        return [rate for pair in self.pairs for rate in pair.rates]
+    def device_rates(self) -> list[float]:
+        return [rate for comparison in self.comparisons for rate in comparison.device_rates]
 
 
 @dataclass(frozen=True)
 class Report:
     config: TrainConfig
     results: list[Result]
-    limit_sources: dict[str, str]
-    """"flops" or "bytes" -> where the device's rate is from."""
-    limit_failure: str | None
+    rate_sources: dict[str, str]
+    """"flops" or "bytes" -> source of the device's rate."""
+    rate_failure: str | None
+    """Why the device's rates could not be measured."""
     load_before: float | None = None
-    """Threads that wanted to compute on the machine in the minute before this began."""
+    """Load average of the minute before the benchmark started."""
 
     @property
     def failures(self) -> list[str]:
-        """Who died at what, and of what."""
+        """One line per implementation that failed."""
         found = [
-            f"{result.case.title}: {measured.implementation}: {measured.failure}"
+            f"{result.case.title}: {measurement.implementation}: {measurement.failure}"
             for result in self.results
-            for pair in result.pairs
-            for measured in pair.measured
-            if measured.failure is not None
+            for comparison in result.comparisons
+            for measurement in comparison.measurements
+            if measurement.failure is not None
         ]
-        return found + ([] if self.limit_failure is None else [f"limits: {self.limit_failure}"])
+        return found + ([] if self.rate_failure is None else [f"limits: {self.rate_failure}"])
 
     @property
     def devices(self) -> list[str]:
-        found = [m.device for r in self.results for pair in r.pairs for m in pair.measured if m.device != "disk"]
-        return list(dict.fromkeys(device for device in found if device is not None))
+        measurements = [m for r in self.results for comparison in r.comparisons for m in comparison.measurements]
+        return list(dict.fromkeys(m.device for m in measurements if m.device is not None and m.device != "disk"))
 
     def show(self, out: Console) -> None:
-        devices = ", ".join(self.devices) or "no device"
-        out.print(f"{self.config.preset} in {self.config.dtype} on {devices}, {cores()} cores", soft_wrap=True)
-        if self.load_before is not None and self.load_before > BUSY * cores():
-            busy = f"the machine was busy before this began, load average {self.load_before:.1f} on {cores()} cores"
-            out.print(f"{busy}: these are not the times of a quiet one", soft_wrap=True)
+        devices, cores = ", ".join(self.devices) or "no device", available_cores()
+        out.print(f"{self.config.preset} in {self.config.dtype} on {devices}, {cores} cores", soft_wrap=True)
+        if self.load_before is not None and self.load_before > BUSY_LOAD * cores:
+            load = f"load average {self.load_before:.1f} on {cores} cores before the start"
+            out.print(f"warning: the machine was busy ({load}), so these times are unreliable", soft_wrap=True)
         for result in self.results:
             out.print()
             out.print(_table(result))
-            for line in _remarks(result, self.limit_sources):
+            for line in _remarks(result, self.rate_sources):
                 out.print(line, soft_wrap=True)
         out.print("\nNot measured:")
         for line in (*NOT_MEASURED, *_differences(self)):
             out.print(f"- {line}", soft_wrap=True)
 
     def to_json(self) -> dict[str, Any]:
-        """All raw times in seconds, memory in bytes, rates in FLOP/s or bytes a second."""
+        """All raw times in seconds, memory in bytes, rates in FLOP/s or bytes/s."""
         return {
             "preset": self.config.preset,
             "dtype": self.config.dtype,
             "config": flat(self.config),
             "devices": self.devices,
-            "cores": cores(),
+            "cores": available_cores(),
             "load_before": self.load_before,
             "machine": platform.platform(),
             "python": platform.python_version(),
             "versions": _versions(),
-            "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)},
-            "limit_sources": self.limit_sources,
+            "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT_PREFIXES)},
+            "rate_sources": self.rate_sources,
             "results": [_result(result) for result in self.results],
             "failures": self.failures,
             "not_measured": [*NOT_MEASURED, *_differences(self)],
@@ -117,11 +118,11 @@ class Report:
 
 def _table(result: Result) -> Table:
     case = result.case
-    unit, factor = _unit(result)
+    unit, factor = _time_unit(result)
     table = Table(title=case.title, title_justify="left", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
-    headings = [f"{unit} a\n{case.repetition}", "range", "times\nours", "range", "tokens/s", "of\nlimit", "peak\nMiB"]
-    for heading in (*headings, "first,\ns", "after\nimports"):
+    times = (f"{unit} per\n{case.unit}", "range", "relative\ntime", "range")
+    for heading in (*times, "tokens/s", "% of\nlimit", "peak\nMiB", "first\nrun, s", "after\nimports"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result.summaries:
         if row.median is None:
@@ -132,53 +133,59 @@ def _table(result: Result) -> Table:
             row.implementation,
             f"{factor * row.median:.4g}",
             f"{factor * min(row.seconds):.4g} to {factor * max(row.seconds):.4g}",
-            f"{statistics.median(row.ratios):.2f}" if row.ratios else "",
-            f"{min(row.ratios):.2f} to {max(row.ratios):.2f}" if row.ratios else "",
+            f"{statistics.median(row.relative_times):.2f}" if row.relative_times else "",
+            f"{min(row.relative_times):.2f} to {max(row.relative_times):.2f}" if row.relative_times else "",
             "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
-            "" if row.share is None else f"{row.share:.0%}",
+            "" if row.fraction_of_limit is None else f"{row.fraction_of_limit:.0%}",
             "" if memory is None or row.implementation == "cp" else f"{memory / 2**20:,.0f}",
-            "" if row.first is None else f"{row.first:.1f}",
-            "" if row.first_after_imports is None else f"{row.first_after_imports:.1f}",
+            "" if row.first_run_seconds is None else f"{row.first_run_seconds:.1f}",
+            "" if row.first_run_seconds_after_imports is None else f"{row.first_run_seconds_after_imports:.1f}",
         )
     return table
 
 
-def _unit(result: Result) -> tuple[str, float]:
-    """Of the table's times, and how many of it a second has."""
+def _time_unit(result: Result) -> tuple[str, float]:
+    """The unit of the table's times, and how many of it make a second."""
     medians = [row.median for row in result.summaries if row.median is not None]
     return ("s", 1.0) if medians and min(medians) >= 10 else ("ms", 1e3)
 
 
 def _remarks(result: Result, sources: dict[str, str]) -> list[str]:
-    """The limit in words, and who was not there."""
-    lines, case, rates = [], result.case, result.rates
-    if rates and case.work is not None and case.bound_by is not None:
-        rate, source = statistics.median(rates), sources.get(case.bound_by, "measured")
-        spread = f"{rate / 1e9:,.4g} ({min(rates) / 1e9:,.4g} to {max(rates) / 1e9:,.4g})"
-        what = {
-            "flops": f"{case.work / 1e9:,.4g} GFLOP of matrix products and causal attention, at {spread} GFLOP/s",
-            "bytes": f"reading {case.work / 1e6:,.4g} MB of weights once, at {spread} GB/s",
-        }[case.bound_by]
-        lines.append(f"limit: {1e3 * case.work / rate:.4g} ms a {case.repetition}: {what}, {source}")
+    """Lines below the table: the limit, failures, and peers without this task."""
+    lines = _limit_remark(result, sources)
     for row in result.summaries:
-        if row.share is not None and row.share > 1:
-            cached = "the weights fit in a cache, which is faster than memory" if case.task == "decode" else "it varies"
-            lines.append(f"{row.implementation} is above the limit as it was measured: {cached}")
+        if row.fraction_of_limit is not None and row.fraction_of_limit > 1:
+            is_decode = result.case.task == "decode"
+            why = "the weights fit into a cache, which is faster than memory" if is_decode else "the rate varies"
+            lines.append(f"{row.implementation} exceeds the measured limit: {why}")
         if row.failure is not None:
-            lines.append(f"{row.implementation} died: {row.failure}")
-    if result.without:
-        lines.append(f"not in this task: {', '.join(result.without)}")
+            lines.append(f"{row.implementation} failed: {row.failure}")
+    if result.unsupported_peers:
+        lines.append(f"peers without this task: {', '.join(result.unsupported_peers)}")
     return lines
 
 
+def _limit_remark(result: Result, sources: dict[str, str]) -> list[str]:
+    case, rates = result.case, result.device_rates
+    if not rates or case.work is None or case.limited_by is None:
+        return []
+    rate, source = statistics.median(rates), sources.get(case.limited_by, "measured")
+    figures = f"{rate / 1e9:,.4g} ({min(rates) / 1e9:,.4g} to {max(rates) / 1e9:,.4g})"
+    work = {
+        "flops": f"{case.work / 1e9:,.4g} GFLOP of matrix products and causal attention, at {figures} GFLOP/s",
+        "bytes": f"reading {case.work / 1e6:,.4g} MB of weights once, at {figures} GB/s",
+    }[case.limited_by]
+    return [f"limit: {1e3 * case.work / rate:.4g} ms per {case.unit}: {work}, {source}"]
+
+
 def _differences(report: Report) -> list[str]:
-    """In what the implementations of this very report are not quite the same."""
+    """Differences between the implementations of this report."""
     names = {row.implementation for result in report.results for row in result.summaries}
     lines = []
     if not report.config.model.bias and names & {"transformers", "transformers-compiled"}:
-        lines.append("the biases' cost: transformers always has them, and this preset has none")
+        lines.append("the cost of biases: transformers always has them, and this preset has none")
     if not report.config.model.bias and any(r.case.directory for r in report.results):
-        lines.append("a checkpoint without biases: Hugging Face's format has none such, so these files have biases")
+        lines.append("a checkpoint without biases: Hugging Face's format requires them, so these files have biases")
     return lines
 
 
@@ -186,21 +193,25 @@ def _result(result: Result) -> dict[str, Any]:
     case = result.case
     return {
         "task": case.task,
-        "batch": case.batch,
-        "length": case.length,
-        "prompt": case.prompt,
-        "repetition": case.repetition,
+        "batch_size": case.batch_size,
+        "seq_len": case.seq_len,
+        "prompt_len": case.prompt_len,
+        "new_tokens": case.new_tokens,
+        "unit": case.unit,
         "tokens": case.tokens,
         "work": case.work,
-        "work_unit": case.bound_by,
-        "pairs": [{**asdict(pair), "ratios": pair.ratios} for pair in result.pairs],
-        "summary": [{**asdict(row), "median": row.median, "share": row.share} for row in result.summaries],
-        "not_in_this_task": result.without,
+        "work_unit": case.limited_by,
+        "comparisons": [{**asdict(c), "relative_times": c.relative_times} for c in result.comparisons],
+        "summary": [
+            {**asdict(row), "median": row.median, "fraction_of_limit": row.fraction_of_limit}
+            for row in result.summaries
+        ],
+        "unsupported_peers": result.unsupported_peers,
     }
 
 
 def system_load() -> float | None:
-    """The load average of the last minute; None where the system has none."""
+    """Load average of the last minute, or None if the system does not report it."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):

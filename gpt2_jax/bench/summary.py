@@ -1,4 +1,4 @@
-"""Medians, ratios and shares of what was measured: the arithmetic of the table."""
+"""Statistics of the measurements: medians, relative times, and fractions of the device limit."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from gpt2_jax.bench.cases import Case
-from gpt2_jax.bench.measure import Measured, Pair
+from gpt2_jax.bench.measure import Comparison, Measurement
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One implementation over all of its pairs: a row of the table."""
+    """One implementation over all of its comparisons: a row of the table."""
 
     implementation: str
     seconds: list[float]
-    ratios: list[float]
-    """How many times as long as ours it took, turn by turn; none for ours."""
+    """Time per unit, for each round."""
+    relative_times: list[float]
+    """The time divided by JAX's, for each round. Empty for JAX."""
     tokens_per_second: float | None
-    bound: float | None
-    """Seconds that the work takes at the device's median rate: the same for all of a case."""
-    first: float | None
-    first_after_imports: float | None
+    limit_seconds: float | None
+    """Time of a unit at the device's median rate. Equal for all implementations of a case."""
+    first_run_seconds: float | None
+    first_run_seconds_after_imports: float | None
     peak_bytes: int | None
     device_peak_bytes: int | None
     failure: str | None
@@ -32,36 +33,39 @@ class Summary:
         return statistics.median(self.seconds) if self.seconds else None
 
     @property
-    def share(self) -> float | None:
-        """Of what the device could do."""
-        return None if self.bound is None or self.median is None else self.bound / self.median
+    def fraction_of_limit(self) -> float | None:
+        """Achieved fraction of the device's rate."""
+        return None if self.limit_seconds is None or self.median is None else self.limit_seconds / self.median
 
 
-def summaries(case: Case, pairs: Sequence[Pair]) -> list[Summary]:
-    """Ours first, from every pair that it took part in, then each peer."""
-    limit = bound(case, [rate for pair in pairs for rate in pair.rates])
-    own = _summary(case, [pair.measured[0] for pair in pairs], [], limit)
-    return [own, *(_summary(case, pair.measured[1:], pair.ratios, limit) for pair in pairs if len(pair.measured) > 1)]
+def summarize(case: Case, comparisons: Sequence[Comparison]) -> list[Summary]:
+    """One summary for JAX, from all comparisons, followed by one for each peer."""
+    limit = limit_seconds(case, [rate for comparison in comparisons for rate in comparison.device_rates])
+    own = _summary(case, [comparison.measurements[0] for comparison in comparisons], [], limit)
+    peers = [comparison for comparison in comparisons if len(comparison.measurements) > 1]
+    return [own, *(_summary(case, peer.measurements[1:], peer.relative_times, limit) for peer in peers)]
 
 
-def bound(case: Case, rates: Sequence[float]) -> float | None:
-    """Seconds that a repetition's work takes at the median of the rates that were measured."""
+def limit_seconds(case: Case, rates: Sequence[float]) -> float | None:
+    """Time of a unit's work at the median of the measured rates."""
     return case.work / statistics.median(rates) if rates and case.work is not None else None
 
 
-def _summary(case: Case, measured: Sequence[Measured], ratios: list[float], limit: float | None) -> Summary:
-    seconds = [s for m in measured for s in m.seconds]
+def _summary(
+    case: Case, measurements: Sequence[Measurement], relative_times: list[float], limit: float | None
+) -> Summary:
+    seconds = [s for m in measurements for s in m.seconds]
     return Summary(
-        implementation=measured[0].implementation,
+        implementation=measurements[0].implementation,
         seconds=seconds,
-        ratios=ratios,
+        relative_times=relative_times,
         tokens_per_second=case.tokens / statistics.median(seconds) if seconds and case.tokens else None,
-        bound=limit,
-        first=_median(m.first for m in measured),
-        first_after_imports=_median(m.first_after_imports for m in measured),
-        peak_bytes=_most(m.peak_bytes for m in measured),
-        device_peak_bytes=_most(m.device_peak_bytes for m in measured),
-        failure=next((m.failure for m in measured if m.failure is not None), None),
+        limit_seconds=limit,
+        first_run_seconds=_median(m.first_run_seconds for m in measurements),
+        first_run_seconds_after_imports=_median(m.first_run_seconds_after_imports for m in measurements),
+        peak_bytes=_max(m.peak_bytes for m in measurements),
+        device_peak_bytes=_max(m.device_peak_bytes for m in measurements),
+        failure=next((m.failure for m in measurements if m.failure is not None), None),
     )
 
 
@@ -70,5 +74,5 @@ def _median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _most(values: Iterable[int | None]) -> int | None:
+def _max(values: Iterable[int | None]) -> int | None:
     return max((value for value in values if value is not None), default=None)

@@ -1,13 +1,15 @@
-"""What runs in a process of its own: one implementation, told by lines of JSON what to do, answering in lines of JSON.
+"""A process that runs one implementation. It reads commands from standard input and replies on standard output, in JSON
+with one object per line.
 
-The parent starts it as a script, by its path: as a module of this package it would import the package around it, and
-so JAX where PyTorch is measured. Hence nothing here, in `on_torch` or in `on_disk` imports from `gpt2_jax`.
+The parent starts this file as a script and not as a module of the package, because importing the package would import
+JAX into the processes that measure PyTorch. Therefore this file, `torch_tasks` and `disk_tasks` import nothing from
+`gpt2_jax`.
 
-Each `on_*.py`, and `limits`, offers the same verbs:
+The modules `jax_tasks`, `torch_tasks`, `disk_tasks` and `limits` have the same interface:
 
-    imports(name)   what an implementation takes to be imported
-    prepare(job)    -> (action, tidy): what is timed, and what is done after it and not timed
-    about()         -> the device, and its own peak of memory in bytes where it has one
+    import_packages(name)   import the packages of the implementation
+    prepare(job)            return (action, clean_up): `action` is timed, `clean_up` follows it and is not timed
+    device_info()           return the device and its peak memory in bytes, if known
 """
 
 from __future__ import annotations
@@ -23,21 +25,22 @@ from types import ModuleType
 from typing import Any, TextIO
 
 FILES = {
-    "jax": "on_jax.py",
-    "torch": "on_torch.py",
-    "torch-compiled": "on_torch.py",
-    "transformers": "on_torch.py",
-    "transformers-compiled": "on_torch.py",
-    "convert": "on_disk.py",
-    "cp": "on_disk.py",
+    "jax": "jax_tasks.py",
+    "torch": "torch_tasks.py",
+    "torch-compiled": "torch_tasks.py",
+    "transformers": "torch_tasks.py",
+    "transformers-compiled": "torch_tasks.py",
+    "convert": "disk_tasks.py",
+    "cp": "disk_tasks.py",
     "limits": "limits.py",
 }
+"""Implementation -> file with its tasks."""
 
 
 def main(name: str) -> int:
-    """Answer until standard input ends; the exit code."""
+    """Execute commands until standard input ends. Returns the exit code."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no reply
+    os.dup2(2, 1)  # libraries that print to standard output must not disturb the replies
     try:
         serve(name, sys.stdin, replies)
     except BaseException as error:
@@ -49,48 +52,50 @@ def main(name: str) -> int:
 
 
 def serve(name: str, commands: TextIO, replies: TextIO) -> None:
-    module, action, tidy = ModuleType("none"), lambda: None, lambda: None
+    """Execute the commands `import`, `prepare`, `run` and `info`."""
+    module, action, clean_up = ModuleType("none"), lambda: None, lambda: None
     for line in commands:
         command = json.loads(line)
         reply: dict[str, Any] = {}
-        if command["do"] == "import":
+        if command["command"] == "import":
             module = _load(Path(__file__).with_name(FILES[name]))
-            module.imports(name)
+            module.import_packages(name)
             reply = {"peak_bytes": peak_bytes()}
-        elif command["do"] == "prepare":
+        elif command["command"] == "prepare":
             job = {**command["job"], "name": name}
-            action, tidy = module.prepare({**job, "ids": _random_ids(job)} if job.get("rows") else job)
-        elif command["do"] == "run":
-            reply = _timed(action, tidy, command["times"])
-        elif command["do"] == "about":
-            reply = {"peak_bytes": peak_bytes(), **module.about()}
+            action, clean_up = module.prepare({**job, "ids": _random_ids(job)} if job.get("batch_size") else job)
+        elif command["command"] == "run":
+            reply = _timed(action, clean_up, command["iterations"])
+        elif command["command"] == "info":
+            reply = {"peak_bytes": peak_bytes(), **module.device_info()}
         print(json.dumps(reply), file=replies, flush=True)
 
 
-def _timed(action: Any, tidy: Any, times: int) -> dict[str, Any]:
-    """Seconds of one repetition, the mean of so many in a row, and what the last one gave if that is a figure."""
+def _timed(action: Any, clean_up: Any, iterations: int) -> dict[str, Any]:
+    """The mean time of an iteration in seconds, and the last return value if it is a number or a tuple."""
     total, value = 0.0, None
-    for _ in range(times):
+    for _ in range(iterations):
         began = time.perf_counter()
-        given = action()
+        result = action()
         total += time.perf_counter() - began
-        value = given if isinstance(given, float | tuple) else None
-        del given  # a whole model, where loading is timed: not two at a time
-        tidy()
-    return {"seconds": total / times, "value": value}
+        value = result if isinstance(result, float | tuple) else None
+        del result  # it may be a model; memory must never hold two
+        clean_up()
+    return {"seconds": total / iterations, "value": value}
 
 
 def _random_ids(job: dict[str, Any]) -> Any:
-    """[B, T + 1], the same in every worker: a row's inputs, and one more for the last label."""
+    """Token ids [B, T + 1], equal in all workers. The last column is only used as a label."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, job["model"]["vocab_size"], (job["rows"], job["length"] + 1))
+    shape = (job["batch_size"], job["seq_len"] + 1)
+    return np.random.default_rng(0).integers(0, job["model"]["vocab_size"], shape)
 
 
 def peak_bytes() -> int | None:
-    """The most physical memory that this process has had; None where the system does not say.
+    """Peak resident memory of this process, or None if the system does not report it.
 
-    Linux counts VmHWM anew from exec on. `ru_maxrss` instead begins there at the parent's.
+    On Linux, VmHWM starts at zero after exec, whereas `ru_maxrss` starts at the parent's peak.
     """
     try:
         status = Path("/proc/self/status").read_text()
@@ -100,11 +105,11 @@ def peak_bytes() -> int | None:
             return None
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS reports bytes
 
 
 def _load(file: Path) -> ModuleType:
-    """A file of this directory, without the package around it."""
+    """Import a file of this directory without importing its package."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

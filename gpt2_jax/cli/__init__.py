@@ -7,90 +7,97 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from importlib.metadata import version
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import tyro
-
-from bridge import BridgeError
-from bridge.errors import escaped, quoted
-from gpt2_jax.cli.bench import bench
-from gpt2_jax.cli.convert import convert
-from gpt2_jax.cli.demo import demo
-from gpt2_jax.cli.eval import evaluate
-from gpt2_jax.cli.generate import generate
-from gpt2_jax.cli.inspect import inspect
-from gpt2_jax.cli.plan import plan_command
-from gpt2_jax.cli.train import default_config, train_command, wants_determinism
-from gpt2_jax.cli.verify import verify
-from gpt2_jax.console.process import keep_compiled_programs, leave_errors_to_their_message, take_huge_pages
-from gpt2_jax.console.terminal import print_error
-from gpt2_jax.parallel import distributed as processes
-from gpt2_jax.training.determinism import make_deterministic
+from gpt2_jax.cli.verbs import VERBS, did_you_mean, load_verb, top_level
 
 BAD_INPUT = 2
-COMPILING = {"verify", "generate", "train", "eval", "demo"}
-"""Verbs that cache compiled programs. `bench` does not, because it measures compilation."""
-
-VERBS: dict[str, Callable[..., Any]] = {
-    "inspect": inspect,
-    "convert": convert,
-    "verify": verify,
-    "generate": generate,
-    "eval": evaluate,
-    "bench": bench,
-    "demo": demo,
-}
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one verb. Bad input exits with status 2 and a message, never with a traceback."""
+    """Run one verb. Bad input exits with status 2 and a message, never with a traceback.
+
+    Args:
+        args: the words after `gpt2`. Without them, the command owns its process and takes them from `sys.argv`.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
-    if args is None and sys.argv[1:2] in (["train"], ["demo"]):  # a process of our own
-        take_huge_pages()
-    leave_errors_to_their_message()
-    if (sys.argv[1:] if args is None else args) == ["--version"]:
-        print(f"gpt2-bridge {version('gpt2-bridge')}")
+    words = sys.argv[1:] if args is None else args
+    if words == ["--version"]:
+        from bridge import __version__
+
+        print(f"gpt2-bridge {__version__}")
         sys.exit(0)
-    code: int | None
-    why = ""
+    if not words or words[0].startswith("-"):
+        top_level(words)
+    _exit(*_run(words, own_process=args is None), own_process=args is None)
+
+
+def _run(words: Sequence[str], *, own_process: bool) -> tuple[int, str]:
+    """Run a verb. Return the exit code and, for other processes of the same run, the reason if it failed."""
+    from bridge import BridgeError
+    from bridge.errors import quoted
+    from gpt2_jax.cli.parsing import parse_and_run
+    from gpt2_jax.console.process import suppress_duplicate_tracebacks
+    from gpt2_jax.console.terminal import print_error
+
+    suppress_duplicate_tracebacks()
     try:
-        default = default_config(sys.argv[1:] if args is None else args)
-        if args is None and sys.argv[1:2] == ["train"] and wants_determinism(sys.argv, default):
-            make_deterministic()
-        asks = {"--help", "--distributed"} & {*sys.argv}  # JAX must not look for its devices before processes join
-        if args is None and set(sys.argv[1:2]) & COMPILING and not asks:
-            keep_compiled_programs()
-        verbs = {**VERBS, "train": train_command(default), "plan": plan_command(default)}
-        code = tyro.extras.subcommand_cli_from_dict(
-            verbs, prog="gpt2", description="GPT-2 in PyTorch and JAX, and the bridge between.", args=args
-        )
+        name, *rest = words
+        if name not in VERBS:
+            raise BridgeError(
+                f"unknown verb {quoted(name)}: must be one of {', '.join(VERBS)}{did_you_mean(name, VERBS)}"
+            )
+        return parse_and_run(load_verb(name, rest, own_process=own_process), name, rest) or 0, ""
     except BridgeError as error:
-        processes.exit_if_peer_failed(error)
-        why = str(error)
-        print_error(why)
-        code = BAD_INPUT
+        _exit_if_peer_failed(error)
+        print_error(str(error))
+        return BAD_INPUT, str(error)
     except BrokenPipeError:  # as `head` closes its input
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
-        why, code = "nobody reads what it prints", 128 + signal.SIGPIPE
+        return 128 + signal.SIGPIPE, "nobody reads what it prints"
     except OSError as error:  # a full disk, a name that is too long, no permission
         where = f"{quoted(error.filename)}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
         print_error(why)
-        code = BAD_INPUT
+        return BAD_INPUT, why
     except KeyboardInterrupt:
-        why = "it was interrupted"
-        code = 130  # as a shell reports a process ended by SIGINT
+        return 128 + signal.SIGINT, "it was interrupted"  # as a shell reports it
     except Exception as error:
-        if not processes.are_several():
-            raise
-        processes.exit_if_peer_failed(error)
-        why = f"{type(error).__name__}: {error}"
-        print(escaped(traceback.format_exc()), file=sys.stderr, end="")
-        code = 1
-    if code and args is None and not processes.are_several():
-        processes.end_now(code)  # without waiting for what may still be compiled, or written
-    processes.end(code or 0, why)
+        _exit_if_peer_failed(error)
+        return _unexpected(error)
+
+
+def _distributed() -> Any:
+    """Return `gpt2_jax.parallel.distributed` if a verb has imported it. It imports JAX, so `main` does not."""
+    return sys.modules.get("gpt2_jax.parallel.distributed")
+
+
+def _exit_if_peer_failed(error: Exception) -> None:
+    if (distributed := _distributed()) is not None:
+        distributed.exit_if_peer_failed(error)
+
+
+def _unexpected(error: Exception) -> tuple[int, str]:
+    """Print the traceback if other processes must be told the reason. Otherwise, Python prints it."""
+    from bridge.errors import escaped
+
+    distributed = _distributed()
+    if distributed is None or not distributed.are_several():
+        raise error
+    print(escaped(traceback.format_exc()), file=sys.stderr, end="")
+    return 1, f"{type(error).__name__}: {error}"
+
+
+def _exit(code: int, why: str, *, own_process: bool) -> NoReturn:
+    """End this process, and tell the other processes of the same run why."""
+    from gpt2_jax.console.process import exit_now
+
+    distributed = _distributed()
+    if code and own_process and (distributed is None or not distributed.are_several()):
+        exit_now(code)  # without waiting for what may still be compiled or written
+    if distributed is not None:
+        distributed.end(code, why)
+    sys.exit(code)

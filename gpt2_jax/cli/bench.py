@@ -1,29 +1,24 @@
-"""`gpt2 bench`: how fast this is, beside the peers that are installed."""
+"""`gpt2 bench`: compare the speed of JAX with the installed peers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import FlagCreatePairsOff, arg
 
 from bridge import BridgeError
-from gpt2_jax.bench.cases import Case, at_sizes, cases_of, recipe
-from gpt2_jax.bench.measure import Limits, measure
-from gpt2_jax.bench.peers import TASKS, Task, chosen_peers, ours, rivals
+from gpt2_jax.bench.cases import benchmark_config, make_cases, with_sizes
+from gpt2_jax.bench.peers import TASKS, Task, choose_peers
 from gpt2_jax.bench.plot import plot
-from gpt2_jax.bench.report import Report, Result, system_load
+from gpt2_jax.bench.run import run
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.console.output import json_writer, progress
+from gpt2_jax.console.output import json_writer, status_bar
 from gpt2_jax.console.report_files import require_plot_path
 from gpt2_jax.console.terminal import console
-from gpt2_jax.training.config import TrainConfig
 
-DIED = 1
+FAILED = 1
 
 Sizes = Annotated[tuple[int, ...], arg(metavar="INT ...")]
 
@@ -33,9 +28,9 @@ def bench(
     preset: Annotated[str, arg(metavar="NAME")] = "nano",
     tasks: tuple[Task, ...] = ("train", "forward", "decode"),
     peers: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None,
-    batch: Sizes = (),
+    batch_size: Sizes = (),
     seq_len: Sizes = (),
-    pairs: int = 5,
+    rounds: int = 5,
     dtype: Literal["float32", "bfloat16"] | None = None,
     remat: Annotated[str | None, arg(metavar="NAME")] = None,
     scan: FlagCreatePairsOff[bool] = False,
@@ -50,7 +45,7 @@ def bench(
     Each implementation runs in its own process, alternating with JAX, with the same sizes and tokens. Weights are
     random and dropout is off. Exit code 1 if an implementation crashed; the others are still reported.
 
-    Example: gpt2 bench --preset gpt2 --dtype float32 --batch 4 --seq-len 256 --json bench.json --plot bench.png
+    Example: gpt2 bench --preset gpt2 --dtype float32 --batch-size 4 --seq-len 256 --json bench.json --plot bench.png
 
     Args:
         preset: the model and the defaults of the flags below, as in `gpt2 train`.
@@ -59,10 +54,10 @@ def bench(
             `cp`.
         peers: torch, torch-compiled, transformers, transformers-compiled, or all. The compiled ones take a minute each
             to start on CPU. The default is all installed peers that need no compilation; without a name, only JAX runs.
-        batch: sequences per step; several values are measured one after the other. The default is one microbatch of
-            the preset.
+        batch_size: sequences per step; several values are measured one after the other. Default: one microbatch of the
+            preset.
         seq_len: tokens per sequence; one or several values.
-        pairs: how often each implementation runs, alternating with JAX.
+        rounds: how often each implementation runs, alternating with JAX.
         dtype: the dtype of the computation. In training, weights and optimizer state stay float32.
         remat: what JAX recomputes in the backward pass, as in `gpt2 train`.
         scan: JAX compiles one layer and loops over it.
@@ -75,48 +70,25 @@ def bench(
     write_json = json_writer(json, overwrite)
     if plot_file is not None:
         require_plot_path(plot_file, overwrite=overwrite, json=json)
-    scans = _scans(scan, no_scan)
-    config = recipe(preset, dtype=dtype, remat=remat, scan=scans, vocab_multiple=vocab_multiple)
-    names = chosen_peers(peers)
-    if pairs < 1:
-        raise BridgeError(f"--pairs {pairs}: must be at least 1")
+    scan_flag = _scan_flag(scan, no_scan)
+    config = benchmark_config(preset, dtype=dtype, remat=remat, scan=scan_flag, vocab_multiple=vocab_multiple)
+    names = choose_peers(peers)
+    if rounds < 1:
+        raise BridgeError(f"--rounds {rounds}: must be at least 1")
     if not tasks:
         raise BridgeError(f"--tasks needs at least one of {', '.join(TASKS)}")
-    configs = at_sizes(config, batch, seq_len)
-    with TemporaryDirectory(prefix="gpt2-bench-") as scratch:
-        cases = [case for task in dict.fromkeys(tasks) for case in cases_of(task, configs, Path(scratch))]
-        report = run(config, cases, names, pairs)
+    configs = with_sizes(config, batch_size, seq_len)
+    with TemporaryDirectory(prefix="gpt2-bench-") as scratch, status_bar() as say:
+        cases = [case for task in dict.fromkeys(tasks) for case in make_cases(task, configs, Path(scratch))]
+        report = run(config, cases, names, rounds, say)
     write_json(report.to_json())
     report.show(console())
     if plot_file is not None:
         plot(report, plot_file, overwrite=overwrite)
-    return DIED if report.failures else 0
+    return FAILED if report.failures else 0
 
 
-def run(config: TrainConfig, cases: Sequence[Case], peers: Sequence[str], pairs: int) -> Report:
-    """Measure each case in pairs of ours and a peer; alone, where there is no peer."""
-    results = []
-    load = system_load()
-    with ExitStack() as stack:
-        limits = Limits(stack, config.dtype)
-        say = _bar(stack)
-        for case in cases:
-            others = rivals(case.task, peers)
-            groups = [[ours(case.task), other] for other in others] or [[ours(case.task)]]
-            measured = [measure(case, group, pairs, limits, say) for group in groups]
-            without = [] if case.task == "convert" else [name for name in peers if name not in others]
-            results.append(Result(case, measured, without))
-    return Report(config, results, limits.sources, limits.failure, load)
-
-
-def _bar(stack: ExitStack) -> Callable[[str], None]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = stack.enter_context(progress(*columns))
-    task = bar.add_task("", total=None)
-    return lambda doing: bar.update(task, description=doing)
-
-
-def _scans(scan: bool, no_scan: bool) -> bool | None:
+def _scan_flag(scan: bool, no_scan: bool) -> bool | None:
     if scan and no_scan:
-        raise BridgeError("--scan and --no-scan are opposites; give one")
+        raise BridgeError("--scan and --no-scan contradict each other; give one")
     return True if scan else False if no_scan else None

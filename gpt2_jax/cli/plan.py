@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import jax
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from tyro.conf import OmitArgPrefixes, arg
 
 from bridge import BridgeError
 from gpt2_jax.cli.arguments import JsonFile
-from gpt2_jax.cli.train import Flags, flags_of
-from gpt2_jax.console.output import json_writer, progress
+from gpt2_jax.cli.config_flags import ConfigFlags, config_flags, values_of
+from gpt2_jax.console.output import json_writer, status_bar
 from gpt2_jax.console.report_files import require_plot_path
 from gpt2_jax.console.terminal import console
-from gpt2_jax.plan.errors import PlanError
-from gpt2_jax.plan.plan import make_plan, weak_scaling
-from gpt2_jax.plan.plot import plot
-from gpt2_jax.plan.report import scaling_to_json, show, show_scaling, to_json
-from gpt2_jax.plan.topology import Topology, cpu_topology, tpu_topology
-from gpt2_jax.training import TrainConfig
-from gpt2_jax.training.config import flat, from_flat
+from gpt2_jax.training.config import TrainConfig, from_flat
+
+if TYPE_CHECKING:
+    from gpt2_jax.plan.topology import Topology
 
 DOES_NOT_FIT = 1
 
 
 def plan_command(default: TrainConfig) -> Callable[..., int]:
     """Return the verb with the values of `default` as the defaults of its flags."""
-    flags = flags_of(default)
+    flags = config_flags(default)
 
     def plan(
         *,
-        config: Annotated[Flags, OmitArgPrefixes] = flags,
+        config: Annotated[ConfigFlags, OmitArgPrefixes, arg(name="")] = flags,
         topology: Annotated[str | None, arg(metavar="NAME")] = None,
         devices: int | None = None,
         scaling: bool = False,
@@ -65,11 +59,16 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
             raise BridgeError("--plot draws weak scaling: give --scaling too")
         if plot_file is not None:
             require_plot_path(plot_file, overwrite=overwrite, json=json)
-        recipe = from_flat(flat(config))
+        recipe = from_flat(values_of(config))
+        import jax  # not at the top, because `gpt2 plan --help` must not wait for it
+
+        from gpt2_jax.plan.plan import make_plan, weak_scaling
+        from gpt2_jax.plan.plot import plot
+        from gpt2_jax.plan.report import scaling_to_json, show, show_scaling, to_json
+
         jax.config.update("jax_platforms", "cpu")  # libtpu only compiles; JAX must not look for a TPU
         chosen = _topology(topology, devices)
-        with ExitStack() as stack:
-            say = _bar(stack)
+        with status_bar() as say:
             points = weak_scaling(recipe, chosen, say) if scaling else []
             made = None if scaling else make_plan(recipe, chosen, say)
         if made is not None:
@@ -86,13 +85,9 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
 
 
 def _topology(name: str | None, devices: int | None) -> Topology:
+    from gpt2_jax.plan.errors import PlanError
+    from gpt2_jax.plan.topology import cpu_topology, tpu_topology
+
     if (name is None) == (devices is None):
         raise PlanError("give either --topology, such as v5e:4x4, or --devices N for N virtual CPU devices")
     return tpu_topology(name) if name is not None else cpu_topology(devices or 0)
-
-
-def _bar(stack: ExitStack) -> Callable[[str], None]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bar = stack.enter_context(progress(*columns))
-    task = bar.add_task("", total=None)
-    return lambda doing: bar.update(task, description=doing)

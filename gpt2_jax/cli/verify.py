@@ -37,7 +37,7 @@ def verify(
     source_activation: SourceActivation = None,
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
     text_file: Annotated[Path | None, arg(metavar="FILE")] = None,
-    batch: int = 2,
+    batch_size: int = 2,
     seq_len: int = 256,
     seed: int = 0,
     untrained: bool = False,
@@ -54,7 +54,7 @@ def verify(
         text: the text to run the models on, instead of the built-in text. If the tokenizer lacks more than a tenth of
             the built-in text's characters, the default is random characters, and predictions are not checked.
         text_file: a UTF-8 file with that text.
-        batch: sequences in the batch.
+        batch_size: sequences in the batch.
         seq_len: tokens per sequence; at most n_positions are used.
         seed: the seed of random ids, for a checkpoint without a tokenizer, or of random characters.
         untrained: the weights are random, so do not check that they predict text.
@@ -79,7 +79,7 @@ def verify(
             checkpoint,
             source=source,
             text=text,
-            batch=batch,
+            batch_size=batch_size,
             seq_len=seq_len,
             seed=seed,
             untrained=untrained,
@@ -109,7 +109,7 @@ def finish(report: Report, write_json: Callable[[dict[str, Any]], None]) -> int:
     """Print the report, write the JSON file if requested, and return the exit code."""
     report.show(console())
     write_json(report.to_json())
-    return 0 if report.holds else 1
+    return 0 if report.passed else 1
 
 
 def _read_text(file: Path) -> str:

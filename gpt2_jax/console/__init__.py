@@ -1,1 +1,1 @@
-"""What the verbs and benchmarks share: terminal output, report files, and process set-up."""
+"""Terminal output, report files, and process settings, shared by the commands and benchmarks."""

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from bridge import BridgeError, Checkpoint
 from bridge.errors import install_command
@@ -23,6 +31,14 @@ def progress(*columns: ProgressColumn) -> Progress:
     """A progress bar on standard error, shown only on a terminal."""
     watched = Console(stderr=True)
     return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
+
+
+@contextmanager
+def status_bar() -> Iterator[Callable[[str], None]]:
+    """A progress bar for work of unknown length. Yields a function that sets its text."""
+    with progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text: bar.update(task, description=text)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Process-wide settings of the command: malloc, the compilation cache, and threads' error output."""
+"""Process-wide settings of the command: malloc, the compilation cache, and error output of threads."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import jax
+from typing import Any, NoReturn
 
 from bridge.errors import quoted
-from gpt2_jax.data.tokenize import cache_directory
-from gpt2_jax.parallel.distributed import are_several
+from gpt2_jax.console.cache import cache_directory
 
 TUNABLES, HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
-_STARTED_AGAIN = "GPT2_BRIDGE_STARTED_AGAIN"
-_unraisable_before, _in_thread_before = sys.unraisablehook, threading.excepthook
-_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_RESTARTED = "GPT2_BRIDGE_RESTARTED"
+_previous_unraisablehook, _previous_excepthook = sys.unraisablehook, threading.excepthook
+_TRANSPARENT_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def take_huge_pages() -> None:
+def restart_with_huge_pages() -> None:
     """Restart this command with glibc's malloc configured to request huge pages. Linux only.
 
     XLA on CPU allocates the temporaries of every step anew, and the kernel zeroes each page on first access. With pages
@@ -35,52 +32,59 @@ def take_huge_pages() -> None:
     the peak was 6.8 GiB instead of 4.7 (4 x 1024 tokens). glibc reads its tunables only at process start.
     """
     environment = with_huge_pages(os.environ)
-    # A variable of its own, because the system may keep glibc's from a privileged process.
-    if environment == dict(os.environ) or os.environ.get(_STARTED_AGAIN):
+    # A separate variable marks the restart, because the system may remove glibc's variable from privileged processes.
+    if environment == dict(os.environ) or os.environ.get(_RESTARTED):
         return
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
     with suppress(OSError, ValueError):  # continue without huge pages
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, _STARTED_AGAIN: "1"})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment, _RESTARTED: "1"})
 
 
 def with_huge_pages(environment: Mapping[str, str]) -> dict[str, str]:
     """Return `environment` with huge pages enabled, or a copy if they are unavailable or already configured."""
     tunables = environment.get(TUNABLES, "")
-    if sys.platform != "linux" or "hugetlb" in tunables or not _can_have_huge_pages():
+    if sys.platform != "linux" or "hugetlb" in tunables or not _huge_pages_available():
         return dict(environment)
     return {**environment, TUNABLES: ":".join(filter(None, (tunables, HUGE_PAGES)))}
 
 
-def _can_have_huge_pages() -> bool:
+def _huge_pages_available() -> bool:
     try:
-        return "[never]" not in _THP.read_text()
+        return "[never]" not in _TRANSPARENT_HUGE_PAGES.read_text()
     except OSError:
         return False
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache(*, several_processes: bool = False) -> None:
     """Cache compiled XLA programs for later processes, unless JAX already has a cache directory.
 
-    CPU programs are cached separately by CPU features, which JAX's key does not include, because several machines may
-    share a home directory. Two cases are not cached. On Intel CPUs, XLA rejects its own programs with long messages
-    (openxla/xla issue 44565). With several CPU processes, cached programs lose the order of their collectives, so that
-    with two threads one process may mistake another's operand for that of a different sum (jaxlib 0.10.2).
+    CPU programs are cached separately for each set of CPU features, because several machines may share a home directory
+    and JAX's cache key does not include the features. CPU programs are not cached in two cases:
+
+    - On Intel CPUs, XLA rejects its own cached programs with long messages (openxla/xla issue 44565).
+    - With several processes, cached programs lose the order of their collectives: with two threads, one process may use
+      another's operand for a different sum (jaxlib 0.10.2).
 
     Compiled programs are code, so the directory is created with mode 0700. A directory that belongs to another user or
     that others can write to is not used, and a line on standard error says so.
+
+    Args:
+        several_processes: other processes take part in the computation.
     """
+    import jax  # not at the top, because verbs that compute nothing must not wait for it
+
     if jax.config.values.get("jax_compilation_cache_dir") is not None:
         return
-    about_cpu = ""
+    cpu = ""
     if jax.default_backend() == "cpu":
-        about_cpu = _cpu()
-        if "GenuineIntel" in about_cpu or are_several():
+        cpu = _cpu()
+        if "GenuineIntel" in cpu or several_processes:
             return
     with suppress(OSError, RuntimeError):  # no home directory: nothing is cached
         cache = cache_directory()
-        folder = cache / "compiled" / hashlib.sha256(about_cpu.encode()).hexdigest()[:16]
+        folder = cache / "compiled" / hashlib.sha256(cpu.encode()).hexdigest()[:16]
         cache.parent.mkdir(parents=True, exist_ok=True)
         for path in (cache, folder.parent, folder):
             path.mkdir(mode=0o700, exist_ok=True)
@@ -103,26 +107,35 @@ def _untrusted(path: Path) -> str | None:
     return None
 
 
-def leave_errors_to_their_message() -> None:
-    """Suppress tracebacks of threads of Orbax and tensorboard, whose errors are also raised in the waiting thread."""
-    logging.getLogger("absl").addFilter(_is_no_traceback_of_orbax)
-    sys.unraisablehook = _unraisable
-    threading.excepthook = _in_thread
+def suppress_duplicate_tracebacks() -> None:
+    """Suppress tracebacks from threads of Orbax and tensorboard. The main thread raises and reports the same errors."""
+    logging.getLogger("absl").addFilter(_is_not_orbax_traceback)
+    sys.unraisablehook = _unraisablehook
+    threading.excepthook = _excepthook
 
 
-def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+def _is_not_orbax_traceback(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in Path(record.pathname).parts)
 
 
-def _unraisable(what: Any) -> None:
-    """Suppress the error of tensorstore's threads when they use the event loop that Orbax closed after an error."""
-    if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
-        _unraisable_before(what)
+def _unraisablehook(unraisable: Any) -> None:
+    """Suppress the error of tensorstore threads that use an event loop which Orbax has closed after an error."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        _previous_unraisablehook(unraisable)
 
 
-def _in_thread(what: Any) -> None:
-    if not type(what.thread).__module__.startswith("tensorboard."):
-        _in_thread_before(what)
+def _excepthook(error: Any) -> None:
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        _previous_excepthook(error)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process after flushing its output, without what Python and JAX do at the end: it may wait for others."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
 
 
 def _cpu() -> str:

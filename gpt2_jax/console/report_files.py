@@ -10,11 +10,10 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge import BridgeError
+from bridge import BridgeError, __version__
 from bridge.errors import quoted
 from bridge.storage.atomic_writes import new_file
 
@@ -68,7 +67,7 @@ def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) 
 
 def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write `value` as JSON with its generator. NaN and infinity, which JSON lacks, are written as strings."""
-    content = {"generator": f"{GENERATOR} {version(GENERATOR)}", **value}
+    content = {"generator": f"{GENERATOR} {__version__}", **value}
     text = json.dumps(_strict(content), indent=2, allow_nan=False) + "\n"
     with new_file(path, overwrite=lambda: overwrite and is_report(path)) as beside:
         beside.write_text(text, encoding="utf-8")

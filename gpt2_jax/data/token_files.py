@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from bridge.errors import quoted
+from bridge.storage.regular_file import open_regular_file
 from gpt2_jax.data.errors import DataError
 
 SIDECAR = "tokens.json"
@@ -184,7 +185,7 @@ def _number(beginning: bytes) -> int:
 
 def _beginning(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open_regular_file(path, DataError) as file:
             return file.read(12)
     except OSError as error:
         raise DataError(f"cannot read {quoted(path)}: {error.strerror}") from error

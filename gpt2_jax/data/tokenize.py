@@ -19,9 +19,10 @@ import numpy as np
 from bridge.errors import BridgeError, quoted
 from bridge.storage.atomic_writes import new_directory
 from bridge.storage.json_text import parse_object
-from bridge.storage.small_file import read_small_file
+from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import tokenizer_fingerprint
+from gpt2_jax.console.cache import cache_directory
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import Documents
 from gpt2_jax.data.token_files import SIDECAR, TokenFile
@@ -79,13 +80,6 @@ def cached_text(
     if text is None:
         raise DataError(f"{quoted(directory)} changed while it was opened; try again, or give another cache")
     return text
-
-
-def cache_directory(cache: str | Path | None = None) -> Path:
-    """Return `cache`, or by default gpt2-bridge in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
-    if cache is not None:
-        return Path(cache).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2-bridge"
 
 
 def cache_key(documents: Documents, made_by: str) -> str:

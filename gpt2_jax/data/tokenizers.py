@@ -19,10 +19,11 @@ from bridge.tokenizers.loading import (
     openai_tokenizer,
 )
 from bridge.tokenizers.saving import save_tokenizer
+from gpt2_jax.console.cache import cache_directory
 from gpt2_jax.data.bpe import train_bpe
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text import Documents
-from gpt2_jax.data.tokenize import TaskProgress, cache_directory, cache_key
+from gpt2_jax.data.tokenize import TaskProgress, cache_key
 
 if TYPE_CHECKING:
     import tiktoken

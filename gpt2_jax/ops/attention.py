@@ -7,7 +7,7 @@ scores in memory: `blockwise` for CPU (`gpt2_jax.ops.blockwise_attention`), cuDN
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from gpt2_jax.choices import SPLASH_BLOCKS, Implementation, obstacle
 from gpt2_jax.ops.blockwise_attention import causal_attention_by_blocks
 from gpt2_jax.ops.dtypes import wide_dtype
 from gpt2_jax.parallel.remat import ATTENDED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts
-
-Implementation = Literal["auto", "xla", "blockwise", "cudnn", "splash"]
-
-_HALF_PRECISION = (jnp.bfloat16, jnp.float16)
-_SPLASH_BLOCKS = (512, 256, 128)
-"""Block sizes of the TPU kernel, in queries and keys. The largest that divides the length is used."""
 
 
 def attention(
@@ -101,21 +96,6 @@ def require_device(implementation: Implementation) -> None:
         raise ValueError(f"attention={implementation!r} needs {described}; JAX computes on {platform} here. Use 'auto'")
 
 
-def obstacle(implementation: str, dtype: jnp.dtype, length: int, head_size: int) -> str | None:
-    """Return why an implementation does not support these arrays, or None if it does. A phrase for a message."""
-    if implementation not in get_args(Implementation):
-        return f"is not one of {', '.join(get_args(Implementation))}"
-    if implementation == "cudnn" and dtype not in _HALF_PRECISION:
-        return f"takes bfloat16 and float16, not {jnp.dtype(dtype).name}"
-    if implementation == "cudnn" and (head_size % 8 or head_size > 128):
-        return f"takes head sizes that are multiples of 8 up to 128, not {head_size}"
-    if implementation == "splash" and length % min(_SPLASH_BLOCKS):
-        return f"takes lengths that are multiples of {min(_SPLASH_BLOCKS)}, not {length}"
-    if implementation == "splash" and dtype not in (jnp.bfloat16, jnp.float32):
-        return f"takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
-    return None
-
-
 def _scaled(q: Array, scale: float | Array) -> Array:
     """Return q scale, rounded once, because bfloat16 may not represent the scale."""
     return (q.astype(wide_dtype(q)) * scale).astype(q.dtype)
@@ -154,7 +134,7 @@ def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False
 def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention  # imported here because it is slow
 
-    block = next(size for size in _SPLASH_BLOCKS if length % size == 0)
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     sizes = splash_attention.BlockSizes(
         block_q=block,
         block_kv=block,

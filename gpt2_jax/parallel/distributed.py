@@ -7,7 +7,6 @@ when one is lost, and hear of a preemption. Where there is one process, nothing 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from bridge import BridgeError
 from bridge.errors import bullet_list, quoted
+from gpt2_jax.console.process import exit_now
 from gpt2_jax.console.terminal import print_error
 
 HEARTBEAT_TIMEOUT = 30
@@ -91,10 +91,7 @@ def end_now(code: int) -> None:
     """Without what Python and JAX do at the end, which would wait for the others."""
     if _joined is not None:
         _joined.exit_message.are_said()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(code)
+    exit_now(code)
 
 
 def exit_if_peer_failed(error: Exception) -> None:

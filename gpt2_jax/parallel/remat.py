@@ -6,14 +6,11 @@ Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-Remat = Literal["none", "dots", "full"]
-"""none: save everything that the derivatives use. dots: save the results of products and of attention, and recompute
-norms and activation functions, which is faster on CPU than writing and reading them. full: save only each layer's
-input."""
+from gpt2_jax.choices import Remat
 
 PROJECTED, ATTENDED = "projected", "attended"
 """Names of the results that `dots` saves, for `jax.ad_checkpoint.checkpoint_name`."""

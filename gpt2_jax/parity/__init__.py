@@ -1,4 +1,4 @@
-"""The proof that `gpt2_jax` is the function that `gpt2_torch` is. Needs torch."""
+"""Checks that `gpt2_torch` and `gpt2_jax` compute the same function. Needs PyTorch."""
 
 from gpt2_jax.parity.checks import CHECKS
 from gpt2_jax.parity.report import Check, Measurement, Report

@@ -1,7 +1,7 @@
-"""What the port, `gpt2_jax`, computes: the second of two sides with the same verbs.
+"""What `gpt2_jax` computes from a checkpoint. `torch_side` has the same functions.
 
-Every verb takes and gives numpy, float64 where figures are compared, and keeps no parameters
-afterwards. Matrix products run at the highest precision: GPUs and TPUs round float32 down otherwise.
+All functions take and return numpy arrays and keep no parameters afterwards. Matrix products run at the highest
+precision, because GPUs and TPUs by default round float32 operands to a narrower format.
 """
 
 from __future__ import annotations
@@ -22,48 +22,50 @@ from bridge import Checkpoint
 from gpt2_jax.loading import to_device
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.cross_entropy import next_token_loss
-from gpt2_jax.parity.sites import HEAD, Trace, input_site, is_output_site, torch_name
-from gpt2_jax.parity.training import AdamW
+from gpt2_jax.parity.activations import LOGITS, Activations, is_recorded_output, recorded_input, torch_name
+from gpt2_jax.parity.inputs import AdamW
 
 NAME = "gpt2_jax"
 
 
 @contextmanager
-def exactly(dtype: str) -> Iterator[None]:
-    """float64 available and matrix products unrounded, for this block only; float64 runs on the CPU."""
+def full_precision(dtype: str) -> Iterator[None]:
+    """Enable float64 and the highest precision of matrix products within the block. float64 runs on the CPU."""
     device = jax.devices("cpu")[0] if dtype == "float64" else None
     with jax.enable_x64(True), jax.default_matmul_precision("highest"), jax.default_device(device):
         yield
 
 
 def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
-    with exactly(dtype):
+    """Logits [B, T, V] in float64, computed in `dtype`."""
+    with full_precision(dtype):
         model, params = _model(checkpoint, dtype)
         values = jax.jit(model.apply)({"params": params}, _array(ids), _array(mask))
         return np.asarray(values).astype(np.float64)
 
 
-def trace(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Trace:
-    values: Trace = {}
+def activations(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Activations:
+    """All compared activations of a forward pass, computed in float64."""
+    values: Activations = {}
 
-    def keep(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        name = torch_name(context.module.path) if context.method_name == "__call__" else ""
-        if site := input_site(name):
-            values[site] = _heads_merged(np.asarray(args[0]))
+    def record(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = torch_name(context.module.path) if context.method_name == "__call__" else ""
+        if name := recorded_input(module):
+            values[name] = _merge_heads(np.asarray(args[0]))
         output = next_call(*args, **kwargs)
-        if is_output_site(name):
-            values[name] = np.stack(output) if isinstance(output, tuple) else np.asarray(output)
+        if is_recorded_output(module):
+            values[module] = np.stack(output) if isinstance(output, tuple) else np.asarray(output)
         return output
 
-    with exactly("float64"), nn.intercept_methods(keep):
+    with full_precision("float64"), nn.intercept_methods(record):
         model, params = _model(checkpoint, "float64")
-        values[HEAD] = np.asarray(model.apply({"params": params}, _array(ids), _array(mask)))
+        values[LOGITS] = np.asarray(model.apply({"params": params}, _array(ids), _array(mask)))
     return values
 
 
 def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """Of the loss on `ids`, per canonical name, in `dtype`."""
-    with exactly(dtype):
+    """Gradients of the next-token loss by canonical parameter name, computed in `dtype`."""
+    with full_precision(dtype):
         model, params = _model(checkpoint, dtype)
         return bridge.to_torch(jax.jit(jax.grad(_loss(model)))(params, _array(ids)), checkpoint.config)
 
@@ -71,11 +73,11 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, 
 def train(
     checkpoint: Checkpoint, batches: np.ndarray, dtype: str, adamw: AdamW
 ) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The loss before each step, and the weights after the last."""
+    """Train one step per batch. Returns the loss before each step, and the final weights."""
     optimizer = optax.adamw(
         adamw.learning_rate, adamw.beta1, adamw.beta2, adamw.epsilon, weight_decay=adamw.weight_decay
     )
-    with exactly(dtype):
+    with full_precision(dtype):
         model, params = _model(checkpoint, dtype, scan=True)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -112,6 +114,6 @@ def _array(array: np.ndarray | None) -> Any:
     return None if array is None else jnp.asarray(array, jnp.int32)
 
 
-def _heads_merged(x: np.ndarray) -> np.ndarray:
-    """[B, T, H, K] as PyTorch's [B, T, D]; anything else as it is."""
+def _merge_heads(x: np.ndarray) -> np.ndarray:
+    """Reshape [B, T, H, K] to PyTorch's [B, T, D]. Other shapes are returned unchanged."""
     return x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x

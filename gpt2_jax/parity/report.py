@@ -1,4 +1,4 @@
-"""What was measured, against what was allowed: for a person at a glance, for a machine as JSON."""
+"""The report of `verify`: measurements and their tolerances, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -11,67 +11,70 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-PROOF = {"logits", "hidden states", "gradients"}
-"""The checks without which nothing is said of the backends being the same function."""
+REQUIRED_FOR_EQUALITY = {"logits", "hidden states", "gradients"}
+"""The report calls the backends the same function only if these checks ran and passed."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One figure. Without a limit it is for information and always holds."""
+    """One figure. Without a tolerance it is informational and always passes."""
 
-    what: str
+    name: str
     value: float
-    limit: float | None = None
-    where: str = ""
+    tolerance: float | None = None
+    location: str = ""
+    """The parameter, activation or row with the largest difference."""
 
     @property
-    def holds(self) -> bool:
-        return self.limit is None or self.value <= self.limit  # NaN holds nowhere
+    def passed(self) -> bool:
+        return self.tolerance is None or self.value <= self.tolerance  # False for NaN
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question and the measurements that answer it; no measurements means it was not asked."""
+    """A check and its measurements. A skipped check has none."""
 
     name: str
     measurements: tuple[Measurement, ...] = ()
     note: str = ""
-    departs_at: str = ""
-    """On a failure, the first place where the port leaves the reference."""
+    """A remark, or the reason why the check was skipped."""
+    first_divergence: str = ""
+    """If the check failed: the first activation of the forward pass that differs between the backends."""
 
     @property
-    def holds(self) -> bool:
-        return all(m.holds for m in self.measurements)
+    def passed(self) -> bool:
+        return all(m.passed for m in self.measurements)
 
     @property
-    def was_run(self) -> bool:
-        return bool(self.measurements)
+    def skipped(self) -> bool:
+        return not self.measurements
 
 
 @dataclass(frozen=True)
 class Report:
-    """The answer of `verify`."""
+    """The result of `verify`."""
 
     source: str
-    about: Mapping[str, Any]
+    details: Mapping[str, Any]
+    """Descriptions of the model and of the tokens that it ran on."""
     checks: tuple[Check, ...]
     diagnostics: tuple[str, ...] = ()
     """`Checkpoint.diagnostics`."""
 
     @property
-    def holds(self) -> bool:
-        """Whether every check that was run holds; a report without any proves nothing."""
-        return any(c.was_run for c in self.checks) and all(c.holds for c in self.checks)
+    def passed(self) -> bool:
+        """Whether at least one check ran, and all that ran passed."""
+        return not all(c.skipped for c in self.checks) and all(c.passed for c in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """For machines; a value that is not finite, which JSON cannot say, is null."""
+        """The report as JSON. Values that are not finite are null."""
         checks = [
             {
                 **asdict(check),
-                "holds": check.holds,
-                "was_run": check.was_run,
+                "passed": check.passed,
+                "skipped": check.skipped,
                 "measurements": [
-                    {**asdict(m), "value": m.value if math.isfinite(m.value) else None, "holds": m.holds}
+                    {**asdict(m), "value": m.value if math.isfinite(m.value) else None, "passed": m.passed}
                     for m in check.measurements
                 ],
             }
@@ -79,61 +82,59 @@ class Report:
         ]
         return {
             "source": self.source,
-            "about": dict(self.about),
+            "details": dict(self.details),
             "diagnostics": list(self.diagnostics),
-            "holds": self.holds,
+            "passed": self.passed,
             "checks": checks,
         }
 
     def show(self, console: Console) -> None:
         console.print(Text.assemble(("Parity of ", "bold"), (self.source, "bold cyan")))
-        for name, value in self.about.items():
+        for name, value in self.details.items():
             console.print(Text(f"  {name}: {value}", style="dim"))
         for warning in self.diagnostics:
             console.print(Text(f"  warning: {warning}", style="yellow"))
+        console.print(self._table())
+        console.print(self._verdict())
+
+    def _table(self) -> Table:
         table = Table(show_edge=False, pad_edge=False, header_style="bold")
         table.add_column("")
         table.add_column("check", no_wrap=True)
-        table.add_column("measured")
+        table.add_column("measurement")
         table.add_column("value", justify="right", no_wrap=True)
-        table.add_column("allowed", justify="right", no_wrap=True)
-        table.add_column("where")
+        table.add_column("tolerance", justify="right", no_wrap=True)
+        table.add_column("location")
         for check in self.checks:
             for k, m in enumerate(check.measurements):
-                table.add_row(
-                    _mark(m),
-                    check.name if k == 0 else "",
-                    m.what,
-                    f"{m.value:.4g}",
-                    "" if m.limit is None else f"{m.limit:.4g}",
-                    Text(m.where),
-                )
-            if not check.was_run:
-                table.add_row(Text("-", style="yellow"), check.name, Text(f"not run: {check.note}", style="yellow"))
+                tolerance = "" if m.tolerance is None else f"{m.tolerance:.4g}"
+                name = check.name if k == 0 else ""
+                table.add_row(_mark(m), name, m.name, f"{m.value:.4g}", tolerance, Text(m.location))
+            if check.skipped:
+                table.add_row(Text("-", style="yellow"), check.name, Text(f"skipped: {check.note}", style="yellow"))
             elif check.note:
                 table.add_row("", "", Text(check.note, style="dim"))
-            if check.departs_at:
-                table.add_row("", "", Text(f"departs at {check.departs_at}", style="bold red"))
+            if check.first_divergence:
+                table.add_row("", "", Text(f"first divergence at {check.first_divergence}", style="bold red"))
             table.add_section()
-        console.print(table)
-        console.print(self._verdict())
+        return table
 
     def _verdict(self) -> Text:
-        run = {check.name for check in self.checks if check.was_run}
-        left_out = ", ".join(check.name for check in self.checks if not check.was_run)
-        besides = f" Not run: {left_out}." if left_out else ""
-        failed = [check.name for check in self.checks if not check.holds]
+        run = {check.name for check in self.checks if not check.skipped}
+        names = ", ".join(check.name for check in self.checks if check.skipped)
+        skipped = f" Skipped: {names}." if names else ""
+        failed = [check.name for check in self.checks if not check.passed]
         if failed:
             different = "" if failed == ["prediction"] else "NOT the same function. "
-            return Text(f"{different}Failed: {', '.join(failed)}.{besides}", style="bold red")
+            return Text(f"{different}Failed: {', '.join(failed)}.{skipped}", style="bold red")
         if not run:
-            return Text(f"Nothing was checked.{besides}", style="bold red")
-        holds = f"{len(run)} checks hold" if len(run) > 1 else "1 check holds"
-        claim = ": the two backends are the same function." if run >= PROOF else "."
-        return Text(f"{holds}{claim}{besides}", style="bold green")
+            return Text(f"Nothing was checked.{skipped}", style="bold red")
+        hold = f"{len(run)} checks hold" if len(run) > 1 else "1 check holds"
+        claim = ": the two backends are the same function." if run >= REQUIRED_FOR_EQUALITY else "."
+        return Text(f"{hold}{claim}{skipped}", style="bold green")
 
 
 def _mark(measurement: Measurement) -> Text:
-    if measurement.limit is None:
+    if measurement.tolerance is None:
         return Text("")
-    return Text("✓", style="green") if measurement.holds else Text("✗", style="bold red")
+    return Text("✓", style="green") if measurement.passed else Text("✗", style="bold red")

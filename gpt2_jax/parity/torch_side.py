@@ -1,6 +1,6 @@
-"""What the reference, `gpt2_torch`, computes: the first of two sides with the same verbs.
+"""What `gpt2_torch` computes from a checkpoint. `jax_side` has the same functions.
 
-Every verb takes and gives numpy, float64 where figures are compared, and keeps no model afterwards.
+All functions take and return numpy arrays and keep no model afterwards.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bridge import Checkpoint
-from gpt2_jax.parity.sites import HEAD, Trace, input_site, is_output_site
-from gpt2_jax.parity.training import AdamW
+from gpt2_jax.parity.activations import LOGITS, Activations, is_recorded_output, recorded_input
+from gpt2_jax.parity.inputs import AdamW
 from gpt2_torch import GPT2, model_from_checkpoint
 from gpt2_torch.arrays import array_from_tensor
 from gpt2_torch.ops.cross_entropy import next_token_loss
@@ -23,38 +23,40 @@ NAME = "gpt2_torch"
 
 
 def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
+    """Logits [B, T, V] in float64, computed in `dtype`."""
     with torch.inference_mode():
         return _model(checkpoint, dtype)(_tensor(ids), _tensor(mask)).double().numpy()
 
 
-def trace(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Trace:
+def activations(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Activations:
+    """All compared activations of a forward pass, computed in float64."""
     model = _model(checkpoint, "float64")
-    values: Trace = {}
+    values: Activations = {}
 
-    def keep_input(site: str) -> Callable[..., None]:
+    def record_input(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            values[site] = args[0].numpy()
+            values[name] = args[0].numpy()
 
         return hook
 
-    def keep_output(site: str) -> Callable[..., None]:
+    def record_output(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
-            values[site] = np.stack([x.numpy() for x in output]) if isinstance(output, tuple) else output.numpy()
+            values[name] = np.stack([x.numpy() for x in output]) if isinstance(output, tuple) else output.numpy()
 
         return hook
 
-    for name, module in model.named_modules():
-        if site := input_site(name):
-            module.register_forward_pre_hook(keep_input(site))
-        if is_output_site(name):
-            module.register_forward_hook(keep_output(name))
+    for module_name, module in model.named_modules():
+        if name := recorded_input(module_name):
+            module.register_forward_pre_hook(record_input(name))
+        if is_recorded_output(module_name):
+            module.register_forward_hook(record_output(module_name))
     with torch.inference_mode():
-        values[HEAD] = model(_tensor(ids), _tensor(mask)).numpy()
+        values[LOGITS] = model(_tensor(ids), _tensor(mask)).numpy()
     return values
 
 
 def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
-    """Of the loss on `ids`, per canonical name, in `dtype`."""
+    """Gradients of the next-token loss by canonical parameter name, computed in `dtype`."""
     model = _model(checkpoint, dtype)
     next_token_loss(model(_tensor(ids)), _tensor(ids)).backward()
     return {name: _gradient(name, p) for name, p in model.named_parameters()}
@@ -63,7 +65,7 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, 
 def train(
     checkpoint: Checkpoint, batches: np.ndarray, dtype: str, adamw: AdamW
 ) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The loss before each step, and the weights after the last."""
+    """Train one step per batch. Returns the loss before each step, and the final weights."""
     model = _model(checkpoint, dtype)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -84,7 +86,7 @@ def train(
 
 def _gradient(name: str, parameter: torch.nn.Parameter) -> np.ndarray:
     if parameter.grad is None:
-        raise AssertionError(f"the reference does not use {name}")
+        raise AssertionError(f"the PyTorch model does not use {name}")
     return parameter.grad.numpy()
 
 

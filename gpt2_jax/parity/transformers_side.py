@@ -1,4 +1,4 @@
-"""What transformers' GPT2LMHeadModel computes, where it is installed: logits and gradients."""
+"""What the GPT2LMHeadModel of transformers computes from a checkpoint: logits and gradients."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ def is_installed() -> bool:
 
 
 def logits(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits [B, T, V] in float64, computed in `dtype`."""
     with torch.inference_mode():
         return _model(checkpoint, dtype)(torch.from_numpy(ids)).logits.double().numpy()
 
 
 def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """Gradients of the next-token loss by canonical parameter name, computed in `dtype`."""
     model, tokens = _model(checkpoint, dtype), torch.from_numpy(ids)
     next_token_loss(model(tokens).logits, tokens).backward()
     return {name.removeprefix("transformer."): p.grad.numpy() for name, p in model.named_parameters()}
@@ -33,8 +35,8 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, 
 def _model(checkpoint: Checkpoint, dtype: str) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    # Eager attention: the fused kinds ignore reorder_and_upcast_attn. In float64 the switch is left
-    # off: what transformers calls an upcast would cut to float32 there.
+    # Eager attention, because the fused implementations ignore reorder_and_upcast_attn. In float64 the switch is off,
+    # because transformers' "upcast" converts to float32.
     fields = {**checkpoint.config.to_hf(), "attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None}
     if dtype == "float64":
         fields["reorder_and_upcast_attn"] = False

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
+from gpt2_jax.choices import Implementation
 from gpt2_jax.model import GPT2
-from gpt2_jax.ops.attention import Implementation, fastest
+from gpt2_jax.ops.attention import fastest
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.training import TrainConfig, TrainState, make_optimizer, make_train_step
 from gpt2_jax.training.batches import Rows, rows_of_step

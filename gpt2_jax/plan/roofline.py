@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gpt2_jax.hardware import flops_per_token
-from gpt2_jax.plan.chips import Chip
+from gpt2_jax.hardware import TpuChip, flops_per_token
 from gpt2_jax.plan.collectives import Exchange
 from gpt2_jax.plan.memory import WIDTH, State, kept_bytes, layer_parameters
 from gpt2_jax.training import TrainConfig
@@ -61,7 +60,7 @@ class Roofline:
 
 
 def roofline(
-    config: TrainConfig, mesh: dict[str, int], state: State, found: Exchange, slices: Sequence[int], chip: Chip
+    config: TrainConfig, mesh: dict[str, int], state: State, found: Exchange, slices: Sequence[int], chip: TpuChip
 ) -> Roofline:
     """Of a step on a mesh of devices that lie in these slices."""
     across = [one for one in found.collectives if one.crosses(slices)]
@@ -71,7 +70,7 @@ def roofline(
 
 
 def estimate(
-    config: TrainConfig, mesh: dict[str, int], state: State, link_bytes: float, network_bytes: float, chip: Chip
+    config: TrainConfig, mesh: dict[str, int], state: State, link_bytes: float, network_bytes: float, chip: TpuChip
 ) -> Roofline:
     flops, again = step_flops(config, mesh)
     moved = hbm_bytes(config, mesh, state)

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from bridge import padded_vocab_size
+from gpt2_jax.hardware import TpuChip
 from gpt2_jax.ops.cross_entropy import default_chunk_bytes
 from gpt2_jax.parallel.sharding import AXES, MeshError, shardings
-from gpt2_jax.plan.chips import Chip
 from gpt2_jax.plan.memory import FLOAT32, WIDTH, State, device_bytes, kept_bytes, layer_parameters
 from gpt2_jax.plan.roofline import RING_LINKS, Roofline, estimate
 from gpt2_jax.plan.topology import Topology
@@ -105,7 +105,7 @@ def spread_state(config: TrainConfig, state: TrainState, mesh: Mapping[str, int]
 
 
 def _candidates(
-    config: TrainConfig, mesh: dict[str, int], state: TrainState, topology: Topology, chip: Chip
+    config: TrainConfig, mesh: dict[str, int], state: TrainState, topology: Topology, chip: TpuChip
 ) -> Iterator[Suggestion]:
     """On a mesh, those that fit: in one part, or in several."""
     spread = spread_state(config, state, mesh)

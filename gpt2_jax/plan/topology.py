@@ -14,7 +14,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from bridge.errors import install_command
-from gpt2_jax.plan.chips import BY_NAME, Chip
+from gpt2_jax.hardware import TPU_CHIPS, TpuChip
 from gpt2_jax.plan.errors import PlanError
 
 # libtpu asks its machine what it is: these are the answers of one that has no TPU, and quiet ones. Several processes
@@ -39,7 +39,7 @@ class Topology:
 
     name: str
     devices: tuple[Any, ...]
-    chip: Chip | None
+    chip: TpuChip | None
     slices: int = 1
 
 
@@ -47,10 +47,10 @@ def tpu_topology(name: str) -> Topology:
     """As `v5e:4x4` or, of two slices, `v5e:4x4*2` names it; raises `PlanError` for what is no such name, and where
     libtpu is not installed."""
     found = _NAME.fullmatch(name)
-    chip = BY_NAME.get(found["chip"]) if found else None
+    chip = TPU_CHIPS.get(found["chip"]) if found else None
     if found is None or chip is None:
         raise PlanError(
-            f"--topology {name}: write a chip ({', '.join(BY_NAME)}), its shape, and the slices where there are "
+            f"--topology {name}: write a chip ({', '.join(TPU_CHIPS)}), its shape, and the slices where there are "
             "several, as v5e:4x4, v5p:2x2x1 or v5e:4x4*2"
         )
     if importlib.util.find_spec("libtpu") is None:
@@ -62,7 +62,7 @@ def tpu_topology(name: str) -> Topology:
     return Topology(name, tuple(_devices(chip, found["shape"], slices)), chip, slices)
 
 
-def _devices(chip: Chip, shape: str, slices: int) -> list[Any]:
+def _devices(chip: TpuChip, shape: str, slices: int) -> list[Any]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}

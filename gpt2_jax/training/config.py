@@ -10,13 +10,9 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import jax.numpy as jnp
-from jax.errors import JaxRuntimeError
-
 from bridge import GPT2_SIZES, BridgeError, GPT2Config
 from bridge.errors import bullet_list, quoted
-from gpt2_jax.ops.attention import Implementation, obstacle
-from gpt2_jax.parallel.remat import Remat
+from gpt2_jax.choices import Implementation, Remat, obstacle
 
 TOKENIZER_OF_INIT_FROM = "init-from"
 """The value of `TrainConfig.tokenizer` for the tokenizer of the checkpoint in `init_from`, if it has one."""
@@ -32,6 +28,8 @@ class NonFiniteLoss(TrainingError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine's memory, or the device's, was too small."""
+    from jax.errors import JaxRuntimeError  # not at the top, because `gpt2 train --help` must not wait for JAX
+
     return isinstance(error, MemoryError) or (isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
@@ -306,7 +304,7 @@ def _attention_problems(c: TrainConfig) -> Iterator[str]:
     """Where an implementation is named that cannot run this; `auto` and `xla` take everything."""
     if c.attention in ("auto", "xla") or c.attention not in get_args(Implementation):
         return
-    if problem := obstacle(c.attention, jnp.dtype(c.dtype), c.seq_len, c.model.head_size):
+    if problem := obstacle(c.attention, c.dtype, c.seq_len, c.model.head_size):
         yield f"attention={c.attention}: {problem}"
     if c.model.attn_pdrop > 0 or c.examples == "documents":
         yield f"attention={c.attention}: cannot take attn_pdrop above 0 or --examples documents, which xla does"

@@ -22,7 +22,7 @@ from pathlib import Path
 import bridge
 from bridge import GPT2_SIZES
 from bridge.formats import WRITABLE
-from gpt2_jax.bench.on_disk import copy_to_disk, write_checkpoint
+from gpt2_jax.bench.disk_tasks import copy_to_disk, write_checkpoint
 
 CONVERT = "bridge.save(bridge.load(sys.argv[1]), sys.argv[2], format=sys.argv[3])"
 PROGRAM = "import resource, sys; import bridge\n{}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -23,9 +23,9 @@ import transformers
 import gpt2_jax
 import gpt2_torch
 from bridge import GPT2_SIZES, Checkpoint, GenerationConfig
-from gpt2_jax.bench.limits import needed_bytes, reading
-from gpt2_jax.bench.on_jax import DECODING_MULTIPLE
-from gpt2_jax.bench.on_torch import DEVICE, generate_with_transformers
+from gpt2_jax.bench.jax_tasks import DECODE_VOCAB_MULTIPLE
+from gpt2_jax.bench.limits import min_bytes, read_rate
+from gpt2_jax.bench.torch_tasks import DEVICE, generate_with_transformers
 
 PROMPT_LENGTH, NEW_TOKENS = 16, 128
 LONG_PROMPT = 512
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     peers = make_peers(options.size, options.dtype)
-    weights = needed_bytes(GPT2_SIZES[options.size], options.dtype)
+    weights = min_bytes(GPT2_SIZES[options.size], options.dtype)
     print(f"{options.size}, {options.dtype}, {jax.devices()[0].device_kind}; {NEW_TOKENS} tokens after {PROMPT_LENGTH}")
     for rows in ROWS:
         times, bandwidths = measured(peers, rows, PROMPT_LENGTH, NEW_TOKENS, options.pairs)
@@ -82,7 +82,7 @@ def measured(
             began = time.perf_counter()
             run(prompts, new)
             times[name].append(time.perf_counter() - began)
-        bandwidths.append(reading()[0])
+        bandwidths.append(read_rate()[0])
     return times, bandwidths
 
 
@@ -91,7 +91,7 @@ def make_peers(size: str, dtype: str) -> dict[str, Peer]:
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2_SIZES[size].to_hf())).eval()
     state = {name.removeprefix("transformer."): p.detach().numpy() for name, p in hf.named_parameters()}
     checkpoint = Checkpoint.of(state, GPT2_SIZES[size])
-    model, params = gpt2_jax.model_from_checkpoint(checkpoint, vocab_multiple=DECODING_MULTIPLE)
+    model, params = gpt2_jax.model_from_checkpoint(checkpoint, vocab_multiple=DECODE_VOCAB_MULTIPLE)
     port = gpt2_jax.Decoder(model, params, dtype=jnp.dtype(dtype))
     torch_dtype = getattr(torch, dtype)
     reference = gpt2_torch.Decoder(gpt2_torch.model_from_checkpoint(checkpoint).to(DEVICE, torch_dtype))

@@ -20,7 +20,7 @@ import numpy as np
 
 import bridge
 import gpt2_jax
-from gpt2_jax.bench.on_disk import write_checkpoint
+from gpt2_jax.bench.disk_tasks import write_checkpoint
 
 PAIRS = 7
 

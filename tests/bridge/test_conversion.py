@@ -9,7 +9,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax.traverse_util import unflatten_dict
 from support.models import TINY, random_state
 
@@ -450,6 +449,8 @@ def test_asking_whether_a_tensor_is_there_does_not_read_it() -> None:
 
 
 def test_torch_tensors_that_are_no_arrays_are_refused_with_the_way_out() -> None:
+    import torch
+
     state = {name: torch.from_numpy(array) for name, array in random_state(TINY).items()}
     assert np.array_equal(bridge.to_flax(state, TINY)["wte"]["embedding"], state["wte.weight"])
     with pytest.raises(ConversionError, match="checkpoint_from_model"):

@@ -39,9 +39,9 @@ def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bri
 @pytest.mark.parametrize("as_file", [False, True], ids=["directory", "file"])
 @pytest.mark.parametrize("format", WRITABLE)
 def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool) -> None:
-    if as_file and not hasattr(FORMATS[format], "FILE"):
+    if as_file and FORMATS[format].file_name is None:
         pytest.skip(f"{format} is a directory")
-    target = tmp_path / ("out" + (FORMATS[format].SUFFIXES[0] if as_file else ""))
+    target = tmp_path / ("out" + (FORMATS[format].suffixes[0] if as_file else ""))
     states = tmp_path / "states"
     states.mkdir()
 

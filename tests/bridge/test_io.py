@@ -97,7 +97,7 @@ def test_every_format_is_recognised_by_what_it_wrote(tmp_path: Path, format: str
 def test_no_find_raises_whatever_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path, tmp_path / "gone", tmp_path / "file", Path("/dev/null"), Path("a\0b")):
-        assert not any(module.find(path) for module in FORMATS.values())
+        assert not any(format.find(path) for format in FORMATS.values())
 
 
 def test_loading_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,15 +126,15 @@ def test_stored_moments_are_read_when_they_are_looked_up() -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_moments_of_matrices_that_lie_the_other_way_are_turned(lazy: bool) -> None:
+def test_moments_of_matrices_that_lie_the_other_way_are_transposed(lazy: bool) -> None:
     state, names, _ = torch_state()
-    turned = {p.torch_name for p in bridge.parameters(CONFIG) if p.is_projection}
+    transposed = {p.torch_name for p in bridge.parameters(CONFIG) if p.is_projection}
     expected = optimizer_state.from_torch(state, names, CONFIG)
     for i, name in enumerate(names):
         for what, value in state["state"][i].items():
-            array = value.numpy().T.copy() if name in turned and what != "step" else value.numpy()
+            array = value.numpy().T.copy() if name in transposed and what != "step" else value.numpy()
             state["state"][i][what] = LazyTensor.of(array) if lazy else array
-    assert_equal(optimizer_state.from_torch(state, names, CONFIG, turned=turned), expected)
+    assert_equal(optimizer_state.from_torch(state, names, CONFIG, transposed=transposed), expected)
 
 
 def test_groups_are_counted() -> None:

@@ -6,8 +6,6 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
-import transformers
 from support.models import TINY
 
 import bridge
@@ -16,6 +14,9 @@ from bridge import GPT2_SIZES, GPT2Config
 
 def shapes_of_transformers(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     """Name -> shape of GPT2LMHeadModel's state_dict, built without memory."""
+    import torch
+    import transformers
+
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config.to_hf()))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""`gpt2 bench`: real processes at tiny sizes, the arithmetic by hand, and what happens when one of them dies."""
+"""`gpt2 bench`: worker processes at tiny sizes, hand-computed arithmetic, and workers that fail."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from support.models import SMALLEST, huggingface_directory
 
 import bridge
 from bridge import BridgeError
-from gpt2_jax.bench.cases import Case, at_sizes, cases_of, recipe
-from gpt2_jax.bench.limits import needed_bytes, needed_flops
-from gpt2_jax.bench.measure import Limits, Measured, Pair
-from gpt2_jax.bench.peers import PEERS, chosen_peers
-from gpt2_jax.bench.process import Worker, WorkerDied, environment
+from gpt2_jax.bench.cases import Case, benchmark_config, make_cases, with_sizes
+from gpt2_jax.bench.limits import min_bytes, min_flops
+from gpt2_jax.bench.measure import Comparison, DeviceRates, Measurement
+from gpt2_jax.bench.peers import PEERS, choose_peers
+from gpt2_jax.bench.process import Worker, WorkerError, worker_environment
 from gpt2_jax.bench.report import Report, Result
-from gpt2_jax.bench.summary import summaries
+from gpt2_jax.bench.summary import summarize
 from gpt2_jax.bench.worker import FILES
 from gpt2_jax.console.terminal import console
 from gpt2_jax.training.config import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-TINY = ("--preset", "shakespeare-char", "--batch", 2, "--seq-len", 8, "--pairs", 1)
+TINY = ("--preset", "shakespeare-char", "--batch-size", 2, "--seq-len", 8, "--rounds", 1)
 CONFIG = replace(PRESETS["shakespeare-char"], model=SMALLEST, batch_size=2, seq_len=3)
 
 
 @pytest.fixture
 def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Modules written here stand before the installed ones of their names, in workers alone."""
+    """A directory whose modules replace installed modules of the same name, in workers only."""
     directory = tmp_path / "blocked"
     directory.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(directory))
     return directory
 
 
-def test_a_run_gives_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = tmp_path / "bench.json", tmp_path / "bench.png"
     tasks = ("--tasks", "train", "convert", "--peers", "torch")
     assert run("bench", *TINY, *tasks, "--json", files[0], "--plot", files[1]) == 0
@@ -60,165 +60,179 @@ def test_a_run_gives_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureF
     assert found["versions"].keys() >= {"jax", "torch", "transformers"}
     assert found["cores"] >= 1
     train, convert = found["results"]
-    assert (train["batch"], train["length"], train["tokens"]) == (2, 8, 16)
-    [pair] = train["pairs"]
-    ours, theirs = pair["measured"]
+    assert (train["batch_size"], train["seq_len"], train["tokens"]) == (2, 8, 16)
+    [comparison] = train["comparisons"]
+    ours, theirs = comparison["measurements"]
     assert [m["implementation"] for m in (ours, theirs)] == ["jax", "torch"]
-    assert pair["ratios"] == [theirs["seconds"][0] / ours["seconds"][0]]
-    assert len(pair["rates"]) == 2  # before and after the turn
+    assert comparison["relative_times"] == [theirs["seconds"][0] / ours["seconds"][0]]
+    assert len(comparison["device_rates"]) == 2  # before and after the round
     for measured in (ours, theirs):
-        assert 0 < measured["first_after_imports"] < measured["first"]
+        assert 0 < measured["first_run_seconds_after_imports"] < measured["first_run_seconds"]
         assert 0 < measured["peak_bytes_after_imports"] < measured["peak_bytes"]
-        assert measured["first_loss"] == pytest.approx(math.log(65), abs=0.5)  # random weights know nothing
-    assert [m["implementation"] for m in convert["pairs"][0]["measured"]] == ["convert", "cp"]
-    assert imread(files[1])[..., :3].std() > 0.1  # there is something on it
+        assert measured["first_loss"] == pytest.approx(math.log(65), abs=0.5)  # random weights guess uniformly
+    assert [m["implementation"] for m in convert["comparisons"][0]["measurements"]] == ["convert", "cp"]
+    assert imread(files[1])[..., :3].std() > 0.1  # the picture is not empty
 
 
 @pytest.mark.parametrize("name", ["jax", "torch", "transformers"])
 def test_each_implementation_has_each_task(name: str, tmp_path: Path, blocked: Path) -> None:
     if name != "jax":
-        (blocked / "jax.py").write_text("raise ImportError('the peers are measured without JAX')")
+        (blocked / "jax.py").write_text("raise ImportError('a peer imports JAX')")
     directory = huggingface_directory(tmp_path / "model", SMALLEST)
     with Worker(name) as worker:
-        worker.ask("import")
+        worker.request("import")
         for task in PEERS["torch"].tasks:
-            length, prompt = (2, 2) if task == "decode" else (3, 0)
-            case = Case(task, CONFIG, 1, length, prompt, str(directory))
-            worker.ask("prepare", job=case.job())
-            done = worker.ask("run", times=2)
+            sizes = {"prompt_len": 2, "new_tokens": 2} if task == "decode" else {"seq_len": 3}
+            case = Case(task, CONFIG, 1, directory=str(directory), **sizes)
+            worker.request("prepare", job=case.job())
+            done = worker.request("run", iterations=2)
             assert done["seconds"] > 0
             assert (done["value"] is None) == (task != "train")
-        assert worker.ask("about")["device"]
+        assert worker.request("info")["device"]
 
 
-def test_what_dies_is_named_and_the_rest_goes_on(
+def test_a_failed_implementation_is_reported_and_the_others_continue(
     tmp_path: Path, blocked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (blocked / "torch.py").write_text("raise MemoryError('no room for torch\\nand more')")
     out = tmp_path / "bench.json"
     assert run("bench", *TINY, "--tasks", "load", "--peers", "torch", "--json", out, "--plot", tmp_path / "b.svg") == 1
     printed = capsys.readouterr()
-    assert "torch died: MemoryError: no room for torch\n" in printed.out
+    assert "torch failed: MemoryError: no room for torch\n" in printed.out
     assert "Traceback" not in printed.out + printed.err
     found = json.loads(out.read_text())
     assert found["failures"] == ["load: torch: MemoryError: no room for torch"]
-    ours, theirs = found["results"][0]["pairs"][0]["measured"]
+    ours, theirs = found["results"][0]["comparisons"][0]["measurements"]
     assert (len(ours["seconds"]), len(theirs["seconds"])) == (1, 0)
 
 
-def test_limits_that_cannot_be_measured_are_left_out(blocked: Path) -> None:
+def test_device_rates_that_cannot_be_measured_are_omitted(blocked: Path) -> None:
     (blocked / "jax.py").write_text("raise ImportError('no JAX')")
     with ExitStack() as stack:
-        limits = Limits(stack, "float32")
-        assert limits.rate(None) == []
-        assert limits.failure is None
-        assert limits.rate("flops") == []
-        assert limits.failure == "ImportError: no JAX"
+        rates = DeviceRates(stack, "float32")
+        assert rates.measure(None) == []
+        assert rates.failure is None
+        assert rates.measure("flops") == []
+        assert rates.failure == "ImportError: no JAX"
 
 
-def test_a_worker_that_is_killed_says_by_what() -> None:
+def test_a_killed_worker_reports_the_signal() -> None:
     with Worker("cp") as worker:
-        assert worker.ask("import")["peak_bytes"] < 150 * 2**20  # its own, not this process's
+        assert worker.request("import")["peak_bytes"] < 150 * 2**20  # the worker's own peak, not that of this process
         os.kill(worker._process.pid, signal.SIGKILL)
-        with pytest.raises(WorkerDied, match="killed by SIGKILL, as the system does when memory runs out"):
-            worker.ask("about")
+        with pytest.raises(WorkerError, match="killed by SIGKILL, probably because memory ran out"):
+            worker.request("info")
 
 
-def test_workers_keep_what_the_user_has_set() -> None:
-    settings = environment({"GLIBC_TUNABLES": "glibc.malloc.check=0", "PYTHONPATH": "mine", "HOME": "h"})
+def test_workers_keep_the_users_environment() -> None:
+    settings = worker_environment({"GLIBC_TUNABLES": "glibc.malloc.check=0", "PYTHONPATH": "mine", "HOME": "h"})
     assert settings["PYTHONPATH"].split(os.pathsep)[1:] == ["mine"]
     assert settings["HOME"] == "h"
     if sys.platform.startswith("linux"):
         assert settings["GLIBC_TUNABLES"] == "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
-        assert environment({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"})["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=2"
+        assert (
+            worker_environment({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=2"})["GLIBC_TUNABLES"]
+            == "glibc.malloc.hugetlb=2"
+        )
 
 
 # SMALLEST: V 11, P 5, D 8, L 2, F 12.
 
 
-def test_the_arithmetic_that_a_step_needs() -> None:
+def test_min_flops_of_a_step() -> None:
     weights = 2 * (8 * 24 + 8 * 8 + 8 * 12 + 12 * 8) + 11 * 8
     assert weights == 984
-    forward = 2 * 3 * 2 * weights + 2 * 2 * (2 * 2 * 3 * 3 * 8) / 2  # a layer's scores and sums over values, halved
-    assert needed_flops("forward", SMALLEST, batch=2, length=3) == forward == 12384
-    assert needed_flops("train", SMALLEST, batch=2, length=3) == 3 * 12384
+    forward = 2 * 3 * 2 * weights + 2 * 2 * (2 * 2 * 3 * 3 * 8) / 2  # half of each layer's attention products
+    assert min_flops("forward", SMALLEST, batch_size=2, seq_len=3) == forward == 12384
+    assert min_flops("train", SMALLEST, batch_size=2, seq_len=3) == 3 * 12384
 
 
-def test_the_bytes_that_a_token_needs() -> None:
+def test_min_bytes_of_a_token() -> None:
     layer = (8 * 24 + 24) + (8 * 8 + 8) + (8 * 12 + 12) + (12 * 8 + 8) + 2 * 16
-    assert needed_bytes(SMALLEST, "float32") == 4 * (11 * 8 + 8 + 2 * layer + 16)
-    assert needed_bytes(SMALLEST, "bfloat16") == 2 * (11 * 8 + 8 + 2 * layer + 16)
+    assert min_bytes(SMALLEST, "float32") == 4 * (11 * 8 + 8 + 2 * layer + 16)
+    assert min_bytes(SMALLEST, "bfloat16") == 2 * (11 * 8 + 8 + 2 * layer + 16)
 
 
-def pairs_by_hand() -> list[Pair]:
+def made_up_comparisons() -> list[Comparison]:
     torch = [
-        Measured("jax", seconds=[1.0, 2.0, 4.0], first=9.0, peak_bytes=70),
-        Measured("torch", seconds=[2.0, 6.0, 2.0]),
+        Measurement("jax", seconds=[1.0, 2.0, 4.0], first_run_seconds=9.0, peak_bytes=70),
+        Measurement("torch", seconds=[2.0, 6.0, 2.0]),
     ]
-    other = [Measured("jax", seconds=[3.0, 3.0], first=7.0, peak_bytes=80), Measured("transformers", seconds=[1.5])]
-    other[1].failure = "gone"
-    return [Pair(torch, rates=[12384.0, 37152.0, 37152.0]), Pair(other, rates=[74304.0, 12384.0])]
+    other = [
+        Measurement("jax", seconds=[3.0, 3.0], first_run_seconds=7.0, peak_bytes=80),
+        Measurement("transformers", seconds=[1.5], failure="gone"),
+    ]
+    return [
+        Comparison(torch, device_rates=[12384.0, 37152.0, 37152.0]),
+        Comparison(other, device_rates=[74304.0, 12384.0]),
+    ]
 
 
-def test_ratios_are_of_neighbouring_turns_and_shares_of_one_limit() -> None:
-    ours, torch, other = summaries(Case("train", CONFIG, 2, 3), pairs_by_hand())
-    assert (ours.median, ours.ratios, ours.first, ours.peak_bytes) == (3.0, [], 8.0, 80)
-    assert torch.ratios == [2.0, 3.0, 0.5]
+def test_relative_times_are_per_round_and_all_rows_share_one_limit() -> None:
+    ours, torch, other = summarize(Case("train", CONFIG, 2, 3), made_up_comparisons())
+    assert (ours.median, ours.relative_times, ours.first_run_seconds, ours.peak_bytes) == (3.0, [], 8.0, 80)
+    assert torch.relative_times == [2.0, 3.0, 0.5]
     assert (torch.median, torch.tokens_per_second) == (2.0, 3.0)
-    assert other.ratios == [0.5]  # it died before the second turn
+    assert other.relative_times == [0.5]  # it failed before the second round
     assert other.failure == "gone"
-    assert {row.bound for row in (ours, torch, other)} == {1.0}  # 3 x 12384 at the median rate of both pairs
-    assert (ours.share, torch.share) == (1 / 3, 0.5)
+    assert {row.limit_seconds for row in (ours, torch, other)} == {1.0}  # 3 x 12384 at the median of all rates
+    assert (ours.fraction_of_limit, torch.fraction_of_limit) == (1 / 3, 0.5)
 
 
-def test_the_report_says_who_is_above_the_limit_and_that_the_machine_was_busy(
+def test_the_report_warns_of_exceeded_limits_and_a_busy_machine(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    quick = [Pair([Measured("jax", seconds=[0.5], device="CPU")], rates=[37152.0])]
+    quick = [Comparison([Measurement("jax", seconds=[0.5], device="CPU")], device_rates=[37152.0])]
     result = Result(Case("train", CONFIG, 2, 3), quick, ["torch-compiled"])
-    report = Report(CONFIG, [result], {"flops": "by hand"}, None, load_before=1000.0)
+    report = Report(CONFIG, [result], {"flops": "made up"}, None, load_before=1000.0)
     report.show(console())
     printed = capsys.readouterr().out
-    for expected in ("200%", "above the limit", "load average 1000.0", "by hand", "not in this task: torch-compiled"):
+    for expected in (
+        "200%",
+        "exceeds the measured limit",
+        "load average 1000.0",
+        "made up",
+        "without this task: torch-compiled",
+    ):
         assert expected in printed
-    assert json.loads(json.dumps(report.to_json()))["results"][0]["summary"][0]["share"] == 2.0
+    assert json.loads(json.dumps(report.to_json()))["results"][0]["summary"][0]["fraction_of_limit"] == 2.0
 
 
-def test_decoding_is_a_token_and_short_models_decode_less(tmp_path: Path) -> None:
-    [short] = cases_of("decode", [CONFIG], tmp_path)
-    [long] = cases_of("decode", [PRESETS["nano"]], tmp_path)
-    assert (short.prompt, short.length) == (2, 3)
-    assert (long.prompt, long.length, long.tokens) == (16, 64, 1)
-    assert long.work == needed_bytes(PRESETS["nano"].model, "float32")
+def test_decoding_is_timed_per_token_and_shorter_in_short_models(tmp_path: Path) -> None:
+    [short] = make_cases("decode", [CONFIG], tmp_path)
+    [long] = make_cases("decode", [PRESETS["nano"]], tmp_path)
+    assert (short.prompt_len, short.new_tokens) == (2, 3)
+    assert (long.prompt_len, long.new_tokens, long.tokens) == (16, 64, 1)
+    assert long.work == min_bytes(PRESETS["nano"].model, "float32")
 
 
-def test_every_size_that_was_asked_for_is_measured(tmp_path: Path) -> None:
-    sizes = at_sizes(CONFIG, batch=(1, 4), seq_len=(2, 5))
-    train = list(cases_of("train", sizes, tmp_path))
-    [_] = cases_of("decode", sizes, tmp_path)  # which has a size of its own
-    assert [(case.batch, case.length) for case in train] == [(1, 2), (1, 5), (4, 2), (4, 5)]
+def test_every_combination_of_sizes_is_measured(tmp_path: Path) -> None:
+    sizes = with_sizes(CONFIG, batch_sizes=(1, 4), seq_lens=(2, 5))
+    train = list(make_cases("train", sizes, tmp_path))
+    [_] = make_cases("decode", sizes, tmp_path)  # one case, independent of the sizes
+    assert [(case.batch_size, case.seq_len) for case in train] == [(1, 2), (1, 5), (4, 2), (4, 5)]
 
 
-def test_the_recipe_is_the_presets_with_adamw_and_without_dropout() -> None:
-    config = recipe("shakespeare", dtype=None, scan=False, vocab_multiple=128)
+def test_the_config_is_the_presets_with_adamw_and_without_dropout() -> None:
+    config = benchmark_config("shakespeare", dtype=None, scan=False, vocab_multiple=128)
     assert isinstance(config, TrainConfig)
     assert (config.optimizer.optimizer, config.model.resid_pdrop, config.scan) == ("adamw", 0.0, False)
     assert (config.vocab_multiple, config.dtype, config.batch_size) == (128, "float32", 16)
-    large = recipe("gpt2")
+    large = benchmark_config("gpt2")
     assert (large.batch_size, large.num_microbatches, large.dtype) == (12, 1, "bfloat16")
     assert asdict(large.model) == asdict(replace(bridge.GPT2_SIZES["gpt2"], embd_pdrop=0, attn_pdrop=0, resid_pdrop=0))
 
 
-def test_peers_are_those_installed_that_need_no_compiling_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert chosen_peers(None) == ["torch", "transformers"]
-    assert chosen_peers(["all"]) == list(PEERS)
-    assert chosen_peers(["transformers", "all"])[0] == "transformers"
-    assert chosen_peers([]) == []
+def test_default_peers_are_installed_and_need_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_peers(None) == ["torch", "transformers"]
+    assert choose_peers(["all"]) == list(PEERS)
+    assert choose_peers(["transformers", "all"])[0] == "transformers"
+    assert choose_peers([]) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else object())
-    assert chosen_peers(None) == ["torch"]
-    assert chosen_peers(["all"]) == ["torch", "torch-compiled"]
+    assert choose_peers(None) == ["torch"]
+    assert choose_peers(["all"]) == ["torch", "torch-compiled"]
     with pytest.raises(BridgeError, match="--peers transformers: transformers is not installed"):
-        chosen_peers(["transformers"])
+        choose_peers(["transformers"])
 
 
 BAD = {
@@ -226,10 +240,10 @@ BAD = {
     "unknown preset": (("--preset", "tiny"), "--preset tiny: must be one of nano"),
     "more tokens than positions": (("--seq-len", "8", "999"), "--seq-len 999"),
     "no tokens": (("--seq-len", "0"), "--seq-len 0"),
-    "no rows": (("--batch", "0"), "--batch 0"),
-    "no pairs": (("--pairs", "0"), "--pairs 0"),
+    "no sequences": (("--batch-size", "0"), "--batch-size 0"),
+    "no rounds": (("--rounds", "0"), "--rounds 0"),
     "no tasks": (("--tasks",), "--tasks"),
-    "scan and not": (("--scan", "--no-scan"), "opposites"),
+    "scan and not": (("--scan", "--no-scan"), "contradict each other"),
     "unknown remat": (("--remat", "some"), "remat"),
     "no multiple": (("--vocab-multiple", "0"), "vocab_multiple"),
     "unwritable plot": (("--plot", "{tmp}/nowhere/x.png"), "cannot write"),

@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.commands import CONFIG, run
+from support.commands import CONFIG, needs_torch, run
 from support.models import huggingface_directory
 from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
-from gpt2_jax.cli import VERBS
+from gpt2_jax.cli.verbs import VERBS, load_verb
 from gpt2_jax.cli.verify import ALL_CHECKS
-from gpt2_jax.parity import CHECKS
 
 
 def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +75,7 @@ BAD = {
     "length penalty without beams": ("generate", "{model}", "We", "--length-penalty", "2"),
     "seed beside a text": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
     "untrained and no prediction": ("verify", "{model}", "--untrained", "--checks", "round-trip"),
-    "no sequence": ("verify", "{model}", "--batch", "0"),
+    "no sequence": ("verify", "{model}", "--batch-size", "0"),
     "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
     "unwritable json": ("convert", "{model}", "{tmp}/out", "--to", "flax", "--json", "{tmp}/nowhere/facts.json"),
     "no source": ("inspect", ""),
@@ -109,7 +108,7 @@ def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
 def test_the_default_is_the_packages_model_also_where_a_directory_has_its_name(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert inspect.signature(VERBS[verb]).parameters["source"].default == str(bridge.BUNDLED)
+    assert inspect.signature(load_verb(verb, ())).parameters["source"].default == str(bridge.BUNDLED)
     assert run(verb, "--help") == 0
     shown = capsys.readouterr().out
     assert "(default: bundled)" in shown
@@ -147,6 +146,7 @@ def test_names_in_brackets_are_not_markup(model: Path, tmp_path: Path, capsys: p
     assert run("inspect", target) == 0
 
 
+@needs_torch
 def test_a_float64_checkpoint_generates_in_float64(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = huggingface_directory(tmp_path / "wide", CONFIG, dtype="float64")
     write_byte_tokenizer(path)
@@ -158,9 +158,10 @@ def test_a_float64_checkpoint_generates_in_float64(tmp_path: Path, capsys: pytes
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
-    assert capsys.readouterr().out.startswith("gpt2-bridge ")
+    assert capsys.readouterr().out == f"gpt2-bridge {bridge.__version__}\n"
 
 
+@needs_torch
 def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("for word in words:\n    print(word)\n" * 2000)
@@ -177,4 +178,6 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_checks_that_verify_takes_are_those_there_are() -> None:
     """They are spelled twice so that `gpt2 --help` needs no torch."""
+    from gpt2_jax.parity import CHECKS
+
     assert tuple(CHECKS) == ALL_CHECKS

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.commands import CONFIG, run
+from support.commands import CONFIG, needs_torch, run
 from support.models import huggingface_directory, random_checkpoint
 from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
-import gpt2_torch
 from bridge.tokenizers.loading import byte_tokenizer
 from gpt2_jax.cli.eval import _encode
 from gpt2_jax.data.text import find_documents
@@ -40,6 +39,8 @@ def figures(tmp_path: Path, *arguments: object) -> dict:
 def test_the_figures_are_those_of_the_text(
     backend: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import gpt2_torch
+
     found = figures(tmp_path, model, "--data", text, "--backend", backend, "--context", 30, "--stride", 10)
     raw, words = TEXT.encode(), len(TEXT.split())
     expected = gpt2_torch.evaluate(
@@ -66,6 +67,7 @@ def test_context_and_stride_are_stated_where_they_follow_from_the_model(
     assert (found["context"], found["stride"]) == (40, 20)
 
 
+@needs_torch
 @pytest.mark.parametrize("limit", [2, 3, 4, 20, 10_000])
 def test_only_the_text_of_the_first_tokens_is_counted(limit: int, model: Path, text: Path, tmp_path: Path) -> None:
     found = figures(tmp_path, model, "--data", text, "--max-tokens", limit, "--backend", "torch")
@@ -132,6 +134,7 @@ def test_a_text_of_one_endless_word_has_no_perplexity_per_word(model: Path, tmp_
     assert found["perplexity_per_word"] is None  # e to the thousands
 
 
+@needs_torch
 def test_both_backends_agree_in_float64(text: Path, tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "wide", CONFIG, dtype="float64")
     write_byte_tokenizer(path)

@@ -1,4 +1,4 @@
-"""What the command sets up for its own process."""
+"""Process-wide settings of the command."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from gpt2_jax.console import process
 from gpt2_jax.console.process import (
     HUGE_PAGES,
     TUNABLES,
-    keep_compiled_programs,
-    leave_errors_to_their_message,
-    take_huge_pages,
+    enable_compilation_cache,
+    restart_with_huge_pages,
+    suppress_duplicate_tracebacks,
     with_huge_pages,
 )
 
 
 @pytest.fixture
 def linux(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A system whose kernel gives huge pages to those that ask; the file that says so."""
+    """A Linux system that offers huge pages on request. Returns the file that states it."""
     file = tmp_path / "enabled"
     file.write_text("always [madvise] never\n")
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(process, "_THP", file)
+    monkeypatch.setattr(process, "_TRANSPARENT_HUGE_PAGES", file)
     return file
 
 
-def test_huge_pages_are_asked_for_beside_the_users_tunables(linux: Path) -> None:
+def test_huge_pages_are_added_to_the_users_tunables(linux: Path) -> None:
     assert with_huge_pages({"A": "1"}) == {"A": "1", TUNABLES: HUGE_PAGES}
     assert with_huge_pages({TUNABLES: "glibc.malloc.check=3"})[TUNABLES] == f"glibc.malloc.check=3:{HUGE_PAGES}"
 
 
-def test_nothing_is_asked_for_where_it_is_set_or_cannot_be_had(linux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_pages_are_not_requested_if_configured_or_unavailable(
+    linux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     off = {TUNABLES: "glibc.malloc.hugetlb=0"}
     assert with_huge_pages(off) == off
     linux.write_text("always madvise [never]\n")
@@ -52,29 +54,29 @@ def test_nothing_is_asked_for_where_it_is_set_or_cannot_be_had(linux: Path, monk
     assert with_huge_pages({}) == {}
 
 
-def test_the_command_starts_again_once_with_the_same_arguments(linux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_restarts_once_with_the_same_arguments(linux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
     monkeypatch.setattr(os, "execve", lambda *call: started.append(call))
     monkeypatch.setattr(os, "environ", {"A": "1"})
     monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "utf8", "gpt2", "train"])
     monkeypatch.setattr(sys, "stdout", None)  # as with >&-
-    take_huge_pages()
+    restart_with_huge_pages()
     ((program, arguments, environment),) = started
     assert program == arguments[0] == sys.executable and arguments[1:] == ["-X", "utf8", "gpt2", "train"]
     assert environment["A"] == "1" and environment[TUNABLES] == HUGE_PAGES
-    kept_from_it = {name: value for name, value in environment.items() if name != TUNABLES}
-    monkeypatch.setattr(os, "environ", kept_from_it)
-    take_huge_pages()
+    without_tunables = {name: value for name, value in environment.items() if name != TUNABLES}
+    monkeypatch.setattr(os, "environ", without_tunables)
+    restart_with_huge_pages()
     assert len(started) == 1
 
 
-def test_a_command_that_cannot_start_again_goes_on(linux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_that_cannot_restart_continues(linux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise OSError("no such file")
 
     monkeypatch.setattr(os, "execve", fails)
     monkeypatch.setattr(os, "environ", {})
-    take_huge_pages()
+    restart_with_huge_pages()
 
 
 @pytest.fixture
@@ -87,26 +89,26 @@ def cache_setting() -> Any:
 @pytest.mark.parametrize(
     ("cpu", "kept"), [("vendor_id : AuthenticAMD", True), ("vendor_id : GenuineIntel", False), ("arm64", True)]
 )
-def test_programs_are_kept_by_what_the_cpu_can_do(
+def test_programs_are_cached_by_cpu_features(
     cpu: str, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_setting: None
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(process, "_cpu", lambda: cpu)
     jax.config.update("jax_compilation_cache_dir", None)
-    keep_compiled_programs()
+    enable_compilation_cache()
     folder = jax.config.values["jax_compilation_cache_dir"]
     assert (folder is not None) == kept
     if kept:
         assert Path(folder).is_dir() and Path(folder).is_relative_to(tmp_path)
         monkeypatch.setattr(process, "_cpu", lambda: cpu + " sse9")
         jax.config.update("jax_compilation_cache_dir", None)
-        keep_compiled_programs()
+        enable_compilation_cache()
         assert jax.config.values["jax_compilation_cache_dir"] != folder
 
 
 @pytest.fixture
 def some_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_setting: None) -> Path:
-    """The cache of a process on a CPU whose programs are kept."""
+    """The cache directory on a CPU whose programs are cached."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(process, "_cpu", lambda: "some")
     jax.config.update("jax_compilation_cache_dir", None)
@@ -116,7 +118,7 @@ def some_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_setting: Non
 def test_the_cache_of_programs_is_private(some_cpu: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = os.umask(0)
     try:
-        keep_compiled_programs()
+        enable_compilation_cache()
     finally:
         os.umask(before)
     folder = Path(jax.config.values["jax_compilation_cache_dir"])
@@ -129,17 +131,17 @@ def test_the_cache_of_programs_is_private(some_cpu: Path, capsys: pytest.Capture
 def test_a_cache_that_others_may_write_to_is_not_used(
     level: int, mode: int, some_cpu: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keep_compiled_programs()
+    enable_compilation_cache()
     folder = Path(jax.config.values["jax_compilation_cache_dir"])
     jax.config.update("jax_compilation_cache_dir", None)
     opened = (some_cpu, folder.parent, folder)[level]
     opened.chmod(mode)
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.values["jax_compilation_cache_dir"] is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gpt2: ") and f"other users can write to '{opened}'" in line and "chmod go-w" in line
     opened.chmod(0o755)
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.values["jax_compilation_cache_dir"] == str(folder)
 
 
@@ -148,36 +150,35 @@ def test_a_cache_of_another_user_is_not_used(
 ) -> None:
     some_cpu.mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: some_cpu.stat().st_uid + 1)
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.values["jax_compilation_cache_dir"] is None
     assert f"'{some_cpu}' belongs to another user; set XDG_CACHE_HOME" in capsys.readouterr().err
 
 
-def test_programs_of_several_processes_on_cpus_are_not_kept(
+def test_cpu_programs_of_several_processes_are_not_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache_setting: None
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(process, "_cpu", lambda: "vendor_id : AuthenticAMD")
-    monkeypatch.setattr(process, "are_several", lambda: True)
     jax.config.update("jax_compilation_cache_dir", None)
-    keep_compiled_programs()
+    enable_compilation_cache(several_processes=True)
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
-def test_the_users_own_directory_stays(tmp_path: Path, cache_setting: None) -> None:
+def test_a_configured_cache_directory_is_kept(tmp_path: Path, cache_setting: None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
 
 
-def test_without_a_home_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, cache_setting: None) -> None:
+def test_without_a_home_directory_nothing_is_cached(monkeypatch: pytest.MonkeyPatch, cache_setting: None) -> None:
     def fails() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(process, "cache_directory", fails)
     monkeypatch.setattr(process, "_cpu", lambda: "some")
     jax.config.update("jax_compilation_cache_dir", None)
-    keep_compiled_programs()
+    enable_compilation_cache()
     assert jax.config.values["jax_compilation_cache_dir"] is None
 
 
@@ -192,7 +193,7 @@ def test_without_a_home_directory_nothing_is_kept(monkeypatch: pytest.MonkeyPatc
         (["--attention", "blockwise", "--examples", "documents"], "--examples documents"),
     ],
 )
-def test_attention_that_cannot_run_is_refused_before_the_run_is_made(
+def test_unavailable_attention_is_refused_before_the_run_is_created(
     flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
@@ -203,38 +204,40 @@ def test_attention_that_cannot_run_is_refused_before_the_run_is_made(
 
 
 @pytest.mark.parametrize(
-    ("file", "error", "is_said"),
+    ("file", "error", "is_printed"),
     [
         ("site-packages/orbax/checkpoint/_src/futures/future.py", OSError("no space"), False),
         ("site-packages/orbax/checkpoint/_src/futures/future.py", None, True),
         ("site-packages/absl/app.py", OSError("no space"), True),
     ],
 )
-def test_tracebacks_of_orbaxs_threads_are_not_said(file: str, error: OSError | None, is_said: bool) -> None:
-    leave_errors_to_their_message()
+def test_tracebacks_of_orbax_threads_are_suppressed(file: str, error: OSError | None, is_printed: bool) -> None:
+    suppress_duplicate_tracebacks()
     said = error and (type(error), error, None)
     record = logging.LogRecord("absl", logging.ERROR, file, 1, "it raised an exception", (), said)
-    assert bool(logging.getLogger("absl").filter(record)) == is_said
+    assert bool(logging.getLogger("absl").filter(record)) == is_printed
 
 
-@pytest.mark.parametrize(("error", "is_said"), [("Event loop is closed", False), ("another", True)])
-def test_nor_is_what_they_would_have_told_a_loop_that_is_closed(
-    error: str, is_said: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("error", "is_printed"), [("Event loop is closed", False), ("another", True)])
+def test_errors_about_a_closed_event_loop_are_suppressed(
+    error: str, is_printed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[Any] = []
-    monkeypatch.setattr(process, "_unraisable_before", said.append)
+    monkeypatch.setattr(process, "_previous_unraisablehook", said.append)
     monkeypatch.setattr(sys, "unraisablehook", None)
-    leave_errors_to_their_message()
+    suppress_duplicate_tracebacks()
     sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(error)))  # type: ignore[arg-type]
-    assert bool(said) == is_said
+    assert bool(said) == is_printed
 
 
-@pytest.mark.parametrize(("module", "is_said"), [("tensorboard.summary.writer", False), ("threading", True)])
-def test_nor_are_those_of_tensorboards(module: str, is_said: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("module", "is_printed"), [("tensorboard.summary.writer", False), ("threading", True)])
+def test_tracebacks_of_tensorboard_threads_are_suppressed(
+    module: str, is_printed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[Any] = []
-    monkeypatch.setattr(process, "_in_thread_before", said.append)
+    monkeypatch.setattr(process, "_previous_excepthook", said.append)
     monkeypatch.setattr(threading, "excepthook", None)
-    leave_errors_to_their_message()
+    suppress_duplicate_tracebacks()
     thread = type("Writer", (threading.Thread,), {"__module__": module})()
     threading.excepthook(SimpleNamespace(exc_value=OSError("no space"), thread=thread))  # type: ignore[arg-type]
-    assert bool(said) == is_said
+    assert bool(said) == is_printed

@@ -29,7 +29,7 @@ from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax.console.report_files import PLOT_FORMATS, require_plot_path, save_plot
 from gpt2_jax.training.run import directory as runs
 
-FILES = [to for to in WRITABLE if hasattr(FORMATS[to], "FILE")]
+FILES = [to for to in WRITABLE if FORMATS[to].file_name is not None]
 
 
 def contents(path: Path) -> dict[str, bytes | str | None]:
@@ -136,7 +136,7 @@ def test_a_file_of_another_format_is_not_replaced(
     tmp_path: Path, to: str, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = source_for(to, tmp_path / "source")
-    target = tmp_path / f"letter{FORMATS[to].SUFFIXES[0]}"
+    target = tmp_path / f"letter{FORMATS[to].suffixes[0]}"
     match kind:
         case "zip":
             archive(target)
@@ -146,7 +146,7 @@ def test_a_file_of_another_format_is_not_replaced(
             target.touch()
         case _:
             other = "gguf" if to != "gguf" else "llmc"
-            saved(other, tmp_path / f"x{FORMATS[other].SUFFIXES[0]}").rename(target)
+            saved(other, tmp_path / f"x{FORMATS[other].suffixes[0]}").rename(target)
     before = contents(tmp_path)
     assert "exists; choose another name" in refuses(capsys, "convert", source, target, "--to", to)
     assert f"is not a {to} checkpoint and was not replaced" in refuses(
@@ -157,7 +157,7 @@ def test_a_file_of_another_format_is_not_replaced(
 
 @pytest.mark.parametrize("to", FILES)
 def test_a_file_of_the_format_is_replaced_where_that_is_allowed(tmp_path: Path, to: str) -> None:
-    source, target = source_for(to, tmp_path / "source"), tmp_path / f"model{FORMATS[to].SUFFIXES[0]}"
+    source, target = source_for(to, tmp_path / "source"), tmp_path / f"model{FORMATS[to].suffixes[0]}"
     saved(to, target)
     (tmp_path / "thesis.txt").write_text("beside it")
     assert run("convert", source, target, "--to", to, "--overwrite") == 0
@@ -171,7 +171,7 @@ def test_a_name_that_ends_as_another_formats_files_is_refused(
     tmp_path: Path, to: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, target = source_for(to, tmp_path / "source"), tmp_path / name
-    if target.suffix.lower() in getattr(FORMATS[to], "SUFFIXES", ()):
+    if target.suffix.lower() in FORMATS[to].suffixes:
         assert run("convert", source, target, "--to", to) == 0
         assert target.is_file()
         return
@@ -206,7 +206,7 @@ def acting_at_tenth_tensor(checkpoint: bridge.Checkpoint, act: Callable[[], obje
 def test_a_target_created_during_the_write_is_not_replaced(
     tmp_path: Path, to: str, as_file: bool, overwrite: bool
 ) -> None:
-    target = tmp_path / ("out" + (FORMATS[to].SUFFIXES[0] if as_file else ""))
+    target = tmp_path / ("out" + (FORMATS[to].suffixes[0] if as_file else ""))
 
     def appear() -> None:
         if not as_file:

@@ -14,7 +14,7 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge import BridgeError, Checkpoint
-from gpt2_jax.cli import train as train_verb
+from gpt2_jax.cli import run_training as train_verb
 from gpt2_jax.training import PRESETS, TrainConfig
 from gpt2_jax.training.config import flat, from_flat
 

@@ -22,8 +22,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from jax.errors import JaxRuntimeError
 from support import commands
 from support.implementations import relative_error
@@ -32,10 +30,10 @@ from support.training_runs import RECIPE, write_text
 
 import bridge
 import gpt2_jax
-import gpt2_torch
 from bridge import GPT2Config
 from bridge.formats.run import steps
-from gpt2_jax.cli.train import default_config
+from gpt2_jax.cli import run_training
+from gpt2_jax.cli.config_flags import default_config
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
 from gpt2_jax.training.config import flat
 from gpt2_jax.training.run.directory import stored_identity
@@ -110,6 +108,11 @@ def test_flags_override_the_preset_and_are_stored(trained: Path) -> None:
 
 def test_the_export_is_the_same_function_in_every_implementation(trained: Path) -> None:
     """The run has no biases and a padded vocabulary, the export zero biases and no padding."""
+    import torch
+    import transformers
+
+    import gpt2_torch
+
     export, ids = trained / "run" / "export", random_ids(RECIPE.model, length=12)
     model, params = gpt2_jax.from_pretrained(trained / "run")
     expected = np.asarray(model.apply({"params": params}, jnp.asarray(ids)))
@@ -125,6 +128,8 @@ def test_the_export_is_the_same_function_in_every_implementation(trained: Path) 
 
 
 def test_the_export_has_the_tokenizer(trained: Path) -> None:
+    import transformers
+
     text = "line 1 says é\n"
     ids = bridge.load(trained / "run").tokenizer().encode_ordinary(text)
     assert ids == list(text.encode())
@@ -238,11 +243,11 @@ def test_what_diverges_ends_with_1_and_names_the_step(trained: Path, tmp_path: P
         (["--preset", "gpt2-xl", "--out", "x"], "gpt2-xl"),
         (["--out", "x", "--preset=shakespeare-char"], "shakespeare-char"),
         (["--resume", "--out", "nowhere"], "nano"),
-        (["--preset"], "nano"),
+        (["--batch-size", "2", "--no-scan", "--preset", "gpt2", "--sample-prompt=--preset"], "gpt2"),
     ],
 )
 def test_the_preset_gives_the_defaults(arguments: list[str], expected: str) -> None:
-    assert default_config(["train", *arguments]) == PRESETS[expected]
+    assert default_config("train", arguments) == PRESETS[expected]
 
 
 @pytest.mark.parametrize(
@@ -255,11 +260,14 @@ def test_the_preset_gives_the_defaults(arguments: list[str], expected: str) -> N
     ],
 )
 def test_with_a_checkpoint_the_default_tokenizer_is_its_own(arguments: list[str], expected: str) -> None:
-    assert default_config(["train", *arguments]) == replace(PRESETS[expected], init_from="gpt2", tokenizer="init-from")
+    assert default_config("train", arguments) == replace(PRESETS[expected], init_from="gpt2", tokenizer="init-from")
 
 
-def test_other_verbs_have_no_preset() -> None:
-    assert default_config(["generate", "SRC", "--preset", "x"]) == PRESETS["nano"]
+def test_a_preset_without_a_name_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        default_config("train", ["--preset"])
+    assert ended.value.code == 2
+    assert "--preset" in capsys.readouterr().err
 
 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {
@@ -346,10 +354,10 @@ def test_token_files_need_no_tokenizer_and_a_resume_may_begin(tmp_path: Path) ->
     "error", [MemoryError(), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")], ids=repr
 )
 def test_too_little_memory_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def run_training(*_: Any, **__: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["gpt2_jax.cli.train"], "run_training", run_training)
+    monkeypatch.setattr(run_training, "run_training", fail)
     code, _, errors = run("train", "--out", tmp_path / "run")
     assert code == 2
     assert "lower --batch-size, or raise --num-microbatches" in errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
@@ -260,6 +261,12 @@ def test_what_the_system_reads_in_pieces_is_read_whole(tmp_path: Path, monkeypat
     stream = open_tokens(nanogpt(tmp_path / "a.bin", IDS))[0]
     monkeypatch.setattr(Path, "open", lambda path, *_, **__: InPieces(path))
     np.testing.assert_array_equal(stream.read(3, 900), IDS[3:900])
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokens.bin")
+    with within_budget(), pytest.raises(DataError, match=r"tokens\.bin' is not a regular file"):
+        token_file(tmp_path / "tokens.bin")
 
 
 def test_a_file_that_shrinks_is_an_error_and_no_crash(tmp_path: Path) -> None:

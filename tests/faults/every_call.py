@@ -81,7 +81,7 @@ class Conversion:
 
     @property
     def result(self) -> str:
-        return f"out{FORMATS[self.format].SUFFIXES[0]}" if self.as_file else "out"
+        return f"out{FORMATS[self.format].suffixes[0]}" if self.as_file else "out"
 
     def prepare(self, directory: Path) -> None:
         config = config_for(self.format, TINY)
@@ -111,7 +111,9 @@ class InPlace(Conversion):
 
     def act(self, directory: Path) -> None:
         (directory / self.result).mkdir(exist_ok=True)
-        FORMATS[self.format].write(bridge.load(directory / "source"), directory / self.result)
+        write = FORMATS[self.format].write
+        assert write is not None
+        write(bridge.load(directory / "source"), directory / self.result)
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ class End:
 
 def cases() -> Iterator[Case]:
     for format in WRITABLE:
-        for as_file in (False, True) if hasattr(FORMATS[format], "FILE") else (False,):
+        for as_file in (False, True) if FORMATS[format].file_name is not None else (False,):
             for overwrite in (False, True):
                 yield Conversion(format, as_file, overwrite)
     yield from (Save(), LaterLoss())

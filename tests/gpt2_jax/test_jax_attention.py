@@ -243,8 +243,8 @@ def test_auto_takes_the_fastest_and_xla_for_a_mask_or_dropout(monkeypatch: pytes
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown name": ({"implementation": "flash"}, "'flash' is none of auto, xla, blockwise, cudnn, splash"),
-    "an unknown name with a mask": ({"implementation": "flash", "mask": True}, "'flash' is none of auto"),
+    "an unknown name": ({"implementation": "flash"}, "'flash' is not one of auto, xla, blockwise, cudnn, splash"),
+    "an unknown name with a mask": ({"implementation": "flash", "mask": True}, "'flash' is not one of auto"),
     "cudnn in float32": ({"implementation": "cudnn"}, "'cudnn' takes bfloat16 and float16, not float32"),
     "cudnn's odd head size": (
         {"implementation": "cudnn", "dtype": jnp.bfloat16},

@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from support.implementations import jax_model, torch_logits, torch_model, transformers_model
 from support.models import TINY, huggingface_directory, random_checkpoint, random_ids
 
-import gpt2_torch
 from bridge.generation.config import GenerationConfig, uniform_noise
 from bridge.generation.prompts import left_padded
 from gpt2_jax import GPT2, generate
@@ -50,6 +48,10 @@ def model_and_params() -> tuple[GPT2, dict[str, Any]]:
     ids=["gpt2", "untied-inverse-relu"],
 )
 def test_greedy_tokens_are_the_same_in_every_implementation(config: Any):
+    import torch
+
+    import gpt2_torch
+
     checkpoint = random_checkpoint(config)
     expected = gpt2_torch.generate(torch_model(checkpoint), torch.from_numpy(PROMPTS), max_new_tokens=12).numpy()
     for form in ({}, {"scan": True}, {"vocab_multiple": 64}):

@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from support.models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
 
 import bridge
 import gpt2_jax
-import gpt2_torch
 from bridge.conversion import flatten
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
@@ -117,6 +115,10 @@ def test_donating_parameters_does_not_change_their_source_arrays(tmp_path: Path)
 
 @each_form
 def test_training_the_torch_model_does_not_change_parameters_from_it(form: dict[str, Any]):
+    import torch
+
+    import gpt2_torch
+
     source = gpt2_torch.model_from_checkpoint(random_checkpoint(UNTIED))
     model, params = gpt2_jax.model_from_checkpoint(gpt2_torch.checkpoint_from_model(source), **form)
     with torch.no_grad():

@@ -18,11 +18,11 @@ from support.models import TINY, random_ids, random_state
 
 import bridge
 from bridge import GPT2Config
+from gpt2_jax.choices import Remat
 from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import attention
 from gpt2_jax.parallel.remat import POLICIES as POLICY_OF
-from gpt2_jax.parallel.remat import Remat
 
 FLOAT64 = 1e-12
 """Relative to the largest value: XLA fuses recomputed operations differently, so they round differently."""

@@ -146,8 +146,8 @@ def templates(home: Path) -> dict[str, Path]:
         checkpoint = random_checkpoint(config_for(to, SMALLEST), seed=1)
         bridge.save(checkpoint, home / to, format=to)
         made[to] = home / to
-        if hasattr(FORMATS[to], "FILE"):
-            made[f"{to} file"] = home / FORMATS[to].FILE
+        if (file_name := FORMATS[to].file_name) is not None:
+            made[f"{to} file"] = home / file_name
             bridge.save(checkpoint, made[f"{to} file"], format=to)
     bridge.save_tokenizer(bridge.byte_tokenizer(), home / "tokenizer")
     run_in(home, RECIPE, "run")
@@ -341,7 +341,7 @@ def remove(c: Chosen) -> Writing:
 def _replaced_by(tree: Tree, target: Path, to: str, path: Path) -> bool:
     """Whether a checkpoint of format `to` at `target` may replace `path`."""
     if path == target:
-        return tree.owners.get(path) == "checkpoint" and path.suffix in FORMATS[to].SUFFIXES
+        return tree.owners.get(path) == "checkpoint" and path.suffix in FORMATS[to].suffixes
     if target not in path.parents:
         return False
     names = re.compile("|".join([WEIGHTS[to], *map(re.escape, COMPANIONS)]))

@@ -373,23 +373,23 @@ MISTAKES = [
     Mistake("residual forgotten", with_layer(no_residual), HIDDEN, "h.0"),
     Mistake("attention and feed-forward side by side", with_layer(side_by_side), HIDDEN, "h.0.ln_2"),
     Mistake("final norm forgotten", no_final_norm, HIDDEN, "ln_f"),
-    Mistake("untied head", untied_head, HIDDEN, "head"),
+    Mistake("untied head", untied_head, HIDDEN, "lm_head"),
     Mistake("attn.c_proj transposed, by its logits", in_weights(transpose_c_proj), "logits", "h.1.attn.c_proj"),
-    Mistake("products in half precision", half_precision_products, "logits", "fp32 logits, largest difference"),
+    Mistake("products in half precision", half_precision_products, "logits", "fp32 logits, max difference"),
     Mistake(
         "norms with too few bits",
         norms_lose_two_bits_of_bfloat16,
         "logits",
-        "bf16 error against fp64, port over reference",
+        "bf16 error vs fp64, JAX / torch",
     ),
     Mistake("positions ignore padding", positions_ignore_the_mask, "padding", "wpe"),
     Mistake("attention sees padding", with_attention(see_padding), "padding", "h.0.attn.context"),
     Mistake("loss not shifted", loss_without_shift, "gradients", "fp64 gradients"),
     Mistake("positions not trained", frozen_positions, "gradients", "wpe.weight"),
-    Mistake("optax's own weight decay", with_optimizer(weight_decay=1e-4), "training", "fp64 change of weights"),
+    Mistake("optax's own weight decay", with_optimizer(weight_decay=1e-4), "training", "fp64 weight updates"),
     Mistake("Nesterov momentum", with_optimizer(nesterov=True), "training", "fp64 losses"),
     Mistake("Adam's epsilon inside the root", adam_epsilon_inside_the_root, "training", "fp64 losses"),
-    Mistake("biases not decayed", no_decay_of_biases, "training", "fp32 change of weights"),
+    Mistake("biases not decayed", no_decay_of_biases, "training", "fp32 weight updates"),
     Mistake("rounded on the way back", with_way_back(cut_to_bfloat16), "round trip", "h.1.mlp.c_fc.weight"),
     Mistake("transposed on the way back", with_way_back(transpose_on_the_way_back), "round trip", "h.2.attn.c_proj"),
     Mistake("a sign lost on the way back", with_way_back(lose_the_sign_of_zero), "round trip", "h.0.ln_1.bias"),
@@ -402,19 +402,21 @@ def test_verify_finds_the_mistake_and_names_its_place(mistake: Mistake, monkeypa
     mistake.make(monkeypatch)
     report = verify(checkpoint, seq_len=LENGTH, checks=(mistake.check.replace(" ", "-"),))
     (check,) = report.checks
-    assert not report.holds
-    if check.departs_at:
-        assert check.departs_at == mistake.place
+    assert not report.passed
+    if check.first_divergence:
+        assert check.first_divergence == mistake.place
     else:
-        assert any(mistake.place in f"{m.what} {m.where}" for m in check.measurements if not m.holds), failures(check)
+        assert any(mistake.place in f"{m.name} {m.location}" for m in check.measurements if not m.passed), failures(
+            check
+        )
 
 
 @pytest.mark.parametrize("check", sorted({mistake.check for mistake in MISTAKES}))
 def test_without_a_mistake_the_same_check_holds(check: str) -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=LENGTH, checks=(check.replace(" ", "-"),))
-    assert report.holds, failures(report.checks[0])
-    assert report.checks[0].departs_at == ""
+    assert report.passed, failures(report.checks[0])
+    assert report.checks[0].first_divergence == ""
 
 
 def failures(check: Check) -> list[str]:
-    return [f"{m.what}: {m.value} > {m.limit} at {m.where!r}" for m in check.measurements if not m.holds]
+    return [f"{m.name}: {m.value} > {m.tolerance} at {m.location!r}" for m in check.measurements if not m.passed]

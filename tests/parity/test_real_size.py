@@ -14,7 +14,7 @@ import transformers
 import bridge
 from bridge import Checkpoint
 from gpt2_jax.parity import Check, jax_side, tolerances, torch_side, transformers_side, verify
-from gpt2_jax.parity.checks import largest_kl, rms
+from gpt2_jax.parity.metrics import max_kl, rms
 
 pytestmark = pytest.mark.slow
 
@@ -53,9 +53,9 @@ def scaled(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def test_verify_holds(directory: Path) -> None:
-    report = verify(bridge.load(directory), batch=BATCH, seq_len=LENGTH, untrained=True)
-    assert report.holds, [m for check in report.checks for m in check.measurements if not m.holds]
-    assert all(check.was_run for check in report.checks if check.name != "prediction")
+    report = verify(bridge.load(directory), batch_size=BATCH, seq_len=LENGTH, untrained=True)
+    assert report.passed, [m for check in report.checks for m in check.measurements if not m.passed]
+    assert all(not check.skipped for check in report.checks if check.name != "prediction")
     assert value(report.checks, "training", "fp32 losses") <= 1e-5
 
 
@@ -68,7 +68,7 @@ def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
             difference = np.abs(sides[a] - sides[b]).max()
-            kl = max(largest_kl(x, y) for x, y in zip(sides[a], sides[b], strict=True))
+            kl = max(max_kl(x, y) for x, y in zip(sides[a], sides[b], strict=True))
             print(f"{a} - {b}: largest logit difference {difference:.2e}, largest KL {kl:.2e}")
             assert difference <= limit
             assert kl <= tolerances.KL_FP32
@@ -101,7 +101,7 @@ def test_the_export_is_the_original(directory: Path, tmp_path: Path) -> None:
 
 
 def value(checks: list[Check], name: str, what: str) -> float:
-    return next(m.value for c in checks if c.name == name for m in c.measurements if m.what.startswith(what))
+    return next(m.value for c in checks if c.name == name for m in c.measurements if m.name.startswith(what))
 
 
 def randomize_biases_and_norms(model: torch.nn.Module) -> None:

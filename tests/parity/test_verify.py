@@ -20,7 +20,7 @@ import gpt2_torch
 from bridge import Checkpoint
 from gpt2_jax.cli import main
 from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_side, verify
-from gpt2_jax.parity.verify import BUILT_IN_TEXT, _tokens
+from gpt2_jax.parity.inputs import BUILT_IN_TEXT, choose_tokens
 from gpt2_torch.ops.cross_entropy import next_token_loss
 
 CONFIG = replace(TINY, n_layer=2, vocab_size=263)
@@ -28,9 +28,9 @@ CONFIG = replace(TINY, n_layer=2, vocab_size=263)
 
 def test_every_check_holds_on_a_random_model() -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=20)
-    assert report.holds, [m for c in report.checks for m in c.measurements if not m.holds]
+    assert report.passed, [m for c in report.checks for m in c.measurements if not m.passed]
     assert [check.name.replace(" ", "-") for check in report.checks] == list(CHECKS)
-    assert [check.name for check in report.checks if not check.was_run] == ["prediction"]
+    assert [check.name for check in report.checks if check.skipped] == ["prediction"]
 
 
 def test_it_covers_untied_bias_free_and_switched_models() -> None:
@@ -38,30 +38,30 @@ def test_it_covers_untied_bias_free_and_switched_models() -> None:
     report = verify(
         random_checkpoint(config), seq_len=9, checks=("logits", "hidden-states", "gradients", "transformers")
     )
-    assert report.holds
-    assert report.checks[-1].note == "its GPT-2 always has biases, this one has none"
+    assert report.passed
+    assert report.checks[-1].note == "its GPT-2 always has biases; this model has none"
 
 
 def test_it_covers_the_attention_switches_of_other_trainers() -> None:
     config = replace(CONFIG, reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=50)
     report = verify(random_checkpoint(config), seq_len=9, checks=("logits", "gradients", "transformers"))
-    assert report.holds, [m for check in report.checks for m in check.measurements if not m.holds]
+    assert report.passed, [m for check in report.checks for m in check.measurements if not m.passed]
 
 
 def test_transformers_is_left_out_with_a_word_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_side, "is_installed", lambda: False)
     (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), seq_len=5).checks
-    assert not check.was_run
+    assert check.skipped
     assert "not installed" in check.note
 
 
 def test_nothing_checked_is_not_a_proof() -> None:
-    assert not Report("x", {}, ()).holds
-    assert not Report("x", {}, (Check("prediction", note="no tokenizer"),)).holds
+    assert not Report("x", {}, ()).passed
+    assert not Report("x", {}, (Check("prediction", note="no tokenizer"),)).passed
 
 
 def test_nan_holds_nowhere() -> None:
-    assert not Measurement("difference", math.nan, 1.0).holds
+    assert not Measurement("difference", math.nan, 1.0).passed
 
 
 def test_nan_in_the_weights_is_not_called_equal() -> None:
@@ -70,27 +70,29 @@ def test_nan_in_the_weights_is_not_called_equal() -> None:
     state["h.1.ln_2.bias"][0] = np.nan
     with np.errstate(invalid="ignore"):
         report = verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("logits", "hidden-states", "padding"))
-    assert [check.holds for check in report.checks] == [False, False, False]
+    assert [check.passed for check in report.checks] == [False, False, False]
 
 
 def test_the_report_is_read_by_machines_and_by_people() -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=9, checks=("hidden-states", "round-trip"), source="tiny")
     parsed = json.loads(json.dumps(report.to_json()))
-    assert parsed["holds"] is True
+    assert parsed["passed"] is True
     assert parsed["source"] == "tiny"
     assert [check["name"] for check in parsed["checks"]] == ["hidden states", "round trip"]
-    assert all(m["holds"] and m["value"] <= m["limit"] for check in parsed["checks"] for m in check["measurements"])
+    assert all(
+        m["passed"] and m["value"] <= m["tolerance"] for check in parsed["checks"] for m in check["measurements"]
+    )
     out = io.StringIO()
     report.show(Console(file=out, width=120))
     assert "2 checks hold." in out.getvalue()
 
 
 def test_a_failed_report_says_so_and_where() -> None:
-    bad = Check("logits", (Measurement("fp64 difference", 2.0, 1.0),), departs_at="h.3.mlp")
+    bad = Check("logits", (Measurement("fp64 difference", 2.0, 1.0),), first_divergence="h.3.mlp")
     out = io.StringIO()
     Report("x", {}, (bad,)).show(Console(file=out, width=120))
     assert "NOT the same function. Failed: logits." in out.getvalue()
-    assert "departs at h.3.mlp" in out.getvalue()
+    assert "first divergence at h.3.mlp" in out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +116,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_trained_model_predicts_text(trained: Path) -> None:
     (check,) = verify(bridge.load(trained), checks=("prediction",)).checks
-    assert check.was_run
-    assert check.holds
+    assert not check.skipped
+    assert check.passed
     assert all(m.value < 0.8 for m in check.measurements)  # it learned 150 steps: far below, not just below
 
 
@@ -131,9 +133,9 @@ def test_a_checkpoint_laid_out_wrongly_agrees_with_itself_and_predicts_nothing(t
     state["wte.weight"] = np.roll(state["wte.weight"], 7, axis=0)
     wrong = replace(right, tensors=Checkpoint.of(state, right.config).tensors)
     agreement, prediction = verify(wrong, checks=("hidden-states", "prediction"), seq_len=40).checks
-    assert agreement.holds
-    assert not prediction.holds
-    assert "laid out wrongly" in prediction.note
+    assert agreement.passed
+    assert not prediction.passed
+    assert "wrong layout" in prediction.note
 
 
 def test_random_weights_are_excused_on_request(tmp_path: Path) -> None:
@@ -141,13 +143,13 @@ def test_random_weights_are_excused_on_request(tmp_path: Path) -> None:
     write_byte_tokenizer(path)
     for untrained in (False, True):
         (check,) = verify(bridge.load(path), checks=("prediction",), untrained=untrained, seq_len=40).checks
-        assert check.was_run
-        assert check.holds is untrained
+        assert not check.skipped
+        assert check.passed is untrained
 
 
 def test_a_given_text_is_used_and_needs_a_tokenizer(trained: Path) -> None:
     report = verify(bridge.load(trained), text="We hold these truths", checks=("prediction",))
-    assert report.about["tokens"] == "2 x 40, the given text"
+    assert report.details["tokens"] == "2 x 40, the given text"
     with pytest.raises(bridge.TokenizerError, match="tokenizer"):
         verify(random_checkpoint(CONFIG), text="We hold these truths", checks=("prediction",))
     with pytest.raises(bridge.TokenizerError, match="empty"):
@@ -166,24 +168,26 @@ def test_a_tokenizer_of_other_characters_runs_on_its_own(tmp_path: Path, charact
     report = verify(
         of_characters(tmp_path / "model", characters), checks=("hidden-states", "prediction"), seq_len=9, seed=3
     )
-    assert report.holds
-    assert report.about["tokens"] == "2 x 9, random characters of its tokenizer from seed 3"
-    assert not report.checks[1].was_run
+    assert report.passed
+    assert report.details["tokens"] == "2 x 9, random characters of its tokenizer from seed 3"
+    assert report.checks[1].skipped
     assert "--text" in report.checks[1].note
 
 
 def test_characters_are_drawn_from_all_that_the_tokenizer_has_and_no_others() -> None:
     encoding = bridge.character_tokenizer("αβγ")
     checkpoint = replace(random_checkpoint(replace(CONFIG, vocab_size=9)), own_tokenizer=lambda: encoding)
-    assert {*_tokens(checkpoint, None, (2, 40), 0).ids.ravel().tolist()} == {0, 1, 2}
+    assert {*choose_tokens(checkpoint, None, (2, 40), 0).ids.ravel().tolist()} == {0, 1, 2}
 
 
 def test_a_tokenizer_that_lacks_a_few_characters_runs_on_the_rest_of_the_text(tmp_path: Path) -> None:
     known = {*BUILT_IN_TEXT} - {*"JLv"}
     report = verify(of_characters(tmp_path / "model", "".join(known)), checks=("prediction",), seq_len=9)
     lacking = sum(character in "JLv" for character in BUILT_IN_TEXT)
-    assert report.about["tokens"] == f"2 x 9, the built-in text, without {lacking} characters that the tokenizer lacks"
-    assert report.checks[0].was_run
+    assert (
+        report.details["tokens"] == f"2 x 9, the built-in text, without {lacking} characters that the tokenizer lacks"
+    )
+    assert not report.checks[0].skipped
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:
@@ -203,7 +207,7 @@ def test_the_command_exits_with_0_only_if_all_hold(
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--json", str(tmp_path / "report.json")])
     assert ended.value.code == 0
-    assert json.loads((tmp_path / "report.json").read_text())["holds"] is True
+    assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
     assert "2 checks hold" in capsys.readouterr().out
 
     right = bridge.to_torch
@@ -224,9 +228,9 @@ def test_sameness_is_claimed_only_where_it_was_shown() -> None:
     good = [Check(name, (Measurement("difference", 0.0, 1.0),)) for name in ("logits", "hidden states", "gradients")]
     skipped = Check("prediction", note="no tokenizer")
     claim = "the two backends are the same function"
-    assert said(Report("x", {}, (*good, skipped))) == f"3 checks hold: {claim}. Not run: prediction."
+    assert said(Report("x", {}, (*good, skipped))) == f"3 checks hold: {claim}. Skipped: prediction."
     assert said(Report("x", {}, tuple(good[:1]))) == "1 check holds."
-    assert said(Report("x", {}, (skipped,))) == "Nothing was checked. Not run: prediction."
+    assert said(Report("x", {}, (skipped,))) == "Nothing was checked. Skipped: prediction."
     failed = Check("prediction", (Measurement("loss", 2.0, 1.0),))
     assert said(Report("x", {}, (*good, failed))) == "Failed: prediction."
 
@@ -244,25 +248,25 @@ def test_layers_of_different_dtypes_are_verified_and_not_stacked() -> None:
     for name in [n for n in state if n.startswith("h.0.")]:
         state[name] = state[name].astype(np.float16)
     report = verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("hidden-states", "training", "round-trip"))
-    assert report.holds
-    assert "not stacked" in report.checks[-1].note
+    assert report.passed
+    assert "stacked form skipped" in report.checks[-1].note
 
 
 def test_weights_of_zero_are_compared_like_others() -> None:
     state = {name: np.zeros_like(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
-    assert verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("logits", "padding", "training")).holds
+    assert verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("logits", "padding", "training")).passed
 
 
 def test_harmless_fields_of_a_config_stay_out_of_the_third_opinion() -> None:
     checkpoint = replace(random_checkpoint(CONFIG), extra={"return_dict": False, "bos_token_id": 50256})
-    assert verify(checkpoint, seq_len=9, checks=("transformers",)).holds
+    assert verify(checkpoint, seq_len=9, checks=("transformers",)).passed
 
 
 def test_a_figure_that_is_no_number_is_null_for_machines() -> None:
     report = Report("x", {}, (Check("logits", (Measurement("difference", math.nan, 1.0),)),))
     (check,) = json.loads(json.dumps(report.to_json(), allow_nan=False))["checks"]
     assert check["measurements"][0]["value"] is None
-    assert check["measurements"][0]["holds"] is False
+    assert check["measurements"][0]["passed"] is False
 
 
 def test_one_token_to_a_sequence_predicts_nothing_and_is_refused() -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from bridge import GPT2Config, num_parameters
+from gpt2_jax.hardware import TPU_CHIPS, TpuChip
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.plan.chips import CHIPS, Chip
 from gpt2_jax.plan.collectives import Collective, Exchange
 from gpt2_jax.plan.compiled import described_step
 from gpt2_jax.plan.memory import State, layer_parameters
@@ -22,11 +22,11 @@ CONFIG = replace(PRESETS["nano"], model=MODEL, batch_size=12, num_microbatches=3
 ONE, FOUR = {"data": 1, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 1}
 
 
-def chip(memory: int = 2**40, link: float = 1e3) -> Chip:
-    return Chip("made-up", 1e6, memory, memory, 1e12, link, 4, 10.0, {})
+def chip(memory: int = 2**40, link: float = 1e3) -> TpuChip:
+    return TpuChip("made-up", (), 1e6, memory, memory, 1e12, link, 4, 10.0, {})
 
 
-def suggested(config: TrainConfig, of: Chip, devices: int = 4, slices: int = 1) -> Suggestion | None:
+def suggested(config: TrainConfig, of: TpuChip, devices: int = 4, slices: int = 1) -> Suggestion | None:
     step = described_step(replace(config, batch_size=1, num_microbatches=1), make_mesh("data=1"))
     return suggest(config, step.state, Topology("made-up", (None,) * devices, of, slices))
 
@@ -116,7 +116,7 @@ def test_without_a_chip_nothing_is_suggested() -> None:
 
 
 def test_chips_have_a_topology_of_every_size() -> None:
-    for one in CHIPS:
+    for one in TPU_CHIPS.values():
         for chips, shape in one.sizes.items():
             sides = [int(side) for side in shape.split("x")]
             assert len(sides) == one.links / 2

@@ -19,8 +19,8 @@ from support.commands import run
 
 from bridge import BridgeError, GPT2Config, num_parameters, parameters
 from gpt2_jax.console.terminal import console
+from gpt2_jax.hardware import TPU_CHIPS
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.plan.chips import BY_NAME
 from gpt2_jax.plan.collectives import exchange
 from gpt2_jax.plan.compiled import Program, described_step
 from gpt2_jax.plan.plan import Plan, Point, planned
@@ -129,12 +129,12 @@ ENTRY %main (x: f32[1000,1000]) -> f32[1000,1000] {
 def by_hand(program: Program) -> Plan:
     """Of a program that nobody compiled."""
     config = replace(PRESETS["nano"], batch_size=4, remat="full")
-    topology = Topology("v5e:1x1", (jax.devices()[0],), BY_NAME["v5e"])
+    topology = Topology("v5e:1x1", (jax.devices()[0],), TPU_CHIPS["v5e"])
     made = planned(described_step(config, make_mesh("data=1", topology.devices)), replace(program, text=None), topology)
     if program.text is None:
         return made
     found, slices = exchange(program.text, (0, 0)), (0, 0)
-    line = roofline(made.config, made.mesh, made.state, found, slices, BY_NAME["v5e"])
+    line = roofline(made.config, made.mesh, made.state, found, slices, TPU_CHIPS["v5e"])
     return replace(made, program=program, exchange=found, roofline=line, slices=slices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 from support.models import TINY
@@ -11,6 +12,9 @@ from gpt2_jax.cli import main
 
 CONFIG = replace(TINY, vocab_size=256, n_layer=2)
 """Its ids are the bytes, as those of `write_byte_tokenizer` are."""
+
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch, which is not installed")
+"""For a test of a command that exits with an error where torch is not installed."""
 
 
 def run(*arguments: object) -> int:

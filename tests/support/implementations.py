@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 import bridge
 import gpt2_jax
-import gpt2_torch
 from bridge import Checkpoint
+
+if TYPE_CHECKING:  # imported where they are used: tests of the JAX model run where torch is not installed
+    import torch
+    import transformers
+
+    import gpt2_torch
 
 
 def torch_model(checkpoint: Checkpoint) -> gpt2_torch.GPT2:
+    import gpt2_torch
+
     return gpt2_torch.model_from_checkpoint(checkpoint)
 
 
@@ -30,6 +35,9 @@ def transformers_model(checkpoint: Checkpoint) -> transformers.GPT2LMHeadModel:
 
     In float64 that switch is left off: there transformers' "upcast" cuts to float32.
     """
+    import torch
+    import transformers
+
     state = {name: torch.from_numpy(np.array(array)) for name, array in checkpoint.tensors.items()}
     hf = checkpoint.config.to_hf()
     if state["wte.weight"].dtype == torch.float64:
@@ -44,6 +52,8 @@ def transformers_model(checkpoint: Checkpoint) -> transformers.GPT2LMHeadModel:
 
 
 def torch_logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return torch_model(checkpoint)(torch.from_numpy(ids), None if mask is None else torch.from_numpy(mask)).numpy()
 
@@ -58,12 +68,16 @@ def jax_logits(
 
 
 def transformers_logits(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
+    import torch
+
     with torch.no_grad():
         return transformers_model(checkpoint)(torch.from_numpy(ids)).logits.numpy()
 
 
 def torch_gradients(model: torch.nn.Module, logits: torch.Tensor, ids: np.ndarray) -> dict[str, np.ndarray]:
     """Of the mean cross-entropy of the next token, under canonical names; a tied weight is there once."""
+    import torch
+
     targets = torch.from_numpy(ids)[:, 1:].flatten()
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
     given = dict(model.named_parameters())

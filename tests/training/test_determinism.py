@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.training_runs import RECIPE, recipe, run_in, write_text
 
 from bridge.storage import manifest
-from gpt2_jax.cli.train import wants_determinism
-from gpt2_jax.training import PRESETS, TrainingError
+from gpt2_jax.cli import run_training
+from gpt2_jax.cli import train as verb
+from gpt2_jax.cli.parsing import parse_and_run
+from gpt2_jax.training import TrainingError
 from gpt2_jax.training.determinism import is_deterministic, make_deterministic
 
 SHORT = "--tokenizer bytes --max-steps 2 --eval-batches 1 --sample-tokens 0 --batch-size 2 --seq-len 8"
@@ -55,21 +58,33 @@ def test_the_library_says_what_must_be_set_before(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"),
+    ("stored", "flags", "wanted"),
     [
-        ([], False),
-        (["--deterministic"], True),
-        (["--deterministic", "--no-deterministic"], False),
-        (["--no_deterministic", "--deterministic"], True),
+        (False, [], False),
+        (False, ["--deterministic"], True),
+        (False, ["--deterministic", "--no-deterministic"], False),
+        (False, ["--no_deterministic", "--deterministic"], True),
+        (True, [], True),
+        (True, ["--no-deterministic"], False),
     ],
 )
-def test_the_flag_is_found_before_the_flags_are_read(flags: list[str], wanted: bool) -> None:
-    assert wants_determinism(["train", "--out", "x", *flags], PRESETS["nano"]) == wanted
+def test_the_command_sets_up_its_process_before_it_trains(
+    stored: bool, flags: list[str], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default of the flag is that of the preset or of the resumed run."""
+    calls: list[str] = []
 
+    def train_and_report(*_: Any, **__: Any) -> int:
+        calls.append("train")
+        return 0
 
-def test_a_resumed_run_stays_deterministic() -> None:
-    assert wants_determinism(["train", "--resume"], recipe(deterministic=True))
-    assert not wants_determinism(["train", "--resume", "--no-deterministic"], recipe(deterministic=True))
+    monkeypatch.setattr(verb, "restart_with_huge_pages", lambda: calls.append("huge pages"))
+    monkeypatch.setattr(verb, "make_deterministic", lambda: calls.append("deterministic"))
+    monkeypatch.setattr(verb, "enable_compilation_cache", lambda: calls.append("cache"))
+    monkeypatch.setattr(run_training, "train_and_report", train_and_report)
+    command = verb.train_command(recipe(deterministic=stored), own_process=True)
+    assert parse_and_run(command, "train", ["--out", "x", *flags]) == 0
+    assert calls == ["huge pages", *(["deterministic"] if wanted else []), "cache", "train"]
     assert RECIPE.deterministic is False
 
 
@@ -96,7 +111,7 @@ finally:
     ]
     command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), *TINY.split(), "--deterministic"]
     # The second start would leave this program; huge pages change no bits.
-    environment = {**os.environ, "GPT2_BRIDGE_STARTED_AGAIN": "1"}
+    environment = {**os.environ, "GPT2_BRIDGE_RESTARTED": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "threads of XLA: 1" in done.stdout

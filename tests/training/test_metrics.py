@@ -18,7 +18,7 @@ from support.training_runs import RECIPE, data_for, files, recipe, write_text
 
 from bridge import GPT2_SIZES, GPT2Config
 from gpt2_jax import hardware
-from gpt2_jax.cli.train import run_training
+from gpt2_jax.cli.run_training import run_training
 from gpt2_jax.hardware import flops_per_token, peak_flops
 from gpt2_jax.training import TrainConfig, TrainingError, resolve_config, train
 from gpt2_jax.training.run.metrics import Metrics, plot_losses, read_metrics
@@ -247,11 +247,11 @@ PEAKS = {
 @pytest.mark.parametrize("kind", PEAKS)
 def test_the_peak_of_a_known_device_is_its_data_sheets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
-    monkeypatch.setattr(hardware, "_measured_peak", lambda dtype: 1.0)
+    monkeypatch.setattr(hardware, "measured_peak_flops", lambda dtype: 1.0)
     assert peak_flops("bfloat16") == (PEAKS[kind] * 1e12, f"{kind} data sheet")
     assert peak_flops("float32") == (1.0, f"measured on {kind}")  # the sheets give bfloat16's
 
 
 def test_the_peak_of_another_device_is_measured() -> None:
-    measured = hardware._measured_peak.__wrapped__("float32", size=128, repeats=1)
+    measured = hardware.measured_peak_flops.__wrapped__("float32", size=128, repeats=1)
     assert 1e6 < measured < 1e15

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-import torch
 from support.models import random_state
 
 import bridge
@@ -183,6 +182,8 @@ def test_query_key_and_value_do_not_depend_on_each_others_gradients() -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("largest", [1.0, 1e-3, None])
 def test_clipping_is_torchs(scale: float, largest: float | None) -> None:
+    import torch
+
     arrays = {name: scale * array for name, array in random_state(replace(SIZES, n_layer=1)).items()}
     norm = optax.tree.norm(arrays)
     factor = jax.jit(clip_factor, static_argnums=1)(norm, largest)

@@ -21,7 +21,7 @@ from support.training_runs import RECIPE, all_weights, recipe, records, run_in, 
 
 import bridge
 from bridge.formats.run import steps, validation_loss, verified
-from bridge.storage.atomic_writes import exclusive_lock
+from bridge.storage.locks import exclusive_lock
 from gpt2_jax.training import Outcome, loop, preemption
 from gpt2_jax.training.preemption import Preempted, PreemptionHandler
 from gpt2_jax.training.run.checkpointing import Checkpoints

@@ -28,7 +28,8 @@ from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
 from bridge.formats.run import CHECKPOINTS, best_step, committed_steps, sound, steps, validation_loss
 from bridge.storage import manifest
-from bridge.storage.atomic_writes import flush_to_disk, foreign_files
+from bridge.storage.atomic_writes import foreign_files
+from bridge.storage.fsync import flush_to_disk
 from gpt2_jax.parallel.distributed import broadcast_from_first, is_first, wait_for_all
 from gpt2_jax.training.config import TrainingError, is_out_of_memory
 from gpt2_jax.training.step import TrainState

@@ -12,14 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from bridge import BridgeError, save_tokenizer, tokenizer_fingerprint
+from bridge import BridgeError, __version__, save_tokenizer, tokenizer_fingerprint
 from bridge.errors import bullet_list, quoted
 from bridge.formats.directory import CONFIG, write_config, write_json
 from bridge.formats.run import CHECKPOINTS, RUN, steps
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import (
     Replaceable,
-    exclusive_lock,
     foreign_files,
     new_directory,
     new_file,
@@ -27,7 +26,8 @@ from bridge.storage.atomic_writes import (
     require_replaceable,
 )
 from bridge.storage.json_text import parse_object
-from bridge.storage.small_file import read_small_file
+from bridge.storage.locks import exclusive_lock
+from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from gpt2_jax.training.config import FREE, PLACES, TrainConfig, TrainingError, flat, from_flat
@@ -243,7 +243,7 @@ def about(config: TrainConfig, data: Data) -> dict[str, Any]:
         "config": flat(config),
         "data": identity.data,
         "tokenizer": identity.tokenizer,
-        "versions": {name: version(name) for name in ("gpt2-bridge", "jax", "jaxlib", "flax", "optax")},
+        "versions": {"gpt2-bridge": __version__} | {n: version(n) for n in ("jax", "jaxlib", "flax", "optax")},
         "flags": {name: os.environ[name] for name in _FLAGS if name in os.environ},
     }
 

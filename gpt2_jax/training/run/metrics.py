@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,6 +13,7 @@ from typing import Any
 
 from bridge.errors import escaped, install_command, quoted
 from bridge.storage.atomic_writes import new_file
+from bridge.storage.regular_file import open_regular_file
 from gpt2_jax.console.report_files import save_plot
 from gpt2_jax.training.config import TrainConfig, TrainingError, flat
 
@@ -83,9 +83,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def _lines_of(file: Path) -> Iterator[bytes]:
     """Yield the lines of a file, if it exists. A line above `_LONGEST_LINE` is split into pieces, which are invalid."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # opening a pipe would block
-            raise TrainingError(f"{quoted(file)} is not a regular file")
-        with file.open("rb") as lines:
+        with open_regular_file(file, TrainingError) as lines:
             while line := lines.readline(_LONGEST_LINE):
                 yield line
     except FileNotFoundError:

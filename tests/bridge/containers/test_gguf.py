@@ -180,7 +180,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
     tensors = LazyTensorMap.of(dict.fromkeys(map(str, range(20_000)), np.zeros(1, np.float32)))
     with pytest.raises(CheckpointError, match="20000 tensors and a header of"):
         write_file(tmp_path / "f", {}, tensors)
-    with pytest.raises(CheckpointError, match="more than is read back"):
+    with pytest.raises(CheckpointError, match="exceed the limits for reading"):
         write_file(tmp_path / "f", {"a.string": string_value("x" * 2**24)}, LazyTensorMap({}))
     assert list(tmp_path.iterdir()) == []
 
@@ -244,10 +244,10 @@ def twice(pairs: Pairs) -> Pairs:
 
 
 NESTED = struct.pack("<IQ", 9, 1)
-NOT_NEXT = "is the next free one"
+NOT_NEXT = "of the data instead of"
 EMBEDDING = ("token_embd.weight", (8, 11))
 GOOD = gpt2()
-LATER = "make it again from the model's original"
+LATER = "convert the original model again"
 
 # What the file holds, and what the message must say of it.
 MALFORMED: dict[str, tuple[bytes, str]] = {
@@ -256,9 +256,9 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "another magic": (b"GGML" + GOOD[4:], "its first bytes match no supported format"),
     "the magic backwards": (b"FUGG" + GOOD[4:], "its first bytes match no supported format"),
     "all zeros": (bytes(len(GOOD)), "its first bytes match no supported format"),
-    "the magic alone": (b"GGUF", "the header: '4' bytes from 4 on do not lie in the file's 4"),
-    "zeros after the magic": (b"GGUF" + bytes(len(GOOD) - 4), "GGUF version 0; only 2 and 3 are read"),
-    "truncated in the counts": (GOOD[:20], "do not lie in the file's 20; it is damaged or truncated"),
+    "the magic alone": (b"GGUF", "the header: '4' bytes from 4 exceed the file's 4"),
+    "zeros after the magic": (b"GGUF" + bytes(len(GOOD) - 4), "GGUF version 0; only versions 2 and 3 are supported"),
+    "truncated in the counts": (GOOD[:20], "exceed the file's 20; it is damaged or truncated"),
     "truncated in the keys": (GOOD[:100], "it is damaged or truncated"),
     "truncated in the descriptions": (GOOD[:500], "tensor 4 of 28: '20' bytes from 481"),
     "truncated in the data": (GOOD[:-100], "is damaged or truncated"),
@@ -268,47 +268,47 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "data without tensors": (file_of(gpt2_pairs(), [], bytes(64)), "64 bytes after the last tensor"),
     # The header
     "version 1": (gpt2(start=b"GGUF\1\0\0\0"), LATER),
-    "version 4": (gpt2(start=b"GGUF\4\0\0\0"), "GGUF version 4; only 2 and 3 are read"),
+    "version 4": (gpt2(start=b"GGUF\4\0\0\0"), "GGUF version 4; only versions 2 and 3 are supported"),
     "version 2^32-1": (gpt2(start=b"GGUF\xff\xff\xff\xff"), "GGUF version 4294967295"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 33, 7) + GOOD[24:], "is big-endian; turn it with gguf-convert"),
-    "2^60 tensors": (gpt2(tensor_count=HUGE), f"says that there are {HUGE} tensors; at most 16384 are read"),
-    "2^64-1 tensors": (gpt2(tensor_count=2**64 - 1), "says that there are 18446744073709551615 tensors"),
-    "2^60 keys": (gpt2(key_count=HUGE), f"says that there are {HUGE} keys; at most 4096 are read"),
-    "a key more than there are": (gpt2(key_count=8), "bytes from 341 on do not lie in"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 33, 7) + GOOD[24:], "is big-endian; convert it with gguf-convert"),
+    "2^60 tensors": (gpt2(tensor_count=HUGE), f"states {HUGE} tensors; the limit is 16384"),
+    "2^64-1 tensors": (gpt2(tensor_count=2**64 - 1), "states 18446744073709551615 tensors"),
+    "2^60 keys": (gpt2(key_count=HUGE), f"states {HUGE} keys; the limit is 4096"),
+    "a key more than there are": (gpt2(key_count=8), "bytes from 341 exceed"),
     "a key less": (gpt2(key_count=6), "tensor 'gpt2.attention.layer_norm_epsilon': has 6 dimensions"),
     "a tensor more than there are": (gpt2(tensor_count=29), "tensor '': has 0 dimensions"),
     "a tensor less": (gpt2(tensor_count=27), "bytes after the last tensor"),
     # Keys
-    "key of 2^60 bytes": (gpt2(gpt2_pairs(), start=V3) [:24] + sized("", HUGE), f"'{HUGE}' bytes from 32 on"),
-    "key of 2^64-1 bytes": (GOOD[:24] + sized("", 2**64 - 1), "do not lie in the file's"),
-    "key of 65536 bytes": (with_pair("a" * 65_536, number(1)), "a name of 65536 bytes; at most 65535"),
-    "empty key": (with_pair("", number(1)), "'' is not a name in ASCII"),
-    "key not ASCII": (with_pair("é", number(1)), "is not a name in ASCII"),
-    "key not UTF-8": (with_pair(b"\xff\xfe", number(1)), "is not a name in ASCII"),
-    "key with control characters": (with_pair("\x1b[31m\n", b"\x63\0\0\0"), r"'\x1b[31m\n': has a value of type 99"),
+    "key of 2^60 bytes": (gpt2(gpt2_pairs(), start=V3) [:24] + sized("", HUGE), f"'{HUGE}' bytes from 32 exceed"),
+    "key of 2^64-1 bytes": (GOOD[:24] + sized("", 2**64 - 1), "exceed the file's"),
+    "key of 65536 bytes": (with_pair("a" * 65_536, number(1)), "a name of 65536 bytes; the limit is 65535"),
+    "empty key": (with_pair("", number(1)), "'' is not an ASCII name"),
+    "key not ASCII": (with_pair("é", number(1)), "is not an ASCII name"),
+    "key not UTF-8": (with_pair(b"\xff\xfe", number(1)), "is not an ASCII name"),
+    "key with control characters": (with_pair("\x1b[31m\n", b"\x63\0\0\0"), r"'\x1b[31m\n': has a value of the"),
     "duplicate key": (gpt2(twice(gpt2_pairs())), "'gpt2.context_length': is there twice"),
     # Values
-    "value of type 13": (with_pair("a.b", struct.pack("<II", 13, 0)), "'a.b': has a value of type 13"),
-    "value of type 2^32-1": (with_pair("a.b", b"\xff" * 8), "has a value of type 4294967295"),
+    "value of type 13": (with_pair("a.b", struct.pack("<II", 13, 0)), "'a.b': has a value of the unknown type 13"),
+    "value of type 2^32-1": (with_pair("a.b", b"\xff" * 8), "has a value of the unknown type 4294967295"),
     "value missing": (file_of([*gpt2_pairs(), (b"a.b", b"\4")], alignment=1), "'a.b': '4' bytes from"),
     "string of 2^60 bytes": (with_pair("a.b", text("x", HUGE)), f"'a.b': '{HUGE}' bytes from"),
-    "string of 2^64-1 bytes": (with_pair("a.b", text("x", 2**64 - 1)), "do not lie in the file's"),
-    "bool of 7": (with_pair("a.b", number(7, "bool")), "'a.b': is a bool of value 7, neither 0 nor 1"),
+    "string of 2^64-1 bytes": (with_pair("a.b", text("x", 2**64 - 1)), "exceed the file's"),
+    "bool of 7": (with_pair("a.b", number(7, "bool")), "'a.b': is a bool with the value 7"),
     "array of 2^60 numbers": (with_pair("a.b", array(b"", 5, HUGE)), f"'a.b': '{4 * HUGE}' bytes from"),
-    "array of 2^64-1 bytes": (with_pair("a.b", array(b"", 0, 2**64 - 1)), "do not lie in the file's"),
+    "array of 2^64-1 bytes": (with_pair("a.b", array(b"", 0, 2**64 - 1)), "exceed the file's"),
     "array of 2^60 strings": (with_pair("a.b", array(b"", 8, HUGE)), f"'a.b': '{8 * HUGE}' bytes from"),
     "array with a string too long": (with_pair("a.b", array(sized("a") + sized("", HUGE), 8, 2)), f"'{HUGE}' bytes"),
-    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "makes it 524289 strings"),
+    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "strings in arrays to 524289"),
     "arrays of strings, too many": (
         gpt2([*gpt2_pairs(), (b"a.b", texts(["x"])), (b"a.c", texts([b""] * 2**19))]),
-        "'a.c': makes it 524289 strings in arrays; at most 524288 are read",
+        "'a.c': brings the strings in arrays to 524289; the limit is 524288",
     ),
-    "array of arrays": (with_pair("a.b", array(int32s([1]), 9, 1)), "is an array of values of type 9; arrays of"),
+    "array of arrays": (with_pair("a.b", array(int32s([1]), 9, 1)), "is an array of type 9; only arrays of"),
     "arrays nested 100,000 deep": (with_pair("a.b", array(NESTED * 100_000, 9, 1)), "of type 9"),
-    "array of type 99": (with_pair("a.b", array(b"", 99, 0)), "is an array of values of type 99"),
-    "header larger than is read": (with_pair("a.b", text("x" * 2**24)), "the header is larger than the 16777216 bytes"),
+    "array of type 99": (with_pair("a.b", array(b"", 99, 0)), "is an array of type 99"),
+    "header larger than is read": (with_pair("a.b", text("x" * 2**24)), "larger than the limit of 16777216 bytes"),
     # Alignment
-    "alignment 0": (aligned_to(number(0)), "general.alignment is '0', not a power of two from 8 on"),
+    "alignment 0": (aligned_to(number(0)), "general.alignment is '0', not a power of two of at least 8"),
     "alignment 3": (aligned_to(number(3)), "general.alignment is '3'"),
     "alignment 4": (aligned_to(number(4)), "general.alignment is '4'"),
     "alignment 48": (aligned_to(number(48)), "general.alignment is '48'"),
@@ -321,7 +321,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "alignment other than the file's": (aligned_to(number(64)), NOT_NEXT),
     # Tensors
     "name of 2^60 bytes": (with_first(sized("", HUGE)), f"tensor 1 of 28: '{HUGE}' bytes from"),
-    "name of 64 bytes": (with_first(described("x" * 64, (8, 11))), "a name of 64 bytes; at most 63 are read"),
+    "name of 64 bytes": (with_first(described("x" * 64, (8, 11))), "a name of 64 bytes; the limit is 63"),
     "name not UTF-8": (with_first(described(b"\xff\x1b", (8, 11))), "tensor 1 of 28: its name"),
     "name with control characters": (with_first(described("\x1b[31m", (8, 11), 32)), r"tensor '\x1b[31m': starts at"),
     "duplicate name": (with_first(described("position_embd.weight", (8, 11))), "'position_embd.weight': is there"),
@@ -335,14 +335,14 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "offset of 2^64-1": (with_first(described(*EMBEDDING, offset=2**64 - 1)), "starts at byte 18446744073709551615"),
     "offset not aligned": (moved("output_norm.bias", 4), "tensor 'output_norm.bias': starts at byte"),
     "overlapping": (moved("position_embd.weight", -32), "'position_embd.weight': starts at byte 320"),
-    "a hole": (moved("position_embd.weight", 32), "starts at byte 384 of the data, where '352' is the next free one"),
+    "a hole": (moved("position_embd.weight", 32), "starts at byte 384 of the data instead of '352'"),
     "past the end": (moved("output_norm.bias", 2**40), "tensor 'output_norm.bias': starts at byte"),
     "in another order than the data": (swapped(), NOT_NEXT),
-    "quantised": (with_first(described(*EMBEDDING, type=2)), "'token_embd.weight': holds Q4_0, a quantised type"),
-    "quantised otherwise": (with_first(described(*EMBEDDING, type=14)), "holds Q6_K, a quantised type"),
-    "F64": (with_first(described(*EMBEDDING, type=28)), "holds F64; weights are read from F32, F16, BF16"),
-    "I32": (with_first(described(*EMBEDDING, type=26)), "holds I32; weights are read from F32, F16, BF16"),
-    "a type of nothing": (with_first(described(*EMBEDDING, type=4)), "holds ggml's type 4; weights are read from"),
+    "quantised": (with_first(described(*EMBEDDING, type=2)), "'token_embd.weight': has the quantised type Q4_0"),
+    "quantised otherwise": (with_first(described(*EMBEDDING, type=14)), "has the quantised type Q6_K"),
+    "F64": (with_first(described(*EMBEDDING, type=28)), "holds F64; supported types are F32, F16, BF16"),
+    "I32": (with_first(described(*EMBEDDING, type=26)), "holds I32; supported types are F32, F16, BF16"),
+    "a type of nothing": (with_first(described(*EMBEDDING, type=4)), "holds ggml's type 4; supported types are"),
     "type 2^32-1": (with_first(described(*EMBEDDING, type=2**32 - 1)), "holds ggml's type 4294967295"),
 }  # fmt: skip
 

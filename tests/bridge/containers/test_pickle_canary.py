@@ -110,7 +110,7 @@ CALLS: dict[str, tuple[str, str, bytes]] = {
         ("collections", "namedtuple", text("x") + text("y")),
         ("collections.OrderedDict", "fromkeys", text("x")),
         ("collections", "OrderedDict.fromkeys", text("x")),
-        ("bridge.storage.atomic_writes", "flush_to_disk", text("x")),
+        ("bridge.storage.fsync", "flush_to_disk", text("x")),
         ("__main__", "anything", text("x")),
         ("", "", text("x")),
     ]

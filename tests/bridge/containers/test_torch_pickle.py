@@ -180,7 +180,7 @@ def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"\x80\x02" + text("x" * 65_537) + b".", "a string of 65537 bytes; at most 65536"),
+        (b"\x80\x02" + text("x" * 65_537) + b".", "a string of 65537 bytes; the limit is 65536"),
         (b"\x80\x02]r\x00\x00\x08\x00.", "under the number 524288; the largest is 524287"),
         (b"\x80\x02" + b"]" * 33 + b"a" * 32 + b".", "deeper than 32"),
         (b"\x80\x02}" + integer(65_536) + b"Ns.", "a int as a key"),
@@ -188,7 +188,7 @@ def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
         (b"\x80\x02}\x88Ns.", "a bool as a key"),
         (b"\x80\x02}NNs.", "a NoneType as a key"),
         (b"\x80\x02})Ns.", "a tuple as a key"),
-        (b"\x80\x02" + b"N" * (2**22), "has 4194306 bytes; at most 4194304 are read"),
+        (b"\x80\x02" + b"N" * (2**22), "has 4194306 bytes; the limit is 4194304"),
     ],
     ids=["string", "memo", "depth", "number", "negative", "bool", "none", "tuple", "bytes"],
 )

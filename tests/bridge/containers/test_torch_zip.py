@@ -53,7 +53,7 @@ def test_every_type_and_every_view_is_read_bit_for_bit(tmp_path: Path, dtype: st
     base = (100 * torch.randn(4, 6)).to(getattr(torch, dtype))
     views = {
         "whole": base,
-        "turned": base.T,
+        "transposed": base.T,
         "rows": base[1:3],
         "columns": base[:, 2:5],
         "every second": base[::2, ::3],
@@ -99,7 +99,7 @@ def test_types_without_a_storage_of_their_own_are_read(tmp_path: Path, dtype: st
 
 def test_a_tied_tensor_is_the_same_object_and_its_views_are_not(tmp_path: Path) -> None:
     w = torch.ones(3, 3)
-    found = read_file(saved(tmp_path / "f", {"wte": w, "head": w.detach(), "turned": w.T, "copy": w.clone()}))
+    found = read_file(saved(tmp_path / "f", {"wte": w, "head": w.detach(), "transposed": w.T, "copy": w.clone()}))
     assert found["wte"] is found["head"]
     assert len({id(entry) for entry in found.values()}) == 3
 
@@ -129,7 +129,7 @@ def test_the_device_does_not_matter(tmp_path: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_plain_tensor_is_named(tmp_path: Path, value: object, named: str) -> None:
-    with pytest.raises(CheckpointError, match=f"asks for '{re.escape(named)}") as caught:
+    with pytest.raises(CheckpointError, match=f"refers to '{re.escape(named)}") as caught:
         read_file(saved(tmp_path / "f", {"w": value}))
     assert "f': data.pkl" in str(caught.value)
 
@@ -177,7 +177,7 @@ def compressed() -> bytes:
 def with_twice(record: str) -> bytes:
     out = io.BytesIO(GOOD)
     with zipfile.ZipFile(out, "a") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that is there twice
+        warnings.simplefilter("ignore")  # of a name that appears twice
         file.writestr(record, b"\x80\x02}.")
     return out.getvalue()
 
@@ -211,7 +211,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "the beginning alone": (lambda: GOOD[:30], "pytorch_model.bin"),
     "something behind": (lambda: GOOD + b"x", "pytorch_model.bin"),
     "two data.pkl": (lambda: with_twice("archive/data.pkl"), "data.pkl"),
-    "two archives": (lambda: with_twice("other/data.pkl"), "several things"),
+    "two archives": (lambda: with_twice("other/data.pkl"), "that torch.save did not write"),
     "no data.pkl": (lambda: GOOD.replace(b"data.pkl", b"data.pkx"), "data.pkl"),
     "another local name": (lambda: GOOD.replace(b"archive/data/0", b"archive/data/1", 1), "data/0"),
     "encrypted": (lambda: patched(8, 1), "data/0"),
@@ -232,10 +232,10 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "a storage larger than its record": (lambda: of(pickled(tensor(count=5))), "record"),
     "a storage smaller than its record": (lambda: of(pickled(tensor(count=3))), "record"),
     "a storage that is not there": (lambda: of(pickled(tensor("7"))), "data/7"),
-    "a storage that climbs": (lambda: of(pickled(tensor("../../x"))), "not there"),
-    "an offset outside": (lambda: of(pickled(tensor(offset=1))), "does not lie in it"),
+    "a storage that climbs": (lambda: of(pickled(tensor("../../x"))), "which does not exist"),
+    "an offset outside": (lambda: of(pickled(tensor(offset=1))), "that is larger than the record"),
     "a negative offset": (lambda: of(pickled(tensor(offset=-1))), "negative"),
-    "a stride outside": (lambda: of(pickled(tensor(strides=(2,)))), "does not lie in it"),
+    "a stride outside": (lambda: of(pickled(tensor(strides=(2,)))), "that is larger than the record"),
     "a negative stride": (lambda: of(pickled(tensor(strides=(-1,)))), "negative"),
     "stride 0 over a huge shape": (lambda: of(pickled(tensor(shape=(2**31 - 1,), strides=(0,)))), "repeats"),
     "stride 0 over a shape that overflows": (
@@ -244,7 +244,10 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a negative shape": (lambda: of(pickled(tensor(shape=(-4,)))), "negative"),
     "more sizes than strides": (lambda: of(pickled(tensor(shape=(2, 2)))), "strides"),
-    "rank 10,000": (lambda: of(pickled(tensor(shape=(1,) * 10_000, strides=(1,) * 10_000))), "small counts"),
+    "rank 10,000": (
+        lambda: of(pickled(tensor(shape=(1,) * 10_000, strides=(1,) * 10_000))),
+        "negative, too large or no integers",
+    ),
     "one storage 100,000 times": (lambda: of(aliased(MANY)), "more than 10000 tensors"),
     "a storage as two types": (
         lambda: of(b"\x80\x02](" + tensor() + tensor().replace(b"FloatStorage", b"IntStorage") + b"e."),
@@ -263,13 +266,13 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "marks 100,000 deep": (lambda: of(b"\x80\x02" + b"(" * MANY + b"."), "data.pkl"),
     "too many opcodes": (lambda: of(b"\x80\x02" + b"N" * 1_000_000 + b"."), "more than"),
     "a pickle too large": (lambda: of(b"\x80\x02" + b"N" * 5_000_000 + b"."), "data.pkl"),
-    "stack underflow": (lambda: of(b"\x80\x02a."), "more from its stack than there is"),
+    "stack underflow": (lambda: of(b"\x80\x02a."), "pops from an empty stack"),
     "underflow over a mark": (lambda: of(b"\x80\x02](Na."), "data.pkl"),
     "a mark that was not set": (lambda: of(b"\x80\x02t."), "a mark that it has not set"),
-    "dangling BINGET": (lambda: of(b"\x80\x02h\x09."), "goes back to the value 9"),
+    "dangling BINGET": (lambda: of(b"\x80\x02h\x09."), "refers to the stored value 9"),
     "no STOP": (lambda: of(b"\x80\x02}"), "truncated"),
-    "a second pickle behind": (lambda: of(b"\x80\x02}.\x80\x02}."), "behind its end"),
-    "more on the stack": (lambda: of(b"\x80\x02}}."), "in the middle of something"),
+    "a second pickle behind": (lambda: of(b"\x80\x02}.\x80\x02}."), "after its end"),
+    "more on the stack": (lambda: of(b"\x80\x02}}."), "inside an unfinished value"),
     "protocol 0": (lambda: of(b"(dp0\n."), "protocol"),
     "protocol 6": (lambda: of(b"\x80\x06}."), "protocol"),
     "a dictionary as a key": (lambda: of(b"\x80\x02}}Ns."), "as a key"),
@@ -283,7 +286,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: of(pickled(tensor().replace(b")Rt", b")R}" + text("neg") + b"\x88st"))),
         "hooks or metadata",
     ),
-    "too few parts": (lambda: of(pickled(tensor().replace(b"\x89", b""))), "too few of its parts"),
+    "too few parts": (lambda: of(pickled(tensor().replace(b"\x89", b""))), "missing arguments"),
     "an integer as a tensor": (lambda: of(pickled(integer(3))), "'w' is int, not a tensor"),
     "a persistent id of nothing": (lambda: of(pickled(b")Q")), "not a storage"),
 }

@@ -15,13 +15,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from support.models import SMALLEST, TINY, random_checkpoint
 from support.refusals import assert_refused
 
 import bridge
 import gpt2_jax
-import gpt2_torch
 from bridge import BridgeError, Checkpoint, CheckpointError, ConfigError, ConversionError, GPT2Config
 
 WRITTEN_BY_TRANSFORMERS = Path(__file__).parents[2] / "files" / "transformers-4.57.6"
@@ -97,6 +95,10 @@ def leaves_under(leaves: Leaves, modules: list[str]) -> set[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_both_backends_compute_the_logits_that_transformers_computed(name: str) -> None:
+    import torch
+
+    import gpt2_torch
+
     ids, expected = np.load(WRITTEN_BY_TRANSFORMERS / "ids.npy"), np.load(WRITTEN_BY_TRANSFORMERS / name / "logits.npy")
     assert abs(expected).max() > 0.5, "logits that say something"
     reference = gpt2_torch.model_from_checkpoint(bridge.load(WRITTEN_BY_TRANSFORMERS / name)).float().eval()
@@ -148,8 +150,8 @@ def test_weights_and_configuration_come_back(tmp_path: Path, tied: bool, dtype: 
     assert found.diagnostics == ()
 
 
-def test_flax_reads_what_is_written_and_the_kernels_are_turned(tmp_path: Path) -> None:
-    """c_attn and c_proj of 4 heads, c_fc, and the head, which alone is not turned for Flax."""
+def test_flax_reads_what_is_written_and_the_kernels_are_transposed(tmp_path: Path) -> None:
+    """c_attn and c_proj of 4 heads, c_fc, and the head, which alone is not transposed for Flax."""
     ckpt = ours(tmp_path / "out", replace(FOUR_HEADS, tie_word_embeddings=False))
     leaves = leaves_of(tmp_path / "out")
     assert len(leaves) == len(ckpt.tensors)
@@ -283,7 +285,7 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
         lambda leaves: without(WTE)(leaves) | {"transformer/wte": leaves[WTE]},
         "'transformer/wte' is not a parameter",
     ),
-    "a kernel not turned": (
+    "a kernel not transposed": (
         changed(C_ATTN, np.transpose),
         f"{C_ATTN} has shape (8, 24), the configuration says (24, 8)",
     ),
@@ -326,9 +328,9 @@ def test_another_tree_is_refused_by_name(
         (without("lm_head/kernel"), "lm_head/kernel is missing (shape (8, 11))"),
         (changed("lm_head/kernel", np.transpose), "lm_head/kernel has shape (11, 8), the configuration says (8, 11)"),
     ],
-    ids=["no head", "a head not turned"],
+    ids=["no head", "a head not transposed"],
 )
-def test_an_untied_head_has_to_be_there_and_turned(
+def test_an_untied_head_has_to_be_there_and_transposed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], says: str
 ) -> None:
     source = flaxs(tmp_path / "other", change(random_leaves(tmp_path, UNTIED)), UNTIED)

@@ -131,7 +131,7 @@ def llama_cpps_names(config: GPT2Config) -> dict[str, str]:
     return names
 
 
-def is_turned(name: str) -> bool:
+def is_transposed(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
@@ -152,7 +152,7 @@ def as_the_converter(path: Path, checkpoint: Checkpoint, matrices: gguf.GGMLQuan
     names = llama_cpps_names(config)
     for name, values in checkpoint.tensors.items():
         kind = matrices if values.ndim == 2 else gguf.GGMLQuantizationType.F32
-        stored = gguf.quants.quantize(np.ascontiguousarray(values.T if is_turned(name) else values), kind)
+        stored = gguf.quants.quantize(np.ascontiguousarray(values.T if is_transposed(name) else values), kind)
         writer.add_tensor(names[name], stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -189,7 +189,7 @@ def test_the_package_reads_what_is_written(tmp_path: Path, config: GPT2Config, d
     for name, values in checkpoint.tensors.items():
         tensor = tensors[names[name]]
         theirs = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        np.testing.assert_array_equal(theirs, (values.T if is_turned(name) else values).astype(np.float32))
+        np.testing.assert_array_equal(theirs, (values.T if is_transposed(name) else values).astype(np.float32))
         if values.ndim == 1:
             assert tensor.tensor_type == gguf.GGMLQuantizationType.F32, "llama.cpp ends its process on others"
     found = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -737,7 +737,7 @@ def test_every_look_up_reads_anew_in_the_canonical_layout(tmp_path: Path) -> Non
     loaded = bridge.load(saved(tmp_path / "m.gguf", random_checkpoint(SMALLEST)))
     weight = loaded.tensors["h.0.attn.c_attn.weight"]
     assert weight.shape == (8, 24)
-    assert weight.T.flags.c_contiguous, "turned as a view, not copied"
+    assert weight.T.flags.c_contiguous, "transposed as a view, not copied"
     weight[:] = 0
     assert loaded.tensors["h.0.attn.c_attn.weight"].any()
 

@@ -150,7 +150,11 @@ NO_STATE_DICTS: dict[str, tuple[Callable[[], object], str, type[bridge.BridgeErr
     "a tensor": (lambda: torch.ones(2), "holds LazyTensor, not a state_dict", CheckpointError),
     "a training state": (lambda: {"state_dict": state_dict(), "epoch": 1}, "'state_dict' is dict", CheckpointError),
     "a number beside": (lambda: {**state_dict(), "step": 3}, "'step' is int, not a tensor", CheckpointError),
-    "numbers as names": (lambda: dict(enumerate(state_dict().values())), "'0' is no name of a tensor", CheckpointError),
+    "numbers as names": (
+        lambda: dict(enumerate(state_dict().values())),
+        "'0' is not a valid name of a tensor",
+        CheckpointError,
+    ),
     "another head": (
         lambda: {**state_dict(), "lm_head.weight": torch.ones(11, 8)},
         "differs from wte",

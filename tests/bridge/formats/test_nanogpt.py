@@ -582,7 +582,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
         "exp_avg of 'h.0.attn.c_attn.weight' holds <U7",
         ConversionError,
     ),
-    "moments turned": (
+    "moments transposed": (
         put(lambda m: m.T.contiguous(), "optimizer", "state", 2, "exp_avg"),
         "exp_avg of h.0.attn.c_attn.weight has shape (72, 24)",
         ConversionError,

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from fuzz.openai import FILES
 from support.models import config_for, huggingface_directory, random_checkpoint
 from support.refusals import assert_refused
@@ -79,6 +78,8 @@ def test_names_in_the_list_are_escaped(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_files_that_no_format_recognises_do_not_matter(tmp_path: Path) -> None:
+    import torch
+
     path = huggingface_directory(tmp_path / "model")
     torch.save({"state": {}}, path / "optimizer.pt")
     for name in ("notes.pt", "tokens.bin", "broken.gguf", "other.index", "tf_model.h5"):
@@ -88,6 +89,8 @@ def test_files_that_no_format_recognises_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_transformers_files_are_forms_of_one_model_and_its_order_decides(tmp_path: Path) -> None:
+    import torch
+
     path = huggingface_directory(tmp_path / "model")
     add(path, "flax_msgpack")
     torch.save({name: torch.tensor(array) for name, array in bridge.load(path).tensors.items()}, tmp_path / "weights")
@@ -121,9 +124,9 @@ def test_an_index_of_shards_is_read_by_its_name(tmp_path: Path, format: str, ind
 def test_a_run_with_a_checkpoint_beside_it_is_two(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "run")
     (path / "run.json").write_text('{"distance_km": 10}')
-    assert [found.format.NAME for found in find_checkpoints(path)] == ["huggingface"], "another program's run.json"
+    assert [found.format.name for found in find_checkpoints(path)] == ["huggingface"], "another program's run.json"
     (path / "checkpoints").mkdir()
-    assert [found.format.NAME for found in find_checkpoints(path)] == ["run", "huggingface"]
+    assert [found.format.name for found in find_checkpoints(path)] == ["run", "huggingface"]
     with pytest.raises(
         CheckpointError, match=r"several checkpoints:\n  - run: 'run'\n  - huggingface: 'model\.safetens"
     ):

@@ -1,0 +1,50 @@
+"""The interface of a checkpoint format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Format:
+    """A checkpoint format. CONTRIBUTING.md says how to add one.
+
+    The checkpoint is either a single file, which has a `file_name`, or a directory with a `config.json`.
+    """
+
+    name: str
+    """The key in `FORMATS`, and the argument of `gpt2 convert --to`."""
+    find: Callable[[Path], list[Path]]
+    """`find(path)` returns the checkpoints of this format at `path`: a file, recognised by its content; the weights (or
+    their index) in a directory; or the directory itself, if it is one checkpoint. It reads no weights, skips unreadable
+    files and raises no `BridgeError`."""
+    read: Callable[..., Checkpoint]
+    """`read(path)` reads a result of `find`: canonical names and layout, lazy tensors. For a single file,
+    `read(path, config_json=...)` also gets the `config.json` that describes the file, or None. Unless the format
+    `states_activation`, it also gets `activation=...`, a name or None."""
+    write: Callable[..., tuple[str, ...]] | None = None
+    """`write(checkpoint, target, **options)` fills an empty directory, or writes a new file. It returns one sentence
+    for each thing that the format cannot store. The caller makes it atomic. None for a read-only format."""
+    file_name: str | None = None
+    """Name of the single file when it is written into a directory."""
+    suffixes: tuple[str, ...] = ()
+    """Suffixes of the single file. A target with one of them is written as a file, not as a directory."""
+    weight_files: str = ""
+    """For a format that writes a directory: a pattern for the names of its weight files. `overwrite` may replace files
+    with such names."""
+    keeps_optimizer: bool = False
+    """Whether the format stores `Checkpoint.optimizer` and `Checkpoint.progress`."""
+    states_activation: bool = True
+    """Whether a file of the format determines the activation."""
+    family: str | None = None
+    """Formats of one family are forms of one model if they are in one directory."""
+
+    @property
+    def written_names(self) -> str:
+        """A pattern for the names of the weight files that `write` creates in a directory."""
+        return self.weight_files if self.file_name is None else re.escape(self.file_name)

@@ -1,0 +1,142 @@
+"""The fields of `TrainConfig` as flags, in groups, and the preset or run that gives their defaults."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, make_dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import tyro
+from tyro.conf import arg
+
+from bridge import BridgeError, GPT2Config
+from gpt2_jax.cli.parsing import REGISTRY
+from gpt2_jax.cli.verbs import did_you_mean
+from gpt2_jax.training.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig, flat
+from gpt2_jax.training.run.directory import is_run, stored_identity
+
+DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
+
+_DATA = ("data", "validation_data", "validation_fraction", "tokenizer", "examples", "init_from", "source_activation")
+_DEVICE = ("mesh", "dtype", "scan", "remat", "attention", "vocab_multiple", "deterministic")
+_REPORT = (
+    "eval_every",
+    "eval_batches",
+    "sample_tokens",
+    "sample_prompt",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "tensorboard",
+    "wandb",
+)
+_IN_OTHER_GROUPS = {"preset", "model", "optimizer", *_DATA, *_DEVICE, *_REPORT}
+_TRAINING = tuple(f.name for f in fields(TrainConfig) if f.name not in _IN_OTHER_GROUPS)
+
+_METAVARS = {"init_from": "SRC", "wandb": "PROJECT", "mesh": "AXIS=N,..."}
+
+
+def _docs(part: type) -> dict[str, str]:
+    """Return the docstring of each field of a dataclass, in one line."""
+    [definition] = ast.parse(inspect.getsource(part)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        statement.target.id: " ".join(following.value.value.split())
+        for statement, following in pairwise(definition.body)
+        if isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
+        and isinstance(following.value.value, str)
+    }
+
+
+def _as_flags(part: type, names: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return names and annotated types of flags. Their help is the docstring of the field."""
+    types, docs = get_type_hints(part), _docs(part)
+    return [(name, Annotated[types[name], arg(help=docs[name], metavar=_METAVARS.get(name))]) for name in names]
+
+
+def _names(part: type) -> list[str]:
+    return [f.name for f in fields(part)]
+
+
+_GROUPS: Mapping[str, tuple[str, list[tuple[str, Any]]]] = {
+    "data": ("What to train on, and what to start from.", _as_flags(TrainConfig, _DATA)),
+    "training": ("Length of the run and size of a step.", _as_flags(TrainConfig, _TRAINING)),
+    "model": (
+        "Sizes of the model. The tokenizer determines the vocabulary; with --init-from SRC, SRC determines all sizes.",
+        _as_flags(GPT2Config, _names(GPT2Config)),
+    ),
+    "optimizer": ("The update rule and its schedule.", _as_flags(OptimizerConfig, _names(OptimizerConfig))),
+    "device": ("Devices, precision, and how the step is compiled.", _as_flags(TrainConfig, _DEVICE)),
+    "report": ("Evaluations, samples, logs and checkpoints.", _as_flags(TrainConfig, _REPORT)),
+}
+
+if TYPE_CHECKING:
+    ConfigFlags = Any
+else:
+    # These classes have no validation, because tyro would wrap the message. `from_flat` validates the values later.
+    ConfigFlags = make_dataclass(
+        "ConfigFlags",
+        [
+            *_as_flags(TrainConfig, ["preset"]),
+            *(
+                (name, Annotated[make_dataclass(name, flags), arg(help=description)])
+                for name, (description, flags) in _GROUPS.items()
+            ),
+        ],
+    )
+    ConfigFlags.__doc__ = "One attribute per group of flags."
+
+
+def config_flags(default: TrainConfig) -> ConfigFlags:
+    """Return an instance of `ConfigFlags` with the values of `default`, which become the defaults of the flags."""
+    values = flat(default)
+    types = get_type_hints(ConfigFlags)
+    groups = {name: types[name](**{flag: values[flag] for flag, _ in flags}) for name, (_, flags) in _GROUPS.items()}
+    return ConfigFlags(preset=values["preset"], **groups)
+
+
+def values_of(flags: ConfigFlags) -> dict[str, Any]:
+    """Return the value of every flag by its name, for `gpt2_jax.training.config.from_flat`."""
+    values = {"preset": flags.preset}
+    for name in _GROUPS:
+        values.update(vars(getattr(flags, name)))
+    return values
+
+
+@dataclass(frozen=True)
+class _FirstPass:
+    """The flags that give all others their defaults. They are parsed first."""
+
+    preset: str = ""
+    init_from: str | None = None
+    out: Path | None = None
+    resume: bool = False
+
+
+def default_config(verb: str, words: Sequence[str]) -> TrainConfig:
+    """Return the defaults of the flags of `gpt2 train` and `gpt2 plan`: those of the preset or of the resumed run.
+
+    Args:
+        verb: for the message of a parse error.
+        words: the words after the verb.
+    """
+    first, _ = tyro.cli(
+        _FirstPass, prog=f"gpt2 {verb}", args=words, add_help=False, return_unknown_args=True, registry=REGISTRY
+    )
+    if first.resume and first.out is not None and is_run(first.out):
+        return stored_identity(first.out).config
+    name = first.preset or (DEFAULT_FINETUNING_PRESET if first.init_from else DEFAULT_PRESET)
+    if name not in PRESETS:
+        raise BridgeError(f"--preset {name}: must be one of {', '.join(PRESETS)}{did_you_mean(name, PRESETS)}")
+    preset = PRESETS[name]
+    if not first.init_from:
+        return preset
+    # Both fields at once, because a configuration is validated on creation.
+    return replace(preset, tokenizer=TOKENIZER_OF_INIT_FROM, init_from=first.init_from)

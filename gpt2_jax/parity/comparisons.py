@@ -1,0 +1,127 @@
+"""Comparisons of the implementations on the same inputs. Each returns measurements with their tolerances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.tolerances as tolerances
+import gpt2_jax.parity.torch_side as torch_side
+from bridge import Checkpoint
+from gpt2_jax.parity.activations import activation_differences
+from gpt2_jax.parity.inputs import AdamW, CheckInputs
+from gpt2_jax.parity.metrics import max_kl, relative, relative_l2_difference, rms
+from gpt2_jax.parity.report import Measurement
+
+SHORT_NAMES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+
+Gradients = Callable[[Checkpoint, np.ndarray, str], dict[str, np.ndarray]]
+"""A side's `gradients` function."""
+
+
+def compare_logits(dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> list[Measurement]:
+    """Differences of logits [B, T, V]. In bfloat16 they have no tolerance; `compare_errors` judges it instead."""
+    largest = float(np.abs(expected).max())
+    # Tolerances of the maximum difference, the KL divergence, and the fraction of tokens with a different top-1.
+    limits: dict[str, tuple[float | None, float | None, float | None]] = {
+        "float64": (tolerances.LOGITS_FP64 * largest, tolerances.KL_FP64, 0.0),
+        "float32": (tolerances.logits_fp32(largest, n_layer), tolerances.KL_FP32, None),
+        "bfloat16": (None, None, None),
+    }
+    difference = np.abs(expected - actual)
+    kl = float(np.max([max_kl(a, b) for a, b in zip(expected, actual, strict=True)]))
+    different_top1 = float((expected.argmax(-1) != actual.argmax(-1)).mean())
+    short = SHORT_NAMES[dtype]
+    return [
+        Measurement(f"{short} logits, max difference", float(difference.max()), limits[dtype][0]),
+        Measurement(f"{short} logits, mean difference", float(difference.mean())),
+        Measurement(f"{short} max KL divergence, nats per token", kl, limits[dtype][1]),
+        Measurement(f"{short} tokens with a different top-1, fraction", different_top1, limits[dtype][2]),
+    ]
+
+
+def compare_errors(dtype: str, exact: np.ndarray, expected: np.ndarray, actual: np.ndarray) -> Measurement:
+    """RMS error of JAX's logits relative to the RMS error of PyTorch's, both against float64 logits."""
+    ratio, floor = {
+        "float32": (tolerances.ERROR_RATIO_FP32, tolerances.ERROR_FLOOR_FP32),
+        "bfloat16": (tolerances.ERROR_RATIO_BF16, tolerances.ERROR_FLOOR_BF16),
+    }[dtype]
+    least = floor * float(np.abs(exact).max())
+    jax_error, torch_error = (max(rms(logits - exact), least) for logits in (actual, expected))
+    return Measurement(f"{SHORT_NAMES[dtype]} error vs fp64, JAX / torch", relative(jax_error, torch_error), ratio)
+
+
+def compare_gradients(expected: Gradients, inputs: CheckInputs) -> list[Measurement]:
+    """Differences of JAX's gradients from `expected`, in float64 and float32."""
+    measurements = []
+    for dtype, limit in (("float64", tolerances.GRADIENT_FP64), ("float32", tolerances.GRADIENT_FP32)):
+        reference = expected(inputs.checkpoint, inputs.ids, dtype)
+        actual = jax_side.gradients(inputs.checkpoint, inputs.ids, dtype)
+        differences = {
+            name: relative_l2_difference(actual[name], reference[name]) if name in reference else math.inf
+            for name in actual
+        }
+        worst = max(differences, key=differences.__getitem__)
+        name = f"{SHORT_NAMES[dtype]} gradients, max relative L2 difference of {len(differences)} parameters"
+        measurements.append(Measurement(name, differences[worst], limit, worst))
+    return measurements
+
+
+def compare_training(dtype: str, inputs: CheckInputs) -> list[Measurement]:
+    """Differences of the losses and of the final weights after training with AdamW."""
+    loss_limit, update_limit = {
+        "float64": (tolerances.TRAIN_LOSS_FP64, tolerances.TRAIN_UPDATE_FP64),
+        "float32": (tolerances.TRAIN_LOSS, tolerances.TRAIN_UPDATE_FP32),
+    }[dtype]
+    batches = inputs.train_batches()
+    torch_losses, expected = torch_side.train(inputs.checkpoint, batches, dtype, AdamW())
+    jax_losses, actual = jax_side.train(inputs.checkpoint, batches, dtype, AdamW())
+    loss = float(np.abs(np.subtract(torch_losses, jax_losses)).max())
+    differences = {
+        name: relative_l2_difference(
+            _without_key_bias(name, actual[name] - start), _without_key_bias(name, expected[name] - start)
+        )
+        for name, start in inputs.checkpoint.tensors.items()
+    }
+    worst = max(differences, key=differences.__getitem__)
+    short = SHORT_NAMES[dtype]
+    return [
+        Measurement(f"{short} losses of {len(batches)} steps, max difference", loss, loss_limit),
+        Measurement(f"{short} weight updates, max relative L2 difference", differences[worst], update_limit, worst),
+    ]
+
+
+def _without_key_bias(name: str, update: np.ndarray) -> np.ndarray:
+    """Remove the key bias from the update of `c_attn.bias`.
+
+    Softmax cancels the key bias, so its true gradient is 0. Adam normalises the gradient by its own magnitude and thus
+    amplifies the rounding error to a full step.
+    """
+    if not name.endswith("c_attn.bias"):
+        return update
+    query, _, value = np.split(update, 3)
+    return np.concatenate([query, value])
+
+
+def compare_activations(
+    inputs: CheckInputs, ids: np.ndarray | None = None, mask: np.ndarray | None = None
+) -> dict[str, float]:
+    """Maximum relative difference of every activation, in float64, in the order of the forward pass.
+
+    Args:
+        ids: token ids instead of those of `inputs`.
+        mask: 1 at tokens and 0 at padding. Padding is not compared.
+    """
+    ids = inputs.ids if ids is None else ids
+    expected = torch_side.activations(inputs.checkpoint, ids, mask)
+    actual = jax_side.activations(inputs.checkpoint, ids, mask)
+    return activation_differences(expected, actual, np.ones(ids.shape, bool) if mask is None else mask == 1)
+
+
+def first_divergence(differences: dict[str, float]) -> str:
+    """The first activation of the forward pass that exceeds its tolerance, or "" if there is none."""
+    exceeding = (name for name, difference in differences.items() if not difference <= tolerances.ACTIVATION_FP64)
+    return next(exceeding, "")

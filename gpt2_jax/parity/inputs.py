@@ -1,0 +1,138 @@
+"""Inputs of the checks: a checkpoint, token ids, and the hyperparameters of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bridge import BridgeError, Checkpoint, NoTokenizerError, TokenizerError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+BUILT_IN_TEXT = """\
+When in the Course of human events, it becomes necessary for one people to dissolve the political bands \
+which have connected them with another, and to assume among the powers of the earth, the separate and equal \
+station to which the Laws of Nature and of Nature's God entitle them, a decent respect to the opinions of \
+mankind requires that they should declare the causes which impel them to the separation.
+
+We hold these truths to be self-evident, that all men are created equal, that they are endowed by their \
+Creator with certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness. \
+That to secure these rights, Governments are instituted among Men, deriving their just powers from the \
+consent of the governed, That whenever any Form of Government becomes destructive of these ends, it is the \
+Right of the People to alter or to abolish it, and to institute new Government, laying its foundation on \
+such principles and organizing its powers in such form, as to them shall seem most likely to effect their \
+Safety and Happiness.
+"""
+"""The Declaration of Independence of the United States, 1776; in the public domain."""
+
+MIN_TEXT_COVERAGE = 0.9
+"""Use the built-in text only if the tokenizer has at least this fraction of its characters. A trained model can then
+predict the rest of the text."""
+
+TRAIN_STEPS = 10
+MAX_SHORT_LENGTH = 64
+"""Maximum sequence length in the training and padding checks, to save time. What they test is independent of length."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Hyperparameters of AdamW (Loshchilov and Hutter 2019). Every parameter decays, so that all of them test it."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass(frozen=True)
+class CheckInputs:
+    """What all checks run on."""
+
+    checkpoint: Checkpoint
+    ids: np.ndarray
+    """[B, T] token ids."""
+    is_text: bool
+    """The ids are text, encoded with the checkpoint's tokenizer, so a trained model predicts them."""
+    untrained: bool = False
+    """The weights are known to be random, so a high loss is not a failure."""
+
+    @property
+    def n_layer(self) -> int:
+        return self.checkpoint.config.n_layer
+
+    @property
+    def short_length(self) -> int:
+        return min(self.ids.shape[1], MAX_SHORT_LENGTH)
+
+    def train_batches(self) -> np.ndarray:
+        """Token ids for training, [steps, B, T]. Each step reads the tokens from a different offset."""
+        stream = self.ids.reshape(-1)
+        offsets = [step * len(stream) // TRAIN_STEPS for step in range(TRAIN_STEPS)]
+        shape = (len(self.ids), self.short_length)
+        return np.stack([np.resize(np.roll(stream, -offset), shape) for offset in offsets])
+
+    def rows_of_different_lengths(self) -> list[np.ndarray]:
+        """Four rows of 1/4, 2/4, 3/4 and all of the short length."""
+        lengths = [max(1, self.short_length * (i + 1) // 4) for i in range(4)]
+        return [self.ids[i % len(self.ids), :length] for i, length in enumerate(lengths)]
+
+
+def pad(rows: list[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pad rows to the same length on the "left" or "right". Returns ids and mask, both [B, T].
+
+    The padding id is 0. Any other id must give the same results.
+    """
+    T = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
+    for i, row in enumerate(rows):
+        where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return ids, mask
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids [B, T], their origin, and whether they are text that a trained model should predict."""
+
+    ids: np.ndarray
+    origin: str
+    is_text: bool
+
+
+def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> Tokens:
+    """Return the tokens to run on. A text that is too short is repeated."""
+    rng = np.random.default_rng(seed)
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except NoTokenizerError:
+        if text is not None:
+            raise
+        ids = rng.integers(0, checkpoint.config.vocab_size, shape)
+        return Tokens(ids, f"random ids from seed {seed}", is_text=False)
+    origin = "the built-in text" if text is None else "the given text"
+    if text is None:
+        text = _encodable(BUILT_IN_TEXT, tokenizer)
+        if len(text) < MIN_TEXT_COVERAGE * len(BUILT_IN_TEXT):
+            ids = rng.choice(sorted(tokenizer._mergeable_ranks.values()), shape)
+            return Tokens(ids, f"random characters of its tokenizer from seed {seed}", is_text=False)
+        if len(text) < len(BUILT_IN_TEXT):
+            origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
+    if seed:
+        raise BridgeError(f"seed={seed}: has no effect, because the tokens come from a text; leave it out")
+    encoded = tokenizer.encode_ordinary(text)
+    if not encoded:
+        raise TokenizerError("the text is empty; give at least one token")
+    return Tokens(np.resize(np.array(encoded, np.int64), shape), origin, is_text=True)
+
+
+def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:
+    """Remove the characters that a tokenizer of characters lacks. Other tokenizers can encode every text."""
+    from bridge.tokenizers.characters import CharacterEncoding  # imports tiktoken
+
+    if not isinstance(tokenizer, CharacterEncoding):
+        return text
+    return "".join(character for character in text if character.encode() in tokenizer._mergeable_ranks)

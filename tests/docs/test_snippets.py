@@ -1,0 +1,158 @@
+"""Every Python snippet and every `gpt2` line of the README and the manual works as it stands there.
+
+Snippets of one page run one after the other, in a directory with the files that the pages name. What this machine cannot
+run is parsed by the command's own parser, and `ONLY_PARSED` has the reason. The cells of the tutorials are executed by
+`make docs`; here their commands are parsed.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.commands import run
+from support.documents import PAGES, Line, commands_of, name_of, python_of
+
+import bridge
+from gpt2_jax import cli
+
+pytest.importorskip("torch")
+
+EXECUTED = [line for page in PAGES for line in commands_of(page)]
+CELLS = [line for page in PAGES for line in commands_of(page, notebook_cells=True)]
+
+HUB, CLOUD, DEVICES, LARGE, LONG, TERMINAL, TPU = (
+    "it downloads from the Hugging Face hub",
+    "it needs machines of a cloud or a cluster",
+    "it needs several devices; the tutorial eight-devices runs the same",
+    "it trains 124M parameters or more",
+    "it takes minutes; tests/cli runs it at smaller sizes",
+    "it reads prompts from a terminal",
+    "it needs the TPU's compiler",
+)
+ONLY_PARSED: tuple[tuple[str, str], ...] = (
+    ("convert gpt2 ", HUB),
+    ("--init-from gpt2 ", HUB),
+    ("--distributed", CLOUD),
+    ("--mesh fsdp", DEVICES),
+    ("--preset gpt2", LARGE),
+    ("--topology", TPU),
+    ("--interactive", TERMINAL),
+    ("bench", LONG),
+    ("demo", LONG),
+    ("DIR/", "DIR stands for a directory of the reader"),
+)
+"""(part of a line, why it is only parsed)."""
+
+SMALLER = {
+    "train": "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 2 --num-microbatches 1 --max-steps 2 "
+    "--warmup-steps 1 --eval-every 2 --eval-batches 1 --checkpoint-every 1 --sample-tokens 0",
+    "resume": "--accept-changes --eval-batches 1 --sample-tokens 0",
+    "finetune": "--seq-len 16 --batch-size 2 --max-steps 2 --warmup-steps 1 --eval-every 2 --eval-batches 1 "
+    "--checkpoint-every 1 --sample-tokens 0",
+    "verify": "--batch-size 1 --seq-len 16",
+    "generate": "--max-new-tokens 4",
+}
+"""Flags appended to a line so that it runs in seconds; the line's own flags are parsed all the same."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
+    """What the pages name: a model, a nanoGPT file, texts, prompts, and a run."""
+    root = tmp_path_factory.mktemp("pages")
+    bundled = bridge.load("bundled")
+    bridge.save(bundled, root / "my-gpt2", format="huggingface")
+    nanogpt = bundled.with_activation("gelu")
+    bridge.save(nanogpt, root / "ckpt.pt", format="nanogpt")
+    text = (bridge.BUNDLED / "validation.txt").read_text(encoding="utf-8")
+    (root / "input.txt").write_text(text[:20_000], encoding="utf-8")
+    (root / "my-text").mkdir()
+    (root / "my-text" / "one.txt").write_text(text[:20_000], encoding="utf-8")
+    (root / "prompts.txt").write_text("ROMEO:\nJULIET:\n", encoding="utf-8")
+    train = f"--init-from my-gpt2 --data my-text --out runs/mine --cache tokens {SMALLER['finetune']}".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert run("train", *train) == 0
+    return root
+
+
+@pytest.fixture
+def place(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the files as the working directory."""
+    shutil.copytree(files, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def reason_not_to_run(line: Line) -> str | None:
+    text = " ".join(line.args) + " "
+    return next((reason for part, reason in ONLY_PARSED if part in text), None)
+
+
+@pytest.fixture
+def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Line], None]:
+    """Parse a line with the real parser, without running its verb."""
+    parsed: list[str] = []
+
+    def only_parsed(verb: Callable[..., Any]) -> Callable[..., int]:
+        @functools.wraps(verb)
+        def record(*args: Any, **kwargs: Any) -> int:
+            parsed.append(verb.__name__)
+            return 0
+
+        return record
+
+    for name, verb in cli.VERBS.items():
+        monkeypatch.setitem(cli.VERBS, name, only_parsed(verb))
+    for name in ("train_command", "plan_command"):
+        make = getattr(cli, name)
+        monkeypatch.setattr(cli, name, lambda default, make=make: only_parsed(make(default)))
+
+    def check(line: Line) -> None:
+        parsed.clear()
+        assert run(*line.args) == 0
+        assert len(parsed) == 1
+
+    return check
+
+
+def test_there_are_snippets_and_lines() -> None:
+    assert len(EXECUTED) > 40
+    assert len(CELLS) > 4
+    assert sum(bool(python_of(page).strip()) for page in PAGES) > 6
+
+
+@pytest.mark.parametrize("line", [*EXECUTED, *CELLS], ids=str)
+def test_every_line_has_valid_flags(line: Line, parse: Callable[[Line], None]) -> None:
+    parse(line)
+
+
+def test_an_unknown_flag_is_found(parse: Callable[[Line], None]) -> None:
+    with pytest.raises(AssertionError):
+        parse(Line("", "", ("inspect", "my-gpt2", "--no-such-flag")))
+
+
+def test_every_reason_is_used() -> None:
+    for part, _ in ONLY_PARSED:
+        assert any(part in " ".join(line.args) + " " for line in EXECUTED), part
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("line", [line for line in EXECUTED if reason_not_to_run(line) is None], ids=str)
+def test_every_line_runs(line: Line, place: Path) -> None:
+    verb, text = line.args[0], " ".join(line.args)
+    smaller = SMALLER.get(verb, "")
+    if verb == "train":
+        smaller = SMALLER["resume" if "--resume" in text else "finetune" if "--init-from" in text else "train"]
+    assert run(*line.args, *smaller.split(), *(["--cache", "tokens"] if verb == "train" else [])) == 0
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("page", [page for page in PAGES if python_of(page).strip()], ids=name_of)
+def test_every_snippet_runs(page: Path, place: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": name_of(page)}
+    exec(compile(python_of(page), str(page), "exec"), namespace)

@@ -1,0 +1,145 @@
+"""The imports between the modules of the three packages, and the rules that they obey.
+
+    python -m support.import_graph
+
+prints every circle and every upward import, and exits with 1 if there is one. Imports inside functions count, because
+a circle that is hidden there is still a circle. Imports for type checking alone do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("bridge", "gpt2_torch", "gpt2_jax")
+
+Graph = Mapping[str, frozenset[str]]
+"""Module -> the modules of these packages that it imports."""
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("bridge.errors",),
+    ("bridge.storage",),
+    ("bridge.config", "bridge.parameter_table", "bridge.finite"),
+    ("bridge.containers",),
+    ("bridge.conversion",),
+    ("bridge.optimizer_state",),
+    ("bridge.tokenizers",),
+    ("bridge.checkpoint",),
+    ("bridge.formats",),
+    ("bridge.hub",),
+    ("bridge.io",),
+    ("bridge.diagnostics", "bridge.evaluation", "bridge.generation"),
+    ("bridge",),
+    ("gpt2_torch.arrays",),
+    ("gpt2_torch.model",),
+    ("gpt2_torch.loss", "gpt2_torch.loading", "gpt2_torch.logits_processors"),
+    ("gpt2_torch.generation", "gpt2_torch.evaluation", "gpt2_torch.training"),
+    ("gpt2_torch",),
+    ("gpt2_jax.choices", "gpt2_jax.lazy_names"),
+    ("gpt2_jax.console",),
+    ("gpt2_jax.parallel",),
+    ("gpt2_jax.ops",),
+    ("gpt2_jax.model",),
+    ("gpt2_jax.loss", "gpt2_jax.loading", "gpt2_jax.logits_processors"),
+    ("gpt2_jax.generation", "gpt2_jax.evaluation", "gpt2_jax.hardware"),
+    ("gpt2_jax",),
+    ("gpt2_jax.data",),
+    ("gpt2_jax.training",),
+    ("gpt2_jax.parity", "gpt2_jax.plan", "gpt2_jax.bench"),
+    ("gpt2_jax.cli",),
+)
+"""From the lowest layer to the highest. A package stands for its modules; one that has layers of its own stands for its
+`__init__` alone. A module imports modules of its own layer and of lower ones."""
+
+MAY_IMPORT_TORCH_SIDE = ("gpt2_jax.parity", "gpt2_jax.bench", "gpt2_jax.cli")
+"""The parts of `gpt2_jax` that may import `gpt2_torch`."""
+
+
+def import_graph(root: Path = ROOT, packages: Sequence[str] = PACKAGES) -> Graph:
+    """Read the imports of every module below `root`."""
+    modules = {_name(path.relative_to(root)): path for package in packages for path in (root / package).rglob("*.py")}
+    return {name: frozenset(_imported(path, name, modules)) - {name} for name, path in sorted(modules.items())}
+
+
+def circles(graph: Graph) -> list[list[str]]:
+    """Return the groups of modules that import each other, directly or through others."""
+    reached = {name: _reachable(graph, name) for name in graph}
+    groups = {frozenset({other for other in reached[name] if name in reached[other]}) for name in graph}
+    return sorted(sorted(group) for group in groups if group)
+
+
+def upward_imports(graph: Graph, layers: Sequence[Sequence[str]] = LAYERS) -> list[str]:
+    """Return one line for each import of a module in a higher layer, and for each module without a layer."""
+    order = {name: level for level, names in enumerate(layers) for name in names}
+    problems = [f"{name} has no layer" for name in graph if _layer(name, order) is None]
+    for name, imported in graph.items():
+        for other in sorted(imported):
+            own, its = _layer(name, order), _layer(other, order)
+            if own is not None and its is not None and its > own:
+                problems.append(f"{name} imports {other}, which is above it")
+            if name.startswith("gpt2_jax") and other.partition(".")[0] == "gpt2_torch":
+                if not name.startswith(MAY_IMPORT_TORCH_SIDE):
+                    problems.append(f"{name} imports {other}; only {', '.join(MAY_IMPORT_TORCH_SIDE)} may")
+    return problems
+
+
+def _name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported(path: Path, name: str, modules: Mapping[str, Path]) -> Iterator[str]:
+    for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(node, name, path)
+            for alias in node.names:
+                found = f"{base}.{alias.name}"
+                yield from (module for module in ([found] if found in modules else [base]) if module in modules)
+
+
+def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield all nodes except those below `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _run_time_nodes(node)
+
+
+def _absolute(node: ast.ImportFrom, name: str, path: Path) -> str:
+    if not node.level:
+        return node.module or ""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    parts = package[: len(package) - node.level + 1]
+    return ".".join([*parts, *([node.module] if node.module else [])])
+
+
+def _reachable(graph: Graph, name: str) -> set[str]:
+    found: set[str] = set()
+    waiting = [*graph[name]]
+    while waiting:
+        if (other := waiting.pop()) not in found:
+            found.add(other)
+            waiting.extend(graph[other])
+    return found
+
+
+def _layer(name: str, order: Mapping[str, int]) -> int | None:
+    """The layer of the longest prefix; a top package stands for its `__init__` alone."""
+    parts = name.split(".")
+    if len(parts) == 1:
+        return order.get(name)
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
+    return next((order[prefix] for prefix in prefixes if prefix in order), None)
+
+
+if __name__ == "__main__":
+    graph = import_graph()
+    problems = [f"a circle: {', '.join(circle)}" for circle in circles(graph)] + upward_imports(graph)
+    print("\n".join(problems) or f"{len(graph)} modules: no circles, no upward imports")
+    sys.exit(bool(problems))
