@@ -17,7 +17,9 @@ import numpy as np
 from bridge.config import GPT2Config
 from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.parameter_table import Parameter, padded_vocab_size, parameters
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, aligned_empty
+from bridge.storage.dtypes import FLOAT_DTYPES
+from bridge.storage.tensors import LazyTensorMap, aligned_empty, same_bytes
+from bridge.storage.trees import flatten, insert
 
 FlaxTree = dict[str, Any]
 """Nested dictionaries with arrays as leaves: what Flax calls `params`."""
@@ -113,10 +115,10 @@ def to_flax(
         if stacked and parameter.layer is not None:
             path = (STACK, *parameter.flax_path[1:])
             if parameter.layer == 0:
-                _insert(tree, path, aligned_empty((config.n_layer, *array.shape), array.dtype))
+                insert(tree, path, aligned_empty((config.n_layer, *array.shape), array.dtype))
             _leaf(tree, path)[parameter.layer] = array
         else:
-            _insert(tree, parameter.flax_path, array)
+            insert(tree, parameter.flax_path, array)
     return tree
 
 
@@ -160,7 +162,7 @@ def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
     if unlike:
         raise ConversionError("layers that differ cannot be stacked:\n" + bullet_list(unlike))
     for path in layers[0]:
-        _insert(tree, (STACK, *path.split("/")), np.stack([layer[path] for layer in layers]))
+        insert(tree, (STACK, *path.split("/")), np.stack([layer[path] for layer in layers]))
     return tree
 
 
@@ -173,7 +175,7 @@ def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
         if not leaf.ndim:
             raise ConversionError(f"{STACK}/{path} has no layer axis")
         for i in range(leaf.shape[0]):
-            _insert(tree, (f"{STACK}_{i}", *path.split("/")), leaf[i])
+            insert(tree, (f"{STACK}_{i}", *path.split("/")), leaf[i])
     return tree
 
 
@@ -224,23 +226,6 @@ def _known_mistake(name: str, found: tuple[int, ...], expected: tuple[int, ...])
     return ""
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries -> `{"h_0/attn/c_attn/kernel": leaf, ...}`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}/"))
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _insert(tree: FlaxTree, path: tuple[str, ...], leaf: Any) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = leaf
-
-
 def _leaf(tree: FlaxTree, path: tuple[str, ...]) -> np.ndarray:
     node: Any = tree
     for name in path:
@@ -255,15 +240,6 @@ def _with_rows(array_VD: np.ndarray, rows: int) -> np.ndarray:
     padded[: len(array_VD)] = array_VD
     padded[len(array_VD) :] = 0
     return padded
-
-
-def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
-    """Bit for bit: NaN equals itself here, and 0.0 does not equal -0.0."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    bits, block = f"u{a.dtype.itemsize}", 4096  # by blocks: comparing at once would hold a third array
-    x, y = (np.ascontiguousarray(entry.read()).view(bits) for entry in (a, b))
-    return all(np.array_equal(x[i : i + block], y[i : i + block]) for i in range(0, len(x), block))
 
 
 def _stackable(a: Any, b: Any) -> bool:

@@ -20,9 +20,10 @@ from bridge.formats.recognition import Found, SeveralCheckpointsError, choose_ch
 from bridge.formats.run import is_run
 from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
+from bridge.storage.dtypes import FLOAT_DTYPES
 from bridge.storage.manifest import recorded
 from bridge.storage.stored_file import StoredFile
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 _SUFFIXES = frozenset(
     {

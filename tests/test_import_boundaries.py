@@ -225,5 +225,5 @@ def test_a_module_without_a_layer_and_an_import_of_the_other_backend_are_found(t
     )
     assert upward_imports(import_graph(root)) == [
         "bridge.novelty has no layer",
-        "gpt2_jax.data.text imports gpt2_torch.model; only gpt2_jax.parity, gpt2_jax.bench, gpt2_jax.cli may",
+        "gpt2_jax.data.documents imports gpt2_torch.model; only gpt2_jax.parity, gpt2_jax.bench, gpt2_jax.cli may",
     ]

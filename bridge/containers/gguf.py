@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import ml_dtypes
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.dtypes import SAFETENSORS_DTYPES
 from bridge.storage.regular_file import first_bytes
 from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensorMap
 
-DTYPES: Mapping[str, np.dtype] = {
-    name: np.dtype(t) for name, t in {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}.items()
-}
+DTYPES: Mapping[str, np.dtype] = {name: SAFETENSORS_DTYPES[name] for name in ("F32", "F16", "BF16")}
 """The element types that are read and written, by ggml's names."""
 
 # enum ggml_type, in order; "-" for removed types. Types that are not read are listed for messages.

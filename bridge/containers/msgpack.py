@@ -18,16 +18,12 @@ from typing import Any, BinaryIO, TypeAlias, TypeGuard
 
 import numpy as np
 
-from bridge.conversion import flatten
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.dtypes import DTYPES
 from bridge.storage.regular_file import first_bytes
 from bridge.storage.stored_file import StoredFile, write_array
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, aligned_empty
-
-_OTHERS = (np.int64, np.int32, np.int16, np.int8, np.uint64, np.uint32, np.uint16, np.uint8, np.bool_)
-# The formats decide which of them may be weights.
-DTYPES: Mapping[str, np.dtype] = {dtype.name: dtype for dtype in (*FLOAT_DTYPES, *map(np.dtype, _OTHERS))}
-"""The element types that are read and written, by Flax's names."""
+from bridge.storage.tensors import MOST_RANK, LazyTensor, LazyTensorMap, aligned_empty, are_sizes
+from bridge.storage.trees import flatten, insert
 
 MOST_CHUNK_BYTES = 2**30
 """Larger arrays are stored in flat chunks of this size, `flax.serialization.MAX_CHUNK_SIZE`."""
@@ -39,7 +35,6 @@ _CHUNKED = "__msgpack_chunked_array__"
 _MOST_VALUES = 2**15  # GPT-2 XL has 580 arrays, and fewer maps
 _MOST_DEPTH = 16
 _MOST_NAME_BYTES = 256
-_MOST_RANK = 16
 _BLOCK_BYTES = 4096
 
 _MAP, _LIST, _TEXT, _BYTES, _EXTENSION = "a map", "a list", "a string", "bytes", "an extension"
@@ -101,11 +96,7 @@ def write_file(path: str | Path, tensors: LazyTensorMap) -> None:
     for name, entry in tensors.entries.items():
         if entry.dtype not in DTYPES.values():
             raise CheckpointError(f"{quoted(name)}: Flax's msgpack files cannot hold {entry.dtype}")
-        *modules, leaf = name.split("/")
-        node = tree
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[leaf] = entry
+        insert(tree, name.split("/"), entry)
     if len(tensors) > _MOST_VALUES // 2:  # the other half is for maps
         raise CheckpointError(f"{len(tensors)} tensors exceed the limit for reading, {_MOST_VALUES // 2}")
     with open(path, "xb") as file:
@@ -217,8 +208,8 @@ class _Scanner:
         if parts != 3:
             raise self.refusal(f"an array of {parts} parts; Flax stores shape, dtype and bytes")
         rank = self.expect(_LIST, "its shape")
-        if rank > _MOST_RANK:
-            raise self.refusal(f"a shape with {rank} axes; the limit is {_MOST_RANK}")
+        if rank > MOST_RANK:
+            raise self.refusal(f"a shape with {rank} axes; the limit is {MOST_RANK}")
         shape = tuple(self.expect(_NUMBER, "a size in its shape") for _ in range(rank))
         name = self.text("its dtype")
         nbytes = self.expect(_BYTES, "its data")
@@ -235,10 +226,12 @@ class _Scanner:
         shape, chunks = _listed(node.get("shape")), _listed(node.get("chunks"))
         if node.keys() != {_CHUNKED, "shape", "chunks"} or node[_CHUNKED] is not True or not shape or not chunks:
             raise self.refusal("a chunked array must have exactly a shape and chunks, numbered from 0")
-        if not _are_sizes(shape) or not _are_chunks(chunks) or len({chunk.dtype for chunk in chunks}) > 1:
-            raise self.refusal("a chunked array must have a shape of whole numbers, and flat chunks of one dtype")
+        if not are_sizes(shape, list) or not _are_chunks(chunks) or len({chunk.dtype for chunk in chunks}) > 1:
+            raise self.refusal(
+                f"a chunked array must have a shape of at most {MOST_RANK} whole numbers, and flat chunks of one dtype"
+            )
         there = sum(chunk.shape[0] for chunk in chunks)
-        if len(shape) > _MOST_RANK or math.prod(shape) != there:
+        if math.prod(shape) != there:
             raise self.refusal(f"shape {quoted(shape)} does not fit the {there} elements of the chunks")
         return _concatenated(chunks, tuple(shape))
 
@@ -248,10 +241,6 @@ def _listed(node: _Node | None) -> list[_Node]:
     if not isinstance(node, dict) or node.keys() != {str(i) for i in range(len(node))}:
         return []
     return [node[str(i)] for i in range(len(node))]
-
-
-def _are_sizes(nodes: list[_Node]) -> TypeGuard[list[int]]:
-    return all(type(node) is int and node >= 0 for node in nodes)
 
 
 def _are_chunks(nodes: list[_Node]) -> TypeGuard[list[LazyTensor]]:

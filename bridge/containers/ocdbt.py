@@ -22,17 +22,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from bridge.containers.zstd_frame import largest_content
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.dtypes import DTYPES
 from bridge.storage.json_text import parse_object
 from bridge.storage.regular_file import read_small_file
 
 _DTYPES = {
-    **{name: np.dtype(name) for name in ("bool", "uint8", "int32", "uint32", "int64", "float16", "float32", "float64")},
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    name: DTYPES[name]
+    for name in ("bool", "uint8", "int32", "uint32", "int64", "float16", "float32", "float64", "bfloat16")
 }
 _MANIFEST, _MOST_MANIFEST_BYTES = "manifest.ocdbt", 2**20
 _MOST_TREE_BYTES, _MOST_NODES, _MOST_KEYS, _MOST_KEY_BYTES = 2**24, 1000, 200_000, 512

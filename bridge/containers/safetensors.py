@@ -18,42 +18,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.dtypes import SAFETENSORS_DTYPES
 from bridge.storage.json_text import parse_object
 from bridge.storage.regular_file import first_bytes
 from bridge.storage.stored_file import StoredFile, write_array
-from bridge.storage.tensors import LazyTensorMap
+from bridge.storage.tensors import MOST_RANK, LazyTensorMap, are_sizes
 
-# Every type of the format that numpy holds. The formats decide which of them may be weights: old checkpoints also have
-# mask buffers of uint8 or bool.
-DTYPES: Mapping[str, np.dtype] = {
-    name: np.dtype(t)
-    for name, t in {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "I64": np.int64,
-        "I32": np.int32,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U64": np.uint64,
-        "U32": np.uint32,
-        "U16": np.uint16,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }.items()
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 _FORMATS_MOST_HEADER_BYTES = 10**8
 # The header of GPT-2 XL has 60 kB. A malicious header takes 33 times its size when parsed, and refusing a file may cost
 # at most 64 MiB.
 _MOST_HEADER_BYTES = 2**20
-_MOST_RANK = 16  # Flax's deepest leaf has 5 axes; a header can claim 10,000
 
 
 def is_safetensors(path: Path) -> bool:
@@ -151,13 +130,13 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
 
     if not isinstance(described, dict) or set(described) != {"dtype", "shape", "data_offsets"}:
         raise refuse("must have exactly dtype, shape and data_offsets")
-    if not isinstance(described["dtype"], str) or described["dtype"] not in DTYPES:
-        raise refuse(f"dtype {quoted(described['dtype'])} is not one of {', '.join(DTYPES)}")
-    dtype = DTYPES[described["dtype"]]
+    if not isinstance(described["dtype"], str) or described["dtype"] not in SAFETENSORS_DTYPES:
+        raise refuse(f"dtype {quoted(described['dtype'])} is not one of {', '.join(SAFETENSORS_DTYPES)}")
+    dtype = SAFETENSORS_DTYPES[described["dtype"]]
     shape, offsets = described["shape"], described["data_offsets"]
-    if not _are_sizes(shape) or len(shape) > _MOST_RANK:
-        raise refuse(f"shape {quoted(shape)} is not a list of at most {_MOST_RANK} sizes")
-    if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
+    if not are_sizes(shape, list):
+        raise refuse(f"shape {quoted(shape)} is not a list of at most {MOST_RANK} sizes")
+    if not are_sizes(offsets, list) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
         raise refuse(f"data_offsets {quoted(offsets)} are not two positions in the file's {data_size} bytes of data")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
@@ -165,10 +144,6 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
             f"shape {shape} of {dtype} needs {quoted(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}"
         )
     return dtype, tuple(shape), offsets[0], offsets[1]
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
 def _require_no_holes(path: Path, spans: list[tuple[int, int, str]], data_size: int) -> None:

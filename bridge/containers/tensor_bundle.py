@@ -13,35 +13,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import google_crc32c
-import ml_dtypes
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.dtypes import TENSORFLOW_DTYPES
 from bridge.storage.stored_file import StoredFile
-from bridge.storage.tensors import LazyTensor, LazyTensorMap
+from bridge.storage.tensors import MOST_RANK, LazyTensor, LazyTensorMap
 
 MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 """The last bytes of the index."""
 
 _CHUNK = 2**20
 """Bytes whose checksum is computed at a time."""
-
-# DataType of tensorflow/core/framework/types.proto. The formats decide which of them may be weights.
-_DTYPES: Mapping[int, np.dtype] = {
-    number: np.dtype(kind)
-    for number, kind in {
-        1: np.float32,
-        2: np.float64,
-        3: np.int32,
-        4: np.uint8,
-        5: np.int16,
-        6: np.int8,
-        9: np.int64,
-        10: np.bool_,
-        14: ml_dtypes.bfloat16,
-        19: np.float16,
-    }.items()
-}
 
 _FOOTER = 48
 _TRAILER = 5  # bytes after a block: compression type and checksum
@@ -51,7 +34,6 @@ _MOST_INDEX_BYTES = 2**20
 _MOST_TENSORS = 4_000
 _MOST_NAME_BYTES = 1_024
 _MOST_SHARDS = 1_000
-_MOST_RANK = 16
 _VERSION = 1  # VersionDef in the header; there has only been this version
 
 _Fields = dict[int, list[int | bytes]]
@@ -122,11 +104,11 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
     kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
     if 7 in fields:
         raise table.damaged(f"{quoted(name)} is a partitioned variable; save it without partitions")
-    if kind not in _DTYPES:
+    if kind not in TENSORFLOW_DTYPES:
         raise table.damaged(f"{quoted(name)} has TensorFlow's data type {kind}; save only the variables of the model")
     if shard not in shards:
         raise table.damaged(f"states that {quoted(name)} is in data file {shard} of {len(shards)}")
-    dtype, shape = _DTYPES[kind], _shape(table, name, fields)
+    dtype, shape = TENSORFLOW_DTYPES[kind], _shape(table, name, fields)
     if math.prod(shape) * dtype.itemsize != size:
         raise table.damaged(f"{quoted(name)} of shape {quoted(shape)} and {dtype} has {size} bytes")
     stored = shards[shard].entry(dtype, shape, offset)
@@ -166,7 +148,7 @@ def _shape(table: _Table, name: str, fields: _Fields) -> tuple[int, ...]:
     """Return the shape in a TensorShapeProto."""
     shape = table.message(table.bytes_of(fields, 2))
     dims = [table.number(table.message(dim), 1) for dim in shape.get(2, ()) if isinstance(dim, bytes)]
-    if len(dims) > _MOST_RANK or 3 in shape or any(dim >= 2**63 for dim in dims):
+    if len(dims) > MOST_RANK or 3 in shape or any(dim >= 2**63 for dim in dims):
         raise table.damaged(f"{quoted(name)} has an invalid shape")
     return tuple(dims)
 

@@ -7,38 +7,24 @@ The functions that a pickle calls to describe tensors: torch/_utils.py, `_rebuil
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from bridge.containers import torch_pickle
 from bridge.containers.torch_pickle import Symbol
 from bridge.containers.zip_records import Archive
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.dtypes import TORCH_STORAGES
 from bridge.storage.regular_file import first_bytes
 from bridge.storage.stored_file import StoredFile
-from bridge.storage.tensors import LazyTensor
+from bridge.storage.tensors import LazyTensor, are_sizes
 
 MOST_TENSORS = 10_000  # GPT-2 XL with AdamW's state has 2,400
-_MOST_RANK = 16
 _MOST_SIZE = 2**48  # elements along an axis, and in all non-empty axes: the limit of what numpy can address
 
-_STORAGES: Mapping[str, type] = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
-}
 _WITHOUT_STORAGES = ("uint16", "uint32", "uint64")
 """Types without a storage class. torch writes an untyped storage, and the dtype in `_rebuild_tensor_v3`."""
 
@@ -131,7 +117,7 @@ class _Saved:
             ("torch._utils", "_rebuild_tensor_v3"): self._tensor_v3,
             ("torch._utils", "_rebuild_parameter"): self._parameter,
         }
-        types: dict[tuple[str, str], np.dtype] = {("torch", name): np.dtype(kind) for name, kind in _STORAGES.items()}
+        types: dict[tuple[str, str], np.dtype] = {("torch", name): dtype for name, dtype in TORCH_STORAGES.items()}
         types["torch.storage", "UntypedStorage"] = np.dtype(np.uint8)
         types.update({("torch", name): np.dtype(name) for name in _WITHOUT_STORAGES})
         return {
@@ -235,11 +221,7 @@ class _Saved:
 
 
 def _are_sizes(values: Any) -> bool:
-    return (
-        type(values) is tuple
-        and len(values) <= _MOST_RANK
-        and all(type(v) is int and 0 <= v < _MOST_SIZE for v in values)
-    )
+    return are_sizes(values, tuple, most=_MOST_SIZE - 1)
 
 
 def _is_nothing(*values: Any) -> bool:

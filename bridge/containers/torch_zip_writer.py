@@ -17,28 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import ml_dtypes
 import numpy as np
 
 from bridge.errors import CheckpointError, quoted
+from bridge.storage.dtypes import TORCH_STORAGES
 from bridge.storage.stored_file import write_array
 from bridge.storage.tensors import ALIGNMENT, LazyTensor
 
-STORAGES: Mapping[np.dtype, str] = {
-    np.dtype(t): name
-    for t, name in {
-        np.float64: "DoubleStorage",
-        np.float32: "FloatStorage",
-        np.float16: "HalfStorage",
-        ml_dtypes.bfloat16: "BFloat16Storage",
-        np.int64: "LongStorage",
-        np.int32: "IntStorage",
-        np.int16: "ShortStorage",
-        np.int8: "CharStorage",
-        np.uint8: "ByteStorage",
-        np.bool_: "BoolStorage",
-    }.items()
-}
+STORAGES: Mapping[np.dtype, str] = {dtype: name for name, dtype in TORCH_STORAGES.items()}
 """numpy dtype -> name of torch's storage class."""
 
 _ROOT = "archive"

@@ -34,7 +34,7 @@ from bridge.containers.gguf import (
     uint32,
     write_file,
 )
-from bridge.conversion import differences, same_bytes
+from bridge.conversion import differences
 from bridge.errors import (
     CheckpointError,
     ConfigError,
@@ -48,7 +48,7 @@ from bridge.formats.directory import files_by_content
 from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, parameters
-from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, same_bytes, transposed
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
 from bridge.tokenizers.gguf import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from bridge.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from bridge.formats.directory import files_by_content
 from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, num_parameters, padded_vocab_size, parameters
+from bridge.storage.dtypes import DTYPES
 from bridge.storage.regular_file import first_bytes
 from bridge.storage.stored_file import StoredFile, write_array
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
@@ -30,7 +30,7 @@ NAME = "llmc"
 SUFFIXES = (".bin",)
 
 MAGIC = 20240326
-VERSIONS: Mapping[int, np.dtype] = {3: np.dtype(np.float32), 5: np.dtype(ml_dtypes.bfloat16)}
+VERSIONS: Mapping[int, np.dtype] = {3: DTYPES["float32"], 5: DTYPES["bfloat16"]}
 OTHER_FILES: Mapping[int, str] = {
     20240327: "llm.c's debug state",
     20240328: "llm.c's tokenizer",

@@ -36,8 +36,9 @@ from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_implied, with_sidecar
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.parameter_table import parameters
+from bridge.storage.dtypes import FLOAT_DTYPES
 from bridge.storage.regular_file import first_bytes
-from bridge.storage.tensors import FLOAT_DTYPES, LazyTensor, LazyTensorMap, transposed
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 
 NAME = "nanogpt"
 SUFFIXES = (".pt", ".pth")

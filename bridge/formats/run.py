@@ -94,7 +94,7 @@ def verified(run: Path, step: int) -> dict[str, Any]:
     return about
 
 
-def sound(run: Path, candidates: Iterable[int], say: Callable[[str], object]) -> int | None:
+def first_valid(run: Path, candidates: Iterable[int], say: Callable[[str], object]) -> int | None:
     """Return the first of these checkpoints that is valid. `say` gets a message about each damaged one before it."""
     for step in candidates:
         try:
@@ -115,7 +115,7 @@ def best_valid_step(run: Path, say: Callable[[str], object]) -> int:
     """
     damaged: list[str] = []
     best = _best_first(run)
-    step = sound(run, [*(step for step in reversed(steps(run)) if step not in best), *best], damaged.append)
+    step = first_valid(run, [*(step for step in reversed(steps(run)) if step not in best), *best], damaged.append)
     if step is None and damaged:
         raise CheckpointError(f"the run {quoted(run)} has no valid checkpoint:\n{bullet_list(damaged)}")
     if step is None:

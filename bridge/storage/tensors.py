@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-import ml_dtypes
 import numpy as np
 
 from bridge.errors import ConversionError, quoted
 
-FLOAT_DTYPES = tuple(np.dtype(t) for t in (np.float32, np.float16, ml_dtypes.bfloat16, np.float64))
-"""The element types that are carried, each bit for bit."""
-
 ALIGNMENT = 64
 """Bytes. JAX on CPU adopts a numpy buffer aligned to this without copying it."""
+
+MOST_RANK = 16
+"""Limit on the axes of a stored tensor. The deepest parameter has 5; a malicious file may declare any number."""
 
 _COLUMNS = 128
 
@@ -123,3 +122,21 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     for start in range(0, array.shape[-1], _COLUMNS):
         copy[..., start : start + _COLUMNS] = array[..., start : start + _COLUMNS]
     return copy
+
+
+def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits. NaN equals itself; 0.0 does not equal -0.0."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    bits, block = f"u{a.dtype.itemsize}", 4096  # comparing all at once would allocate a third array
+    x, y = (np.ascontiguousarray(entry.read()).view(bits) for entry in (a, b))
+    return all(np.array_equal(x[i : i + block], y[i : i + block]) for i in range(0, len(x), block))
+
+
+def are_sizes(values: Any, sequence: type[list] | type[tuple], *, most: int = 2**63 - 1) -> TypeGuard[Sequence[int]]:
+    """Whether an untrusted value is a `sequence` of at most `MOST_RANK` whole numbers from 0 to `most`."""
+    return (
+        type(values) is sequence
+        and len(values) <= MOST_RANK
+        and all(type(value) is int and 0 <= value <= most for value in values)
+    )

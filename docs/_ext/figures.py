@@ -17,8 +17,8 @@ from sphinx.application import Sphinx
 
 import bridge
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.plan.compiled import described_step
-from gpt2_jax.plan.suggest import divides, needed_bytes, possible_meshes, spread_state
+from gpt2_jax.plan.compiled import describe_step
+from gpt2_jax.plan.suggest import can_shard, estimated_memory, possible_meshes, state_bytes_on
 from gpt2_jax.training import PRESETS
 
 TORCH, JAX, BRIDGE, FILES = "#fde0cf", "#d5e8f7", "#e3f1d8", "#eeeeee"
@@ -83,14 +83,14 @@ def memory_by_mesh(file: Path) -> None:
     """Draw what a training step of 774M parameters needs on each of eight devices, for every mesh."""
     config = replace(PRESETS["gpt2-large"], num_microbatches=10)
     one = replace(config, batch_size=1, num_microbatches=1)
-    state = described_step(one, make_mesh("data=1", jax.devices()[:1])).state
-    meshes = [mesh for mesh in possible_meshes(8) if divides(state, mesh)]
+    state = describe_step(one, make_mesh("data=1", jax.devices()[:1])).state
+    meshes = [mesh for mesh in possible_meshes(8) if can_shard(state, mesh)]
     names, parts = [], []
     for mesh in meshes:
-        spread = spread_state(config, state, mesh)
-        rest = needed_bytes(config, mesh, spread) - spread.total
+        sizes = state_bytes_on(config, state, mesh)
+        rest = estimated_memory(config, mesh, sizes) - sizes.total
         names.append(",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1))
-        parts.append((spread.parameters, spread.optimizer, rest))
+        parts.append((sizes.parameters, sizes.optimizer, rest))
     figure, axes = plt.subplots(figsize=(7, 3.2))
     left = [0.0] * len(names)
     labels = ("parameters", "optimizer state", "gradients, activations, logits")

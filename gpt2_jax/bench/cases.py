@@ -11,7 +11,8 @@ from bridge import BridgeError
 from gpt2_jax.bench.disk_tasks import write_checkpoint
 from gpt2_jax.bench.limits import min_bytes, min_flops
 from gpt2_jax.bench.peers import Task
-from gpt2_jax.training.config import PRESETS, TrainConfig, flat
+from gpt2_jax.training.config import TrainConfig, flat
+from gpt2_jax.training.presets import PRESETS
 
 PROMPT_LEN, NEW_TOKENS = 16, 64
 """Sizes of the decode task. Models with fewer positions use less."""

@@ -15,7 +15,7 @@ import gpt2_jax
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import make_optimizer, make_train_step
 from gpt2_jax.training.config import TrainConfig, from_flat
-from gpt2_jax.training.state import first_state, make_model
+from gpt2_jax.training.state import initial_state, make_model
 
 DECODE_VOCAB_MULTIPLE = 64
 """Decoding pads the vocabulary at least to a multiple of this, which is faster on CPU."""
@@ -42,7 +42,7 @@ def device_info() -> dict[str, Any]:
 def _train(job: dict[str, Any]) -> Action:
     config = from_flat(job["config"])
     model, tx = make_model(config), make_optimizer(config.optimizer, config.max_steps)
-    state = first_state(config, model, tx, None, make_mesh(devices=jax.devices()[:1]))
+    state = initial_state(config, model, tx, None, make_mesh(devices=jax.devices()[:1]))
     train_step = make_train_step(model, tx, seed=config.seed, max_grad_norm=config.optimizer.max_grad_norm)
     ids = job["ids"].astype(np.int32)
     batch = jax.device_put({"input_ids": ids[:, :-1], "labels": ids[:, 1:]})

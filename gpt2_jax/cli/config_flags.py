@@ -15,9 +15,10 @@ from tyro.conf import arg
 
 from bridge import BridgeError, GPT2Config
 from gpt2_jax.cli.parsing import REGISTRY
-from gpt2_jax.cli.verbs import did_you_mean
-from gpt2_jax.training.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig, flat
-from gpt2_jax.training.run.directory import is_run, stored_identity
+from gpt2_jax.console.suggestions import did_you_mean
+from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig, flat
+from gpt2_jax.training.presets import PRESETS
+from gpt2_jax.training.run.identity import has_run_json, stored_identity
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 
@@ -130,7 +131,7 @@ def default_config(verb: str, words: Sequence[str]) -> TrainConfig:
     first, _ = tyro.cli(
         _FirstPass, prog=f"gpt2 {verb}", args=words, add_help=False, return_unknown_args=True, registry=REGISTRY
     )
-    if first.resume and first.out is not None and is_run(first.out):
+    if first.resume and first.out is not None and has_run_json(first.out):
         return stored_identity(first.out).config
     name = first.preset or (DEFAULT_FINETUNING_PRESET if first.init_from else DEFAULT_PRESET)
     if name not in PRESETS:

@@ -18,7 +18,8 @@ from gpt2_jax.cli.generate import Backend, continued_text
 from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import console
-from gpt2_jax.training.config import PRESETS, TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
+from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
+from gpt2_jax.training.presets import PRESETS
 from gpt2_jax.training.run.directory import remove as remove_run
 from gpt2_jax.training.run.metrics import read_metrics
 
@@ -75,7 +76,7 @@ def demo(*, out: Path = Path("demo-output"), data: Play = PLAY, max_steps: int =
     if after["torch"] != after["jax"]:
         raise BridgeError(f"the export {quoted(outcome.export)} generates different text in PyTorch and JAX")
     say(_continuations(before, after))
-    passed = sum(check.holds for check in report.checks)
+    passed = sum(check.passed and not check.skipped for check in report.checks)
     say(_summary(f"{passed} of {len(report.checks)} checks of PyTorch against JAX passed", report_file, outcome, run))
     return code
 

@@ -25,9 +25,9 @@ from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, progress, require_torch
 from gpt2_jax.console.terminal import console
 from gpt2_jax.data import open_data
-from gpt2_jax.data.text import STDLIB, Documents, find_documents
-from gpt2_jax.data.tokenize import SIDECAR
-from gpt2_jax.data.tokens import is_token_source
+from gpt2_jax.data.documents import STDLIB, Documents, find_documents
+from gpt2_jax.data.token_cache import SIDECAR
+from gpt2_jax.data.token_stream import is_token_source
 
 if TYPE_CHECKING:
     import tiktoken

@@ -12,7 +12,7 @@ from gpt2_jax.cli.effect import flag
 from gpt2_jax.data.tokenizers import MADE_FROM_TEXT, make_tokenizer
 from gpt2_jax.training import TrainConfig
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM
-from gpt2_jax.training.run.directory import Identity
+from gpt2_jax.training.run.identity import Identity
 
 if TYPE_CHECKING:
     import tiktoken

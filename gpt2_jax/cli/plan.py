@@ -59,18 +59,19 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
             raise BridgeError("--plot draws weak scaling: give --scaling too")
         if plot_file is not None:
             require_plot_path(plot_file, overwrite=overwrite, json=json)
-        recipe = from_flat(values_of(config))
+        train_config = from_flat(values_of(config))
         import jax  # not at the top, because `gpt2 plan --help` must not wait for it
 
         from gpt2_jax.plan.plan import make_plan, weak_scaling
         from gpt2_jax.plan.plot import plot
-        from gpt2_jax.plan.report import scaling_to_json, show, show_scaling, to_json
+        from gpt2_jax.plan.report import show, show_scaling
+        from gpt2_jax.plan.report_json import scaling_to_json, to_json
 
         jax.config.update("jax_platforms", "cpu")  # libtpu only compiles; JAX must not look for a TPU
         chosen = _topology(topology, devices)
         with status_bar() as say:
-            points = weak_scaling(recipe, chosen, say) if scaling else []
-            made = None if scaling else make_plan(recipe, chosen, say)
+            points = weak_scaling(train_config, chosen, say) if scaling else []
+            made = None if scaling else make_plan(train_config, chosen, say)
         if made is not None:
             write_json(to_json(made))
             show(made, console())

@@ -18,9 +18,10 @@ from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
 from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, leave
 from gpt2_jax.training import NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
-from gpt2_jax.training.config import is_out_of_memory
+from gpt2_jax.training.errors import is_out_of_memory
 from gpt2_jax.training.preemption import PreemptionHandler
-from gpt2_jax.training.run.directory import is_run, stored_identity
+from gpt2_jax.training.run.directory import require_available
+from gpt2_jax.training.run.identity import has_run_json, stored_identity
 from gpt2_jax.training.run.metrics import require_packages
 
 DIVERGED = 1
@@ -80,10 +81,11 @@ def run_training(
     the run has other sizes.
     """
     screen = console() if is_first() else Console(quiet=True)
-    if is_first():  # before text is tokenised
+    if is_first():  # before text is tokenised, which may take long
         require_packages(config)
+        require_available(out, resume=resume)
     say = screen.print
-    resumes = broadcast_from_first(resume and is_run(out))
+    resumes = broadcast_from_first(resume and has_run_json(out))
     if resume and not resumes:
         say(f"no run at {out}; starting a new one", soft_wrap=True)
     # A resumed run has its tokenizer and its sizes in RUN, and no longer needs the initial checkpoint.
@@ -113,7 +115,7 @@ def run_training(
         resume=resume,
         accept_changes=accept_changes,
         console=screen,
-        stop=PreemptionHandler(second=signal.SIG_DFL),
+        preemption=PreemptionHandler(second=signal.SIG_DFL),
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
     say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)

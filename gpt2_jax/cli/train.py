@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes, arg
 
@@ -92,6 +92,7 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
         usual = {**flat(default), **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
         require_effect({**values, **asked}, usual, RULES)
         _require_cache(cache, (values["data"], values["validation_data"], values["init_from"]))
+        _require_effect_on_tokens(values, usual, cache)
         if own_process and not distributed:
             enable_compilation_cache()
         from gpt2_jax.cli.run_training import train_and_report  # not at the top, because it imports JAX
@@ -124,3 +125,20 @@ def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
         return
     if not cache.is_dir() or any(source and os.path.exists(source) and cache.samefile(source) for source in inputs):
         raise BridgeError(f"--cache {quoted(cache)} is a file, or an input of this command; give another directory")
+
+
+def _require_effect_on_tokens(values: Mapping[str, Any], defaults: Mapping[str, Any], cache: Path | None) -> None:
+    """Raise `BridgeError` for flags that have no effect on token files."""
+    from gpt2_jax.data.token_stream import has_validation_files, is_token_source  # not at the top: it imports jaxtyping
+
+    sources = [source for source in (values["data"], values["validation_data"]) if source is not None]
+    if not all(map(is_token_source, sources)):
+        return
+    problems = []
+    if cache is not None:
+        problems.append("--cache: has no effect, because token files are not tokenised; leave it out")
+    is_given = values["validation_fraction"] != defaults["validation_fraction"]
+    if is_given and has_validation_files(values["data"]):
+        problems.append("--validation-fraction: has no effect, because --data has validation files; leave it out")
+    if problems:
+        raise BridgeError("\n".join(problems))

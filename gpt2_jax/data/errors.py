@@ -1,4 +1,4 @@
-"""What is wrong with training data arrives as one kind of error."""
+"""The error of all data modules."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from bridge import BridgeError
 
 
 class DataError(BridgeError):
-    """A text or token source is missing, damaged, or too small for what is asked of it."""
+    """A text or token source is missing, damaged, or too small."""

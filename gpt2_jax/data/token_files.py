@@ -1,4 +1,4 @@
-"""Files of token ids: nanoGPT's `.bin`, llm.c's shards, NumPy's `.npy`: recognised, checked, read by position."""
+"""Files of token ids: nanoGPT's `.bin`, llm.c's shards, and NumPy's `.npy`."""
 
 from __future__ import annotations
 

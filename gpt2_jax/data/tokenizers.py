@@ -1,4 +1,4 @@
-"""What `--tokenizer` names: a tokenizer that exists, or one that is made from the text."""
+"""The tokenizer that `--tokenizer` names: an existing one, or one that is made from the text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from bridge.tokenizers.loading import (
 )
 from bridge.tokenizers.saving import save_tokenizer
 from gpt2_jax.console.cache import cache_directory
-from gpt2_jax.data.bpe import train_bpe
+from gpt2_jax.data.bpe_training import train_bpe
+from gpt2_jax.data.documents import Documents
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.text import Documents
-from gpt2_jax.data.tokenize import TaskProgress, cache_key
+from gpt2_jax.data.token_cache import TaskProgress, cache_key
 
 if TYPE_CHECKING:
     import tiktoken
@@ -39,34 +39,38 @@ def make_tokenizer(
     cache: str | Path | None = None,
     progress: TaskProgress | None = None,
 ) -> tiktoken.Encoding:
-    """The tokenizer that `spec` names.
+    """Return the tokenizer that `spec` names.
 
     Args:
-        spec: `gpt2`; `bytes`; `characters`, those of the documents; `bpe`, trained on the documents to
-            `vocab_size`; or a directory with a tokenizer, a checkpoint's or its own. What is made from
-            the documents is kept in the cache.
+        spec: `gpt2`; `bytes`; `characters`, one id per character of the documents; `bpe`, trained on the documents;
+            or the directory of a tokenizer or a checkpoint.
+        documents: the text that `characters` and `bpe` are made from. Their tokenizers are stored in the cache.
+        vocab_size: the vocabulary size that `bpe` is trained to.
+        cache: the cache directory; default `cache_directory()`.
 
-    Raises `DataError` where there is no text to make it from, `TokenizerError` where it is unusable.
+    Raises:
+        DataError: `spec` needs documents or a vocabulary size that is not given, or names no tokenizer.
+        TokenizerError: the tokenizer cannot be used.
     """
     if spec == "gpt2":
         return openai_tokenizer()
     if spec == "bytes":
         return byte_tokenizer()
     if spec not in MADE_FROM_TEXT:
-        return _saved(Path(spec))
+        return _loaded(Path(spec))
     if documents is None:
         raise DataError(
-            f"the tokenizer {quoted(spec)} is made from text, and the data is tokens already; name the one that made "
-            "them (gpt2, bytes, or a directory), or none"
+            f"the tokenizer {quoted(spec)} is made from text, but the data is token files; give the tokenizer that "
+            "made them (gpt2, bytes, or a directory), or none"
         )
     if spec == "bpe" and vocab_size is None:
         raise DataError("a BPE tokenizer is trained to a size; give vocab_size")
     made_by = f"bpe {vocab_size}" if spec == "bpe" else spec
     directory = cache_directory(cache) / f"tokenizer-{cache_key(documents, made_by)}"
-    encoding = _kept(directory)
+    encoding = _cached(directory)
     if encoding is None:
         encoding = _made(documents, vocab_size if spec == "bpe" else None, progress)
-        _keep(encoding, directory)
+        _store(encoding, directory)
     encoding.name = spec
     return encoding
 
@@ -89,15 +93,15 @@ def _texts(documents: Documents, progress: TaskProgress | None, doing: str) -> I
             progress(doing, done, documents.size)
 
 
-def _saved(path: Path) -> tiktoken.Encoding:
+def _loaded(path: Path) -> tiktoken.Encoding:
     if not path.is_dir():
         raise DataError(
-            f"the tokenizer {quoted(str(path))} is none of gpt2, bytes, characters, bpe, and no directory that has one"
+            f"the tokenizer {quoted(str(path))} must be gpt2, bytes, characters, bpe, or a directory that has one"
         )
     return bridge.load(path).tokenizer() if (path / "config.json").exists() else load_tokenizer(path, NO_LIMIT)
 
 
-def _kept(directory: Path) -> tiktoken.Encoding | None:
+def _cached(directory: Path) -> tiktoken.Encoding | None:
     try:
         manifest.verify(directory)
         return load_tokenizer(directory, NO_LIMIT)
@@ -105,12 +109,12 @@ def _kept(directory: Path) -> tiktoken.Encoding | None:
         return None
 
 
-def _keep(encoding: tiktoken.Encoding, directory: Path) -> None:
+def _store(encoding: tiktoken.Encoding, directory: Path) -> None:
     try:
         with new_directory(directory, replaceable={*TOKENIZER_FILES, manifest.MANIFEST}.__contains__) as beside:
             save_tokenizer(encoding, beside)
             manifest.seal(beside, {"tokenizer": encoding.name})
     except BridgeError:
-        # Another process may have made the same one meanwhile.
-        if _kept(directory) is None:
+        # Another process may have stored the same tokenizer in the meantime.
+        if _cached(directory) is None:
             raise

@@ -13,8 +13,8 @@ import gpt2_jax.parity.jax_side as jax_side
 import gpt2_jax.parity.tolerances as tolerances
 import gpt2_jax.parity.torch_side as torch_side
 import gpt2_jax.parity.transformers_side as transformers_side
-from bridge.conversion import mixed_dtypes, same_bytes
-from bridge.storage.tensors import LazyTensor
+from bridge.conversion import mixed_dtypes
+from bridge.storage.tensors import LazyTensor, same_bytes
 from gpt2_jax.parity.comparisons import (
     compare_activations,
     compare_errors,

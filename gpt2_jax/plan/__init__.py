@@ -1,1 +1,1 @@
-"""What a training step takes on devices that are not here: `gpt2 plan` and its arithmetic."""
+"""Estimates of a training step's memory, communication and time on devices that are not available: `gpt2 plan`."""

@@ -1,48 +1,36 @@
-"""What devices exchange in a compiled program: read from its text, each collective as often as it runs.
-
-The text is XLA's (openxla.org/xla/operation_semantics). A computation is a block of instructions; `while` runs its
-body over and over, and `fusion`, `call`, `conditional` and asynchronous starts have computations of their own.
-"""
+"""The collectives of a compiled program: what each device sends, and how often."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from gpt2_jax.plan.errors import PlanError
+from gpt2_jax.plan.hlo import Computation, Instruction, Program, array_bytes, arrays, parse, trip_count
+from gpt2_jax.plan.replica_groups import Groups, replica_groups, source_target_pairs
 
-# Kind -> bytes that a device sends, of a group of n, by the bytes that it puts in: what an algorithm in a ring moves
-# (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations").
-SENT: Mapping[str, Callable[[int, int], float]] = {
+SENT_BYTES: Mapping[str, Callable[[int, int], float]] = {
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
     "all-gather": lambda size, n: size * (n - 1),
     "reduce-scatter": lambda size, n: size * (n - 1) / n,
     "all-to-all": lambda size, n: size * (n - 1) / n,
     "collective-permute": lambda size, n: float(size),
 }
+"""Kind -> function from operand bytes and group size to the bytes that each device sends in a ring algorithm.
 
-_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<rest>.*)$")
-_COMMENT = re.compile(r"/\*.*?\*/")
-_OPERATION = re.compile(r"\s*(?P<operation>[a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"\b(?P<type>[a-z]+[a-z0-9]*)\[(?P<shape>[\d,<=]*)\]")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_SOURCE = re.compile(r'op_name="([^"]*)"')
-_INDEX = re.compile(r"\bindex=(\d+)")
+Source: Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms for clusters of workstations".
+"""
+
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
-_SCATTERING = "all-reduce-scatter"
-"""How the computations begin in which libtpu writes a reduce-scatter: an all-reduce, of which a slice is taken."""
-_CHAINED = re.compile(r'\bchain_id="')
-"""On a collective that runs beside several fusions, each of which has a copy of it."""
-_ACROSS = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-"""On a send by which libtpu has a collective made across slices, by the hosts."""
-_ACROSS_KINDS = {
+_REDUCE_SCATTER_PREFIX = "all-reduce-scatter"
+"""Prefix of the computations in which libtpu writes a reduce-scatter as an all-reduce and a slice of its result."""
+_CHAIN = re.compile(r'\bchain_id="')
+"""Marks a collective that overlaps several fusions. Each of the fusions contains a copy of it."""
+_CROSS_SLICE = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+"""Marks a send that starts a collective between slices, which the hosts carry out."""
+_CROSS_SLICE_KINDS = {
     "ALL_REDUCE": "all-reduce",
     "ALL_GATHER": "all-gather",
     "REDUCE_SCATTER": "reduce-scatter",
@@ -52,18 +40,17 @@ _ACROSS_KINDS = {
 
 @dataclass(frozen=True)
 class Collective:
-    """One instruction of the program."""
+    """One collective instruction of the program."""
 
     kind: str
     operands: tuple[str, ...]
-    """Dtype and shape of each array that a device puts in, as `bf16[12,768]`."""
-    groups: tuple[tuple[int, ...], ...]
-    """The devices that exchange with each other, by their place in the mesh; for a collective-permute, sender and
-    receiver."""
-    times: int
-    """How often it runs in a step."""
-    source: str = ""
-    """Where in the model it is from, by JAX's name."""
+    """Dtype and shape of each operand, such as `bf16[12,768]`."""
+    groups: Groups
+    """The devices that communicate with each other, or (sender, receiver) pairs for a collective-permute."""
+    count: int
+    """Executions per step."""
+    op_name: str = ""
+    """JAX's name for the operation, which includes the module."""
 
     @property
     def operand_bytes(self) -> int:
@@ -75,290 +62,115 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """By each device in a step."""
-        return self.times * SENT[self.kind](self.operand_bytes, self.group_size) if self.group_size > 1 else 0.0
+        """Bytes that each device sends per step."""
+        if self.group_size == 1:
+            return 0.0
+        return self.count * SENT_BYTES[self.kind](self.operand_bytes, self.group_size)
 
-    def crosses(self, places: Sequence[int]) -> bool:
-        """Whether any group has devices of several places, as slices are."""
-        return any(len({places[device] for device in group}) > 1 for group in self.groups)
+    def crosses(self, slice_ids: Sequence[int]) -> bool:
+        """Whether a group has devices in several slices. `slice_ids` has the slice of every device."""
+        return any(len({slice_ids[device] for device in group}) > 1 for group in self.groups)
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Collectives:
     """All collectives of a program."""
 
-    collectives: tuple[Collective, ...]
+    instructions: tuple[Collective, ...]
     uncounted_loops: tuple[str, ...] = ()
-    """Loops around collectives of which the text does not say how often they run; counted once."""
+    """Loops with collectives and an unknown number of iterations. They are counted once."""
 
 
-@dataclass(frozen=True)
-class _Instruction:
-    name: str
-    operation: str
-    shape: str
-    operands: tuple[str, ...]
-    arguments: str
-    attributes: str
-    is_root: bool
+def find_collectives(text: str, slice_ids: Sequence[int]) -> Collectives:
+    """Find the collectives in a compiled program's HLO text.
 
+    Args:
+        slice_ids: the slice of every device, in the order of the mesh.
 
-@dataclass
-class _Program:
-    entry: str = ""
-    computations: dict[str, dict[str, _Instruction]] = field(default_factory=dict)
-
-
-def exchange(text: str, slices: Sequence[int]) -> Exchange:
-    """What a program sends that runs on devices in these slices; raises `PlanError` for a text that cannot be read."""
-    program = _parsed(text)
+    Raises:
+        PlanError: the text is not a program.
+    """
+    program = parse(text)
     if not program.entry:
-        raise PlanError("the compiled program's text has no entry; this version of JAX writes it in another way")
-    reading = _Reading(program, tuple(slices))
-    reading.visit(program.entry, 1, set())
-    return Exchange(tuple(reading.found), tuple(dict.fromkeys(reading.uncounted)))
-
-
-def array_bytes(text: str) -> int:
-    """Of all arrays that a shape's text names; what is no array of numbers has none."""
-    return sum(
-        _ceil_bytes(match["type"], math.prod(int(size.lstrip("<=")) for size in match["shape"].split(",") if size))
-        for match in _ARRAY.finditer(text)
-    )
-
-
-def _ceil_bytes(kind: str, count: int) -> int:
-    bits = 8 if kind == "pred" else int(found[1]) if (found := re.match(r"[a-z]+(\d+)", kind)) else 0
-    return -(-bits * count // 8)
-
-
-def _parsed(text: str) -> _Program:
-    program, current = _Program(), None
-    for line in text.splitlines():
-        line = _COMMENT.sub("", line)
-        if current is None:
-            if (found := _COMPUTATION.match(line)) is not None:
-                current = program.computations.setdefault(found["name"], {})
-                program.entry = found["name"] if found["entry"] else program.entry
-        elif line.rstrip() == "}":  # and not `}}, metadata=...`, with which a kernel's own description ends
-            current = None
-        elif (found := _INSTRUCTION.match(line)) is not None:
-            if (instruction := _instruction(found)) is not None:
-                current[instruction.name] = instruction
-    return program
-
-
-def _instruction(line: re.Match[str]) -> _Instruction | None:
-    """Shape, operation, operands and attributes: `%name = SHAPE operation(OPERANDS), ATTRIBUTES`."""
-    rest = line["rest"]
-    end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
-    found = _OPERATION.match(rest, end)
-    if found is None:
-        return None
-    close = _closing(rest, found.end() - 1)
-    arguments = rest[found.end() : close - 1]
-    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return _Instruction(
-        line["name"], found["operation"], rest[:end], operands, arguments, rest[close:], bool(line["root"])
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """Just after the bracket that closes the one at `start`."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
-        if depth == 0:
-            return place + 1
-    return len(text)
+        raise PlanError("the compiled program's text has no entry computation; this version of JAX is not supported")
+    walk = _Walk(program, tuple(slice_ids))
+    walk.visit(program.entry, 1, set())
+    return Collectives(tuple(walk.found), tuple(dict.fromkeys(walk.uncounted_loops)))
 
 
 @dataclass
-class _Reading:
-    """A walk through the program as it runs."""
+class _Walk:
+    """Visits the computations of a program in execution order and collects collectives."""
 
-    program: _Program
-    slices: tuple[int, ...]
+    program: Program
+    slice_ids: tuple[int, ...]
     found: list[Collective] = field(default_factory=list)
-    uncounted: list[str] = field(default_factory=list)
+    uncounted_loops: list[str] = field(default_factory=list)
 
-    def visit(self, name: str, times: int, chained: set[str]) -> None:
-        """A computation that runs so often; `chained` are the channels of collectives that have been seen of those
-        that several fusions share."""
+    def visit(self, name: str, count: int, seen_channels: set[str]) -> None:
+        """Visit a computation that runs `count` times per step.
+
+        Args:
+            seen_channels: channels of the collectives already found that several fusions share.
+        """
         computation = self.program.computations.get(name, {})
         for instruction in computation.values():
             kind = instruction.operation.removesuffix("-start")
-            if kind in SENT or (kind == "send" and _ACROSS.search(instruction.attributes)):
-                if kind == "all-reduce" and name.startswith(_SCATTERING):
+            if kind in SENT_BYTES or (kind == "send" and _CROSS_SLICE.search(instruction.attributes)):
+                if kind == "all-reduce" and name.startswith(_REDUCE_SCATTER_PREFIX):
                     kind = "reduce-scatter"
-                if not _seen(instruction, chained):
-                    self.found.append(self._collective(kind, instruction, computation, times))
+                if not _is_repeated(instruction, seen_channels):
+                    self.found.append(self._collective(kind, instruction, computation, count))
             elif kind == "while":
-                self._loop(instruction, computation, times)
+                self._visit_loop(instruction, computation, count)
             elif kind == "conditional":
-                self._costliest(instruction, times)
+                self._visit_conditional(instruction, count)
             else:
-                for called in _called(instruction):
-                    self.visit(called, times, chained if kind == "fusion" else set())
+                for called in instruction.called_computations():
+                    self.visit(called, count, seen_channels if kind == "fusion" else set())
 
-    def _loop(self, loop: _Instruction, computation: Mapping[str, _Instruction], times: int) -> None:
-        trips, before = _trips(self.program, loop, computation), len(self.found)
-        for called in _called(loop):
-            self.visit(called, times * (1 if trips is None else trips), set())
+    def _visit_loop(self, loop: Instruction, computation: Computation, count: int) -> None:
+        trips, before = trip_count(self.program, loop, computation), len(self.found)
+        for called in loop.called_computations():
+            self.visit(called, count * (1 if trips is None else trips), set())
         if trips is None and len(self.found) > before:
-            self.uncounted.append(loop.name)
+            self.uncounted_loops.append(loop.name)
 
-    def _costliest(self, instruction: _Instruction, times: int) -> None:
-        """Of a conditional's branches, of which one runs, the one that sends the most."""
+    def _visit_conditional(self, instruction: Instruction, count: int) -> None:
+        """Count the branch that sends the most, because only one branch runs."""
         branches: list[list[Collective]] = [[]]
-        for called in _called(instruction):
-            branch = _Reading(self.program, self.slices, uncounted=self.uncounted)
-            branch.visit(called, times, set())
+        for called in instruction.called_computations():
+            branch = _Walk(self.program, self.slice_ids, uncounted_loops=self.uncounted_loops)
+            branch.visit(called, count, set())
             branches.append(branch.found)
-        self.found += max(branches, key=lambda branch: sum(one.sent_bytes for one in branch))
+        self.found += max(branches, key=lambda branch: sum(collective.sent_bytes for collective in branch))
 
-    def _collective(
-        self, kind: str, instruction: _Instruction, computation: Mapping[str, _Instruction], times: int
-    ) -> Collective:
+    def _collective(self, kind: str, instruction: Instruction, computation: Computation, count: int) -> Collective:
         shapes = [computation[name].shape for name in instruction.operands if name in computation]
-        arrays = [match for shape in shapes for match in _ARRAY.finditer(shape) if match["type"] != "token"]
-        source = _SOURCE.search(instruction.attributes)
-        if (across := _ACROSS.search(instruction.attributes)) is not None:
-            kind, groups = _ACROSS_KINDS.get(across[1], "collective-permute"), _across(self.slices)
+        op_name = _OP_NAME.search(instruction.attributes)
+        if (transfer := _CROSS_SLICE.search(instruction.attributes)) is not None:
+            kind, groups = _CROSS_SLICE_KINDS.get(transfer[1], "collective-permute"), _groups_across(self.slice_ids)
+        elif kind == "collective-permute":
+            groups = source_target_pairs(instruction.attributes)
         else:
-            groups = _groups(kind, instruction.attributes, len(self.slices))
-        operands = tuple(f"{match['type']}[{match['shape']}]" for match in arrays)
-        return Collective(kind, operands, groups, times, source[1] if source else "")
+            groups = replica_groups(instruction.attributes, len(self.slice_ids))
+        operands = tuple(array for shape in shapes for array in arrays(shape))
+        return Collective(kind, operands, groups, count, op_name[1] if op_name else "")
 
 
-def _seen(instruction: _Instruction, chained: set[str]) -> bool:
+def _is_repeated(instruction: Instruction, seen_channels: set[str]) -> bool:
+    """Whether another fusion has a copy of this collective that was already found."""
     channel = _CHANNEL.search(instruction.attributes)
-    if channel is None or _CHAINED.search(instruction.attributes) is None:
+    if channel is None or _CHAIN.search(instruction.attributes) is None:
         return False
-    known = channel[1] in chained
-    chained.add(channel[1])
-    return known
+    is_known = channel[1] in seen_channels
+    seen_channels.add(channel[1])
+    return is_known
 
 
-def _across(slices: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Devices at the same place of each slice."""
+def _groups_across(slice_ids: Sequence[int]) -> Groups:
+    """Groups of the devices with the same index within their slice."""
     members: dict[int, list[int]] = {}
-    for device, place in enumerate(slices):
-        members.setdefault(place, []).append(device)
+    for device, slice_id in enumerate(slice_ids):
+        members.setdefault(slice_id, []).append(device)
     return tuple(zip(*members.values(), strict=True))
-
-
-def _called(instruction: _Instruction) -> Iterator[str]:
-    yield from _CALLED.findall(instruction.attributes)
-    for names in _BRANCHES.findall(instruction.attributes):
-        yield from (name.strip().lstrip("%") for name in names.split(","))
-
-
-def _trips(program: _Program, loop: _Instruction, computation: Mapping[str, _Instruction]) -> int | None:
-    """How often a loop runs: as the compiler says, or by its condition, `counter < constant`, and by what the counter
-    begins with and is added to; rings around a matrix product count by two."""
-    if (known := _TRIPS.search(loop.attributes)) is not None:
-        return int(known[1])
-    names = (re.search(rf"\b{part}=%?([\w.\-]+)", loop.attributes) for part in ("condition", "body"))
-    condition, body = (program.computations.get(name[1], {}) if name else {} for name in names)
-    test = _root(condition)
-    if test is None or test.operation != "compare" or "direction=LT" not in test.attributes:
-        return None
-    counter, limit = (_resolved(condition, operand) for operand in test.operands)
-    end = _constant(limit)
-    if counter is None or (found := _INDEX.search(counter.attributes)) is None or end is None:
-        return None
-    place, last = int(found[1]), _root(body)
-    step = None if last is None else _step(body, _element(body, last.name, place))
-    begin = _constant(_element(computation, loop.operands[0], place))
-    if step is None or begin is None:
-        return None
-    return max(0, -(-(end - begin) // step))
-
-
-def _root(computation: Mapping[str, _Instruction]) -> _Instruction | None:
-    return next((instruction for instruction in computation.values() if instruction.is_root), None)
-
-
-def _step(body: Mapping[str, _Instruction], counter: _Instruction | None) -> int | None:
-    """What a loop adds to its counter."""
-    if counter is None or counter.operation != "add":
-        return None
-    added = [_constant(_resolved(body, operand)) for operand in counter.operands]
-    return next((number for number in added if number), None)
-
-
-def _element(computation: Mapping[str, _Instruction], name: str, place: int) -> _Instruction | None:
-    """What is at a place of a tuple."""
-    made = _resolved(computation, name)
-    if made is None or made.operation != "tuple" or place >= len(made.operands):
-        return None
-    return _resolved(computation, made.operands[place])
-
-
-def _resolved(computation: Mapping[str, _Instruction], name: str) -> _Instruction | None:
-    """The instruction that gave a value, past copies of it."""
-    found = computation.get(name)
-    while found is not None and found.operation in ("copy", "bitcast", "copy-done", "copy-start") and found.operands:
-        found = computation.get(found.operands[0])
-    return found
-
-
-def _constant(instruction: _Instruction | None) -> int | None:
-    if instruction is None or instruction.operation != "constant":
-        return None
-    return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
-
-
-def _groups(kind: str, attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The four ways in which XLA writes them."""
-    if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{([{}\d,\s]*)\}", attributes)
-        found = re.findall(r"\{(\d+),(\d+)\}", pairs[1]) if pairs else []
-        return tuple((int(source), int(target)) for source, target in found if source != target)
-    if (listed := re.search(r"replica_groups=\{(\{[\d,{}\s]*\})\}", attributes)) is not None:
-        groups = [tuple(int(i) for i in g.split(",") if i) for g in re.findall(r"\{([\d,]*)\}", listed[1])]
-        return tuple(groups)
-    if (iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)) is not None:
-        return _rows(_iota(iota[3]).reshape(int(iota[1]), int(iota[2])))
-    if (mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](.*?)\s*\{([^}]*)\}", attributes)) is not None:
-        return _groups_of_mesh(mesh[1], mesh[2], mesh[3])
-    return (tuple(range(devices)),)
-
-
-def _groups_of_mesh(axes: str, order: str, over: str) -> tuple[tuple[int, ...], ...]:
-    """`mesh['a'=4,'b'=2], device_ids=(...) {'a'}`: along these axes of a mesh; of an axis `'a':(2)4`, along the part
-    of size 4 that comes after the part of size 2."""
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
-    shape: list[int] = []
-    wanted: list[int] = []
-    parts = {name: (int(pre), int(size)) for name, pre, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", over)}
-    for name, size in sizes.items():
-        before, own = parts.get(name, (1, size))
-        split = (before, own, size // (before * own))
-        if re.search(rf"'{re.escape(name)}'", over):
-            wanted.append(len(shape) + 1)
-        shape += split
-    ids = np.arange(math.prod(sizes.values()))
-    if (iota := re.search(r"device_ids=\((\[[\d,]+\](?:<=\[[\d,]+\])?(?:T\([\d,]+\))?)\)", order)) is not None:
-        ids = _iota(iota[1].split("<=")[-1])
-    elif (listed := re.search(r"device_ids=\(([\d,\s]+)\)", order)) is not None:
-        ids = np.array([int(i) for i in listed[1].split(",")])
-    rest = [axis for axis in range(len(shape)) if axis not in wanted]
-    grid = ids.reshape(shape).transpose(*rest, *wanted)
-    return _rows(grid.reshape(-1, math.prod(shape[axis] for axis in wanted)))
-
-
-def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0, 1, 2 ... in this shape, its axes in this order."""
-    shape, _, order = text.partition("T")
-    grid = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-    return (grid.transpose(_numbers(order)) if order else grid).reshape(-1)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
-def _rows(grid: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(int(i) for i in row) for row in grid)

@@ -1,4 +1,4 @@
-"""The training step of `gpt2 train`, compiled for a mesh of devices that need not be here."""
+"""Compile the training step of `gpt2 train` for a mesh of devices that need not be available."""
 
 from __future__ import annotations
 
@@ -17,63 +17,67 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import fastest
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.training import TrainConfig, TrainState, make_optimizer, make_train_step
-from gpt2_jax.training.batches import Rows, rows_of_step
-from gpt2_jax.training.state import described_state, make_model
+from gpt2_jax.training.batch_placement import Rows, batch_rows
+from gpt2_jax.training.state import abstract_state, make_model
 
-_REFUSED = (
-    re.compile(r"\((?P<needed>[\d.]+)(?P<n>[KMGT])\) exceeds available HBM \((?P<had>[\d.]+)(?P<h>[KMGT])\)"),
-    re.compile(r"Used (?P<needed>[\d.]+)(?P<n>[KMGT]) of (?P<had>[\d.]+)(?P<h>[KMGT]) hbm"),
+_OUT_OF_MEMORY = (
+    re.compile(r"\((?P<required>[\d.]+)(?P<r>[KMGT])\) exceeds available HBM \((?P<limit>[\d.]+)(?P<l>[KMGT])\)"),
+    re.compile(r"Used (?P<required>[\d.]+)(?P<r>[KMGT]) of (?P<limit>[\d.]+)(?P<l>[KMGT]) hbm"),
 )
-"""How libtpu says that a program is too large: before it is scheduled, and after."""
+"""libtpu's messages for a program that is too large, before and after scheduling."""
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
-class Step:
-    """A step before it is compiled."""
+class AbstractStep:
+    """A training step before compilation: its configuration, and the shapes of its arguments."""
 
     config: TrainConfig
-    """With the attention that it runs."""
+    """With the attention implementation that the step runs, instead of "auto"."""
     mesh: Mesh
     state: TrainState
-    """Shape, dtype and place of each array."""
+    """Shape, dtype and sharding of each array."""
     batch: dict[str, jax.ShapeDtypeStruct]
     model: GPT2
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the compiler says of a program; bytes are a device's. Without a text it was refused, for it needs `needed`
-    bytes and has `had`."""
+    """What the compiler reports for one device. If the program does not fit into memory, `text` is None."""
 
-    seconds: float
-    """That compiling took."""
+    compile_seconds: float
     text: str | None = None
-    arguments: int = 0
-    outputs: int = 0
-    aliased: int = 0
-    """Of the outputs, those that lie where an argument lay: the state is donated."""
-    temporaries: int = 0
-    peak: int | None = None
-    """The compiler's own figure; None where it gives none, as for CPU."""
-    needed: int | None = None
-    had: int | None = None
+    """The compiled program as HLO text."""
+    argument_bytes: int = 0
+    output_bytes: int = 0
+    alias_bytes: int = 0
+    """Size of the outputs that reuse the memory of an argument, because the state is donated."""
+    temp_bytes: int = 0
+    peak_bytes: int | None = None
+    """The compiler's figure for the peak; None if it reports none, as on CPU."""
+    required_bytes: int | None = None
+    """If the program does not fit: the memory that it needs, ..."""
+    limit_bytes: int | None = None
+    """... and the memory that is available."""
 
 
-def described_step(config: TrainConfig, mesh: Mesh) -> Step:
-    """What the step takes and where that lies; raises `MeshError` or `TrainingError` where the mesh does not divide
-    it."""
-    rows = rows_of_step(config, mesh)
-    # Of what a device runs: made with "auto", because a kernel for TPU is none that this process could name.
+def describe_step(config: TrainConfig, mesh: Mesh) -> AbstractStep:
+    """Return the shapes and shardings of the step's arguments.
+
+    Raises:
+        MeshError, TrainingError: the mesh does not divide the model or the batch.
+    """
+    rows = batch_rows(config, mesh)
+    # Initialise with "auto", because this process's devices may not support the attention of the mesh's devices.
     model = make_model(replace(config, attention="auto"))
-    state = described_state(config, model, make_optimizer(config.optimizer, config.max_steps), mesh)
+    state = abstract_state(config, model, make_optimizer(config.optimizer, config.max_steps), mesh)
     config = replace(config, attention=_attention(config, mesh))
-    return Step(config, mesh, state, _batch(config, rows), model.clone(attention=config.attention))
+    return AbstractStep(config, mesh, state, _batch(config, rows), model.clone(attention=config.attention))
 
 
-def compile_step(step: Step) -> Program:
-    """Compile it as `gpt2 train` does."""
+def compile_step(step: AbstractStep) -> Program:
+    """Compile the step as `gpt2 train` does."""
     config, tx = step.config, make_optimizer(step.config.optimizer, step.config.max_steps)
     train_step: Any = make_train_step(
         step.model,
@@ -88,36 +92,36 @@ def compile_step(step: Step) -> Program:
         with jax.set_mesh(step.mesh):
             compiled = train_step.lower(step.state, step.batch).compile()
     except JaxRuntimeError as error:
-        needed, had = refusal(str(error))
-        return Program(time.perf_counter() - began, needed=needed, had=had)
+        required, limit = parse_out_of_memory(str(error))
+        return Program(time.perf_counter() - began, required_bytes=required, limit_bytes=limit)
     memory = compiled.memory_analysis()
     on_tpu = step.mesh.devices.flat[0].platform == "tpu"
     return Program(
-        time.perf_counter() - began,
-        compiled.as_text(),
-        memory.argument_size_in_bytes,
-        memory.output_size_in_bytes,
-        memory.alias_size_in_bytes,
-        memory.temp_size_in_bytes,
-        memory.peak_memory_in_bytes if on_tpu else None,
+        compile_seconds=time.perf_counter() - began,
+        text=compiled.as_text(),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes if on_tpu else None,
     )
 
 
-def refusal(message: str) -> tuple[int, int]:
-    """Bytes that a program needs and has, by the compiler's message; raises `PlanError` for any other."""
-    for pattern in _REFUSED:
+def parse_out_of_memory(message: str) -> tuple[int, int]:
+    """Return the required and the available bytes in the compiler's message. Raises `PlanError` for other messages."""
+    for pattern in _OUT_OF_MEMORY:
         if (found := pattern.search(message)) is not None:
-            needed, had = float(found["needed"]) * _UNITS[found["n"]], float(found["had"]) * _UNITS[found["h"]]
-            return int(needed), int(had)
-    raise PlanError(f"the compiler does not take this step: {message.splitlines()[0]}")
+            required, limit = float(found["required"]) * _UNITS[found["r"]], float(found["limit"]) * _UNITS[found["l"]]
+            return int(required), int(limit)
+    raise PlanError(f"the compiler rejects this step: {message.splitlines()[0]}")
 
 
 def _attention(config: TrainConfig, mesh: Mesh) -> Implementation:
-    """As "auto" takes it on the mesh's devices, which may be others than this process's."""
+    """The implementation that "auto" selects on the mesh's devices, which may differ from this process's devices."""
     platform = mesh.devices.flat[0].platform
     if config.attention != "auto":
         if {"cudnn": "gpu", "splash": "tpu"}.get(config.attention, platform) != platform:
-            raise PlanError(f"attention={config.attention}: not on {platform}; choose auto, xla or blockwise")
+            raise PlanError(f"attention={config.attention}: not available on {platform}; use auto, xla or blockwise")
         return config.attention
     if config.model.attn_pdrop > 0 or config.examples == "documents":
         return "xla"

@@ -1,4 +1,4 @@
-"""What goes wrong in planning."""
+"""Errors of `gpt2 plan`."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from bridge import BridgeError
 
 
 class PlanError(BridgeError):
-    """A step cannot be planned as asked; the message says what to change."""
+    """A step cannot be planned. The message says what to change."""

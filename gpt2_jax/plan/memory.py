@@ -1,4 +1,4 @@
-"""A device's memory: what lies there by the table of shardings, to the byte, and what the compiler adds."""
+"""Memory of a device during a training step: exact sizes of the state, and estimates of activations."""
 
 from __future__ import annotations
 
@@ -10,82 +10,81 @@ from typing import Any
 import jax
 
 import bridge
-from gpt2_jax.plan.compiled import Program, Step
+from gpt2_jax.plan.compiled import AbstractStep, Program
 from gpt2_jax.training import TrainConfig
 
-FLOAT32 = 4
-WIDTH = {"float32": 4, "bfloat16": 2}
+FLOAT32_BYTES = 4
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
-class State:
+class StateBytes:
     """Bytes on each device between steps."""
 
     parameters: int
     optimizer: int
-    mean: int
-    """The running mean of the parameters, where one is kept."""
+    ema: int
+    """The exponential moving average of the parameters; 0 if there is none."""
     batch: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.mean + self.batch
+        return self.parameters + self.optimizer + self.ema + self.batch
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes on the fullest device while a step runs, and what there is."""
+    """Peak memory of a step, in bytes, on the device that uses the most."""
 
     needed: int
     available: int | None
-    """None where no chip is named."""
+    """None for CPU devices."""
 
     @property
     def missing(self) -> int:
-        """More than 0 where it does not fit."""
+        """Bytes by which the step exceeds the memory; 0 if it fits."""
         return 0 if self.available is None else max(0, self.needed - self.available)
 
 
-def state_bytes(step: Step) -> State:
-    """Of the step's arrays, in the parts that the mesh makes of them."""
-    return State(
-        device_bytes(step.state.params),
-        device_bytes(step.state.opt_state),
-        device_bytes(step.state.ema_params),
-        device_bytes(step.batch),
+def state_bytes(step: AbstractStep) -> StateBytes:
+    """Sizes of the step's arguments on one device."""
+    return StateBytes(
+        parameters=device_bytes(step.state.params),
+        optimizer=device_bytes(step.state.opt_state),
+        ema=device_bytes(step.state.ema_params),
+        batch=device_bytes(step.batch),
     )
 
 
 def device_bytes(tree: Any) -> int:
-    """Of one device's part of described arrays."""
+    """Size of one device's shards of a tree of `jax.ShapeDtypeStruct`."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def peak(program: Program, available: int | None) -> Peak:
-    """The compiler's own figure where it gives one; else what goes in, what comes out beside it, and temporaries, as
-    if all were there at once."""
-    if program.needed is not None:
-        return Peak(program.needed, program.had)
-    return Peak(program.peak or sum_of_parts(program), available)
+def peak_memory(program: Program, available: int | None) -> Peak:
+    """The compiler's figure for the peak if it reports one, otherwise an upper bound."""
+    if program.required_bytes is not None:
+        return Peak(program.required_bytes, program.limit_bytes)
+    return Peak(program.peak_bytes or peak_upper_bound(program), available)
 
 
-def sum_of_parts(program: Program) -> int:
-    """No less than the peak: temporaries that are not there at the same time are counted for both."""
-    return program.arguments + program.outputs - program.aliased + program.temporaries
+def peak_upper_bound(program: Program) -> int:
+    """Bytes of arguments, outputs and temporaries, as if all were alive at once."""
+    return program.argument_bytes + program.output_bytes - program.alias_bytes + program.temp_bytes
 
 
-def kept_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
-    """Of activations that a device keeps for the backward pass, by arithmetic: a part's rows, every layer.
+def saved_activation_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
+    """Estimated bytes of activations that a device saves for the backward pass of one microbatch.
 
-    What of a layer is kept: its input (`full`); besides, the results of its products and of attention (`dots`); and
-    besides, what norms and activations take (`none`).
+    For each layer, remat `full` saves its input. `dots` also saves the results of matrix products and of attention.
+    `none` also saves the inputs of norms and activation functions.
     """
     c = config.model
     D, split = c.n_embd, mesh["tensor"]
     inputs, projected, attended = D, 2 * D, D / split
-    inner = (3 * D + c.feed_forward_size) / split  # query, key and value, and the feed-forward's
-    row_sums = FLOAT32 * c.n_head / split  # of attention
-    width = WIDTH[config.dtype]
+    inner = (3 * D + c.feed_forward_size) / split  # query, key and value, and the hidden layer of the feed-forward
+    row_sums = FLOAT32_BYTES * c.n_head / split  # of attention
+    width = DTYPE_BYTES[config.dtype]
     per_token = {
         "full": width * inputs,
         "dots": width * (inputs + projected + attended + inner) + row_sums,
@@ -96,7 +95,7 @@ def kept_bytes(config: TrainConfig, mesh: Mapping[str, int]) -> int:
 
 
 def layer_parameters(config: TrainConfig) -> int:
-    """Of all layers: what is neither an embedding nor the last norm."""
+    """Number of parameters of all layers, without embeddings, output projection and final norm."""
     c = config.model
     embeddings = (1 if c.tie_word_embeddings else 2) * c.vocab_size + c.n_positions
     return bridge.num_parameters(c) - embeddings * c.n_embd - c.n_embd * (2 if c.bias else 1)

@@ -1,18 +1,19 @@
-"""Weak scaling on paper: seconds of a step, bytes of a link, and MFU, over the number of chips."""
+"""Plot weak scaling: seconds per step, bytes per link, and MFU over the number of chips."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bridge import BridgeError
 from gpt2_jax.console.report_files import save_plot
-from gpt2_jax.plan.plan import Plan, Point
-from gpt2_jax.plan.roofline import ASSUMPTIONS, Roofline
+from gpt2_jax.plan.plan import Plan, ScalingPoint
+from gpt2_jax.plan.roofline import ASSUMPTIONS
 
 
-def plot(points: Sequence[Point], file: Path, *, overwrite: bool = False) -> None:
+def plot(points: Sequence[ScalingPoint], file: Path, *, overwrite: bool = False) -> None:
     """Write the plot with its assumptions below it. Raises `BridgeError` if the file cannot be written."""
     from matplotlib.figure import Figure
 
@@ -22,30 +23,22 @@ def plot(points: Sequence[Point], file: Path, *, overwrite: bool = False) -> Non
     figure = Figure(figsize=(11, 4.8))
     axes = figure.subplots(1, 3)
     figure.suptitle(_title(shown[-1][0]), fontsize=10)
-    chips = [plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"] for plan, _ in shown]
+    chips = [plan.num_devices for plan, _ in shown]
     lines = [line for _, line in shown]
-    _panel(axes[0], chips, "seconds of a step", {name: [time(line) for line in lines] for name, time in TIMES.items()})
-    _panel(axes[1], chips, "MB of a link, each way", {"": [line.link_bytes / 1e6 for line in lines]})
-    _panel(
-        axes[2],
-        chips,
-        "MFU, % of the peak",
-        {name: [100 * line.mfu(time(line)) for line in lines] for name, time in TIMES.items()},
-    )
+    times = {
+        "communication overlapped": [line.overlapped_seconds for line in lines],
+        "communication serial": [line.serial_seconds for line in lines],
+    }
+    mfu = {
+        name: [100 * line.mfu(seconds) for line, seconds in zip(lines, curve, strict=True)]
+        for name, curve in times.items()
+    }
+    _panel(axes[0], chips, "seconds per step", times)
+    _panel(axes[1], chips, "MB per link and direction", {"": [line.link_bytes / 1e6 for line in lines]})
+    _panel(axes[2], chips, "MFU, % of peak", mfu)
     figure.subplots_adjust(left=0.06, right=0.98, top=0.88, bottom=0.4, wspace=0.25)
-    figure.text(0.02, 0.01, _wrapped(), fontsize=6.5, va="bottom")
+    figure.text(0.02, 0.01, _assumptions(), fontsize=6.5, va="bottom")
     save_plot(figure, file, overwrite=overwrite)
-
-
-def _overlapped(line: Roofline) -> float:
-    return line.overlapped
-
-
-def _in_turn(line: Roofline) -> float:
-    return line.in_turn
-
-
-TIMES = {"communication overlapped": _overlapped, "communication in turn": _in_turn}
 
 
 def _panel(ax: Any, chips: Sequence[int], title: str, curves: dict[str, list[float]]) -> None:
@@ -63,13 +56,10 @@ def _panel(ax: Any, chips: Sequence[int], title: str, curves: dict[str, list[flo
 
 def _title(plan: Plan) -> str:
     c, chip = plan.config, plan.topology.chip
-    devices = plan.mesh["data"] * plan.mesh["fsdp"] * plan.mesh["tensor"]
-    rows, name = c.batch_size / devices, "" if chip is None else chip.name
-    batch = f"{rows:g} x {c.seq_len} tokens a chip and step in {c.num_microbatches} microbatches"
+    rows, name = c.batch_size / plan.num_devices, "" if chip is None else chip.name
+    batch = f"{rows:g} x {c.seq_len} tokens per chip and step in {c.num_microbatches} microbatches"
     return f"{c.preset} on {name}: {batch}, estimated"
 
 
-def _wrapped() -> str:
-    import textwrap
-
+def _assumptions() -> str:
     return "\n".join(textwrap.fill(f"- {line}", 210, subsequent_indent="  ") for line in ASSUMPTIONS)

@@ -1,96 +1,108 @@
-"""How long a step takes at the least, by what the chip can do: an estimate, whose assumptions are spelled out."""
+"""Lower bound of a step's time from the chip's rates, with its assumptions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gpt2_jax.hardware import TpuChip, flops_per_token
-from gpt2_jax.plan.collectives import Exchange
-from gpt2_jax.plan.memory import WIDTH, State, kept_bytes, layer_parameters
+from gpt2_jax.plan.collectives import Collectives
+from gpt2_jax.plan.memory import DTYPE_BYTES, StateBytes, layer_parameters, saved_activation_bytes
 from gpt2_jax.training import TrainConfig
 
 RING_LINKS = 2
-"""Links of a chip that a collective uses: a ring has two neighbours, and data goes both ways round."""
+"""Links of a chip that a collective uses. In a ring, data travels in both directions, to two neighbours."""
 
 ASSUMPTIONS = (
-    "matrix products run at the data sheet's peak, and nothing waits for anything else: no step is faster",
-    "FLOPs are 6 N + 12 L D T a token, N without the position embedding; causality is not subtracted (PaLM, appendix "
-    "B), although the splash kernel leaves out half of the scores; MFU is relative to these, remat's not among them",
-    "HBM: each part reads the layers' weights twice and writes and reads kept activations once, adds to float32 "
-    "gradients, and the optimizer reads and writes its state once; what stays on the chip is not counted",
-    f"collectives run in rings at the full rate of {RING_LINKS} links a chip, one in each direction, without delay; "
-    "an axis that spans no full ring of a torus gets less",
-    "what crosses slices runs at the hosts' share of the network for each chip",
-    "overlapped: all communication hides behind the arithmetic, or it behind that; in turn: none does",
-    "the loss has 256 MiB of logits at a time, as on a chip of 16 GiB; a larger one would take 1/64 of its memory",
-    "reading data, evaluation, checkpoints and the start of a program take no time",
+    "matrix products run at the data sheet's peak, and nothing waits, so no step is faster",
+    "FLOPs are 6 N + 12 L D T per token, N without the position embedding; causality is not subtracted (PaLM, appendix "
+    "B), although the splash kernel skips half of the scores; MFU refers to these FLOPs, without those of remat",
+    "HBM: each microbatch reads the layers' weights twice, writes and reads saved activations once, and adds to "
+    "float32 gradients; the optimizer reads and writes its state once; data that stays on the chip is not counted",
+    f"collectives run in rings at the full rate of {RING_LINKS} links per chip, one in each direction, without "
+    "latency; an axis that does not span a full ring of a torus is slower",
+    "communication between slices runs at each chip's share of the hosts' network",
+    "overlapped: communication and computation fully overlap; serial: they do not overlap at all",
+    "the loss computes 256 MiB of logits at a time, as on a chip of 16 GiB; larger chips use 1/64 of their memory",
+    "reading data, evaluation, checkpoints and start-up take no time",
 )
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step, FLOPs and bytes of a device."""
+    """FLOPs, bytes and seconds of one device and step."""
 
     flops: float
-    """Of the model, as MFU counts them."""
-    recomputed: float
-    """That remat makes again."""
+    """FLOPs of the model, which MFU counts."""
+    recomputed_flops: float
+    """FLOPs that remat repeats."""
     hbm_bytes: float
     link_bytes: float
-    """That each of the ring's links carries in its direction."""
+    """Bytes on each link of the ring, in one direction."""
     network_bytes: float
-    """That cross slices."""
-    compute: float
-    hbm: float
-    communication: float
-    peak: float
-    """FLOP/s of the chip."""
+    """Bytes between slices."""
+    compute_seconds: float
+    hbm_seconds: float
+    communication_seconds: float
+    peak_flops: float
+    """The chip's peak, in FLOP/s."""
 
     @property
-    def overlapped(self) -> float:
-        return max(self.compute, self.hbm, self.communication)
+    def overlapped_seconds(self) -> float:
+        return max(self.compute_seconds, self.hbm_seconds, self.communication_seconds)
 
     @property
-    def in_turn(self) -> float:
-        return max(self.compute, self.hbm) + self.communication
+    def serial_seconds(self) -> float:
+        return max(self.compute_seconds, self.hbm_seconds) + self.communication_seconds
 
     def mfu(self, seconds: float) -> float:
-        return self.flops / self.peak / seconds
+        """Model FLOPs utilization of a step that takes this long."""
+        return self.flops / self.peak_flops / seconds
+
+
+def program_roofline(
+    config: TrainConfig,
+    mesh: Mapping[str, int],
+    state: StateBytes,
+    collectives: Collectives,
+    slice_ids: Sequence[int],
+    chip: TpuChip,
+) -> Roofline:
+    """The roofline of a compiled step. `slice_ids` has the slice of every device, in the order of the mesh."""
+    network = sum(c.sent_bytes for c in collectives.instructions if c.crosses(slice_ids))
+    links = (sum(c.sent_bytes for c in collectives.instructions) - network) / RING_LINKS
+    return roofline(config, mesh, state, links, network, chip)
 
 
 def roofline(
-    config: TrainConfig, mesh: dict[str, int], state: State, found: Exchange, slices: Sequence[int], chip: TpuChip
+    config: TrainConfig,
+    mesh: Mapping[str, int],
+    state: StateBytes,
+    link_bytes: float,
+    network_bytes: float,
+    chip: TpuChip,
 ) -> Roofline:
-    """Of a step on a mesh of devices that lie in these slices."""
-    across = [one for one in found.collectives if one.crosses(slices)]
-    network = sum(one.sent_bytes for one in across)
-    links = (sum(one.sent_bytes for one in found.collectives) - network) / RING_LINKS
-    return estimate(config, mesh, state, links, network, chip)
-
-
-def estimate(
-    config: TrainConfig, mesh: dict[str, int], state: State, link_bytes: float, network_bytes: float, chip: TpuChip
-) -> Roofline:
-    flops, again = step_flops(config, mesh)
-    moved = hbm_bytes(config, mesh, state)
+    """The roofline of a step with this much communication."""
+    flops, recomputed_flops = step_flops(config, mesh)
+    hbm = hbm_bytes(config, mesh, state)
     return Roofline(
-        flops,
-        again,
-        moved,
-        link_bytes,
-        network_bytes,
-        compute=(flops + again) / chip.flops,
-        hbm=moved / chip.hbm_bandwidth,
-        communication=link_bytes / chip.link_bandwidth + network_bytes / chip.network_bandwidth,
-        peak=chip.flops,
+        flops=flops,
+        recomputed_flops=recomputed_flops,
+        hbm_bytes=hbm,
+        link_bytes=link_bytes,
+        network_bytes=network_bytes,
+        compute_seconds=(flops + recomputed_flops) / chip.flops,
+        hbm_seconds=hbm / chip.hbm_bandwidth,
+        communication_seconds=link_bytes / chip.link_bandwidth + network_bytes / chip.network_bandwidth,
+        peak_flops=chip.flops,
     )
 
 
-def step_flops(config: TrainConfig, mesh: dict[str, int]) -> tuple[float, float]:
-    """Of a device: the model's, and those of what `--remat full` computes again, which is a layer's forward pass.
+def step_flops(config: TrainConfig, mesh: Mapping[str, int]) -> tuple[float, float]:
+    """FLOPs of one device and step: those of the model, and those that remat repeats.
 
-    `dots` computes norms and activations again, which are no matrix products.
+    `full` repeats the forward pass of each layer. `dots` repeats norms and activation functions, whose FLOPs are not
+    counted.
     """
     devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
     tokens = config.batch_size * config.seq_len / devices
@@ -99,13 +111,11 @@ def step_flops(config: TrainConfig, mesh: dict[str, int]) -> tuple[float, float]
     return tokens * flops_per_token(c, config.seq_len), tokens * forward if config.remat == "full" else 0.0
 
 
-def hbm_bytes(config: TrainConfig, mesh: dict[str, int], state: State) -> float:
-    """That a device reads and writes in a step at the least; see `ASSUMPTIONS`."""
-    gathered = layer_parameters(config) * WIDTH[config.dtype] / mesh["tensor"]
-    own_gradients = state.parameters
-    part = (
-        2 * gathered
-        + 2 * kept_bytes(config, mesh)
-        + (2 * own_gradients if config.num_microbatches > 1 else own_gradients)
-    )
-    return config.num_microbatches * part + 2 * (state.parameters + state.optimizer + state.mean) + own_gradients
+def hbm_bytes(config: TrainConfig, mesh: Mapping[str, int], state: StateBytes) -> float:
+    """Bytes that a device reads and writes per step at least; see `ASSUMPTIONS`."""
+    weights = layer_parameters(config) * DTYPE_BYTES[config.dtype] / mesh["tensor"]
+    gradients = state.parameters  # both are float32 and sharded alike
+    gradient_traffic = 2 * gradients if config.num_microbatches > 1 else gradients
+    per_microbatch = 2 * weights + 2 * saved_activation_bytes(config, mesh) + gradient_traffic
+    update = 2 * (state.parameters + state.optimizer + state.ema) + gradients
+    return config.num_microbatches * per_microbatch + update

@@ -1,6 +1,6 @@
-"""The mesh that it would take: every one that divides the devices and the model, by arithmetic alone.
+"""Suggest a mesh: estimate memory and time of every mesh that divides the devices and the model.
 
-Nothing here is compiled, so memory and communication are estimates; what is suggested is to be planned in turn.
+Nothing is compiled, so memory and communication are estimates. Plan the suggested mesh to confirm it.
 """
 
 from __future__ import annotations
@@ -15,45 +15,52 @@ from bridge import padded_vocab_size
 from gpt2_jax.hardware import TpuChip
 from gpt2_jax.ops.cross_entropy import default_chunk_bytes
 from gpt2_jax.parallel.sharding import AXES, MeshError, shardings
-from gpt2_jax.plan.memory import FLOAT32, WIDTH, State, device_bytes, kept_bytes, layer_parameters
-from gpt2_jax.plan.roofline import RING_LINKS, Roofline, estimate
+from gpt2_jax.plan.memory import (
+    DTYPE_BYTES,
+    FLOAT32_BYTES,
+    StateBytes,
+    device_bytes,
+    layer_parameters,
+    saved_activation_bytes,
+)
+from gpt2_jax.plan.roofline import RING_LINKS, Roofline, roofline
 from gpt2_jax.plan.topology import Topology
 from gpt2_jax.training import TrainConfig, TrainState
 
-MARGIN = 0.83
-"""Of the memory: what an estimate may fill. The compiler's peaks, which have copies in other layouts and tiles that are
-partly filled, were 0.80 to 1.20 times the estimates (124M and 1.5B on v5e, 4 to 256 chips)."""
+MEMORY_FRACTION = 0.83
+"""Maximum fraction of the memory that an estimate may use. The compiler's peaks, which include copies in other layouts
+and partly filled tiles, were 0.80 to 1.20 times the estimates (124M and 1.5B on v5e, 4 to 256 chips)."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A mesh, how many parts a step has, and what that comes to by estimate."""
+    """A mesh and a number of microbatches, with their estimates."""
 
     mesh: Mapping[str, int]
     batch_size: int
     num_microbatches: int
-    needed: int
-    """Bytes on a device."""
+    memory_bytes: int
+    """Peak on a device."""
     roofline: Roofline
 
     @property
     def flags(self) -> str:
-        """As `gpt2 train` takes them."""
+        """The flags of `gpt2 train` that select it."""
         sizes = {axis: size for axis, size in self.mesh.items() if size > 1} or {"data": 1}
         mesh = ",".join(f"{axis}={size}" for axis, size in sizes.items())
         return f"--mesh {mesh} --batch-size {self.batch_size} --num-microbatches {self.num_microbatches}"
 
 
 def suggest(config: TrainConfig, state: TrainState, topology: Topology) -> Suggestion | None:
-    """The fastest that fits, communication and arithmetic in turn; of equally fast ones the one in the fewest parts.
-    None where nothing fits, or no chip is named.
+    """The suggestion with the lowest serial time that fits. Ties go to the fewest microbatches.
 
-    The batch is the configured one where that can be spread over all devices, else the nearest that can.
+    The batch size is the configured one if it divides over all devices, otherwise the nearest that does. Returns None
+    if nothing fits, or for CPU devices.
     """
     chip, devices = topology.chip, len(topology.devices)
     if chip is None:
         return None
-    meshes = [mesh for mesh in possible_meshes(devices, topology.slices) if divides(state, mesh)]
+    meshes = [mesh for mesh in possible_meshes(devices, topology.slices) if can_shard(state, mesh)]
     sizes = [config.batch_size]
     if not any(config.batch_size % (mesh["data"] * mesh["fsdp"]) == 0 for mesh in meshes):
         sizes = [devices * max(1, round(config.batch_size / devices))]
@@ -63,19 +70,19 @@ def suggest(config: TrainConfig, state: TrainState, topology: Topology) -> Sugge
         for mesh in meshes
         for candidate in _candidates(replace(config, batch_size=size, num_microbatches=1), mesh, state, topology, chip)
     ]
-    return min(found, key=lambda s: (s.roofline.in_turn, s.num_microbatches, s.mesh["tensor"]), default=None)
+    return min(found, key=lambda s: (s.roofline.serial_seconds, s.num_microbatches, s.mesh["tensor"]), default=None)
 
 
 def possible_meshes(devices: int, slices: int = 1) -> Iterator[dict[str, int]]:
-    """Every way to part so many devices over the three axes; slices are parted by `data`."""
+    """All meshes with this number of devices. The `data` axis is a multiple of the number of slices."""
     for data in _divisors(devices):
         for fsdp in _divisors(devices // data):
             if data % slices == 0:
                 yield dict(zip(AXES, (data, fsdp, devices // data // fsdp), strict=True))
 
 
-def divides(state: TrainState, mesh: Mapping[str, int]) -> bool:
-    """Whether the table of shardings takes this model on this mesh."""
+def can_shard(state: TrainState, mesh: Mapping[str, int]) -> bool:
+    """Whether the mesh divides every array of the state."""
     try:
         shardings(state, _abstract(mesh))
     except MeshError:
@@ -84,82 +91,89 @@ def divides(state: TrainState, mesh: Mapping[str, int]) -> bool:
 
 
 def _abstract(mesh: Mapping[str, int]) -> Any:
-    """A mesh of no devices, which says how large a part is."""
     return jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh))
 
 
-def spread_state(config: TrainConfig, state: TrainState, mesh: Mapping[str, int]) -> State:
-    """Bytes of a device on this mesh, to the byte, of a state that is described for another."""
+def state_bytes_on(config: TrainConfig, state: TrainState, mesh: Mapping[str, int]) -> StateBytes:
+    """Exact sizes on one device of this mesh, for a state that is described on any mesh."""
 
-    def part(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    moved = jax.tree.map(part, state, shardings(state, _abstract(mesh)))
+    placed = jax.tree.map(place, state, shardings(state, _abstract(mesh)))
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
-    return State(
-        device_bytes(moved.params),
-        device_bytes(moved.opt_state),
-        device_bytes(moved.ema_params),
-        2 * FLOAT32 * rows * config.seq_len,  # ids and labels, of which a number has as many bytes
+    return StateBytes(
+        parameters=device_bytes(placed.params),
+        optimizer=device_bytes(placed.opt_state),
+        ema=device_bytes(placed.ema_params),
+        batch=2 * FLOAT32_BYTES * rows * config.seq_len,  # ids and labels in int32, which is as wide as float32
     )
 
 
 def _candidates(
     config: TrainConfig, mesh: dict[str, int], state: TrainState, topology: Topology, chip: TpuChip
 ) -> Iterator[Suggestion]:
-    """On a mesh, those that fit: in one part, or in several."""
-    spread = spread_state(config, state, mesh)
-    for parts in _parts(config.batch_size, mesh["data"] * mesh["fsdp"]):
-        in_parts = replace(config, num_microbatches=parts)
-        needed = needed_bytes(in_parts, mesh, spread)
-        if needed <= MARGIN * chip.hbm_available:
-            links, network = sent_bytes(in_parts, mesh, topology.slices)
-            line = estimate(in_parts, mesh, spread, links / RING_LINKS, network, chip)
-            yield Suggestion(mesh, config.batch_size, parts, needed, line)
+    """All numbers of microbatches with which this mesh fits."""
+    sizes = state_bytes_on(config, state, mesh)
+    for num_microbatches in _microbatch_counts(config.batch_size, mesh["data"] * mesh["fsdp"]):
+        split = replace(config, num_microbatches=num_microbatches)
+        memory = estimated_memory(split, mesh, sizes)
+        if memory <= MEMORY_FRACTION * chip.hbm_available:
+            links, network = estimated_traffic(split, mesh, topology.slices)
+            line = roofline(split, mesh, sizes, links / RING_LINKS, network, chip)
+            yield Suggestion(mesh, config.batch_size, num_microbatches, memory, line)
 
 
-def needed_bytes(config: TrainConfig, mesh: Mapping[str, int], state: State) -> int:
-    """Of a device: the state, gradients and their sums, kept activations, the embedding and its gradients whole, the
-    logits of a chunk with their gradients, and a layer's weights."""
-    width, c = WIDTH[config.dtype], config.model
+def estimated_memory(config: TrainConfig, mesh: Mapping[str, int], state: StateBytes) -> int:
+    """Estimated peak of a device, in bytes.
+
+    The sum of the state, the gradients and their accumulator, saved activations, the unsharded embedding and its
+    gradients, one chunk of logits with its gradients, and the weights of two layers.
+    """
+    width, c = DTYPE_BYTES[config.dtype], config.model
     embedding = padded_vocab_size(c.vocab_size, config.vocab_multiple) * c.n_embd // mesh["tensor"]
     gradients = state.parameters * (2 if config.num_microbatches > 1 else 1)
-    whole = embedding * (width + width + FLOAT32)  # gathered; the look-up's gradient; the head's
+    embeddings = embedding * (width + width + FLOAT32_BYTES)  # weights; gradients of the look-up, and of the head
     logits = default_chunk_bytes() * 2 // mesh["tensor"]
-    layer = 2 * width * layer_parameters(config) // c.n_layer // mesh["tensor"]  # one runs while the next comes in
-    return state.total + gradients + kept_bytes(config, mesh) + whole + logits + layer
+    layers = 2 * width * layer_parameters(config) // c.n_layer // mesh["tensor"]  # one runs while the next is gathered
+    return state.total + gradients + saved_activation_bytes(config, mesh) + embeddings + logits + layers
 
 
-def sent_bytes(config: TrainConfig, mesh: Mapping[str, int], slices: int = 1) -> tuple[float, float]:
-    """By a device in a step, over links and across slices: a layer's weights come together for both passes and their
-    gradients are added up in parts, once a part of the batch; so are the embedding's, whole; over `tensor`, each
-    layer's activations are added up twice in each pass."""
-    width, c = WIDTH[config.dtype], config.model
+def estimated_traffic(config: TrainConfig, mesh: Mapping[str, int], slices: int = 1) -> tuple[float, float]:
+    """Estimated bytes that a device sends per step, within and between slices.
+
+    - `fsdp`: each microbatch all-gathers the layers' weights in both passes and reduce-scatters their gradients.
+      The embedding is all-gathered once per step.
+    - `data`: each microbatch all-reduces the layers' gradients.
+    - `data` and `fsdp`: each microbatch all-reduces the gradients of the unsharded embedding.
+    - `tensor`: all-reduces of the activations, two per layer and pass.
+    """
+    width, c = DTYPE_BYTES[config.dtype], config.model
     data, fsdp, tensor = (mesh[axis] for axis in AXES)
     layers = width * layer_parameters(config) / tensor
     embedding = padded_vocab_size(c.vocab_size, config.vocab_multiple) * c.n_embd / tensor
     activations = width * c.n_embd * config.seq_len * config.batch_size / (data * fsdp)
-    weights = 3 * layers * _share(fsdp)
-    over_data = 2 * layers / fsdp * _share(data)
-    embeddings = 2 * embedding * (width + FLOAT32) * _share(data * fsdp)
-    over_tensor = 4 * 2 * c.n_layer * activations * _share(tensor)
-    a_part = weights + over_data + embeddings
-    links = config.num_microbatches * a_part + over_tensor + width * embedding * _share(fsdp)
+    weights = 3 * layers * _ring_fraction(fsdp)
+    over_data = 2 * layers / fsdp * _ring_fraction(data)
+    embeddings = 2 * embedding * (width + FLOAT32_BYTES) * _ring_fraction(data * fsdp)
+    over_tensor = 4 * 2 * c.n_layer * activations * _ring_fraction(tensor)
+    per_microbatch = weights + over_data + embeddings
+    total = config.num_microbatches * per_microbatch + over_tensor + width * embedding * _ring_fraction(fsdp)
     if slices == 1:
-        return links, 0.0
+        return total, 0.0
     network = config.num_microbatches * (over_data + embeddings)
-    return links - network, network
+    return total - network, network
 
 
-def _share(group: int) -> float:
-    """Of an array, what each of a group in a ring passes on to bring it together."""
-    return (group - 1) / group
+def _ring_fraction(group_size: int) -> float:
+    """The fraction of an array that each device of a ring sends in an all-gather or a reduce-scatter."""
+    return (group_size - 1) / group_size
 
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _parts(batch_size: int, spread: int) -> list[int]:
-    """Into how many parts a batch can be divided, each spread over so many devices."""
-    return [] if batch_size % spread else _divisors(batch_size // spread)
+def _microbatch_counts(batch_size: int, devices: int) -> list[int]:
+    """Numbers of microbatches that divide the batch so that each microbatch divides over the devices."""
+    return [] if batch_size % devices else _divisors(batch_size // devices)

@@ -1,4 +1,4 @@
-"""TPU topologies that are not here, from their compiler; or devices made of this machine's CPU."""
+"""Devices to compile for: TPU topologies from libtpu, or virtual CPU devices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from bridge.errors import install_command
 from gpt2_jax.hardware import TPU_CHIPS, TpuChip
 from gpt2_jax.plan.errors import PlanError
 
-# libtpu asks its machine what it is: these are the answers of one that has no TPU, and quiet ones. Several processes
-# may load it, for none of them has a device.
-_SETTINGS = {
+# libtpu queries its host for the kind of TPU. These variables answer for a machine without one, and silence its log.
+# Several processes may load libtpu at once, because none of them uses a device.
+_LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -34,29 +34,32 @@ _NAME = re.compile(r"(?P<chip>[a-z0-9]+):(?P<shape>\d{1,3}(x\d{1,3}){1,2})(\*(?P
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices that a program can be compiled for. Without a chip they are this machine's CPU, of which no rate is
-    known."""
+    """Devices that a program can be compiled for."""
 
     name: str
     devices: tuple[Any, ...]
     chip: TpuChip | None
+    """None for CPU devices, whose rates are unknown."""
     slices: int = 1
 
 
 def tpu_topology(name: str) -> Topology:
-    """As `v5e:4x4` or, of two slices, `v5e:4x4*2` names it; raises `PlanError` for what is no such name, and where
-    libtpu is not installed."""
+    """The topology with a name such as `v5e:4x4`, or `v5e:4x4*2` for two slices.
+
+    Raises:
+        PlanError: the name is invalid, libtpu is not installed, or libtpu does not know the topology.
+    """
     found = _NAME.fullmatch(name)
     chip = TPU_CHIPS.get(found["chip"]) if found else None
     if found is None or chip is None:
         raise PlanError(
-            f"--topology {name}: write a chip ({', '.join(TPU_CHIPS)}), its shape, and the slices where there are "
-            "several, as v5e:4x4, v5p:2x2x1 or v5e:4x4*2"
+            f"--topology {name}: give a chip ({', '.join(TPU_CHIPS)}), its shape, and the number of slices if there "
+            "are several, such as v5e:4x4, v5p:2x2x1 or v5e:4x4*2"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(
-            f"--topology {name} needs the TPU's compiler, which runs on any Linux machine: "
-            f"{install_command('tpu')}; or use --devices N to compile for N virtual CPU devices"
+            f"--topology {name} needs libtpu, the TPU compiler, which runs on any Linux machine: "
+            f"{install_command('tpu')}. Or use --devices N to compile for N virtual CPU devices"
         )
     slices = int(found["slices"] or 1)
     return Topology(name, tuple(_devices(chip, found["shape"], slices)), chip, slices)
@@ -67,28 +70,28 @@ def _devices(chip: TpuChip, shape: str, slices: int) -> list[Any]:
 
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if math.prod(int(size) for size in shape.split("x")) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # a host's four, unless it is said
+        options["chips_per_host_bounds"] = (1, 1, 1)  # the default is four chips per host
     if chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # a chip's two cores as one device, as on Cloud TPU
-    for setting, value in _SETTINGS.items():
+        options["chip_config_name"] = "megacore"  # both cores of a chip form one device, as on Cloud TPU
+    for setting, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(setting, value)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=f"{chip.name}:{shape}", **options).devices
     except JaxRuntimeError as error:
-        raise PlanError(f"--topology {chip.name}:{shape}: libtpu has none such: {_line(error)}") from error
+        raise PlanError(f"--topology {chip.name}:{shape}: libtpu does not support it: {_first_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
 
 
 def cpu_topology(count: int) -> Topology:
-    """So many devices of this machine's CPU; raises `PlanError` where JAX has begun with fewer."""
+    """`count` virtual CPU devices. Raises `PlanError` if JAX was already initialised with fewer."""
     if not 1 <= count <= 4096:
         raise PlanError(f"--devices {count}: must be from 1 to 4096")
-    with suppress(RuntimeError):  # it has made its devices already
+    with suppress(RuntimeError):  # JAX is already initialised
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")
     if len(devices) < count:
-        raise PlanError(f"--devices {count}: JAX has begun with {len(devices)} in this process")
+        raise PlanError(f"--devices {count}: JAX is already initialised with {len(devices)} in this process")
     return Topology(f"{count} x CPU", tuple(devices[:count]), None)

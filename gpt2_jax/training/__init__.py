@@ -1,26 +1,35 @@
-"""Training in JAX: `gpt2 train` and its parts. Modules are imported when a name is first used."""
+"""Training in JAX: `gpt2 train`, and the parts that a training loop of one's own can use.
+
+Modules are imported when a name is first used.
+"""
 
 from typing import TYPE_CHECKING
 
 from gpt2_jax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from gpt2_jax.training.config import PRESETS, NonFiniteLoss, OptimizerConfig, TrainConfig, TrainingError
-    from gpt2_jax.training.loop import Outcome, train
+    from gpt2_jax.training.config import OptimizerConfig, TrainConfig
+    from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
+    from gpt2_jax.training.loop import train
     from gpt2_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
     from gpt2_jax.training.optimizer_state import adamw_state, with_adamw_state
-    from gpt2_jax.training.state import resolve_config
-    from gpt2_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+    from gpt2_jax.training.presets import PRESETS
+    from gpt2_jax.training.run.outcome import Outcome
+    from gpt2_jax.training.state import TrainState, init_state, resolve_config
+    from gpt2_jax.training.step import make_eval_step, make_train_step
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "gpt2_jax.training.config": ("PRESETS", "NonFiniteLoss", "OptimizerConfig", "TrainConfig", "TrainingError"),
-            "gpt2_jax.training.loop": ("Outcome", "train"),
+            "gpt2_jax.training.config": ("OptimizerConfig", "TrainConfig"),
+            "gpt2_jax.training.errors": ("NonFiniteLoss", "TrainingError"),
+            "gpt2_jax.training.loop": ("train",),
             "gpt2_jax.training.optimizer": ("decay_mask", "learning_rate_schedule", "make_optimizer"),
             "gpt2_jax.training.optimizer_state": ("adamw_state", "with_adamw_state"),
-            "gpt2_jax.training.state": ("resolve_config",),
-            "gpt2_jax.training.step": ("TrainState", "init_state", "make_eval_step", "make_train_step"),
+            "gpt2_jax.training.presets": ("PRESETS",),
+            "gpt2_jax.training.run.outcome": ("Outcome",),
+            "gpt2_jax.training.state": ("TrainState", "init_state", "resolve_config"),
+            "gpt2_jax.training.step": ("make_eval_step", "make_train_step"),
         },
     )
 

@@ -1,9 +1,9 @@
-"""The same bits in every run: what JAX has to be told before it looks for its devices.
+"""Bitwise reproducible runs: settings that JAX reads before it initializes its backends.
 
-Two things make a run differ in its last bits from another that was told the same. On GPU, kernels that add with
-atomics, and matrix products chosen by how fast they were in a trial: `--xla_gpu_deterministic_ops` rules out both, and
-cuDNN's attention keeps to it. On CPU, threads: there are as many as processors, and in which order they add depends on
-which is faster (jax issue 39741); XLA's CPU client takes their number from NPROC.
+Two runs with equal arguments may differ in their last bits for two reasons. On GPU, some kernels add with atomics, and
+matrix products are chosen by timing; `--xla_gpu_deterministic_ops` excludes both, and cuDNN's attention honours it. On
+CPU, the order in which threads add depends on timing (jax issue 39741). XLA's CPU client takes the number of threads
+from NPROC.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import os
 from collections.abc import Mapping
 
 from bridge.errors import quoted
-from gpt2_jax.training.config import TrainingError
+from gpt2_jax.training.errors import TrainingError
 
 _NAME, _THREADS = "--xla_gpu_deterministic_ops", "NPROC"
 _FLAG = f"{_NAME}=true"
 
 
 def make_deterministic() -> None:
-    """For this process, before JAX has looked for its devices; later it changes nothing.
+    """Make computations of this process deterministic. It has no effect after JAX has initialized its backends.
 
-    Raises `TrainingError` where XLA's flags are in a file, to which none can be added.
+    Raises `TrainingError` if XLA_FLAGS names a file, to which no flag can be added.
     """
     flags = os.environ.get("XLA_FLAGS", "").strip()
     if flags and not flags.startswith("--"):
@@ -32,14 +32,15 @@ def make_deterministic() -> None:
 
 
 def is_deterministic(environment: Mapping[str, str]) -> bool:
+    """Whether the environment variables make computations deterministic."""
     given = [word for word in environment.get("XLA_FLAGS", "").split() if word.partition("=")[0] == _NAME]
-    return given[-1:] == [_FLAG] and environment.get(_THREADS) == "1"  # XLA takes the last of a name
+    return given[-1:] == [_FLAG] and environment.get(_THREADS) == "1"  # XLA uses the last value of a flag
 
 
 def require_deterministic() -> None:
-    """Raise `TrainingError` where JAX was not told."""
+    """Raise `TrainingError` if the environment variables were not set before JAX started."""
     if not is_deterministic(os.environ):
         raise TrainingError(
-            f"deterministic: JAX must have been told before it started, with XLA_FLAGS={_FLAG} and {_THREADS}=1, as "
+            f"deterministic: XLA_FLAGS={_FLAG} and {_THREADS}=1 must be set before JAX starts, as "
             "`gpt2 train --deterministic` does; set both in the environment, and start again"
         )

@@ -16,9 +16,11 @@ from bridge.tokenizers.loading import decode_known
 from gpt2_jax.data import Data, TokenStream, evaluation_batches
 from gpt2_jax.generation import generate
 from gpt2_jax.model import GPT2
-from gpt2_jax.training.batches import rows_of_part
-from gpt2_jax.training.config import NonFiniteLoss, TrainConfig, TrainingError
-from gpt2_jax.training.step import EvalStep, TrainState, all_finite
+from gpt2_jax.training.batch_placement import microbatch_rows
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
+from gpt2_jax.training.state import TrainState
+from gpt2_jax.training.step import EvalStep
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -36,12 +38,12 @@ def validation_loss(
     `check` is called before every batch and may raise to end the evaluation. Raises `TrainingError` if there is nothing
     to predict, and its subclass `NonFiniteLoss` if the loss is NaN or infinite.
     """
-    rows = rows_of_part(config, mesh)
+    rows = microbatch_rows(config, mesh)
     batches = evaluation_batches(
         require_validation(data),
         batch_size=rows.size,
         seq_len=config.seq_len,
-        most_batches=config.eval_batches and config.eval_batches * config.num_microbatches,
+        max_batches=config.eval_batches and config.eval_batches * config.num_microbatches,
         examples=config.examples,
         rows=rows.own,
     )
@@ -63,37 +65,25 @@ def validation_loss(
 
 
 def require_validation(data: Data) -> TokenStream:
-    """Return the validation data. Raises `TrainingError` if there is none, before the run starts."""
+    """Return the validation data. Raises `TrainingError` if there is none."""
     if data.validation is None:
         raise TrainingError("there is no validation data; open the data with a validation_fraction above 0")
     return data.validation
-
-
-def require_finite(state: TrainState) -> None:
-    """Raise `NonFiniteLoss` if a number in the state is NaN or infinite. A finite loss does not exclude that."""
-    parts = {
-        "weights": state.params,
-        "the optimizer's state": state.opt_state,
-        "the moving average of the weights": state.ema_params,
-    }
-    for what, tree in parts.items():
-        if not all_finite(tree):
-            raise NonFiniteLoss(f"step {state.step}: the update made {what} NaN or infinite")
 
 
 def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
     """Return the token ids of the sample prompt, empty if no samples are printed."""
     if data.tokenizer is None or not config.sample_tokens:
         return []
-    named = f"sample_prompt={config.sample_prompt!r}"
+    field = f"sample_prompt={config.sample_prompt!r}"
     try:
         ids = data.tokenizer.encode_ordinary(config.sample_prompt)
     except TokenizerError as error:
-        raise TrainingError(f"{named}: {error}; or print no samples, with --sample-tokens 0") from error
+        raise TrainingError(f"{field}: {error}; or print no samples, with --sample-tokens 0") from error
     positions = config.model.n_positions
     if not 0 < len(ids) < positions:
         raise TrainingError(
-            f"{named}: has {len(ids)} tokens; give at least one, and fewer than n_positions={positions}"
+            f"{field}: has {len(ids)} tokens; give at least one, and fewer than n_positions={positions}"
         )
     return ids
 

@@ -1,4 +1,4 @@
-"""The update rule as an optax transformation, and its schedule."""
+"""The optimizer as an optax transformation, its learning rate schedule, gradient clipping, and the decay mask."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from bridge.parameter_table import DECAYS
 from gpt2_jax.training.config import OptimizerConfig
 
-# For Muon, the axes that a projection reads from and writes to, by the end of its path; all others (a leading
-# layer axis, and the "3" of query, key and value) number matrices that are orthogonalised one by one.
-MATRICES: Mapping[tuple[str, ...], MuonDimensionNumbers] = {
+# For Muon: the input and output axes of each projection, by the end of its path. All other axes (a leading layer axis,
+# and the "3" of query, key and value) enumerate matrices, which are orthogonalized separately.
+MATRIX_AXES: Mapping[tuple[str, ...], MuonDimensionNumbers] = {
     ("attn", "c_attn", "kernel"): MuonDimensionNumbers(reduction_axis=(-4,), output_axis=(-2, -1)),
     ("attn", "c_proj", "kernel"): MuonDimensionNumbers(reduction_axis=(-3, -2), output_axis=(-1,)),
     ("mlp", "c_fc", "kernel"): MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,)),
@@ -27,10 +27,10 @@ Params = Mapping[str, Any]
 
 
 def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTransformation:
-    """The transformation that turns clipped gradients into updates, over a run of `max_steps` steps.
+    """Return the optax transformation from clipped gradients to updates, for a run of `max_steps` steps.
 
-    AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), on the layers'
-    projections, whose updates are orthogonal and times sqrt(max(1, outputs / inputs)).
+    AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), for the layers'
+    projections. Their updates are orthogonal matrices times sqrt(max(1, outputs / inputs)).
     """
     schedule = learning_rate_schedule(config, max_steps)
     adamw = optax.adamw(
@@ -49,7 +49,9 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTra
 
 
 def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> Callable[[Any], Any]:
-    """Step, from 0, -> learning rate. The warm-up and the cosine are nanoGPT's `get_lr`."""
+    """Return a function from the step, counted from 0, to the learning rate. Source of warm-up and cosine: nanoGPT's
+    `get_lr`.
+    """
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "constant":
@@ -61,25 +63,47 @@ def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> Callable[
         begins = max(warmup, max_steps - round(config.decay_fraction * max_steps))
         fall = optax.linear_schedule(peak, floor, max(1, max_steps - begins))
     schedule = optax.join_schedules([rise, fall], [begins])
-    # From an integer step optax would compute in float32 even where the run is in float64.
+    # Given an integer step, optax would compute in float32 even if the run uses float64.
     return lambda step: schedule(jnp.asarray(step, float))
 
 
 def clip_factor(norm: Float[Array, ""], max_norm: float | None) -> Float[Array, ""]:
-    """What gradients of this global norm are multiplied with, so that it comes to `max_norm` where it is above.
+    """Return the factor that clips gradients of the global norm `norm` to `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, which divides by norm + 1e-6; optax's clipping has no 1e-6.
+    The same as `torch.nn.utils.clip_grad_norm_`, which divides by norm + 1e-6. Optax's clipping has no 1e-6.
     """
     return jnp.ones_like(norm) if max_norm is None else jnp.minimum(1.0, max_norm / (norm + 1e-6))
 
 
 def decay_mask(params: Params) -> Any:
-    """True where weight decay acts; raises KeyError for a parameter whose name says nothing of it."""
+    """Return a tree of booleans: True for parameters that weight decay applies to.
+
+    Projections and embeddings decay; biases and LayerNorms do not. This is the mask for `optax.adamw`. It depends on
+    the names of the parameters and not on their number of axes, because stacked layers give biases a second axis:
+    `mask = x.ndim > 1` would decay them.
+
+    Args:
+        params: a Flax tree of this model, with layers stacked or not, or a tree of the same structure.
+
+    Raises:
+        KeyError: a parameter is not one of GPT-2's.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from bridge import GPT2Config
+        >>> from gpt2_jax import GPT2
+        >>> from gpt2_jax.training import decay_mask
+        >>> model = GPT2(GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=2, n_head=2), scan=True)
+        >>> params = model.init(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+        >>> decay_mask(params)["h"]["mlp"]["c_fc"]
+        {'bias': False, 'kernel': True}
+        >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=decay_mask)
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: DECAYS[path[-1].key], params)
 
 
 def _matrix_axes(path: tuple[Any, ...]) -> MuonDimensionNumbers | None:
-    return MATRICES.get(tuple(part.key for part in path[-3:]))
+    return MATRIX_AXES.get(tuple(part.key for part in path[-3:]))
 
 
 def _labels(params: Params) -> Any:
@@ -87,7 +111,7 @@ def _labels(params: Params) -> Any:
 
 
 def _matrices(params: Params) -> Any:
-    """The axes of every matrix, in the shape that `optax.partition` leaves of the tree."""
+    """Return the axes of every matrix, keeping the `MaskedNode`s that `optax.partition` puts in place of the others."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if isinstance(leaf, optax.MaskedNode) else _matrix_axes(path),
         params,

@@ -10,9 +10,10 @@ import optax
 from jaxtyping import Array
 
 from bridge import ConversionError, optimizer_state
-from bridge.conversion import FlaxTree, differences, flatten
+from bridge.conversion import FlaxTree, differences
 from bridge.errors import bullet_list
 from bridge.optimizer_state import AdamWState
+from bridge.storage.trees import flatten
 from gpt2_jax.model import GPT2
 
 

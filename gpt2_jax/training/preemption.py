@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C end a run where it can save: between two steps, in an evaluation, while a step is compiled.
+"""Ends a run on SIGINT or SIGTERM where it can save: between two steps, in an evaluation, or while a step is compiled.
 
-Where several processes take part, JAX hears SIGTERM, from when they are joined on, of a preemption too, and lets them
-agree: all are told at the same of their questions.
+With several processes, JAX handles SIGTERM from the time they are joined, and also receives preemption notices of the
+cloud. Its sync manager makes all processes stop at the same call of `PreemptionHandler.check`.
 """
 
 from __future__ import annotations
@@ -23,63 +23,66 @@ from jax.sharding import Mesh
 from gpt2_jax.parallel.distributed import are_several
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
-_LOOK_EVERY = 0.2
-"""Seconds."""
+_POLL_INTERVAL = 0.2
+"""Seconds between checks for a signal while a function is compiled."""
 
 
 class Preempted(Exception):
-    """A signal has come: save, and end."""
+    """A signal was received: save, and end the run."""
 
 
 class PreemptionHandler:
-    """A context in which the first SIGINT or SIGTERM is only noted; a second one acts as it did before, or as `second`.
+    """A context manager that records the first SIGINT or SIGTERM, for `check` to report.
 
-    Python runs a handler between two calls alone. So a program of its own gives signal.SIG_DFL for `second`: then it
-    ends at once, whatever it is in.
+    With several processes, the first SIGTERM that a process receives after all have agreed to stop is ignored, because
+    the signal may reach the processes one after the other; unless the process received Ctrl-C before.
 
-    Of several processes each may be told, one sooner than another: the first SIGTERM that comes to a process once all
-    have agreed to stop may be its first, and is noted too, unless it had Ctrl-C before.
+    Args:
+        second: the handler for a second signal; by default the handler that was installed before. Python runs handlers
+            only between bytecode instructions, so a second signal may have to wait. A program of its own should pass
+            signal.SIG_DFL: the second signal then ends the process immediately.
     """
 
     def __init__(self, second: signal.Handlers | None = None) -> None:
         self.received: signal.Signals | None = None
-        self._second, self._questions = second, 0
+        self._second, self._checks = second, 0
         self._before: dict[signal.Signals, Any] = {}
         self._undo = ExitStack()
 
     def __enter__(self) -> PreemptionHandler:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             if self._second is signal.SIG_DFL:
-                self._undo.enter_context(_ended_by_the_second())
+                self._undo.enter_context(_exit_on_second_signal())
             for number in (signal.SIGINT,) if are_several() else _HANDLED:
                 self._handle(number, signal.getsignal(number))
         return self
 
     def check(self) -> None:
-        """Raise `Preempted` where a signal has come. Every process asks, and as often as the others."""
-        self._questions += 1
-        if are_several() and self.received is None and multihost_utils.reached_preemption_sync_point(self._questions):
+        """Raise `Preempted` if a signal was received. All processes must call this equally often."""
+        self._checks += 1
+        if are_several() and self.received is None and multihost_utils.reached_preemption_sync_point(self._checks):
             self.received = signal.SIGTERM
-            if self._before:  # until now JAX swallowed each of them, and it has no more use for one
+            if self._before:  # JAX handled SIGTERM until now, and does not need it any more
                 self._handle(signal.SIGTERM, signal.SIG_DFL)
         if self.received is not None:
             raise Preempted
 
-    def compiled_aside(self, function: Any, mesh: Mesh) -> Callable[..., Any]:
-        """`function`, jitted, but that its first call can be left by a signal while it is compiled: raises `Preempted`.
+    def interruptible(self, function: Any, mesh: Mesh) -> Callable[..., Any]:
+        """Return a jitted function whose first call raises `Preempted` if a signal is received during compilation.
 
-        Compiling takes minutes, and the system gives seconds to save. The compiler cannot be stopped; it goes on in a
-        thread that nobody waits for. What is waited for is tracing, which takes seconds, as it is Python and would
-        have to share that with what saves; and where there are several processes, all of it: they leave together.
+        Compilation takes minutes, but a preempted machine has seconds to save. The compiler cannot be stopped, so it
+        continues in a thread that nobody waits for. Tracing, which takes seconds, is not interrupted: it is Python and
+        would compete with saving for the interpreter. With several processes, nothing is interrupted, because they
+        must stop together.
         """
-        compiled = False
+        is_compiled = False
 
         def call(*arguments: Any) -> Any:
-            nonlocal compiled
-            if not compiled and not are_several():
+            nonlocal is_compiled
+            if not is_compiled and not are_several():
                 self._compile(function, mesh, arguments)
-            compiled = True
-            return function(*arguments)  # which JAX has compiled by now
+            is_compiled = True
+            return function(*arguments)  # JAX finds the compiled program in its cache
 
         return call
 
@@ -88,7 +91,7 @@ class PreemptionHandler:
 
         def compile_lowered() -> None:
             try:
-                with jax.set_mesh(mesh):  # each thread has its own
+                with jax.set_mesh(mesh):  # the mesh is set per thread
                     lowered.compile()
                 done.set_result(None)
             except BaseException as error:
@@ -97,9 +100,10 @@ class PreemptionHandler:
         lowered = function.lower(*arguments)
         thread = threading.Thread(target=compile_lowered, daemon=True)
         thread.start()
-        while not wait([done], _LOOK_EVERY).done:
+        while not wait([done], _POLL_INTERVAL).done:
             if self.received is not None:
-                atexit.register(thread.join)  # Python must not end under it; a program that will not wait has os._exit
+                # The interpreter must not shut down while the thread runs. `gpt2 train` ends with os._exit instead.
+                atexit.register(thread.join)
                 raise Preempted
         done.result()
 
@@ -107,33 +111,36 @@ class PreemptionHandler:
         self._undo.close()
 
     def _handle(self, number: signal.Signals, before: Any) -> None:
-        self._before[number] = before  # first: it may come at once
+        self._before[number] = before  # set this first: a signal may arrive at once
         self._undo.callback(signal.signal, number, before)
-        signal.signal(number, self._note)
+        signal.signal(number, self._record)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         for handled, handler in self._before.items():
             signal.signal(handled, handler if self._second is None else self._second)
         if not are_several():
             self.received = signal.Signals(number)
         elif self.received is None:
-            signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
+            signal.raise_signal(signal.SIGTERM)  # JAX passes it on to the other processes
 
 
 @contextmanager
-def _ended_by_the_second() -> Iterator[None]:
-    """In which a second signal ends the process also where the handler of the first has not run, as in a call of C that
-    waits for the device: Python's own half of the handler, which is C too, writes each into a pipe."""
-    heard, write = os.pipe()
+def _exit_on_second_signal() -> Iterator[None]:
+    """End the process on the second signal, even if the Python handler of the first one has not run yet.
+
+    That happens while the main thread waits for the device in C. Python's C handler writes the number of every signal
+    to the wakeup file descriptor, which a thread reads here.
+    """
+    read, write = os.pipe()
     os.set_blocking(write, False)
 
     def watch() -> None:
         count = 0
-        while number := os.read(heard, 1):
+        while number := os.read(read, 1):
             count += number[0] in _HANDLED
             if count == 2:
                 os._exit(128 + number[0])
-        os.close(heard)
+        os.close(read)
 
     before = signal.set_wakeup_fd(write)
     threading.Thread(target=watch, daemon=True).start()

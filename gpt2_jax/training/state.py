@@ -1,16 +1,17 @@
-"""Before the first step: the configuration as it comes out, the model, and the state."""
+"""The training state: what it holds, and how it is created on a device mesh."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
 
 from bridge import Checkpoint
 from gpt2_jax.data import Data
@@ -18,14 +19,42 @@ from gpt2_jax.loading import sharded_params
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import require_device
 from gpt2_jax.parallel.sharding import shardings
-from gpt2_jax.training.config import TrainConfig, TrainingError
-from gpt2_jax.training.step import TrainState, init_state
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
+
+
+class TrainState(NamedTuple):
+    """Everything that a training step changes. Randomness and the position in the data derive from `step`."""
+
+    step: Int[Array, ""]
+    """The number of steps made."""
+    params: Any
+    """The Flax tree of parameters."""
+    opt_state: Any
+    """The state of the optax transformation."""
+    ema_params: Any = None
+    """The exponential moving average of the parameters, if enabled."""
+    skipped: Any = None
+    """The number of steps whose update was discarded because the loss or gradient was not finite."""
+
+
+def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
+    """Return the state before the first step, for `make_train_step`.
+
+    Args:
+        params: the parameters, for example from `model.init` or `gpt2_jax.from_pretrained`. They are not copied, and a
+            training step donates its state, so do not use them afterwards.
+        tx: the optimizer.
+        ema: also keep an exponential moving average of the parameters.
+    """
+    mean = jax.tree.map(jnp.copy, params) if ema else None  # copied: donated buffers must be distinct
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), mean, jnp.zeros((), jnp.int32))
 
 
 def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
-    """The configuration with the model that it comes to: the checkpoint's sizes, or the tokenizer's vocabulary.
+    """Return the configuration with the final model sizes: the checkpoint's, or the tokenizer's vocabulary.
 
-    Dropout is a matter of training, and stays as it was configured.
+    Dropout rates are never taken from the checkpoint. Raises `TrainingError` if the model has too few positions.
     """
     model = config.model
     if init_from is not None:
@@ -42,7 +71,7 @@ def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None
 
 
 def make_model(config: TrainConfig) -> GPT2:
-    """The model in the form that it trains in; raises `TrainingError` where these devices do not run its attention."""
+    """Return the model in the form that is trained. Raises `TrainingError` if the devices cannot run its attention."""
     try:
         require_device(config.attention)
     except ValueError as error:
@@ -57,50 +86,69 @@ def make_model(config: TrainConfig) -> GPT2:
     )
 
 
-def first_state(
+def initial_state(
     config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, init_from: Checkpoint | None, mesh: Mesh
 ) -> TrainState:
-    """Before the first step: weights from a checkpoint, or random ones drawn from the seed; the same on every mesh.
+    """Return the sharded state before the first step. Its values do not depend on the mesh.
 
-    Every device makes or reads its own parts alone, so that the model need not fit into one.
+    The weights come from the checkpoint `init_from`, or are drawn from the seed. Every device creates or reads only its
+    own shards, so the model need not fit into one device.
     """
-    described = described_state(config, model, tx, mesh)
-    places = jax.tree.map(lambda leaf: leaf.sharding, described)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, model, tx, mesh))
     if init_from is not None:
         params = sharded_params(
             init_from, mesh, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
         )
-        init = functools.partial(init_state, tx=tx, ema=config.ema_decay is not None)
-        return jax.jit(init, out_shardings=places, donate_argnums=0)(params)
-    # Drawn once: on CPU what the compiler would save in drawing by thinking longer is less than it takes to think.
+        init = partial(init_state, tx=tx, ema=config.ema_decay is not None)
+        return jax.jit(init, out_shardings=placement, donate_argnums=0)(params)
+    # This program runs once. On CPU, optimizing it takes longer than the faster program saves.
     options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
-    draw = jax.jit(state_from_seed(config, model, tx), out_shardings=places, compiler_options=options)
+    draw = jax.jit(random_state(config, model, tx), out_shardings=placement, compiler_options=options)
     return draw(*_init_arguments(config))
 
 
-def described_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shape, dtype and place of each array of a state, without the arrays: a device may have room for one state.
+def abstract_state(config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Return shape, dtype and sharding of each array of a state, without allocating it.
 
-    Raises `MeshError` where the mesh does not divide the model.
+    Raises `MeshError` if the mesh does not divide the model.
     """
-    shapes = jax.eval_shape(state_from_seed(config, model, tx), *_init_arguments(config))
+    shapes = jax.eval_shape(random_state(config, model, tx), *_init_arguments(config))
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         shardings(shapes, mesh),
     )
 
 
-def state_from_seed(
+def random_state(
     config: TrainConfig, model: GPT2, tx: optax.GradientTransformation
 ) -> Callable[[Any, Any], TrainState]:
-    model = model.clone(attention="xla")  # weights do not depend on it, and it alone takes sequences of any length
+    """Return a function from a random key and token ids to an unsharded state with random weights."""
+    model = model.clone(attention="xla")  # it accepts every sequence length, and weights do not depend on it
 
-    def state(key: Any, ids: Any) -> TrainState:
+    def init(key: Any, ids: Any) -> TrainState:
         return init_state(model.init(key, ids)["params"], tx, ema=config.ema_decay is not None)
 
-    return state
+    return init
 
 
 def _init_arguments(config: TrainConfig) -> tuple[Any, Any]:
-    return jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)  # the shortest compiles fastest
+    return jax.random.key(config.seed), jnp.zeros((1, 1), jnp.int32)  # the shortest sequence compiles fastest
+
+
+def require_finite(state: TrainState) -> None:
+    """Raise `NonFiniteLoss` if a number in the state is NaN or infinite. A finite loss does not exclude that."""
+    parts = {
+        "weights": state.params,
+        "the optimizer's state": state.opt_state,
+        "the moving average of the weights": state.ema_params,
+    }
+    for what, tree in parts.items():
+        if not all_finite(tree):
+            raise NonFiniteLoss(f"step {state.step}: the update made {what} NaN or infinite")
+
+
+@jax.jit
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether all numbers in the tree are finite."""
+    return jax.tree.reduce(lambda so_far, leaf: so_far & jnp.isfinite(leaf).all(), tree, jnp.array(True))

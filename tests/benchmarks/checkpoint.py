@@ -1,11 +1,11 @@
-"""What a checkpoint costs the training that goes on meanwhile: orbax alone, and put on the disk, hashed and verified.
+"""Slowdown of training while a checkpoint is written, with Orbax alone and with fsync, hashing and verification.
 
     python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch 1] [--seq-len 512] [--steps 6]
 
-A round has a turn of each kind: so many training steps after no save, after `orbax.save_async` alone, and after
-`Checkpoints.save`, in alternating order, each from a quiet disk. Given are medians and ranges of the steps' time over
-that of the steps without a save in the same round, and the seconds until the checkpoint is complete. Beside them, what
-the disk and SHA-256 do alone. Needs three times the state's size on the disk.
+Each round times the same number of training steps after no save, after `orbax.save_async` alone, and after
+`Checkpoints.save`. The order alternates, and each starts with an idle disk. The benchmark prints medians and ranges of
+the time relative to the steps without a save in the same round, the seconds until the checkpoint is complete, and the
+times of the disk and of SHA-256 alone. It needs three times the state's size on disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bridge.storage import manifest
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import PRESETS, make_optimizer, make_train_step
 from gpt2_jax.training.run.checkpointing import Checkpoints
-from gpt2_jax.training.state import first_state, make_model
+from gpt2_jax.training.state import initial_state, make_model
 
 Waiting = Callable[[], object]
 
@@ -52,46 +52,55 @@ def main() -> None:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = Path(scratch).absolute()
         train_step = make_train_step(model, tx)
-        state, _ = train_step(first_state(config, model, tx, None, mesh), batch)
+        state, _ = train_step(initial_state(config, model, tx, None, mesh), batch)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         print(
             f"{options.preset}, {options.batch} x {options.seq_len}: a state of {size:,} bytes; {_limits(folder, size)}"
         )
         checkpoints = Checkpoints(folder, keep_last=1)
 
-        def sealed(state: Any) -> Waiting:
+        def verified(state: Any) -> Waiting:
             checkpoints.save(state)
             return checkpoints.wait
 
-        def bare(state: Any) -> Waiting:
+        def orbax_alone(state: Any) -> Waiting:
             return ocp.save_async(folder / "orbax", state, overwrite=True).result
 
-        kinds: dict[str, Callable[[Any], Waiting]] = {
-            "none": lambda state: lambda: None,
-            "orbax": bare,
-            "sealed": sealed,
-        }
-        stepping: dict[str, list[float]] = {name: [] for name in kinds}
-        complete: dict[str, list[float]] = {name: [] for name in kinds}
-        for _ in range(options.rounds):
-            for name, save in kinds.items():
-                os.sync()
-                began = time.perf_counter()
-                wait = save(state)
-                for _ in range(options.steps):
-                    state, metrics = train_step(state, batch)
-                    float(metrics["loss"])
-                stepping[name].append(time.perf_counter() - began)
-                wait()
-                complete[name].append(time.perf_counter() - began)
-            kinds = dict(reversed(kinds.items()))
-        for name, times in stepping.items():
-            ratios = sorted(mine / alone for mine, alone in zip(times, stepping["none"], strict=True))
-            print(
-                f"{name}: {options.steps} steps in {statistics.median(times):.2f} s, {statistics.median(ratios):.3f} "
-                f"({ratios[0]:.3f} to {ratios[-1]:.3f}) times; all done after {statistics.median(complete[name]):.2f} s"
-            )
-        _seal_alone(folder / CHECKPOINTS / str(checkpoints.newest))
+        kinds = {"none": lambda state: lambda: None, "orbax": orbax_alone, "verified": verified}
+
+        def steps() -> Any:
+            nonlocal state
+            for _ in range(options.steps):
+                state, metrics = train_step(state, batch)
+                float(metrics["loss"])
+            return state
+
+        _compare(kinds, state, steps, options.rounds, options.steps)
+        _time_manifest(folder / CHECKPOINTS / str(checkpoints.newest))
+
+
+def _compare(
+    kinds: dict[str, Callable[[Any], Waiting]], state: Any, steps: Callable[[], Any], rounds: int, num_steps: int
+) -> None:
+    """Time the steps after each kind of save, and print the times relative to those after no save."""
+    stepping: dict[str, list[float]] = {name: [] for name in kinds}
+    complete: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(rounds):
+        for name, save in kinds.items():
+            os.sync()
+            began = time.perf_counter()
+            wait = save(state)
+            state = steps()
+            stepping[name].append(time.perf_counter() - began)
+            wait()
+            complete[name].append(time.perf_counter() - began)
+        kinds = dict(reversed(kinds.items()))
+    for name, times in stepping.items():
+        ratios = sorted(mine / alone for mine, alone in zip(times, stepping["none"], strict=True))
+        print(
+            f"{name}: {num_steps} steps in {statistics.median(times):.2f} s, {statistics.median(ratios):.3f} "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f}) times; all done after {statistics.median(complete[name]):.2f} s"
+        )
 
 
 def _limits(folder: Path, size: int) -> str:
@@ -107,15 +116,15 @@ def _limits(folder: Path, size: int) -> str:
     began = time.perf_counter()
     hashlib.sha256(content)
     hashed = (time.perf_counter() - began) / len(content)
-    return f"written to the disk in {written:.2f} s, hashed once in {hashed * size:.2f} s"
+    return f"written to disk in {written:.2f} s, hashed once in {hashed * size:.2f} s"
 
 
-def _seal_alone(directory: Path) -> None:
+def _time_manifest(directory: Path) -> None:
     began = time.perf_counter()
     manifest.seal(directory, {})
     sealed = time.perf_counter()
     manifest.verify(directory, from_disk=True)
-    print(f"with nothing else: sealed in {sealed - began:.2f} s, verified in {time.perf_counter() - sealed:.2f} s")
+    print(f"manifest alone: written in {sealed - began:.2f} s, verified in {time.perf_counter() - sealed:.2f} s")
 
 
 if __name__ == "__main__":

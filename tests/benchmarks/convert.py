@@ -1,10 +1,10 @@
-"""What converting a checkpoint of gpt2-xl's size (1.56B parameters, 6.2 GB in float32) costs, beside `cp` of it.
+"""Time and memory of converting a checkpoint of gpt2-xl's size (1.56B parameters, 6.2 GB), compared with `cp`.
 
     python -m tests.benchmarks.convert [pairs] [--size gpt2-xl] [--formats flax llmc ...]
 
-Each conversion is a process of its own, and so is each `cp`; they alternate, both end with the data on the disk
-(`sync`), and medians are given. The peak is the child's `ru_maxrss`, over that of one that imports the same and does
-nothing. Needs three times the checkpoint's size on the disk.
+Conversions and `cp` alternate, each in its own process, and both wait for the disk (`sync`). The benchmark prints
+medians. The peak is the child's `ru_maxrss`, minus that of a process with the same imports that does nothing. It needs
+three times the checkpoint's size on disk.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
         largest = 4 * config.vocab_size * config.n_embd
         print(f"{chosen.size}: {4 * bridge.num_parameters(config):,} bytes, the largest tensor {largest:,}")
         idle = _peak("")[0]
-        for activation in ("gelu_new", "gelu"):  # nanoGPT has the one, llm.c and GGUF the other
+        for activation in ("gelu_new", "gelu"):  # nanoGPT has gelu; llm.c and GGUF have gelu_new
             source = write_checkpoint(folder / activation, replace(config, activation_function=activation))
             for format in chosen.formats:
                 if (format == "nanogpt") == (activation == "gelu"):
@@ -65,14 +65,14 @@ def _measure(source: Path, folder: Path, format: str, pairs: int, idle: int) -> 
         shutil.rmtree(path)
     print(
         f"huggingface -> {format}: {statistics.median(converted):.1f} s, cp {statistics.median(copied):.1f} s, "
-        f"{statistics.median(ratios):.2f} times cp's ({ratios[0]:.2f} to {ratios[-1]:.2f}); peak over the idle process "
+        f"{statistics.median(ratios):.2f} times cp ({ratios[0]:.2f} to {ratios[-1]:.2f}); peak over the idle process "
         f"{max(peaks) / 2**20:.0f} MiB, and back {(back - idle) / 2**20:.0f}",
         flush=True,
     )
 
 
 def _copied(source: Path, target: Path) -> float:
-    """Seconds."""
+    """Return the seconds of one `cp`."""
     began = time.perf_counter()
     copy_to_disk(source, target)
     seconds = time.perf_counter() - began
@@ -81,7 +81,10 @@ def _copied(source: Path, target: Path) -> float:
 
 
 def _peak(code: str, *arguments: object) -> tuple[int, float]:
-    """The peak of a child in bytes, and its seconds. `sh` stands between: exec begins the peak at the parent's."""
+    """Peak memory of a child process in bytes, and its time in seconds.
+
+    The child is started by `sh`, because `ru_maxrss` starts at the peak of the process that executes it.
+    """
     command = ["/bin/sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", PROGRAM.format(code), *map(str, arguments)]
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=True)

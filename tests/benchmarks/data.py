@@ -1,10 +1,10 @@
-"""What feeding a training run costs: memory, time per batch, and encoding text.
+"""Cost of feeding a training run: memory, time per batch, and time of encoding text.
 
     python -m tests.benchmarks.data [directory with 3 GB of room]
 
-Memory is how far the peak rises while every window of 1 GB of tokens is read once, in a child process,
-for one file and for 50 shards; beside it, what a map that stays open costs. Encoding is beside tiktoken on
-one thread, whole text at once, in alternating pairs; the text is the standard library.
+Memory is the growth of a child process's peak while it reads every window of 1 GB of tokens once, from one file and
+from 50 shards. For comparison, the same with memory maps that stay open. Encoding of the standard library is compared
+with tiktoken on one thread, on the entire text at once, in alternating pairs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import numpy as np
 
 from bridge import NoTokenizerError
 from gpt2_jax.data import make_tokenizer, open_data, training_batches
-from gpt2_jax.data.text import find_documents
-from gpt2_jax.data.tokenize import cached_text
+from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.token_cache import cached_text
 
 MIB = 2**20
 TOKENS = 2**29  # 1 GiB of uint16
 SHARDS = 50
 PAIRS = 5
 
-# Writing 5 to clear_refs sets the peak back to what is held now (Linux).
+# On Linux, writing 5 to clear_refs resets the peak to the current memory.
 PEAK = """
 def kib(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
@@ -68,15 +68,16 @@ def work():
 
 
 def growth_while_reading(source: str | Path, *, kept: bool = False) -> int:
-    """Bytes by which the peak rises while all tokens of `source` are read in random order.
+    """Growth of peak memory in bytes while all tokens of `source` are read in random order.
 
-    kept: with a map of each file that stays open, to see that such a thing would show.
+    Args:
+        kept: also keep a memory map of each file open, to show that the measurement detects it.
     """
     return _printed(READ + PEAK, str(source), "kept" if kept else "not kept")
 
 
 def growth_while_encoding(source: str | Path, cache: Path) -> int:
-    """Bytes by which the peak rises while the text of `source` is encoded into the cache."""
+    """Growth of peak memory in bytes while the text of `source` is encoded into the cache."""
     return _printed(ENCODE + PEAK, str(source), str(cache))
 
 
@@ -88,7 +89,7 @@ def _printed(program: str, *arguments: str) -> int:
 
 
 def write_tokens(directory: Path, tokens: int, shards: int = 1) -> str:
-    """Random ids in `shards` files of nanoGPT's kind; the glob that names them."""
+    """Write random ids to `shards` files in nanoGPT's format. Returns a glob that matches them."""
     rng = np.random.default_rng(0)
     for shard in range(shards):
         left = tokens // shards
@@ -128,7 +129,7 @@ def _time_batches(source: str, batch_size: int, length: int, number: int = 300) 
         rounds.append((time.perf_counter() - start) / number)
     seconds = statistics.median(rounds)
     speed = batch_size * length / seconds / 1e6
-    print(f"  {batch_size} x {length:4}: {1e3 * seconds:6.3f} ms a batch, {speed:6.1f} M tokens/s")
+    print(f"  {batch_size} x {length:4}: {1e3 * seconds:6.3f} ms per batch, {speed:6.1f} M tokens/s")
 
 
 def _time_encoding(scratch: Path, tokenizer: str) -> None:

@@ -1,9 +1,10 @@
-"""Generating with a model of OpenAI's size: the port beside the reference and transformers.
+"""Speed of generation with a model of OpenAI's size: gpt2_jax, gpt2_torch and transformers.
 
     python -m tests.benchmarks.generate [--size gpt2] [--dtype float32] [--pairs 5]
 
-Greedy, in one process, each in turns; medians over the pairs, and the spread. The limit is the time in which the
-weights can be read once, at the bandwidth measured in the same run. On a GPU also transformers' compiled static cache.
+Greedy generation in one process; the implementations alternate. The benchmark prints medians and ranges. The limit is
+the time of reading the weights once, at the bandwidth measured in the same run. On GPUs, transformers also runs with
+its compiled static cache.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main() -> None:
         for name, seconds in times.items():
             report(name, seconds, times["transformers"], rows)
             further = (statistics.median(seconds) - statistics.median(first[name])) / (NEW_TOKENS - 1)
-            print(f"{'':<22} {further * 1e3:6.1f} ms for each but the first: {limit / further:.0%} of the limit")
+            print(f"{'':<22} {further * 1e3:6.1f} ms per token after the first: {limit / further:.0%} of the limit")
     times, _ = measured(peers, 1, LONG_PROMPT, 1, options.pairs)
     print(f"\nthe first token of a prompt of {LONG_PROMPT}")
     for name, seconds in times.items():
@@ -60,7 +61,7 @@ def main() -> None:
 def report(name: str, seconds: list[float], reference: list[float], rows: int) -> None:
     middle, ratios = statistics.median(seconds), sorted(r / s for r, s in zip(reference, seconds, strict=True))
     print(
-        f"{name:<22} {middle / NEW_TOKENS * 1e3:6.1f} ms a token  {rows * NEW_TOKENS / middle:7.1f} tokens/s  "
+        f"{name:<22} {middle / NEW_TOKENS * 1e3:6.1f} ms per token  {rows * NEW_TOKENS / middle:7.1f} tokens/s  "
         f"{statistics.median(ratios):.2f} times transformers' speed ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     )
 
@@ -71,7 +72,7 @@ Peer = Callable[[list[list[int]], int], Any]
 def measured(
     peers: dict[str, Peer], rows: int, length: int, new: int, pairs: int
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of each call, and bytes a second read in between."""
+    """Seconds of each call, and read bandwidths measured in between, in bytes/s."""
     prompts = np.random.default_rng(0).integers(0, 50257, (rows, length)).tolist()
     for run in peers.values():
         run(prompts, new)  # compiles
@@ -92,15 +93,15 @@ def make_peers(size: str, dtype: str) -> dict[str, Peer]:
     state = {name.removeprefix("transformer."): p.detach().numpy() for name, p in hf.named_parameters()}
     checkpoint = Checkpoint.of(state, GPT2_SIZES[size])
     model, params = gpt2_jax.model_from_checkpoint(checkpoint, vocab_multiple=DECODE_VOCAB_MULTIPLE)
-    port = gpt2_jax.Decoder(model, params, dtype=jnp.dtype(dtype))
+    jax_decoder = gpt2_jax.Decoder(model, params, dtype=jnp.dtype(dtype))
     torch_dtype = getattr(torch, dtype)
-    reference = gpt2_torch.Decoder(gpt2_torch.model_from_checkpoint(checkpoint).to(DEVICE, torch_dtype))
+    torch_decoder = gpt2_torch.Decoder(gpt2_torch.model_from_checkpoint(checkpoint).to(DEVICE, torch_dtype))
     hf = hf.to(DEVICE, torch_dtype)
 
     peers: dict[str, Peer] = {
         "transformers": lambda prompts, new: generate_with_transformers(hf, prompts, new),
-        "gpt2_torch": lambda prompts, new: reference.generate(prompts, GenerationConfig(new)),
-        "gpt2_jax": lambda prompts, new: port.generate(prompts, GenerationConfig(new)),
+        "gpt2_torch": lambda prompts, new: torch_decoder.generate(prompts, GenerationConfig(new)),
+        "gpt2_jax": lambda prompts, new: jax_decoder.generate(prompts, GenerationConfig(new)),
     }
     if DEVICE == "cuda":
         peers["transformers, static"] = lambda prompts, new: generate_with_transformers(

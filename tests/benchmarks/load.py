@@ -1,9 +1,9 @@
-"""How long a 124M checkpoint takes onto the device, beside reading the same bytes.
+"""Time of loading a 124M checkpoint onto the device, compared with reading the same bytes.
 
     python -m tests.benchmarks.load [directory]
 
-The peer is `np.fromfile` of the same file into fresh memory: nothing that ends with the weights in
-memory can be faster by more than the map of a file. Runs alternate in one process; medians.
+The peer is `np.fromfile` of the same file into new memory. Any way to get the weights into memory takes at least this
+long, except for a memory map. Runs alternate in one process, and the benchmark prints medians.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from support.models import TINY, random_state
 
 import bridge
 from bridge import Checkpoint, ConversionError, GPT2Config
-from bridge.conversion import flatten
+from bridge.storage.trees import flatten
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 UNTIED = replace(TINY, tie_word_embeddings=False)

@@ -15,9 +15,9 @@ from support.models import TINY, random_state
 
 import bridge
 from bridge import ConversionError, GPT2Config, optimizer_state
-from bridge.conversion import flatten
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.storage.tensors import LazyTensor
+from bridge.storage.trees import flatten
 
 CONFIG = replace(TINY, n_layer=3)
 UNTIED = replace(CONFIG, tie_word_embeddings=False)

@@ -30,7 +30,7 @@ from gpt2_jax.bench.report import Report, Result
 from gpt2_jax.bench.summary import summarize
 from gpt2_jax.bench.worker import FILES
 from gpt2_jax.console.terminal import console
-from gpt2_jax.training.config import PRESETS, TrainConfig
+from gpt2_jax.training import PRESETS, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,4 +1,4 @@
-"""The `gpt2` command as a user meets it."""
+"""The `gpt2` command: its verbs, errors, help and exit codes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_inspect_shows_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "head is not tied" in shown
 
 
-def test_convert_there_and_back_changes_no_byte(
+def test_converting_there_and_back_changes_no_byte(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("convert", model, tmp_path / "flax", "--to", "flax", "--json", tmp_path / "done.json") == 0
@@ -93,7 +93,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
-def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
+def test_bad_input_exits_with_2_and_a_message(
     arguments: tuple[str, ...], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -105,9 +105,7 @@ def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "generate", "eval"])
-def test_the_default_is_the_packages_model_also_where_a_directory_has_its_name(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_default_source_is_the_bundled_model(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.signature(load_verb(verb, ())).parameters["source"].default == str(bridge.BUNDLED)
     assert run(verb, "--help") == 0
     shown = capsys.readouterr().out
@@ -131,7 +129,7 @@ def test_the_installed_command_runs(model: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
-def test_verify_without_torch_says_how_to_get_it(
+def test_verify_without_torch_says_how_to_install_it(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -156,28 +154,28 @@ def test_a_float64_checkpoint_generates_in_float64(tmp_path: Path, capsys: pytes
     assert first.strip() == second.strip()
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"gpt2-bridge {bridge.__version__}\n"
 
 
 @needs_torch
-def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_converts_verifies_fine_tunes_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("for word in words:\n    print(word)\n" * 2000)
     assert run("demo", "--out", out, "--max-steps", 3, "--data", text) == 0
-    assert json.loads((out / "report.json").read_text())["holds"] is True
+    assert json.loads((out / "report.json").read_text())["passed"] is True
     assert bridge.load(out / "run" / "export").config.n_embd == bridge.load("bundled").config.n_embd
     shown = capsys.readouterr().out
     assert "the two backends are the same function" in shown
     ending = "\n".join(shown.splitlines()[-3:])
     assert all(name in ending for name in ("report.json", "loss.png", "export"))
-    assert run("demo", "--out", out) == 2  # what is there stays, unless asked
+    assert run("demo", "--out", out) == 2  # an existing run is kept without --overwrite
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_the_checks_that_verify_takes_are_those_there_are() -> None:
-    """They are spelled twice so that `gpt2 --help` needs no torch."""
+def test_verify_accepts_exactly_the_existing_checks() -> None:
+    """The names are repeated in the verb, so that `gpt2 verify --help` needs no torch."""
     from gpt2_jax.parity import CHECKS
 
     assert tuple(CHECKS) == ALL_CHECKS

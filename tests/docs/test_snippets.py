@@ -1,8 +1,8 @@
 """Every Python snippet and every `gpt2` line of the README and the manual works as it stands there.
 
-Snippets of one page run one after the other, in a directory with the files that the pages name. What this machine cannot
-run is parsed by the command's own parser, and `ONLY_PARSED` has the reason. The cells of the tutorials are executed by
-`make docs`; here their commands are parsed.
+Snippets of one page run one after the other, in a directory with the files that the pages name. Lines that this machine
+cannot run are parsed by the command's own parser, with the reason in `ONLY_PARSED`. `make docs` executes the
+cells of the tutorials; here their commands are parsed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("--interactive", TERMINAL),
     ("bench", LONG),
     ("demo", LONG),
-    ("DIR/", "DIR stands for a directory of the reader"),
 )
 """(part of a line, why it is only parsed)."""
 
 SMALLER = {
-    "train": "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 2 --num-microbatches 1 --max-steps 2 "
-    "--warmup-steps 1 --eval-every 2 --eval-batches 1 --checkpoint-every 1 --sample-tokens 0",
+    "train": "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 2 --num-microbatches 1 "
+    "--max-steps 2 --warmup-steps 1 --eval-every 2 --eval-batches 1 --checkpoint-every 1 --sample-tokens 0",
     "resume": "--accept-changes --eval-batches 1 --sample-tokens 0",
     "finetune": "--seq-len 16 --batch-size 2 --max-steps 2 --warmup-steps 1 --eval-every 2 --eval-batches 1 "
     "--checkpoint-every 1 --sample-tokens 0",

@@ -31,8 +31,8 @@ from faults import runs
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import TrainState, make_optimizer
 from gpt2_jax.training.run.checkpointing import Checkpoints
-from gpt2_jax.training.run.directory import stored_identity
-from gpt2_jax.training.state import described_state, make_model
+from gpt2_jax.training.run.identity import stored_identity
+from gpt2_jax.training.state import abstract_state, make_model
 
 FLAGS = ("--n-embd", 24, "--learning-rate", 1e-3, "--eval-every", 3, "--keep-last", 4)
 """A run whose loss falls to its end, so that the newest checkpoint is the best too, and four are kept."""
@@ -152,7 +152,7 @@ class Sound:
     def of(cls, run: Path) -> Sound:
         config = stored_identity(run).config
         tx = make_optimizer(config.optimizer, config.max_steps)
-        like = described_state(config, make_model(config), tx, make_mesh(config.mesh))
+        like = abstract_state(config, make_model(config), tx, make_mesh(config.mesh))
         with Checkpoints(run) as checkpoints:
             states = {step: hash_of_state(checkpoints.restore(step, like)) for step in steps(run)}
         weights = {step: bridge.fingerprint(bridge.load(run / CHECKPOINTS / str(step)).tensors) for step in steps(run)}

@@ -44,7 +44,7 @@ from gpt2_jax.training.loop import finish
 from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.run.directory import EXPORT
 from gpt2_jax.training.run.metrics import METRICS, PLOT
-from gpt2_jax.training.step import TrainState
+from gpt2_jax.training.state import TrainState
 
 WRONG = "OTHERWISE"
 

@@ -15,7 +15,7 @@ from bridge.storage import manifest
 from gpt2_jax.cli import train as verb
 from gpt2_jax.training import loop
 from gpt2_jax.training.run.checkpointing import Checkpoints
-from gpt2_jax.training.step import TrainState
+from gpt2_jax.training.state import TrainState
 
 PLACES, SAVED = "FAULTS_PHASES", "FAULTS_SAVED"
 """Of the environment: JSON, the name of a phase -> the file; and where to note the steps."""
@@ -38,7 +38,7 @@ class Phase(NamedTuple):
 
 PHASES = {
     "opening the data": Phase(verb, "_open_data"),
-    "drawing the weights": Phase(loop, "first_state"),
+    "drawing the weights": Phase(loop, "initial_state"),
     "restoring": Phase(Checkpoints, "restore"),
     "the first evaluation": Phase(loop.Loop, "validate"),
     "compiling the step": Phase(loop.Loop, "train_step"),

@@ -15,7 +15,7 @@ from support.implementations import jax_model
 from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
-from bridge.conversion import flatten
+from bridge.storage.trees import flatten
 from gpt2_jax import GPT2
 from gpt2_jax.model import positions
 from gpt2_jax.ops.attention import attention

@@ -15,7 +15,7 @@ from support.models import TINY, huggingface_directory, random_checkpoint, rando
 
 import bridge
 import gpt2_jax
-from bridge.conversion import flatten
+from bridge.storage.trees import flatten
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
 IDS = random_ids(UNTIED)

@@ -151,7 +151,7 @@ def templates(home: Path) -> dict[str, Path]:
             bridge.save(checkpoint, made[f"{to} file"], format=to)
     bridge.save_tokenizer(bridge.byte_tokenizer(), home / "tokenizer")
     run_in(home, RECIPE, "run")
-    runs.begin(home / "begun", RECIPE, data_for(RECIPE, home))
+    runs.create(home / "begun", RECIPE, data_for(RECIPE, home))
     silently(lambda: gpt2(["inspect", str(home / "flax"), "--json", str(home / "inspected.json")]))
     save_plot(Figure(), home / "drawn.png")
     return (
@@ -295,7 +295,7 @@ def begin(c: Chosen) -> Writing:
     real, resume = c.real, c.overwrite
 
     def act() -> int:
-        runs.begin(c.target, RECIPE, data_for(RECIPE, c.made["home"]), resume=resume)
+        runs.create(c.target, RECIPE, data_for(RECIPE, c.made["home"]), resume=resume)
         return 0
 
     def may_change(path: Path) -> bool:

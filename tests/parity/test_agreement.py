@@ -1,4 +1,4 @@
-"""The reference, the port in both forms, and transformers compute the same function."""
+"""gpt2_torch, gpt2_jax in both forms, and transformers compute the same function."""
 
 from __future__ import annotations
 
@@ -31,12 +31,10 @@ import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
 from bridge.config import ACTIVATIONS
-from gpt2_jax import loss as jax_loss
-from gpt2_torch import loss as torch_loss
 
-FP64_RELATIVE = 1e-10  # rounding gives 1e-14; a difference in the computation gives 1e-7 or more
-FP32_ABSOLUTE = 1e-5  # logits of order 1, where the spacing of float32 is 1e-7, after five layers
-FP32_DIVERGENCE = 1e-9  # nats; above half the square of FP32_ABSOLUTE
+FP64_RELATIVE = 1e-10  # rounding gives 1e-14; any difference in the mathematics gives 1e-7 or more
+FP32_ABSOLUTE = 1e-5  # logits are of order 1, float32 rounds at 1e-7, and five layers accumulate rounding
+FP32_DIVERGENCE = 1e-9  # nats; half the square of FP32_ABSOLUTE, with a margin
 FP32_GRADIENT = 1e-5  # relative L2 of one parameter's gradient
 
 SWITCHES = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "tie_word_embeddings")
@@ -60,7 +58,7 @@ COVERING = [
     for activation, word in zip(ACTIVATIONS, _WORDS, strict=True)
     for bits in (word, word.translate(_OPPOSITE))
 ]
-"""18 of them that contain each pair of values of two options, or of an option and the activation."""
+"""18 of these models. Every pair of values of two options occurs in at least one."""
 
 
 def name_of(config: GPT2Config) -> str:
@@ -69,10 +67,10 @@ def name_of(config: GPT2Config) -> str:
 
 
 def float32_checkpoint(config: GPT2Config) -> Checkpoint:
-    """Return weights with half the standard deviation, 0.1; that of GPT-2 is about 0.14.
+    """Weights with a standard deviation of 0.1; those of GPT-2 are about 0.14.
 
-    With 0.2 and unscaled scores, attention is so sharp that rounding alone changes logits by 1.1e-5 between any two
-    float32 implementations.
+    With the 0.2 of `random_state` and scores that are not divided by sqrt(K), attention is so sharp that rounding alone
+    changes logits by 1.1e-5 between any two float32 implementations.
     """
     state = random_state(config)
     return Checkpoint.of({name: w if w.mean() > 0.5 else w / 2 for name, w in state.items()}, config)
@@ -82,7 +80,7 @@ def pairwise(answers: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray, np.n
     return [(f"{a} and {b}", answers[a], answers[b]) for a, b in itertools.combinations(answers, 2)]
 
 
-def test_the_covering_selection_covers_every_pair():
+def test_the_selection_covers_every_pair_of_options():
     fields = ("activation_function", "n_inner", *SWITCHES)
     for a, b in itertools.combinations(fields, 2):
         wanted = {(getattr(c, a), getattr(c, b)) for c in GRID}
@@ -122,7 +120,7 @@ def test_logits_agree_in_float32(config: GPT2Config):
 
 
 @pytest.mark.parametrize("config", [TINY, *COVERING[6:10]], ids=name_of)
-def test_a_directory_loads_into_all_of_them_and_they_agree(config: GPT2Config, tmp_path: Path):
+def test_all_implementations_load_a_directory_and_agree(config: GPT2Config, tmp_path: Path):
     directory, ids = huggingface_directory(tmp_path / "model", config), random_ids(config)
     peer, report = transformers.GPT2LMHeadModel.from_pretrained(
         directory, attn_implementation="eager", output_loading_info=True
@@ -152,7 +150,7 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, dict[str, np
 
 
 def largest_gradient_error(answers: dict[str, dict[str, np.ndarray]]) -> float:
-    """Compare whole parameters, because the key bias, a third of c_attn.bias, has a true gradient of zero."""
+    """Parameters are compared as a whole, because the key bias, a third of c_attn.bias, has a true gradient of 0."""
     names = set(answers["gpt2_torch"])
     assert all(set(answer) == names for answer in answers.values())
     return max(
@@ -212,7 +210,7 @@ def test_padding_the_vocabulary_does_not_change_the_logits(scan: bool, tied: boo
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
 @pytest.mark.parametrize("form", [{}, {"jit": True}, {"scan": True}], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
-def test_no_tokens_give_no_logits(shape: tuple[int, int], form: dict[str, Any], masked: bool) -> None:
+def test_logits_of_empty_batches_are_empty(shape: tuple[int, int], form: dict[str, Any], masked: bool) -> None:
     checkpoint, ids = random_checkpoint(SMALLEST), np.zeros(shape, np.int64)
     mask = np.ones(shape, np.int64) if masked else None
     ours = jax_logits(checkpoint, ids, mask, **form)
@@ -220,16 +218,16 @@ def test_no_tokens_give_no_logits(shape: tuple[int, int], form: dict[str, Any], 
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
-def test_the_losses_of_no_tokens_equal_torchs(shape: tuple[int, int]) -> None:
+def test_losses_of_empty_batches_equal_those_of_torch(shape: tuple[int, int]) -> None:
     checkpoint, ids = random_checkpoint(SMALLEST), np.zeros(shape, np.int64)
     model, params = jax_model(checkpoint)
     logits = jax_logits(checkpoint, ids), torch.from_numpy(np.array(jax_logits(checkpoint, ids)))
     assert (
-        jax_loss.cross_entropy(logits[0], ids).shape == torch_loss.cross_entropy(logits[1], torch.from_numpy(ids)).shape
+        gpt2_jax.cross_entropy(logits[0], ids).shape == gpt2_torch.cross_entropy(logits[1], torch.from_numpy(ids)).shape
     )
-    assert np.isnan(jax_loss.next_token_loss(logits[0], ids))
-    assert torch_loss.next_token_loss(logits[1], torch.from_numpy(ids)).isnan()  # a mean over no tokens
+    assert np.isnan(gpt2_jax.next_token_loss(logits[0], ids))
+    assert gpt2_torch.next_token_loss(logits[1], torch.from_numpy(ids)).isnan()  # the mean of an empty tensor
     batch = {"input_ids": ids, "labels": ids}
-    total, gradients = jax.value_and_grad(lambda p: jax_loss.summed_loss(model, p, batch))(params)
+    total, gradients = jax.value_and_grad(lambda p: gpt2_jax.summed_loss(model, p, batch))(params)
     assert total == 0.0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))

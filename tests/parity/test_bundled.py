@@ -23,8 +23,8 @@ from gpt2_torch.ops.cross_entropy import cross_entropy
 MOST_BYTES = 8_000_000
 PROMPTS = ("ROMEO:", "To be, or not", "KING RICHARD III:\n", "What, ho!", "Enter a messenger")
 NEW_TOKENS = 24
-LIKE_ITS_TEXT = 0.75  # fraction of its words that are in the validation text; 0.05 for random letters
-SAME_LOSS = 1e-4  # nats: float32 sums in another order
+LIKE_ITS_TEXT = 0.75  # fraction of generated words that occur in the validation text; 0.05 for random letters
+SAME_LOSS = 1e-4  # nats; float32 sums in different orders
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def validation_ids(checkpoint: Checkpoint) -> np.ndarray:
     return np.array(checkpoint.tokenizer().encode_ordinary(text))
 
 
-def test_it_is_small_and_has_what_it_needs() -> None:
+def test_it_is_small_and_complete() -> None:
     files = {path.name for path in BUNDLED.iterdir()}
     assert {"config.json", "model.safetensors", "vocab.json", "merges.txt", "validation.txt", "README.md"} <= files
     assert {"metrics.jsonl", "loss.png", "recipe.json"} <= files
@@ -67,13 +67,13 @@ def test_its_validation_loss_is_the_one_that_training_reported(
     assert abs(reference_nats / labels.size - reported) < SAME_LOSS
 
 
-def test_verify_holds_on_trained_weights(checkpoint: Checkpoint) -> None:
+def test_verify_passes_on_trained_weights(checkpoint: Checkpoint) -> None:
     report = verify(checkpoint, seq_len=64)
     assert report.passed, report.to_json()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_all_implementations_continue_a_prompt_equally(checkpoint: Checkpoint, prompt: str) -> None:
+def test_all_implementations_continue_a_prompt_identically(checkpoint: Checkpoint, prompt: str) -> None:
     ids = checkpoint.tokenizer().encode_ordinary(prompt)
     reference = gpt2_torch.generate(torch_model(checkpoint), torch.tensor([ids]), max_new_tokens=NEW_TOKENS)
     model, params = gpt2_jax.model_from_checkpoint(checkpoint)

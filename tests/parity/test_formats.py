@@ -1,4 +1,4 @@
-"""From any format both backends compute what they compute from the original."""
+"""Both backends compute the same logits from every format as from the original."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpt2_torch.loading import model_from_checkpoint
 
 CONFIG = replace(SMALLEST, n_head=4, n_inner=None, n_positions=9)
 ROUNDING = 1e-5
-"""Of float32 logits around 3: a stacked model sums in another order, and so do two threads of XLA."""
+"""For float32 logits around 3. A stacked model sums in a different order, and so do two threads of XLA."""
 IDS = random_ids(CONFIG, batch=2, length=9)
 
 

@@ -1,5 +1,7 @@
-"""The suite catches mistakes: the port is broken in every way that is easy to get wrong, and verify must
-find each and name the right place. A check that has never failed proves nothing."""
+"""`verify` detects mistakes.
+
+Each test breaks the JAX model in a way that is easy to get wrong. `verify` must fail and name the right location.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,13 @@ class Mistake:
     name: str
     make: Callable[[Patch], None]
     check: str
-    """The check that must fail, ..."""
+    """The check that must fail."""
     place: str
-    """... and what it must name: where the port departs, or, where the forward pass does not, the figure."""
+    """What the check must name: the first divergent activation or, if the forward pass is right, the measurement."""
 
 
 def in_weights(change: Callable[[dict[str, Any]], None]) -> Callable[[Patch], None]:
-    """The conversion to Flax goes wrong: `change` spoils the tree it made."""
+    """Break the conversion to Flax: `change` modifies the converted tree."""
     right = bridge.to_flax
 
     def wrong(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def interleave_heads(tree: dict[str, Any]) -> None:
 
 
 def pack_by_head(tree: dict[str, Any]) -> None:
-    """GPT-NeoX's order: each head's query, key and value side by side."""
+    """Use GPT-NeoX's order, in which query, key and value of each head are adjacent."""
     kernel = attn(tree)["c_attn"]["kernel"]
     D, three, H, K = kernel.shape
     kernel[:] = kernel.reshape(D, H, three, K).swapaxes(1, 2)
@@ -148,7 +150,7 @@ def positions_ignore_the_mask(patch: Patch) -> None:
 
 
 def with_attention(change: Callable[[dict[str, Any], Any], None]) -> Callable[[Patch], None]:
-    """Attention is called with other arguments: `change` edits them."""
+    """Call attention with other arguments: `change` modifies them."""
     right = jax_model.attention
 
     def wrong(q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
@@ -171,12 +173,12 @@ def see_everything(arguments: dict[str, Any], q: Any) -> None:
     arguments["is_causal"] = False
 
 
-def see_one_further(arguments: dict[str, Any], q: Any) -> None:
+def see_one_token_ahead(arguments: dict[str, Any], q: Any) -> None:
     T = q.shape[1]
     arguments.update(is_causal=False, mask=jnp.tril(jnp.ones((T, T), bool), 1))
 
 
-def see_not_oneself(arguments: dict[str, Any], q: Any) -> None:
+def hide_the_own_token(arguments: dict[str, Any], q: Any) -> None:
     T = q.shape[1]
     arguments.update(is_causal=False, mask=jnp.tril(jnp.ones((T, T), bool), -1))
 
@@ -188,7 +190,7 @@ def see_padding(arguments: dict[str, Any], q: Any) -> None:
 def softmax_over_queries(patch: Patch) -> None:
     right = jax.nn.softmax
     patch.setattr(jax.nn, "softmax", lambda x, axis: right(x, axis=-2))
-    with_attention(lambda arguments, q: arguments.update(implementation="plain"))(patch)
+    with_attention(lambda arguments, q: arguments.update(implementation="xla"))(patch)
 
 
 def with_activation(wrong: Callable[[Any], Any]) -> Callable[[Patch], None]:
@@ -206,8 +208,8 @@ def another_epsilon_in_one_norm(patch: Patch) -> None:
 
 
 def with_layer(call: Callable[..., Any]) -> Callable[[Patch], None]:
-    """A layer whose sub-modules are right and wired together wrongly."""
-    call.__name__ = "__call__"  # Linen names methods after their functions
+    """A layer with correct sub-modules that are connected wrongly."""
+    call.__name__ = "__call__"  # Linen takes the method's name from the function
     wrong = type("GPT2Layer", (jax_model.GPT2Layer,), {"__call__": call})
     return lambda patch: patch.setattr(jax_model, "GPT2Layer", wrong)
 
@@ -224,7 +226,7 @@ def no_residual(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, d
 
 
 def side_by_side(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, deterministic: bool = True) -> Any:
-    """GPT-J's layer: attention and feed-forward from the same input."""
+    """GPT-J's layer: attention and feed-forward have the same input."""
     y = layer.ln_1(x)
     return x + layer.attn(y, y, y, mask, is_causal=True, layer_index=layer_index) + layer.mlp(layer.ln_2(x))
 
@@ -247,7 +249,7 @@ def no_final_norm(patch: Patch) -> None:
 
 
 def half_precision_products(patch: Patch) -> None:
-    """What GPUs and TPUs do to float32 unless told otherwise."""
+    """Round float32 operands, as GPUs and TPUs do by default."""
     right = jax_model.project_to_vocabulary
 
     def narrowed(x: Any, embedding: Any) -> Any:
@@ -293,7 +295,7 @@ def with_optimizer(**changed: Any) -> Callable[[Patch], None]:
 
 
 def no_decay_of_biases(patch: Patch) -> None:
-    """At a size where float64 is not run."""
+    """As for a model that is too large to train in float64."""
     patch.setattr(checks, "FP64_TRAIN_BYTES", 0)
 
     def mask(params: Any) -> Any:
@@ -348,7 +350,7 @@ MISTAKES = [
     Mistake("a layer repeated", in_weights(repeat_a_layer), HIDDEN, "h.2.ln_1"),
     Mistake("attn.c_proj bias dropped", in_weights(drop_attention_bias), HIDDEN, "h.1.attn.c_proj"),
     Mistake("mlp.c_fc bias dropped", in_weights(drop_feed_forward_bias), HIDDEN, "h.1.mlp.c_fc"),
-    # Softmax does not see it: the logits are right, and only the place itself gives it away.
+    # Softmax cancels the key bias, so the logits are right and only this activation differs.
     Mistake("key bias dropped", in_weights(drop_one_key_bias), HIDDEN, "h.1.attn.c_attn"),
     Mistake("ln_1 and ln_2 swapped", in_weights(swap_norms), HIDDEN, "h.1.ln_1"),
     Mistake("norm scale and bias swapped", in_weights(swap_scale_and_bias), HIDDEN, "h.1.ln_2"),
@@ -365,8 +367,8 @@ MISTAKES = [
     Mistake("scores over K", with_attention(scale_by_head_size), HIDDEN, "h.0.attn.context"),
     Mistake("scores not scaled", with_attention(scale_not_at_all), HIDDEN, "h.0.attn.context"),
     Mistake("no causal mask", with_attention(see_everything), HIDDEN, "h.0.attn.context"),
-    Mistake("mask one too wide", with_attention(see_one_further), HIDDEN, "h.0.attn.context"),
-    Mistake("mask one too narrow", with_attention(see_not_oneself), HIDDEN, "h.0.attn.context"),
+    Mistake("mask one too wide", with_attention(see_one_token_ahead), HIDDEN, "h.0.attn.context"),
+    Mistake("mask one too narrow", with_attention(hide_the_own_token), HIDDEN, "h.0.attn.context"),
     Mistake("softmax over queries", softmax_over_queries, HIDDEN, "h.0.attn.context"),
     Mistake("inverse layer index ignored", with_layer(every_layer_the_first), HIDDEN, "h.1.attn.context"),
     Mistake("post-norm", with_layer(post_norm), HIDDEN, "h.0.ln_1"),
@@ -397,7 +399,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
-def test_verify_finds_the_mistake_and_names_its_place(mistake: Mistake, monkeypatch: Patch) -> None:
+def test_verify_detects_the_mistake_and_names_its_location(mistake: Mistake, monkeypatch: Patch) -> None:
     checkpoint = random_checkpoint(CONFIG)
     mistake.make(monkeypatch)
     report = verify(checkpoint, seq_len=LENGTH, checks=(mistake.check.replace(" ", "-"),))
@@ -412,7 +414,7 @@ def test_verify_finds_the_mistake_and_names_its_place(mistake: Mistake, monkeypa
 
 
 @pytest.mark.parametrize("check", sorted({mistake.check for mistake in MISTAKES}))
-def test_without_a_mistake_the_same_check_holds(check: str) -> None:
+def test_the_check_passes_without_a_mistake(check: str) -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=LENGTH, checks=(check.replace(" ", "-"),))
     assert report.passed, failures(report.checks[0])
     assert report.checks[0].first_divergence == ""

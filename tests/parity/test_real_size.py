@@ -1,4 +1,4 @@
-"""Parity at 124M parameters, with a checkpoint written by transformers. `make test-slow`."""
+"""Parity of a GPT-2 of 124M parameters written by transformers. Run by `make test-slow`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ pytestmark = pytest.mark.slow
 BATCH, LENGTH = 2, 256
 
 LOGITS_FP32 = 1e-5
-"""Largest logit difference with initial weights, whose logits are about 3; torch is 2e-6 from float64."""
+"""Maximum logit difference with initial weights, whose logits are about 3. PyTorch differs from float64 by 2e-6."""
 SCALED_LOGITS_FP32 = 1e-4
-"""The same with logits of 100, as pretrained weights give, where the spacing of float32 is 8e-6."""
+"""The same with logits of 100, as pretrained weights give. The spacing of float32 is 8e-6 there."""
 SCALE = 4.0
-"""Embedding and final norm are multiplied by this, for logits of about 100."""
+"""Factor of the embedding and the final norm that gives logits of about 100."""
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a model with transformers, with random biases and norm scales: zeros and ones would hide mistakes."""
+    """A model written by transformers, with random biases and norm scales instead of zeros and ones."""
     path = tmp_path_factory.mktemp("gpt2")
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config())
@@ -52,7 +52,7 @@ def scaled(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=Checkpoint.of(state, checkpoint.config).tensors)
 
 
-def test_verify_holds(directory: Path) -> None:
+def test_verify_passes(directory: Path) -> None:
     report = verify(bridge.load(directory), batch_size=BATCH, seq_len=LENGTH, untrained=True)
     assert report.passed, [m for check in report.checks for m in check.measurements if not m.passed]
     assert all(not check.skipped for check in report.checks if check.name != "prediction")
@@ -69,7 +69,7 @@ def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_
         for b in names[i + 1 :]:
             difference = np.abs(sides[a] - sides[b]).max()
             kl = max(max_kl(x, y) for x, y in zip(sides[a], sides[b], strict=True))
-            print(f"{a} - {b}: largest logit difference {difference:.2e}, largest KL {kl:.2e}")
+            print(f"{a} - {b}: max logit difference {difference:.2e}, max KL {kl:.2e}")
             assert difference <= limit
             assert kl <= tolerances.KL_FP32
     exact = torch_side.logits(checkpoint, ids, None, "float64")
@@ -85,7 +85,7 @@ def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_
     assert np.abs(ours - exact).max() <= tolerances.LOGITS_FP64 * np.abs(exact).max()
 
 
-def test_the_export_is_the_original(directory: Path, tmp_path: Path) -> None:
+def test_the_export_equals_the_original(directory: Path, tmp_path: Path) -> None:
     bridge.save(bridge.load(directory), tmp_path / "flax", format="flax")
     bridge.save(bridge.load(tmp_path / "flax"), tmp_path / "back", format="huggingface")
     original, back = bridge.load(directory), bridge.load(tmp_path / "back")
@@ -105,7 +105,7 @@ def value(checks: list[Check], name: str, what: str) -> float:
 
 
 def randomize_biases_and_norms(model: torch.nn.Module) -> None:
-    """Replace the zeros and ones of the initialization, which would hide a wrong row."""
+    """Replace the initial zeros and ones, which would hide permuted elements."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

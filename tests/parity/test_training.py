@@ -24,10 +24,10 @@ import gpt2_jax
 import gpt2_torch
 from bridge import IGNORE_INDEX, Checkpoint, GPT2Config
 from bridge.optimizer_state import AdamWState
+from gpt2_jax.training import init_state, make_train_step
 from gpt2_jax.training import optimizer_state as jax_optimizer_state
 from gpt2_jax.training.config import OptimizerConfig
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt2_jax.training.step import init_state, make_train_step
 from gpt2_torch import training as torch_train
 
 STEPS, CROSSING, AFTER_CROSSING = 50, 20, 40

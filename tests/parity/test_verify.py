@@ -1,4 +1,4 @@
-"""The report of `verify`: what it asks, what it says, and what it exits with."""
+"""The report of `verify`: checks, printed text, JSON, and exit codes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from gpt2_torch.ops.cross_entropy import next_token_loss
 CONFIG = replace(TINY, n_layer=2, vocab_size=263)
 
 
-def test_every_check_holds_on_a_random_model() -> None:
+def test_all_checks_pass_on_a_random_model() -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=20)
     assert report.passed, [m for c in report.checks for m in c.measurements if not m.passed]
     assert [check.name.replace(" ", "-") for check in report.checks] == list(CHECKS)
     assert [check.name for check in report.checks if check.skipped] == ["prediction"]
 
 
-def test_it_covers_untied_bias_free_and_switched_models() -> None:
+def test_models_without_tying_and_biases_pass() -> None:
     config = replace(CONFIG, tie_word_embeddings=False, bias=False, activation_function="relu", n_layer=1)
     report = verify(
         random_checkpoint(config), seq_len=9, checks=("logits", "hidden-states", "gradients", "transformers")
@@ -42,29 +42,29 @@ def test_it_covers_untied_bias_free_and_switched_models() -> None:
     assert report.checks[-1].note == "its GPT-2 always has biases; this model has none"
 
 
-def test_it_covers_the_attention_switches_of_other_trainers() -> None:
+def test_models_with_other_attention_options_pass() -> None:
     config = replace(CONFIG, reorder_and_upcast_attn=True, scale_attn_by_inverse_layer_idx=True, n_inner=50)
     report = verify(random_checkpoint(config), seq_len=9, checks=("logits", "gradients", "transformers"))
     assert report.passed, [m for check in report.checks for m in check.measurements if not m.passed]
 
 
-def test_transformers_is_left_out_with_a_word_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_transformers_check_is_skipped_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers_side, "is_installed", lambda: False)
     (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), seq_len=5).checks
     assert check.skipped
     assert "not installed" in check.note
 
 
-def test_nothing_checked_is_not_a_proof() -> None:
+def test_a_report_without_checks_does_not_pass() -> None:
     assert not Report("x", {}, ()).passed
     assert not Report("x", {}, (Check("prediction", note="no tokenizer"),)).passed
 
 
-def test_nan_holds_nowhere() -> None:
+def test_nan_does_not_pass() -> None:
     assert not Measurement("difference", math.nan, 1.0).passed
 
 
-def test_nan_in_the_weights_is_not_called_equal() -> None:
+def test_nan_in_the_weights_fails() -> None:
     checkpoint = random_checkpoint(CONFIG)
     state = {name: np.array(array) for name, array in checkpoint.tensors.items()}
     state["h.1.ln_2.bias"][0] = np.nan
@@ -73,7 +73,7 @@ def test_nan_in_the_weights_is_not_called_equal() -> None:
     assert [check.passed for check in report.checks] == [False, False, False]
 
 
-def test_the_report_is_read_by_machines_and_by_people() -> None:
+def test_the_report_as_json_and_as_text() -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=9, checks=("hidden-states", "round-trip"), source="tiny")
     parsed = json.loads(json.dumps(report.to_json()))
     assert parsed["passed"] is True
@@ -87,7 +87,7 @@ def test_the_report_is_read_by_machines_and_by_people() -> None:
     assert "2 checks hold." in out.getvalue()
 
 
-def test_a_failed_report_says_so_and_where() -> None:
+def test_a_failed_report_names_the_first_divergence() -> None:
     bad = Check("logits", (Measurement("fp64 difference", 2.0, 1.0),), first_divergence="h.3.mlp")
     out = io.StringIO()
     Report("x", {}, (bad,)).show(Console(file=out, width=120))
@@ -97,7 +97,7 @@ def test_a_failed_report_says_so_and_where() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level model that learned the built-in text well enough to beat guessing."""
+    """A byte-level model trained on the built-in text, better than guessing."""
     path = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     model = gpt2_torch.GPT2(replace(CONFIG, vocab_size=256))
@@ -118,10 +118,10 @@ def test_a_trained_model_predicts_text(trained: Path) -> None:
     (check,) = verify(bridge.load(trained), checks=("prediction",)).checks
     assert not check.skipped
     assert check.passed
-    assert all(m.value < 0.8 for m in check.measurements)  # it learned 150 steps: far below, not just below
+    assert all(m.value < 0.8 for m in check.measurements)  # after 150 steps, far below 1 and not just below
 
 
-def test_a_checkpoint_laid_out_wrongly_agrees_with_itself_and_predicts_nothing(trained: Path) -> None:
+def test_weights_in_a_wrong_layout_agree_but_fail_the_prediction(trained: Path) -> None:
     right = bridge.load(trained)
     state = {name: np.array(array) for name, array in right.tensors.items()}
     for name in [n for n in state if n.endswith("attn.c_proj.weight")]:
@@ -138,7 +138,7 @@ def test_a_checkpoint_laid_out_wrongly_agrees_with_itself_and_predicts_nothing(t
     assert "wrong layout" in prediction.note
 
 
-def test_random_weights_are_excused_on_request(tmp_path: Path) -> None:
+def test_untrained_weights_do_not_need_to_predict(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "random", replace(CONFIG, vocab_size=256))
     write_byte_tokenizer(path)
     for untrained in (False, True):
@@ -164,7 +164,7 @@ def of_characters(path: Path, characters: str) -> Checkpoint:
 
 
 @pytest.mark.parametrize("characters", ["αβγδε ", "🎵🎶"])
-def test_a_tokenizer_of_other_characters_runs_on_its_own(tmp_path: Path, characters: str) -> None:
+def test_a_tokenizer_of_other_characters_runs_on_random_characters(tmp_path: Path, characters: str) -> None:
     report = verify(
         of_characters(tmp_path / "model", characters), checks=("hidden-states", "prediction"), seq_len=9, seed=3
     )
@@ -174,7 +174,7 @@ def test_a_tokenizer_of_other_characters_runs_on_its_own(tmp_path: Path, charact
     assert "--text" in report.checks[1].note
 
 
-def test_characters_are_drawn_from_all_that_the_tokenizer_has_and_no_others() -> None:
+def test_random_characters_cover_the_tokenizers_characters_and_no_others() -> None:
     encoding = bridge.character_tokenizer("αβγ")
     checkpoint = replace(random_checkpoint(replace(CONFIG, vocab_size=9)), own_tokenizer=lambda: encoding)
     assert {*choose_tokens(checkpoint, None, (2, 40), 0).ids.ravel().tolist()} == {0, 1, 2}
@@ -190,7 +190,7 @@ def test_a_tokenizer_that_lacks_a_few_characters_runs_on_the_rest_of_the_text(tm
     assert not report.checks[0].skipped
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_removed_from_a_text_file(tmp_path: Path) -> None:
     of_characters(tmp_path / "model", "ab")
     (tmp_path / "text").write_bytes("\ufeffabba".encode())
     arguments = ["verify", str(tmp_path / "model"), "--text-file", str(tmp_path / "text"), "--checks", "round-trip"]
@@ -199,7 +199,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:
     assert ended.value.code == 0
 
 
-def test_the_command_exits_with_0_only_if_all_hold(
+def test_the_command_exits_with_0_only_if_all_checks_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = huggingface_directory(tmp_path / "model", CONFIG)
@@ -218,24 +218,24 @@ def test_the_command_exits_with_0_only_if_all_hold(
     assert "NOT the same function. Failed: round trip." in capsys.readouterr().out
 
 
-def said(report: Report) -> str:
+def verdict(report: Report) -> str:
     out = io.StringIO()
     report.show(Console(file=out, width=120, markup=False))
     return out.getvalue().strip().splitlines()[-1]
 
 
-def test_sameness_is_claimed_only_where_it_was_shown() -> None:
+def test_equality_is_claimed_only_if_the_required_checks_passed() -> None:
     good = [Check(name, (Measurement("difference", 0.0, 1.0),)) for name in ("logits", "hidden states", "gradients")]
     skipped = Check("prediction", note="no tokenizer")
     claim = "the two backends are the same function"
-    assert said(Report("x", {}, (*good, skipped))) == f"3 checks hold: {claim}. Skipped: prediction."
-    assert said(Report("x", {}, tuple(good[:1]))) == "1 check holds."
-    assert said(Report("x", {}, (skipped,))) == "Nothing was checked. Skipped: prediction."
+    assert verdict(Report("x", {}, (*good, skipped))) == f"3 checks hold: {claim}. Skipped: prediction."
+    assert verdict(Report("x", {}, tuple(good[:1]))) == "1 check holds."
+    assert verdict(Report("x", {}, (skipped,))) == "Nothing was checked. Skipped: prediction."
     failed = Check("prediction", (Measurement("loss", 2.0, 1.0),))
-    assert said(Report("x", {}, (*good, failed))) == "Failed: prediction."
+    assert verdict(Report("x", {}, (*good, failed))) == "Failed: prediction."
 
 
-def test_a_damaged_tokenizer_is_an_error_and_not_a_missing_one(tmp_path: Path) -> None:
+def test_a_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=256))
     write_byte_tokenizer(path)
     (path / "vocab.json").write_text("{ damaged")
@@ -243,7 +243,7 @@ def test_a_damaged_tokenizer_is_an_error_and_not_a_missing_one(tmp_path: Path) -
         verify(bridge.load(path), checks=("prediction",))
 
 
-def test_layers_of_different_dtypes_are_verified_and_not_stacked() -> None:
+def test_layers_of_different_dtypes_skip_the_stacked_form() -> None:
     state = {name: np.array(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
     for name in [n for n in state if n.startswith("h.0.")]:
         state[name] = state[name].astype(np.float16)
@@ -252,24 +252,24 @@ def test_layers_of_different_dtypes_are_verified_and_not_stacked() -> None:
     assert "stacked form skipped" in report.checks[-1].note
 
 
-def test_weights_of_zero_are_compared_like_others() -> None:
+def test_weights_of_zero_pass() -> None:
     state = {name: np.zeros_like(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
     assert verify(Checkpoint.of(state, CONFIG), seq_len=9, checks=("logits", "padding", "training")).passed
 
 
-def test_harmless_fields_of_a_config_stay_out_of_the_third_opinion() -> None:
+def test_unrelated_fields_of_a_config_are_not_passed_to_transformers() -> None:
     checkpoint = replace(random_checkpoint(CONFIG), extra={"return_dict": False, "bos_token_id": 50256})
     assert verify(checkpoint, seq_len=9, checks=("transformers",)).passed
 
 
-def test_a_figure_that_is_no_number_is_null_for_machines() -> None:
+def test_nan_is_null_in_json() -> None:
     report = Report("x", {}, (Check("logits", (Measurement("difference", math.nan, 1.0),)),))
     (check,) = json.loads(json.dumps(report.to_json(), allow_nan=False))["checks"]
     assert check["measurements"][0]["value"] is None
     assert check["measurements"][0]["passed"] is False
 
 
-def test_one_token_to_a_sequence_predicts_nothing_and_is_refused() -> None:
+def test_sequences_of_one_token_are_refused() -> None:
     config = replace(CONFIG, n_positions=1)
     with pytest.raises(bridge.BridgeError, match="two tokens"):
         verify(random_checkpoint(config))

@@ -1,11 +1,12 @@
-"""What devices exchange, read from programs that are written by hand, with bytes that are counted by hand."""
+"""Collectives of hand-written programs, with hand-counted bytes."""
 
 from __future__ import annotations
 
 import pytest
 
-from gpt2_jax.plan.collectives import Collective, array_bytes, exchange
+from gpt2_jax.plan.collectives import Collective, find_collectives
 from gpt2_jax.plan.errors import PlanError
+from gpt2_jax.plan.hlo import array_bytes
 
 ADD = """
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -22,9 +23,9 @@ def entry(*lines: str, before: str = "") -> str:
 
 
 def found(*lines: str, before: str = "", slices: tuple[int, ...] = (0,) * 8) -> tuple[Collective, ...]:
-    result = exchange(entry("%x = f32[8,6]{1,0} parameter(0)", *lines, before=before), slices)
+    result = find_collectives(entry("%x = f32[8,6]{1,0} parameter(0)", *lines, before=before), slices)
     assert result.uncounted_loops == ()
-    return result.collectives
+    return result.instructions
 
 
 def only(*lines: str, before: str = "", slices: tuple[int, ...] = (0,) * 8) -> Collective:
@@ -32,13 +33,13 @@ def only(*lines: str, before: str = "", slices: tuple[int, ...] = (0,) * 8) -> C
     return one
 
 
-def test_arrays_have_the_bytes_of_their_types() -> None:
+def test_array_bytes_depend_on_the_dtype() -> None:
     assert array_bytes("f32[8,6]{1,0:T(8,128)}") == 192
     assert array_bytes("(bf16[3]{0}, pred[5], s4[3], f8e4m3fn[2], u32[])") == 6 + 5 + 2 + 2 + 4
     assert array_bytes("token[]") == 0
 
 
-# A device puts in 8 x 6 floats, 192 bytes; groups of four.
+# The operand is 8 x 6 floats, 192 bytes, and groups have four devices.
 IN_GROUPS_OF_FOUR = "replica_groups={{0,1,2,3},{4,5,6,7}}, use_global_device_ids=true"
 SENT = {
     "all-reduce": (f"f32[8,6]{{1,0}} all-reduce(%x), {IN_GROUPS_OF_FOUR}, to_apply=%add", 2 * 192 * 3 / 4),
@@ -50,13 +51,13 @@ SENT = {
 
 
 @pytest.mark.parametrize("kind", SENT)
-def test_each_kind_sends_what_a_ring_does(kind: str) -> None:
+def test_sent_bytes_are_those_of_a_ring_algorithm(kind: str) -> None:
     text, sent = SENT[kind]
     one = only(f"ROOT %y = {text}")
-    assert (one.kind, one.operands, one.times, one.sent_bytes) == (kind, ("f32[8,6]",), 1, sent)
+    assert (one.kind, one.operands, one.count, one.sent_bytes) == (kind, ("f32[8,6]",), 1, sent)
 
 
-def test_asynchronous_forms_count_once_whatever_tuple_they_give() -> None:
+def test_asynchronous_collectives_count_once() -> None:
     gather = only(
         f"%s = (f32[8,6]{{1,0}}, f32[32,6]{{1,0}}) all-gather-start(%x), {IN_GROUPS_OF_FOUR}, dimensions={{0}}",
         "ROOT %y = f32[32,6]{1,0} all-gather-done(%s)",
@@ -78,13 +79,13 @@ def test_asynchronous_forms_count_once_whatever_tuple_they_give() -> None:
     assert (wrapped.kind, wrapped.sent_bytes) == ("all-gather", 576)
 
 
-def test_one_instruction_may_take_several_arrays() -> None:
+def test_a_collective_may_have_several_operands() -> None:
     one = only(
         "%b = bf16[5]{0:T(128)} convert(%x)",
         f"%y = (f32[8,6]{{1,0}}, /*index=1*/bf16[5]{{0}}) all-reduce(%x, /*index=1*/%b), {IN_GROUPS_OF_FOUR}, "
         'to_apply=%add, metadata={op_name="jit(step)/h/mlp"}',
     )
-    assert (one.operands, one.source) == (("f32[8,6]", "bf16[5]"), "jit(step)/h/mlp")
+    assert (one.operands, one.op_name) == (("f32[8,6]", "bf16[5]"), "jit(step)/h/mlp")
     assert one.sent_bytes == 2 * (192 + 10) * 3 / 4
 
 
@@ -103,7 +104,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("text", GROUPS)
-def test_every_way_of_writing_groups_is_read(text: str) -> None:
+def test_all_forms_of_replica_groups_are_parsed(text: str) -> None:
     one = only(f"ROOT %y = f32[8,6] all-reduce(%x), channel_id=1, {text}, to_apply=%add")
     assert set(one.groups) == GROUPS[text]
     assert one.group_size == len(next(iter(GROUPS[text])))
@@ -136,8 +137,8 @@ LOOP = """
 REDUCE = "%r = f32[8,6] all-reduce(%v), replica_groups={{0,1}}, to_apply=%add"
 
 
-def test_loops_run_as_often_as_their_counters_say_one_in_another() -> None:
-    """Seven times, each from 0 to 9 by twos, five times; the compiler's own count goes before the condition's."""
+def test_nested_loops_multiply_their_trip_counts() -> None:
+    """7 x 5: the inner loop counts from 0 to 9 in steps of 2. The known trip count of the outer loop has precedence."""
     outside = "%t = (s32[], f32[8,6]) tuple(%zero, %v)\n  %w = (s32[], f32[8,6]) while(%t), condition=%cond1, "
     outside += "body=%body1\n  %r = f32[8,6] get-tuple-element(%w), index=1"
     before = LOOP.format(n=1, end=9, step=2, inside=REDUCE) + LOOP.format(n=2, end=99, step=1, inside=outside)
@@ -149,32 +150,32 @@ def test_loops_run_as_often_as_their_counters_say_one_in_another() -> None:
         'backend_config={"known_trip_count":{"n":"7"},"known_init_step":{"init":"0","step":"1"}}',
         before=before,
     )
-    assert one.times == 7 * 5
+    assert one.count == 7 * 5
     assert one.sent_bytes == 7 * 5 * 192
 
 
-def test_a_loop_that_begins_later_runs_less_often() -> None:
+def test_the_start_of_the_counter_reduces_the_trip_count() -> None:
     lines = (
         "%t = (s32[], f32[8,6]) tuple(%one, %x)",
         "ROOT %w = (s32[], f32[8,6]) while(%t), condition=%cond1, body=%body1",
     )
     one = only("%one = s32[] constant(1)", *lines, before=LOOP.format(n=1, end=12, step=1, inside=REDUCE))
-    assert one.times == 11
+    assert one.count == 11
 
 
-def test_a_loop_of_which_nothing_is_known_counts_once_and_is_named() -> None:
+def test_a_loop_with_an_unknown_trip_count_counts_once_and_is_reported() -> None:
     lines = (
         "%x = f32[8,6] parameter(0)",
         "%data = s32[] convert(%x)",
         "%t = (s32[], f32[8,6]) tuple(%data, %x)",
         "ROOT %w = (s32[], f32[8,6]) while(%t), condition=%cond1, body=%body1",
     )
-    result = exchange(entry(*lines, before=LOOP.format(n=1, end=12, step=1, inside=REDUCE)), (0,) * 8)
-    assert [one.times for one in result.collectives] == [1]
+    result = find_collectives(entry(*lines, before=LOOP.format(n=1, end=12, step=1, inside=REDUCE)), (0,) * 8)
+    assert [one.count for one in result.instructions] == [1]
     assert result.uncounted_loops == ("w",)
 
 
-def test_of_a_conditional_the_branch_that_sends_the_most_counts() -> None:
+def test_the_branch_of_a_conditional_that_sends_the_most_counts() -> None:
     before = ""
     for name, size in (("small", 2), ("large", 50)):
         before += f"\n%{name} (q: f32[{size}]) -> f32[{size}] {{\n  %q = f32[{size}] parameter(0)\n"
@@ -183,7 +184,7 @@ def test_of_a_conditional_the_branch_that_sends_the_most_counts() -> None:
     assert one.sent_bytes == 200
 
 
-def test_a_collective_that_several_fusions_share_counts_once() -> None:
+def test_a_collective_shared_by_several_fusions_counts_once() -> None:
     before = ""
     for name in ("start", "beside", "done"):
         before += f"\n%{name} (q: f32[8,6]) -> f32[32,6] {{\n  %q = f32[8,6] parameter(0)\n"
@@ -195,7 +196,7 @@ def test_a_collective_that_several_fusions_share_counts_once() -> None:
     assert only(*fusions, before=before).sent_bytes == 576
 
 
-def test_an_all_reduce_of_which_a_device_takes_its_slice_is_a_reduce_scatter() -> None:
+def test_an_all_reduce_followed_by_a_slice_is_a_reduce_scatter() -> None:
     before = "\n%all-reduce-scatter.1.clone (q: f32[8,6]) -> f32[2,6] {\n  %q = f32[8,6] parameter(0)\n  %i = s32[] "
     before += f"constant(0)\n  %r = f32[8,6] all-reduce(%q), {IN_GROUPS_OF_FOUR}, to_apply=%add\n"
     before += "  ROOT %s = f32[2,6] dynamic-slice(%r, %i, %i), dynamic_slice_sizes={2,6}\n}\n"
@@ -203,8 +204,8 @@ def test_an_all_reduce_of_which_a_device_takes_its_slice_is_a_reduce_scatter() -
     assert (one.kind, one.sent_bytes) == ("reduce-scatter", 192 * 3 / 4)
 
 
-def test_what_hosts_add_up_across_slices_is_among_them() -> None:
-    """libtpu writes a send; each device exchanges with that at its own place of the other slices."""
+def test_collectives_between_slices_are_found() -> None:
+    """libtpu writes them as a send. Each device communicates with the device of the same index in the other slices."""
     slices = (0, 0, 0, 0, 1, 1, 1, 1)
     across = only(
         "%token = token[] after-all()",
@@ -221,7 +222,7 @@ def test_what_hosts_add_up_across_slices_is_among_them() -> None:
     assert not inside.crosses(slices)
 
 
-def test_a_kernels_description_over_several_lines_ends_nothing() -> None:
+def test_a_multi_line_kernel_description_does_not_end_the_computation() -> None:
     one = only(
         '%k = f32[8,6] custom-call(%x), frontend_attributes={kernel={\n"block": "512"\n}}, metadata={op_name="a"}',
         "ROOT %y = f32[8,6] all-reduce(%k), replica_groups={{0,1}}, to_apply=%add",
@@ -229,6 +230,6 @@ def test_a_kernels_description_over_several_lines_ends_nothing() -> None:
     assert one.sent_bytes == 192
 
 
-def test_a_text_that_is_no_program_is_refused() -> None:
+def test_a_text_that_is_not_a_program_is_refused() -> None:
     with pytest.raises(PlanError, match="no entry"):
-        exchange("module @step {}", (0,))
+        find_collectives("module @step {}", (0,))

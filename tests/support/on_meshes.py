@@ -31,8 +31,8 @@ from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import make_mesh, shardings
 from gpt2_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
-from gpt2_jax.training.batches import rows_of_step
-from gpt2_jax.training.state import described_state, first_state, make_model, state_from_seed
+from gpt2_jax.training.batch_placement import batch_rows
+from gpt2_jax.training.state import abstract_state, initial_state, make_model, random_state
 
 MODEL = GPT2Config(vocab_size=71, n_positions=24, n_embd=32, n_layer=5, n_head=8)
 CONFIG = TrainConfig(
@@ -78,9 +78,9 @@ def _curve(
     config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, sizes: tuple[int, ...]
 ) -> tuple[list[float], list[np.ndarray], list[str]]:
     mesh = make_mesh(_text(sizes))
-    rows, losses = rows_of_step(config, mesh), []
+    rows, losses = batch_rows(config, mesh), []
     with jax.set_mesh(mesh):
-        state = first_state(config, model, tx, None, mesh)
+        state = initial_state(config, model, tx, None, mesh)
         step = make_train_step(model, tx, num_microbatches=config.num_microbatches)
         loss = functools.partial(summed_loss, model)
         own = [rows.put({name: array[rows.own] for name, array in batch.items()}) for batch in _batches(config)]
@@ -89,7 +89,7 @@ def _curve(
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
         assert step._cache_size() == 1, "what a step gives is taken by the same program"
-        described = jax.tree_util.tree_leaves_with_path(described_state(config, model, tx, mesh))
+        described = jax.tree_util.tree_leaves_with_path(abstract_state(config, model, tx, mesh))
     pairs = zip(described, jax.tree.leaves(state), strict=True)
     misplaced = [jax.tree_util.keystr(path) for (path, like), leaf in pairs if leaf.sharding != like.sharding]
     return losses, gradients, misplaced
@@ -111,10 +111,10 @@ def programs() -> dict[str, Any]:
     for sizes in ALL[1:]:
         mesh = make_mesh(_text(sizes))
         with jax.set_mesh(mesh):
-            state, rows = described_state(CONFIG, model, tx, mesh), rows_of_step(CONFIG, mesh)
+            state, rows = abstract_state(CONFIG, model, tx, mesh), batch_rows(CONFIG, mesh)
             ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows.sharding)
             places = jax.tree.map(lambda leaf: leaf.sharding, state)
-            draw = jax.jit(state_from_seed(CONFIG, model, tx), out_shardings=places)
+            draw = jax.jit(random_state(CONFIG, model, tx), out_shardings=places)
             drawn = draw.lower(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)).compile().as_text()
             step = make_train_step(model, tx).lower(state, {"input_ids": ids, "labels": ids}).compile().as_text()
         found[_text(sizes)] = {
@@ -129,7 +129,7 @@ def foreign_meshes() -> dict[str, Any]:
     """Logits and the step on meshes that are not this project's: how far they are from one device's, and how many rows
     of them a device has."""
     model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.max_steps)
-    first = first_state(CONFIG, model, tx, None, make_mesh("data=1", jax.devices()[:1]))
+    first = initial_state(CONFIG, model, tx, None, make_mesh("data=1", jax.devices()[:1]))
     state, batch = jax.tree.map(np.asarray, first), _batches(CONFIG)[0]
     ids, found = batch["input_ids"], {}
 

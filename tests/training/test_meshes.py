@@ -26,8 +26,8 @@ from bridge.formats import WRITABLE
 from gpt2_jax.loading import _Stored
 from gpt2_jax.parallel.sharding import RULES, MeshError, make_mesh, shardings, spec_of
 from gpt2_jax.training import TrainingError, make_optimizer
-from gpt2_jax.training.batches import Rows, rows_of_part, rows_of_step
-from gpt2_jax.training.state import described_state, make_model
+from gpt2_jax.training.batch_placement import Rows, batch_rows, microbatch_rows
+from gpt2_jax.training.state import abstract_state, make_model
 
 ROOT = Path(__file__).parents[2]
 LOSSES = {"float32": on_meshes.SAME_CURVE, "float64": 1e-11}
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_any_format_is_loaded_in_parts(tmp_path: Path) -> None:
 def test_every_array_of_a_state_has_a_rule(changes: dict[str, Any], scan: bool) -> None:
     config = recipe(**changes, scan=scan, bias=True)
     mesh = make_mesh()
-    state = described_state(config, make_model(config), make_optimizer(config.optimizer, 6), mesh)
+    state = abstract_state(config, make_model(config), make_optimizer(config.optimizer, 6), mesh)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
 
 
@@ -184,7 +184,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_by_shape_and_axis() ->
         assert line in str(refused.value)
 
 
-@pytest.mark.parametrize("rows", [rows_of_step, rows_of_part])
+@pytest.mark.parametrize("rows", [batch_rows, microbatch_rows])
 @pytest.mark.parametrize(
     ("batch_size", "cure"), [(4, "--num-microbatches 1"), (24, "--num-microbatches 3"), (6, "--batch-size 8")]
 )

@@ -20,6 +20,7 @@ from gpt2_jax.data import open_data
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import TrainConfig, TrainingError, loop, resolve_config
 from gpt2_jax.training.run import directory as runs
+from gpt2_jax.training.run.identity import Identity, stored_identity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -50,16 +51,16 @@ def test_without_validation_data_no_run_is_begun(tmp_path: Path) -> None:
 def test_a_resumed_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
     first = recipe(tokenizer="characters", n_layer=3, vocab_size=50)
     data = data_for(first, tmp_path)
-    runs.begin(tmp_path / "run", resolve_config(first, data), data)
+    runs.create(tmp_path / "run", resolve_config(first, data), data)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n')
     (tmp_path / "run" / "notes.txt").write_text("mine")
     again = data_for(RECIPE, tmp_path)
     before = files(tmp_path)
     with pytest.raises(TrainingError, match="is a run; continue it with --resume"):
-        runs.begin(tmp_path / "run", RECIPE, again)
+        runs.create(tmp_path / "run", RECIPE, again)
     assert files(tmp_path) == before
-    runs.begin(tmp_path / "run", RECIPE, again, resume=True)
-    assert runs.stored_identity(tmp_path / "run") == runs.Identity.of(RECIPE, again)
+    runs.create(tmp_path / "run", RECIPE, again, resume=True)
+    assert stored_identity(tmp_path / "run") == Identity.of(RECIPE, again)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["n_layer"] == 2
     assert (tmp_path / "run" / "merges.txt").exists()  # the bytes' tokenizer, and not the characters'
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
@@ -73,7 +74,7 @@ def test_a_directory_with_somebody_elses_run_json_is_kept(tmp_path: Path, conten
     (tmp_path / "run" / "race.gpx").write_text("mine")
     before = files(tmp_path)
     with pytest.raises(BridgeError, match=r"run\.json"):
-        runs.begin(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path / "data"), resume=resume)
+        runs.create(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path / "data"), resume=resume)
     assert {name: data for name, data in files(tmp_path).items() if name in before} == before
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "race.gpx"}
 
@@ -138,7 +139,7 @@ def test_a_run_is_removed_only_if_all_of_it_was_written_by_training(copy: Path) 
 def test_a_checkpoint_that_another_saves_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other had the lock when this one looked, and was killed before it asked for it."""
     data, run = data_for(RECIPE, tmp_path), tmp_path / "run"
-    runs.begin(run, RECIPE, data)
+    runs.create(run, RECIPE, data)
     lock = runs.exclusive_lock
 
     @contextmanager
@@ -149,21 +150,21 @@ def test_a_checkpoint_that_another_saves_meanwhile_stays(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(runs, "exclusive_lock", late)
     with pytest.raises(TrainingError, match="is a run; continue it with --resume"):
-        runs.begin(run, RECIPE, data, resume=True)
+        runs.create(run, RECIPE, data, resume=True)
     assert (run / "checkpoints" / "3").exists()
 
 
 def test_a_run_that_another_begins_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, run, describe = data_for(RECIPE, tmp_path), tmp_path / "run", runs.describe
+    data, run, describe = data_for(RECIPE, tmp_path), tmp_path / "run", runs.write_description
 
     def another_first(directory: Path, *others: Any) -> None:
         describe(directory, *others)
         run.mkdir()
         (run / "run.json").write_text("theirs")
 
-    monkeypatch.setattr(runs, "describe", another_first)
+    monkeypatch.setattr(runs, "write_description", another_first)
     with pytest.raises(CheckpointError, match="exists; choose another name"):
-        runs.begin(run, RECIPE, data)
+        runs.create(run, RECIPE, data)
     assert files(run) == {"run.json": b"theirs"}
 
 
@@ -174,7 +175,7 @@ def test_a_directory_that_this_process_does_not_see_is_named(tmp_path: Path, mon
     def wait(seconds: float) -> None:
         waited.append(seconds)
         if sum(waited) == 30:
-            runs.begin(run, RECIPE, data)
+            runs.create(run, RECIPE, data)
 
     monkeypatch.setattr(runs.time, "sleep", wait)
     runs.wait_until_visible(run)
@@ -191,7 +192,7 @@ def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tm
     settled = resolve_config(config, data_for(config, tmp_path), source)
     assert settled.model == bridge.GPT2Config(**{**vars(source.config), "attn_pdrop": 0.0, "resid_pdrop": 0.25})
     model = loop.make_model(settled)
-    state = loop.first_state(settled, model, loop.make_optimizer(settled.optimizer, 6), source, make_mesh())
+    state = loop.initial_state(settled, model, loop.make_optimizer(settled.optimizer, 6), source, make_mesh())
     found = bridge.to_torch(jax.tree.map(np.asarray, state.params), settled.model, vocab_multiple=128)
     assert all(np.array_equal(found[name], array) for name, array in source.tensors.items())
 
@@ -209,7 +210,7 @@ def test_a_length_that_the_model_has_no_positions_for_is_refused(tmp_path: Path)
 def test_the_seed_draws_the_first_weights(tmp_path: Path) -> None:
     def embedding(config: TrainConfig) -> np.ndarray:
         model = loop.make_model(config)
-        state = loop.first_state(config, model, loop.make_optimizer(config.optimizer, 6), None, make_mesh())
+        state = loop.initial_state(config, model, loop.make_optimizer(config.optimizer, 6), None, make_mesh())
         return np.array(state.params["wte"]["embedding"])
 
     assert np.array_equal(embedding(RECIPE), embedding(RECIPE))

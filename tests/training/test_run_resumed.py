@@ -19,6 +19,7 @@ from bridge.formats.run import steps
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import Outcome, TrainingError, loop, resolve_config, train
 from gpt2_jax.training.run import directory as runs
+from gpt2_jax.training.run.identity import stored_identity
 from gpt2_jax.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -68,12 +69,14 @@ def test_a_resume_with_another_value_is_refused_by_its_name(copy: Path, name: st
     assert files(copy / "run") == before
 
 
-def test_a_last_step_behind_the_newest_checkpoint_is_refused(copy: Path) -> None:
+@pytest.mark.parametrize("accept_changes", [False, True])
+def test_a_last_step_before_the_newest_checkpoint_is_refused(copy: Path, accept_changes: bool) -> None:
+    """Also without --accept-changes, which would not help."""
     before = files(copy / "run")
-    with pytest.raises(
-        TrainingError, match=r"max_steps=5: the newest checkpoint in '.*run' is already at step 6; give"
-    ):
-        run_in(copy, recipe(max_steps=5), resume=True, accept_changes=True)
+    message = r"max_steps=5: the newest checkpoint in '.*run' is already at step 6; give --max-steps 6 or more"
+    with pytest.raises(TrainingError, match=message) as raised:
+        run_in(copy, recipe(max_steps=5), resume=True, accept_changes=accept_changes)
+    assert "--accept-changes" not in str(raised.value)
     assert files(copy / "run") == before
 
 
@@ -92,7 +95,7 @@ def test_a_resume_on_other_data_is_refused(copy: Path) -> None:
 def test_what_is_only_reported_may_change(copy: Path) -> None:
     changed = recipe(eval_every=1, log_every=1, checkpoint_every=1, keep_last=5, eval_batches=1)
     assert run_in(copy, changed, resume=True).step == 6
-    assert runs.stored_identity(copy / "run").config.keep_last == 5
+    assert stored_identity(copy / "run").config.keep_last == 5
 
 
 def test_accepted_changes_are_taken_over(copy: Path) -> None:
@@ -100,7 +103,7 @@ def test_accepted_changes_are_taken_over(copy: Path) -> None:
     outcome = run_in(copy, changed, resume=True, accept_changes=True)
     assert outcome.step == 8
     assert [record["step"] for record in read_metrics(copy / "run")] == [0, 2, 4, 6, 8]
-    assert runs.stored_identity(copy / "run").config == changed
+    assert stored_identity(copy / "run").config == changed
     assert bridge.load(copy / "run").config.layer_norm_epsilon == 1e-4
 
 
@@ -123,7 +126,7 @@ def test_a_state_of_another_shape_is_refused_and_the_run_stays_readable(
 
 
 def test_a_run_without_a_checkpoint_resumes_from_the_beginning(tmp_path: Path, finished: Outcome) -> None:
-    runs.begin(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path))
+    runs.create(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path))
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n{"step": 2, "train_lo')
     assert run_in(tmp_path, RECIPE, resume=True).step == 6
     assert [record["step"] for record in records(tmp_path / "run")] == [0, 2, 4, 6]
@@ -133,7 +136,7 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(tmp_path: Path, f
 def test_a_run_without_a_checkpoint_takes_over_another_tokenizer(tmp_path: Path) -> None:
     first = recipe(tokenizer="characters", vocab_size=50)
     data = data_for(first, tmp_path)
-    runs.begin(tmp_path / "run", resolve_config(first, data), data)
+    runs.create(tmp_path / "run", resolve_config(first, data), data)
     with pytest.raises(TrainingError, match="tokenizer was"):
         run_in(tmp_path, RECIPE, resume=True)
     run_in(tmp_path, RECIPE, resume=True, accept_changes=True)
@@ -219,14 +222,14 @@ def test_the_description_of_a_state_is_that_of_the_first(changes: dict[str, Any]
     config = recipe(**changes)
     model, tx = loop.make_model(config), loop.make_optimizer(config.optimizer, 6)
     mesh = make_mesh()
-    state, described = loop.first_state(config, model, tx, None, mesh), loop.described_state(config, model, tx, mesh)
+    state, described = loop.initial_state(config, model, tx, None, mesh), loop.abstract_state(config, model, tx, mesh)
     assert jax.tree.structure(described) == jax.tree.structure(state)
     for array, leaf in zip(jax.tree.leaves(state), jax.tree.leaves(described), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
 
 
 def test_a_resume_makes_no_state_beside_the_one_it_restores(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "first_state", None)
+    monkeypatch.setattr(loop, "initial_state", None)
     assert run_in(copy, RECIPE, resume=True).step == 6
 
 

@@ -62,7 +62,7 @@ def test_a_padded_vocabulary_is_no_trouble_to_a_sample(tmp_path: Path) -> None:
     data = data_for(config, tmp_path)
     settled = resolve_config(config, data, random_checkpoint(model))
     gpt2 = loop.make_model(settled)
-    state = loop.first_state(
+    state = loop.initial_state(
         settled, gpt2, loop.make_optimizer(settled.optimizer, 6), random_checkpoint(model), make_mesh()
     )
     shown = loop.sample(settled, gpt2, state, data, [65, 27, 10])

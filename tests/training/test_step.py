@@ -17,7 +17,7 @@ import bridge
 from bridge import IGNORE_INDEX, GPT2Config
 from gpt2_jax.model import GPT2
 from gpt2_jax.training import OptimizerConfig, TrainState, init_state, make_eval_step, make_optimizer, make_train_step
-from gpt2_jax.training.step import all_finite
+from gpt2_jax.training.state import all_finite
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

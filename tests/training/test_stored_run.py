@@ -14,10 +14,10 @@ from support.refusals import within_budget
 
 from gpt2_jax.training import TrainConfig, TrainingError
 from gpt2_jax.training.config import flat
-from gpt2_jax.training.run.directory import Identity, stored_identity
+from gpt2_jax.training.run.identity import VERSION, Identity, stored_identity
 
 CONFIG = flat(TrainConfig())
-STORED: dict[str, Any] = {"version": 1, "config": CONFIG, "data": "0" * 64, "tokenizer": None}
+STORED: dict[str, Any] = {"version": VERSION, "config": CONFIG, "data": "0" * 64, "tokenizer": None}
 
 
 def changed(**changes: Any) -> bytes:
@@ -34,11 +34,11 @@ DAMAGE: dict[str, bytes] = {
     "list": b"[1]",
     "deep": b"[" * 200_000,
     "not UTF-8": b"\xff" + changed(),
-    "a name twice": b'{"version": 1, "version": 1}',
-    "5,000 digits": changed().replace(b'"version": 1', b'"version": 1' + b"0" * 5000),
+    "a name twice": b'{"version": 2, "version": 2}',
+    "5,000 digits": changed().replace(b'"version": 2', b'"version": 2' + b"0" * 5000),
     "30 MB": b"[" + b"1," * 15_000_000 + b"1]",
     "no fields": b"{}",
-    **{f"version {str(value)[:9]}": changed(version=value) for value in (2, "1", True, 1.0, None, 10**400, [1])},
+    **{f"version {str(value)[:9]}": changed(version=value) for value in (0, 3, "2", True, 2.0, None, 10**400, [2])},
     **{f"data {str(value)[:9]}": changed(data=value) for value in (3, True, None, [], {})},
     **{f"tokenizer {str(value)[:9]}": changed(tokenizer=value) for value in (3, True, [], {})},
     **{f"config {value!r}": changed(config=value) for value in ([], "x", None, 3, {})},

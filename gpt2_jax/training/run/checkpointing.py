@@ -26,13 +26,13 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import BridgeError
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
-from bridge.formats.run import CHECKPOINTS, best_step, committed_steps, sound, steps, validation_loss
+from bridge.formats.run import CHECKPOINTS, best_step, committed_steps, first_valid, steps, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import foreign_files
 from bridge.storage.fsync import flush_to_disk
 from gpt2_jax.parallel.distributed import broadcast_from_first, is_first, wait_for_all
-from gpt2_jax.training.config import TrainingError, is_out_of_memory
-from gpt2_jax.training.step import TrainState
+from gpt2_jax.training.errors import TrainingError, is_out_of_memory
+from gpt2_jax.training.state import TrainState
 
 PARTIAL = ".{}.partial"
 _LEFT = re.compile(r"\.(0|[1-9]\d*)\.partial(\.orbax-checkpoint-tmp.*)?")
@@ -76,12 +76,12 @@ class Checkpoints:
         If there is one, damaged checkpoints are renamed to STEP.damaged, so that they are not counted as the last or
         the best.
         """
-        return broadcast_from_first(self._newest_sound() if is_first() else None)
+        return broadcast_from_first(self._newest_valid() if is_first() else None)
 
-    def _newest_sound(self) -> int | None:
+    def _newest_valid(self) -> int | None:
         newest, damaged = None, []
         for step in steps(self._run):
-            if sound(self._run, [step], self._say) is None:
+            if first_valid(self._run, [step], self._say) is None:
                 damaged.append(self._folder / str(step))
             else:
                 newest = step
@@ -188,9 +188,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove all checkpoints but the last and the best. Called after a newer valid one was committed."""
-        sealed = committed_steps(self._run)
-        kept = {*sealed[-self._keep_last :], best_step(self._run)}
-        for step in sealed:  # a damaged checkpoint stays for inspection
+        committed = committed_steps(self._run)
+        kept = {*committed[-self._keep_last :], best_step(self._run)}
+        for step in committed:  # a damaged checkpoint stays for inspection
             if step not in kept:
                 path = self._folder / str(step)
                 if foreign := foreign_files(path, manifest.recorded(path).__contains__):

@@ -15,7 +15,8 @@ from bridge.errors import escaped, install_command, quoted
 from bridge.storage.atomic_writes import new_file
 from bridge.storage.regular_file import open_regular_file
 from gpt2_jax.console.report_files import save_plot
-from gpt2_jax.training.config import TrainConfig, TrainingError, flat
+from gpt2_jax.training.config import TrainConfig, flat
+from gpt2_jax.training.errors import TrainingError
 
 METRICS = "metrics.jsonl"
 PLOT = "loss.png"

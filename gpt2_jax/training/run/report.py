@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from gpt2_jax.console.terminal import Console
 from gpt2_jax.hardware import flops_per_token, peak_flops
 from gpt2_jax.parallel.distributed import is_first
-from gpt2_jax.training.config import NonFiniteLoss, TrainConfig
+from gpt2_jax.training.config import TrainConfig
+from gpt2_jax.training.errors import NonFiniteLoss
 from gpt2_jax.training.run.metrics import Metrics
 
 MOST_SKIPPED = 100

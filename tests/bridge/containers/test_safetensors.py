@@ -21,7 +21,8 @@ from support.refusals import assert_refused
 
 from bridge import CheckpointError
 from bridge.containers import safetensors as container
-from bridge.containers.safetensors import DTYPES, read_file, write_file
+from bridge.containers.safetensors import read_file, write_file
+from bridge.storage.dtypes import SAFETENSORS_DTYPES
 from bridge.storage.tensors import LazyTensorMap
 
 TORCH_DTYPES = [
@@ -35,7 +36,7 @@ def samples(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     size = int(np.prod(shape))
     tensors = {}
-    for name, dtype in DTYPES.items():
+    for name, dtype in SAFETENSORS_DTYPES.items():
         raw = rng.integers(0, 2 if name == "BOOL" else 256, size * dtype.itemsize, np.uint8)
         tensors[f"a {name} é"] = raw.view(dtype).reshape(shape)
     return tensors
@@ -252,7 +253,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "size a bool": (file_of({"w": tensor((True, 2))}, bytes(8)), "is not a list of"),
     "shape a number": (file_of({"w": tensor(2)}, bytes(8)), "is not a list of"),
     "rank 10,000": (file_of({"w": tensor([1] * 9_999 + [2])}, bytes(8)), "is not a list of at most 16 sizes"),
-    "unknown dtype": (file_of({"w": tensor(dtype="F33")}, bytes(8)), "dtype 'F33' is not one of F64, F32"),
+    "unknown dtype": (file_of({"w": tensor(dtype="F33")}, bytes(8)), "dtype 'F33' is not one of F32, F16"),
     "8-bit float": (file_of({"w": tensor((8,), dtype="F8_E4M3")}, bytes(8)), "dtype 'F8_E4M3' is not one of"),
     "4-bit float": (file_of({"w": tensor((16,), dtype="F4")}, bytes(8)), "dtype 'F4' is not one of"),
     "dtype in lower case": (file_of({"w": tensor(dtype="f32")}, bytes(8)), "dtype 'f32' is not one of"),

@@ -18,8 +18,8 @@ from support.models import TINY, random_checkpoint
 import bridge
 from bridge import CheckpointError, ConfigError, ConversionError, GPT2Config
 from bridge.containers.safetensors import read_file, write_file
-from bridge.conversion import flatten
 from bridge.storage.tensors import LazyTensorMap
+from bridge.storage.trees import flatten
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
 NO_BIAS = replace(TINY, bias=False)

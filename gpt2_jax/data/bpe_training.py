@@ -1,4 +1,4 @@
-"""Byte-level BPE learned from a corpus with the `tokenizers` library, and used through tiktoken."""
+"""Training of byte-level BPE on a corpus, with the `tokenizers` library. The result is a tiktoken encoding."""
 
 from __future__ import annotations
 
@@ -12,26 +12,33 @@ from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, byte_level_bpe
 if TYPE_CHECKING:
     import tiktoken
 
-SMALLEST_VOCABULARY = 257
+MIN_VOCAB_SIZE = 257
 """The 256 bytes and `<|endoftext|>`."""
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
-    """A tokenizer laid out as GPT-2's: the bytes, the merges in the order they were learned, `<|endoftext|>` last.
+    """Train a byte-level BPE tokenizer with the layout of GPT-2's.
 
-    `vocab_size` counts all three. A pair that occurs once is not merged, so a corpus too small for that
-    many merges gives as many as it has: `n_vocab` of the result says. The same texts give the same
-    tokenizer. Raises `TokenizerError` below 257 tokens, or for a text that is not Unicode.
+    Its ids are the 256 bytes, then the merges in the order in which they were learned, then `<|endoftext|>`. The result
+    depends only on the texts and `vocab_size`.
+
+    Args:
+        texts: the corpus.
+        vocab_size: the number of all ids. Pairs that occur only once are not merged, so a small corpus may give fewer;
+            see `n_vocab` of the result.
+
+    Raises:
+        TokenizerError: `vocab_size` is below 257, or a text cannot be encoded as UTF-8.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_VOCABULARY:
+    if vocab_size < MIN_VOCAB_SIZE:
         raise TokenizerError(
             f"a BPE vocabulary of {vocab_size} has no room for the 256 bytes and {END_OF_TEXT}; "
-            f"ask for {SMALLEST_VOCABULARY} or more"
+            f"ask for {MIN_VOCAB_SIZE} or more"
         )
     if isinstance(texts, str):
-        raise TokenizerError("BPE is trained on several texts, not on one's characters; give [text]")
+        raise TokenizerError("BPE is trained on a list of texts; for a single text, give [text]")
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
@@ -44,7 +51,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
         tokenizer.train_from_iterator(texts, trainer)
     except UnicodeEncodeError as error:
         raise TokenizerError(
-            f"a text of the corpus has half a character in it, which UTF-8 cannot hold: {error}"
+            f"a text of the corpus has an unpaired surrogate, which UTF-8 cannot encode: {error}"
         ) from None
     model = json.loads(tokenizer.to_str())["model"]
     special = {END_OF_TEXT: len(model["vocab"])}

@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Int
 
 from bridge.errors import quoted
+from gpt2_jax.data.documents import STDLIB, matching_files
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.text import matching_files
 from gpt2_jax.data.token_files import SIDECAR, TokenFile, has_magic, is_token_file, token_file
 
 _SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation)(?=[_.-])", re.IGNORECASE)
@@ -78,12 +78,12 @@ class TokenStream:
         wanted: dict[int, list[tuple[int, int]]] = {}
         for index, start, stop in chain.from_iterable(pieces):
             wanted.setdefault(index, []).append((start, stop))
-        for index, of_file in wanted.items():
-            self.files[index].fetch(of_file)
-        read = {index: iter(self.files[index].read(of_file)) for index, of_file in wanted.items()}
+        for index, file_spans in wanted.items():
+            self.files[index].fetch(file_spans)
+        read = {index: iter(self.files[index].read(file_spans)) for index, file_spans in wanted.items()}
         return [
-            self._joined([self._checked(next(read[index]), index, start) for index, start, _ in of_span])
-            for of_span in pieces
+            self._joined([self._checked(next(read[index]), index, start) for index, start, _ in span])
+            for span in pieces
         ]
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -165,6 +165,8 @@ def is_token_source(source: str | Path) -> bool:
     directory holds tokens if it belongs to the token cache, or if a file in it has such first bytes or is named
     `train.bin`. A glob names token files if all matching files are token files.
     """
+    if str(source) in (STDLIB, ""):
+        return False
     path = Path(source)
     if is_token_cache(path):
         return True
@@ -173,6 +175,11 @@ def is_token_source(source: str | Path) -> bool:
     if path.is_file():
         return is_token_file(path)
     return all(is_token_file(p) for p in matching_files(source))
+
+
+def has_validation_files(source: str | Path) -> bool:
+    """Whether token files are split into training and validation by their names."""
+    return not is_token_cache(Path(source)) and bool(_split_by_name(source)[1])
 
 
 def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[TokenStream, TokenStream | None]:
@@ -184,6 +191,16 @@ def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[Toke
 
     Raises `DataError` for a file that is damaged or not a token file.
     """
+    training, held_out = (
+        TokenStream.of([token_file(path) for path in paths], vocab_size=vocab_size) if paths else None
+        for paths in _split_by_name(source)
+    )
+    assert training is not None
+    return training, held_out
+
+
+def _split_by_name(source: str | Path) -> tuple[list[Path], list[Path]]:
+    """Return the files of the training and of the validation stream; the second list may be empty."""
     path = Path(source)
     if path.is_dir():
         paths = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and is_token_file(p))
@@ -193,8 +210,4 @@ def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[Toke
     named, others = ([p for p, s in zip(paths, splits, strict=True) if s == split] for split in (["train"], []))
     training = named or others
     held_out = [p for p, split in zip(paths, splits, strict=True) if split and split != ["train"]]
-    if not training or not held_out:
-        return TokenStream.of([token_file(p) for p in paths], vocab_size=vocab_size), None
-    both = ([token_file(p) for p in names] for names in (training, held_out))
-    train, validation = (TokenStream.of(files, vocab_size=vocab_size) for files in both)
-    return train, validation
+    return (training, held_out) if training and held_out else (paths, [])

@@ -1,4 +1,4 @@
-"""Open the data that `--data` names."""
+"""The training and validation data of a run, opened from what `--data` names."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bridge.errors import quoted
+from gpt2_jax.data.documents import Documents, find_documents
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.text import STDLIB, Documents, find_documents
-from gpt2_jax.data.tokenize import CachedText, TaskProgress, cached_text, open_cached
+from gpt2_jax.data.token_cache import CachedText, TaskProgress, cached_text, open_cached
+from gpt2_jax.data.token_stream import TokenStream, is_token_cache, is_token_source, open_tokens
 from gpt2_jax.data.tokenizers import make_tokenizer
-from gpt2_jax.data.tokens import TokenStream, is_token_cache, is_token_source, open_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -103,7 +103,7 @@ class _Opened:
 
 def _found(source: str | Path) -> Documents | Path:
     """Return the documents of a text source, or the path or glob of token files."""
-    if str(source) not in (STDLIB, "") and is_token_source(source):
+    if is_token_source(source):
         return Path(source).absolute()
     return find_documents(source)
 

@@ -23,10 +23,10 @@ from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import tokenizer_fingerprint
 from gpt2_jax.console.cache import cache_directory
+from gpt2_jax.data.documents import Documents
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.text import Documents
 from gpt2_jax.data.token_files import SIDECAR, TokenFile
-from gpt2_jax.data.tokens import TokenStream
+from gpt2_jax.data.token_stream import TokenStream
 
 if TYPE_CHECKING:
     import tiktoken

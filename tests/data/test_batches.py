@@ -12,10 +12,10 @@ import pytest
 
 from bridge import IGNORE_INDEX, byte_tokenizer
 from gpt2_jax.data import Batch, DataError, TokenStream, evaluation_batches, training_batches
-from gpt2_jax.data.text import find_documents
-from gpt2_jax.data.tokenize import cached_text
-from gpt2_jax.data.tokens import open_tokens
-from gpt2_jax.data.windows import _shuffled, _Windows
+from gpt2_jax.data.batches import _shuffled, _Windows
+from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.token_cache import cached_text
+from gpt2_jax.data.token_stream import open_tokens
 from tests.data.token_files import llmc, nanogpt
 
 LENGTH = 7
@@ -210,7 +210,7 @@ def documents_in_order(stream: TokenStream, length: int) -> list[Batch]:
 
 
 def test_documents_cannot_be_told_apart_in_token_files(stream: TokenStream) -> None:
-    with pytest.raises(DataError, match="do not say where a document ends"):
+    with pytest.raises(DataError, match="do not store where documents end"):
         training_batches(stream, batch_size=BATCH, seq_len=LENGTH, examples="documents")
 
 
@@ -225,14 +225,14 @@ def test_evaluation_reads_the_stream_once_in_order(stream: TokenStream) -> None:
 
 
 def test_an_evaluation_of_fewer_batches_is_spread_over_the_stream(stream: TokenStream) -> None:
-    read = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, most_batches=3))
+    read = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, max_batches=3))
     starts = first_tokens(read)
     assert len(read) == 3 and starts == sorted(starts) and len(set(starts)) == 15
     gaps = np.diff(starts)
     assert max(gaps) - min(gaps) <= LENGTH and starts[0] == 0 and starts[-1] > 0.9 * COUNT
     assert all((batch["labels"] != IGNORE_INDEX).all() for batch in read)
     everything = list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH))
-    assert_equal(everything, list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, most_batches=10**6)))
+    assert_equal(everything, list(evaluation_batches(stream, batch_size=BATCH, seq_len=LENGTH, max_batches=10**6)))
 
 
 def test_documents_are_evaluated_in_order_with_every_row_attending_to_something(documents: TokenStream) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from bridge import byte_tokenizer, character_tokenizer, save_tokenizer, tokenizer_fingerprint
 from gpt2_jax.data import Data, DataError, evaluation_batches, make_tokenizer, open_data, tokenizers, training_batches
-from gpt2_jax.data.open import split
-from gpt2_jax.data.text import find_documents
+from gpt2_jax.data.dataset import split
+from gpt2_jax.data.documents import find_documents
 from tests.data.token_files import llmc, nanogpt, npy
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(50))
@@ -121,7 +121,7 @@ def test_validation_may_be_another_source(text_file: Path, folder: Path, tmp_pat
 
 @pytest.mark.parametrize("made_from_text", ["bpe", "characters"])
 def test_no_tokenizer_is_made_from_the_validation_text(text_file: Path, tmp_path: Path, made_from_text: str) -> None:
-    with pytest.raises(DataError, match="the data is tokens already"):
+    with pytest.raises(DataError, match="the data is token files"):
         opened(
             nanogpt(tmp_path / "a.bin", IDS),
             tmp_path / "cache",
@@ -242,7 +242,7 @@ def test_a_tokenizer_comes_from_a_directory(tmp_path: Path) -> None:
         ("characters", False, None, "is made from text, and the data is tokens"),
         ("bpe", False, 300, "is made from text, and the data is tokens"),
         ("bpe", True, None, "give vocab_size"),
-        ("nothing", True, None, "is none of gpt2, bytes, characters, bpe, and no directory"),
+        ("nothing", True, None, "must be gpt2, bytes, characters, bpe, or a directory"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_made_is_an_error(

@@ -1,7 +1,7 @@
-"""Batches from a token stream: any step's batch by its number, read ahead on threads by grain.
+"""Batches from a token stream. Each batch is computed from the number of its step; grain reads ahead on threads.
 
-A batch is a dictionary of int32 [B, T] arrays: `input_ids`; `labels`, the token that follows each, or
-`IGNORE_INDEX`; and for documents `attention_mask`, 1 for tokens and 0 for padding.
+A batch is a dictionary of int32 [B, T] arrays: `input_ids`; `labels`, the next tokens, or `IGNORE_INDEX` for positions
+that do not count; and for documents `attention_mask`, 1 for tokens and 0 for padding.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from jaxtyping import Int
 
 from bridge import IGNORE_INDEX
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.tokens import TokenStream
+from gpt2_jax.data.token_stream import TokenStream
 
 Batch = dict[str, Int[np.ndarray, "B T"]]
 Examples = Literal["stream", "documents"]
 
 READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-"""A batch is a few dozen copies; two threads keep ahead of any step, and eight batches cover a slow disk."""
+"""A batch is a few dozen reads, so two threads are faster than any training step. Eight batches hide a slow disk."""
 
 ALL_ROWS = slice(None)
 
-_SMALL = 2**16
-"""Up to so many examples an epoch's order is kept whole. Beyond, grain's index_shuffle needs no memory;
-below, it searches among 2**16 numbers for one in range: 10 ms for each of two examples."""
+_MAX_STORED_ORDER = 2**16
+"""The order of an epoch with more examples is not stored but computed by grain's index_shuffle. With fewer examples,
+index_shuffle is slow, because it draws from 2**16 numbers until one is in range: 10 ms per example for two examples."""
 
 
 def training_batches(
@@ -44,23 +44,23 @@ def training_batches(
     examples: Examples = "stream",
     rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
-    """The batches of steps start_step, start_step + 1, ... without end.
+    """Yield the batches of steps start_step, start_step + 1, ... without end.
 
-    Batch number s depends on the stream, `batch_size`, `seq_len`, `seed` and s, and on nothing else.
-    An epoch visits every example once, in an order drawn from the seed and the epoch; the batch in
-    which one epoch ends goes on with the next.
+    Batch s depends only on the stream, `batch_size`, `seq_len`, `seed`, `examples` and s. An epoch visits every example
+    once, in an order drawn from the seed and the epoch. A batch may contain the end of one epoch and the start of the
+    next.
 
     Args:
-        examples: "stream": windows of length + 1 tokens that follow each other, from a beginning
-            that is drawn for each epoch, so that the borders between windows move; what is left at
-            the two ends is less than two windows. "documents": each document is an example, cut
-            to `seq_len` and padded on the right.
-        rows: the rows of each batch that this process reads; the batches are the same for any.
+        examples: "stream": consecutive windows of seq_len + 1 tokens. Each epoch starts at another random offset, so
+            that the borders between windows move; fewer than two windows of tokens are left out at the ends.
+            "documents": each document is one example, truncated to `seq_len` and padded on the right.
+        rows: the rows of each batch that this process reads.
 
-    Raises `DataError` for a stream that is too short, or has no documents where they are asked for.
+    Raises:
+        DataError: the stream is too short, or `examples` is "documents" and the document ends are unknown.
     """
-    chosen = _Documents(stream, seq_len, seed) if examples == "documents" else _Windows(stream, seq_len, seed)
-    return iter(grain.MapDataset.source(_Batches(chosen, batch_size, rows))[start_step:].to_iter_dataset(READING))
+    source = _Documents(stream, seq_len, seed) if examples == "documents" else _Windows(stream, seq_len, seed)
+    return iter(grain.MapDataset.source(_Batches(source, batch_size, rows))[start_step:].to_iter_dataset(READING))
 
 
 def evaluation_batches(
@@ -68,26 +68,30 @@ def evaluation_batches(
     *,
     batch_size: int,
     seq_len: int,
-    most_batches: int | None = None,
+    max_batches: int | None = None,
     examples: Examples = "stream",
     rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
-    """The stream's examples once, in order; with `most_batches`, so many batches evenly spaced over it.
+    """Yield the examples of the stream once, in order.
 
-    Windows do not overlap and begin at the stream's first token; what is left after the last is not
-    used. The last batch is filled up with rows whose labels are all `IGNORE_INDEX`: one shape for all.
+    Windows do not overlap and start at the first token; tokens after the last whole window are not used. The last batch
+    is filled with rows whose labels are all `IGNORE_INDEX`, so that all batches have the same shape.
+
+    Args:
+        max_batches: yield at most this many batches, with examples evenly spaced over the stream.
+        examples, rows: as for `training_batches`.
     """
-    chosen = _Documents(stream, seq_len) if examples == "documents" else _Windows(stream, seq_len)
-    number = min(-(-chosen.count // batch_size), most_batches or sys.maxsize)
-    wanted = min(number * batch_size, chosen.count)
-    indices = np.arange(wanted) * chosen.count // wanted
-    source = _EvaluationBatches(chosen, indices, batch_size, rows)
-    return iter(grain.MapDataset.source(source).to_iter_dataset(READING))
+    source = _Documents(stream, seq_len) if examples == "documents" else _Windows(stream, seq_len)
+    num_batches = min(-(-source.count // batch_size), max_batches or sys.maxsize)
+    wanted = min(num_batches * batch_size, source.count)
+    indices = np.arange(wanted) * source.count // wanted
+    batches = _EvaluationBatches(source, indices, batch_size, rows)
+    return iter(grain.MapDataset.source(batches).to_iter_dataset(READING))
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Windows of one epoch after another; without a seed, those of the stream in order."""
+    """The windows of the stream as numbered examples: in order, or with a seed, shuffled within each epoch."""
 
     stream: TokenStream
     seq_len: int
@@ -99,19 +103,21 @@ class _Windows:
             which = "validation data" if self.seed is None else "data"
             raise DataError(
                 f"the {which} has {len(self.stream)} tokens, and one window of seq_len={self.seq_len} takes "
-                f"{self.seq_len + 1}; choose a smaller seq_len, or more data"
+                f"{self.seq_len + 1}; choose a smaller seq_len, or give more data"
             )
         if self.count > 2**32:
-            raise DataError(f"the data has {self.count} windows, and 2**32 can be shuffled; choose a larger seq_len")
+            raise DataError(
+                f"the data has {self.count} windows, but at most 2**32 can be shuffled; choose a larger seq_len"
+            )
 
     @cached_property
     def count(self) -> int:
         whole = (len(self.stream) - 1) // self.seq_len
-        # One fewer leaves room for the beginning to move by any number below `seq_len`.
+        # One window fewer leaves room for any offset below `seq_len`.
         return whole if self.seed is None else max(1, (len(self.stream) - self.seq_len) // self.seq_len)
 
     def span(self, number: int) -> tuple[int, int]:
-        """Where in the stream example `number` stands."""
+        """Return start and stop of example `number` in the stream."""
         start = number * self.seq_len
         if self.seed is not None:
             epoch, k = divmod(number, self.count)
@@ -122,7 +128,7 @@ class _Windows:
 
 @dataclass(frozen=True)
 class _Documents:
-    """Documents of one epoch after another; without a seed, in the order of the stream."""
+    """The documents of the stream as numbered examples: in order, or with a seed, shuffled within each epoch."""
 
     stream: TokenStream
     seq_len: int
@@ -132,8 +138,8 @@ class _Documents:
     def __post_init__(self) -> None:
         if self.stream.document_ends is None:
             raise DataError(
-                "these token files do not say where a document ends, so documents cannot be examples; "
-                "train on the stream, or give the text"
+                "these token files do not store where documents end, so documents cannot be examples; "
+                "use --examples stream, or give the text"
             )
 
     @cached_property
@@ -154,7 +160,7 @@ class _Documents:
 
 @dataclass(frozen=True)
 class _Batches:
-    """What grain reads: batch number s, as a random-access source."""
+    """Training batches as a random-access source for grain: item s is the batch of step s."""
 
     examples: _Windows | _Documents
     batch_size: int
@@ -170,6 +176,8 @@ class _Batches:
 
 @dataclass(frozen=True)
 class _EvaluationBatches:
+    """Evaluation batches as a random-access source for grain."""
+
     examples: _Windows | _Documents
     indices: np.ndarray
     batch_size: int
@@ -180,7 +188,7 @@ class _EvaluationBatches:
 
     def __getitem__(self, number: int) -> Batch:
         of_batch = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
-        # An example again, and not zeros: a row without one token would have nothing to attend to.
+        # Fill with a copy of an example, because a row of padding alone would have nothing to attend to.
         full = np.concatenate([of_batch, np.repeat(of_batch[:1], self.batch_size - len(of_batch))])
         real = np.arange(self.batch_size) < len(of_batch)
         batch = _batch(self.examples, full[self.rows].tolist())
@@ -189,7 +197,7 @@ class _EvaluationBatches:
 
 
 def _batch(examples: _Windows | _Documents, numbers: Sequence[int]) -> Batch:
-    """The examples of these numbers as rows, each of 1 to seq_len + 1 tokens."""
+    """Return a batch whose rows are these examples. Each has 1 to seq_len + 1 tokens."""
     tokens = examples.stream.read_spans(map(examples.span, numbers))
     if not examples.masked:
         rows = np.stack(tokens)
@@ -204,11 +212,11 @@ def _batch(examples: _Windows | _Documents, numbers: Sequence[int]) -> Batch:
 
 
 def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
-    """The example in place k of an epoch."""
-    if count <= _SMALL:
+    """Return the k-th example of an epoch."""
+    if count <= _MAX_STORED_ORDER:
         return int(_order(count, seed, epoch)[k])
-    # Where the largest index is a power of four, grain 0.2.18 gives one twice and that one never. Shuffling one
-    # more, and what falls on it again, is a permutation of the rest.
+    # If the largest index is a power of four, grain 0.2.18 returns another index twice and this one never. Therefore
+    # shuffle one index more, and shuffle again what falls on it: that is a permutation of the others.
     largest = count - 1 if (count - 1) & (count - 2) else count
     while (k := index_shuffle(k, max_index=largest, seed=_drawn(seed, epoch)[0], rounds=4)) >= count:
         pass
@@ -217,12 +225,12 @@ def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
 
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
-    # numpy promises that the raw numbers of a bit generator never change; of shuffles it does not.
+    # numpy guarantees that the raw output of a bit generator never changes, but not the result of a shuffle.
     return np.argsort(np.random.PCG64(_drawn(seed, epoch)[0]).random_raw(count), kind="stable")
 
 
 @lru_cache(maxsize=16)
 def _drawn(seed: int, epoch: int) -> tuple[int, int]:
-    """Two numbers below 2**32 for an epoch: the seed of its order, and where its windows begin."""
-    order, beginning = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
-    return order, beginning
+    """Return two random numbers below 2**32 for an epoch: the seed of its order, and the offset of its windows."""
+    order, offset = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
+    return order, offset

@@ -11,9 +11,10 @@ import pytest
 import tiktoken
 
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
-from gpt2_jax.data import DataError, text
-from gpt2_jax.data.bpe import train_bpe
-from gpt2_jax.data.text import find_documents
+from gpt2_jax.data import DataError
+from gpt2_jax.data import documents as documents_module
+from gpt2_jax.data.bpe_training import train_bpe
+from gpt2_jax.data.documents import find_documents
 
 # Whatever regular expressions tell apart: letters, digits, marks, white space of all kinds, and what
 # Python takes for white space and Rust does not (U+001C ... U+001F).
@@ -41,8 +42,8 @@ def write(path: Path, content: str) -> Path:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "BLOCK_BYTES", 16)
-    monkeypatch.setattr(text, "LONGEST_BLOCK", 256)
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(documents_module, "LONGEST_BLOCK", 256)
 
 
 @pytest.mark.parametrize("pattern", SPELLINGS_OF_WORDS, ids=["ours", "openai", "tiktoken"])

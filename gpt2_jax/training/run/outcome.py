@@ -1,0 +1,72 @@
+"""The end of a run: its plot, its export, and its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bridge
+from bridge.errors import quoted
+from bridge.formats.run import CHECKPOINTS, best_valid_step, validation_loss
+from bridge.storage import manifest
+from bridge.storage.atomic_writes import new_directory
+from gpt2_jax.console.report_files import is_report
+from gpt2_jax.parallel.distributed import broadcast_from_first, is_first
+from gpt2_jax.training.run.directory import EXPORT, replaceable_export
+from gpt2_jax.training.run.metrics import PLOT, plot_losses
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a run."""
+
+    run: Path
+    step: int
+    """Total number of steps."""
+    best_step: int
+    """Step of the checkpoint that was exported. `bridge.load(run)` reads the same one."""
+    best_val_loss: float | None
+    """Its validation loss, nats per token."""
+    stopped_by: signal.Signals | None
+    """The signal that ended the run before its last step."""
+    export: Path
+    plot: Path
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        paths = {name: str(values[name]) for name in ("run", "export", "plot")}
+        return {**values, **paths, "stopped_by": self.stopped_by and self.stopped_by.name}
+
+
+def finish(
+    run: Path,
+    about: Mapping[str, Any],
+    step: int,
+    stopped_by: signal.Signals | None,
+    say: Callable[[str], object] = lambda _: None,
+) -> Outcome:
+    """Plot the losses and export the best checkpoint. The other processes wait for the first one.
+
+    Args:
+        about: the content of the export's manifest, beside the step and the loss.
+        step: total number of steps.
+        stopped_by: the signal that ended the run, if one did.
+        say: called with a message about every damaged checkpoint that is skipped.
+    """
+    best, loss = 0, None
+    if is_first():
+        best = best_valid_step(run, say)
+        loss = validation_loss(run, best)
+        with new_directory(run / EXPORT, replaceable=replaceable_export(run)) as export:
+            bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
+            manifest.seal(export, {**about, "step": best, "val_loss": loss})
+        if (run / PLOT).exists() and not is_report(run / PLOT):
+            say(f"{quoted(run / PLOT)} was not drawn by this version of gpt2 train and is kept")
+        else:
+            plot_losses(run)
+    best, loss = broadcast_from_first((best, loss))
+    return Outcome(run, step, best, loss, stopped_by, run / EXPORT, run / PLOT)

@@ -1,0 +1,118 @@
+"""Checks of single configuration fields: their types, their choices and their ranges.
+
+`gpt2_jax.training.config` calls them when a configuration is created, and checks the combinations of fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from bridge.errors import quoted
+
+_TYPE_NAMES = {int: "a whole number of 64 bits", float: "a number", bool: "true or false", NoneType: "none"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a number may have."""
+
+    contains: Callable[[float], bool]
+    """Called with finite numbers only."""
+    text: str
+    """The requirement in words, for the message."""
+
+
+AT_LEAST_ONE = Range(lambda value: value >= 1, "must be at least 1")
+POSITIVE = Range(lambda value: value > 0, "must be positive")
+NOT_NEGATIVE = Range(lambda value: value >= 0, "must not be negative")
+BETWEEN_0_AND_1 = Range(lambda value: 0 < value < 1, "must be between 0 and 1")
+DECAY_RATE = Range(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+FRACTION = Range(lambda value: 0 < value <= 1, "must be above 0 and at most 1")
+UINT32 = Range(lambda value: 0 <= value < 2**32, f"must be between 0 and {2**32 - 1}")
+
+RANGES: dict[str, Range] = {
+    # TrainConfig
+    "max_steps": AT_LEAST_ONE,
+    "batch_size": AT_LEAST_ONE,
+    "seq_len": AT_LEAST_ONE,
+    "num_microbatches": AT_LEAST_ONE,
+    "eval_every": AT_LEAST_ONE,
+    "log_every": AT_LEAST_ONE,
+    "checkpoint_every": AT_LEAST_ONE,
+    "vocab_multiple": AT_LEAST_ONE,
+    "keep_last": AT_LEAST_ONE,
+    "eval_batches": AT_LEAST_ONE,
+    "validation_fraction": BETWEEN_0_AND_1,
+    "seed": UINT32,
+    "sample_tokens": NOT_NEGATIVE,
+    "ema_decay": BETWEEN_0_AND_1,
+    # OptimizerConfig
+    "learning_rate": POSITIVE,
+    "epsilon": POSITIVE,
+    "muon_learning_rate": POSITIVE,
+    "min_learning_rate": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "muon_weight_decay": NOT_NEGATIVE,
+    "warmup_steps": NOT_NEGATIVE,
+    "beta1": DECAY_RATE,
+    "beta2": DECAY_RATE,
+    "muon_momentum": DECAY_RATE,
+    "decay_fraction": FRACTION,
+    "max_grad_norm": Range(POSITIVE.contains, "must be positive, or None"),
+}
+"""The ranges of all numeric fields. None, where a field allows it, is always in range."""
+
+_STEP_COUNTS = frozenset({"max_steps", "eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps"})
+
+
+def type_problems(part: Any) -> Iterator[str]:
+    """Yield the fields of a dataclass that do not have their declared type.
+
+    A bool is not an int, an int is a float, and text must not contain NUL.
+    """
+    for name, hint in get_type_hints(type(part)).items():
+        value, allowed = getattr(part, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if not any(_has_type(value, one) for one in allowed):
+            yield f"{name}={_shown(value)}: must be {' or '.join(_TYPE_NAMES.get(one, 'text') for one in allowed)}"
+        elif isinstance(value, str) and "\0" in value:
+            yield f"{name}={_shown(value)}: must not have a NUL character"
+
+
+def choice_problems(part: Any) -> Iterator[str]:
+    """Yield the fields declared as `Literal` whose value is not one of the choices."""
+    for name, hint in get_type_hints(type(part)).items():
+        if get_origin(hint) is Literal and getattr(part, name) not in get_args(hint):
+            yield f"{name}={_shown(getattr(part, name))}: must be one of {', '.join(get_args(hint))}"
+
+
+def range_problems(part: Any) -> Iterator[str]:
+    """Yield the numeric fields that are out of range."""
+    for name, value in vars(part).items():
+        allowed = RANGES.get(name)
+        if allowed is not None and value is not None and not (math.isfinite(value) and allowed.contains(value)):
+            yield f"{name}={value}: {allowed.text}"
+        if type(value) is int and value >= 2**31 and name != "seed":
+            reason = ", as steps are counted in 32 bits" if name in _STEP_COUNTS else ""
+            yield f"{name}={value}: must be below {2**31}{reason}"
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return isinstance(value, str)
+    if type(value) is int and hint in (int, float):
+        return -(2**63) <= value < 2**63
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)  # type: ignore[arg-type]
+    return type(value) is hint
+
+
+def _shown(value: Any) -> str:
+    """Format a value for a message: text quoted and truncated, a list or an object as its type."""
+    if isinstance(value, list | dict):
+        return type(value).__name__
+    return quoted(value) if isinstance(value, str) else quoted(value)[1:-1]
