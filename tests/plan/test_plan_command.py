@@ -126,7 +126,7 @@ TEXT = """HloModule step
 
 ENTRY %main (x: f32[1000,1000]) -> f32[1000,1000] {
   %x = f32[1000,1000] parameter(0)
-  ROOT %y = f32[1000,1000] all-reduce(%x), replica_groups={{0,1}}, metadata={op_name="jit(step)/jvp(GPT2.hidden)/wte"}
+  ROOT %y = f32[1000,1000] all-reduce(%x), replica_groups={{0,1}}, metadata={op_name="jit(step)/jvp(GPT2)/wte"}
 }
 """
 
