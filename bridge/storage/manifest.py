@@ -30,7 +30,7 @@ _MOST_ELEMENTS = 200_000
 """Brackets, commas and colons in a manifest. Parsed, JSON takes up to a hundred bytes for each."""
 
 
-def seal(directory: Path, about: Mapping[str, Any]) -> None:
+def commit(directory: Path, about: Mapping[str, Any]) -> None:
     """Flush all files below `directory` to the disk, then write a manifest of them that includes `about`."""
     files = {}
     manifest = directory / MANIFEST
@@ -45,7 +45,7 @@ def seal(directory: Path, about: Mapping[str, Any]) -> None:
 
 
 def amend(directory: Path, changes: Mapping[str, Any], beside: Path) -> None:
-    """Update the `about` of a sealed directory. The new manifest is written to the file `beside` and then renamed.
+    """Update the `about` of a committed directory. The new manifest is written to the file `beside` and then renamed.
 
     Raises as `about`.
     """

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CONFIG, run
+from support.commands import CONFIG, needs_torch, run
 from support.models import random_checkpoint
 from support.tokenizers_for_tests import write_byte_tokenizer
 
@@ -66,6 +66,7 @@ def test_the_activation_flag_of_convert_sets_that_of_the_target(nanogpt: Path, t
     assert bridge.load(tmp_path / "out").config.activation_function == "gelu"
 
 
+@needs_torch
 @CASES
 def test_verify_reports_the_assumed_activation(
     nanogpt: Path,
@@ -81,9 +82,10 @@ def test_verify_reports_the_assumed_activation(
     assert ("warning: the file does not state its activation" in capsys.readouterr().out) is is_assumed
 
 
+@needs_torch
 def test_eval_and_generate_use_the_given_activation(nanogpt: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("We predict this text.")
-    losses, log_probs = {}, {}
+    losses, logprobs = {}, {}
     for activation in ("gelu", "gelu_new"):
         flags = (
             "--backend",
@@ -97,9 +99,9 @@ def test_eval_and_generate_use_the_given_activation(nanogpt: Path, tmp_path: Pat
         assert run("eval", nanogpt, "--data", tmp_path / "text.txt", *flags) == 0
         losses[activation] = facts(tmp_path / "found.json")["loss"]
         assert run("generate", nanogpt, "We", "--max-new-tokens", 2, *flags) == 0
-        log_probs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
+        logprobs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
     assert losses["gelu"] != losses["gelu_new"]
-    assert log_probs["gelu"] != log_probs["gelu_new"]
+    assert logprobs["gelu"] != logprobs["gelu_new"]
 
 
 def test_train_starts_with_the_given_activation(

@@ -11,7 +11,7 @@ import pytest
 from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
-from support.commands import run
+from support.commands import needs_torch, run
 
 from bridge.errors import escaped
 from gpt2_jax.console.output import progress
@@ -104,7 +104,7 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_torch if n == "verify" else ()) for n in VERBS])
 def test_no_verb_prints_a_control_character(
     name: str, named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 import bridge
 from bridge import BridgeError
-from bridge.formats.run import CHECKPOINTS, best_step, steps, validation_loss
+from bridge.formats.run import CHECKPOINTS, steps, steps_by_loss, validation_loss
 from bridge.storage.manifest import MANIFEST
 from faults import runs
 from gpt2_jax.parallel.sharding import make_mesh
@@ -157,7 +157,7 @@ class Sound:
             states = {step: hash_of_state(checkpoints.restore(step, like)) for step in steps(run)}
         weights = {step: bridge.fingerprint(bridge.load(run / CHECKPOINTS / str(step)).tensors) for step in steps(run)}
         assert len({*states.values()}) == len({*weights.values()}) == len(steps(run)) > 2
-        assert best_step(run) == steps(run)[-1]
+        assert steps_by_loss(run)[0] == steps(run)[-1]
         return cls(run, like, states, weights)
 
     def copy(self, to: Path) -> Path:

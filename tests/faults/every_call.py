@@ -3,8 +3,8 @@
     PYTHONPATH=.:tests python -m faults.every_call
 
 Each case is traced once, which gives its K calls (`faults.syscalls`). It is then run K times in a process that is
-killed before the first call, before the second, and so on. Each kill must leave either the complete old or the complete new
-result, wherever something loads; and a repetition must succeed and leave nothing else behind. The trace also shows
+killed before the first call, before the second, and so on. Each kill must leave either the complete old or the complete
+new result, wherever something loads; and a repetition must succeed and leave nothing else behind. The trace also shows
 that all data is on the disk before it is renamed, and the new name before anything else is done.
 Prints what was found after how many kills. Exits with 1 if anything is wrong. Linux on x86-64 only.
 """
@@ -277,7 +277,7 @@ def use_the_cpu() -> None:
 
 
 def in_child(work: Callable[[], T]) -> T:
-    """Return the result of `work` in a forked process. JAX's backend never starts in this one: a fork lacks its threads.
+    """Return the result of `work` in a forked process. JAX's backend never starts in this one: a fork has no threads.
 
     Raises `EOFError` if it fails; the child prints the reason.
     """

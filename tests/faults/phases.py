@@ -47,7 +47,7 @@ PHASES = {
     "sampling": Phase(loop, "sample"),
     "saving": Phase(Checkpoints, "save", 3),
     "writing": Phase(Checkpoints, "_commit", 4),  # Orbax writes while the training continues
-    "sealing": Phase(manifest, "seal", 5, first_process_alone=True),
+    "committing": Phase(manifest, "commit", 5, first_process_alone=True),
     "pruning": Phase(Checkpoints, "_prune", 6, first_process_alone=True),
     "the last step": Phase(loop.Loop, "train_step", LAST),
     "the last save": Phase(Checkpoints, "__exit__"),

@@ -51,7 +51,7 @@ STOPPED, COMPLETE = 128 + signal.SIGTERM, 0
 LATE = {"the last step", "the last save", "exporting", "leaving"}
 """Phases in which training has finished when SIGTERM arrives."""
 KILLED_IN = (
-    *("compiling the step", "training", "evaluating", "saving", "writing", "sealing", "pruning", "exporting"),
+    *("compiling the step", "training", "evaluating", "saving", "writing", "committing", "pruning", "exporting"),
     "leaving",
 )
 

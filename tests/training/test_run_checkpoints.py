@@ -22,7 +22,7 @@ from support import ocdbt_bytes
 from support.refusals import within_budget
 from support.training_runs import all_weights, data_for, recipe, run_in, stop_at
 
-from bridge.formats.run import best_step, steps
+from bridge.formats.run import steps, steps_by_loss
 from bridge.storage import manifest
 from gpt2_jax.training import TrainingError, loop, resolve_config
 from gpt2_jax.training.run.checkpointing import Checkpoints
@@ -68,7 +68,7 @@ def test_without_an_evaluation_the_newest_checkpoint_is_used(tmp_path: Path, mon
     stop_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
     outcome = run_in(tmp_path, recipe(eval_every=100))
     assert (outcome.best_step, outcome.best_val_loss) == (4, None)
-    assert best_step(outcome.run) == 4
+    assert steps_by_loss(outcome.run)[0] == 4
 
 
 def test_the_saved_state_is_that_of_its_step_although_its_buffers_are_donated(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".7.partial.orbax-checkpoint-tmp").mkdir()
     save((7, 0.9))
     assert steps(tmp_path) == [6, 7]
-    assert best_step(tmp_path) == 7
+    assert steps_by_loss(tmp_path)[0] == 7
     save((8, 1.2), (10, 1.3), (11, 1.4))
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["10", "11", "3.damaged", "7", "9.damaged"]
@@ -227,7 +227,7 @@ def test_files_that_only_orbax_needs_are_not_read(tmp_path: Path, name: str, con
         save_all(checkpoints, 3)
         path = tmp_path / "checkpoints" / "3"
         (path / name).write_bytes(content)
-        manifest.seal(path, {"step": 3, "val_loss": None})
+        manifest.commit(path, {"step": 3, "val_loss": None})
         assert checkpoints.latest() == 3
         assert int(checkpoints.restore(3, state_at(3)).step) == 3
 
@@ -254,7 +254,7 @@ def test_a_hostile_checkpoint_is_refused_in_two_lines(tmp_path: Path, shape: lis
         key = "params.a/c" + "/0" * len(shape)
         leaf = ocdbt_bytes.leaf({"params.a/zarr.json": json.dumps(fields).encode(), key: bytes(12)})
         ocdbt_bytes.write(path / "state", [leaf])
-        manifest.seal(path, {"step": 3, "val_loss": None})
+        manifest.commit(path, {"step": 3, "val_loss": None})
         with within_budget(), pytest.raises(TrainingError, match=said) as error:
             checkpoints.restore(3, state_at(3))
     assert "Traceback" not in str(error.value) and len(str(error.value)) < 1000

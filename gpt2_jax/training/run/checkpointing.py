@@ -26,7 +26,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import BridgeError
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
-from bridge.formats.run import CHECKPOINTS, best_step, committed_steps, first_valid, steps, validation_loss
+from bridge.formats.run import CHECKPOINTS, committed_steps, first_valid, steps, steps_by_loss, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import foreign_files
 from bridge.storage.fsync import flush_to_disk
@@ -146,7 +146,7 @@ class Checkpoints:
 
     def lowest_loss(self) -> float:
         """Return the validation loss of the best checkpoint, or infinity if none was evaluated."""
-        step = broadcast_from_first(best_step(self._run) if is_first() else None)
+        step = broadcast_from_first(next(iter(steps_by_loss(self._run)), None) if is_first() else None)
         loss = None if step is None else self.loss(step)
         return float("inf") if loss is None else loss
 
@@ -173,7 +173,7 @@ class Checkpoints:
         try:
             writing.result()
             if is_first():
-                manifest.seal(partial, about)
+                manifest.commit(partial, about)
                 manifest.verify(partial, from_disk=True)
                 partial.rename(self._folder / str(about["step"]))
                 flush_to_disk(self._folder)
@@ -189,7 +189,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all checkpoints but the last and the best. Called after a newer valid one was committed."""
         committed = committed_steps(self._run)
-        kept = {*committed[-self._keep_last :], best_step(self._run)}
+        kept = {*committed[-self._keep_last :], *steps_by_loss(self._run)[:1]}
         for step in committed:  # a damaged checkpoint stays for inspection
             if step not in kept:
                 path = self._folder / str(step)
