@@ -239,8 +239,8 @@ def test_a_tokenizer_comes_from_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "documents", "vocab_size", "message"),
     [
-        ("characters", False, None, "is made from text, and the data is tokens"),
-        ("bpe", False, 300, "is made from text, and the data is tokens"),
+        ("characters", False, None, "is made from text, but the data is token files"),
+        ("bpe", False, 300, "is made from text, but the data is token files"),
         ("bpe", True, None, "give vocab_size"),
         ("nothing", True, None, "must be gpt2, bytes, characters, bpe, or a directory"),
     ],
