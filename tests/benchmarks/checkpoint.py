@@ -104,7 +104,7 @@ def _compare(
 
 
 def _limits(folder: Path, size: int) -> str:
-    """How fast one thread writes so many bytes to the disk, and hashes them."""
+    """Times of writing and hashing `size` bytes with one thread."""
     content, file = np.random.default_rng(1).bytes(2**28), folder / "limit"
     began = time.perf_counter()
     with file.open("wb") as out:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge import byte_tokenizer
+from bridge import IGNORE_INDEX, byte_tokenizer
 from gpt2_jax.data import Batch, DataError, TokenStream, evaluation_batches, training_batches
 from gpt2_jax.data.batches import _shuffled, _Windows
 from gpt2_jax.data.documents import find_documents
 from gpt2_jax.data.token_cache import cached_text
 from gpt2_jax.data.token_stream import open_tokens
-from gpt2_jax.loss import IGNORE_INDEX
 from tests.data.token_files import llmc, nanogpt
 
 LENGTH = 7

@@ -11,7 +11,8 @@ import pytest
 import tiktoken
 
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
-from gpt2_jax.data import DataError, text
+from gpt2_jax.data import DataError
+from gpt2_jax.data import documents as documents_module
 from gpt2_jax.data.bpe_training import train_bpe
 from gpt2_jax.data.documents import find_documents
 
@@ -41,8 +42,8 @@ def write(path: Path, content: str) -> Path:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "BLOCK_BYTES", 16)
-    monkeypatch.setattr(text, "LONGEST_BLOCK", 256)
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(documents_module, "LONGEST_BLOCK", 256)
 
 
 @pytest.mark.parametrize("pattern", SPELLINGS_OF_WORDS, ids=["ours", "openai", "tiktoken"])

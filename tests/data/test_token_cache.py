@@ -24,7 +24,8 @@ from bridge import (
     character_tokenizer,
     tokenizer_fingerprint,
 )
-from gpt2_jax.data import DataError, TokenStream, cache_directory, open_data, text, tokenize
+from gpt2_jax.data import DataError, TokenStream, cache_directory, open_data, token_cache
+from gpt2_jax.data import documents as documents_module
 from gpt2_jax.data.documents import find_documents
 from gpt2_jax.data.token_cache import cached_text
 from gpt2_jax.data.tokenizers import make_tokenizer
@@ -59,7 +60,7 @@ def only_directory(cache: Path) -> Path:
 
 
 def test_documents_end_with_the_end_of_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "BLOCK_BYTES", 1000)  # many blocks in flight
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 1000)  # many blocks in flight
     documents = find_documents(folder)
     expected: list[int] = []
     ends = []
@@ -243,7 +244,7 @@ def test_a_damaged_cache_is_made_anew_and_refused_by_its_name(folder: Path, dama
     directory = only_directory(folder.parent / "cache")
     DAMAGE[damage](directory)
     with within_budget():
-        assert tokenize.open_cached(directory) is None
+        assert token_cache.open_cached(directory) is None
     if is_foreign := " is a " in damage:  # written by somebody else, so it is kept
         with pytest.raises(CheckpointError, match="not overwritten, because it holds files"):
             encoded(folder)
@@ -292,15 +293,15 @@ def test_an_interrupted_encoding_leaves_nothing_and_ends_its_threads(folder: Pat
 
 def test_two_that_make_the_same_cache_do_not_hurt_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other one finishes while this one writes; whoever comes second takes what is there."""
-    write = tokenize._write
+    write = token_cache._write
     streams = []
 
     def overtaken(*arguments: object) -> None:
         write(*arguments)  # type: ignore[arg-type]
-        monkeypatch.setattr(tokenize, "_write", write)
+        monkeypatch.setattr(token_cache, "_write", write)
         streams.append(encoded(folder))
 
-    monkeypatch.setattr(tokenize, "_write", overtaken)
+    monkeypatch.setattr(token_cache, "_write", overtaken)
     streams.append(encoded(folder))
     assert read_all(streams[0]) == read_all(streams[1])
     assert streams[0].files == streams[1].files
@@ -308,7 +309,7 @@ def test_two_that_make_the_same_cache_do_not_hurt_each_other(folder: Path, monke
 
 
 def test_progress_counts_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 1000)
     seen: list[tuple[str, int, int]] = []
     documents = find_documents(folder)
     cached_text(documents, byte_tokenizer(), cache=folder.parent / "cache", progress=lambda *about: seen.append(about))

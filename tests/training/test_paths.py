@@ -14,11 +14,11 @@ import pytest
 from support.models import random_state
 
 import bridge
-import gpt2_jax.loss
 import gpt2_jax.ops.blockwise_attention
-from bridge import GPT2Config
-from gpt2_jax.loss import IGNORE_INDEX, cross_entropy
+import gpt2_jax.ops.cross_entropy
+from bridge import IGNORE_INDEX, GPT2Config
 from gpt2_jax.model import GPT2
+from gpt2_jax.ops.cross_entropy import cross_entropy
 from gpt2_jax.training import OptimizerConfig, init_state, make_optimizer, make_train_step
 
 EQUAL = 1e-5
@@ -68,7 +68,7 @@ def plain_step(tx: optax.GradientTransformation, dtype: Any) -> Any:
     model = GPT2(CONFIG, dtype=dtype, scan=True, remat="none", attention="xla")
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        hidden = model.apply({"params": params}, batch["input_ids"], method="hidden")
+        hidden = model.apply({"params": params}, batch["input_ids"], method="last_hidden_state")
         logits = model.apply({"params": params}, hidden, method="head")
         return cross_entropy(logits, batch["labels"]).sum() / (batch["labels"] != IGNORE_INDEX).sum()
 
@@ -88,7 +88,7 @@ def plain_step(tx: optax.GradientTransformation, dtype: Any) -> Any:
 def small_blocks_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of queries and three chunks of the loss, of which the last is not full."""
     monkeypatch.setattr(gpt2_jax.ops.blockwise_attention, "BLOCK", 16)
-    monkeypatch.setattr(gpt2_jax.loss, "default_chunk_bytes", lambda: 4 * BATCH * CONFIG.vocab_size * 14)
+    monkeypatch.setattr(gpt2_jax.ops.cross_entropy, "default_chunk_bytes", lambda: 4 * BATCH * CONFIG.vocab_size * 14)
 
 
 def test_the_fast_path_learns_as_the_plain_one_does_at_every_step() -> None:

@@ -125,14 +125,14 @@ def test_an_error_of_the_first_after_all_is_done_is_its_own(directory: Path) -> 
     assert report.read_text() == "theirs"
 
 
-def test_processes_that_were_told_different_things_do_not_begin(directory: Path) -> None:
+def test_processes_with_different_arguments_refuse_to_start(directory: Path) -> None:
     write_text(directory / "other", 150)
     other = ["--data", directory / "other" / "text.txt", "--cache", directory / "other" / "cache"]
     for name, given, field in (("seed", ["--seed", "5"], "seed is '5' here"), ("data", other, "data is")):
         ended = train(2, 1, arguments(directory, f"told {name}"), p1=given)
         assert [e.code != 0 for e in ended] == [True, True], ended
         assert field in ended[1].err
-        assert "told something else than the first one" in ended[0].err, "it hears why"
+        assert "started with other arguments than process 0" in ended[0].err, "it hears why"
         assert not (directory / f"told {name}").exists()
 
 
@@ -158,7 +158,7 @@ def test_a_process_that_waits_in_vain_says_for_whom(directory: Path) -> None:
     code += "initialization_timeout=2); from gpt2_jax.parallel.distributed import join; join('127.0.0.1:9', 2, 1)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode != 0
-    assert "gpt2: ended before the processes had found each other (the first at 127.0.0.1:9)" in ended.stderr
+    assert "gpt2: ended before all processes had connected (process 0 at 127.0.0.1:9)" in ended.stderr
 
 
 @pytest.mark.parametrize("told", [0, 1])

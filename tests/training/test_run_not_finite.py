@@ -139,7 +139,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monke
         resolve_config(changes, data), tmp_path / "run", data, resume=True, console=Console(file=said, width=1000)
     )
     assert outcome.step == 6
-    assert "step 4: loss nan, norm of the gradient nan; skipped, 2 in all" in said.getvalue()
+    assert "step 4: loss nan, gradient norm nan; skipped, 2 in total" in said.getvalue()
     records = {record["step"]: record for record in read_metrics(outcome.run)}
     assert [records[step]["skipped"] for step in range(1, 7)] == [0, 1, 1, 2, 2, 2]
     assert [step for step in range(1, 7) if "train_loss" not in records[step]] == [2, 4]
@@ -156,7 +156,7 @@ def test_a_run_that_was_stopped_so_goes_on_by_skipping(tmp_path: Path, monkeypat
 
 
 def test_where_nothing_is_finite_any_more_skipping_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(report, "MAX_SKIPPED_IN_A_ROW", 3)
     bad_batches(monkeypatch, 1, 3, 4, 5, 6)
-    with pytest.raises(NonFiniteLoss, match=r"^step 5: loss nan.*the last of 3 in a row"):
+    with pytest.raises(NonFiniteLoss, match=r"^step 5: loss nan.*3 consecutive steps were skipped"):
         run_in(tmp_path, recipe(non_finite="skip", max_steps=9))

@@ -14,8 +14,7 @@ import pytest
 from support.models import random_state
 
 import bridge
-from bridge import GPT2Config
-from gpt2_jax.loss import IGNORE_INDEX
+from bridge import IGNORE_INDEX, GPT2Config
 from gpt2_jax.model import GPT2
 from gpt2_jax.training import OptimizerConfig, TrainState, init_state, make_eval_step, make_optimizer, make_train_step
 from gpt2_jax.training.state import all_finite
