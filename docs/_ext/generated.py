@@ -13,20 +13,21 @@ from sphinx.pycode import ModuleAnalyzer
 
 from bridge import GPT2Config
 from gpt2_jax.cli import main
+from gpt2_jax.cli.verbs import VERBS
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
 from gpt2_jax.training.config import flat
 
-VERBS = ("inspect", "convert", "verify", "generate", "train", "eval", "plan", "bench", "demo")
 _MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 
 
 def command_line() -> str:
-    """Return the help of every verb, as the command prints it."""
-    return "\n".join(f"## gpt2 {verb}\n\n```text\n{help_of(verb)}\n```\n" for verb in VERBS)
+    """Return the help of the command and of every verb, as they are printed."""
+    verbs = "\n".join(f"## gpt2 {verb}\n\n```text\n{help_of(verb)}\n```\n" for verb in VERBS)
+    return f"```text\n{help_of()}\n```\n\n{verbs}"
 
 
 def help_of(*verb: str) -> str:
-    """Return what `gpt2 VERB --help` prints."""
+    """Return what `gpt2 --help` or `gpt2 VERB --help` prints."""
     out = io.StringIO()
     with redirect_stdout(out):
         try:

@@ -15,8 +15,11 @@ from support.models import huggingface_directory
 from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
+from gpt2_jax.cli import main
+from gpt2_jax.cli.parsing import parse_and_run
 from gpt2_jax.cli.verbs import VERBS, load_verb
 from gpt2_jax.cli.verify import ALL_CHECKS
+from gpt2_jax.training.run.metrics import read_metrics
 
 
 def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,10 +71,10 @@ BAD = {
     "no probability": ("generate", "{model}", "We", "--top-p", "0"),
     "two kinds of prompt": ("generate", "{model}", "We", "--interactive"),
     "lines that are not there": ("generate", "{model}", "--lines", "{tmp}/nowhere.txt"),
-    "sampled beams": ("generate", "{model}", "We", "--beams", "2", "--temperature", "1"),
-    "several at a time, interactively": ("generate", "{model}", "--interactive", "--samples", "2"),
+    "sampled beams": ("generate", "{model}", "We", "--num-beams", "2", "--temperature", "1"),
+    "several at a time, interactively": ("generate", "{model}", "--interactive", "--num-return-sequences", "2"),
     "seed without sampling": ("generate", "{model}", "We", "--seed", "1"),
-    "seed of beams": ("generate", "{model}", "We", "--beams", "2", "--seed", "1"),
+    "seed of beams": ("generate", "{model}", "We", "--num-beams", "2", "--seed", "1"),
     "length penalty without beams": ("generate", "{model}", "We", "--length-penalty", "2"),
     "seed beside a text": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
     "untrained and no prediction": ("verify", "{model}", "--untrained", "--checks", "round-trip"),
@@ -117,6 +120,71 @@ def test_the_default_source_is_the_bundled_model(verb: str, capsys: pytest.Captu
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     assert f"Example: gpt2 {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (("inpsect",), "did you mean inspect?"),
+        (("train", "--preset", "nanu", "--out", "x"), "did you mean nano?"),
+        (("train", "--batch-sise", "2", "--out", "x"), "--batch-size"),
+        (("generate", "--temprature", "1"), "--temperature"),
+    ],
+)
+def test_a_misspelled_verb_preset_or_flag_gets_a_suggestion(
+    arguments: tuple[str, ...], suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert suggestion in capsys.readouterr().err
+
+
+def test_the_help_of_the_command_has_one_line_per_verb(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    assert run("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if "• inspect" in line)
+    shown = [line.strip("│ ") for line in lines[start : start + len(VERBS)]]
+    assert [line.split() for line in shown] == [["•", name, *verb.summary.split()] for name, verb in VERBS.items()]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_default_in_the_help_reads_as_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for noise in ("{None}", "(default: None)", "(default: )", "PosixPath", "MISSING"):
+        assert noise not in shown
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_help_fits_the_terminal(
+    verb: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run(verb, "--help") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= width
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_knows_verbs_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--tyro-print-completion", shell])
+    assert not ended.value.code
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*VERBS, "max-shard-bytes", "learning-rate"))
+
+
+@pytest.mark.parametrize("words", [("none",), ("None",), ()])
+def test_an_optional_flag_accepts_none(words: tuple[str, ...]) -> None:
+    found = []
+
+    def verb(*, limit: int | None = None) -> None:
+        found.append(limit)
+
+    parse_and_run(verb, "verb", ["--limit", *words] if words else [])
+    assert found == [None]
 
 
 def test_the_installed_command_runs(model: Path) -> None:
@@ -168,6 +236,10 @@ def test_the_demo_converts_verifies_fine_tunes_and_exports(tmp_path: Path, capsy
     assert bridge.load(out / "run" / "export").config.n_embd == bridge.load("bundled").config.n_embd
     shown = capsys.readouterr().out
     assert "the two backends are the same function" in shown
+    first, *_, last = [record["val_loss"] for record in read_metrics(out / "run") if "val_loss" in record]
+    summary = shown[shown.index("before, PyTorch") :]
+    for expected in ("after, PyTorch", "after, JAX", "8 of 8 checks", f"{first:.3f} -> {last:.3f}", "identical"):
+        assert expected in summary
     ending = "\n".join(shown.splitlines()[-3:])
     assert all(name in ending for name in ("report.json", "loss.png", "export"))
     assert run("demo", "--out", out) == 2  # an existing run is kept without --overwrite

@@ -85,7 +85,7 @@ def test_verify_reports_the_assumed_activation(
 @needs_torch
 def test_eval_and_generate_use_the_given_activation(nanogpt: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("We predict this text.")
-    losses, log_probs = {}, {}
+    losses, logprobs = {}, {}
     for activation in ("gelu", "gelu_new"):
         flags = (
             "--backend",
@@ -99,9 +99,9 @@ def test_eval_and_generate_use_the_given_activation(nanogpt: Path, tmp_path: Pat
         assert run("eval", nanogpt, "--data", tmp_path / "text.txt", *flags) == 0
         losses[activation] = facts(tmp_path / "found.json")["loss"]
         assert run("generate", nanogpt, "We", "--max-new-tokens", 2, *flags) == 0
-        log_probs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
+        logprobs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
     assert losses["gelu"] != losses["gelu_new"]
-    assert log_probs["gelu"] != log_probs["gelu_new"]
+    assert logprobs["gelu"] != logprobs["gelu_new"]
 
 
 def test_train_starts_with_the_given_activation(

@@ -1,8 +1,8 @@
 """Every Python snippet and every `gpt2` line of the README and the manual works as it stands there.
 
-Snippets of one page run one after the other, in a directory with the files that the pages name. Lines that this machine
-cannot run are parsed by the command's own parser, with the reason in `ONLY_PARSED`. `make docs` executes the
-cells of the tutorials; here their commands are parsed.
+Snippets of one page run one after the other, in a directory with the files that the pages name. What this machine
+cannot run is parsed by the command's own parser, and `ONLY_PARSED` has the reason. The cells of the tutorials are
+executed by `make docs`; here their commands are parsed.
 """
 
 from __future__ import annotations
@@ -105,11 +105,8 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[[Line], None]:
 
         return record
 
-    for name, verb in cli.VERBS.items():
-        monkeypatch.setitem(cli.VERBS, name, only_parsed(verb))
-    for name in ("train_command", "plan_command"):
-        make = getattr(cli, name)
-        monkeypatch.setattr(cli, name, lambda default, make=make: only_parsed(make(default)))
+    load_verb = cli.load_verb
+    monkeypatch.setattr(cli, "load_verb", lambda name, words, **options: only_parsed(load_verb(name, words)))
 
     def check(line: Line) -> None:
         parsed.clear()
@@ -145,6 +142,8 @@ def test_every_reason_is_used() -> None:
 def test_every_line_runs(line: Line, place: Path) -> None:
     verb, text = line.args[0], " ".join(line.args)
     smaller = SMALLER.get(verb, "")
+    if verb == "verify" and "--checks" not in text:
+        smaller += " --checks logits round-trip prediction"  # all of them: tests/parity/test_bundled.py
     if verb == "train":
         smaller = SMALLER["resume" if "--resume" in text else "finetune" if "--init-from" in text else "train"]
     assert run(*line.args, *smaller.split(), *(["--cache", "tokens"] if verb == "train" else [])) == 0
