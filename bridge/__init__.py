@@ -5,8 +5,9 @@ from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.conversion import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
+from bridge.evaluation import IGNORE_INDEX
 from bridge.generation.config import GenerationConfig
-from bridge.generation.text import TextOutput, complete, end_of_text_ids, stream_text
+from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BUNDLED",
     "GPT2_SIZES",
+    "IGNORE_INDEX",
     "PARAMETERS",
     "BridgeError",
     "Checkpoint",
@@ -34,10 +36,10 @@ __all__ = [
     "canonical_names",
     "canonicalize",
     "character_tokenizer",
-    "complete",
     "end_of_text_ids",
     "find_diagnostics",
     "fingerprint",
+    "generate_text",
     "load",
     "num_parameters",
     "padded_vocab_size",

@@ -1,4 +1,4 @@
-"""A checkpoint in this project's terms, whatever format it came from."""
+"""A checkpoint, independent of the format that it was read from."""
 
 from __future__ import annotations
 
@@ -23,41 +23,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A GPT-2's configuration and weights, and what came along with them."""
+    """The configuration and weights of a GPT-2, with its tokenizer and training state if they were saved."""
 
     config: GPT2Config
     tensors: LazyTensorMap
-    """Canonical name -> array, read anew at each look-up."""
+    """Canonical name -> array. An array is read again on each access."""
     format: str
-    """Name of the format it was read from, or "memory"."""
+    """Name of the format that it was read from, or "memory"."""
     path: Path | None = None
-    """The directory it was read from, or that its file lies in, where its tokenizer is."""
+    """The directory that it was read from, or that contains its file. Its tokenizer is in this directory."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of its `config.json` that do not change the mathematics, kept for a round trip."""
+    """Fields of its `config.json` that do not affect the model's output, kept for a round trip."""
     diagnostics: tuple[str, ...] = ()
     """One sentence for each unusual property of the stored file and for each assumption of the reader."""
     optimizer: AdamWState | None = None
-    """AdamW's moments, where the file has them; they are read as the tensors are."""
+    """The state of AdamW, if the file has one. It is read on access, as the tensors are."""
     progress: Mapping[str, Any] = field(default_factory=dict)
-    """How far training had come, in the words of the file: nanoGPT's `iter_num`, `best_val_loss` and `config`."""
+    """Progress of the training, under the names in the file: nanoGPT's `iter_num`, `best_val_loss` and `config`."""
     own_tokenizer: Callable[[], tiktoken.Encoding] | None = None
-    """Makes the tokenizer that is inside the file; None where it is in files beside it."""
+    """Returns the tokenizer that the file contains. None if the tokenizer is in files beside it."""
     source: Path | None = None
     """The file or directory that `bridge.load` opened. Tensors are read from it lazily, so no writer may replace it."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any], config: GPT2Config, like: Checkpoint | None = None) -> Checkpoint:
-        """A checkpoint from arrays in memory; checks them as `bridge.canonicalize` does.
+        """Make a checkpoint from arrays in memory.
 
-        `like`: where they came from, whose tokenizer and harmless fields go along.
+        Args:
+            tensors: name -> array, with names that `bridge.canonicalize` accepts.
+            config: the configuration of the model.
+            like: a checkpoint whose tokenizer and `extra` fields the new one gets.
+
+        Raises:
+            ConversionError: the tensors are not those of the model.
         """
-        made = cls(config, canonicalize(tensors, config), "memory")
+        checkpoint = cls(config, canonicalize(tensors, config), "memory")
         if like is None:
-            return made
-        return replace(made, path=like.path, extra=like.extra, own_tokenizer=like.own_tokenizer)
+            return checkpoint
+        return replace(checkpoint, path=like.path, extra=like.extra, own_tokenizer=like.own_tokenizer)
 
     def with_biases(self) -> Checkpoint:
-        """The same function with `bias=True`: where there was no bias there is one of zeros, without an optimizer."""
+        """Return the same function with `bias=True`: missing biases are zero. The optimizer state is dropped."""
         if self.config.bias:
             return self
         config = replace(self.config, bias=True)
@@ -69,16 +75,19 @@ class Checkpoint:
         return replace(self, config=config, tensors=LazyTensorMap(entries), optimizer=None)
 
     def with_activation(self, name: str) -> Checkpoint:
-        """The same weights under another activation: another function, for a format that has only that one."""
+        """Return the same weights with another activation. This changes the model's output.
+
+        For target formats that support only one activation.
+        """
         return replace(self, config=replace(self.config, activation_function=name))
 
     def with_vocab_size(self, rows: int) -> Checkpoint:
-        """Without the rows that pad the vocabulary past `rows`, and without an optimizer.
+        """Return the first `rows` rows of the vocabulary, to remove padding. The optimizer state is dropped.
 
-        Raises `ConversionError` where there are not that many.
+        Raises `ConversionError` if the vocabulary has fewer rows.
         """
         if not 1 <= rows <= self.config.vocab_size:
-            raise ConversionError(f"the vocabulary has {self.config.vocab_size} rows; it cannot be cut to {rows}")
+            raise ConversionError(f"the vocabulary has {self.config.vocab_size} rows; it cannot be reduced to {rows}")
         if rows == self.config.vocab_size:
             return self
         cut = {name: first_rows(self.tensors.entries[name], rows) for name in VOCABULARY_ROWS & {*self.tensors}}
@@ -86,7 +95,7 @@ class Checkpoint:
         return replace(self, config=config, tensors=LazyTensorMap({**self.tensors.entries, **cut}), optimizer=None)
 
     def tokenizer(self) -> tiktoken.Encoding:
-        """The tokenizer that was saved with the weights; raises `TokenizerError` if there is none."""
+        """Return the tokenizer that was saved with the weights. Raises `NoTokenizerError` if there is none."""
         if self.own_tokenizer is not None:
             return self.own_tokenizer()
         if self.path is None:

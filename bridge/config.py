@@ -1,7 +1,6 @@
-"""What the mathematics of a GPT-2 needs to know, and nothing else.
+"""The configuration of a GPT-2, and reading and writing it as Hugging Face's `config.json`.
 
-`GPT2Config` is shared by both backends. It holds no dtypes, devices, meshes or training fields.
-Reading somebody else's `config.json` fails closed: see `GPT2Config.from_hf`.
+Both backends use `GPT2Config`. It has only what determines the model: no dtypes, devices, meshes or training settings.
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ ACTIVATIONS = (
     "swish",
     "tanh",
 )
-"""Names as in Hugging Face's `activation_function`; each backend's `model.py` gives the formulas."""
+"""Values of Hugging Face's `activation_function`. Each backend defines the formulas."""
 
 
 TRAINING_ONLY = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "initializer_range")
-"""Fields of `GPT2Config` that the trained function does not depend on."""
+"""Fields of `GPT2Config` that affect only training, not the output of the trained model."""
 
 
 @dataclass(frozen=True)
 class GPT2Config:
     """Sizes and switches of one GPT-2. The defaults are OpenAI's 124M model.
 
-    Field names are those of Hugging Face's `config.json`. Raises `ConfigError` on construction,
-    naming every field that is out of range.
+    Field names are those of Hugging Face's `config.json`. Construction raises `ConfigError` that names every invalid
+    field.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and
     `transformers.GPT2Config` for the switches added since.
     """
 
     vocab_size: int = 50257
-    """V: rows of the token embedding."""
+    """V: rows of the token embedding, one per token."""
     n_positions: int = 1024
-    """P: longest sequence; rows of the learned position embedding."""
+    """P: maximum sequence length, the rows of the learned position embedding."""
     n_embd: int = 768
     """D: width of the residual stream."""
     n_layer: int = 12
@@ -55,29 +54,29 @@ class GPT2Config:
     n_head: int = 12
     """H: attention heads per layer; divides `n_embd`."""
     n_inner: int | None = None
-    """F: width of the feed-forward layer; None means 4 * n_embd."""
+    """F: width of the feed-forward layer. None is 4 * n_embd."""
     activation_function: str = "gelu_new"
-    """One of `bridge.config.ACTIVATIONS`; `gelu_new` is the tanh form."""
+    """One of `bridge.config.ACTIVATIONS`. `gelu_new` is the tanh approximation of GELU."""
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every LayerNorm, the final one too."""
+    """Added to the variance in every LayerNorm."""
     initializer_range: float = 0.02
-    """Standard deviation of initial weights; residual projections get it over sqrt(2 L)."""
+    """Standard deviation of initial weights. Projections into the residual stream have it divided by sqrt(2 L)."""
     embd_pdrop: float = 0.0
-    """Dropout rate after the embeddings; this and the next two act in training only."""
+    """Dropout rate after the embeddings. Dropout is applied in training only."""
     attn_pdrop: float = 0.0
     """Dropout rate of the attention weights."""
     resid_pdrop: float = 0.0
-    """Dropout rate of what each sub-layer adds to the residual stream."""
+    """Dropout rate of the output of each sub-layer, before it is added to the residual stream."""
     scale_attn_weights: bool = True
     """Divide attention scores by sqrt(K)."""
     scale_attn_by_inverse_layer_idx: bool = False
-    """Also divide them by the layer's number, counted from 1 (stanford-crfm/mistral)."""
+    """Also divide attention scores by the layer's number, counted from 1 (stanford-crfm/mistral)."""
     reorder_and_upcast_attn: bool = False
-    """Compute attention scores in float32 whatever the compute dtype (stanford-crfm/mistral)."""
+    """Compute attention scores in float32, independent of the compute dtype (stanford-crfm/mistral)."""
     tie_word_embeddings: bool = True
-    """The output head is the token embedding."""
+    """Use the token embedding as the output head."""
     bias: bool = True
-    """Projections and LayerNorms have biases; False is nanoGPT's `bias=False`."""
+    """Whether projections and LayerNorms have biases. False is nanoGPT's `bias=False`."""
 
     def __post_init__(self) -> None:
         wrong_types = _wrong_types(self)
@@ -97,7 +96,7 @@ class GPT2Config:
 
     @property
     def residual_std(self) -> float:
-        """Initial weights of projections into the residual stream, which 2 L of them add to.
+        """Standard deviation of the initial weights of the 2 L projections into the residual stream.
 
         Source: Radford et al. 2019, section 2.3.
         """
@@ -105,12 +104,13 @@ class GPT2Config:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> GPT2Config:
-        """The configuration that a Hugging Face `config.json` describes.
+        """Return the configuration that a Hugging Face `config.json` describes.
 
-        Fails closed: a field that changes the mathematics in a way this project does not
-        implement raises `ConfigError` with its name. So does an unknown field whose name speaks of
-        the model's mathematics, because ignoring it would convert to a different function.
-        Fields absent from the file take transformers' defaults (dropout 0.1, for one).
+        Missing fields get the defaults of transformers, such as a dropout rate of 0.1.
+
+        Raises:
+            ConfigError: a field requires a computation that is not implemented. Unknown fields raise it too if their
+                names suggest that they affect the model's output.
         """
         if not isinstance(hf, Mapping):
             raise ConfigError(f"config.json must hold an object, not {type(hf).__name__}")
@@ -119,7 +119,7 @@ class GPT2Config:
                 f"config.json has the field {quoted(unusable[0])}: names must be text of at most {_LONGEST_NAME} "
                 "characters"
             )
-        if foreign := _foreign_model(hf):  # of whose fields nothing is said: they are right for it
+        if foreign := _foreign_model(hf):  # do not report its fields: they may be valid for that model
             raise ConfigError("config.json describes another kind of model:\n" + bullet_list(foreign))
         problems = _unsupported_fields(hf)
         values: dict[str, Any] = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
@@ -127,7 +127,7 @@ class GPT2Config:
             given = {name: hf[name] for name in (field, *_HF_ALIASES.get(field, ())) if name in hf}
             if any(value != next(iter(given.values())) for value in given.values()):
                 spelled = ", ".join(f"{name}={quoted(value)}" for name, value in given.items())
-                problems.append(f"{spelled}: these are one setting and disagree")
+                problems.append(f"{spelled}: these are names of one setting, with different values")
             elif given:
                 values[field] = next(iter(given.values()))
         if problems:
@@ -135,33 +135,34 @@ class GPT2Config:
         return cls(**values)
 
     def to_hf(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The `config.json` fields that make transformers build this same function.
+        """Return the `config.json` with which transformers builds the same function.
 
-        `extra`: fields to carry along, as `harmless_fields` gives them; fields of this
-        configuration win. Raises `ConfigError` for `bias=False`, which Hugging Face cannot say.
+        Args:
+            extra: further fields, from `harmless_fields`. Fields of this configuration take precedence.
+
+        Raises:
+            ConfigError: `bias=False`, which Hugging Face's GPT-2 does not support.
         """
         if not self.bias:
             raise ConfigError(
-                "bias=False: Hugging Face's GPT-2 always has biases; export checkpoint.with_biases(), whose are zero "
-                "(gpt2 convert --zero-biases)"
+                "bias=False: Hugging Face's GPT-2 always has biases; export checkpoint.with_biases(), which adds "
+                "biases of zero (gpt2 convert --zero-biases)"
             )
         own = {name: getattr(self, name) for name in _HF_FIELDS}
         return {**(extra or {}), "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **own}
 
 
 def harmless_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `config.json` that `GPT2Config` does not hold, to survive a round trip."""
+    """Return the fields of a `config.json` that `GPT2Config` does not have, to keep them in a round trip."""
     return {
         name: value for name, value in hf.items() if name not in _KNOWN and name not in ("model_type", "architectures")
     }
 
 
-# The small print of validation and of other people's config.json files.
-
 _HF_FIELDS = tuple(field.name for field in fields(GPT2Config) if field.name != "bias")
 
-# transformers maps the generic names onto GPT-2's own (GPT2Config.attribute_map); n_ctx is the
-# pre-2021 second name of n_positions.
+# transformers accepts generic names for GPT-2's own (GPT2Config.attribute_map). Until 2021, n_positions was also called
+# n_ctx.
 _HF_ALIASES = {
     "n_positions": ("max_position_embeddings", "n_ctx"),
     "n_embd": ("hidden_size",),
@@ -171,8 +172,7 @@ _HF_ALIASES = {
 
 _KNOWN = {*_HF_FIELDS, *(alias for names in _HF_ALIASES.values() for alias in names)}
 
-# Fields that transformers' GPT-2 (4.x or 5.x) or the loading machinery obeys and this project does
-# not implement, with the value that leaves the mathematics alone.
+# Fields of transformers (4.x or 5.x) that are not implemented here, with the value that does not affect the output.
 _MUST_BE: Mapping[str, Any] = {
     "add_cross_attention": False,
     "cross_attention_hidden_size": None,
@@ -185,7 +185,7 @@ _MUST_BE: Mapping[str, Any] = {
     "auto_map": None,
 }
 
-# Fields known to leave GPT-2's logits alone although their names sound as if they did not.
+# Fields that do not affect GPT-2's logits, although `_MATHEMATICAL` matches their names.
 _HARMLESS = re.compile(
     r"summary_.*|_?(output_)?attn_implementation(_(internal|autoset))?|output_attentions"
     r"|output_hidden_states|classifier_dropout|num_labels|tokenizer_.*|keys_to_ignore_at_inference"
@@ -201,7 +201,7 @@ _MATHEMATICAL = re.compile(
 
 
 def _foreign_model(hf: Mapping[str, Any]) -> list[str]:
-    """Problems that show that this is some other architecture's configuration."""
+    """Return the reasons why this is the configuration of another architecture."""
     architectures = hf.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         return [f"architectures={quoted(architectures)}: must be a list of names"]
@@ -221,22 +221,22 @@ def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:
             continue
         if name in _MUST_BE:
             if value != _MUST_BE[name]:
-                problems.append(f"{name}={quoted(value)}: not supported; only {_MUST_BE[name]!r} is")
+                problems.append(f"{name}={quoted(value)}: not supported; it must be {_MUST_BE[name]!r}")
         elif _MATHEMATICAL.search(name) and not _HARMLESS.fullmatch(name) and value not in ({}, []):
             problems.append(
-                f"{quoted(name)}={quoted(value)}: unknown, and its name suggests that it changes the "
-                "mathematics; remove it from config.json if it does not"
+                f"{quoted(name)}={quoted(value)}: unknown, and its name suggests that it affects the model's output; "
+                "remove it from config.json if it does not"
             )
     return problems
 
 
-_LONGEST_NAME = 256  # of a field name, because the time of `_MATHEMATICAL` grows with the square of the length
+_LONGEST_NAME = 256  # characters of a field name: matching `_MATHEMATICAL` takes quadratic time
 _LARGEST_SIZE = 2**31 - 1  # sizes index arrays with int32 ids
-_MOST_LAYERS = 10_000  # ten times the deepest published transformer; a typo must not build 10^9 names
+_MOST_LAYERS = 10_000  # ten times the deepest published transformer; limits the cost of a typo
 
 
 def _wrong_types(config: GPT2Config) -> dict[str, str]:
-    """Field -> what is wrong with its type; a bool is not an int here, and an int is a float."""
+    """Return field -> error for fields of the wrong type. A bool is not an int; an int is valid as a float."""
     problems = {}
     for field in fields(GPT2Config):
         value = getattr(config, field.name)
@@ -251,7 +251,7 @@ def _wrong_types(config: GPT2Config) -> dict[str, str]:
 
 
 def _out_of_range(values: Mapping[str, Any]) -> list[str]:
-    """Problems of the fields in `values`, each of the right type; the others are left alone."""
+    """Return the errors of the fields in `values`, which have the right types. Other fields are not checked."""
     problems = []
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
         value = values.get(name)
@@ -268,7 +268,7 @@ def _out_of_range(values: Mapping[str, Any]) -> list[str]:
         if not 0 <= values.get(name, 0) < 1:
             problems.append(f"{name}={quoted(values[name])}: must be at least 0 and below 1")
     for name in ("layer_norm_epsilon", "initializer_range"):
-        # The bound also catches infinity, and whole numbers that no float can hold.
+        # The upper bound also rejects infinity, and integers that are too large for a float.
         if not 0 < values.get(name, 1) <= sys.float_info.max:
             problems.append(f"{name}={quoted(values[name])}: must be positive and finite")
     return problems

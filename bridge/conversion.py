@@ -1,9 +1,8 @@
-"""Canonical PyTorch names <-> Flax tree, both ways, derived from the table in `bridge.parameter_table`.
+"""Conversion between canonical PyTorch names and the Flax tree, derived from `bridge.parameter_table`.
 
-Canonical names and layouts are OpenAI's: no prefix, projections `[in, out]`. Crossing renames and
-reshapes views; nothing is transposed, cast or, unless layers are stacked or rows padded, copied.
-Conversion is total: every missing, extra, duplicate or misshapen tensor is listed in one
-`ConversionError`, and there is no way to let the rest through.
+Canonical names and layouts are OpenAI's: no prefix, projections `[in, out]`. Conversion renames tensors and reshapes
+views. It neither transposes nor casts, and copies only to stack layers or to pad rows. All tensors must match the
+configuration: one `ConversionError` lists every missing, extra, duplicate or misshapen tensor.
 """
 
 from __future__ import annotations
@@ -22,25 +21,27 @@ from bridge.storage.tensors import LazyTensorMap, aligned_empty, same_bytes
 from bridge.storage.trees import flatten, insert
 
 FlaxTree = dict[str, Any]
-"""Nested dictionaries with arrays as leaves: what Flax calls `params`."""
+"""Nested dictionaries with arrays as leaves, Flax's `params`."""
 
 STACK = "h"
-"""The Flax name under which stacked layers live; single layers are `h_0`, `h_1`, ..."""
+"""The Flax name of stacked layers. Single layers are `h_0`, `h_1`, ..."""
 
-# Wrappers that write themselves into names: torch DDP and torch.compile, at any depth.
+# Name parts that wrappers insert at any depth: torch DDP and torch.compile.
 _WRAPPERS = {"module", "_orig_mod"}
-# What transformers' ancestor pytorch-pretrained-bert called a LayerNorm's parameters, after TensorFlow.
+# Names of a LayerNorm's parameters in TensorFlow and pytorch-pretrained-bert, the predecessor of transformers.
 _OLD_NAMES = {"gamma": "weight", "beta": "bias"}
-# Causal-mask buffers that old versions of transformers saved beside the weights.
+# Causal-mask buffers, which old versions of transformers saved with the weights.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
 def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Canonical name -> the name it has in `names`, with wrappers' prefixes and mask buffers gone.
+    """Return canonical name -> name in `names`, without prefixes of wrappers and without mask buffers.
 
     `transformer.h.0.attn.c_attn.weight` and `module._orig_mod.h.0.attn.c_attn.weight` both become
-    `h.0.attn.c_attn.weight`; if both are there, `ConversionError` names them. `gamma` and `beta` of LayerNorms become
-    `weight` and `bias`, DialoGPT's `lm_head.decoder.weight` becomes `lm_head.weight`.
+    `h.0.attn.c_attn.weight`. `gamma` and `beta` of LayerNorms become `weight` and `bias`, and DialoGPT's
+    `lm_head.decoder.weight` becomes `lm_head.weight`.
+
+    Raises `ConversionError` if two names have the same canonical name.
     """
     found: dict[str, list[str]] = {}
     for name in names:
@@ -55,20 +56,21 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
         if not _BUFFER.fullmatch(canonical):
             found.setdefault(canonical, []).append(name)
     clashes = [
-        f"{quoted(canonical)} is there {len(given)} times: {', '.join(map(quoted, given))}"
+        f"{quoted(canonical)} is the canonical name of {len(given)} tensors: {', '.join(map(quoted, given))}"
         for canonical, given in found.items()
         if len(given) > 1
     ]
     if clashes:
-        raise ConversionError("tensors that are the same once prefixes are gone:\n" + bullet_list(clashes))
+        raise ConversionError("several tensors have the same canonical name:\n" + bullet_list(clashes))
     return {canonical: given[0] for canonical, given in found.items()}
 
 
 def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensorMap:
-    """Any PyTorch state_dict of this model under its canonical names, in the table's order.
+    """Return a PyTorch state_dict under canonical names, in the order of the parameter table.
 
-    A tied head that is stored beside the embedding is compared with it and left out. Raises
-    `ConversionError` unless the tensors are exactly those of the model that `config` describes.
+    Accepts the names that `canonical_names` accepts. A stored tied head is compared with the embedding and left out.
+
+    Raises `ConversionError` unless the tensors are exactly those of the model that `config` describes.
     """
     stored = LazyTensorMap.of(tensors)
     entries = {canonical: stored.entries[name] for canonical, name in canonical_names(stored).items()}
@@ -80,7 +82,7 @@ def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyT
         if embedding.dtype in FLOAT_DTYPES and not same_bytes(head, embedding):
             problems.append(
                 "lm_head.weight differs from wte.weight although the configuration ties them "
-                "(tie_word_embeddings); set it to false to keep both"
+                "(tie_word_embeddings); set tie_word_embeddings to false to keep both"
             )
     problems += differences({p.torch_name: p.torch_shape for p in expected}, entries)
     if problems:
@@ -91,15 +93,19 @@ def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyT
 def to_flax(
     tensors: Mapping[str, np.ndarray], config: GPT2Config, *, stacked: bool = False, vocab_multiple: int = 1
 ) -> FlaxTree:
-    """A PyTorch state_dict as the Flax parameter tree of `gpt2_jax.GPT2`.
+    """Convert a PyTorch state_dict to the Flax parameter tree of `gpt2_jax.GPT2`.
+
+    Leaves are views of the arrays in `tensors`, unless they are stacked or padded.
 
     Args:
-        tensors: name -> numpy array (`gpt2_torch.checkpoint_from_model(model).tensors` has them for a
-            PyTorch model); prefixes, buffers and a tied head are dealt with as in `canonicalize`.
-        stacked: one `h` with a leading layer axis (for `nn.scan`) in place of `h_0 ... h_{L-1}`.
-        vocab_multiple: pad the rows of the embedding (and head) with zeros up to this multiple.
+        tensors: name -> numpy array, with names that `canonicalize` accepts. For a PyTorch model:
+            `gpt2_torch.checkpoint_from_model(model).tensors`.
+        config: the configuration of the model.
+        stacked: return one `h` with a leading layer axis, for `nn.scan`, instead of `h_0 ... h_{L-1}`.
+        vocab_multiple: pad the rows of the embedding and the head with zeros to a multiple of this number.
 
-    Leaves are views of the arrays in `tensors` except where stacked or padded.
+    Raises:
+        ConversionError: the tensors are not those of the model, or layers of different dtypes would be stacked.
     """
     canonical = canonicalize(tensors, config)
     rows = padded_vocab_size(config.vocab_size, vocab_multiple)
@@ -123,11 +129,16 @@ def to_flax(
 
 
 def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: int = 1) -> dict[str, np.ndarray]:
-    """A Flax parameter tree, per layer or stacked, as a PyTorch state_dict with canonical names.
+    """Convert a Flax parameter tree to a PyTorch state_dict with canonical names.
 
     Args:
-        params: the tree, with numpy or (fetched as needed) JAX leaves.
-        vocab_multiple: the multiple that the vocabulary was padded to; the padding is removed.
+        params: the tree, with single or stacked layers. Leaves are numpy or JAX arrays; JAX arrays are copied to the
+            host one at a time.
+        config: the configuration of the model.
+        vocab_multiple: the multiple to which the vocabulary was padded. The padding is removed.
+
+    Raises:
+        ConversionError: the leaves are not those of the model.
     """
     if set(params) == {"params"}:
         raise ConversionError('pass the parameter tree itself: variables["params"], not variables')
@@ -147,30 +158,35 @@ def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: i
 
 
 def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
-    """The tree with `h_0 ... h_{L-1}` joined into one `h` whose leaves have a leading layer axis."""
+    """Return the tree with `h_0 ... h_{L-1}` stacked to one `h`, whose leaves have a leading layer axis.
+
+    Raises `ConversionError` if layers are missing, or differ in names, shapes or dtypes.
+    """
     tree = {name: subtree for name, subtree in params.items() if not re.fullmatch(r"h_\d+", name)}
     names = [f"{STACK}_{i}" for i in range(len(params) - len(tree))]
     if not names or STACK in params or any(name not in params for name in names):
-        raise ConversionError(f"layers must be h_0, h_1, ... without gaps; this tree has {sorted(params)}")
+        raise ConversionError(f"layers must be h_0, h_1, ... without gaps, but the tree has {sorted(params)}")
     layers = [flatten(params[name]) for name in names]
     unlike = [
-        f"{name}/{path} is not an array of the same shape and dtype as h_0's"
+        f"{name}/{path} does not have the shape and dtype of h_0/{path}"
         for name, layer in zip(names, layers, strict=True)
         for path in {**layers[0], **layer}
         if path not in layer or path not in layers[0] or not _stackable(layer[path], layers[0][path])
     ]
     if unlike:
-        raise ConversionError("layers that differ cannot be stacked:\n" + bullet_list(unlike))
+        raise ConversionError("cannot stack layers that differ:\n" + bullet_list(unlike))
     for path in layers[0]:
         insert(tree, (STACK, *path.split("/")), np.stack([layer[path] for layer in layers]))
     return tree
 
 
 def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
-    """The tree with its one stacked `h` taken apart into `h_0 ... h_{L-1}`; leaves are views."""
+    """Return the tree with the stacked `h` split into `h_0 ... h_{L-1}`. Leaves are views."""
     tree = {name: subtree for name, subtree in params.items() if name != STACK}
     if STACK not in params or any(re.fullmatch(r"h_\d+", name) for name in tree):
-        raise ConversionError(f"stacked layers are one h and no h_0, h_1, ...; this tree has {sorted(params)}")
+        raise ConversionError(
+            f"stacked layers must be in one h without h_0, h_1, ..., but the tree has {sorted(params)}"
+        )
     for path, leaf in flatten(params[STACK]).items():
         if not leaf.ndim:
             raise ConversionError(f"{STACK}/{path} has no layer axis")
@@ -180,7 +196,7 @@ def unstack_layers(params: Mapping[str, Any]) -> FlaxTree:
 
 
 def mixed_dtypes(tensors: LazyTensorMap, config: GPT2Config) -> list[str]:
-    """The parameters that do not have one dtype in all layers, a line each; they cannot be stacked."""
+    """Return one line for each parameter whose dtype differs from that of an earlier layer. These cannot be stacked."""
     first: dict[tuple[str, ...], Parameter] = {}
     problems = []
     for p in parameters(config):
@@ -194,11 +210,11 @@ def mixed_dtypes(tensors: LazyTensorMap, config: GPT2Config) -> list[str]:
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]) -> list[str]:
-    """What is missing, misshapen, too much or not of a float type, a line each.
+    """Return one line for each tensor that is missing, misshapen, unexpected, or not of a float type.
 
     Args:
         expected: name -> shape.
-        found: name -> array, or anything else that has a shape and a dtype.
+        found: name -> array, or another object with a shape and a dtype.
     """
     missing = [f"{name} is missing (shape {shape})" for name, shape in expected.items() if name not in found]
     misshapen = [
@@ -218,11 +234,13 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any
 
 
 def _known_mistake(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """What a wrong shape most likely comes from."""
+    """Return a hint at the most likely cause of a wrong shape, or an empty string."""
     if len(found) == 2 and found == expected[::-1]:
-        return ": it is transposed, as another format has it"
+        return ": it is transposed, as in another format"
     if name.split(".")[0].split("/")[0] in ("wte", "lm_head") and found[1:] == expected[1:] and found[0] > expected[0]:
-        return f": a padded vocabulary? Set vocab_size to {found[0]}, then cut it with gpt2 convert --vocab-size"
+        return (
+            f": is the vocabulary padded? Set vocab_size to {found[0]}, then reduce it with gpt2 convert --vocab-size"
+        )
     return ""
 
 

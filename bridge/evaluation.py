@@ -1,10 +1,10 @@
-"""Perplexity of a text longer than the model's context: which tokens are predicted from which, and the figures.
+"""Perplexity of a text that is longer than the model's context, with sliding windows.
 
-The windows are those of "Perplexity of fixed-length models" in transformers' documentation: they begin at every
-multiple of the stride, reach over `context` tokens, and the last is the first that reaches the end of the text.
-Each window predicts the tokens that no earlier one reached, and never its own first token, which has nothing
-before it. So all tokens but the very first are predicted once, from `context - stride` tokens at least, those
-near the beginning from all there are; where the stride equals the context, the first of every window is left out.
+The windows are those of "Perplexity of fixed-length models" in the documentation of transformers. They start at
+multiples of the stride and have `context` tokens; the last window is the first that reaches the end of the text. A
+window predicts the tokens that no earlier window contains, except its own first token, which has no context. Every
+token but the first of the text is therefore predicted once, from at least `context - stride` tokens (at the start of
+the text, from all earlier tokens). If the stride equals the context, the first token of every window is not predicted.
 """
 
 from __future__ import annotations
@@ -22,58 +22,61 @@ IGNORE_INDEX = -100
 """Label of a position without a loss, such as padding. The default `ignore_index` of PyTorch's cross entropy."""
 
 TOKENS_PER_BATCH = 4096
-"""What a batch holds unless asked otherwise: with GPT-2's vocabulary its logits take 0.8 GB in float32."""
+"""Default size of a batch. With GPT-2's vocabulary, its logits take 0.8 GB in float32."""
 
 Progress = Callable[[int, int], None]
-"""Called with how much is done, and how much there is."""
+"""Called with the number of windows done, and the number of all windows."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts a text, and what exactly was measured.
+    """The result of an evaluation, and its settings.
 
-    Figures per word and per byte divide by all of the text. Tokens that are not predicted add nothing to them, so
-    where windows do not overlap they come out low by the share of those tokens.
+    Figures per word and per byte divide by the whole text. Tokens that are not predicted contribute nothing, so that
+    windows without overlap make these figures too low by the share of these tokens.
     """
 
     nats: float
     """Sum of -ln p over all predicted tokens."""
     predicted_tokens: int
     tokens: int
-    """All tokens of the text."""
+    """Tokens of the text."""
     windows: int
     context: int
     stride: int
     transformers_loss: float
-    """The average by transformers' documentation, for comparison with figures made by its recipe.
+    """The loss as the documentation of transformers computes it, for comparison with published figures.
 
-    There a window that predicts n tokens weighs n - 1 wherever windows overlap, since one label is taken to be
-    lost in the shift although it was already ignored. It equals `loss` where they do not overlap, nearly
-    does at long strides, and at stride 1 it is that of the first window alone.
+    If windows overlap, it weights a window that predicts n tokens by n - 1, to account for a label that the shift
+    removes, although that label is already ignored. Without overlap it equals `loss`; with long strides it is close to
+    `loss`; with stride 1 it is the loss of the first window.
     """
 
     @property
     def loss(self) -> float:
-        """Nats per predicted token."""
+        """Cross entropy in nats per predicted token."""
         return self.nats / self.predicted_tokens
 
     @property
     def perplexity(self) -> float:
-        """Per predicted token."""
+        """Perplexity per predicted token."""
         return exp(self.loss)
 
     def word_perplexity(self, words: int) -> float:
-        """Per word of the text, which is comparable across tokenizers."""
+        """Return the perplexity per word of the text, which is comparable across tokenizers."""
         return exp(self.nats / words)
 
     def bits_per_byte(self, byte_count: int) -> float:
-        """Per byte of the text in UTF-8, which is comparable across tokenizers."""
+        """Return the bits per byte of the text in UTF-8, which are comparable across tokenizers."""
         return self.nats / math.log(2) / byte_count
 
 
 @dataclass(frozen=True)
 class SlidingWindows:
-    """The windows over a text, in batches of one shape. Axes: N tokens, W windows, B of them in a batch, T context."""
+    """The windows of a text, in batches of one shape.
+
+    Axes: N tokens, W windows, B windows in a batch, T context.
+    """
 
     ids: np.ndarray
     """Integers [N]."""
@@ -90,27 +93,31 @@ class SlidingWindows:
         stride: int | None = None,
         batch_size: int | None = None,
     ) -> SlidingWindows:
-        """Windows that this model can be evaluated on.
+        """Make windows for a model.
 
         Args:
-            ids: the text's tokens, integers [N]; a memory-mapped file is read batch by batch.
-            context: tokens per window; all of the model's positions unless given.
-            stride: from one window's beginning to the next; half the context unless given.
-            batch_size: windows per batch; as many as hold `TOKENS_PER_BATCH` unless given.
+            config: the configuration of the model.
+            ids: the tokens of the text, integers [N]. A memory-mapped file is read batch by batch.
+            context: tokens per window. Default: the model's `n_positions`.
+            stride: tokens from the start of a window to the start of the next. Default: half the context.
+            batch_size: windows per batch. Default: `TOKENS_PER_BATCH` divided by the context.
 
-        Raises `BridgeError` naming everything that cannot be honoured.
+        Raises:
+            BridgeError: an argument is invalid. The message names all of them.
         """
         context = config.n_positions if context is None else context
         stride = max(1, context // 2) if stride is None else stride
         batch_size = max(1, TOKENS_PER_BATCH // max(1, context)) if batch_size is None else batch_size
         problems = []
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or not ids.size):
-            problems.append(f"the tokens must be integers in one row, not {ids.dtype} of shape {ids.shape}")
+            problems.append(
+                f"the tokens must be a one-dimensional array of integers, not {ids.dtype} of shape {ids.shape}"
+            )
         elif ids.size < 2:
             count = ("no token", "one token")[ids.size]
-            problems.append(f"the text has {count}; it takes two, because the first has nothing to be predicted from")
+            problems.append(f"the text has {count}; at least two are needed, because the first has no context")
         elif ids.min() < 0 or ids.max() >= config.vocab_size:
-            problems.append(f"tokens from {ids.min()} to {ids.max()}; the model's are 0 to {config.vocab_size - 1}")
+            problems.append(f"tokens from {ids.min()} to {ids.max()}; the model has 0 to {config.vocab_size - 1}")
         if not 2 <= context <= config.n_positions:
             problems.append(f"context={context}: must be from 2 to the model's n_positions={config.n_positions}")
         elif not 1 <= stride <= context:
@@ -125,16 +132,16 @@ class SlidingWindows:
         return 1 + max(0, math.ceil((self.ids.size - self.context) / self.stride))
 
     def bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each window, [W]: where it begins, the first token that it predicts, and where it ends (exclusive)."""
+        """Return the start, the first predicted token and the end (exclusive) of each window, each [W]."""
         begin_W = self.stride * np.arange(len(self))
         end_W = np.minimum(begin_W + self.context, self.ids.size)
         reached_W = np.concatenate([[0], end_W[:-1]])
         return begin_W, np.maximum(reached_W, begin_W + 1), end_W
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Input ids and labels, int32 [B, T]; the label of a position is the token after it, or `IGNORE_INDEX`.
+        """Yield input ids and labels, int32 [B, T]. The label of a position is the next token, or `IGNORE_INDEX`.
 
-        All have the same shape: what the last window and the last batch lack is made up by zeros whose labels are
+        All batches have the same shape: the last window and the last batch are padded with zeros, whose labels are
         ignored. A causal model needs no mask for padding on the right.
         """
         begin_W, first_W, end_W = self.bounds()
@@ -153,7 +160,12 @@ class SlidingWindows:
         return self.ids[np.minimum(position_BT, self.ids.size - 1)].astype(np.int32)
 
     def evaluation(self, losses: Iterable[np.ndarray], progress: Progress | None = None) -> Evaluation:
-        """The figures from the losses [B, T] of each of `batches`: nats, 0 where ignored; summed in float64."""
+        """Return the result of an evaluation. Sums are computed in float64.
+
+        Args:
+            losses: for each batch of `batches`, the losses [B, T] in nats, 0 for ignored labels.
+            progress: called after each batch.
+        """
         nats_W = np.zeros(len(self))
         for k, losses_BT in enumerate(losses):
             batch = nats_W[k * self.batch_size : (k + 1) * self.batch_size]
@@ -176,5 +188,5 @@ class SlidingWindows:
 
 
 def exp(x: float) -> float:
-    """e to the x; infinite where no float is large enough."""
+    """Return e to the power of x; infinity if that exceeds the range of a float."""
     return math.exp(x) if x < math.log(np.finfo(np.float64).max) else math.inf

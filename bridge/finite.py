@@ -1,4 +1,4 @@
-"""Values that are no numbers: found by their bits, the same way in every float type."""
+"""Count NaN and infinite values by their bits, in the same way for every float type."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 
-# An exponent of all ones is infinity or NaN (IEEE 754, and bfloat16 as float32's upper half).
+# If all exponent bits are set, the value is infinite or NaN (IEEE 754; bfloat16 is the upper half of float32).
 _EXPONENTS: Mapping[np.dtype, int] = {
     np.dtype(np.float64): 0x7FF0_0000_0000_0000,
     np.dtype(np.float32): 0x7F80_0000,
@@ -15,11 +15,11 @@ _EXPONENTS: Mapping[np.dtype, int] = {
     np.dtype(ml_dtypes.bfloat16): 0x7F80,
 }
 _BLOCK = 2**20
-"""Values looked at together: no second array of the tensor's size is made."""
+"""Values that are tested at a time, so that no second array of the tensor's size is allocated."""
 
 
 def count_not_finite(array: np.ndarray) -> int:
-    """How many values are NaN or infinite."""
+    """Return the number of values that are NaN or infinite."""
     bits = array.reshape(-1).view(f"u{array.dtype.itemsize}")
     exponent = bits.dtype.type(_EXPONENTS[array.dtype])
     return sum(

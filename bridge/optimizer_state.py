@@ -1,9 +1,9 @@
-"""AdamW's state, carried between torch's `optimizer.state_dict()` and the Flax trees that optax holds.
+"""Conversion of AdamW's state between torch's `optimizer.state_dict()` and the Flax trees of optax.
 
-A moment has the name, shape and layout of its parameter, so it crosses the bridge as weights do, through
-`bridge.conversion`. torch numbers parameters in the order in which its optimizer was given them, group after group,
-and keeps no names unless it was given those too; so whoever brings a torch state brings the names.
-Crossing is total: everything missing, extra or misshapen is listed in one `ConversionError`.
+A moment has the name, shape and layout of its parameter, so `bridge.conversion` converts it like the weights. torch
+numbers the parameters in the order in which the optimizer received them, group after group, and stores names only if
+it received names. The caller therefore provides the names. One `ConversionError` lists everything that is missing,
+extra or misshapen.
 
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; torch/optim/adam.py.
 """
@@ -27,7 +27,7 @@ from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What torch keeps beside the moments: how one parameter was updated last."""
+    """The settings of the last update of a parameter, which torch stores with the state."""
 
     learning_rate: float
     beta1: float
@@ -38,41 +38,46 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class AdamWState:
-    """What AdamW remembers from step to step, under canonical names and in canonical shapes."""
+    """The state of AdamW between steps, with canonical names and shapes."""
 
     step: int
-    """Updates made so far; the bias corrections depend on it."""
+    """Number of updates made. The bias corrections depend on it."""
     exp_avg: Mapping[str, np.ndarray]
-    """The running mean of gradients: torch's `exp_avg`, optax's `mu`."""
+    """First moment, the running mean of the gradients. optax's `mu`."""
     exp_avg_sq: Mapping[str, np.ndarray]
-    """The running mean of their squares: torch's `exp_avg_sq`, optax's `nu`."""
+    """Second moment, the running mean of the squared gradients. optax's `nu`."""
     hyperparameters: Mapping[str, Hyperparameters] = field(default_factory=dict)
-    """For whoever goes on, to read. Empty where it came from optax, whose state does not hold them."""
+    """Settings for a caller that continues training. Empty for a state from optax, which does not store them."""
 
 
 def group_sizes(state_dict: Mapping[str, Any]) -> list[int]:
-    """How many parameters each group of an optimizer's `state_dict()` has; `ConversionError` if it is none."""
-    groups, _ = _opened(state_dict)
+    """Return the number of parameters in each group of an optimizer's `state_dict()`.
+
+    Raises `ConversionError` if it is not the `state_dict()` of an optimizer.
+    """
+    groups, _ = _groups_and_entries(state_dict)
     return [len(group["params"]) for group in groups]
 
 
 def from_torch(
     state_dict: Mapping[str, Any], names: Sequence[str] | None, config: GPT2Config, *, transposed: Collection[str] = ()
 ) -> AdamWState:
-    """The state in an AdamW's `state_dict()`; one that was never stepped is step 0 with moments of zero.
+    """Convert the `state_dict()` of an AdamW. Before the first update, the step is 0 and the moments are zero.
 
     Args:
-        state_dict: with CPU tensors or numpy arrays, whose memory the result shares, or with `LazyTensor`, whose
-            moments are then read when they are looked up.
-        names: the parameters' names in the optimizer's order, group after group, with any prefix that
-            `bridge.canonical_names` knows; None where the state names them itself, as it does if the
-            optimizer was given `model.named_parameters()` (torch 2.6).
-        transposed: the canonical names of the matrices that are `[out, in]` in that model, as `nn.Linear` keeps them.
+        state_dict: its leaves may be CPU tensors or numpy arrays, whose memory the result shares, or `LazyTensor`s,
+            which are read on access.
+        names: names of the parameters in the optimizer's order, group after group, that `bridge.canonical_names`
+            accepts. None if the state contains the names, as it does if the optimizer received
+            `model.named_parameters()` (torch 2.6).
+        config: the configuration of the model.
+        transposed: canonical names of the matrices that are `[out, in]` in the model, the layout of `nn.Linear`.
 
-    Raises `ConversionError` unless this is the state of every parameter of the model that `config`
-    describes, all of them stepped equally often, by AdamW and no variant of it.
+    Raises:
+        ConversionError: the state is not that of all parameters of the model, their steps differ, or the optimizer is a
+            variant of AdamW.
     """
-    groups, entries = _opened(state_dict)
+    groups, entries = _groups_and_entries(state_dict)
     problems = _variants(groups)
     order = _canonical_order(groups, names, problems)
     keys = dict(zip(order, _keys(groups), strict=True))
@@ -89,22 +94,24 @@ def from_torch(
         raise ConversionError("this is not the AdamW state of the configured GPT-2:\n" + bullet_list(problems))
     if not entries:
         exp_avg = exp_avg_sq = {name: _zeros(shape) for name, shape in shapes.items()}
-    return AdamWState(step, _moments(exp_avg), _moments(exp_avg_sq), hyperparameters)
+    return AdamWState(step, _mapping(exp_avg), _mapping(exp_avg_sq), hyperparameters)
 
 
 def to_torch(
     state: AdamWState, names: Sequence[str] | None, param_groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the `load_state_dict` of an AdamW takes, but for its leaves: `gpt2_torch.training` makes them tensors.
+    """Return the argument of `load_state_dict` of an AdamW, with arrays that `gpt2_torch.training` makes tensors.
 
     Args:
-        names: as in `from_torch`, in the order of the optimizer that is to go on.
-        param_groups: that optimizer's own, `optimizer.state_dict()["param_groups"]`. They come back
-            as they are, so its hyperparameters stay.
+        state: the state.
+        names: as in `from_torch`, in the order of the optimizer that loads the state.
+        param_groups: that optimizer's `optimizer.state_dict()["param_groups"]`. They are returned unchanged, so that
+            its hyperparameters stay.
 
-    Raises `ConversionError` unless the state has the moments of exactly these parameters.
+    Raises:
+        ConversionError: the state does not have exactly these parameters.
     """
-    groups, _ = _opened({"param_groups": param_groups, "state": {}})
+    groups, _ = _groups_and_entries({"param_groups": param_groups, "state": {}})
     problems = _variants(groups)
     order = _canonical_order(groups, names, problems)
     if problems := problems + _unlike(order, state.exp_avg):
@@ -120,9 +127,12 @@ def to_torch(
 def from_flax(
     step: int, mu: Mapping[str, Any], nu: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: int = 1
 ) -> AdamWState:
-    """The state whose moments are Flax trees, per layer or stacked, as `bridge.to_torch` takes them."""
-    exp_avg, exp_avg_sq = _both(
-        ("mu", mu), ("nu", nu), lambda t: conversion.to_torch(t, config, vocab_multiple=vocab_multiple)
+    """Convert moments that are Flax trees. The arguments are those of `bridge.to_torch`.
+
+    Raises `ConversionError` unless the leaves are those of the model.
+    """
+    exp_avg, exp_avg_sq = _converted(
+        ("mu", mu), ("nu", nu), lambda tree: conversion.to_torch(tree, config, vocab_multiple=vocab_multiple)
     )
     return AdamWState(step, exp_avg, exp_avg_sq)
 
@@ -130,20 +140,20 @@ def from_flax(
 def to_flax(
     state: AdamWState, config: GPT2Config, *, stacked: bool = False, vocab_multiple: int = 1
 ) -> tuple[FlaxTree, FlaxTree]:
-    """optax's `mu` and `nu`, with the switches of `bridge.to_flax`; rows that pad the vocabulary are zero."""
-    return _both(
+    """Return optax's `mu` and `nu`, with the options of `bridge.to_flax`. Rows of vocabulary padding are zero."""
+    return _converted(
         ("exp_avg", state.exp_avg),
         ("exp_avg_sq", state.exp_avg_sq),
-        lambda moments: conversion.to_flax(moments, config, stacked=stacked, vocab_multiple=vocab_multiple),
+        lambda moment: conversion.to_flax(moment, config, stacked=stacked, vocab_multiple=vocab_multiple),
     )
 
 
-def _both(a: tuple[str, Any], b: tuple[str, Any], crossed: Callable[[Any], dict[str, Any]]) -> tuple[Any, Any]:
-    """The two moments after the crossing, with what is wrong with either in one error."""
+def _converted(a: tuple[str, Any], b: tuple[str, Any], convert: Callable[[Any], dict[str, Any]]) -> tuple[Any, Any]:
+    """Convert both moments, each given with its name. The errors of both are raised as one."""
     results, problems = [], []
-    for name, moments in (a, b):
+    for name, moment in (a, b):
         try:
-            results.append(crossed(moments))
+            results.append(convert(moment))
         except ConversionError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -151,13 +161,11 @@ def _both(a: tuple[str, Any], b: tuple[str, Any], crossed: Callable[[Any], dict[
     return results[0], results[1]
 
 
-# What torch writes.
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _MUST_BE = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
 
-# Numbers that are carried, how the update is computed, and what schedulers and people leave behind.
+# Options that do not change the algorithm: hyperparameters, implementation choices, and options added by schedulers.
 _HARMLESS = {
     *("params", "param_names", "lr", "betas", "eps", "weight_decay"),
     *("foreach", "capturable", "differentiable", "fused"),
@@ -169,10 +177,10 @@ _Entries = Mapping[Any, Mapping[str, Any]]
 _Values = dict[str, np.ndarray | LazyTensor]
 
 
-def _opened(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entries]:
-    """The parameter groups and the entries, if it has the form of an optimizer's state at all."""
-    opened = state_dict if isinstance(state_dict, Mapping) else {}
-    groups, entries = opened.get("param_groups"), opened.get("state")
+def _groups_and_entries(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entries]:
+    """Return the parameter groups and the entries. Raises `ConversionError` if it is not an optimizer's state."""
+    fields = state_dict if isinstance(state_dict, Mapping) else {}
+    groups, entries = fields.get("param_groups"), fields.get("state")
     if (
         not isinstance(groups, Sequence)
         or not all(isinstance(group, Mapping) and isinstance(group.get("params"), Sequence) for group in groups)
@@ -180,17 +188,17 @@ def _opened(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entries]:
         or not all(isinstance(entry, Mapping) for entry in entries.values())
         or not all(isinstance(key, int | str) for key in _keys(groups))
     ):
-        raise ConversionError("an optimizer's state_dict() has `state` and `param_groups` with `params`; this has not")
+        raise ConversionError("not an optimizer's state_dict(), which has `state`, and `param_groups` with `params`")
     return groups, entries
 
 
 def _keys(groups: _Groups) -> list[Any]:
-    """What stands for each parameter in `state`: a number, or, from torch.distributed.checkpoint, its name."""
+    """Return the key of each parameter in `state`: a number, or from torch.distributed.checkpoint a name."""
     return [key for group in groups for key in group["params"]]
 
 
 def _variants(groups: _Groups) -> list[str]:
-    """Options that make it another algorithm than AdamW, or of which that cannot be said."""
+    """Return one line for each option that makes the algorithm a variant of AdamW, or that is unknown."""
     problems = []
     for i, group in enumerate(groups):
         for name, value in group.items():
@@ -202,7 +210,10 @@ def _variants(groups: _Groups) -> list[str]:
 
 
 def _canonical_order(groups: _Groups, names: Sequence[str] | None, problems: Sequence[str]) -> list[str]:
-    """Canonical names in the optimizer's order; raises, with `problems`, where that cannot be known."""
+    """Return canonical names in the optimizer's order.
+
+    Raises `ConversionError`, which also lists `problems`, if the order cannot be determined.
+    """
     keys = _keys(groups)
     stored = [str(name) for group in groups for name in group.get("param_names") or ()]
     if not stored and all(isinstance(key, str) for key in keys):
@@ -210,15 +221,15 @@ def _canonical_order(groups: _Groups, names: Sequence[str] | None, problems: Seq
     orders = [_canonical(order) for order in (stored, names) if order]
     unclear = [f"{len(keys)} parameters, but {len(order)} names" for order in orders if len(order) != len(keys)]
     if len(set(keys)) < len(keys):
-        unclear.append("one of them is in the groups twice")
+        unclear.append("the groups contain a parameter twice")
     if not orders:
-        unclear.append("they are numbered and not named: pass their names in the optimizer's order")
+        unclear.append("the state has no names: pass the names of the parameters in the optimizer's order")
     elif not unclear and orders[0] != orders[-1]:
         stored_name, name = next((a, b) for a, b in zip(*orders, strict=True) if a != b)
-        unclear.append(f"{quoted(name)} was given where the state itself says {quoted(stored_name)}")
+        unclear.append(f"the given name {quoted(name)} differs from {quoted(stored_name)} in the state")
     if unclear:
         lines = bullet_list([*unclear, *problems])
-        raise ConversionError("it cannot be said which of the optimizer's parameters is which:\n" + lines)
+        raise ConversionError("the names of the optimizer's parameters cannot be determined:\n" + lines)
     return orders[0]
 
 
@@ -233,13 +244,13 @@ def _unlike(names: Sequence[str], expected: Mapping[str, Any]) -> list[str]:
 
 
 def _incomplete(keys: Mapping[str, Any], entries: _Entries) -> list[str]:
-    """Parameters without a state where others have one, states without a parameter, and what is no part of AdamW's."""
+    """Return one line for each parameter that lacks a state that others have, and for each unknown entry or field."""
     if not entries:
         return []
     known, named = {"step", *_MOMENTS}, set(keys.values())
     return [
         *(f"{name} has no state, although others do" for name, key in keys.items() if key not in entries),
-        *(f"the state has an entry {quoted(key)} that no group has" for key in entries if key not in named),
+        *(f"the state has an entry {quoted(key)}, which is in no group" for key in entries if key not in named),
         *(
             f"{name} has an unknown {quoted(what)}"
             for name, key in keys.items()
@@ -250,7 +261,7 @@ def _incomplete(keys: Mapping[str, Any], entries: _Entries) -> list[str]:
 
 
 def _values(what: str, keys: Mapping[str, Any], entries: _Entries, problems: list[str]) -> _Values:
-    """One of a state's parts for every parameter that has a state."""
+    """Return one part of the state, such as `exp_avg`, of every parameter that has a state."""
     values: _Values = {}
     for name, key in keys.items():
         if key not in entries:
@@ -262,12 +273,12 @@ def _values(what: str, keys: Mapping[str, Any], entries: _Entries, problems: lis
         try:
             values[name] = value if isinstance(value, LazyTensor) else np.asarray(value)
         except (TypeError, RuntimeError, ValueError) as error:  # torch: bfloat16, a tensor on a GPU
-            problems.append(f"{what} of {name} does not become a numpy array: {quoted(error)}")
+            problems.append(f"{what} of {name} cannot be converted to a numpy array: {quoted(error)}")
     return values
 
 
 def _transposed(values: _Values, names: Collection[str]) -> _Values:
-    """The values, those in `names` transposed."""
+    """Transpose the values in `names`."""
 
     def transpose(value: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
         return transposed(value) if isinstance(value, LazyTensor) else value.T
@@ -275,8 +286,8 @@ def _transposed(values: _Values, names: Collection[str]) -> _Values:
     return {name: transpose(value) if name in names else value for name, value in values.items()}
 
 
-def _moments(values: _Values) -> Mapping[str, np.ndarray]:
-    """What was given as an entry is read when it is looked up."""
+def _mapping(values: _Values) -> Mapping[str, np.ndarray]:
+    """Return a mapping of arrays. Lazy tensors are read on access."""
     if not any(isinstance(value, LazyTensor) for value in values.values()):
         return cast(dict[str, np.ndarray], values)
     return LazyTensorMap({name: v if isinstance(v, LazyTensor) else LazyTensor.of(v) for name, v in values.items()})
@@ -287,7 +298,7 @@ def _zeros(shape: tuple[int, ...]) -> LazyTensor:
 
 
 def _common_step(steps: _Values, problems: list[str]) -> int:
-    """How often all were stepped; 0 where none was."""
+    """Return the step of all parameters; 0 before the first update."""
     by_count: dict[Any, list[str]] = {}
     for name, step in steps.items():
         if step.shape != () or step.dtype.kind not in "iuf":
@@ -299,13 +310,15 @@ def _common_step(steps: _Values, problems: list[str]) -> int:
         else:
             problems.append(f"step of {name} is {quoted(count)}, not a number of updates")
     if len(by_count) > 1:
-        counts = ", ".join(f"{count} ({len(names)}, {names[0]} among them)" for count, names in by_count.items())
-        problems.append(f"parameters were stepped unequally often: {counts}; optax counts for all together")
+        counts = ", ".join(
+            f"{count} ({len(names)} parameters, for example {names[0]})" for count, names in by_count.items()
+        )
+        problems.append(f"the parameters have different steps: {counts}; optax has one step for all")
     return next(iter(by_count), 0)
 
 
 def _hyperparameters(groups: _Groups, order: Sequence[str], problems: list[str]) -> dict[str, Hyperparameters]:
-    """Of each parameter whose group has them all."""
+    """Return the hyperparameters of the parameters whose group has all of them."""
     found: dict[str, Hyperparameters] = {}
     names = iter(order)
     for i, group in enumerate(groups):

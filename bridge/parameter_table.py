@@ -1,4 +1,4 @@
-"""THE table: one row per parameter of a GPT-2. Names, shapes, order and counts all derive from it.
+"""The table of parameters: one row per parameter of a GPT-2. Names, shapes, order and counts derive from it.
 
 Axis letters, here and in both backends: D n_embd, H heads, K head size, F feed-forward,
 V vocabulary, P positions, L layers; "3" is query, key, value. An axis in parentheses is one axis
@@ -18,12 +18,13 @@ from bridge.config import GPT2Config
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table; `{i}` stands for the layer, `only_if` for when the parameter exists."""
+    """A row of the table. In names, `{i}` stands for the layer."""
 
     torch: str
     flax: str
     axes: str
     only_if: str = "always"
+    """When the parameter exists: always, with biases, or with an untied head."""
 
 
 PARAMETERS = (
@@ -47,17 +48,17 @@ PARAMETERS = (
 )
 
 VOCABULARY_ROWS = frozenset({"wte.weight", "lm_head.weight"})
-"""The names of the parameters that have a row for each token."""
+"""The canonical names of the parameters with one row per token."""
 
 DECAYS: Mapping[str, bool] = {"kernel": True, "embedding": True, "bias": False, "scale": False}
-"""Whether weight decay acts on a parameter, by the last part of its Flax path: on projections and embeddings, not on
-biases and LayerNorm scales. By name, because stacked layers give biases a second axis. Source: nanoGPT,
-`configure_optimizers`."""
+"""Whether a parameter has weight decay, by the last part of its Flax path: projections and embeddings have it, biases
+and LayerNorm scales do not. The number of axes cannot decide it, because biases of stacked layers have two.
+Source: nanoGPT, `configure_optimizers`."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of one particular model: a row of the table with its sizes filled in."""
+    """A parameter of a particular model: a row of the table with its layer and sizes."""
 
     torch_name: str
     torch_shape: tuple[int, ...]
@@ -67,12 +68,12 @@ class Parameter:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay acts on it."""
+        """Whether it has weight decay."""
         return DECAYS[self.flax_path[-1]]
 
     @property
     def has_vocabulary_rows(self) -> bool:
-        """Whether it has a row for each token."""
+        """Whether it has one row per token."""
         return self.torch_name in VOCABULARY_ROWS
 
     @property
@@ -82,21 +83,21 @@ class Parameter:
 
 
 def parameters(config: GPT2Config) -> tuple[Parameter, ...]:
-    """Every parameter of the model that `config` describes, in the order of a forward pass."""
+    """Return the parameters of a model, in the order of a forward pass."""
     return tuple(_parameters(config))
 
 
 def num_parameters(config: GPT2Config) -> int:
-    """How many numbers the model learns; a tied head counts once, with the token embedding."""
+    """Return the number of learned values. A tied head is counted once, as the token embedding."""
     per_layer = sum(math.prod(p.torch_shape) for p in _parameters(config, layers=1) if p.layer is not None)
     outside = sum(math.prod(p.torch_shape) for p in _parameters(config, layers=1) if p.layer is None)
     return outside + config.n_layer * per_layer
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """`vocab_size` rounded up to a multiple, as hardware with tiles of that size likes it."""
+    """Return `vocab_size` rounded up to a multiple, which is faster on hardware that computes in tiles."""
     if multiple < 1:
-        raise ValueError(f"the vocabulary cannot be padded to a multiple of {multiple}; use 1 for no padding")
+        raise ValueError(f"cannot pad the vocabulary to a multiple of {multiple}; use 1 for no padding")
     return -(-vocab_size // multiple) * multiple
 
 

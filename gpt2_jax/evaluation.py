@@ -1,4 +1,4 @@
-"""Perplexity of a text by sliding windows."""
+"""Perplexity of a text, computed in sliding windows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bridge.evaluation import Evaluation, Progress, SlidingWindows
-from gpt2_jax.loss import cross_entropy
 from gpt2_jax.model import GPT2
+from gpt2_jax.ops.cross_entropy import cross_entropy
 
 
 def evaluate(
@@ -25,16 +25,16 @@ def evaluate(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """How well the model predicts a text, given as its tokens; `bridge.evaluation` says which from which.
+    """Measure how well the model predicts a text, in the windows of `bridge.evaluation`. Compiles once.
 
     Args:
-        ids: on the host; may be a memory-mapped file.
-        context: tokens per window; all of the model's positions unless given.
-        stride: from one window's beginning to the next; half the context unless given.
-        batch_size: windows run together; about 4096 tokens' worth unless given.
-        progress: called after every batch with the number of windows done and of all.
+        ids: the tokens of the text, on the host. May be a memory-mapped file.
+        context: tokens per window; by default, all of the model's positions.
+        stride: tokens from the start of one window to the next; by default, half the context.
+        batch_size: windows per batch; by default, about 4096 tokens.
+        progress: called after every batch with the number of finished windows and of all windows.
 
-    Raises `bridge.BridgeError` for a request that cannot be honoured. Compiles once.
+    Raises `bridge.BridgeError` for arguments that the model or the text does not allow.
     """
     windows = SlidingWindows.of(model.config, np.asarray(ids), context, stride, batch_size)
 

@@ -1,9 +1,9 @@
-"""Generation from the port: a key/value cache, and compiled loops over it."""
+"""Generation from the port: a preallocated key/value cache, and compiled loops over tokens."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,169 +12,158 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from bridge.generation import decoder as decoding
+import bridge.generation.decoder
 from bridge.generation.config import GenerationConfig
-from bridge.generation.decoder import ENDED, INVALID, Chunk, with_continuations
-from gpt2_jax.logits_processors import Filters, choose
-from gpt2_jax.model import GPT2, KVCache, check_form, empty_cache
+from bridge.generation.output import ENDED, INVALID, Chunk, concatenate
+from gpt2_jax.logits_processors import LogitsProcessors, sample_token
+from gpt2_jax.model import GPT2, check_shape
+from gpt2_jax.ops.kv_cache import KVCache, empty_cache
 
-SHORTEST_BUCKET = 16
-"""Slots of the smallest cache, for which loops are compiled; then powers of two."""
+SMALLEST_BUCKET = 16
+"""The smallest cache length that is compiled for. The others are powers of two."""
 
 PREFILL_CHUNK = 256
-"""Longer prompts run in chunks of so many tokens: one compilation serves any number of chunks."""
+"""Longer prompts run in chunks of this many tokens. One compilation serves any number of chunks."""
 
 
 def generate(
     model: GPT2,
     params: Mapping[str, Any],
     input_ids: Int[Array, "B T"],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    samples: int = 1,
-    stop_ids: Sequence[int] = (),
-    slide: bool = False,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    seed: int = 0,
-) -> Int[Array, "B*samples T+new"]:
-    """Return each prompt followed by `max_new_tokens` tokens. The arguments are fields of `bridge.GenerationConfig`.
+    generation_config: GenerationConfig | None = None,
+    **overrides: Any,
+) -> Int[Array, "B*num_return_sequences T+new"]:
+    """Return each prompt followed by `max_new_tokens` new tokens.
 
-    After a stop id, the rest of the row is filled with the first of `stop_ids`. Use `Decoder` for prompts of different
-    lengths, for streaming or for log-probabilities. It also prepares the parameters only once for many calls.
+    Rows that end early are filled with the first of `eos_token_ids`. Use `Decoder` for prompts of different lengths,
+    for streaming, or for log-probabilities. A `Decoder` also prepares the parameters only once for many calls.
 
-    Raises `ValueError` for an invalid request or for logits that are NaN or infinite, and `IndexError` for an id
+    Args:
+        params: the model's parameters.
+        input_ids: prompts of one length.
+        generation_config: the configuration.
+        **overrides: fields of `bridge.GenerationConfig`, which replace those of `generation_config`. Without
+            `generation_config`, `max_new_tokens` is required.
+
+    Raises `ValueError` for an invalid configuration or for logits that are NaN or infinite, and `IndexError` for an id
     outside the vocabulary.
     """
-    check_form(input_ids)
-    request = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        samples=samples,
-        stop_ids=tuple(stop_ids),
-        slide=slide,
-        beams=beams,
-        length_penalty=length_penalty,
-    )
+    check_shape(input_ids)
+    config = GenerationConfig.of(generation_config, overrides)
     prompts = np.asarray(input_ids)
-    found = Decoder(model, params).generate(prompts.tolist(), request)
-    return jnp.asarray(with_continuations(prompts, found, request))
+    outputs = Decoder(model, params).generate(prompts.tolist(), config)
+    return jnp.asarray(concatenate(prompts, outputs, config))
 
 
 class _State(NamedTuple):
-    """Of the loop over tokens. R rows, V vocabulary, N the most tokens that it can make."""
+    """The state of the loop over tokens. R rows, V vocabulary, N the maximum number of new tokens."""
 
     cache: KVCache
     ids_RN: Int[Array, "R N"]
-    """`ENDED` before a token is chosen and after the end of a row; `INVALID` if no token could be chosen."""
-    log_probs_RN: Float[Array, "R N"] | None
-    draws_RN: Float[Array, "R N"]
+    """`ENDED` before a token is selected and after the end of a row; `INVALID` if no token could be selected."""
+    logprobs_RN: Float[Array, "R N"] | None
+    noise_RN: Float[Array, "R N"]
     seen_RV: Bool[Array, "R V"] | None
-    """The tokens of each row, where their repetition is penalized."""
-    made: Int[Array, ""]
+    """Which tokens each row contains. Only for the repetition penalty."""
     ended_R: Bool[Array, " R"]
-    stop_ids: Int[Array, " stops"]
-    filters: Filters
+    eos_token_ids: Int[Array, " eos"]
+    processors: LogitsProcessors
+    num_new: Int[Array, ""]
 
 
-class Decoder(decoding.Decoder[_State, KVCache]):
+class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
     """Generation from one model and its parameters, in one compiled loop per bucket of lengths.
 
-    The function that makes tokens is compiled once for a number of rows and a power of two of tokens in each, and
-    for a set of filters; the one that runs prompts also for the power of two of the prompts' length, up to
-    `PREFILL_CHUNK`. Sharded parameters (over a mesh with Auto axes) stay as they are sharded, and the
-    compiler spreads the work over the mesh.
+    The decoding loop is compiled once for each number of rows, power of two of the length, and set of logits
+    processors. Prefill is also compiled for each power of two of the prompts' length, up to `PREFILL_CHUNK`. Sharded
+    parameters (over a mesh with Auto axes) stay sharded, and the compiler distributes the computation over the mesh.
 
     Args:
-        params: stacked layers are taken apart here, once: a loop over tokens would copy them out for each.
-        dtype: of the parameters and the computation; None leaves both as they are. bfloat16 halves the bytes
-            that are read for every token, which is what a token costs on GPU and TPU.
+        params: the model's parameters. Stacked layers are unstacked here, once; the loop over tokens would copy them
+            for every token.
+        dtype: the dtype of the parameters and the computation. None keeps both. bfloat16 halves the bytes that are read
+            for every token, which determine the speed on GPU and TPU.
     """
 
     def __init__(self, model: GPT2, params: Mapping[str, Any], *, dtype: DTypeLike | None = None) -> None:
         self.config = model.config
         self.model = model.clone(scan=False, dtype=model.dtype if dtype is None else jnp.dtype(dtype))
-        # On the device, once: numpy arrays would go there again with every call.
+        # Moved to the device once; numpy arrays would be copied there in every call.
         params = jax.tree.map(jnp.asarray, params)
-        self.params = params if dtype is None and not model.scan else _prepared(model, dtype, params)
+        self.params = params if dtype is None and not model.scan else _prepare(model, dtype, params)
 
-    def _begin(
+    def _prefill(
         self,
         ids: np.ndarray,
-        padding: np.ndarray,
-        slots: int,
-        request: GenerationConfig,
-        draws: np.ndarray,
+        num_padding: np.ndarray,
+        max_length: int,
+        generation_config: GenerationConfig,
+        noise: np.ndarray,
         ended: np.ndarray,
         copies: int,
     ) -> _State:
-        cache, logits_RV = self._prefilled(ids, padding, slots)
+        cache, logits_RV = self._prefill_cache(ids, num_padding, max_length)
         if copies > 1:
-            cache, logits_RV = _repeated(copies, cache, logits_RV)
-        R, S = draws.shape[0], cache.values[0].shape[1]
+            cache, logits_RV = _repeat_rows(copies, cache, logits_RV)
+        R, S = noise.shape[0], cache.max_length
         seen = None
-        if request.repetition_penalty is not None:
+        if generation_config.repetition_penalty is not None:
             seen = np.zeros((R, self.config.vocab_size), bool)
             for r in range(R):
-                seen[r, ids[r // copies, padding[r // copies] :]] = True
+                seen[r, ids[r // copies, num_padding[r // copies] :]] = True
         state = _State(
             cache=cache,
             ids_RN=jnp.full((R, S), ENDED, jnp.int32),
-            log_probs_RN=jnp.zeros((R, S), jnp.float32) if request.log_probs else None,
-            draws_RN=jnp.asarray(np.pad(draws, ((0, 0), (0, S - draws.shape[1])))),
+            logprobs_RN=jnp.zeros((R, S), jnp.float32) if generation_config.logprobs else None,
+            noise_RN=jnp.asarray(np.pad(noise, ((0, 0), (0, S - noise.shape[1])))),
             seen_RV=None if seen is None else jnp.asarray(seen),
-            made=jnp.zeros((), jnp.int32),
             ended_R=jnp.asarray(ended),
-            stop_ids=jnp.asarray(request.stop_ids, jnp.int32),
-            filters=Filters.of(request),
+            eos_token_ids=jnp.asarray(generation_config.eos_token_ids, jnp.int32),
+            processors=LogitsProcessors.of(generation_config),
+            num_new=jnp.zeros((), jnp.int32),
         )
         return _first_token(state, logits_RV)
 
-    def _advance(self, state: _State, steps: int) -> _State:
-        return _more_tokens(self.model, self.params, state, steps)
+    def _decode(self, state: _State, steps: int) -> _State:
+        return _decode_loop(self.model, self.params, state, steps)
 
-    def _made(self, state: _State, first: int, number: int) -> Chunk:
-        made = slice(first, first + number)
-        log_probs = None if state.log_probs_RN is None else np.asarray(state.log_probs_RN)[:, made]
-        return Chunk(np.asarray(state.ids_RN)[:, made], log_probs)
+    def _chunk(self, state: _State, first: int, count: int) -> Chunk:
+        new = slice(first, first + count)
+        logprobs = None if state.logprobs_RN is None else np.asarray(state.logprobs_RN)[:, new]
+        return Chunk(np.asarray(state.ids_RN)[:, new], logprobs)
 
-    def _begin_beams(
-        self, ids: np.ndarray, padding: np.ndarray, slots: int, beams: int, candidates: int
+    def prefill_beams(
+        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, num_beams: int, num_candidates: int
     ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        cache, logits_RV = _repeated(beams, *self._prefilled(ids, padding, slots))
-        return cache, *_fetched(_likeliest(candidates, logits_RV))
+        cache, logits_RV = _repeat_rows(num_beams, *self._prefill_cache(ids, num_padding, max_length))
+        logprobs_RN, ids_RN = _most_likely(num_candidates, logits_RV)
+        return cache, np.asarray(logprobs_RN), np.asarray(ids_RN)
 
-    def _advance_beams(
-        self, state: KVCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
+    def decode_beams(
+        self, cache: KVCache, parents: np.ndarray, tokens: np.ndarray, num_candidates: int
     ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        cache, *likeliest = _more_beams(self.model, candidates, self.params, state, parents, tokens)
-        return cache, *_fetched(likeliest)
+        cache, logprobs_RN, ids_RN = _decode_beams(self.model, num_candidates, self.params, cache, parents, tokens)
+        return cache, np.asarray(logprobs_RN), np.asarray(ids_RN)
 
-    def _prefilled(self, ids: np.ndarray, padding: np.ndarray, slots: int) -> tuple[KVCache, Float[Array, "B V"]]:
-        S = bucket(slots, self.config.n_positions)
+    def _prefill_cache(
+        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int
+    ) -> tuple[KVCache, Float[Array, "B V"]]:
+        """Run the prompts. Returns the cache and the next token's logits."""
+        S = bucket(max_length, self.config.n_positions)
         chunk = min(bucket(ids.shape[1], self.config.n_positions), PREFILL_CHUNK)
         length = ids.shape[1]
-        return _prefill(self.model, S, chunk, self.params, np.pad(ids, ((0, 0), (0, S - length))), padding, length)
+        ids_BS = np.pad(ids, ((0, 0), (0, S - length)))
+        return _prefill_chunks(self.model, chunk, self.params, ids_BS, num_padding, length)
 
 
 def bucket(length: int, most: int) -> int:
-    """The power of two that `length` is compiled for, from `SHORTEST_BUCKET` and up to `most`."""
-    return min(max(SHORTEST_BUCKET, 1 << (length - 1).bit_length()), most)
+    """Return the length that is compiled for `length`: a power of two from `SMALLEST_BUCKET` on, but at most `most`."""
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), most)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _prepared(model: GPT2, dtype: DTypeLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
-    """One entry per layer, in the dtype."""
+def _prepare(model: GPT2, dtype: DTypeLike | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters with one entry per layer, in `dtype`."""
     tree = dict(params)
     if model.scan:
         stack = tree.pop("h")
@@ -182,129 +171,113 @@ def _prepared(model: GPT2, dtype: DTypeLike | None, params: Mapping[str, Any]) -
     return tree if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _prefill(
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill_chunks(
     model: GPT2,
-    slots: int,
     chunk: int,
     params: Mapping[str, Any],
     ids_BS: Int[Array, "B S"],
-    padding_B: Int[Array, " B"],
+    num_padding_B: Int[Array, " B"],
     length: int | Int[Array, ""],
 ) -> tuple[KVCache, Float[Array, "B V"]]:
-    """Run the first `length` ids of each row; the cache, and the logits of what follows."""
-    # The last chunk ends where the prompts do, and so begins before the one before it ends: running some tokens
-    # twice changes nothing. A prompt shorter than a chunk is followed by slots that are written again later.
+    """Run the first `length` ids of each row in chunks. Returns the cache and the next token's logits."""
+    # The last chunk ends at `length`, so it may start inside the chunk before it; running tokens twice changes nothing.
+    # A prompt shorter than a chunk writes to positions after `length`, which decoding overwrites.
     length = jnp.asarray(length, jnp.int32)
-    start = jnp.maximum(length - chunk, 0)
+    last_start = jnp.maximum(length - chunk, 0)
 
-    def run(i: Int[Array, ""], carried: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
-        cache, _ = carried
-        begin = jnp.minimum(i.astype(jnp.int32) * chunk, start)
-        part = jax.lax.dynamic_slice_in_dim(ids_BS, begin, chunk, axis=1)
-        x_BTD, cache = _extend(model, params, part, cache._replace(length=begin))
-        return cache, x_BTD[:, length - 1 - begin]
+    def run(i: Int[Array, ""], carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+        cache, _ = carry
+        start = jnp.minimum(i.astype(jnp.int32) * chunk, last_start)
+        ids_BT = jax.lax.dynamic_slice_in_dim(ids_BS, start, chunk, axis=1)
+        x_BTD, cache = _apply_decode(model, params, ids_BT, cache._replace(length=start))
+        return cache, x_BTD[:, length - 1 - start]
 
-    cache = empty_cache(model.config, padding_B, slots, model.dtype)
-    last_BD = jnp.zeros((ids_BS.shape[0], model.config.n_embd), model.dtype)
-    cache, last_BD = jax.lax.fori_loop(0, -(-length // chunk), run, (cache, last_BD))
-    return cache._replace(length=length), _logits(model, params, last_BD)
+    cache = empty_cache(model.config, num_padding_B, ids_BS.shape[1], model.dtype)
+    x_BD = jnp.zeros((ids_BS.shape[0], model.config.n_embd), model.dtype)
+    cache, x_BD = jax.lax.fori_loop(0, -(-length // chunk), run, (cache, x_BD))
+    return cache._replace(length=length), _apply_head(model, params, x_BD)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _first_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
-    return _with_token(state, logits_RV)
+    return _add_token(state, logits_RV)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _more_tokens(model: GPT2, params: Mapping[str, Any], state: _State, steps: int) -> _State:
-    """`steps` more tokens, or fewer if all rows end before."""
-    end = state.made + steps
+def _decode_loop(model: GPT2, params: Mapping[str, Any], state: _State, steps: int) -> _State:
+    """Select `steps` more tokens in each row, or fewer if all rows end earlier."""
+    end = state.num_new + steps
 
-    def goes_on(state: _State) -> Bool[Array, ""]:
-        return (state.made < end) & ~state.ended_R.all()
+    def is_unfinished(state: _State) -> Bool[Array, ""]:
+        return (state.num_new < end) & ~state.ended_R.all()
 
-    def add_token(state: _State) -> _State:
-        last_R1 = jax.lax.dynamic_slice_in_dim(state.ids_RN, state.made - 1, 1, axis=1)
-        x_RTD, cache = _extend(model, params, jnp.maximum(last_R1, 0), state.cache)
-        return _with_token(state._replace(cache=cache), _logits(model, params, x_RTD[:, 0]))
+    def step(state: _State) -> _State:
+        last_R1 = jax.lax.dynamic_slice_in_dim(state.ids_RN, state.num_new - 1, 1, axis=1)
+        x_RTD, cache = _apply_decode(model, params, jnp.maximum(last_R1, 0), state.cache)
+        return _add_token(state._replace(cache=cache), _apply_head(model, params, x_RTD[:, 0]))
 
-    return jax.lax.while_loop(goes_on, add_token, state)
+    return jax.lax.while_loop(is_unfinished, step, state)
 
 
-def _with_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
-    """The state with one more token in each row that has not ended."""
-    write, n = jax.lax.dynamic_update_slice_in_dim, state.made
-    chosen_R = choose(logits_RV, state.draws_RN[:, n], state.filters, state.seen_RV)
-    log_probs_RN, seen_RV = state.log_probs_RN, state.seen_RV
-    if log_probs_RN is not None:
-        log_probs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
-        log_probs_RN = write(log_probs_RN, jnp.take_along_axis(log_probs_RV, chosen_R[:, None], axis=1), n, axis=1)
+def _add_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
+    """Select one more token in each row that has not ended."""
+    write, n = jax.lax.dynamic_update_slice_in_dim, state.num_new
+    token_R = sample_token(logits_RV, state.noise_RN[:, n], state.processors, state.seen_RV)
+    logprobs_RN, seen_RV = state.logprobs_RN, state.seen_RV
+    if logprobs_RN is not None:
+        logprobs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
+        logprobs_RN = write(logprobs_RN, jnp.take_along_axis(logprobs_RV, token_R[:, None], axis=1), n, axis=1)
     if seen_RV is not None:
-        seen_RV = seen_RV.at[jnp.arange(len(chosen_R)), chosen_R].set(True)
+        seen_RV = seen_RV.at[jnp.arange(len(token_R)), token_R].set(True)
     invalid_R = _are_invalid(logits_RV) & ~state.ended_R
-    new_R = jnp.where(state.ended_R, ENDED, jnp.where(invalid_R, INVALID, chosen_R))
+    new_R = jnp.where(state.ended_R, ENDED, jnp.where(invalid_R, INVALID, token_R))
     return state._replace(
         ids_RN=write(state.ids_RN, new_R[:, None], n, axis=1),
-        log_probs_RN=log_probs_RN,
+        logprobs_RN=logprobs_RN,
         seen_RV=seen_RV,
-        made=n + 1,
-        ended_R=state.ended_R | (chosen_R[:, None] == state.stop_ids).any(-1) | invalid_R.any(),
+        ended_R=state.ended_R | (token_R[:, None] == state.eos_token_ids).any(-1) | invalid_R.any(),
+        num_new=n + 1,
     )
 
 
 def _are_invalid(logits_RV: Float[Array, "R V"]) -> Bool[Array, " R"]:
-    """Whether a row has NaN or +inf, or only -inf; see `bridge.generation.decoder.INVALID`."""
+    """Whether a row has NaN or +inf, or only -inf; see `bridge.generation.output.INVALID`."""
     return jnp.isnan(logits_RV).any(-1) | jnp.isinf(logits_RV.max(-1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _repeated(times: int, cache: KVCache, logits_BV: Float[Array, "B V"]) -> tuple[KVCache, Float[Array, "R V"]]:
-    """Every row so many times, one after the other."""
-    return _each_row(cache, lambda array: jnp.repeat(array, times, axis=0)), jnp.repeat(logits_BV, times, axis=0)
+def _repeat_rows(times: int, cache: KVCache, logits_BV: Float[Array, "B V"]) -> tuple[KVCache, Float[Array, "R V"]]:
+    """Repeat each row `times` times. The copies of a row are adjacent."""
+    return cache.change_rows(lambda array: jnp.repeat(array, times, axis=0)), jnp.repeat(logits_BV, times, axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _more_beams(
+def _decode_beams(
     model: GPT2,
-    candidates: int,
+    num_candidates: int,
     params: Mapping[str, Any],
     cache: KVCache,
     parents_R: Int[Array, " R"],
     tokens_R: Int[Array, " R"],
 ) -> tuple[KVCache, Float[Array, "R N"], Int[Array, "R N"]]:
-    cache = _each_row(cache, lambda array: array[parents_R])
-    x_RTD, cache = _extend(model, params, tokens_R[:, None], cache)
-    return cache, *_likeliest(candidates, _logits(model, params, x_RTD[:, 0]))
+    cache = cache.change_rows(lambda array: array[parents_R])
+    x_RTD, cache = _apply_decode(model, params, tokens_R[:, None], cache)
+    return cache, *_most_likely(num_candidates, _apply_head(model, params, x_RTD[:, 0]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _likeliest(number: int, logits_RV: Float[Array, "R V"]) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
-    """Log-probabilities and ids of the likeliest tokens."""
-    log_probs_RN, ids_RN = jax.lax.top_k(jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1), number)
-    return log_probs_RN, ids_RN
+def _most_likely(count: int, logits_RV: Float[Array, "R V"]) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
+    """Return the log-probabilities and ids of the `count` most likely tokens of each row."""
+    logprobs_RN, ids_RN = jax.lax.top_k(jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1), count)
+    return logprobs_RN, ids_RN
 
 
-def _fetched(arrays: Sequence[Array]) -> list[np.ndarray]:
-    return [np.asarray(array) for array in arrays]
+def _apply_decode(model: GPT2, params: Mapping[str, Any], ids: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    result: Any = model.apply({"params": params}, ids, cache, method="decode")
+    return result
 
 
-def _each_row(cache: KVCache, change: Callable[[Array], Array]) -> KVCache:
-    """The cache with other rows, as `change` makes them of an array's first axis."""
-    B = cache.padding.shape[0]
-
-    def changed(array: Array) -> Array:
-        return change(array.reshape(B, -1, *array.shape[1:])).reshape(-1, *array.shape[1:])
-
-    keys, values = (tuple(map(changed, arrays)) for arrays in (cache.keys, cache.values))
-    return KVCache(keys, values, change(cache.padding), cache.length)
-
-
-def _extend(model: GPT2, params: Mapping[str, Any], ids: Array, cache: KVCache) -> tuple[Array, KVCache]:
-    extended: Any = model.apply({"params": params}, ids, cache, method="extend")
-    return extended
-
-
-def _logits(model: GPT2, params: Mapping[str, Any], x: Array) -> Array:
+def _apply_head(model: GPT2, params: Mapping[str, Any], x: Array) -> Array:
     logits: Any = model.apply({"params": params}, x, method="head")
     return logits

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model and its parameters on the device, and back to a checkpoint."""
+"""Conversion of a checkpoint to a model and its parameters on the device, and of parameters to a checkpoint."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def model_from_checkpoint(
     vocab_multiple: int = 1,
     mesh: Mesh | None = None,
 ) -> tuple[GPT2, dict[str, Any]]:
-    """As `from_pretrained`, from a checkpoint that is already open."""
+    """Return the model and parameters of a checkpoint. The arguments are those of `from_pretrained`."""
     if mesh is not None:
         params = sharded_params(checkpoint, mesh, param_dtype=param_dtype, scan=scan, vocab_multiple=vocab_multiple)
         stored = params["wte"]["embedding"].dtype
@@ -77,12 +77,13 @@ def sharded_params(
     scan: bool = False,
     vocab_multiple: int = 1,
 ) -> dict[str, Any]:
-    """The parameters, spread over a mesh as `gpt2_jax.parallel.sharding` has it.
+    """Return the parameters, sharded over a mesh by the table in `gpt2_jax.parallel.sharding`.
 
-    They are read one tensor at a time, of which this process keeps its devices' parts; where these are some rows and
-    the format can read rows alone, nothing else is read.
+    Tensors are read one at a time, and this process keeps only the shards of its devices. If the shards are rows and
+    the format can read single rows, no other rows are read.
 
-    Raises `MeshError` where the mesh does not divide them, and children of `bridge.BridgeError` for other tensors.
+    Raises `MeshError` if the mesh does not divide a parameter, and another `bridge.BridgeError` if the tensors are not
+    those of the model.
     """
     config = checkpoint.config
     entries = bridge.canonicalize(checkpoint.tensors, config).entries
@@ -101,7 +102,7 @@ def sharded_params(
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor of a checkpoint, and the shape that it has in the Flax tree, without and with its padding."""
+    """One tensor of a checkpoint, and its shape in the Flax tree, without and with vocabulary padding."""
 
     name: str
     entry: LazyTensor
@@ -110,12 +111,12 @@ class _Stored:
     is_stacked: bool
 
     def copy_into(self, parts: Sequence[tuple[Part, np.ndarray]]) -> None:
-        """Fill these parts of the tensor, with zeros from its own rows on."""
+        """Copy parts of the tensor into buffers. Padding rows are zero."""
         end = self.own_shape[0]
         first, last = min(part[0].start for part, _ in parts), min(end, max(part[0].stop for part, _ in parts))
         rows = np.empty((0, *self.own_shape[1:]), self.entry.dtype)
         if first < last:
-            # The first axis is PyTorch's own, or the first of those that it is split into.
+            # The Flax tree may split the stored tensor's first axis into several.
             per_row = self.entry.shape[0] // end
             rows = self.entry.rows(first * per_row, last * per_row).reshape(last - first, *self.own_shape[1:])
         for part, target in parts:
@@ -132,8 +133,8 @@ def _described(layers: Sequence[_Stored], dtype: DTypeLike | None) -> jax.ShapeD
     first = layers[0]
     if dtype is None and (other := next((s for s in layers if s.entry.dtype != first.entry.dtype), None)):
         raise bridge.ConversionError(
-            f"{first.name} holds {first.entry.dtype}, {other.name} {other.entry.dtype}; such layers cannot be stacked: "
-            "pass param_dtype, or scan=False"
+            f"{first.name} holds {first.entry.dtype}, {other.name} {other.entry.dtype}; layers of different dtypes "
+            "cannot be stacked: pass param_dtype, or scan=False"
         )
     dtype = jnp.dtype(dtype or first.entry.dtype)
     _require_representable(dtype)
@@ -141,8 +142,8 @@ def _described(layers: Sequence[_Stored], dtype: DTypeLike | None) -> jax.ShapeD
 
 
 def _spread(layers: Sequence[_Stored], whole: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
-    """One parameter, of one tensor or of one for each layer, on this process's devices."""
-    buffers: dict[str, tuple[Part, np.ndarray]] = {}  # by the part's text: slices are no keys up to Python 3.11
+    """Return one parameter on this process's devices. Stacked parameters come from one tensor per layer."""
+    buffers: dict[str, tuple[Part, np.ndarray]] = {}  # by text: slices have no hash before 3.12
     devices: Mapping[Any, Any] = place.addressable_devices_indices_map(whole.shape)
     for index in devices.values():
         part = tuple(slice(*axis.indices(size)) for axis, size in zip(index, whole.shape, strict=True))
@@ -157,29 +158,30 @@ def _spread(layers: Sequence[_Stored], whole: jax.ShapeDtypeStruct, place: Named
 
 
 def checkpoint_from_params(model: GPT2, params: Mapping[str, Any], like: Checkpoint | None = None) -> Checkpoint:
-    """The parameters as a checkpoint that `bridge.save` writes.
+    """Return the parameters as a checkpoint, which `bridge.save` writes.
 
-    `like`: the checkpoint that they were made from, whose tokenizer and harmless fields go along.
+    Args:
+        like: the checkpoint that the model was made from. Its tokenizer and unused fields are kept.
     """
     state = bridge.to_torch(params, model.config, vocab_multiple=model.vocab_multiple)
     return Checkpoint.of(state, model.config, like)
 
 
 def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
-    """One array on the default device.
+    """Return the array on the default device.
 
-    On CPU a fresh array, as a file's tensors are, is adopted and not copied; one that somebody else
-    holds is read-only (`LazyTensor.of`) and is copied.
+    On CPU, JAX takes over the memory of a writable array, such as a tensor read from a file. A read-only array
+    (`LazyTensor.of`) belongs to someone else and is copied.
     """
     if dtype is not None:
         array = array.astype(jnp.dtype(dtype), copy=False)
     _require_representable(array.dtype)
-    # device_put adopts with may_alias=False too (JAX 0.10); jnp.array copies.
+    # device_put takes over memory even with may_alias=False (JAX 0.10); jnp.array copies.
     return jax.device_put(contiguous(array)) if array.flags.writeable else jnp.array(array)
 
 
 def _require_representable(dtype: np.dtype) -> None:
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise bridge.ConversionError(
-            "the weights are float64, which JAX would cut to float32; set JAX_ENABLE_X64=1 or pass param_dtype"
+            "the weights are float64, which JAX would convert to float32; set JAX_ENABLE_X64=1 or pass param_dtype"
         )

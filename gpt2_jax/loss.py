@@ -1,47 +1,25 @@
-"""The language-modelling loss."""
+"""The language-modelling loss of a model on a batch."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from bridge.evaluation import IGNORE_INDEX
 from gpt2_jax.model import GPT2
-from gpt2_jax.ops.functions import wide_dtype
-from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts, constrain, gathered
-
-
-def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """-log p(label) of each position in nats, in float32 at least; exactly 0 where the label is `IGNORE_INDEX`.
-
-    Inside `jit` values cannot be looked at: there any other label outside the vocabulary gives NaN.
-    """
-    counted = labels != IGNORE_INDEX
-    # A negative index would count from the end; one past it makes optax's look-up give NaN. Gathering beats a
-    # one-hot comparison on CPU: head and loss, forwards and back, take 175 ms against 246 at [1, 512, 50257].
-    labels = jnp.where(labels < 0, logits.shape[-1], labels)
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    losses = optax.softmax_cross_entropy_with_integer_labels(wide, jnp.where(counted, labels, 0))
-    return jnp.where(counted, losses, 0.0)
-
-
-def next_token_loss(logits: Float[Array, "B T V"], input_ids: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean cross-entropy of each token given those before it, in nats; B (T - 1) predictions."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], input_ids[:, 1:]).mean()
+from gpt2_jax.ops.cross_entropy import summed_cross_entropy
 
 
 def summed_loss(
     model: GPT2, params: Any, batch: Mapping[str, Any], dropout_key: PRNGKeyArray | None = None
 ) -> Float[Array, ""]:
-    """The sum of `cross_entropy` over a batch: `input_ids`, `labels`, and where there is padding `attention_mask`.
+    """Return the sum of `cross_entropy` over a batch, in nats.
 
-    With a key, dropout is applied at the configured rates.
+    Args:
+        batch: `input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and with padding
+            `attention_mask` [B, T], 1 for tokens and 0 for padding.
+        dropout_key: apply dropout at the configured rates.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     hidden_BTD: Any = model.apply(
@@ -50,125 +28,7 @@ def summed_loss(
         batch.get("attention_mask"),
         deterministic=dropout_key is None,
         rngs=rngs,
-        method="hidden",
+        method="last_hidden_state",
     )
     head = params["wte" if model.config.tie_word_embeddings else "lm_head"]["embedding"]
     return summed_cross_entropy(hidden_BTD, head, batch["labels"], vocab_size=model.config.vocab_size)
-
-
-def summed_cross_entropy(
-    hidden: Float[Array, "B T D"],
-    embedding: Float[Array, "V D"],
-    labels: Int[Array, "B T"],
-    *,
-    vocab_size: int | None = None,
-    chunk_bytes: int | None = None,
-) -> Float[Array, ""]:
-    """The sum of `cross_entropy` over all positions of hidden embedding^T, without having more logits than a chunk's.
-
-    Some positions of every row are taken at a time; each part's gradient is made while its logits are there, so that
-    nothing of size V is kept per token, and none of the three products is made twice (as in Hsu et al. 2024, "Liger
-    Kernel", section 3.2). Products are in the dtype of `hidden`, sums in float32 at least. On a mesh every device sums
-    over its own rows, with its part of the vocabulary, and the embedding's gradient is added up over devices once.
-
-    Args:
-        vocab_size: rows of the embedding from here on are padding and take no part.
-        chunk_bytes: of a device's logits at a time, but at least one position of every row; `default_chunk_bytes`
-            unless given.
-    """
-    axes = axes_of_mesh()
-    parts = batch_parts(axes)
-    if parts > 1 and hidden.shape[0] % parts == 0:
-        hidden, labels = (x.reshape(parts, -1, *x.shape[1:]) for x in (hidden, labels))
-        own = functools.partial(_own_sum, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-        spread = tuple(axis for axis in BATCH_AXES if axis in axes)
-        return jax.vmap(own, (0, None, 0), spmd_axis_name=spread)(hidden, embedding, labels).sum()
-    return _own_sum(hidden, embedding, labels, vocab_size, chunk_bytes)
-
-
-def _own_sum(
-    hidden: Array, embedding: Array, labels: Array, vocab_size: int | None, chunk_bytes: int | None
-) -> Float[Array, ""]:
-    """Of the rows of one device."""
-    B, T, _ = hidden.shape
-    V = embedding.shape[0]
-    size = default_chunk_bytes() if chunk_bytes is None else chunk_bytes
-    if not B * T:
-        return jnp.zeros((), wide_dtype(hidden))
-    length = min(T, max(1, size // (4 * B * V)))
-    length = -(-T // -(-T // length))  # as few chunks, of one length
-    return _summed(hidden, embedding, labels, vocab_size or V, length)
-
-
-def default_chunk_bytes() -> int:
-    """How much of the logits is made at a time: 1/64 of an accelerator's memory, at least 256 MiB, and that elsewhere.
-
-    The larger a part, the less often the embedding's gradient is added to; below 64 MiB that begins to show. A power of
-    two, because devices of one kind have a little more or less, and all must run one program.
-    """
-    memory = jax.local_devices()[0].memory_stats() or {}
-    return max(2 ** ((memory.get("bytes_limit", 0) // 64).bit_length() - 1), 2**28)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _summed(hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int) -> Array:
-    kernel = gathered(embedding.astype(hidden.dtype))
-
-    def add(total: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _chunk_losses(*chunk, kernel, vocab_size)[0].sum(), None
-
-    return jax.lax.scan(add, jnp.zeros((), wide_dtype(hidden)), _chunks(hidden, labels, length))[0]
-
-
-def _summed_forward(
-    hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int
-) -> tuple[Array, tuple[Array, Array]]:
-    kernel, wide = gathered(embedding.astype(hidden.dtype)), wide_dtype(hidden)
-
-    def add(sums: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        (total, d_embedding), (x, y) = sums, chunk
-        losses, probabilities = _chunk_losses(x, y, kernel, vocab_size)
-        is_label = jax.lax.broadcasted_iota(jnp.int32, probabilities.shape, 2) == y[..., None]
-        d_logits = jnp.where((y != IGNORE_INDEX)[..., None], probabilities - is_label, 0.0).astype(x.dtype)
-        d_x = jnp.einsum("BTV,VD->BTD", d_logits, kernel)
-        d_embedding += jnp.einsum("BTV,BTD->VD", d_logits, x, preferred_element_type=wide)
-        return (total + losses.sum(), d_embedding), d_x
-
-    zeros = jnp.zeros((), wide), constrain(jnp.zeros(embedding.shape, wide), TENSOR, None)
-    (total, d_embedding), d_chunks = jax.lax.scan(add, zeros, _chunks(hidden, labels, length))
-    B, T, D = hidden.shape
-    d_hidden = d_chunks.swapaxes(0, 1).reshape(B, -1, D)[:, :T]
-    return total, (d_hidden, d_embedding.astype(embedding.dtype))
-
-
-def _summed_backward(
-    vocab_size: int, length: int, gradients: tuple[Array, Array], d_total: Array
-) -> tuple[Array, Array, None]:
-    # In d_total's dtype, float32 at least: rounded to bfloat16, it would be wrong by the same factor everywhere.
-    d_hidden, d_embedding = ((gradient * d_total).astype(gradient.dtype) for gradient in gradients)
-    return d_hidden, d_embedding, None
-
-
-_summed.defvjp(_summed_forward, _summed_backward)
-
-
-def _chunk_losses(x: Array, labels: Array, kernel: Array, vocab_size: int) -> tuple[Array, Array]:
-    """As `cross_entropy`, of one chunk; and the probabilities, [B, T, V]."""
-    logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=wide_dtype(x))
-    if vocab_size < kernel.shape[0]:
-        is_padding = jnp.arange(kernel.shape[0]) >= vocab_size
-        logits = jnp.where(is_padding, -jnp.inf, logits)
-    log_total = jax.nn.logsumexp(logits, -1, keepdims=True)
-    valid = (labels >= 0) & (labels < vocab_size)
-    chosen = jnp.take_along_axis(logits, jnp.where(valid, labels, 0)[..., None], -1)
-    losses = jnp.where(valid, (log_total - chosen)[..., 0], jnp.nan)
-    return jnp.where(labels == IGNORE_INDEX, 0.0, losses), jnp.exp(logits - log_total)
-
-
-def _chunks(hidden: Array, labels: Array, length: int) -> tuple[Array, Array]:
-    """Both with a leading axis of chunks, the last filled up with positions that do not count."""
-    B, T, D = hidden.shape
-    fill = -T % length
-    hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0)))
-    labels = jnp.pad(labels, ((0, 0), (0, fill)), constant_values=IGNORE_INDEX)
-    return hidden.reshape(B, -1, length, D).swapaxes(0, 1), labels.reshape(B, -1, length).swapaxes(0, 1)

@@ -1,20 +1,20 @@
-"""GPT-2 in Flax (Linen): the same classes as `gpt2_torch.model`, in the same order.
+"""GPT-2 in Flax Linen: the port of `gpt2_torch.model`, with the same classes in the same order.
 
 Axis letters, the same in both backends: B batch, T query length, S key length, D n_embd, H heads,
 K head size, F feed-forward, V vocabulary, P positions, L layers.
 
-Calls are pure: parameters go in, logits come out, nothing is kept in mutable collections. Parameters
-have `param_dtype`, the computation has `dtype`; statistics of norms and attention scores are in
-float32 at least. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners",
-section 2.3, and the code released with it (gpt-2/src/model.py).
+Calls are pure functions of parameters and inputs, without mutable collections. Parameters have
+`param_dtype`, the computation has `dtype`; statistics of norms and attention scores are in at least
+float32. Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section
+2.3, and the code released with it (gpt-2/src/model.py).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,56 +26,25 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
 from gpt2_jax.choices import Implementation, Remat
+from gpt2_jax.ops import kv_cache
+from gpt2_jax.ops.activations import ACTIVATIONS
 from gpt2_jax.ops.attention import attention, cached_attention
-from gpt2_jax.ops.functions import gelu_tanh, project, project_to_vocabulary, scaled_norm
+from gpt2_jax.ops.dtypes import wide_dtype
+from gpt2_jax.ops.kv_cache import KVCache
+from gpt2_jax.ops.linear import project, project_to_vocabulary
+from gpt2_jax.ops.norm import scaled_norm
 from gpt2_jax.parallel.remat import POLICIES, PROJECTED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, constrain, gathered
 
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu_new": gelu_tanh,
-    "gelu": lambda x: nn.gelu(x, approximate=False),  # the exact form, with erf
-    "gelu_fast": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608 * x * (1.0 + 0.044715 * x * x))),
-    "gelu_pytorch_tanh": gelu_tanh,
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-    "tanh": jnp.tanh,
-}
-
-
-class KVCache(NamedTuple):
-    """What attention needs of the tokens so far, so that none is run twice: `GPT2.extend` takes one and gives one.
-
-    Each row's tokens stand in slots that follow each other; rows with fewer begin later. N = B H: with the rows' heads
-    on one axis, as the products take them, XLA writes into the cache where it lies; with two it copies it twice.
-    """
-
-    keys: tuple[Float[Array, "N K S"], ...]
-    """One array per layer."""
-    values: tuple[Float[Array, "N S K"], ...]
-    padding: Int[Array, " B"]
-    """How many slots of a row, at its beginning, hold no token."""
-    length: Int[Array, ""]
-    """How many slots are filled; `GPT2.extend` writes to those that follow."""
-
-
-def empty_cache(config: GPT2Config, padding: Int[Array, " B"], slots: int, dtype: DTypeLike) -> KVCache:
-    """Room for `slots` tokens in each row, padding counted."""
-    B, H, K, L = padding.shape[0], config.n_head, config.head_size, config.n_layer
-    keys = tuple(jnp.zeros((B * H, K, slots), dtype) for _ in range(L))
-    values = tuple(jnp.zeros((B * H, slots, K), dtype) for _ in range(L))
-    return KVCache(keys, values, padding, jnp.zeros((), jnp.int32))
-
 
 class Embedding(nn.Module):
-    """A row for each id: NaN for an id past the last, which values inside `jit` cannot be checked for."""
+    """One row for each id. An id past the last row gives NaN, because values cannot be checked inside `jit`."""
 
     rows: int
     width: int
     std: float
     rows_axis: str | None = TENSOR
-    """Of a mesh, that rows are spread over."""
+    """The mesh axis that shards the rows."""
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -88,7 +57,7 @@ class Embedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """x W + b, where W may read the last `input_axes` axes of x and write several: `shape` is W's."""
+    """x W + b, where W of the given shape contracts the last `input_axes` axes of x."""
 
     shape: tuple[int, ...]
     std: float
@@ -108,7 +77,7 @@ class Projection(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Ba et al. 2016, with statistics in float32 at least."""
+    """Layer normalization (Ba et al. 2016), with statistics in at least float32."""
 
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
@@ -116,7 +85,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
+        wide = wide_dtype(x)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
         y = scaled_norm(x.astype(wide), scale.astype(wide), self.config.layer_norm_epsilon)
         if self.config.bias:
@@ -144,7 +113,7 @@ class QKVProjection(nn.Module):
             qkv = project(query.astype(self.dtype), kernel_D3HK, 1)
             qkv = constrain(qkv + bias_3HK if c.bias else qkv, BATCH_AXES, None, None, TENSOR, None)
             qkv = checkpoint_name(qkv, PROJECTED)
-            # Not by indexing, whose derivative is a sum of three arrays that are zero elsewhere.
+            # Split instead of indexed: the derivative of indexing is a sum of three arrays that are mostly zero.
             q_BTHK, k_BSHK, v_BSHK = (part.squeeze(2) for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
             return q_BTHK, k_BSHK, v_BSHK
         q_BTHK, k_BSHK, v_BSHK = (
@@ -157,8 +126,8 @@ class QKVProjection(nn.Module):
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention over several heads (Vaswani et al. 2017, section 3.2.2).
 
-    Where query, key and value are one and the same object they are projected in one product;
-    cross-attention, and equal arrays that are different objects, take three.
+    If query, key and value are the same object, one product projects them. Cross-attention, and equal
+    arrays that are different objects, take three products.
     """
 
     config: GPT2Config
@@ -185,11 +154,11 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[Array, "B T D"]:
         """
         Args:
-            mask: True where a query may see a key; None lets it see all. A query that may see no
-                key attends to all of them evenly, so padding stays finite.
-            is_causal: besides, hide every key that comes after the query; needs T == S.
+            mask: True where a query may attend to a key; None allows all. A query that may attend to
+                no key attends to all of them equally, so that padding stays finite.
+            is_causal: also mask every key after the query. Requires T == S.
             layer_index: counted from 0; used by `scale_attn_by_inverse_layer_idx`.
-            deterministic: False drops attention weights at `attn_pdrop`, with the "dropout" rng.
+            deterministic: False applies dropout to the attention weights, with the "dropout" rng.
         """
         q_BTHK, k_BSHK, v_BSHK = self.c_attn(query, key, value)
         drops = not deterministic and self.config.attn_pdrop > 0.0
@@ -206,7 +175,7 @@ class MultiHeadAttention(nn.Module):
         )
         return self.c_proj(context_BTHK)
 
-    def extend(
+    def decode(
         self,
         x: Float[Array, "B T D"],
         keys_NKS: Float[Array, "N K S"],
@@ -216,13 +185,9 @@ class MultiHeadAttention(nn.Module):
         *,
         layer_index: int = 0,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N K S"], Float[Array, "N S K"]]:
-        """Self-attention of T more tokens, whose keys and values go to the slots from `length` on."""
+        """Self-attention of T more tokens. Returns also the cache with their keys and values after `length`."""
         q_BTHK, k_BTHK, v_BTHK = self.c_attn(x, x, x)
-        (B, T, H, K), write = q_BTHK.shape, jax.lax.dynamic_update_slice_in_dim
-        k_NKT = k_BTHK.transpose(0, 2, 3, 1).reshape(B * H, K, T)
-        v_NTK = v_BTHK.transpose(0, 2, 1, 3).reshape(B * H, T, K)
-        keys_NKS = write(keys_NKS, k_NKT.astype(keys_NKS.dtype), length, axis=2)
-        values_NSK = write(values_NSK, v_NTK.astype(values_NSK.dtype), length, axis=1)
+        keys_NKS, values_NSK = kv_cache.append(keys_NKS, values_NSK, k_BTHK, v_BTHK, length)
         context_BTHK = cached_attention(q_BTHK, keys_NKS, values_NSK, mask, scale=self._scale(layer_index))
         return self.c_proj(context_BTHK), keys_NKS, values_NSK
 
@@ -236,7 +201,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two projections with the configured activation between (Vaswani et al. 2017, section 3.3)."""
+    """Two projections with the configured activation between them (Vaswani et al. 2017, section 3.3)."""
 
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
@@ -256,7 +221,7 @@ class FeedForward(nn.Module):
 class GPT2Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3).
 
-    Causal unless asked otherwise; `mask` is as in `MultiHeadAttention`.
+    Causal by default. `mask` is as in `MultiHeadAttention`.
     """
 
     config: GPT2Config
@@ -287,7 +252,7 @@ class GPT2Layer(nn.Module):
         x = x + self.drop(attended, deterministic=deterministic)
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=deterministic)
 
-    def extend(
+    def decode(
         self,
         x: Float[Array, "B T D"],
         keys_NKS: Float[Array, "N K S"],
@@ -297,8 +262,8 @@ class GPT2Layer(nn.Module):
         *,
         layer_index: int = 0,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N K S"], Float[Array, "N S K"]]:
-        """The layer for T more tokens; see `MultiHeadAttention.extend`."""
-        attended, keys_NKS, values_NSK = self.attn.extend(
+        """Run the layer for T more tokens; see `MultiHeadAttention.decode`."""
+        attended, keys_NKS, values_NSK = self.attn.decode(
             self.ln_1(x), keys_NKS, values_NSK, mask, length, layer_index=layer_index
         )
         x = x + attended
@@ -308,16 +273,16 @@ class GPT2Layer(nn.Module):
 class GPT2(nn.Module):
     """Token and position embeddings, L layers, a final norm, and the output head.
 
-    The parameter tree is that of `bridge.to_flax`, with the same `stacked` and `vocab_multiple`.
+    The parameter tree is that of `bridge.to_flax` with `stacked=scan` and the same `vocab_multiple`.
 
     Attributes:
-        dtype: of the computation and the logits.
-        param_dtype: of the parameters that `init` makes.
+        dtype: the dtype of the computation and the logits.
+        param_dtype: the dtype of the parameters that `init` creates.
         scan: run the layers as one `nn.scan` over stacked parameters, which compiles L times less
             code, instead of as a loop over `h_0 ... h_{L-1}`.
-        vocab_multiple: the vocabulary's rows are padded to a multiple of this in the parameters;
-            logits have `vocab_size` columns all the same.
-        remat: which activations of a layer are kept for the backward pass; see `gpt2_jax.parallel.remat`.
+        vocab_multiple: pad the vocabulary's rows to a multiple of this in the parameters. Logits
+            always have `vocab_size` columns.
+        remat: which activations of a layer are saved for the backward pass; see `gpt2_jax.parallel.remat`.
         attention: the implementation; see `gpt2_jax.ops.attention.attention`.
     """
 
@@ -347,31 +312,32 @@ class GPT2(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T V"]:
-        """Logits of the next token after each position.
+        """Return the logits of the next token after each position.
 
         Args:
             input_ids: token ids, each below `vocab_size`.
             attention_mask: 1 for tokens, 0 for padding, left or right. Positions count tokens
-                only. What comes out at padding is finite and means nothing.
-            deterministic: False applies dropout at the configured rates; pass
-                `rngs={"dropout": key}` to `apply` then.
+                only. The logits at padding are finite and have no meaning.
+            deterministic: False applies dropout at the configured rates, and requires
+                `rngs={"dropout": key}` in `apply`.
 
         Raises:
             ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
-            IndexError: for an id outside the vocabulary. Inside `jit` values cannot be looked at:
-                there such an id makes its row's logits NaN, unless it is negative, which counts
-                from the end, or one of the rows that `vocab_multiple` adds.
+            IndexError: for an id outside the vocabulary. Values cannot be checked inside `jit`:
+                there, such an id makes all logits of its row NaN. A negative id counts from the
+                end, and an id of a padding row of `vocab_multiple` is not detected.
         """
-        return self.head(self.hidden(input_ids, attention_mask, deterministic=deterministic)).astype(self.dtype)
+        x = self.last_hidden_state(input_ids, attention_mask, deterministic=deterministic)
+        return self.head(x).astype(self.dtype)
 
-    def hidden(
+    def last_hidden_state(
         self,
         input_ids: Int[Array, "B T"],
         attention_mask: Int[Array, "B T"] | None = None,
         *,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
-        """What `head` turns into the logits; for losses that never have all of them. Arguments as in `__call__`."""
+        """Return the output of the final norm, which `head` maps to the logits. Arguments as in `__call__`."""
         check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         x = constrain(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)), BATCH_AXES, None, None)
@@ -379,29 +345,35 @@ class GPT2(nn.Module):
         x = self._scan_layers(x, mask, deterministic) if self.scan else self._loop_layers(x, mask, deterministic)
         return self.ln_f(x)
 
-    def extend(self, input_ids: Int[Array, "B T"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
-        """What `head` turns into the logits after each of T more tokens, and the cache with these tokens in it.
+    def decode(self, input_ids: Int[Array, "B T"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Run T more tokens of each row, and add their keys and values to the cache.
 
-        Slots of padding come out finite and mean nothing. Needs `scan=False`. Inside `jit` nothing can be
-        checked: the cache must have room for T more slots, and no row may get more than `n_positions` tokens.
+        One method serves for prefill, with the tokens of the prompt, and for decoding, with one token after
+        another. Dropout is not applied. Requires `scan=False`.
+
+        Returns the last hidden states, which `head` maps to the logits, and the updated cache. The states are
+        finite at padding and have no meaning there.
+
+        Args:
+            cache: needs T free positions. No row may have more than `n_positions` tokens. Neither is checked.
         """
         if self.scan:
             raise ValueError(
-                "stacked layers cannot be extended; take them apart, with `bridge.unstack_layers` or a Decoder"
+                "decoding needs one set of parameters per layer; use `bridge.unstack_layers` or a Decoder, which does"
             )
-        slots_T = cache.length + jnp.arange(input_ids.shape[1])
-        slots_S = jnp.arange(cache.values[0].shape[1])
-        padding_B1 = cache.padding[:, None]
-        mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= padding_B1[..., None])
-        x = self.wte(input_ids) + self.wpe(jnp.clip(slots_T - padding_B1, min=0))
+        index_T = cache.length + jnp.arange(input_ids.shape[1])
+        index_S = jnp.arange(cache.max_length)
+        padding_B1 = cache.num_padding[:, None]
+        mask_BTS = (index_S <= index_T[:, None]) & (index_S >= padding_B1[..., None])
+        x = self.wte(input_ids) + self.wpe(jnp.clip(index_T - padding_B1, min=0))
         keys, values = [*cache.keys], [*cache.values]
         for i, layer in enumerate(self.h):
-            x, keys[i], values[i] = layer.extend(x, keys[i], values[i], mask_BTS[:, None], cache.length, layer_index=i)
+            x, keys[i], values[i] = layer.decode(x, keys[i], values[i], mask_BTS[:, None], cache.length, layer_index=i)
         length = cache.length + input_ids.shape[1]
-        return self.ln_f(x), KVCache(tuple(keys), tuple(values), cache.padding, length)
+        return self.ln_f(x), KVCache(tuple(keys), tuple(values), cache.num_padding, length)
 
     def head(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits of the next token, in float32 at least: bfloat16 has a few hundred values for 50257 of them."""
+        """Return the logits of the next token, in at least float32. bfloat16 would give many of them the same value."""
         head = self.wte if self.lm_head is None else self.lm_head
         logits = project_to_vocabulary(x.astype(self.dtype), head.embedding.astype(self.dtype))
         return logits[..., : self.config.vocab_size]
@@ -424,7 +396,7 @@ class GPT2(nn.Module):
 
         if self.remat == "none":
             return apply_layer
-        # A loop body is not merged with what is outside of it, so prevent_cse would only cost time there.
+        # XLA does not merge a loop body with the code around it, so prevent_cse would only cost time with scan.
         return nn.remat(apply_layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])
 
     def _embedding(self, rows: int, rows_axis: str | None = TENSOR) -> Embedding:
@@ -433,14 +405,14 @@ class GPT2(nn.Module):
 
 
 def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:
-    """Which row of `wpe` each token takes: the number of tokens before it, padding not counted."""
+    """Return the row of `wpe` for each token: the number of tokens before it, without padding."""
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
     return jnp.clip(jnp.cumsum(attention_mask.astype(bool), axis=1, dtype=jnp.int32) - 1, min=0)
 
 
-def check_form(input_ids: Array) -> None:
-    """Raise `ValueError` for what are no token ids."""
+def check_shape(input_ids: Array) -> None:
+    """Raise `ValueError` unless `input_ids` are integers of shape [B, T]."""
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(
             f"input_ids must be integers [batch, length], not {input_ids.dtype} of shape {input_ids.shape}"
@@ -448,16 +420,16 @@ def check_form(input_ids: Array) -> None:
 
 
 def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None = None) -> None:
-    """Raise what `GPT2.__call__` documents."""
-    check_form(input_ids)
+    """Raise the errors that `GPT2.__call__` documents."""
+    check_shape(input_ids)
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {attention_mask.shape}, input_ids {input_ids.shape}")
     if isinstance(input_ids, jax.core.Tracer) or not input_ids.size:
         return
-    if getattr(input_ids, "is_fully_addressable", True):  # ids spread over hosts cannot be looked at either
-        ids = np.asarray(input_ids)  # numpy, because inside a trace jax.numpy would trace
+    if getattr(input_ids, "is_fully_addressable", True):  # ids sharded over hosts cannot be read either
+        ids = np.asarray(input_ids)  # with jax.numpy, this would be traced
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
             raise IndexError(f"token ids from {low} to {high}; the vocabulary is 0 to {config.vocab_size - 1}")

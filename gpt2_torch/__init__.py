@@ -1,10 +1,13 @@
 """GPT-2 in PyTorch: the reference. Needs no JAX."""
 
-from bridge import GPT2_SIZES, GPT2Config, __version__
+from bridge import GPT2_SIZES, GenerationConfig, GPT2Config, __version__
 from gpt2_torch.evaluation import evaluate
 from gpt2_torch.generation import Decoder, generate
-from gpt2_torch.loading import checkpoint_from_model, model_from_checkpoint
+from gpt2_torch.loading import checkpoint_from_model, from_pretrained, model_from_checkpoint
+from gpt2_torch.loss import summed_loss
 from gpt2_torch.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
+from gpt2_torch.ops.cross_entropy import cross_entropy, next_token_loss
+from gpt2_torch.ops.kv_cache import KVCache, empty_cache
 
 __all__ = [
     "GPT2",
@@ -13,10 +16,17 @@ __all__ = [
     "FeedForward",
     "GPT2Config",
     "GPT2Layer",
+    "GenerationConfig",
+    "KVCache",
     "MultiHeadAttention",
     "__version__",
     "checkpoint_from_model",
+    "cross_entropy",
+    "empty_cache",
     "evaluate",
+    "from_pretrained",
     "generate",
     "model_from_checkpoint",
+    "next_token_loss",
+    "summed_loss",
 ]

@@ -1,4 +1,4 @@
-"""Between torch tensors and the bridge's numpy arrays, bit for bit, bfloat16 included."""
+"""Conversion between torch tensors and numpy arrays, bit for bit, including bfloat16."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bridge.storage.tensors import contiguous
 
 
 def tensor_from_array(array: np.ndarray) -> Tensor:
-    """The same numbers as a tensor, row by row, shared where the array is so and can be written to."""
+    """Return the array as a contiguous tensor. Shares memory if the array is contiguous and writable."""
     array = contiguous(array) if array.flags.writeable else array.copy()
-    if array.dtype == ml_dtypes.bfloat16:  # numpy has no bfloat16 of its own; int16 carries the bits
+    if array.dtype == ml_dtypes.bfloat16:  # torch.from_numpy does not take ml_dtypes; int16 carries the bits
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def array_from_tensor(tensor: Tensor) -> np.ndarray:
-    """The same bytes as an array, shared where the tensor is on the CPU."""
+    """Return the tensor as an array. Shares memory if the tensor is on the CPU."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

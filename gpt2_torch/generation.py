@@ -1,192 +1,178 @@
-"""Generation from the reference: a preallocated key/value cache, and a loop over it."""
+"""Generation from the reference: a preallocated key/value cache, and a loop over tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bridge.generation import decoder as decoding
+import bridge.generation.decoder
 from bridge.generation.config import GenerationConfig
-from bridge.generation.decoder import ENDED, INVALID, Chunk, with_continuations
-from gpt2_torch.logits_processors import choose
-from gpt2_torch.model import GPT2, KVCache, check_form, empty_cache
+from bridge.generation.output import ENDED, INVALID, Chunk, concatenate
+from gpt2_torch.logits_processors import sample_token
+from gpt2_torch.model import GPT2, check_shape
+from gpt2_torch.ops.kv_cache import KVCache, empty_cache
 
 
 def generate(
     model: GPT2,
     input_ids: Int[Tensor, "B T"],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    samples: int = 1,
-    stop_ids: Sequence[int] = (),
-    slide: bool = False,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    seed: int = 0,
-) -> Int[Tensor, "B*samples T+new"]:
-    """Return each prompt followed by `max_new_tokens` tokens. The arguments are fields of `bridge.GenerationConfig`.
+    generation_config: GenerationConfig | None = None,
+    **overrides: Any,
+) -> Int[Tensor, "B*num_return_sequences T+new"]:
+    """Return each prompt followed by `max_new_tokens` new tokens.
 
-    After a stop id, the rest of the row is filled with the first of `stop_ids`. Use `Decoder` for prompts of different
-    lengths, for streaming or for log-probabilities.
+    Rows that end early are filled with the first of `eos_token_ids`. Use `Decoder` for prompts of different lengths,
+    for streaming, or for log-probabilities.
 
-    Raises `ValueError` for an invalid request or for logits that are NaN or infinite, and `IndexError` for an id
+    Args:
+        input_ids: prompts of one length.
+        generation_config: the configuration.
+        **overrides: fields of `bridge.GenerationConfig`, which replace those of `generation_config`. Without
+            `generation_config`, `max_new_tokens` is required.
+
+    Raises `ValueError` for an invalid configuration or for logits that are NaN or infinite, and `IndexError` for an id
     outside the vocabulary.
     """
-    check_form(input_ids)
-    request = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=repetition_penalty,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        samples=samples,
-        stop_ids=tuple(stop_ids),
-        slide=slide,
-        beams=beams,
-        length_penalty=length_penalty,
-    )
+    check_shape(input_ids)
+    config = GenerationConfig.of(generation_config, overrides)
     prompts = input_ids.cpu().numpy()
-    found = Decoder(model).generate(prompts.tolist(), request)
-    return torch.from_numpy(with_continuations(prompts, found, request)).to(input_ids.device)
+    outputs = Decoder(model).generate(prompts.tolist(), config)
+    return torch.from_numpy(concatenate(prompts, outputs, config)).to(input_ids.device)
 
 
 @dataclass
 class _State:
-    """Of the loop over tokens. R rows, V vocabulary, N the most tokens that it can make."""
+    """The state of the loop over tokens. R rows, V vocabulary, N the maximum number of new tokens."""
 
     cache: KVCache
     ids_RN: Int[Tensor, "R N"]
-    """`ENDED` before a token is chosen and after the end of a row; `INVALID` if no token could be chosen."""
-    log_probs_RN: Float[Tensor, "R N"] | None
-    draws_RN: Float[Tensor, "R N"]
+    """`ENDED` before a token is selected and after the end of a row; `INVALID` if no token could be selected."""
+    logprobs_RN: Float[Tensor, "R N"] | None
+    noise_RN: Float[Tensor, "R N"]
     seen_RV: Bool[Tensor, "R V"] | None
-    """The tokens of each row, where their repetition is penalized."""
+    """Which tokens each row contains. Only for the repetition penalty."""
     ended_R: Bool[Tensor, " R"]
-    stop_ids: Int[Tensor, " stops"]
-    request: GenerationConfig
-    made: int = 0
+    eos_token_ids: Int[Tensor, " eos"]
+    config: GenerationConfig
+    num_new: int = 0
 
 
-class Decoder(decoding.Decoder[_State, KVCache]):
-    """Generation from one model, on its device and in its dtype; the model's mode and gradients stay as they are."""
+class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
+    """Generation from one model, on its device and in its dtype. Does not change the model's mode or gradients."""
 
     def __init__(self, model: GPT2) -> None:
         self.config, self.model = model.config, model
 
-    def _begin(
+    def _prefill(
         self,
         ids: np.ndarray,
-        padding: np.ndarray,
-        slots: int,
-        request: GenerationConfig,
-        draws: np.ndarray,
+        num_padding: np.ndarray,
+        max_length: int,
+        generation_config: GenerationConfig,
+        noise: np.ndarray,
         ended: np.ndarray,
         copies: int,
     ) -> _State:
-        cache, logits_RV = self._prefilled(ids, padding, slots, copies)
-        (R, N), device = draws.shape, logits_RV.device
+        cache, logits_RV = self._prefill_cache(ids, num_padding, max_length, copies)
+        (R, N), device = noise.shape, logits_RV.device
         seen = None
-        if request.repetition_penalty is not None:
+        if generation_config.repetition_penalty is not None:
             seen = torch.zeros(R, self.config.vocab_size, dtype=torch.bool, device=device)
             for r in range(R):
-                seen[r, ids[r // copies, padding[r // copies] :]] = True
+                seen[r, ids[r // copies, num_padding[r // copies] :]] = True
         state = _State(
             cache=cache,
             ids_RN=torch.full((R, N), ENDED, device=device),
-            log_probs_RN=torch.zeros(R, N, device=device) if request.log_probs else None,
-            draws_RN=torch.from_numpy(draws).to(device),
+            logprobs_RN=torch.zeros(R, N, device=device) if generation_config.logprobs else None,
+            noise_RN=torch.from_numpy(noise).to(device),
             seen_RV=seen,
             ended_R=torch.from_numpy(ended).to(device),
-            stop_ids=torch.tensor(request.stop_ids, dtype=torch.int64, device=device),
-            request=request,
+            eos_token_ids=torch.tensor(generation_config.eos_token_ids, dtype=torch.int64, device=device),
+            config=generation_config,
         )
         _add_token(state, logits_RV)
         return state
 
-    def _advance(self, state: _State, steps: int) -> _State:
+    def _decode(self, state: _State, steps: int) -> _State:
         for _ in range(steps):
-            if state.request.stop_ids and state.ended_R.all():  # looking waits for a GPU
+            if len(state.eos_token_ids) and state.ended_R.all():  # reading the values waits for a GPU
                 break
-            last_R1 = state.ids_RN[:, state.made - 1 : state.made].clamp(min=0)
-            _add_token(state, self._extended(last_R1, state.cache))
+            last_R1 = state.ids_RN[:, state.num_new - 1 : state.num_new].clamp(min=0)
+            _add_token(state, self._next_logits(last_R1, state.cache))
         return state
 
-    def _made(self, state: _State, first: int, number: int) -> Chunk:
-        ids_RN, log_probs_RN = state.ids_RN[:, first : first + number].cpu().numpy(), None
-        if state.log_probs_RN is not None:
-            log_probs_RN = state.log_probs_RN[:, first : first + number].cpu().numpy()
-        return Chunk(ids_RN, log_probs_RN)
+    def _chunk(self, state: _State, first: int, count: int) -> Chunk:
+        ids_RN, logprobs_RN = state.ids_RN[:, first : first + count].cpu().numpy(), None
+        if state.logprobs_RN is not None:
+            logprobs_RN = state.logprobs_RN[:, first : first + count].cpu().numpy()
+        return Chunk(ids_RN, logprobs_RN)
 
-    def _begin_beams(
-        self, ids: np.ndarray, padding: np.ndarray, slots: int, beams: int, candidates: int
+    def prefill_beams(
+        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, num_beams: int, num_candidates: int
     ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        cache, logits_RV = self._prefilled(ids, padding, slots, beams)
-        return cache, *_likeliest(candidates, logits_RV)
+        cache, logits_RV = self._prefill_cache(ids, num_padding, max_length, num_beams)
+        return cache, *_most_likely(num_candidates, logits_RV)
 
-    def _advance_beams(
-        self, state: KVCache, parents: np.ndarray, tokens: np.ndarray, candidates: int
+    def decode_beams(
+        self, cache: KVCache, parents: np.ndarray, tokens: np.ndarray, num_candidates: int
     ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        cache = state.of_rows(torch.from_numpy(parents).to(state.padding.device))
-        tokens_R1 = torch.from_numpy(tokens)[:, None].to(state.padding.device)
-        return cache, *_likeliest(candidates, self._extended(tokens_R1, cache))
+        device = cache.num_padding.device
+        cache = cache.select_rows(torch.from_numpy(parents).to(device))
+        tokens_R1 = torch.from_numpy(tokens)[:, None].to(device)
+        return cache, *_most_likely(num_candidates, self._next_logits(tokens_R1, cache))
 
-    def _prefilled(
-        self, ids: np.ndarray, padding: np.ndarray, slots: int, copies: int
+    def _prefill_cache(
+        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, copies: int
     ) -> tuple[KVCache, Float[Tensor, "B*copies V"]]:
+        """Run the prompts. Returns the cache and the next token's logits, with `copies` rows for each prompt."""
         weight = self.model.wte.weight
-        cache = empty_cache(self.config, torch.from_numpy(padding).to(weight.device), slots, weight.dtype)
-        logits_BV = self._extended(torch.from_numpy(ids).to(weight.device), cache)
+        cache = empty_cache(self.config, torch.from_numpy(num_padding).to(weight.device), max_length, weight.dtype)
+        logits_BV = self._next_logits(torch.from_numpy(ids).to(weight.device), cache)
         if copies == 1:
             return cache, logits_BV
         rows = torch.arange(len(ids), device=weight.device).repeat_interleave(copies)
-        return cache.of_rows(rows), logits_BV[rows]
+        return cache.select_rows(rows), logits_BV[rows]
 
-    @torch.no_grad()  # not inference_mode: a model can be trained on the ids that come out
-    def _extended(self, ids: Int[Tensor, "R T"], cache: KVCache) -> Float[Tensor, "R V"]:
-        """Logits of what follows the ids, which go into the cache."""
-        with _evaluating(self.model):
-            return self.model.head(self.model.extend(ids, cache)[:, -1])
+    @torch.no_grad()  # not inference_mode, because a model may be trained on the generated ids
+    def _next_logits(self, ids: Int[Tensor, "R T"], cache: KVCache) -> Float[Tensor, "R V"]:
+        """Add the ids to the cache and return the next token's logits."""
+        with _in_eval_mode(self.model):
+            return self.model.head(self.model.decode(ids, cache)[:, -1])
 
 
 def _add_token(state: _State, logits_RV: Float[Tensor, "R V"]) -> None:
-    """One more token in each row that has not ended."""
-    n = state.made
-    chosen_R = choose(logits_RV, state.draws_RN[:, n], state.request, state.seen_RV)
-    if state.log_probs_RN is not None:
-        state.log_probs_RN[:, n] = logits_RV.float().log_softmax(-1).gather(1, chosen_R[:, None])[:, 0]
+    """Select one more token in each row that has not ended."""
+    n = state.num_new
+    token_R = sample_token(logits_RV, state.noise_RN[:, n], state.config, state.seen_RV)
+    if state.logprobs_RN is not None:
+        state.logprobs_RN[:, n] = logits_RV.float().log_softmax(-1).gather(1, token_R[:, None])[:, 0]
     if state.seen_RV is not None:
-        state.seen_RV.scatter_(1, chosen_R[:, None], True)
-    invalid_R = ~logits_RV.amax(-1).isfinite() & ~state.ended_R  # max is NaN if any element is
-    state.ids_RN[:, n] = chosen_R.masked_fill(state.ended_R, ENDED).masked_fill(invalid_R, INVALID)
-    state.made = n + 1
-    state.ended_R = state.ended_R | torch.isin(chosen_R, state.stop_ids) | invalid_R.any()
+        state.seen_RV.scatter_(1, token_R[:, None], True)
+    invalid_R = ~logits_RV.amax(-1).isfinite() & ~state.ended_R  # the maximum is NaN if any element is
+    state.ids_RN[:, n] = token_R.masked_fill(state.ended_R, ENDED).masked_fill(invalid_R, INVALID)
+    state.num_new = n + 1
+    state.ended_R = state.ended_R | torch.isin(token_R, state.eos_token_ids) | invalid_R.any()
 
 
-def _likeliest(number: int, logits_RV: Float[Tensor, "R V"]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and ids of the likeliest tokens."""
-    found = logits_RV.float().log_softmax(-1).topk(number)
+def _most_likely(count: int, logits_RV: Float[Tensor, "R V"]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the log-probabilities and ids of the `count` most likely tokens of each row."""
+    found = logits_RV.float().log_softmax(-1).topk(count)
     return found.values.cpu().numpy(), found.indices.cpu().numpy()
 
 
 @contextmanager
-def _evaluating(model: GPT2) -> Iterator[None]:
+def _in_eval_mode(model: GPT2) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module in training:  # not model.train(), which would set those too that were not
+        for module in training:  # not model.train(), which would also change modules that were in eval mode
             module.training = True

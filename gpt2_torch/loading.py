@@ -1,27 +1,36 @@
-"""From a checkpoint to a model, and back to a checkpoint."""
+"""Conversion of a checkpoint to a model, and of a model to a checkpoint."""
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
+import bridge
 from bridge import Checkpoint
-from gpt2_torch.arrays import array_from_tensor, tensor_from_array
+from gpt2_torch.arrays import array_from_tensor
 from gpt2_torch.model import GPT2
 
 
+def from_pretrained(source: str | Path, *, activation: str | None = None) -> GPT2:
+    """Load a model from a checkpoint in any format or from a Hugging Face id, in its dtype and in eval mode.
+
+    Args:
+        activation: the activation of a nanoGPT file that does not state it; see `bridge.load`.
+
+    Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
+    """
+    return model_from_checkpoint(bridge.load(source, activation=activation))
+
+
 def model_from_checkpoint(checkpoint: Checkpoint) -> GPT2:
-    """A model around the checkpoint's tensors, in their dtypes and in eval mode."""
-    with torch.device("meta"):  # no memory, no initialisation: the tensors are given next
-        model = GPT2(checkpoint.config)
-    state = {name: tensor_from_array(array) for name, array in checkpoint.tensors.items()}
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    """Return a model of the checkpoint's tensors, in their dtypes and in eval mode."""
+    return GPT2.from_checkpoint(checkpoint)
 
 
 def checkpoint_from_model(model: GPT2, like: Checkpoint | None = None) -> Checkpoint:
-    """The model as a checkpoint that `bridge.save` writes; shares the model's memory.
+    """Return the model as a checkpoint, which `bridge.save` writes. It shares the model's memory.
 
-    `like`: the checkpoint that it was made from, whose tokenizer and harmless fields go along.
+    Args:
+        like: the checkpoint that the model was made from. Its tokenizer and unused fields are kept.
     """
     state = {name: array_from_tensor(tensor) for name, tensor in model.state_dict().items()}
     return Checkpoint.of(state, model.config, like)

@@ -1,25 +1,22 @@
-"""The language-modelling loss."""
+"""The language-modelling loss of a model on a batch."""
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from collections.abc import Mapping
+
+from jaxtyping import Float
 from torch import Tensor
 
-from bridge.evaluation import IGNORE_INDEX
+from gpt2_torch.model import GPT2
+from gpt2_torch.ops.cross_entropy import cross_entropy
 
 
-def cross_entropy(logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-    """-log p(label) of each position in nats, in float32 at least; exactly 0 where the label is `IGNORE_INDEX`.
+def summed_loss(model: GPT2, batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """Return the sum of `cross_entropy` over a batch, in nats.
 
-    Raises `IndexError` for any other label outside the vocabulary (on CPU; a GPU asserts by itself).
+    Args:
+        batch: `input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and with padding
+            `attention_mask` [B, T], 1 for tokens and 0 for padding.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(wide.flatten(0, 1), labels.flatten().long(), ignore_index=IGNORE_INDEX, reduction="none")
-    return losses.unflatten(0, labels.shape)
-
-
-def next_token_loss(logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of each token given those before it, in nats; B (T - 1) predictions."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    logits_BTV = model(batch["input_ids"], batch.get("attention_mask"))
+    return cross_entropy(logits_BTV, batch["labels"]).sum()

@@ -1,4 +1,4 @@
-"""GPT-2 in PyTorch: the reference that `gpt2_jax.model` is measured against.
+"""GPT-2 in PyTorch: the reference for `gpt2_jax.model`, with the same classes in the same order.
 
 Axis letters, the same in both backends: B batch, T query length, S key length, D n_embd, H heads,
 K head size, F feed-forward, V vocabulary, P positions, L layers.
@@ -10,12 +10,10 @@ Learners", section 2.3, and the code released with it (gpt-2/src/model.py).
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,49 +21,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 import bridge
-from bridge import GPT2Config
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,  # the exact form, with erf
-    "gelu_fast": lambda x: 0.5 * x * (1.0 + torch.tanh(0.7978845608 * x * (1.0 + 0.044715 * x * x))),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
+from bridge import Checkpoint, GPT2Config
+from gpt2_torch.arrays import tensor_from_array
+from gpt2_torch.ops.activations import ACTIVATIONS
+from gpt2_torch.ops.attention import attention
+from gpt2_torch.ops.kv_cache import KVCache
+from gpt2_torch.state_dict import canonicalize_names
 
 
-@dataclass
-class KVCache:
-    """What attention needs of the tokens so far, so that none is run twice: `GPT2.extend` writes into it.
+class Embedding(nn.Embedding):
+    """One row for each id. Raises `IndexError` for an id outside the table."""
 
-    Each row's tokens stand in slots that follow each other; rows with fewer begin later.
-    """
-
-    keys: list[Float[Tensor, "B H S K"]]
-    """One tensor per layer."""
-    values: list[Float[Tensor, "B H S K"]]
-    padding: Int[Tensor, " B"]
-    """How many slots of a row, at its beginning, hold no token."""
-    length: int = 0
-    """How many slots are filled; `GPT2.extend` writes to those that follow."""
-
-    def of_rows(self, rows: Int[Tensor, " R"]) -> KVCache:
-        """A copy whose rows are these rows."""
-        keys, values = ([tensor[rows] for tensor in tensors] for tensors in (self.keys, self.values))
-        return KVCache(keys, values, self.padding[rows], self.length)
-
-
-def empty_cache(config: GPT2Config, padding: Int[Tensor, " B"], slots: int, dtype: torch.dtype) -> KVCache:
-    """Room for `slots` tokens in each row, padding counted."""
-    B, H, K, L = padding.shape[0], config.n_head, config.head_size, config.n_layer
-    keys, values = (
-        [torch.zeros(B, H, slots, K, dtype=dtype, device=padding.device) for _ in range(L)] for _ in range(2)
-    )
-    return KVCache(keys, values, padding)
+    def __init__(self, rows: int, width: int, std: float) -> None:
+        super().__init__(rows, width, _weight=torch.empty(rows, width))
+        nn.init.normal_(self.weight, std=std)
 
 
 class Projection(nn.Module):
@@ -78,6 +47,13 @@ class Projection(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch n_in"]) -> Float[Tensor, "*batch n_out"]:
         return F.linear(x, self.weight.T, self.bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization (Ba et al. 2016)."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
 
 
 class QKVProjection(Projection):
@@ -103,8 +79,8 @@ class QKVProjection(Projection):
 class MultiHeadAttention(nn.Module):
     """Scaled dot-product attention over several heads (Vaswani et al. 2017, section 3.2.2).
 
-    Where query, key and value are one and the same object they are projected in one product;
-    cross-attention, and equal tensors that are different objects, take three.
+    If query, key and value are the same object, one product projects them. Cross-attention, and equal
+    tensors that are different objects, take three products.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -125,9 +101,9 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """
         Args:
-            mask: True where a query may see a key; None lets it see all. A query that may see no
-                key attends to all of them evenly, so padding stays finite.
-            is_causal: besides, hide every key that comes after the query; needs T == S.
+            mask: True where a query may attend to a key; None allows all. A query that may attend to
+                no key attends to all of them equally, so that padding stays finite.
+            is_causal: also mask every key after the query. Requires T == S.
             layer_index: counted from 0; used by `scale_attn_by_inverse_layer_idx`.
         """
         q_BTHK, k_BSHK, v_BSHK = self.c_attn(query, key, value)
@@ -143,17 +119,17 @@ class MultiHeadAttention(nn.Module):
         )
         return self.c_proj(context_BTHK.flatten(-2))
 
-    def extend(
+    def decode(
         self,
         x: Float[Tensor, "B T D"],
         keys_BHSK: Float[Tensor, "B H S K"],
         values_BHSK: Float[Tensor, "B H S K"],
-        mask: Bool[Tensor, "B 1 T seen"],
+        mask: Bool[Tensor, "B 1 T length+T"],
         length: int,
         *,
         layer_index: int = 0,
     ) -> Float[Tensor, "B T D"]:
-        """Self-attention of T more tokens, whose keys and values go to the slots from `length` on."""
+        """Self-attention of T more tokens. Writes their keys and values to the positions after `length`."""
         q_BTHK, k_BTHK, v_BTHK = self.c_attn(x, x, x)
         end = length + x.shape[1]
         keys_BHSK[:, :, length:end], values_BHSK[:, :, length:end] = k_BTHK.transpose(1, 2), v_BTHK.transpose(1, 2)
@@ -177,50 +153,8 @@ class MultiHeadAttention(nn.Module):
         return scale
 
 
-def attention(
-    q_BTHK: Float[Tensor, "B T H K"],
-    k_BSHK: Float[Tensor, "B S H K"],
-    v_BSHK: Float[Tensor, "B S H K"],
-    mask: Bool[Tensor, "#B #H #T S"] | None,
-    *,
-    is_causal: bool,
-    scale: float,
-    dropout_rate: float = 0.0,
-    upcast: bool = False,
-) -> Float[Tensor, "B T H K"]:
-    """softmax(scale q k^T) v, each query over the keys it may see, through torch's fused kernels.
-
-    `upcast` computes it in float32 at least, whatever the dtype of q, k and v, under autocast too.
-    """
-    T, S, dtype = q_BTHK.shape[1], k_BSHK.shape[1], v_BSHK.dtype
-    if is_causal and T != S:
-        raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
-    if upcast:
-        wide = torch.promote_types(dtype, torch.float32)
-        q_BTHK, k_BSHK, v_BSHK = q_BTHK.to(wide), k_BSHK.to(wide), v_BSHK.to(wide)
-    added = None
-    if mask is not None:
-        if is_causal:
-            mask = mask & torch.ones(T, S, dtype=torch.bool, device=mask.device).tril()
-        # The most negative number and not -inf: a row of -inf would be NaN after softmax.
-        added = torch.zeros(mask.shape, dtype=q_BTHK.dtype, device=mask.device)
-        added = added.masked_fill(~mask, torch.finfo(q_BTHK.dtype).min)
-    # Autocast would narrow again what was just widened.
-    with torch.autocast(q_BTHK.device.type, enabled=False) if upcast else contextlib.nullcontext():
-        context_BHTK = F.scaled_dot_product_attention(
-            q_BTHK.transpose(1, 2),
-            k_BSHK.transpose(1, 2),
-            v_BSHK.transpose(1, 2),
-            attn_mask=added,
-            dropout_p=dropout_rate,
-            is_causal=is_causal and mask is None,
-            scale=scale,
-        )
-    return context_BHTK.transpose(1, 2).to(dtype)
-
-
 class FeedForward(nn.Module):
-    """Two projections with the configured activation between (Vaswani et al. 2017, section 3.3)."""
+    """Two projections with the configured activation between them (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
@@ -236,14 +170,14 @@ class FeedForward(nn.Module):
 class GPT2Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3).
 
-    Causal unless asked otherwise; `mask` is as in `MultiHeadAttention`.
+    Causal by default. `mask` is as in `MultiHeadAttention`.
     """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
+        self.ln_1 = LayerNorm(config)
         self.attn = MultiHeadAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
+        self.ln_2 = LayerNorm(config)
         self.mlp = FeedForward(config)
         self.drop = nn.Dropout(config.resid_pdrop)
 
@@ -256,21 +190,22 @@ class GPT2Layer(nn.Module):
         layer_index: int = 0,
     ) -> Float[Tensor, "B T D"]:
         normed = self.ln_1(x)
-        x = x + self.drop(self.attn(normed, normed, normed, mask, is_causal=is_causal, layer_index=layer_index))
+        attended = self.attn(normed, normed, normed, mask, is_causal=is_causal, layer_index=layer_index)
+        x = x + self.drop(attended)
         return x + self.drop(self.mlp(self.ln_2(x)))
 
-    def extend(
+    def decode(
         self,
         x: Float[Tensor, "B T D"],
         keys_BHSK: Float[Tensor, "B H S K"],
         values_BHSK: Float[Tensor, "B H S K"],
-        mask: Bool[Tensor, "B 1 T seen"],
+        mask: Bool[Tensor, "B 1 T length+T"],
         length: int,
         *,
         layer_index: int = 0,
     ) -> Float[Tensor, "B T D"]:
-        """The layer for T more tokens; see `MultiHeadAttention.extend`."""
-        x = x + self.attn.extend(self.ln_1(x), keys_BHSK, values_BHSK, mask, length, layer_index=layer_index)
+        """Run the layer for T more tokens; see `MultiHeadAttention.decode`."""
+        x = x + self.attn.decode(self.ln_1(x), keys_BHSK, values_BHSK, mask, length, layer_index=layer_index)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -286,34 +221,34 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         V, P, D = config.vocab_size, config.n_positions, config.n_embd
-        self.wte = _embedding(V, D, config.initializer_range)
-        self.wpe = _embedding(P, D, config.initializer_range)
+        self.wte = Embedding(V, D, config.initializer_range)
+        self.wpe = Embedding(P, D, config.initializer_range)
         self.drop = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(GPT2Layer(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(D, config.layer_norm_epsilon, bias=config.bias)
-        self.lm_head = None if config.tie_word_embeddings else _embedding(V, D, config.initializer_range)
-        self.register_load_state_dict_pre_hook(_canonicalize_names)
+        self.ln_f = LayerNorm(config)
+        self.lm_head = None if config.tie_word_embeddings else Embedding(V, D, config.initializer_range)
+        self.register_load_state_dict_pre_hook(canonicalize_names)
 
     def forward(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T V"]:
-        """Logits of the next token after each position.
+        """Return the logits of the next token after each position.
 
         Args:
             input_ids: token ids, each below `vocab_size`.
             attention_mask: 1 for tokens, 0 for padding, left or right. Positions count tokens
-                only. What comes out at padding is finite and means nothing.
+                only. The logits at padding are finite and have no meaning.
 
         Raises:
             ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
-            IndexError: for an id outside the vocabulary (on CPU; a GPU asserts by itself).
+            IndexError: for an id outside the vocabulary (on CPU; a GPU raises a device-side assertion).
         """
-        return self.head(self.hidden(input_ids, attention_mask))
+        return self.head(self.last_hidden_state(input_ids, attention_mask))
 
-    def hidden(
+    def last_hidden_state(
         self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        """What `head` turns into the logits. Arguments as in `forward`."""
+        """Return the output of the final norm, which `head` maps to the logits. Arguments as in `forward`."""
         check_inputs(self.config, input_ids, attention_mask)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         x = self.drop(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)))
@@ -321,57 +256,58 @@ class GPT2(nn.Module):
             x = layer(x, mask, layer_index=i)
         return self.ln_f(x)
 
-    def extend(self, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B T D"]:
-        """What `head` turns into the logits after each of T more tokens, which go into the cache.
+    def decode(self, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B T D"]:
+        """Run T more tokens of each row, and add their keys and values to the cache.
 
-        Slots of padding come out finite and mean nothing. The cache must have room for T more slots, and no
-        row may get more than `n_positions` tokens. Dropout is not applied.
+        One method serves for prefill, with the tokens of the prompt, and for decoding, with one token after
+        another. Dropout is not applied.
+
+        Returns the last hidden states, which `head` maps to the logits. They are finite at padding and have no
+        meaning there.
+
+        Args:
+            cache: needs T free positions. No row may have more than `n_positions` tokens.
         """
         end = cache.length + input_ids.shape[1]
-        slots_T = torch.arange(cache.length, end, device=input_ids.device)
-        slots_S = torch.arange(end, device=input_ids.device)
-        padding_B1 = cache.padding[:, None]
-        mask_BTS = (slots_S <= slots_T[:, None]) & (slots_S >= padding_B1[..., None])
-        x = self.wte(input_ids) + self.wpe((slots_T - padding_B1).clamp(min=0))
+        index_T = torch.arange(cache.length, end, device=input_ids.device)
+        index_S = torch.arange(end, device=input_ids.device)
+        padding_B1 = cache.num_padding[:, None]
+        mask_BTS = (index_S <= index_T[:, None]) & (index_S >= padding_B1[..., None])
+        x = self.wte(input_ids) + self.wpe((index_T - padding_B1).clamp(min=0))
         for i, layer in enumerate(cast("Iterable[GPT2Layer]", self.h)):
-            x = layer.extend(x, cache.keys[i], cache.values[i], mask_BTS[:, None], cache.length, layer_index=i)
+            x = layer.decode(x, cache.keys[i], cache.values[i], mask_BTS[:, None], cache.length, layer_index=i)
         cache.length = end
         return self.ln_f(x)
 
     def head(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
-        """Logits of the next token, in the model's dtype."""
+        """Return the logits of the next token, in the model's dtype."""
         head = self.wte if self.lm_head is None else self.lm_head
         return F.linear(x, head.weight)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, activation: str | None = None) -> GPT2:
-        """Load a model from a checkpoint in any format or from a Hugging Face id, in its dtype and in eval mode.
+        """Load a model from a checkpoint in any format or from a Hugging Face id; see `gpt2_torch.from_pretrained`."""
+        return cls.from_checkpoint(bridge.load(source, activation=activation))
 
-        Args:
-            activation: the activation of a nanoGPT file that does not state it; see `bridge.load`.
-
-        Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
-        """
-        from gpt2_torch.loading import model_from_checkpoint
-
-        return model_from_checkpoint(bridge.load(source, activation=activation))
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> GPT2:
+        """Return a model of the checkpoint's tensors, in their dtypes and in eval mode."""
+        with torch.device("meta"):  # allocates and initializes nothing, because the tensors are assigned next
+            model = cls(checkpoint.config)
+        state = {name: tensor_from_array(array) for name, array in checkpoint.tensors.items()}
+        model.load_state_dict(state, assign=True)
+        return model.eval()
 
 
 def positions(input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None) -> Int[Tensor, "#B T"]:
-    """Which row of `wpe` each token takes: the number of tokens before it, padding not counted."""
+    """Return the row of `wpe` for each token: the number of tokens before it, without padding."""
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return (attention_mask.bool().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def _embedding(rows: int, width: int, std: float) -> nn.Embedding:
-    embedding = nn.Embedding(rows, width, _weight=torch.empty(rows, width))
-    nn.init.normal_(embedding.weight, std=std)
-    return embedding
-
-
-def check_form(input_ids: Tensor) -> None:
-    """Raise `ValueError` for what are no token ids."""
+def check_shape(input_ids: Tensor) -> None:
+    """Raise `ValueError` unless `input_ids` are integers of shape [B, T]."""
     if input_ids.ndim != 2 or input_ids.dtype.is_floating_point:
         raise ValueError(
             f"input_ids must be integers [batch, length], not {input_ids.dtype} of shape {tuple(input_ids.shape)}"
@@ -379,32 +315,14 @@ def check_form(input_ids: Tensor) -> None:
 
 
 def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
-    """Raise what `GPT2.forward` documents."""
-    check_form(input_ids)
+    """Raise the errors that `GPT2.forward` documents."""
+    check_shape(input_ids)
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
-    # Looking at values would wait for a GPU, and break the graph of torch.compile.
+    # Reading values would wait for a GPU, and would break the graph of torch.compile.
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= config.vocab_size:
             raise IndexError(f"token ids from {low} to {high}; the vocabulary is 0 to {config.vocab_size - 1}")
-
-
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, so that NaN equals itself."""
-    return a.dtype == b.dtype and torch.equal(*(x.detach().contiguous().view(torch.uint8) for x in (a, b)))
-
-
-def _canonicalize_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading: rename in place what is this model's, drop what the model does not hold."""
-    own = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
-    renamed = {name: state_dict[own[given]] for name, given in bridge.canonical_names(own).items()}
-    head, embedding = renamed.get("lm_head.weight"), renamed.get("wte.weight")
-    if getattr(module, "lm_head", None) is None and head is not None and embedding is not None:
-        if _same_bytes(head, embedding):  # a different head stays, to be reported as unexpected
-            del renamed["lm_head.weight"]
-    for name in own.values():
-        del state_dict[name]
-    state_dict.update({prefix + name: tensor for name, tensor in renamed.items()})

@@ -1,5 +1,6 @@
-"""Training the reference: AdamW with nanoGPT's rule of decay, its schedules, and one step. The twin of
-`gpt2_jax.training`; randomness is torch's own, so the two agree where there is no dropout.
+"""Training of the reference: AdamW with nanoGPT's weight decay, its schedules, and the training step.
+
+It computes the same as `gpt2_jax.training`, except for dropout, because each framework has its own random numbers.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 import bridge
-from bridge import BridgeError, ConversionError, optimizer_state
+from bridge import IGNORE_INDEX, BridgeError, ConversionError, optimizer_state
 from bridge.optimizer_state import AdamWState
 from gpt2_torch.arrays import array_from_tensor, tensor_from_array
-from gpt2_torch.loss import IGNORE_INDEX, cross_entropy
+from gpt2_torch.loss import summed_loss
 from gpt2_torch.model import GPT2
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` [B, T]; `labels` [B, T], the token after each, `IGNORE_INDEX` where none counts; and where there is
-padding `attention_mask` [B, T], 1 for tokens and 0 for padding."""
+"""`input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and with padding
+`attention_mask` [B, T], 1 for tokens and 0 for padding."""
 
 
 def adamw(
@@ -33,9 +34,10 @@ def adamw(
     epsilon: float = 1e-8,
     weight_decay: float = 0.1,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over two groups: what decays (`bridge.Parameter.decays`), then what does not.
+    """Return AdamW (Loshchilov and Hutter 2019) with two groups: parameters with weight decay, and those without.
 
-    Within a group parameters are in the order of `model.state_dict()`; `parameter_names` names them.
+    `decays` in the table `bridge.parameters` selects the group. Within a group, parameters have the order of
+    `model.state_dict()`; `parameter_names` returns their names.
     """
     own = dict(model.named_parameters())
     decaying, others = (
@@ -56,9 +58,9 @@ def learning_rate_at(
     decay_steps: int | None = None,
     decay_fraction: float = 0.2,
 ) -> float:
-    """The learning rate of one step, counted from 0; `gpt2_jax.training.config.OptimizerConfig` explains the fields.
+    """Return the learning rate of a step, counted from 0. `gpt2_jax.training.config.OptimizerConfig` has the fields.
 
-    The warm-up and the cosine are nanoGPT's `get_lr`.
+    Warm-up and cosine are those of nanoGPT's `get_lr`.
     """
     if step < warmup_steps:
         return learning_rate * (step + 1) / (warmup_steps + 1)
@@ -68,10 +70,10 @@ def learning_rate_at(
         begin, end = warmup_steps, max_steps if decay_steps is None else decay_steps
     else:
         begin, end = max(warmup_steps, max_steps - round(decay_fraction * max_steps)), max_steps
-    fallen = min(max((step - begin) / max(1, end - begin), 0.0), 1.0)
+    progress = min(max((step - begin) / max(1, end - begin), 0.0), 1.0)
     if schedule == "cosine":
-        fallen = 0.5 * (1.0 - math.cos(math.pi * fallen))
-    return learning_rate + fallen * (min_learning_rate - learning_rate)
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    return learning_rate + progress * (min_learning_rate - learning_rate)
 
 
 def train_step(
@@ -83,15 +85,18 @@ def train_step(
     max_grad_norm: float | None = 1.0,
     num_microbatches: int = 1,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """One update of `model`, in training mode. Returns the loss, in nats, and the gradient's norm before clipping.
+    """Update `model` once, in training mode. Returns the loss, in nats, and the gradient norm before clipping.
 
-    The loss is the mean over all counted labels of the batch, also where `num_microbatches` runs it in parts: a part
-    counts by its labels. Raises `bridge.BridgeError` where the parts cannot be of one size.
+    The loss is the mean over all labels of the batch that are not ignored. With `num_microbatches`, each microbatch is
+    weighted by its number of such labels, so the loss is the same.
+
+    Raises `bridge.BridgeError` if `num_microbatches` does not divide the batch.
     """
     rows = len(batch["input_ids"])
     if num_microbatches < 1 or rows % num_microbatches:
         raise BridgeError(
-            f"a batch of {rows} cannot be run in {num_microbatches} equal parts; choose a divisor of {rows}"
+            f"a batch of {rows} rows cannot be split into {num_microbatches} equal microbatches; choose a divisor "
+            f"of {rows}"
         )
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -100,9 +105,8 @@ def train_step(
     count = (batch["labels"] != IGNORE_INDEX).sum().clamp(min=1)
     losses = []
     for i in range(num_microbatches):
-        part = {name: tensor.chunk(num_microbatches)[i] for name, tensor in batch.items()}
-        logits_BTV = model(part["input_ids"], part.get("attention_mask"))
-        loss = cross_entropy(logits_BTV, part["labels"]).sum() / count
+        microbatch = {name: tensor.chunk(num_microbatches)[i] for name, tensor in batch.items()}
+        loss = summed_loss(model, microbatch) / count
         loss.backward()
         losses.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if max_grad_norm is None else max_grad_norm)
@@ -111,20 +115,20 @@ def train_step(
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> list[str]:
-    """The names of the optimizer's parameters in its own order, which its `state_dict()` only numbers."""
+    """Return the names of the optimizer's parameters, in the order in which its `state_dict()` numbers them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if strangers := [tuple(p.shape) for p in parameters if id(p) not in names]:
-        raise ConversionError(f"the optimizer has parameters that are not the model's, of shapes {strangers}")
+    if unknown := [tuple(p.shape) for p in parameters if id(p) not in names]:
+        raise ConversionError(f"the optimizer has parameters that are not the model's, of shapes {unknown}")
     return [names[id(parameter)] for parameter in parameters]
 
 
 def adamw_state(optimizer: torch.optim.Optimizer, model: GPT2) -> AdamWState:
-    """The optimizer's moments and step count as numpy; shares its memory where that is on the CPU.
+    """Return the optimizer's moments and step count as numpy arrays. Shares memory if the optimizer is on the CPU.
 
-    Raises `bridge.ConversionError` unless it is an AdamW over all of the model's parameters.
+    Raises `bridge.ConversionError` unless the optimizer is an AdamW over all of the model's parameters.
     """
-    stored = optimizer.state_dict()  # its entries are the optimizer's own, not copies
+    stored = optimizer.state_dict()  # does not copy the tensors
     entries = {
         key: {what: array_from_tensor(x) if isinstance(x, Tensor) else x for what, x in entry.items()}
         for key, entry in stored["state"].items()
@@ -133,13 +137,14 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: GPT2) -> AdamWState:
 
 
 def load_adamw_state(optimizer: torch.optim.Optimizer, model: GPT2, state: AdamWState) -> None:
-    """Let the optimizer go on from `state`, which is copied; its own hyperparameters stay.
+    """Copy moments and step count into the optimizer, which keeps its hyperparameters.
 
-    Moments take the dtypes of their parameters. Raises `bridge.ConversionError` where the state is not that of
-    the model's parameters.
+    Moments get the dtypes of their parameters.
+
+    Raises `bridge.ConversionError` if the state does not match the model's parameters.
     """
     for moments in (state.exp_avg, state.exp_avg_sq):
-        bridge.canonicalize(moments, model.config)  # torch looks at no shapes
+        bridge.canonicalize(moments, model.config)  # torch does not check shapes
     groups = optimizer.state_dict()["param_groups"]
     stored = optimizer_state.to_torch(state, parameter_names(optimizer, model), groups)
     entries = {

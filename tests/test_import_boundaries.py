@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import needs_torch
 from support.import_graph import circles, import_graph, upward_imports
 from support.models import huggingface_directory
 
@@ -64,6 +65,7 @@ assert all((back[name] == array).all() for name, array in checkpoint.tensors.ite
     assert_runs_without((*TORCH, *JAX, *OTHER), code, huggingface_directory(tmp_path / "source"), tmp_path)
 
 
+@needs_torch
 def test_the_reference_computes_logits_without_jax(tmp_path: Path) -> None:
     code = """
 import torch
@@ -75,6 +77,7 @@ assert logits.shape == (2, 17, 257) and logits.isfinite().all()
     assert_runs_without((*JAX, "transformers"), code, huggingface_directory(tmp_path / "source"))
 
 
+@needs_torch
 def test_the_reference_trains_without_jax(tmp_path: Path) -> None:
     code = """
 import torch

@@ -17,7 +17,6 @@ from support.models import TINY, huggingface_directory
 
 import bridge
 import gpt2_jax
-import gpt2_torch
 from gpt2_jax.training import PRESETS
 
 FLAGS: Mapping[str, Sequence[str]] = {
@@ -76,6 +75,8 @@ def test_the_bridge_converts_there_and_back(tmp_path: Path) -> None:
 
 
 def test_both_from_pretrained_take_a_path(tmp_path: Path) -> None:
+    import gpt2_torch
+
     source = huggingface_directory(tmp_path / "source", TINY)
     assert isinstance(gpt2_torch.GPT2.from_pretrained(source), gpt2_torch.GPT2)
     model, params = gpt2_jax.from_pretrained(source)

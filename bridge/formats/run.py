@@ -77,11 +77,6 @@ def validation_loss(run: Path, step: int) -> float | None:
     return float(loss) if is_number else None
 
 
-def best_step(run: Path) -> int | None:
-    """Return the step with the lowest validation loss, or the newest if none was evaluated."""
-    return next(iter(_best_first(run)), None)
-
-
 def verified(run: Path, step: int) -> dict[str, Any]:
     """Verify every file of a checkpoint and return the `about` of its manifest.
 
@@ -106,7 +101,7 @@ def first_valid(run: Path, candidates: Iterable[int], say: Callable[[str], objec
 
 
 def best_valid_step(run: Path, say: Callable[[str], object]) -> int:
-    """Return the best valid step, ordered as by `best_step`.
+    """Return the first valid step in the order of `steps_by_loss`.
 
     `say` gets a message about each damaged checkpoint that was or may have been better. The loss of a checkpoint
     without a valid manifest is unknown.
@@ -114,7 +109,7 @@ def best_valid_step(run: Path, say: Callable[[str], object]) -> int:
     Raises `CheckpointError` if there is no valid checkpoint.
     """
     damaged: list[str] = []
-    best = _best_first(run)
+    best = steps_by_loss(run)
     step = first_valid(run, [*(step for step in reversed(steps(run)) if step not in best), *best], damaged.append)
     if step is None and damaged:
         raise CheckpointError(f"the run {quoted(run)} has no valid checkpoint:\n{bullet_list(damaged)}")
@@ -127,7 +122,8 @@ def best_valid_step(run: Path, say: Callable[[str], object]) -> int:
     return step
 
 
-def _best_first(run: Path) -> list[int]:
+def steps_by_loss(run: Path) -> list[int]:
+    """Return the committed steps, best first: by validation loss, then those that were not evaluated, newest first."""
     losses = {step: validation_loss(run, step) for step in committed_steps(run)}
     evaluated = {step: loss for step, loss in losses.items() if loss is not None}
     return sorted(evaluated, key=lambda step: evaluated[step]) + sorted({*losses} - {*evaluated}, reverse=True)

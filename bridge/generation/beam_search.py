@@ -1,94 +1,124 @@
-"""Beam search over any backend's `Decoder`: the bookkeeping, which is the same everywhere."""
+"""Beam search over any backend: the bookkeeping, which does not depend on the framework."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from bridge.config import GPT2Config
 from bridge.generation.config import GenerationConfig
-from bridge.generation.decoder import Decoder, GenerationOutput, InvalidLogits, Prompts, check_ids, left_padded
+from bridge.generation.output import GenerationOutput, InvalidLogits
+from bridge.generation.prompts import Prompts, check_ids, left_padded
+
+Cache = TypeVar("Cache")
+
+
+class BeamDecoder(Protocol[Cache]):
+    """What beam search needs of a backend. R rows, which are `num_beams` for each prompt; N candidates."""
+
+    config: GPT2Config
+
+    def prefill_beams(
+        self,
+        ids: Int[np.ndarray, "B T"],
+        num_padding: Int[np.ndarray, " B"],
+        max_length: int,
+        num_beams: int,
+        num_candidates: int,
+    ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
+        """Run the prompts and make `num_beams` rows of each.
+
+        Returns the cache, and the log-probabilities and ids of each row's most likely next tokens.
+        """
+
+    def decode_beams(
+        self, cache: Cache, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], num_candidates: int
+    ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
+        """Append a token to each of the rows `parents`. Returns the same as `prefill_beams` for the new rows."""
 
 
 @dataclass(frozen=True)
 class _Beam:
     ids: tuple[int, ...]
-    log_probs: tuple[float, ...]
+    logprobs: tuple[float, ...]
     total: float
-    """The sum of the log-probabilities."""
+    """The sum of `logprobs`."""
 
-    def followed_by(self, token: int, log_prob: float) -> _Beam:
-        return _Beam((*self.ids, token), (*self.log_probs, log_prob), self.total + log_prob)
+    def followed_by(self, token: int, logprob: float) -> _Beam:
+        return _Beam((*self.ids, token), (*self.logprobs, logprob), self.total + logprob)
 
 
 @dataclass
 class _Search:
-    """The beams of one prompt: those that go on, and the best of those that ended with a stop id."""
+    """The beams of one prompt: the live ones, and the best of those that ended with an end-of-sequence token."""
 
-    request: GenerationConfig
+    config: GenerationConfig
     live: list[_Beam]
     ended: list[_Beam] = field(default_factory=list)
     done: bool = False
 
     def rank(self, beam: _Beam) -> float:
-        return beam.total / len(beam.ids) ** self.request.length_penalty
+        return beam.total / len(beam.ids) ** self.config.length_penalty
 
-    def step(self, log_probs: Float[np.ndarray, "beams N"], ids: Int[np.ndarray, "beams N"]) -> list[int]:
-        """Go on with the likeliest among the next tokens of all live beams; returns the beams that those come from."""
-        width = self.request.beams
+    def step(self, logprobs: Float[np.ndarray, "beams N"], ids: Int[np.ndarray, "beams N"]) -> list[int]:
+        """Extend the beams by the most likely of all candidate tokens. Returns the parent of each new live beam."""
+        width = self.config.num_beams
         candidates = [
-            (beam.followed_by(int(token), float(log_prob)), parent)
+            (beam.followed_by(int(token), float(logprob)), parent)
             for parent, beam in enumerate(self.live)
-            for token, log_prob in zip(ids[parent], log_probs[parent], strict=True)
+            for token, logprob in zip(ids[parent], logprobs[parent], strict=True)
         ]
         candidates.sort(key=lambda candidate: candidate[0].total, reverse=True)
-        self.ended += [beam for beam, _ in candidates[:width] if self.ends(beam)]
+        self.ended += [beam for beam, _ in candidates[:width] if self.has_ended(beam)]
         self.ended = sorted(self.ended, key=self.rank, reverse=True)[:width]
-        going_on = [(beam, parent) for beam, parent in candidates if not self.ends(beam)][:width]
-        self.live = [beam for beam, _ in going_on]
+        live = [(beam, parent) for beam, parent in candidates if not self.has_ended(beam)][:width]
+        self.live = [beam for beam, _ in live]
         self.done = len(self.ended) == width and self.rank(self.ended[-1]) >= self.rank(self.live[0])
-        return [parent for _, parent in going_on]
+        return [parent for _, parent in live]
 
-    def ends(self, beam: _Beam) -> bool:
-        return beam.ids[-1] in self.request.stop_ids
+    def has_ended(self, beam: _Beam) -> bool:
+        return beam.ids[-1] in self.config.eos_token_ids
 
     def best(self) -> list[GenerationOutput]:
-        """The continuations asked for, best first; beams that reached the maximum length count too."""
+        """The outputs, best first. Beams that reached the maximum length count too."""
         found = self.ended if self.done else self.ended + self.live
-        found = sorted(found, key=self.rank, reverse=True)[: self.request.samples]
-        return [GenerationOutput([*beam.ids], [*beam.log_probs] if self.request.log_probs else None) for beam in found]
+        found = sorted(found, key=self.rank, reverse=True)[: self.config.num_return_sequences]
+        return [GenerationOutput([*beam.ids], [*beam.logprobs] if self.config.logprobs else None) for beam in found]
 
 
 def beam_search(
-    decoder: Decoder[Any, Any], prompts: Prompts, request: GenerationConfig
+    decoder: BeamDecoder[Cache], prompts: Prompts, config: GenerationConfig
 ) -> list[list[GenerationOutput]]:
-    """As `Decoder.generate`, for `request.beams` above 1: the likeliest texts that the search meets, best first.
+    """Return the best continuations of each prompt, best first, for `config.num_beams` above 1.
 
-    Each step keeps the `beams` likeliest continuations; those that end with a stop id are put aside. It is
-    over when `beams` are aside and none of the others ranks higher (Wu et al. 2016, section 7; as in transformers
-    with `early_stopping=False`).
+    Each step keeps the `num_beams` most likely continuations and sets aside those that end with an end-of-sequence
+    token. The search ends when `num_beams` are set aside and no other beam ranks higher (Wu et al. 2016, section 7; as
+    in transformers with `early_stopping=False`).
+
+    Raises the same errors as `Decoder.generate`.
     """
-    request.check(decoder.config, prompts)
+    config.check(decoder.config, prompts)
     check_ids(decoder.config, prompts)
-    width, slots = request.beams, max(map(len, prompts), default=0) + request.max_new_tokens
-    if len(prompts) == 0 or not request.max_new_tokens:
-        return [[GenerationOutput([], [] if request.log_probs else None)] * request.samples for _ in prompts]
-    candidates = width + len(set(request.stop_ids))  # of each row, so that as many as `beams` go on
-    state, log_probs, ids = decoder._begin_beams(*left_padded(prompts), slots, width, candidates)
-    searches = [_Search(request, [_Beam((), (), 0.0)]) for _ in prompts]
+    width, max_length = config.num_beams, max(map(len, prompts), default=0) + config.max_new_tokens
+    if len(prompts) == 0 or not config.max_new_tokens:
+        return [[GenerationOutput([], [] if config.logprobs else None)] * config.num_return_sequences for _ in prompts]
+    num_candidates = width + len(set(config.eos_token_ids))  # at least `num_beams` of them do not end the row
+    cache, logprobs, ids = decoder.prefill_beams(*left_padded(prompts), max_length, width, num_candidates)
+    searches = [_Search(config, [_Beam((), (), 0.0)]) for _ in prompts]
     parents = np.zeros((len(prompts), width), np.int32)
-    for step in range(request.max_new_tokens):
+    for step in range(config.max_new_tokens):
         for b, search in enumerate(searches):
             if not search.done:
                 rows = slice(b * width, b * width + len(search.live))
-                if np.isnan(log_probs[rows]).any():  # which happens if and only if the logits are invalid
-                    raise InvalidLogits(b * request.samples, step)
-                parents[b] = search.step(log_probs[rows], ids[rows])
-        if step + 1 == request.max_new_tokens or all(search.done for search in searches):
+                if np.isnan(logprobs[rows]).any():  # if and only if the logits are invalid
+                    raise InvalidLogits(b * config.num_return_sequences, step)
+                parents[b] = search.step(logprobs[rows], ids[rows])
+        if step + 1 == config.max_new_tokens or all(search.done for search in searches):
             break
         first_rows = np.arange(len(prompts), dtype=np.int32)[:, None] * width
         last = np.array([[beam.ids[-1] for beam in search.live] for search in searches], np.int32)
-        state, log_probs, ids = decoder._advance_beams(state, (first_rows + parents).ravel(), last.ravel(), candidates)
+        cache, logprobs, ids = decoder.decode_beams(cache, (first_rows + parents).ravel(), last.ravel(), num_candidates)
     return [search.best() for search in searches]

@@ -1,10 +1,11 @@
-"""What may be asked of a decoder, and the random numbers that answer it: the same in both backends."""
+"""The configuration of text generation, shared by both backends, and the random numbers for sampling."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -15,116 +16,137 @@ from bridge.errors import BridgeError
 LARGEST_SEED = 2**32 - 1
 
 GREEDY_BELOW = 1e-6
-"""Temperatures below this take the likeliest token, as 0 does: the others' chances are nil, and float32
-overflows where logits are divided by much less."""
+"""Temperatures below this are treated as 0. The other tokens have no chance, and dividing the logits by much less
+overflows float32."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How far to go on, and how each token is chosen.
+    """How many tokens to generate, and how each token is selected.
 
-    The filters act in the order of the fields, as in Hugging Face's `generate`; None leaves one out.
+    The fields have the names and meanings of Hugging Face's `GenerationConfig` where it has them. The logits processors
+    apply in the order of the fields, as in Hugging Face's `generate`. None disables a processor.
     """
 
     max_new_tokens: int
-    """At most so many; a row ends sooner with one of `stop_ids`."""
+    """Maximum number of new tokens. A row ends earlier at one of `eos_token_ids`."""
     repetition_penalty: float | None = None
-    """Logits of tokens that the model sees are divided by it where positive, else multiplied (Keskar et al. 2019)."""
+    """Divide positive logits of tokens that already occurred by this, and multiply negative ones (Keskar et al. 2019).
+    Above 1, such tokens are less likely."""
     temperature: float = 0.0
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Divide the logits by this. 0 always takes the most likely token; 1 samples from the model's distribution."""
     top_k: int | None = None
-    """Sample among this many likeliest tokens only."""
+    """With a temperature: sample from this many most likely tokens."""
     top_p: float | None = None
-    """Sample among the fewest likeliest tokens that have this much probability together (Holtzman et al. 2020)."""
+    """With a temperature: sample from the smallest set of most likely tokens whose total probability reaches this
+    (Holtzman et al. 2020)."""
     min_p: float | None = None
-    """Sample among tokens with at least this part of the likeliest one's probability (Nguyen et al. 2024)."""
+    """With a temperature: sample from tokens with at least this fraction of the most likely token's probability
+    (Nguyen et al. 2024)."""
     seed: int = 0
-    """The same seed gives the same tokens: for a prompt alone or among others, and in both backends, up to rounding.
-    The same prompt twice gives one text twice; for several texts ask for `samples`."""
-    samples: int = 1
-    """Continuations of each prompt, one after the other in the result."""
-    stop_ids: tuple[int, ...] = ()
-    """A row ends after any of these."""
-    log_probs: bool = False
-    """Report each chosen token's log-probability, in nats, as the model gives it: before the filters."""
+    """The same seed gives the same tokens, in both backends except for rounding errors. A row does not depend on the
+    other rows, so equal prompts in one call give equal texts."""
+    num_return_sequences: int = 1
+    """Number of outputs for each prompt."""
+    eos_token_id: int | tuple[int, ...] | None = None
+    """A row ends after this token, or after any of these tokens."""
+    logprobs: bool = False
+    """Return the log-probability of each selected token, in nats, from the logits before any processor."""
     slide: bool = False
-    """Where a row is as long as the model's positions, go on from its last half, instead of refusing the request."""
-    beams: int = 1
-    """Above 1: keep this many likeliest continuations of each prompt at every step, and give `samples` of them."""
+    """When a row has used all positions of the model, continue from its last half. Otherwise, such a length is an
+    error."""
+    num_beams: int = 1
+    """Above 1: beam search with this many beams. The `num_return_sequences` best are returned."""
     length_penalty: float = 1.0
-    """For beams: the total log-probability is divided by the number of new tokens to this power to rank them."""
+    """With beams: rank them by total log-probability divided by the number of new tokens to this power. Above 0 favours
+    longer texts."""
+
+    @classmethod
+    def of(cls, config: GenerationConfig | None, overrides: Mapping[str, Any]) -> GenerationConfig:
+        """Return `config` with some fields replaced; without `config`, a new one with these fields."""
+        return cls(**overrides) if config is None else replace(config, **overrides)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a tuple."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
     def check(self, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise `BridgeError`, which is a `ValueError`, naming every field that cannot be honoured."""
+        """Raise `BridgeError`, a subclass of `ValueError`, that names every field with an invalid value."""
         if problems := [*_problems(self, config), *_problems_with_prompts(self, config, prompts)]:
             raise BridgeError("; ".join(problems))
 
 
-def uniform_draws(request: GenerationConfig) -> Float[np.ndarray, "samples max_new_tokens"]:
-    """Float32 numbers from [0, 1), one for each token of each sample of any prompt.
+def uniform_noise(config: GenerationConfig) -> Float[np.ndarray, "num_return_sequences max_new_tokens"]:
+    """Return float32 numbers from [0, 1), one for each token of each output of a prompt.
 
-    That a prompt's number is not in them makes each row what it is alone. They are multiples of 2**-23 from
-    Philox, whose raw numbers numpy promises never to change.
+    They do not depend on the prompt's index, so a row is the same alone and in a batch. They are multiples of 2**-23
+    from Philox, whose raw numbers numpy guarantees to keep.
     """
-    keys = [np.array([request.seed, sample], np.uint64) for sample in range(request.samples)]
-    raw = np.stack([np.random.Philox(key=key).random_raw(request.max_new_tokens) for key in keys])
+    keys = [np.array([config.seed, output], np.uint64) for output in range(config.num_return_sequences)]
+    raw = np.stack([np.random.Philox(key=key).random_raw(config.max_new_tokens) for key in keys])
     return (raw >> np.uint64(41)).astype(np.float32) * np.float32(2.0**-23)
 
 
-def _problems(r: GenerationConfig, config: GPT2Config) -> Iterator[str]:
-    if r.max_new_tokens < 0:
-        yield f"max_new_tokens={r.max_new_tokens}: must not be negative"
-    if not (math.isfinite(r.temperature) and r.temperature >= 0):
-        yield f"temperature={r.temperature}: must be 0, for the likeliest token, or positive and finite"
-    for name in ("top_k", "samples", "beams"):
-        if (count := getattr(r, name)) is not None and count < 1:
+def _problems(g: GenerationConfig, config: GPT2Config) -> Iterator[str]:
+    if g.max_new_tokens < 0:
+        yield f"max_new_tokens={g.max_new_tokens}: must not be negative"
+    if not (math.isfinite(g.temperature) and g.temperature >= 0):
+        yield f"temperature={g.temperature}: must be 0, for the most likely token, or positive and finite"
+    for name in ("top_k", "num_return_sequences", "num_beams"):
+        if (count := getattr(g, name)) is not None and count < 1:
             yield f"{name}={count}: must be at least 1"
-    if r.top_p is not None and not 0 < r.top_p <= 1:
-        yield f"top_p={r.top_p}: must be above 0 and at most 1"
-    if r.min_p is not None and not 0 <= r.min_p <= 1:
-        yield f"min_p={r.min_p}: must be between 0 and 1"
-    if r.repetition_penalty is not None and not (math.isfinite(r.repetition_penalty) and r.repetition_penalty > 0):
-        yield f"repetition_penalty={r.repetition_penalty}: must be positive and finite"
-    if not math.isfinite(r.length_penalty):
-        yield f"length_penalty={r.length_penalty}: must be finite"
-    if not 0 <= r.seed <= LARGEST_SEED:
-        yield f"seed={r.seed}: must be between 0 and {LARGEST_SEED}"
-    if unknown := [i for i in r.stop_ids if not 0 <= i < config.vocab_size]:
-        yield f"stop_ids={unknown}: the vocabulary is 0 to {config.vocab_size - 1}"
-    if r.beams > 1:
-        yield from _problems_with_beams(r, config)
-    elif r.temperature >= 0 and r.greedy:
+    if g.top_p is not None and not 0 < g.top_p <= 1:
+        yield f"top_p={g.top_p}: must be above 0 and at most 1"
+    if g.min_p is not None and not 0 <= g.min_p <= 1:
+        yield f"min_p={g.min_p}: must be between 0 and 1"
+    if g.repetition_penalty is not None and not (math.isfinite(g.repetition_penalty) and g.repetition_penalty > 0):
+        yield f"repetition_penalty={g.repetition_penalty}: must be positive and finite"
+    if not math.isfinite(g.length_penalty):
+        yield f"length_penalty={g.length_penalty}: must be finite"
+    if not 0 <= g.seed <= LARGEST_SEED:
+        yield f"seed={g.seed}: must be between 0 and {LARGEST_SEED}"
+    if unknown := [i for i in g.eos_token_ids if not 0 <= i < config.vocab_size]:
+        yield f"eos_token_id={unknown}: the vocabulary is 0 to {config.vocab_size - 1}"
+    if g.num_beams > 1:
+        yield from _problems_with_beams(g, config)
+    elif g.temperature >= 0 and g.greedy:
         for name in ("top_k", "top_p", "min_p"):
-            if getattr(r, name) is not None:
-                yield f"{name}={getattr(r, name)}: does nothing without a temperature above 0"
-        if r.samples > 1:
-            yield f"samples={r.samples}: would all be the same without a temperature above 0"
+            if getattr(g, name) is not None:
+                yield f"{name}={getattr(g, name)}: has no effect without a temperature above 0"
+        if g.num_return_sequences > 1:
+            yield (
+                f"num_return_sequences={g.num_return_sequences}: the outputs would be equal without a temperature "
+                "above 0"
+            )
 
 
-def _problems_with_beams(r: GenerationConfig, config: GPT2Config) -> Iterator[str]:
-    if not r.greedy:
-        yield f"temperature={r.temperature}: beams are not sampled; leave it 0, or beams 1"
+def _problems_with_beams(g: GenerationConfig, config: GPT2Config) -> Iterator[str]:
+    if not g.greedy:
+        yield f"temperature={g.temperature}: beam search does not sample; use temperature=0 or num_beams=1"
     for name in ("repetition_penalty", "top_k", "top_p", "min_p"):
-        if getattr(r, name) is not None:
-            yield f"{name}={getattr(r, name)}: beams are ranked by the model's own probabilities; leave it out"
-    if r.slide:
-        yield "slide: beams are kept within n_positions; leave it out"
-    if r.samples > r.beams:
-        yield f"samples={r.samples}: no more than beams={r.beams}"
-    if r.beams + len(set(r.stop_ids)) > config.vocab_size:
-        yield f"beams={r.beams}: more than the vocabulary of {config.vocab_size} has besides stop_ids"
+        if getattr(g, name) is not None:
+            yield f"{name}={getattr(g, name)}: beam search ranks by the model's own probabilities; leave it out"
+    if g.slide:
+        yield "slide: beam search stays within n_positions; leave it out"
+    if g.num_return_sequences > g.num_beams:
+        yield f"num_return_sequences={g.num_return_sequences}: must be at most num_beams={g.num_beams}"
+    if g.num_beams + len(set(g.eos_token_ids)) > config.vocab_size:
+        yield f"num_beams={g.num_beams}: the vocabulary of {config.vocab_size} has fewer tokens besides eos_token_id"
 
 
-def _problems_with_prompts(r: GenerationConfig, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
+def _problems_with_prompts(g: GenerationConfig, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
     if not all(len(prompt) for prompt in prompts):
-        yield "the prompt is empty; give at least one token to go on from"
-    total = max((len(prompt) for prompt in prompts), default=0) + max(r.max_new_tokens, 0)
-    if total > config.n_positions and not r.slide:
+        yield "the prompt is empty; give at least one token"
+    total = max((len(prompt) for prompt in prompts), default=0) + max(g.max_new_tokens, 0)
+    if total > config.n_positions and not g.slide:
         yield (
-            f"{total} tokens with the prompt; the model has n_positions={config.n_positions}: ask for fewer, "
-            "shorten the prompt, or slide"
+            f"{total} tokens with the prompt; the model has n_positions={config.n_positions}: use fewer new tokens, a "
+            "shorter prompt, or slide"
         )

@@ -30,19 +30,26 @@ def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_e
     because other programs cannot read them.
 
     Args:
-        most_elements: reject text with more separators and brackets than this before parsing it. At most a quarter of
-            them may be brackets.
+        most_elements: the limit of `require_few_elements`, which is checked first.
     """
-    # Characters inside strings count too. The limits are far above the counts in real files.
-    containers = text.count(b"[") + text.count(b"{")
-    if containers > most_elements // 4 or containers + text.count(b",") + text.count(b":") > most_elements:
-        raise error(f"{where} holds more than {most_elements} values, or {most_elements // 4} lists and objects")
+    require_few_elements(text, where, error, most_elements)
     value = _parsed(text, where, error, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole_number)
     try:
         _require_shallow_text(value, _MOST_DEPTH)
     except ValueError as problem:
         raise error(f"{where}: {problem}") from None
     return value
+
+
+def require_few_elements(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> None:
+    """Raise `error` for JSON with more separators and brackets than a limit. The text is not parsed.
+
+    At most a quarter of them may be brackets. Characters inside strings count too, so limits must be far above the
+    counts in real files.
+    """
+    containers = text.count(b"[") + text.count(b"{")
+    if containers > most_elements // 4 or containers + text.count(b",") + text.count(b":") > most_elements:
+        raise error(f"{where} holds more than {most_elements} values, or {most_elements // 4} lists and objects")
 
 
 def _parsed(text: bytes, where: str, error: type[BridgeError], **hooks: Any) -> dict[str, Any]:

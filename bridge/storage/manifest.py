@@ -17,6 +17,7 @@ from typing import Any
 
 from bridge.errors import CheckpointError, quoted
 from bridge.storage.fsync import flush_to_disk
+from bridge.storage.json_text import require_few_elements
 from bridge.storage.regular_file import read_small_file
 
 MANIFEST = "manifest.json"
@@ -27,10 +28,10 @@ _MOST_BYTES, _MOST_ABOUT_BYTES = 2**22, 2**16
 _LONGEST_NAME, _MOST_FOLDERS = 4096, 32
 """Limits of a file's path in a manifest: its length in characters, and how many directories it names."""
 _MOST_ELEMENTS = 200_000
-"""Brackets, commas and colons in a manifest. Parsed, JSON takes up to a hundred bytes for each."""
+"""Limit on brackets, commas and colons in a manifest. Parsed JSON takes up to a hundred bytes for each."""
 
 
-def seal(directory: Path, about: Mapping[str, Any]) -> None:
+def commit(directory: Path, about: Mapping[str, Any]) -> None:
     """Flush all files below `directory` to the disk, then write a manifest of them that includes `about`."""
     files = {}
     manifest = directory / MANIFEST
@@ -45,7 +46,7 @@ def seal(directory: Path, about: Mapping[str, Any]) -> None:
 
 
 def amend(directory: Path, changes: Mapping[str, Any], beside: Path) -> None:
-    """Update the `about` of a sealed directory. The new manifest is written to the file `beside` and then renamed.
+    """Update the `about` of a committed directory. The new manifest is written to the file `beside` and then renamed.
 
     Raises as `about`.
     """
@@ -120,8 +121,7 @@ def _read(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{quoted(directory)} is a link; a checkpoint must be a directory")
     try:
         written = read_small_file(manifest, _MOST_BYTES, CheckpointError)
-        if sum(map(written.count, (b"[", b"{", b",", b":"))) > _MOST_ELEMENTS:
-            raise CheckpointError(f"{quoted(manifest)} has too many entries")
+        require_few_elements(written, quoted(manifest), CheckpointError, _MOST_ELEMENTS)
         content: dict[str, Any] = json.loads(written)
         del content["seal"]
         if {*content} != {"about", "files"} or not isinstance(content["about"], dict):

@@ -1,7 +1,7 @@
-"""A file that tensors are read from one at a time, and the writing of one tensor.
+"""A file from which tensors are read one at a time, and writing a single tensor.
 
-Plain reads, not a memory map: a file that shrinks under a map kills the process, and mapped pages count as this
-process's memory long after they were copied out.
+Files are read, not memory-mapped: a mapped file that shrinks kills the process, and mapped pages count as memory of the
+process long after their content was copied.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from bridge.storage.tensors import LazyTensor, aligned_empty, contiguous
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A regular file as it was when it was opened; once it has changed it is not read any more.
+    """A regular file. Reading raises an error once the file has changed since it was opened.
 
-    Every method raises `CheckpointError`, with the file's name, where the bytes asked for are not there.
+    Every method raises `CheckpointError` that names the file if the requested bytes do not exist.
     """
 
     path: Path
@@ -33,8 +33,8 @@ class StoredFile:
 
     @classmethod
     def open(cls, path: str | Path) -> StoredFile:
-        """Also refuses what stands in a checkpoint's place after a failed download, and says what that is."""
-        path = Path(path).absolute()  # it is read later, perhaps from another working directory
+        """Open a file. Also raises for a file that a failed download left in place of the weights."""
+        path = Path(path).absolute()  # read later, perhaps from another working directory
         try:
             with open_regular_file(path, CheckpointError) as opened:
                 status = os.fstat(opened.fileno())
@@ -43,19 +43,19 @@ class StoredFile:
         except (OSError, ValueError) as error:
             raise _unreadable(path, error) from error
         file = cls(path, status.st_size, identity(status))
-        if stand_in := what_stands_in(file.read(0, min(64, file.size))):
-            raise CheckpointError(f"{quoted(path)}: {stand_in}")
+        if problem := _failed_download(file.read(0, min(64, file.size))):
+            raise CheckpointError(f"{quoted(path)}: {problem}")
         return file
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on, which have to lie in the file."""
+        """Return `count` bytes from `offset`."""
         self._require_inside(offset, count)
         content = bytearray(count)
         self._fill(memoryview(content), offset)
         return bytes(content)
 
     def entry(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyTensor:
-        """A tensor that lies in the file from `offset` on, row by row; it is read at each look-up."""
+        """Return the tensor that is stored from `offset` in row-major order. It is read on each access."""
         self._require_inside(offset, math.prod(shape) * dtype.itemsize)
 
         def read_from(shape: tuple[int, ...], offset: int) -> np.ndarray:
@@ -78,7 +78,7 @@ class StoredFile:
                 while view:
                     count = file.readinto(view)
                     if not count:
-                        raise CheckpointError(f"{quoted(self.path)} became shorter while it was read")
+                        raise CheckpointError(f"{quoted(self.path)} was truncated while it was read")
                     view = view[count:]
         except OSError as error:
             raise _unreadable(self.path, error) from error
@@ -86,22 +86,25 @@ class StoredFile:
     def _require_inside(self, offset: int, count: int) -> None:
         if not (0 <= offset <= self.size and 0 <= count <= self.size - offset):
             raise CheckpointError(
-                f"{quoted(self.path)} is damaged or truncated: {quoted(count)} bytes from {quoted(offset)} on do not "
-                f"lie in its {self.size}"
+                f"{quoted(self.path)} is damaged or truncated: it has {self.size} bytes, and {quoted(count)} bytes at "
+                f"offset {quoted(offset)} are needed"
             )
 
 
-def what_stands_in(start: bytes) -> str | None:
-    """What a file that begins like this is, where it stands in for one that was not fetched."""
+def _failed_download(start: bytes) -> str | None:
+    """Return what a file with these first bytes is, if it is not the file that was to be downloaded."""
     if start.startswith(b"version https://git-lfs"):
-        return "this is a git-LFS pointer, not the weights; run `git lfs pull` where it came from"
+        return "this is a git-LFS pointer, not the weights; run `git lfs pull` in the repository that it came from"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "this is an HTML page, not weights; the download went wrong"
+        return "this is an HTML page, not weights; the download failed"
     return None
 
 
 def write_array(file: BinaryIO, name: str, entry: LazyTensor) -> None:
-    """The bytes of one tensor, row by row; `name` is for the error where it is not what `entry` says."""
+    """Write the bytes of one tensor in row-major order.
+
+    Raises `CheckpointError` that contains `name` if the array does not have the dtype and shape of `entry`.
+    """
     array = entry.read()
     if array.dtype != entry.dtype or array.shape != entry.shape:
         raise CheckpointError(f"{quoted(name)} changed while it was being written")

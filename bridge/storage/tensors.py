@@ -1,4 +1,4 @@
-"""Named arrays that are read one at a time, and the float types that cross the bridge."""
+"""Tensors that are read on access, and operations on their arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from bridge.errors import ConversionError, quoted
 
 ALIGNMENT = 64
-"""Bytes. JAX on CPU adopts a numpy buffer aligned to this without copying it."""
+"""Bytes. JAX on CPU uses a numpy buffer with this alignment without copying it."""
 
 MOST_RANK = 16
 """Limit on the axes of a stored tensor. The deepest parameter has 5; a malicious file may declare any number."""
@@ -22,23 +22,23 @@ _COLUMNS = 128
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """One stored tensor: what it is, without its data, and how to read that."""
+    """A stored tensor: its dtype and shape, and a function that reads the array."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     read_rows: Callable[[int, int], np.ndarray] | None = None
-    """Reads these rows (of the first axis, from one up to another) alone, where that is less work than all."""
+    """`read_rows(start, stop)` reads rows start ... stop - 1 of the first axis. None if that saves nothing."""
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """A part of what `read` gives."""
+        """Return rows start ... stop - 1 of the first axis."""
         if self.read_rows is None or (start, stop) == (0, self.shape[0]):
             return self.read()[start:stop]
         return self.read_rows(start, stop)
 
     @classmethod
     def of(cls, array: np.ndarray) -> LazyTensor:
-        """An array in memory, seen read-only: whoever trains on it must not change its owner's copy."""
+        """Wrap an array in memory. `read` returns a read-only view, so that training cannot change the array."""
         view = array.view()
         view.flags.writeable = False
         return cls(view.dtype, view.shape, lambda: view)
@@ -49,7 +49,7 @@ class LazyTensor:
 
 
 def transposed(entry: LazyTensor) -> LazyTensor:
-    """The transpose of a matrix: `[out, in]` for `[in, out]`. What is read is a view of what `entry` reads."""
+    """Return the transpose of a matrix, for example `[out, in]` for `[in, out]`. Reading it returns a view."""
     return LazyTensor(entry.dtype, entry.shape[::-1], lambda: entry.read().T)
 
 
@@ -61,9 +61,9 @@ def first_rows(entry: LazyTensor, rows: int) -> LazyTensor:
 
 
 class LazyTensorMap(Mapping[str, np.ndarray]):
-    """A mapping from name to array in which every look-up reads the array anew.
+    """A mapping from name to array. Each access reads the array again and keeps nothing.
 
-    Nothing is kept, so a caller that drops each array before it takes the next holds one at a time.
+    A caller that drops each array before it reads the next holds one array in memory.
     """
 
     def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
@@ -71,7 +71,7 @@ class LazyTensorMap(Mapping[str, np.ndarray]):
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray]) -> LazyTensorMap:
-        """Arrays in memory under the same interface; lazy tensors are returned as they are."""
+        """Wrap a mapping of arrays in memory. A `LazyTensorMap` is returned unchanged."""
         if isinstance(tensors, LazyTensorMap):
             return tensors
         return cls({name: LazyTensor.of(_as_array(name, array)) for name, array in tensors.items()})
@@ -80,7 +80,7 @@ class LazyTensorMap(Mapping[str, np.ndarray]):
         return self.entries[name].read()
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries  # Mapping's own would read the array to find out
+        return name in self.entries  # the default of Mapping would read the array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -98,13 +98,13 @@ def _as_array(name: str, array: Any) -> np.ndarray:
         return np.asarray(array)
     except (TypeError, RuntimeError) as error:  # torch: bfloat16, a tensor that requires grad or is on a GPU
         raise ConversionError(
-            f"{quoted(name)} is not a numpy array and does not become one ({error}); for a PyTorch model use "
+            f"{quoted(name)} is not a numpy array and cannot be converted to one ({error}); for a PyTorch model use "
             "gpt2_torch.checkpoint_from_model"
         ) from error
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """`np.empty` on an `ALIGNMENT`-byte boundary, so that JAX on CPU can take the buffer over."""
+    """As `np.empty`, aligned to `ALIGNMENT` bytes, so that JAX on CPU can use the buffer without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
@@ -112,9 +112,9 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The same array, row by row in memory; a copy only where it is not.
+    """Return the array in row-major order. It is copied only if it is not in that order already.
 
-    A transpose is copied some columns at a time, which keeps what is read in the cache: 2.5 times as fast as at once.
+    A transpose is copied 128 columns at a time, so that the source stays in the cache: 2.5 times as fast as one copy.
     """
     if array.flags.c_contiguous:
         return array

@@ -1,4 +1,4 @@
-"""Byte-level BPE (Radford et al. 2019, section 2.2): a vocabulary and merges as a `tiktoken.Encoding`, and back."""
+"""Byte-level BPE (Radford et al. 2019, section 2.2): conversion of vocabulary and merges to and from tiktoken."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from bridge.errors import TokenizerError, quoted
-from bridge.tokenizers.limits import pairs_of, require_distinct_ids, require_merges_reached, require_special_tokens
+from bridge.tokenizers.validation import pairs_of, require_distinct_ids, require_merges_reached, require_special_tokens
 
 if TYPE_CHECKING:
     import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
-"""What stands between GPT-2's documents; one token."""
+"""The token between documents in GPT-2's training data."""
 
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""How GPT-2 cuts text into words before BPE."""
+"""GPT-2's pre-tokenizer: the pattern of the words that BPE encodes."""
 
 SPELLINGS_OF_WORDS = (
     WORDS,
     r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+""",  # OpenAI's encoder.py
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",  # tiktoken since 0.8
 )
-"""Patterns that cut every text alike."""
+"""Patterns that split every text into the same words."""
 
 
 def byte_level_bpe(
@@ -33,10 +33,11 @@ def byte_level_bpe(
     special: Mapping[str, int],
     where: str,
 ) -> tiktoken.Encoding:
-    """The tokenizer of a vocabulary and merges that spell bytes as printable characters.
+    """Return the tokenizer of a vocabulary and merges that spell bytes as printable characters.
 
-    Tokens that are neither bytes nor merges are special, as those of `special` are. Raises
-    `TokenizerError`, with `where` in front, for what tiktoken would encode otherwise or end the process on.
+    Tokens that are neither bytes nor merges are special tokens, like those in `special`.
+
+    Raises `TokenizerError`, with `where` as a prefix, for input that tiktoken would encode differently or panic on.
     """
     import tiktoken
 
@@ -50,11 +51,11 @@ def byte_level_bpe(
         if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
             raise TokenizerError(
                 f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
-                "or is made of neither bytes nor merges; only byte-level BPE is read"
+                "or does not consist of bytes or merges; only byte-level BPE is supported"
             )
     # tiktoken ranks a merge by the id of the token that it produces.
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
-        raise TokenizerError(f"{where}: token ids do not follow the order of the merges; tiktoken needs that")
+        raise TokenizerError(f"{where}: token ids do not follow the order of the merges, which tiktoken requires")
     require_merges_reached(pairs, where)
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
     require_all_bytes(ranks, where)
@@ -64,10 +65,10 @@ def byte_level_bpe(
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token, in the order of the merges.
+    """Return the pair that produces each token, in the order of the merges.
 
-    It is what the merges before a token's own leave of its bytes. Raises `TokenizerError` where they
-    leave something else than two parts: no merge could then make the token.
+    The pair is the result of BPE on the token's bytes with all earlier merges. Raises `TokenizerError` if that result
+    is not two tokens, because then no merge can produce the token.
     """
     merges = []
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
@@ -82,7 +83,7 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _merged_below(limit: int, token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """BPE on the bytes of `token` with the merges ranked below `limit`."""
+    """Apply BPE to the bytes of `token` with the merges whose rank is below `limit`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 1:
         rank, at = min((ranks.get(a + b, limit), at) for at, (a, b) in enumerate(pairwise(parts)))
@@ -93,9 +94,9 @@ def _merged_below(limit: int, token: bytes, ranks: Mapping[bytes, int]) -> list[
 
 
 def printable_bytes() -> dict[str, int]:
-    """The character that stands for each byte: itself where it prints, else the next unused above 255.
+    """Return character -> byte: a printable character stands for its own byte, other bytes have characters from 256 on.
 
-    Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py; restated.
+    Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py, rewritten.
     """
     printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b <= 255]
     others = [b for b in range(256) if b not in printable]
@@ -103,6 +104,6 @@ def printable_bytes() -> dict[str, int]:
 
 
 def require_all_bytes(ranks: Mapping[bytes, int], where: str) -> None:
-    """tiktoken panics on a text that has a byte without a token."""
+    """Require a token for every byte. tiktoken panics on text with a byte that has no token."""
     if len([token for token in ranks if len(token) == 1]) != 256:
         raise TokenizerError(f"{where}: some of the 256 bytes have no token, so not every text can be encoded")

@@ -1,4 +1,4 @@
-"""A tokenizer of single characters. tiktoken is imported here, so nothing imports this before it needs it."""
+"""A tokenizer of single characters. This module imports tiktoken, so other modules import it only when needed."""
 
 from __future__ import annotations
 
@@ -9,23 +9,27 @@ import numpy as np
 import tiktoken
 
 from bridge.errors import TokenizerError, quoted
-from bridge.tokenizers.limits import require_distinct_ids
+from bridge.tokenizers.validation import require_distinct_ids
 
 
 class CharacterEncoding(tiktoken.Encoding):
-    """One token per character and no others; what it does not have is a `TokenizerError`.
+    """A tokenizer with one token per character. Unknown characters and ids raise `TokenizerError`.
 
-    tiktoken itself would panic on an unknown character, and raise a bare KeyError on an unknown id.
+    `tiktoken.Encoding` would panic on an unknown character, and raise a KeyError on an unknown id.
     """
 
     def __init__(self, name: str, ids: Mapping[str, int], where: str) -> None:
-        """`ids`: of each character; `where`: they come from, for messages."""
+        """
+        Args:
+            ids: character -> id.
+            where: the source of the characters, a prefix of error messages.
+        """
         require_distinct_ids(ids, where)
         if not ids:
-            raise TokenizerError(f"{where}: there are no characters to make a tokenizer of")
+            raise TokenizerError(f"{where}: there are no characters, so there is no tokenizer")
         for character in ids:
             if len(character) != 1 or "\ud800" <= character <= "\udfff":
-                raise TokenizerError(f"{where}: {quoted(character)} is not a single character that UTF-8 can hold")
+                raise TokenizerError(f"{where}: {quoted(character)} is not a single character that UTF-8 can encode")
         ranks = {character.encode(): i for character, i in ids.items()}
         super().__init__(name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
         self._ids = dict(ids)
@@ -40,7 +44,7 @@ class CharacterEncoding(tiktoken.Encoding):
             unknown = error.args[0]
         raise TokenizerError(
             f"the tokenizer has no character {quoted(unknown)} (U+{ord(unknown):04X}), only the {len(self._ids)} of "
-            "the text it was made from; take it out of the text, or train with bytes or BPE, which encode every text"
+            "the text that it was made from; remove it, or train with bytes or BPE, which encode every text"
         )
 
     def encode(self, text: str, **_: Any) -> list[int]:

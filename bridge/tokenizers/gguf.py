@@ -42,8 +42,8 @@ def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
     )
     if encoding.max_token_value >= rows:
         raise TokenizerError(
-            f"{named} has ids up to {encoding.max_token_value}, the model's vocabulary only {rows}; they do not belong "
-            "together"
+            f"{named} has ids up to {encoding.max_token_value}, but the model's vocabulary has only {rows}; they do "
+            "not belong together"
         )
     require_all_bytes(ranks, named)
     character_of = {byte: character for character, byte in printable_bytes().items()}
@@ -51,7 +51,7 @@ def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
     tokens = {i: f"[PAD{i}]" for i in range(rows)}
     tokens |= {i: spelled[token] for token, i in ranks.items()} | {i: token for token, i in special.items()}
     if len(set(tokens.values())) < rows:
-        raise TokenizerError(f"{named} has two tokens that are spelled alike; GGUF cannot hold both")
+        raise TokenizerError(f"{named} has two tokens with the same spelling; GGUF cannot store both")
     types = dict.fromkeys(range(rows), _UNUSED)
     types |= dict.fromkeys(ranks.values(), _NORMAL) | dict.fromkeys(special.values(), _CONTROL)
     metadata = {
@@ -76,8 +76,8 @@ def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> tiktok
     model, pre = metadata.get(MODEL), metadata.get(_PRE, b"default")
     if model != b"gpt2" or pre not in _GPT2S_WORDS:
         raise TokenizerError(
-            f"{where}: the tokenizer inside is {shown(model)} with words as {shown(pre)}; only GPT-2's byte-level BPE "
-            f"is read ({MODEL} 'gpt2', {_PRE} 'gpt-2')"
+            f"{where}: the tokenizer is {shown(model)} with the pre-tokenizer {shown(pre)}; only GPT-2's byte-level "
+            f"BPE is supported ({MODEL} 'gpt2', {_PRE} 'gpt-2')"
         )
     tokens = _texts(metadata, TOKENS, rows, where)
     ids = {token: i for i, token in enumerate(tokens)}
@@ -95,7 +95,7 @@ def _types(metadata: Mapping[str, Value], count: int, where: str) -> list[Any]:
     if types is None:
         return [_NORMAL] * count
     if not isinstance(types, Array) or types.type not in ("int32", "uint32") or types.count != count:
-        raise TokenizerError(f"{where}: {_TYPES} is not an array of {count} whole numbers, one for each token")
+        raise TokenizerError(f"{where}: {_TYPES} is not an array of {count} integers, one for each token")
     return types.read()
 
 
@@ -106,9 +106,10 @@ def _texts(metadata: Mapping[str, Value], key: str, rows: int, where: str) -> li
         raise TokenizerError(f"{where}: {key} is {'missing' if array is None else 'not an array of strings'}")
     if array.count > rows:
         raise TokenizerError(
-            f"{where}: {key} has {array.count} entries, the model's vocabulary only {rows}; they do not belong together"
+            f"{where}: {key} has {array.count} entries, but the model's vocabulary has only {rows}; they do not "
+            "belong together"
         )
     try:
         return [text.decode() for text in array.read()]
     except UnicodeDecodeError as error:
-        raise TokenizerError(f"{where}: {key} holds {quoted(error.object)}, which is not UTF-8") from None
+        raise TokenizerError(f"{where}: {key} contains {quoted(error.object)}, which is not UTF-8") from None

@@ -1,7 +1,7 @@
 """Tokenizers as `tiktoken.Encoding`: read from a checkpoint's directory, or built from bytes or characters.
 
-GPT-2's is byte-level BPE. It is stored as `vocab.json` and `merges.txt` (`encoder.json` and `vocab.bpe`
-in OpenAI's own release), or inside `tokenizer.json`. `tokenizer_files.py` writes what this reads.
+GPT-2's tokenizer is byte-level BPE. It is stored as `vocab.json` and `merges.txt` (`encoder.json` and `vocab.bpe` in
+OpenAI's own release), or inside `tokenizer.json`. `bridge.tokenizers.saving` writes these files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bridge.errors import NoTokenizerError, TokenizerError, quoted
 from bridge.storage.companions import MOST_TOKENS, decoded, has_companion, read_companion, read_json_companion
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, SPELLINGS_OF_WORDS, WORDS, byte_level_bpe
-from bridge.tokenizers.limits import require_plain_model, require_special_tokens
+from bridge.tokenizers.validation import require_plain_model, require_special_tokens
 
 if TYPE_CHECKING:
     import tiktoken
@@ -62,27 +62,27 @@ def load_tokenizer(directory: Path, vocab_size: int) -> tiktoken.Encoding:
         )
     if encoding.max_token_value >= vocab_size:
         raise TokenizerError(
-            f"the tokenizer of {quoted(directory)} has ids up to {encoding.max_token_value}, "
-            f"the model's vocabulary only {vocab_size}; they do not belong together"
+            f"the tokenizer of {quoted(directory)} has ids up to {encoding.max_token_value}, but "
+            f"the model's vocabulary has only {vocab_size}; they do not belong together"
         )
     return encoding
 
 
 def openai_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's own tokenizer, from tiktoken's cache or by download."""
+    """Return GPT-2's own tokenizer, from tiktoken's cache or by download."""
     import tiktoken
 
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # the type depends on the HTTP client
         raise NoTokenizerError(
-            f"tiktoken could not get GPT-2's vocabulary ({type(error).__name__}); connect once, set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it, or put vocab.json and merges.txt beside the weights"
+            f"tiktoken could not get GPT-2's vocabulary ({type(error).__name__}); connect to the internet once, set "
+            "TIKTOKEN_CACHE_DIR to a directory that has it, or put vocab.json and merges.txt beside the weights"
         ) from error
 
 
 def byte_tokenizer() -> tiktoken.Encoding:
-    """A tokenizer of the 256 bytes, each its own id, and `<|endoftext|>` as 256. It needs no file."""
+    """Return a tokenizer of the 256 bytes, where each byte is its own id and `<|endoftext|>` is 256."""
     import tiktoken
 
     ranks = {bytes([b]): b for b in range(256)}
@@ -90,7 +90,7 @@ def byte_tokenizer() -> tiktoken.Encoding:
 
 
 def character_tokenizer(characters: Iterable[str]) -> tiktoken.Encoding:
-    """A tokenizer with one token per distinct character, in sorted order, as in nanoGPT's shakespeare_char.
+    """Return a tokenizer with one token per distinct character, in sorted order, as in nanoGPT's shakespeare_char.
 
     It has no special tokens. Encoding an unknown character or decoding an unknown id raises `TokenizerError`.
 
@@ -100,7 +100,7 @@ def character_tokenizer(characters: Iterable[str]) -> tiktoken.Encoding:
     from bridge.tokenizers.characters import CharacterEncoding
 
     ids = {character: i for i, character in enumerate(sorted(set(characters)))}
-    return CharacterEncoding("characters", ids, where="a tokenizer of characters")
+    return CharacterEncoding("characters", ids, where="the tokenizer of characters")
 
 
 def decode_known(encoding: tiktoken.Encoding, ids: Iterable[int]) -> str:
@@ -139,6 +139,7 @@ def _from_vocab_and_merges(directory: Path, vocab_size: int) -> tiktoken.Encodin
 
 
 def from_tokenizer_json(directory: Path, vocab_size: int) -> tiktoken.Encoding | None:
+    """Return the tokenizer in the `tokenizer.json` of `directory`, or None if there is no such file."""
     path = directory / "tokenizer.json"
     if not has_companion(directory, path.name):
         return None

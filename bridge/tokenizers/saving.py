@@ -1,4 +1,4 @@
-"""Write tokenizers as Hugging Face's files. `tokenizer.py` reads them back."""
+"""Write tokenizers as Hugging Face's files, which `bridge.tokenizers.loading` reads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
     there = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
     if there and not (overwrite and _is_tokenizer(directory, there)):
         why = (
-            "are not a tokenizer that this project reads"
+            "are not a tokenizer that this project can read"
             if overwrite
             else "exist already; overwrite=True replaces them"
         )
@@ -69,7 +69,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
 
 
 def _is_tokenizer(directory: Path, there: Sequence[str]) -> bool:
-    """Whether the tokenizer files that are `there` are regular files of one tokenizer that this project reads."""
+    """Whether the files `there` are regular files of one tokenizer that this project reads."""
     pairs = [pair for pair in VOCAB_AND_MERGES if {*pair} & {*there}]
     if len(pairs) > 1 or any((directory / name).is_symlink() for name in there):
         return False
@@ -86,8 +86,8 @@ def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:
     ranks, special, named = encoding._mergeable_ranks, encoding._special_tokens, quoted(encoding.name)
     if encoding._pat_str not in SPELLINGS_OF_WORDS:
         raise TokenizerError(
-            f"the tokenizer {named} cuts text into words by the pattern {quoted(encoding._pat_str)}, not by GPT-2's, "
-            "so transformers' GPT-2 tokenizer would give other ids; it cannot be saved"
+            f"the tokenizer {named} splits text into words by the pattern {quoted(encoding._pat_str)}, not by GPT-2's, "
+            "so transformers' GPT-2 tokenizer would produce other ids; it cannot be saved"
         )
     require_all_bytes(ranks, f"the tokenizer {named}")
     name_of = {byte: character for character, byte in printable_bytes().items()}
@@ -95,7 +95,8 @@ def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:
     vocab = {spelled[token]: ranks[token] for token in spelled} | special
     if len(vocab) < len(ranks) + len(special):
         raise TokenizerError(
-            f"the tokenizer {named} has a special token that is spelled as an ordinary one; vocab.json cannot hold both"
+            f"the tokenizer {named} has a special token with the spelling of an ordinary one; vocab.json cannot store "
+            "both"
         )
     merges = [f"{spelled[first]} {spelled[second]}" for first, second in merges_of(ranks)]
     model = {"type": "BPE", "vocab": vocab, "merges": merges}

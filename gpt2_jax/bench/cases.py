@@ -53,7 +53,7 @@ class Case:
 
     @property
     def work(self) -> float | None:
-        """The FLOPs or bytes that one unit needs at least."""
+        """Minimum number of FLOPs or bytes per unit."""
         if self.limited_by is None:
             return None
         if self.task == "decode":

@@ -23,7 +23,7 @@ READ_REPEATS = 5
 
 
 def min_flops(task: str, config: GPT2Config, batch_size: int, seq_len: int) -> float:
-    """FLOPs that one training step or one forward pass needs at least.
+    """Minimum number of FLOPs of one training step or one forward pass.
 
     A forward pass needs 2 FLOPs per token and weight of a matrix product, including the output projection but not the
     position embedding. Attention needs 2 D T per token and layer, because each of its two products covers half of the
@@ -37,7 +37,7 @@ def min_flops(task: str, config: GPT2Config, batch_size: int, seq_len: int) -> f
 
 
 def min_bytes(config: GPT2Config, dtype: str) -> int:
-    """Bytes that decoding reads per token at least: all weights, but only one row of the position embedding."""
+    """Minimum number of bytes that decoding reads per token: all weights, but one row of the position embedding."""
     weights = bridge.num_parameters(config) - (config.n_positions - 1) * config.n_embd
     return weights * (2 if dtype == "bfloat16" else 4)
 

@@ -19,7 +19,7 @@ PAUSE = 0.05
 """Seconds between rounds. The other process's threads stop spinning in the meantime."""
 
 Say = Callable[[str], None]
-"""Shows what is being done."""
+"""Displays the current activity."""
 
 
 @dataclass

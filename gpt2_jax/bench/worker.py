@@ -1,5 +1,6 @@
-"""A process that runs one implementation. It reads commands from standard input and replies on standard output, in JSON
-with one object per line.
+"""A process that runs one implementation.
+
+It reads commands from standard input and replies on standard output, with one JSON object per line.
 
 The parent starts this file as a script and not as a module of the package, because importing the package would import
 JAX into the processes that measure PyTorch. Therefore this file, `torch_tasks` and `disk_tasks` import nothing from

@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from gpt2_jax.cli.verbs import VERBS, did_you_mean, load_verb, top_level
+from gpt2_jax.cli.verbs import VERBS, load_verb, top_level
+from gpt2_jax.console.suggestions import did_you_mean
 
 BAD_INPUT = 2
 

@@ -20,7 +20,10 @@ from gpt2_jax.console.terminal import console
 
 FAILED = 1
 
-Sizes = Annotated[tuple[int, ...], arg(metavar="INT ...")]
+BatchSizes = Annotated[
+    tuple[int, ...], arg(metavar="INT ...", help_behavior_hint="(default: one microbatch of the preset)")
+]
+SeqLens = Annotated[tuple[int, ...], arg(metavar="INT ...", help_behavior_hint="(default: that of the preset)")]
 
 
 def bench(
@@ -28,8 +31,8 @@ def bench(
     preset: Annotated[str, arg(metavar="NAME")] = "nano",
     tasks: tuple[Task, ...] = ("train", "forward", "decode"),
     peers: Annotated[tuple[str, ...] | None, arg(metavar="NAME ...")] = None,
-    batch_size: Sizes = (),
-    seq_len: Sizes = (),
+    batch_size: BatchSizes = (),
+    seq_len: SeqLens = (),
     rounds: int = 5,
     dtype: Literal["float32", "bfloat16"] | None = None,
     remat: Annotated[str | None, arg(metavar="NAME")] = None,
@@ -50,12 +53,11 @@ def bench(
     Args:
         preset: the model and the defaults of the flags below, as in `gpt2 train`.
         tasks: train: a step with gradients, clipping and AdamW; forward: the logits of a batch; decode: 64 greedy
-            tokens after a prompt of 16; load: read a Hugging Face directory to the device; convert: convert it, beside
-            `cp`.
+            tokens after a prompt of 16; load: read a Hugging Face directory to the device; convert: convert it,
+            compared with `cp`.
         peers: torch, torch-compiled, transformers, transformers-compiled, or all. The compiled ones take a minute each
             to start on CPU. The default is all installed peers that need no compilation; without a name, only JAX runs.
-        batch_size: sequences per step; several values are measured one after the other. Default: one microbatch of the
-            preset.
+        batch_size: sequences per step; several values are measured one after the other.
         seq_len: tokens per sequence; one or several values.
         rounds: how often each implementation runs, alternating with JAX.
         dtype: the dtype of the computation. In training, weights and optimizer state stay float32.

@@ -15,7 +15,7 @@ from tyro.conf import arg
 
 from bridge import BridgeError, GPT2Config
 from gpt2_jax.cli.parsing import REGISTRY
-from gpt2_jax.cli.verbs import did_you_mean
+from gpt2_jax.console.suggestions import did_you_mean
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig, flat
 from gpt2_jax.training.presets import PRESETS
 from gpt2_jax.training.run.identity import has_run_json, stored_identity

@@ -58,7 +58,7 @@ def convert(
             watched, target, format=to, overwrite=overwrite, allow_non_finite=allow_non_finite, **options
         )
     if opened.optimizer is not None and opened.optimizer.step and checkpoint.optimizer is None:
-        left_out += ("the state of AdamW, which is for the parameters as they were",)
+        left_out += ("the AdamW state, because the parameters changed",)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
     count = len(checkpoint.tensors)
     done = {"source": source, "from": checkpoint.format, "target": str(target), "to": to}

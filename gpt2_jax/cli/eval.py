@@ -32,7 +32,7 @@ from gpt2_jax.data.token_stream import is_token_source
 if TYPE_CHECKING:
     import tiktoken
 
-Count = Annotated[int | None, arg(metavar="INT")]
+UNSEEN_SHAKESPEARE = "(default: the part of Shakespeare that the bundled model has not seen)"
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ def evaluate(
     /,
     *,
     source_activation: SourceActivation = None,
-    data: Annotated[str | None, arg(metavar="TEXT")] = None,
+    data: Annotated[str | None, arg(help_behavior_hint=UNSEEN_SHAKESPEARE)] = None,
     backend: Literal["jax", "torch"] = "jax",
-    context: Count = None,
-    stride: Count = None,
-    batch: Count = None,
-    max_tokens: Count = None,
+    context: Annotated[int | None, arg(help_behavior_hint="(default: all positions of the model)")] = None,
+    stride: Annotated[int | None, arg(help_behavior_hint="(default: half the context)")] = None,
+    batch: Annotated[int | None, arg(help_behavior_hint="(default: about 4096 tokens)")] = None,
+    max_tokens: int | None = None,
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
@@ -68,12 +68,12 @@ def evaluate(
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some are named train and others
-            val, the val files are used. The default is the part of Shakespeare that the bundled model has not seen.
+            val, the val files are used.
         backend: the implementation to run.
-        context: tokens per window; default: all positions of the model.
-        stride: tokens from one window to the next; default: half the context. A shorter stride is slower and gives each
+        context: tokens per window.
+        stride: tokens from one window to the next. A shorter stride is slower and gives each
             token more context. If the stride equals the context, the first token of each window is not scored.
-        batch: windows per batch; default: about 4096 tokens.
+        batch: windows per batch.
         max_tokens: stop after this many tokens of the text.
         json: also write the results to this file.
         overwrite: replace the report of an earlier command.
@@ -109,7 +109,7 @@ def _task(bar: Bar, name: str) -> Progress:
 
 
 def _read(data: str, checkpoint: bridge.Checkpoint, most: int, advance: Progress) -> Text:
-    """The first `most` tokens of a source."""
+    """Return the first `most` tokens of a source."""
     if data == STDLIB or not (is_token_source(data) or (Path(data) / SIDECAR).is_file()):
         return _encode(find_documents(data), checkpoint.tokenizer(), most, advance)
     opened = open_data(data, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
@@ -136,7 +136,7 @@ def _encode(documents: Documents, tokenizer: tiktoken.Encoding, most: int, advan
 
 
 def _pieces(documents: Documents, tokenizer: tiktoken.Encoding) -> Iterator[tuple[list[int], str]]:
-    """Ids and their text. The end-of-text token between documents, if there is one, has no text."""
+    """Yield ids and their text. The end-of-text token between documents, if there is one, has no text."""
     end = [tokenizer.eot_token] if END_OF_TEXT in tokenizer.special_tokens_set else []
     for k, document in enumerate(documents.readable()):
         if k:
@@ -159,7 +159,7 @@ def _with_jax(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) ->
 
 
 def _figures(found: Evaluation, text: Text) -> dict[str, Any]:
-    """The report as JSON values. None: the text is unknown, has no words, or the value overflows a float."""
+    """Return the report as JSON values. None: the text is unknown, has no words, or the value overflows a float."""
     figures = {
         "loss": found.loss,
         "perplexity": found.perplexity,

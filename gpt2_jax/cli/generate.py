@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint
-from bridge.generation import decoder as decoding
 from bridge.generation.config import GREEDY_BELOW, GenerationConfig
-from bridge.generation.text import TextOutput, complete, end_of_text_ids, printable, stream_text
+from bridge.generation.decoder import Decoder
+from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import print_error
 
-MOST_BY_DEFAULT = 50
+DEFAULT_NEW_TOKENS = 50
 
 RULES = (
-    Rule(("seed",), lambda v: v["beams"] == 1 and v["temperature"] < GREEDY_BELOW, "without a --temperature above 0"),
-    Rule(("seed",), lambda v: v["beams"] > 1, "with --beams"),
-    Rule(("length_penalty",), lambda v: v["beams"] == 1, "without --beams above 1"),
+    Rule(
+        ("seed",), lambda v: v["num_beams"] == 1 and v["temperature"] < GREEDY_BELOW, "without a --temperature above 0"
+    ),
+    Rule(("seed",), lambda v: v["num_beams"] > 1, "with --num-beams"),
+    Rule(("length_penalty",), lambda v: v["num_beams"] == 1, "without --num-beams above 1"),
     OVERWRITE,
 )
 
 Backend = Literal["jax", "torch"]
 Float32OrBfloat16 = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Flags(GenerationConfig):
+    """The fields of `GenerationConfig` as flags, without those that depend on other flags."""
+
+    max_new_tokens: Annotated[int, Fixed, Suppress] = DEFAULT_NEW_TOKENS
+    eos_token_id: Annotated[int | tuple[int, ...] | None, Fixed, Suppress] = None
+    logprobs: Annotated[bool, Fixed, Suppress] = False
+
+
+FLAGS = Flags()
 
 
 def generate(
@@ -45,18 +59,9 @@ def generate(
     interactive: bool = False,
     backend: Backend = "jax",
     max_new_tokens: Annotated[int | None, arg(metavar="INT")] = None,
-    temperature: float = 0.0,
-    top_k: Annotated[int | None, arg(metavar="INT")] = None,
-    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
-    min_p: Annotated[float | None, arg(metavar="FLOAT")] = None,
-    repetition_penalty: Annotated[float | None, arg(metavar="FLOAT")] = None,
-    samples: int = 1,
+    config: Annotated[Flags, OmitArgPrefixes] = FLAGS,
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = (),
     stop_at_end: bool = True,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    slide: bool = False,
-    seed: int = 0,
     dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
     json: JsonFile = None,
     overwrite: bool = False,
@@ -72,71 +77,53 @@ def generate(
         interactive: ask for one prompt after another; an empty line exits.
         backend: the implementation to run.
         max_new_tokens: maximum number of new tokens; default: 50, or fewer if the model has fewer positions left.
-        temperature: 0 always takes the likeliest token; 1 samples from the model's distribution.
-        top_k: with a temperature: sample from this many likeliest tokens.
-        top_p: with a temperature: sample from the smallest set of likeliest tokens whose probabilities sum to this.
-        min_p: with a temperature: sample from tokens with at least this fraction of the likeliest one's probability.
-        repetition_penalty: above 1, makes tokens that already occurred less likely.
-        samples: continuations of each prompt.
+        config: selection of the next token.
         stop: end the text before this string; may be given several times.
         stop_at_end: end the text at the tokenizer's <|endoftext|>.
-        beams: above 1: beam search with this many beams.
-        length_penalty: with beams: above 0 favours longer texts.
-        slide: when all positions are used, continue from the last half of the text.
-        seed: the same seed gives the same text, in both backends except for rounding errors.
         dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
             TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.
         overwrite: replace the report of an earlier command.
     """
-    require_effect(locals(), defaults_of(generate), RULES)
+    require_effect({**locals(), **asdict(config)}, {**defaults_of(generate), **asdict(FLAGS)}, RULES)
     write_json = json_writer(json, overwrite, (source, lines))
     checkpoint = bridge.load(source, activation=source_activation)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
-    request = GenerationConfig(
-        max_new_tokens=max_new_tokens if max_new_tokens is not None else MOST_BY_DEFAULT,
-        repetition_penalty=repetition_penalty,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seed=seed,
-        samples=samples,
-        stop_ids=end_of_text_ids(tokenizer) if stop_at_end else (),
-        log_probs=json is not None,
-        slide=slide,
-        beams=beams,
-        length_penalty=length_penalty,
-    )
-    if interactive and (samples > 1 or beams > 1 or json is not None):
-        raise BridgeError("--interactive generates one text at a time; remove --samples, --beams and --json")
+    several = config.num_return_sequences > 1 or config.num_beams > 1
+    if interactive and (several or json is not None):
+        raise BridgeError(
+            "--interactive generates one text at a time; remove --num-return-sequences, --num-beams and --json"
+        )
+    eos_token_ids = end_of_text_ids(tokenizer) if stop_at_end else ()
+
+    def config_for(texts: list[str]) -> GenerationConfig:
+        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest text."""
+        new = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
+        if max_new_tokens is None and not config.slide and room > 0:
+            new = min(new, room)
+        return replace(config, max_new_tokens=new, eos_token_id=eos_token_ids, logprobs=json is not None)
+
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
-        def fitting(texts: list[str]) -> GenerationConfig:
-            """Where no number of tokens was asked for, no more than there is room for."""
-            room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
-            if max_new_tokens is None and not slide and 0 < room < MOST_BY_DEFAULT:
-                return dataclasses.replace(request, max_new_tokens=room)
-            return request
-
-        def continued(text: str) -> Iterator[str]:
-            return stream_text(decoder, tokenizer, text, fitting([text]), stop)
+        def stream(text: str) -> Iterator[str]:
+            return stream_text(decoder, tokenizer, text, config_for([text]), stop)
 
         if interactive:
-            _converse(continued)
-        elif json is None and len(prompts) == samples == beams == 1:
-            _print_pieces(prompts[0], continued(prompts[0]))
+            _converse(stream)
+        elif json is None and len(prompts) == 1 and not several:
+            _print_pieces(prompts[0], stream(prompts[0]))
         else:
-            found = complete(decoder, tokenizer, prompts, fitting(prompts), stop)
-            write_json({"source": source, "backend": backend, "completions": _as_json(prompts, found)})
-            _print_all(prompts, found)
+            outputs = generate_text(decoder, tokenizer, prompts, config_for(prompts), stop)
+            write_json({"source": source, "backend": backend, "completions": _as_json(prompts, outputs)})
+            _print_all(prompts, outputs)
 
 
 @contextmanager
 def open_decoder(
     backend: Backend, checkpoint: Checkpoint, dtype: Float32OrBfloat16 | None = None
-) -> Iterator[decoding.Decoder[Any, Any]]:
+) -> Iterator[Decoder[Any, Any]]:
     """Return the checkpoint's decoder, in the given dtype; by default float32, or float64 if that is stored."""
     if backend == "torch":
         require_torch("--backend torch")
@@ -149,17 +136,17 @@ def open_decoder(
         yield gpt2_torch.Decoder(model.to(wide if dtype is None else getattr(torch, dtype)))
     else:
         import gpt2_jax
-        from gpt2_jax.ops.functions import BLOCKS
+        from gpt2_jax.ops.linear import BLOCKS
 
         with jax_model(checkpoint, vocab_multiple=BLOCKS) as (model_, params):
             yield gpt2_jax.Decoder(model_, params, dtype=dtype)
 
 
-def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, request: GenerationConfig) -> str:
-    """Print the prompt and its continuation."""
+def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, config: GenerationConfig) -> str:
+    """Return the prompt and its continuation."""
     with open_decoder(backend, checkpoint) as decoder:
-        [[found]] = complete(decoder, checkpoint.tokenizer(), [prompt], request)
-    return printable(prompt + found.text)
+        [[output]] = generate_text(decoder, checkpoint.tokenizer(), [prompt], config)
+    return printable(prompt + output.text)
 
 
 def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[str]:
@@ -192,10 +179,10 @@ def _print_pieces(prompt: str, pieces: Iterator[str]) -> None:
     print()
 
 
-def _converse(continued: Callable[[str], Iterator[str]]) -> None:
+def _converse(stream: Callable[[str], Iterator[str]]) -> None:
     while prompt := _asked():
         try:
-            _print_pieces(prompt, continued(prompt))
+            _print_pieces(prompt, stream(prompt))
         except BridgeError as error:
             print_error(str(error))
 
@@ -209,17 +196,15 @@ def _asked() -> str:
         raise BridgeError(f"the prompt is not UTF-8 text: {error}") from error
 
 
-def _print_all(prompts: list[str], found: list[list[TextOutput]]) -> None:
-    texts = [prompt + completion.text for prompt, each in zip(prompts, found, strict=True) for completion in each]
+def _print_all(prompts: list[str], outputs: list[list[TextOutput]]) -> None:
+    texts = [prompt + output.text for prompt, each in zip(prompts, outputs, strict=True) for output in each]
     for i, text in enumerate(texts):
         if len(texts) > 1:
             print(f"{'' if i == 0 else chr(10)}--- {i + 1} of {len(texts)}")
         print(printable(text))
 
 
-def _as_json(prompts: list[str], found: list[list[TextOutput]]) -> list[dict[str, Any]]:
+def _as_json(prompts: list[str], outputs: list[list[TextOutput]]) -> list[dict[str, Any]]:
     return [
-        {"prompt": prompt, **dataclasses.asdict(completion)}
-        for prompt, each in zip(prompts, found, strict=True)
-        for completion in each
+        {"prompt": prompt, **asdict(output)} for prompt, each in zip(prompts, outputs, strict=True) for output in each
     ]

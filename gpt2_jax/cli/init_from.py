@@ -40,11 +40,11 @@ def require_sizes(asked: Mapping[str, Any], model: GPT2Config, whose: str) -> No
         raise BridgeError("\n".join(lines))
 
 
-def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, begun: Identity | None) -> Any:
+def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, resumed: Identity | None) -> Any:
     """Return the tokenizer for `open_data`: that of `source`, or the configured one if `source` has none.
 
     Args:
-        begun: the stored identity of the run, if one is resumed.
+        resumed: the stored identity of the run, if one is resumed.
 
     Raises `BridgeError` for a `--tokenizer` that differs from the tokenizer of `source` or exceeds its vocabulary.
     """
@@ -55,9 +55,9 @@ def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, begun: Iden
         own = source.tokenizer()
     except NoTokenizerError:
         own = None
-    is_default = config.tokenizer == (TOKENIZER_OF_INIT_FROM if begun is None else begun.config.tokenizer)
+    is_default = config.tokenizer == (TOKENIZER_OF_INIT_FROM if resumed is None else resumed.config.tokenizer)
     if own is None:
-        has_none = begun is not None and begun.tokenizer is None
+        has_none = resumed is not None and resumed.tokenizer is None
         return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _fitting(named, source)
     if not is_default and not _is_same(named, own):
         raise BridgeError(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import io
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from types import NoneType, UnionType
-from typing import Any, Union, get_args
+from typing import Any, TextIO, Union, get_args
 
 import tyro
 from tyro.constructors import (
@@ -60,7 +66,33 @@ def _text(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
 
 def parse_and_run(verb: Callable[..., Any], name: str, words: Sequence[str]) -> Any:
     """Parse the words after `gpt2 NAME`, call the verb, and return its result. A parse error exits with status 2."""
-    return tyro.cli(unwrap_help(verb), prog=f"gpt2 {name}", args=words, registry=REGISTRY)
+
+    @functools.wraps(unwrap_help(verb))
+    def bound(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        return functools.partial(verb, *args, **kwargs)
+
+    with redirect_stdout(_WrappedParagraphs(sys.stdout)):
+        call = tyro.cli(bound, prog=f"gpt2 {name}", args=words, registry=REGISTRY)
+    return call()
+
+
+class _WrappedParagraphs(io.TextIOBase):
+    """Standard output for the help. Wraps the paragraphs above the boxes, which tyro prints as one line each."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        width = shutil.get_terminal_size().columns
+        lines = (textwrap.fill(line, width) if line[:1].isalpha() else line for line in text.split("\n"))
+        return self._stream.write("\n".join(lines))
+
+    def isatty(self) -> bool:  # tyro prints colours on a terminal
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # tyro draws boxes in UTF-8
+        return self._stream.encoding
 
 
 def unwrap_help(verb: Callable[..., Any]) -> Callable[..., Any]:

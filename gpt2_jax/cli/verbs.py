@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -99,9 +98,3 @@ def _placeholder(summary: str) -> Callable[[], None]:
 
     verb.__doc__ = summary
     return verb
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message that names the known word most like this one, or nothing."""
-    close = difflib.get_close_matches(word, [*known], n=1)
-    return f"; did you mean {close[0]}?" if close else ""

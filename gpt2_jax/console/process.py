@@ -131,7 +131,7 @@ def _excepthook(error: Any) -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process after flushing its output, without what Python and JAX do at the end: it may wait for others."""
+    """Flush the output and end the process. Exit handlers do not run: they may wait for others or for a compilation."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

@@ -17,9 +17,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 from jaxtyping import Int
 
+from bridge import IGNORE_INDEX
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.token_stream import TokenStream
-from gpt2_jax.loss import IGNORE_INDEX
 
 Batch = dict[str, Int[np.ndarray, "B T"]]
 Examples = Literal["stream", "documents"]

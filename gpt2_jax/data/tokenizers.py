@@ -113,7 +113,7 @@ def _store(encoding: tiktoken.Encoding, directory: Path) -> None:
     try:
         with new_directory(directory, replaceable={*TOKENIZER_FILES, manifest.MANIFEST}.__contains__) as beside:
             save_tokenizer(encoding, beside)
-            manifest.seal(beside, {"tokenizer": encoding.name})
+            manifest.commit(beside, {"tokenizer": encoding.name})
     except BridgeError:
         # Another process may have stored the same tokenizer in the meantime.
         if _cached(directory) is None:

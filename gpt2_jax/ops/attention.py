@@ -1,8 +1,8 @@
-"""Attention between the heads' queries, keys and values: one function, and the implementation that suits.
+"""Attention between the heads' queries, keys and values: one function over several implementations.
 
-`xla` takes everything. The others are causal attention alone, without a mask or dropout, and never have all scores
-in memory: `blockwise` for CPU (`gpt2_jax.ops.blockwise_attention`), cuDNN's flash attention for GPU (Dao et al. 2022),
-and the splash kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
+`xla` supports all arguments. The others support only causal attention without a mask or dropout, and never hold all
+scores in memory: `blockwise` for CPU (`gpt2_jax.ops.blockwise_attention`), cuDNN's flash attention for GPU (Dao et al.
+2022), and the splash kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gpt2_jax.choices import SPLASH_BLOCKS, Implementation, obstacle
 from gpt2_jax.ops.blockwise_attention import causal_attention_by_blocks
+from gpt2_jax.ops.dtypes import wide_dtype
 from gpt2_jax.parallel.remat import ATTENDED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts
 
@@ -33,14 +34,17 @@ def attention(
     dropout_key: PRNGKeyArray | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "B T H K"]:
-    """Compute softmax(scale q k^T) v, where each query attends to the keys that are not masked.
+    """Compute softmax(scale q k^T) v. Each query attends to the keys that are not masked.
 
     Scores and softmax are at least float32 for every dtype of q, k and v. Products of bfloat16 are exact in float32, so
     the result is always that of `reorder_and_upcast_attn`.
 
     Args:
+        mask: True where a query may attend to a key. None allows all.
+        is_causal: also mask every key after the query. Requires T == S.
+        dropout_key: required if `dropout_rate` is above 0.
         implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `xla` with a
-            mask, with dropout, without queries, or if nothing is faster. Give a name to compile for another device.
+            mask, with dropout, without queries, or if nothing is faster. A name allows compilation for another device.
 
     Raises `ValueError` for arguments that the named implementation does not support.
     """
@@ -55,7 +59,7 @@ def attention(
     if implementation == "xla":
         causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else None
         visible = causal if mask is None else mask if causal is None else mask & causal
-        return _plain(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
+        return _xla(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
     if problem := obstacle(implementation, q_BTHK.dtype, T, q_BTHK.shape[3]):
         raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'xla'")
     if not only_causal:
@@ -65,14 +69,18 @@ def attention(
 
 
 def fastest(platform: str, dtype: jnp.dtype, length: int, head_size: int) -> Implementation:
-    """For causal attention on a platform, as `jax.default_backend()` names it, without a mask or dropout."""
+    """Return the fastest implementation for causal attention without a mask or dropout.
+
+    Args:
+        platform: as `jax.default_backend()` names it.
+    """
     fast: Implementation
     fast = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")  # type: ignore[assignment]
     return "xla" if obstacle(fast, dtype, length, head_size) else fast
 
 
 def _platform() -> str:
-    """As `jax.default_backend()`, but for GPUs without cuDNN's attention: other makers', and from before Ampere."""
+    """Return `jax.default_backend()`, or "other gpu" without cuDNN's attention: not NVIDIA, or before Ampere."""
     platform, device = jax.default_backend(), jax.local_devices()[0]
     if platform != "gpu":
         return platform
@@ -81,7 +89,7 @@ def _platform() -> str:
 
 
 def require_device(implementation: Implementation) -> None:
-    """Raise `ValueError` for a kernel that is named but that this process's devices do not run."""
+    """Raise `ValueError` if this process's devices do not support the implementation."""
     platform, needed = _platform(), {"cudnn": "gpu", "splash": "tpu"}.get(implementation)
     if needed not in (None, platform):
         described = "an NVIDIA GPU from Ampere on" if needed == "gpu" else "a TPU"
@@ -89,9 +97,8 @@ def require_device(implementation: Implementation) -> None:
 
 
 def _scaled(q: Array, scale: float | Array) -> Array:
-    """Rounded once: bfloat16 may not have the scale itself."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    return (q.astype(wide) * scale).astype(q.dtype)
+    """Return q scale, rounded once, because bfloat16 may not represent the scale."""
+    return (q.astype(wide_dtype(q)) * scale).astype(q.dtype)
 
 
 def _by_blocks(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
@@ -104,26 +111,28 @@ def _cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
 
 
 def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False) -> Array:
-    """XLA does not spread a kernel over a mesh by itself; where one is set (`jax.set_mesh`), every device takes its
-    rows and heads, and all of them where the mesh does not divide them."""
+    """The splash kernel, sharded over the mesh of `jax.set_mesh`, because XLA does not partition kernels by itself.
 
-    def own_part(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+    An axis of the arrays that the mesh does not divide is replicated.
+    """
+
+    def local(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
         kernel = _splash_kernel(q_BTHK.shape[2], q_BTHK.shape[1], interpret)
         return jax.vmap(kernel)(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(1, 2)
 
     axes = axes_of_mesh()
     if not axes:
-        return own_part(q_BTHK, k_BSHK, v_BSHK)
+        return local(q_BTHK, k_BSHK, v_BSHK)
     divides_rows, divides_heads = q_BTHK.shape[0] % batch_parts(axes) == 0, q_BTHK.shape[2] % axes.get(TENSOR, 1) == 0
     batch = tuple(axis for axis in BATCH_AXES if axis in axes) if divides_rows else ()
     heads = TENSOR if TENSOR in axes and divides_heads else None
     spec = PartitionSpec(batch or None, None, heads, None)
-    spread = jax.shard_map(own_part, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
-    return spread(q_BTHK, k_BSHK, v_BSHK)
+    sharded = jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    return sharded(q_BTHK, k_BSHK, v_BSHK)
 
 
 def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
-    from jax.experimental.pallas.ops.tpu import splash_attention  # here, for it is slow to import
+    from jax.experimental.pallas.ops.tpu import splash_attention  # imported here because it is slow
 
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     sizes = splash_attention.BlockSizes(
@@ -145,7 +154,7 @@ def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:
     )
 
 
-def _plain(
+def _xla(
     q_BTHK: Array,
     k_BSHK: Array,
     v_BSHK: Array,
@@ -155,8 +164,7 @@ def _plain(
     dropout_key: PRNGKeyArray | None,
 ) -> Array:
     dtype = v_BSHK.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
-    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=wide)
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=wide_dtype(v_BSHK))
     weights_BHTS = _weights(scores_BHTS, mask, scale)
     if dropout_rate > 0.0:
         if dropout_key is None:
@@ -174,11 +182,10 @@ def cached_attention(
     *,
     scale: float | Float[Array, ""],
 ) -> Float[Array, "B T H K"]:
-    """As `attention`, with keys and values as a cache has them: N = B H, each head's in one piece."""
+    """`attention` with the keys and values of a `KVCache`, where N = B H."""
     (B, T, H, K), dtype = q_BTHK.shape, v_NSK.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
     q_NTK = q_BTHK.swapaxes(1, 2).reshape(B * H, T, K)
-    scores_NTS = jnp.einsum("NTK,NKS->NTS", q_NTK, k_NKS, preferred_element_type=wide)
+    scores_NTS = jnp.einsum("NTK,NKS->NTS", q_NTK, k_NKS, preferred_element_type=wide_dtype(v_NSK))
     weights_BHTS = _weights(scores_NTS.reshape(B, H, T, -1), mask, scale)
     context_NTK = jnp.einsum("NTS,NSK->NTK", weights_BHTS.reshape(B * H, T, -1).astype(dtype), v_NSK)
     return context_NTK.reshape(B, H, T, K).swapaxes(1, 2)

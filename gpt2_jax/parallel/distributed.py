@@ -1,7 +1,7 @@
-"""Several processes as one program, on one machine or many: joining, agreeing, and ending together.
+"""Several processes as one program, on one or many machines: joining, agreeing, and ending together.
 
-Built on `jax.distributed`: the first process runs JAX's coordination service, by which they find each other, notice
-when one is lost, and hear of a preemption. Where there is one process, nothing here waits.
+Built on `jax.distributed`. Process 0 runs JAX's coordination service, through which the processes find each other,
+detect lost processes, and learn of a preemption. With a single process, all functions return at once.
 """
 
 from __future__ import annotations
@@ -25,38 +25,42 @@ from gpt2_jax.console.process import exit_now
 from gpt2_jax.console.terminal import print_error
 
 HEARTBEAT_TIMEOUT = 30
-"""Seconds without a sign of life after which a process counts as lost, and the others end."""
+"""Seconds without a heartbeat after which JAX considers a process lost and ends the others."""
 
-_ENDED, _SIGNS = "gpt2_bridge/ended", "gpt2_bridge/signs"
-_LOOK_EVERY = 0.5
-_SILENCE = 10
-"""Seconds without a sign of life after which an error is taken for the other process's: compiling may take some."""
+_FAILURE_KEY, _HEARTBEATS_KEY = "gpt2_bridge/ended", "gpt2_bridge/heartbeats"
+_POLL_INTERVAL = 0.5
+"""Seconds between two heartbeats of a process, and between its checks for a failure of another."""
+_SILENCE_LIMIT = 10
+"""Seconds without a heartbeat after which a process is considered the cause of another's error. Compilation may delay a
+heartbeat by some seconds."""
 _FIRST = "process 0"
-_GO_ON = "what was saved is sound; go on with --resume in all processes"
-_joined: _Watch | None = None
+_HOW_TO_CONTINUE = "saved checkpoints are valid; continue with --resume in all processes"
+_monitor: _PeerMonitor | None = None
+"""Set while this process is one of several that `join` connected."""
 
 T = TypeVar("T")
 
 
 class ProcessesError(BridgeError):
-    """The processes do not find each other; the message says what was missing."""
+    """The processes cannot form one program: they do not find each other, or were started with different arguments."""
 
 
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Become one of several processes, before JAX has looked for its devices.
+    """Join the processes of a program. Call it before JAX initializes its backends.
+
+    If the processes do not find each other within five minutes, JAX ends this one.
 
     Args:
-        coordinator: HOST:PORT of the first process; this, `processes` and `process` are found out on TPU pods, under
-            SLURM and Open MPI.
-        processes: how many take part.
-        process: which this one is, from 0.
+        coordinator: HOST:PORT of process 0. On TPU pods, under SLURM and under Open MPI, all three are detected.
+        processes: the number of processes.
+        process: the index of this process, from 0.
 
-    Raises `ProcessesError` where it is not known who they are. Where they do not find each other within five minutes,
-    JAX ends this one.
+    Raises:
+        ProcessesError: the processes cannot be detected, or JAX refuses the arguments.
     """
-    global _joined
-    where = f" (the first at {coordinator})" if coordinator else ""
-    exit_message = _ExitMessage(f"ended before the processes had found each other{where}; was each started?")
+    global _monitor
+    address = f" (process 0 at {coordinator})" if coordinator else ""
+    exit_message = _ExitMessage(f"ended before all processes had connected{address}; was each of them started?")
     try:
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     except (ValueError, RuntimeError) as error:
@@ -65,80 +69,87 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             "other, elsewhere give each --coordinator HOST:PORT, --processes N and --process I"
         ) from error
     finally:
-        exit_message.are_said()
-    _joined = _Watch()
+        exit_message.cancel()
+    _monitor = _PeerMonitor()
 
 
 def leave() -> None:
-    """When this process's work is done, and the others': be one again."""
-    global _joined
-    if _joined is not None:
+    """Wait until all processes have finished, then disconnect this one."""
+    global _monitor
+    if _monitor is not None:
         wait_for_all("the end")
-        _joined.stop()
-        _joined = None
+        _monitor.stop()
+        _monitor = None
         jax.distributed.shutdown()
 
 
 def end(code: int, why: str) -> None:
-    """End this process now; and the others, with its reason, where it ends before the work is done."""
-    if _joined is not None:
-        _joined.tell(why)
+    """End this process. If the processes have not finished, end the others too, with `why` as their message."""
+    if _monitor is not None:
+        _monitor.report_failure(why)
         end_now(code)
     sys.exit(code)
 
 
 def end_now(code: int) -> None:
-    """Without what Python and JAX do at the end, which would wait for the others."""
-    if _joined is not None:
-        _joined.exit_message.are_said()
+    """End this process without the exit handlers of Python and JAX, which would wait for the other processes."""
+    if _monitor is not None:
+        _monitor.exit_message.cancel()
     exit_now(code)
 
 
 def exit_if_peer_failed(error: Exception) -> None:
-    """Before an error is explained: where another process has ended or is lost, that is why, and this one ends so."""
-    if _joined is not None and (lost := _joined.missing_peers()):
-        why = f"{' and '.join(lost)} was lost: no sign of life, and {type(error).__name__}: {quoted(error, 400)}"
-        print_error(f"{why}; {_GO_ON}")
+    """End this process if another one is missing, because then `error` is a consequence of that."""
+    if _monitor is not None and (missing := _monitor.missing_peers()):
+        why = f"{' and '.join(missing)} was lost: no heartbeat, and {type(error).__name__}: {quoted(error, 400)}"
+        print_error(f"{why}; {_HOW_TO_CONTINUE}")
         end(1, why)
 
 
 def are_several() -> bool:
-    """Whether others take part, by `join` or by the caller's own `jax.distributed.initialize`."""
+    """Whether this is one of several processes, joined by `join` or by the caller with `jax.distributed.initialize`."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints, and writes what only one may."""
+    """Whether this is process 0, which prints and writes shared files."""
     return not are_several() or jax.process_index() == 0
 
 
 def broadcast_from_first(value: T) -> T:
-    """The first process's value, of what JSON has, in all of them; none goes on before all have asked.
+    """Return process 0's `value` on every process. Blocks until all processes have called it.
 
-    What depends on files goes through here: each process may see a shared directory as it was at another moment.
+    Use it for every decision that depends on the file system: processes may see different states of a shared directory.
+
+    Args:
+        value: anything that JSON can represent.
     """
     if not are_several():
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    said = multihost_utils.broadcast_one_to_all(np.resize(text, length))
-    first: T = json.loads(bytes(np.asarray(said, np.uint8)))
+    received = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    first: T = json.loads(bytes(np.asarray(received, np.uint8)))
     return first
 
 
-def require_agreement(told: Mapping[str, Any]) -> None:
-    """Raise `ProcessesError`, in every process that it is true of, where this one was told something else than the
-    first: together they would compute nonsense, or wait for each other for ever."""
-    mine, first = json.loads(json.dumps(told)), broadcast_from_first(told)
+def require_agreement(arguments: Mapping[str, Any]) -> None:
+    """Raise `ProcessesError` on every process whose arguments differ from those of process 0.
+
+    Processes with different arguments would compute nonsense, or wait for each other forever.
+    """
+    mine, first = json.loads(json.dumps(arguments)), broadcast_from_first(arguments)
     differing = [name for name in {**first, **mine} if first.get(name) != mine.get(name)]
     if differing:
-        lines = [f"{name} is {quoted(mine.get(name))} here, and {quoted(first.get(name))} there" for name in differing]
-        raise ProcessesError("this process was told something else than the first one:\n" + bullet_list(lines))
+        lines = [
+            f"{name} is {quoted(mine.get(name))} here, but {quoted(first.get(name))} in process 0" for name in differing
+        ]
+        raise ProcessesError("this process was started with other arguments than process 0:\n" + bullet_list(lines))
 
 
 @contextmanager
 def first_alone(what: str) -> Iterator[None]:
-    """A block that the first process goes through before the others."""
+    """A block that process 0 completes before the other processes enter it. `what` names the barrier in errors."""
     if not is_first():
         wait_for_all(what)
     yield
@@ -147,83 +158,90 @@ def first_alone(what: str) -> Iterator[None]:
 
 
 def wait_for_all(what: str) -> None:
-    """Until every process is here."""
+    """Block until all processes have called this. `what` names the barrier in errors, and must be equal on all."""
     if are_several():
         multihost_utils.sync_global_devices(what)
 
 
-class _Watch:
-    """Looks whether another process has ended with an error, and then ends this one, which may be waiting for it."""
+class _PeerMonitor:
+    """A thread that sends heartbeats, and ends this process when another one reports a failure.
+
+    Without it, this process could wait forever in a collective operation for one that has failed.
+    """
 
     def __init__(self) -> None:
-        from jax._src.distributed import global_state  # JAX has no public name for its store of keys, as orbax knows
+        from jax._src.distributed import global_state  # JAX's key-value store has no public name; Orbax uses this too
 
         self._client: Any = global_state.client
-        self._name = f"process {global_state.process_id}"  # jax.process_index() looks for devices, and may fail in that
-        self.exit_message = _ExitMessage(f"{self._name} was killed, or JAX ended it for what it says above; {_GO_ON}")
-        self.over = threading.Event()
-        threading.Thread(target=self._look, daemon=True).start()
+        self._name = f"process {global_state.process_id}"  # jax.process_index() would initialize backends, and may fail
+        self.exit_message = _ExitMessage(
+            f"{self._name} was killed, or JAX ended it for the reason above; {_HOW_TO_CONTINUE}"
+        )
+        self._stopped = threading.Event()
+        threading.Thread(target=self._monitor, daemon=True).start()
 
     def stop(self) -> None:
-        self.over.set()
-        self.exit_message.are_said()
+        self._stopped.set()
+        self.exit_message.cancel()
 
-    def tell(self, why: str) -> None:
-        self.over.set()
-        with suppress(Exception):  # another was faster, or the first process is gone
-            self._client.key_value_set(_ENDED, f"{self._name}: {why}")
-        if self._name == _FIRST:  # the store ends with this process
-            time.sleep(4 * _LOOK_EVERY)
+    def report_failure(self, why: str) -> None:
+        """Make the other processes end with the message `why`."""
+        self._stopped.set()
+        with suppress(Exception):  # another process has reported first, or process 0 is gone
+            self._client.key_value_set(_FAILURE_KEY, f"{self._name}: {why}")
+        if self._name == _FIRST:  # the store ends with this process, so give the others time to read it
+            time.sleep(4 * _POLL_INTERVAL)
 
     def missing_peers(self) -> list[str]:
-        """The processes that give no sign of life for ten seconds, in which the others may be heard of."""
+        """Return the processes that send no heartbeat for `_SILENCE_LIMIT` seconds."""
         try:
-            before = silent = self._signs()
-            for _ in range(round(_SILENCE / _LOOK_EVERY)):
-                self.over.wait(_LOOK_EVERY)
-                signs = self._signs()
-                silent = {name: sign for name, sign in silent.items() if signs.get(name) == before[name]}
+            before = silent = self._heartbeats()
+            for _ in range(round(_SILENCE_LIMIT / _POLL_INTERVAL)):
+                self._stopped.wait(_POLL_INTERVAL)
+                now = self._heartbeats()
+                silent = {name: count for name, count in silent.items() if now.get(name) == before[name]}
                 if not silent:
                     break
-        except Exception:  # the store is gone
+        except Exception:  # the store, which process 0 runs, is gone
             return [_FIRST]
         return [*silent]
 
-    def _signs(self) -> dict[str, str]:
-        return {key.rpartition("/")[2]: sign for key, sign in self._client.key_value_dir_get(_SIGNS)}
+    def _heartbeats(self) -> dict[str, str]:
+        return {key.rpartition("/")[2]: count for key, count in self._client.key_value_dir_get(_HEARTBEATS_KEY)}
 
-    def _look(self) -> None:
-        sign, mine = 0, f"{_SIGNS}/{self._name}"
-        while not self.over.wait(_LOOK_EVERY):
-            sign += 1
+    def _monitor(self) -> None:
+        count, key = 0, f"{_HEARTBEATS_KEY}/{self._name}"
+        while not self._stopped.wait(_POLL_INTERVAL):
+            count += 1
             try:
-                self._client.key_value_set(mine, str(sign), allow_overwrite=True)
-                why = self._client.key_value_try_get(_ENDED)
-            except Exception:  # there is none yet; if the service is gone, JAX itself ends this process
+                self._client.key_value_set(key, str(count), allow_overwrite=True)
+                why = self._client.key_value_try_get(_FAILURE_KEY)
+            except Exception:  # no failure is reported; if the service is gone, JAX itself ends this process
                 continue
-            if not self.over.is_set():
+            if not self._stopped.is_set():
                 print_error(f"ended with {why}")
                 end_now(1)
 
 
 class _ExitMessage:
-    """A line on standard error where this process ends without a word of its own.
+    """A line on standard error if this process ends without printing a message itself.
 
-    JAX ends a process that has lost the others by abort(), in a thread of which Python does not hear; then there are
-    the kernel, when memory is short, and kill -9. So a shell waits beside it for its end. (jaxlib 0.10.2 takes a
-    callback instead of abort(), and fails to give it the reason: std::bad_cast.)
+    JAX ends a process that has lost the others with abort(), in a thread that Python cannot intercept. The kernel may
+    also kill it when memory is short. A shell process therefore waits for this process to end, and prints the message
+    unless `cancel` was called. (jaxlib 0.10.2 accepts a callback instead of abort(), but fails to pass it the reason:
+    std::bad_cast.)
     """
 
-    def __init__(self, words: str) -> None:
-        script = 'trap "" HUP INT TERM; read -r said || echo "gpt2: $0" >&2'
+    def __init__(self, message: str) -> None:
+        script = 'trap "" HUP INT TERM; read -r cancelled || echo "gpt2: $0" >&2'
         self._lock = threading.Lock()
         self._shell: subprocess.Popen[bytes] | None = None
-        with suppress(OSError):  # no shell, no words
+        with suppress(OSError):  # without a shell, there is no message
             self._shell = subprocess.Popen(
-                ["sh", "-c", script, words], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+                ["sh", "-c", script, message], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
             )
 
-    def are_said(self) -> None:
+    def cancel(self) -> None:
         with self._lock:
             shell, self._shell = self._shell, None
             if shell is not None:

@@ -1,4 +1,4 @@
-"""What of a layer is kept for the backward pass, and what is computed again.
+"""Rematerialization: which activations of a layer are saved for the backward pass, and which are recomputed.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
 """
@@ -13,11 +13,11 @@ import jax
 from gpt2_jax.choices import Remat
 
 PROJECTED, ATTENDED = "projected", "attended"
-"""The names, for `jax.ad_checkpoint.checkpoint_name`, of the results that `dots` keeps."""
+"""Names of the results that `dots` saves, for `jax.ad_checkpoint.checkpoint_name`."""
 
 
 def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-    """JAX gives no name to the row sums that cuDNN's backward pass takes besides its result; so all of it is kept."""
+    """Save all results of cuDNN's attention: JAX does not name the row sums that its backward pass also uses."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 

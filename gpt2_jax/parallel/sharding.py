@@ -1,11 +1,11 @@
-"""How arrays lie on a mesh of devices: one table for parameters, from which everything else follows.
+"""Sharding of arrays over a mesh of devices, from one table of parameters.
 
-A mesh has three axes. `data`: each device has all of the model and its own rows of the batch. `fsdp`: rows too, and
-the model's weights and optimizer state in parts, of which a layer's are brought together while it runs (Rajbhandari
-et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP"). `tensor`: heads, the feed-forward's columns and the vocabulary
-in parts (Shoeybi et al. 2019, "Megatron-LM").
+A mesh has three axes. `data` shards the rows of the batch. `fsdp` also shards them, and shards the weights and the
+optimizer state; the weights of a layer are all-gathered while it runs (Rajbhandari et al. 2020, "ZeRO"; Zhao et al.
+2023, "PyTorch FSDP"). `tensor` shards the heads, the columns of the feed-forward network, and the vocabulary (Shoeybi
+et al. 2019, "Megatron-LM").
 
-Nothing here moves data: the compiler does, from what is said here (Xu et al. 2021, "GSPMD").
+This module only declares shardings. The compiler inserts the communication (Xu et al. 2021, "GSPMD").
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bridge.parameter_table import DECAYS
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 AXES = (DATA, FSDP, TENSOR)
 BATCH_AXES = (DATA, FSDP)
-"""Over these the rows of a batch are spread."""
+"""The axes that shard the rows of a batch."""
 
 RULES = (
     (r"(wte|lm_head)/embedding", PartitionSpec((TENSOR, FSDP), None)),  # V D
@@ -41,32 +41,35 @@ RULES = (
     (r"(attn|mlp)/c_proj/bias", PartitionSpec(None)),  # D
     (r"ln_[12f]/(scale|bias)", PartitionSpec(None)),  # D
 )
-"""(end of a parameter's path, where its axes lie), for one layer; stacked layers have one more axis in front, which is
-never split. What has few numbers is whole on every device.
+"""(end of a parameter's path, mesh axes of its axes), for one layer. Stacked layers have one more first axis, which is
+never sharded. Small parameters are replicated.
 
-The vocabulary and not the width of the embeddings goes over fsdp: in columns their two gradients, of looking up and of
-the head, are added up whole on every device, for every part of a batch, and in rows into its own part (124M on four v5e
-chips, 40 parts: a device sends 33 GB a step, and so 24)."""
+fsdp shards the embeddings by vocabulary, not by width. Sharded by width, the gradients of the look-up and of the head
+would be all-reduced in full for every microbatch; sharded by vocabulary, they are reduced to each device's shard. For
+124M on four v5e chips with 40 microbatches, a device then sends 24 instead of 33 GB per step."""
 
 
 class MeshError(BridgeError):
-    """A mesh that cannot be made of these devices, or that does not divide an array; the message names both."""
+    """The devices cannot form the mesh, or the mesh does not divide an array. The message names both."""
 
 
 def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh as `data=2,fsdp=4,tensor=1` describes it. Axes left out have size 1; one may be -1, for all that is left.
+    """Return a mesh from a description such as `data=2,fsdp=4,tensor=1`.
 
     Args:
-        devices: those to use; unless given, the first of `jax.devices()` that are enough, and all of them where
-            several processes take part. Those of several TPU slices are parted by `data`.
+        wanted: the size of each axis. Omitted axes have size 1. One axis may be -1, for all remaining devices.
+        devices: the devices to use; by default, as many of `jax.devices()` as needed. Several processes must use all
+            devices. Of several TPU slices, each has its own part of the `data` axis.
+
+    Raises `MeshError` if the devices cannot form the mesh.
     """
     found = list(jax.devices() if devices is None else devices)
     sizes = _sizes(wanted, len(found))
     count, slices = math.prod(sizes), _slices(found)
     if count > len(found) or (count < len(found) and len({device.process_index for device in found}) > 1):
-        raise MeshError(f"--mesh {wanted}: {count} devices, and there are {len(found)}")
+        raise MeshError(f"--mesh {wanted}: needs {count} devices, and there are {len(found)}")
     if slices > 1:
-        if sizes[0] % slices:  # within one, links are an order of magnitude faster than between them
+        if sizes[0] % slices:  # links between slices are ten times slower
             raise MeshError(f"--mesh {wanted}: data={sizes[0]} must be a multiple of the number of slices, {slices}")
         inside = (sizes[0] // slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -78,7 +81,7 @@ def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> 
 
 
 def _slices(devices: Sequence[Any]) -> int:
-    """How many TPU slices. JAX numbers the machines of GPUs by the same name, but any of their axes may span them."""
+    """Return the number of TPU slices. JAX also gives GPU machines a slice index, but any axis may span those."""
     on_tpu = devices[0].platform == "tpu"
     return len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
 
@@ -90,8 +93,8 @@ def _sizes(wanted: str, available: int) -> tuple[int, ...]:
         name, _, size = (text.strip() for text in part.partition("="))
         if name not in AXES or name in given or not re.fullmatch(r"-1|[1-9]\d{0,8}", size):
             raise MeshError(
-                f"--mesh {wanted}: write data=.., fsdp=.. and tensor=.., each at most once, with numbers from 1 on, "
-                "or -1 in one of them, for all devices that are left"
+                f"--mesh {wanted}: write data=.., fsdp=.. and tensor=.., each at most once, with positive numbers, or "
+                "-1 in one of them for all remaining devices"
             )
         given.append(name)
         sizes[name] = int(size)
@@ -101,20 +104,20 @@ def _sizes(wanted: str, available: int) -> tuple[int, ...]:
     if free:
         others = -math.prod(sizes.values())
         if available % others:
-            raise MeshError(f"--mesh {wanted}: {others} does not divide the {available} devices that there are")
+            raise MeshError(f"--mesh {wanted}: {others} does not divide the {available} devices")
         sizes[free[0]] = available // others
     return tuple(sizes.values())
 
 
 def batch_parts(axes: Mapping[str, int]) -> int:
-    """Over how many devices the rows of a batch are spread, by the sizes of a mesh's axes."""
+    """Return the number of shards of a batch, given the sizes of the mesh's axes."""
     return math.prod(axes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def spec_of(path: str, ndim: int) -> PartitionSpec:
-    """Of a parameter, or of anything that goes with one under its path; raises KeyError where no rule is for it.
+    """Return the spec of a parameter, or of optimizer state under a parameter's path.
 
-    What goes with none, as a count of steps or a coefficient of the optimizer, is whole on every device.
+    Values that belong to no parameter, such as a step count, are replicated. Raises `KeyError` if no rule matches.
     """
     if not ndim or path.split("/")[-1] not in DECAYS:
         return PartitionSpec()
@@ -123,11 +126,14 @@ def spec_of(path: str, ndim: int) -> PartitionSpec:
             if ndim in (len(spec), len(spec) + 1):
                 return spec if ndim == len(spec) else PartitionSpec(None, *spec)
             break
-    raise KeyError(f"no rule says how {path} with {ndim} axes is spread over a mesh")
+    raise KeyError(f"no rule for sharding {path} with {ndim} axes")
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """Of every leaf of parameters, an optimizer's state, or both; raises `MeshError` where the mesh does not divide."""
+    """Return the sharding of every leaf of a tree of parameters, optimizer state, or both.
+
+    Raises `MeshError` if the mesh does not divide an axis.
+    """
     specs = _specs(tree)
     leaves, names = jax.tree.leaves(tree), [name for name, _ in _named(tree)]
     problems = [
@@ -141,7 +147,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def constrain_tree(tree: Any) -> Any:
-    """The same inside `jit`, with every leaf where the table has it; as it is where no such mesh is set."""
+    """Constrain every leaf to its sharding in the table, inside `jit`. Without such a mesh, return it unchanged."""
     axes = axes_of_mesh()
     if not axes:
         return tree
@@ -150,27 +156,32 @@ def constrain_tree(tree: Any) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """The same inside `jit`, its axes spread over these of the mesh that is set (`jax.set_mesh`), or over none.
+    """Constrain the sharding of `x` inside `jit`, for the mesh of `jax.set_mesh`.
 
-    What the mesh does not have, or what does not divide an axis, says nothing of that axis; and where nothing is left
-    to say, as on a mesh with other names, the array lies where it lay.
+    Args:
+        axes: for each axis of `x`, the mesh axes that shard it; None replicates it.
+
+    An axis of `x` is left unconstrained if the mesh does not have its mesh axes or does not divide it. If no constraint
+    is left, `x` is returned unchanged.
     """
-    there = axes_of_mesh()
+    mesh_axes = axes_of_mesh()
     wanted = [_names(axis) for axis in axes]
-    kept = [tuple(name for name in names if name in there) for names in wanted]
-    parts = [math.prod(there[name] for name in names) for names in kept]
+    kept = [tuple(name for name in names if name in mesh_axes) for names in wanted]
+    parts = [math.prod(mesh_axes[name] for name in names) for names in kept]
     kept = [names if size % n == 0 else () for names, n, size in zip(kept, parts, x.shape, strict=True)]
-    if not there or (any(wanted) and not any(kept)):
+    if not mesh_axes or (any(wanted) and not any(kept)):
         return x
-    unsaid = PartitionSpec.UNCONSTRAINED
-    spec = [names or (unsaid if asked else None) for names, asked in zip(kept, wanted, strict=True)]
+    free = PartitionSpec.UNCONSTRAINED
+    spec = [names or (free if asked else None) for names, asked in zip(kept, wanted, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gathered(embedding: jax.Array, rows_axis: str | None = TENSOR) -> jax.Array:
-    """An embedding of which every device has the rows of its part of the vocabulary. Its gradient goes straight to
-    where the table has it; the derived one would be brought together as well."""
+    """Return an embedding that is sharded by `rows_axis` only, all-gathered over fsdp.
+
+    Its gradient is constrained to the sharding in the table. The derived gradient would be all-gathered, too.
+    """
     return constrain(embedding, rows_axis, None)
 
 
@@ -182,9 +193,9 @@ gathered.defvjp(lambda embedding, rows_axis: (gathered(embedding, rows_axis), No
 
 
 def axes_of_mesh() -> dict[str, int]:
-    """The axes of the mesh that is set that this module speaks of, with their sizes; none where they are all 1.
+    """Return the sizes of this module's axes in the mesh of `jax.set_mesh`, empty if all sizes are 1.
 
-    Auto ones alone: over those of a `shard_map` the caller has spread the arrays already.
+    Only Auto axes count. Over the others, such as those of a `shard_map`, the caller has sharded the arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -200,7 +211,7 @@ def _specs(tree: Any) -> Any:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    """Every leaf with its path, of which only the keys of dictionaries count: those of parameters are dictionaries."""
+    """Return every leaf with its path of dictionary keys. Optimizer state has other nodes around the parameters."""
     return [
         ("/".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey)), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -208,8 +219,10 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _over(spec: PartitionSpec, axes: Mapping[str, int]) -> PartitionSpec:
-    """The same over axes of these sizes, as the compiler writes it in its results: what goes in like what came out runs
-    the same program."""
+    """Return `spec` without axes of size 1 and without trailing None, as the compiler writes it in its results.
+
+    An equal spelling avoids recompilation when a result is passed in again.
+    """
     split = [tuple(name for name in _names(axis) if axes.get(name, 1) > 1) for axis in spec]
     while split and not split[-1]:
         split.pop()
@@ -221,10 +234,10 @@ def _problems(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
         sizes = {name: mesh.shape[name] for name in _names(axis) if mesh.shape.get(name, 1) > 1}
         parts = math.prod(sizes.values())
         if size % parts:
-            over = " x ".join(f"{name}={count}" for name, count in sizes.items())
+            product = " x ".join(f"{name}={count}" for name, count in sizes.items())
             is_vocabulary = TENSOR in _names(axis) and "embedding" in name
             cure = f"; pad the vocabulary, with --vocab-multiple {parts} or a multiple of it" if is_vocabulary else ""
-            yield f"{name} has shape {tuple(shape)}, and {over} does not divide {size}{cure}"
+            yield f"{name} has shape {tuple(shape)}, and {product} does not divide {size}{cure}"
 
 
 def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ from flax import linen as nn
 import bridge
 from bridge import Checkpoint
 from gpt2_jax.loading import to_device
-from gpt2_jax.loss import next_token_loss
 from gpt2_jax.model import GPT2
+from gpt2_jax.ops.cross_entropy import next_token_loss
 from gpt2_jax.parity.activations import LOGITS, Activations, is_recorded_output, recorded_input, torch_name
 from gpt2_jax.parity.inputs import AdamW
 

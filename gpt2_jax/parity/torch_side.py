@@ -17,7 +17,7 @@ from gpt2_jax.parity.activations import LOGITS, Activations, is_recorded_output,
 from gpt2_jax.parity.inputs import AdamW
 from gpt2_torch import GPT2, model_from_checkpoint
 from gpt2_torch.arrays import array_from_tensor
-from gpt2_torch.loss import next_token_loss
+from gpt2_torch.ops.cross_entropy import next_token_loss
 
 NAME = "gpt2_torch"
 

@@ -10,7 +10,7 @@ import torch
 
 from bridge import Checkpoint
 from gpt2_torch.arrays import tensor_from_array
-from gpt2_torch.loss import next_token_loss
+from gpt2_torch.ops.cross_entropy import next_token_loss
 
 NAME = "transformers"
 

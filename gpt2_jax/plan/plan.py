@@ -18,7 +18,7 @@ from gpt2_jax.plan.topology import Topology, tpu_topology
 from gpt2_jax.training import TrainConfig, TrainingError
 
 Say = Callable[[str], None]
-"""Shows what is being done."""
+"""Displays the current activity."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def step_flops(config: TrainConfig, mesh: Mapping[str, int]) -> tuple[float, flo
 
 
 def hbm_bytes(config: TrainConfig, mesh: Mapping[str, int], state: StateBytes) -> float:
-    """Bytes that a device reads and writes per step at least; see `ASSUMPTIONS`."""
+    """Minimum number of bytes that a device reads and writes per step; see `ASSUMPTIONS`."""
     weights = layer_parameters(config) * DTYPE_BYTES[config.dtype] / mesh["tensor"]
     gradients = state.parameters  # both are float32 and sharded alike
     gradient_traffic = 2 * gradients if config.num_microbatches > 1 else gradients

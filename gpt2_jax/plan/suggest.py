@@ -13,7 +13,7 @@ import jax
 
 from bridge import padded_vocab_size
 from gpt2_jax.hardware import TpuChip
-from gpt2_jax.loss import default_chunk_bytes
+from gpt2_jax.ops.cross_entropy import default_chunk_bytes
 from gpt2_jax.parallel.sharding import AXES, MeshError, shardings
 from gpt2_jax.plan.memory import (
     DTYPE_BYTES,

@@ -1,4 +1,4 @@
-"""AdamW's moments put into an optax state and taken out of it; `bridge.optimizer_state` carries them on to torch."""
+"""AdamW's state as part of an optax state: reading and writing it. `bridge.optimizer_state` converts it to torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from gpt2_jax.model import GPT2
 
 
 def adamw_state(opt_state: Any, model: GPT2) -> AdamWState:
-    """The moments and step count in an optax state, wherever inside it they are.
+    """Return the first and second moments and the step count of the AdamW inside an optax state.
 
-    Raises `bridge.ConversionError` unless it has one AdamW, over all of the model's parameters.
+    Args:
+        opt_state: the state of any optax transformation that contains one AdamW, such as a chain.
+        model: the model whose parameters it updates.
+
+    Raises:
+        bridge.ConversionError: the state does not contain exactly one AdamW, or it does not update all parameters.
     """
     adam = _adam(opt_state)
     return optimizer_state.from_flax(
@@ -29,11 +34,19 @@ def adamw_state(opt_state: Any, model: GPT2) -> AdamWState:
 
 
 def with_adamw_state(opt_state: Any, state: AdamWState, model: GPT2) -> Any:
-    """An optax state, as `init` gives it, with these moments and step count in their places.
+    """Return `opt_state` with the AdamW state replaced.
 
-    Every count in it is set: a schedule goes on from where the moments come from. `TrainState.step`, on which
-    data and dropout depend, is the caller's. Arrays take the dtypes and the devices of those they replace.
-    Raises `bridge.ConversionError` as `adamw_state` does, and where the moments are another model's.
+    Every step count in the optax state is set too, so that schedules continue. `TrainState.step`, which dropout and the
+    position in the data depend on, is not part of it; set it separately. New arrays take the dtypes and shardings of
+    those they replace.
+
+    Args:
+        opt_state: an optax state, for example from `tx.init(params)`.
+        state: for example `bridge.load(...).optimizer`, or from `adamw_state`.
+        model: the model whose parameters it updates.
+
+    Raises:
+        bridge.ConversionError: as `adamw_state`, or `state` belongs to another model.
     """
     adam = _adam(opt_state)
     trees = optimizer_state.to_flax(state, model.config, stacked=model.scan, vocab_multiple=model.vocab_multiple)
@@ -50,22 +63,22 @@ def _placed(old: Any, new: FlaxTree) -> Any:
     shapes = {path: array.shape for path, array in flatten(new).items()}
     if problems := differences(shapes, flatten(old)):
         raise ConversionError("this optax state was not made for this model's parameters:\n" + bullet_list(problems))
-    # JAX on CPU adopts an array as it is; what somebody else holds (it is read-only) may change under it.
+    # JAX on CPU may use a numpy array without a copy. A read-only one is a view of memory that others may change.
     return jax.tree.map(
         lambda a, b: jax.device_put(b.astype(a.dtype, copy=not b.flags.writeable), a.sharding), old, new
     )
 
 
 def _adam(opt_state: Any) -> optax.ScaleByAdamState:
-    """The one AdamW in the state, if it moves all parameters."""
+    """Return the only AdamW in the state, which must update all parameters."""
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(x)]
     if len(found) != 1:
         raise ConversionError(f"the optax state holds {len(found)} AdamW states (ScaleByAdamState); one is needed")
     masked = [path for path, leaf in flatten(found[0].mu).items() if isinstance(leaf, optax.MaskedNode)]
     if masked:
         raise ConversionError(
-            f"AdamW does not move {len(masked)} of the parameters, {masked[0]} among them; a state in part, as Muon's "
-            "run has it, does not cross the bridge"
+            f"AdamW does not update {len(masked)} of the parameters, among them {masked[0]}; a partial state, as in a "
+            "run with Muon, cannot be converted"
         )
     return found[0]
 

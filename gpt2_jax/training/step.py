@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from gpt2_jax.loss import IGNORE_INDEX, summed_loss
+from bridge import IGNORE_INDEX
+from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import constrain_tree
 from gpt2_jax.training.optimizer import clip_factor

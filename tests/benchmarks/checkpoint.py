@@ -104,7 +104,7 @@ def _compare(
 
 
 def _limits(folder: Path, size: int) -> str:
-    """How fast one thread writes so many bytes to the disk, and hashes them."""
+    """Times of writing and hashing `size` bytes with one thread."""
     content, file = np.random.default_rng(1).bytes(2**28), folder / "limit"
     began = time.perf_counter()
     with file.open("wb") as out:
@@ -121,10 +121,10 @@ def _limits(folder: Path, size: int) -> str:
 
 def _time_manifest(directory: Path) -> None:
     began = time.perf_counter()
-    manifest.seal(directory, {})
-    sealed = time.perf_counter()
+    manifest.commit(directory, {})
+    written = time.perf_counter()
     manifest.verify(directory, from_disk=True)
-    print(f"manifest alone: written in {sealed - began:.2f} s, verified in {time.perf_counter() - sealed:.2f} s")
+    print(f"manifest alone: written in {written - began:.2f} s, verified in {time.perf_counter() - written:.2f} s")
 
 
 if __name__ == "__main__":

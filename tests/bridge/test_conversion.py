@@ -185,8 +185,8 @@ def test_one_tensor_under_two_prefixes_is_an_error_that_names_both() -> None:
     with pytest.raises(ConversionError) as caught:
         bridge.to_flax(state, TINY)
     assert spelled(caught) == [
-        "'wpe.weight' is there 2 times: 'wpe.weight', 'module.transformer.wpe.weight'",
-        "'h.1.ln_1.bias' is there 2 times: 'h.1.ln_1.bias', '_orig_mod.h.1.ln_1.bias'",
+        "'wpe.weight' is the canonical name of 2 tensors: 'wpe.weight', 'module.transformer.wpe.weight'",
+        "'h.1.ln_1.bias' is the canonical name of 2 tensors: 'h.1.ln_1.bias', '_orig_mod.h.1.ln_1.bias'",
     ]
 
 
@@ -344,7 +344,7 @@ def test_layers_of_different_dtypes_are_not_stacked() -> None:
     state["h.2.mlp.c_fc.bias"] = state["h.2.mlp.c_fc.bias"].astype(np.float16)
     with pytest.raises(ConversionError, match=r"h\.2\.mlp\.c_fc\.bias holds float16"):
         bridge.to_flax(state, TINY, stacked=True)
-    with pytest.raises(ConversionError, match="h_2/mlp/c_fc/bias is not an array of the same shape and dtype"):
+    with pytest.raises(ConversionError, match="h_2/mlp/c_fc/bias does not have the shape and dtype"):
         bridge.stack_layers(bridge.to_flax(state, TINY))
 
 
@@ -385,12 +385,12 @@ def test_a_tree_with_a_stack_and_single_layers_is_refused() -> None:
     state = random_state(TINY)
     both = {**bridge.to_flax(state, TINY), **bridge.to_flax(state, TINY, stacked=True)}
     for take in (bridge.unstack_layers, lambda tree: bridge.to_torch(tree, TINY)):
-        with pytest.raises(ConversionError, match="one h and no h_0"):
+        with pytest.raises(ConversionError, match="one h without h_0"):
             take(both)
 
 
 def test_a_tree_without_a_stack_is_not_unstacked() -> None:
-    with pytest.raises(ConversionError, match="one h and no h_0"):
+    with pytest.raises(ConversionError, match="one h without h_0"):
         bridge.unstack_layers(bridge.to_flax(random_state(TINY), TINY))
 
 

@@ -83,9 +83,9 @@ def test_a_memory_mapped_file_is_read_batch_by_batch(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "empty": ({"ids": []}, "no token.*it takes two"),
-    "one token": ({"ids": [5]}, "one token.*it takes two"),
-    "two rows": ({"ids": [[1, 2], [3, 4]]}, r"one row.*\(2, 2\)"),
+    "empty": ({"ids": []}, "no token.*at least two are needed"),
+    "one token": ({"ids": [5]}, "one token.*at least two are needed"),
+    "two rows": ({"ids": [[1, 2], [3, 4]]}, r"one-dimensional array.*\(2, 2\)"),
     "not integers": ({"ids": [0.5, 1.5]}, "integers.*float64"),
     "foreign ids": ({"ids": [3, 1000]}, "3 to 1000.*0 to 999"),
     "negative ids": ({"ids": [-1, 7]}, "-1 to 7"),

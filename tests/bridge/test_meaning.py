@@ -71,17 +71,17 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
     "a name of escape codes": (renamed(C_FC, "\x1b[31m\0\n"), "\\x1b[31m\\x00\\n", ConversionError),
     "one tensor under two prefixes": (
         lambda s, _: s.update({"module.wpe.weight": s["transformer.wpe.weight"]}),
-        "'wpe.weight' is there 2 times",
+        "'wpe.weight' is the canonical name of 2 tensors",
         ConversionError,
     ),
     "gamma beside weight": (
         lambda s, _: s.update({"transformer.ln_f.gamma": s["transformer.ln_f.weight"]}),
-        "'ln_f.weight' is there 2 times",
+        "'ln_f.weight' is the canonical name of 2 tensors",
         ConversionError,
     ),
     "another head although tied": (another_head, "lm_head.weight differs from wte.weight", ConversionError),
     "no head although untied": (field("tie_word_embeddings", False), "lm_head.weight is missing", ConversionError),
-    "a padded vocabulary": (field("vocab_size", 10), "a padded vocabulary? Set vocab_size to 11", ConversionError),
+    "a padded vocabulary": (field("vocab_size", 10), "is the vocabulary padded? Set vocab_size to 11", ConversionError),
     "a vocabulary too small": (field("vocab_size", 12), "wte.weight has shape (11, 8)", ConversionError),
     "a transposed projection": (
         lambda s, _: s.update({C_FC: np.ascontiguousarray(s[C_FC].T)}),
@@ -139,18 +139,18 @@ def test_values_that_are_not_finite_are_reported_and_not_written_unless_asked(
     assert run("convert", tmp_path / "kept", tmp_path / "out", "--to", "flax", "--allow-non-finite") == 0
 
 
-@pytest.mark.parametrize("moment", ["first", "second"])
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_moments_that_are_not_finite_are_not_written_unless_asked(tmp_path: Path, moment: str, value: float) -> None:
     config = config_for("nanogpt", SMALLEST)
-    moments = {name: random_state(config) for name in ("first", "second")}
-    moments[moment]["h.1.mlp.c_fc.bias"][3] = value
-    checkpoint = replace(random_checkpoint(config), optimizer=AdamWState(5, **moments))
-    with pytest.raises(bridge.ConversionError, match=rf"the {moment} moment of h\.1\.mlp\.c_fc\.bias has 1 values"):
+    adamw_state = {name: random_state(config) for name in ("exp_avg", "exp_avg_sq")}
+    adamw_state[moment]["h.1.mlp.c_fc.bias"][3] = value
+    checkpoint = replace(random_checkpoint(config), optimizer=AdamWState(5, **adamw_state))
+    with pytest.raises(bridge.ConversionError, match=rf"{moment} of h\.1\.mlp\.c_fc\.bias has 1 values"):
         bridge.save(checkpoint, tmp_path / "out.pt", format="nanogpt")
     assert not [*tmp_path.iterdir()]
     bridge.save(checkpoint, tmp_path / "out.pt", format="nanogpt", allow_non_finite=True)
-    bridge.save(checkpoint, tmp_path / "hf", format="huggingface")  # which has no moments
+    bridge.save(checkpoint, tmp_path / "hf", format="huggingface")  # stores no AdamW state
 
 
 def test_a_layer_norm_of_zeros_is_reported() -> None:
@@ -180,7 +180,7 @@ def test_a_padded_vocabulary_is_reported_and_is_cut_on_request(tmp_path: Path) -
     assert cut.config == replace(padded, vocab_size=50257)
     assert cut.tensors["lm_head.weight"].tobytes() == checkpoint.tensors["lm_head.weight"][:50257].tobytes()
     for rows in (0, 50305):
-        with pytest.raises(ConversionError, match=f"cannot be cut to {rows}"):
+        with pytest.raises(ConversionError, match=f"cannot be reduced to {rows}"):
             checkpoint.with_vocab_size(rows)
 
 

@@ -139,7 +139,7 @@ def test_moments_of_matrices_that_lie_the_other_way_are_transposed(lazy: bool) -
 
 def test_groups_are_counted() -> None:
     assert optimizer_state.group_sizes(torch_state()[0]) == [14, 26]
-    with pytest.raises(ConversionError, match=r"state_dict\(\) has `state` and `param_groups`"):
+    with pytest.raises(ConversionError, match=r"state_dict\(\), which has `state`, and `param_groups`"):
         optimizer_state.group_sizes({})
 
 
@@ -283,14 +283,14 @@ WRONG: list[tuple[Callable[[StateDict], None], str]] = [
     (drop_step, "wpe.weight has no step"),
     (misshape, r"exp_avg of h.2.mlp.c_fc.weight has shape \(100, 48\), the configuration says \(48, 100\)"),
     (narrow, "exp_avg of 'ln_f.weight' holds int32"),
-    (bfloat16, "exp_avg of ln_f.weight does not become a numpy array"),
-    (step_once_more, r"stepped unequally often: 3 \(.*4 \(1, h.0.ln_1.bias"),
+    (bfloat16, "exp_avg of ln_f.weight cannot be converted to a numpy array"),
+    (step_once_more, r"have different steps: 3 \(.*4 \(1 parameters, for example h.0.ln_1.bias"),
     (half_a_step, "step of h.0.ln_1.bias is '0.5', not a number of updates"),
     (no_number_of_steps, "step of h.0.ln_1.bias is 'nan'"),
     (endless_steps, "step of h.0.ln_1.bias is 'inf'"),
     (several_steps, r"step of h.0.ln_1.bias is float32 of shape \(2,\), not a number of updates"),
-    (list_one_twice, "one of them is in the groups twice"),
-    (add_entry, "an entry '999' that no group has"),
+    (list_one_twice, "the groups contain a parameter twice"),
+    (add_entry, "an entry '999', which is in no group"),
     (add_part, "wte.weight has an unknown 'max_exp_avg_sq'"),
     (set_option("amsgrad", True), "group 1 has amsgrad='True', which is not AdamW"),
     (set_option("maximize", True), "group 1 has maximize='True'"),
@@ -339,16 +339,16 @@ def test_the_state_of_another_model_is_refused(config: GPT2Config, message: str)
     adamw = optimizer_state.from_torch(state, names, CONFIG)
     with pytest.raises(ConversionError) as error:
         optimizer_state.to_flax(adamw, config)
-    assert "first: " in str(error.value) and "second: " in str(error.value)
+    assert "exp_avg: " in str(error.value) and "exp_avg_sq: " in str(error.value)
 
 
 def test_names_must_say_which_parameter_is_which() -> None:
     state, names, _ = torch_state()
     for given, message in (
-        (None, "numbered and not named"),
+        (None, "the state has no names"),
         (names[:-1], "40 parameters, but 39 names"),
-        ([*names[:-1], names[0]], "is there 2 times"),
-        ([*names[:-1], "transformer.wte.weight"], "is there 2 times"),
+        ([*names[:-1], names[0]], "is the canonical name of 2 tensors"),
+        ([*names[:-1], "transformer.wte.weight"], "is the canonical name of 2 tensors"),
     ):
         with pytest.raises(ConversionError, match=message):
             optimizer_state.from_torch(state, given, CONFIG)
@@ -356,7 +356,7 @@ def test_names_must_say_which_parameter_is_which() -> None:
     with pytest.raises(ConversionError, match=r"exp_avg of wpe\.weight has shape"):
         optimizer_state.from_torch(state, swapped, CONFIG)
     named, _, _ = torch_state(named=True)
-    with pytest.raises(ConversionError, match=r"'wpe.weight' was given where the state itself says 'wte.weight'"):
+    with pytest.raises(ConversionError, match=r"the given name 'wpe.weight' differs from 'wte.weight' in the state"):
         optimizer_state.from_torch(named, swapped, CONFIG)
 
 
@@ -377,7 +377,7 @@ def test_names_must_say_which_parameter_is_which() -> None:
     ids=str,
 )
 def test_what_is_no_optimizer_state_is_refused(junk: Any) -> None:
-    with pytest.raises(ConversionError, match=r"state_dict\(\) has `state` and `param_groups`"):
+    with pytest.raises(ConversionError, match=r"state_dict\(\), which has `state`, and `param_groups`"):
         optimizer_state.from_torch(junk, ["wte.weight"], CONFIG)
 
 

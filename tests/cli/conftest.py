@@ -1,4 +1,4 @@
-"""What all verbs' tests start from."""
+"""Fixtures for the tests of all verbs."""
 
 from __future__ import annotations
 

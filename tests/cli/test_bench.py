@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
-from support.commands import run
+from support.commands import needs_torch, run
 from support.models import SMALLEST, huggingface_directory
 
 import bridge
@@ -47,6 +47,7 @@ def blocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
+@needs_torch
 def test_a_run_writes_table_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = tmp_path / "bench.json", tmp_path / "bench.png"
     tasks = ("--tasks", "train", "convert", "--peers", "torch")
@@ -74,7 +75,9 @@ def test_a_run_writes_table_json_and_plot(tmp_path: Path, capsys: pytest.Capture
     assert imread(files[1])[..., :3].std() > 0.1  # the picture is not empty
 
 
-@pytest.mark.parametrize("name", ["jax", "torch", "transformers"])
+@pytest.mark.parametrize(
+    "name", ["jax", pytest.param("torch", marks=needs_torch), pytest.param("transformers", marks=needs_torch)]
+)
 def test_each_implementation_has_each_task(name: str, tmp_path: Path, blocked: Path) -> None:
     if name != "jax":
         (blocked / "jax.py").write_text("raise ImportError('a peer imports JAX')")
@@ -91,6 +94,7 @@ def test_each_implementation_has_each_task(name: str, tmp_path: Path, blocked: P
         assert worker.request("info")["device"]
 
 
+@needs_torch
 def test_a_failed_implementation_is_reported_and_the_others_continue(
     tmp_path: Path, blocked: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,6 +227,7 @@ def test_the_config_is_the_presets_with_adamw_and_without_dropout() -> None:
     assert asdict(large.model) == asdict(replace(bridge.GPT2_SIZES["gpt2"], embd_pdrop=0, attn_pdrop=0, resid_pdrop=0))
 
 
+@needs_torch
 def test_default_peers_are_installed_and_need_no_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_peers(None) == ["torch", "transformers"]
     assert choose_peers(["all"]) == list(PEERS)

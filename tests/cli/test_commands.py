@@ -1,4 +1,4 @@
-"""The `gpt2` command as a user meets it."""
+"""The `gpt2` command: its verbs, errors, help and exit codes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from support.models import huggingface_directory
 from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
+from gpt2_jax.cli import main
+from gpt2_jax.cli.parsing import parse_and_run
 from gpt2_jax.cli.verbs import VERBS, load_verb
 from gpt2_jax.cli.verify import ALL_CHECKS
+from gpt2_jax.training.run.metrics import read_metrics
 
 
 def test_inspect_shows_what_a_checkpoint_is(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +41,7 @@ def test_inspect_shows_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "head is not tied" in shown
 
 
-def test_convert_there_and_back_changes_no_byte(
+def test_converting_there_and_back_changes_no_byte(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("convert", model, tmp_path / "flax", "--to", "flax", "--json", tmp_path / "done.json") == 0
@@ -68,10 +71,10 @@ BAD = {
     "no probability": ("generate", "{model}", "We", "--top-p", "0"),
     "two kinds of prompt": ("generate", "{model}", "We", "--interactive"),
     "lines that are not there": ("generate", "{model}", "--lines", "{tmp}/nowhere.txt"),
-    "sampled beams": ("generate", "{model}", "We", "--beams", "2", "--temperature", "1"),
-    "several at a time, interactively": ("generate", "{model}", "--interactive", "--samples", "2"),
+    "sampled beams": ("generate", "{model}", "We", "--num-beams", "2", "--temperature", "1"),
+    "several at a time, interactively": ("generate", "{model}", "--interactive", "--num-return-sequences", "2"),
     "seed without sampling": ("generate", "{model}", "We", "--seed", "1"),
-    "seed of beams": ("generate", "{model}", "We", "--beams", "2", "--seed", "1"),
+    "seed of beams": ("generate", "{model}", "We", "--num-beams", "2", "--seed", "1"),
     "length penalty without beams": ("generate", "{model}", "We", "--length-penalty", "2"),
     "seed beside a text": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
     "untrained and no prediction": ("verify", "{model}", "--untrained", "--checks", "round-trip"),
@@ -93,7 +96,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
-def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
+def test_bad_input_exits_with_2_and_a_message(
     arguments: tuple[str, ...], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -105,9 +108,7 @@ def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "generate", "eval"])
-def test_the_default_is_the_packages_model_also_where_a_directory_has_its_name(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_default_source_is_the_bundled_model(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.signature(load_verb(verb, ())).parameters["source"].default == str(bridge.BUNDLED)
     assert run(verb, "--help") == 0
     shown = capsys.readouterr().out
@@ -121,6 +122,71 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"Example: gpt2 {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "suggestion"),
+    [
+        (("inpsect",), "did you mean inspect?"),
+        (("train", "--preset", "nanu", "--out", "x"), "did you mean nano?"),
+        (("train", "--batch-sise", "2", "--out", "x"), "--batch-size"),
+        (("generate", "--temprature", "1"), "--temperature"),
+    ],
+)
+def test_a_misspelled_verb_preset_or_flag_gets_a_suggestion(
+    arguments: tuple[str, ...], suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert suggestion in capsys.readouterr().err
+
+
+def test_the_help_of_the_command_has_one_line_per_verb(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    assert run("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if "• inspect" in line)
+    shown = [line.strip("│ ") for line in lines[start : start + len(VERBS)]]
+    assert [line.split() for line in shown] == [["•", name, *verb.summary.split()] for name, verb in VERBS.items()]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_default_in_the_help_reads_as_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for noise in ("{None}", "(default: None)", "(default: )", "PosixPath", "MISSING"):
+        assert noise not in shown
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_help_fits_the_terminal(
+    verb: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert run(verb, "--help") == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= width
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_knows_verbs_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--tyro-print-completion", shell])
+    assert not ended.value.code
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*VERBS, "max-shard-bytes", "learning-rate"))
+
+
+@pytest.mark.parametrize("words", [("none",), ("None",), ()])
+def test_an_optional_flag_accepts_none(words: tuple[str, ...]) -> None:
+    found = []
+
+    def verb(*, limit: int | None = None) -> None:
+        found.append(limit)
+
+    parse_and_run(verb, "verb", ["--limit", *words] if words else [])
+    assert found == [None]
+
+
 def test_the_installed_command_runs(model: Path) -> None:
     command = Path(sys.executable).with_name("gpt2")
     done = subprocess.run([command, "inspect", model], capture_output=True, text=True, timeout=60)
@@ -131,7 +197,7 @@ def test_the_installed_command_runs(model: Path) -> None:
     assert failed.stderr.count("\n") == 1
 
 
-def test_verify_without_torch_says_how_to_get_it(
+def test_verify_without_torch_says_how_to_install_it(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -156,13 +222,13 @@ def test_a_float64_checkpoint_generates_in_float64(tmp_path: Path, capsys: pytes
     assert first.strip() == second.strip()
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert capsys.readouterr().out == f"gpt2-bridge {bridge.__version__}\n"
 
 
 @needs_torch
-def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_converts_verifies_fine_tunes_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("for word in words:\n    print(word)\n" * 2000)
     assert run("demo", "--out", out, "--max-steps", 3, "--data", text) == 0
@@ -170,14 +236,18 @@ def test_the_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFi
     assert bridge.load(out / "run" / "export").config.n_embd == bridge.load("bundled").config.n_embd
     shown = capsys.readouterr().out
     assert "the two backends are the same function" in shown
+    first, *_, last = [record["val_loss"] for record in read_metrics(out / "run") if "val_loss" in record]
+    summary = shown[shown.index("before, PyTorch") :]
+    for expected in ("after, PyTorch", "after, JAX", "8 of 8 checks", f"{first:.3f} -> {last:.3f}", "identical"):
+        assert expected in summary
     ending = "\n".join(shown.splitlines()[-3:])
     assert all(name in ending for name in ("report.json", "loss.png", "export"))
-    assert run("demo", "--out", out) == 2  # what is there stays, unless asked
+    assert run("demo", "--out", out) == 2  # an existing run is kept without --overwrite
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_the_checks_that_verify_takes_are_those_there_are() -> None:
-    """They are spelled twice so that `gpt2 --help` needs no torch."""
+def test_verify_accepts_exactly_the_existing_checks() -> None:
+    """The names are repeated in the verb, so that `gpt2 verify --help` needs no torch."""
     from gpt2_jax.parity import CHECKS
 
     assert tuple(CHECKS) == ALL_CHECKS

@@ -1,4 +1,4 @@
-"""`gpt2 eval` as a user meets it."""
+"""`gpt2 eval`: its figures, its sources of text, and its errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpt2_jax.data.token_cache import cached_text
 
 TEXT = "Grüße — one word\nafter another,  two spaces, and a tail that goes on for some windows more. " * 2
 
-FP32 = 1e-6  # relative, between two orders of summation
+FP32 = 1e-6  # relative; the orders of summation differ
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def figures(tmp_path: Path, *arguments: object) -> dict:
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_the_figures_are_those_of_the_text(
+def test_the_figures_match_the_text(
     backend: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import gpt2_torch
@@ -60,23 +60,21 @@ def test_the_figures_are_those_of_the_text(
         assert part in shown
 
 
-def test_context_and_stride_are_stated_where_they_follow_from_the_model(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_default_context_and_stride_are_reported(model: Path, text: Path, tmp_path: Path) -> None:
     found = figures(tmp_path, model, "--data", text)
     assert (found["context"], found["stride"]) == (40, 20)
 
 
 @needs_torch
 @pytest.mark.parametrize("limit", [2, 3, 4, 20, 10_000])
-def test_only_the_text_of_the_first_tokens_is_counted(limit: int, model: Path, text: Path, tmp_path: Path) -> None:
+def test_words_and_bytes_are_counted_up_to_max_tokens(limit: int, model: Path, text: Path, tmp_path: Path) -> None:
     found = figures(tmp_path, model, "--data", text, "--max-tokens", limit, "--backend", "torch")
     raw = TEXT.encode()[:limit]
     assert (found["tokens"], found["bytes"]) == (len(raw), len(raw))
     assert found["words"] == len(raw.decode(errors="ignore").split())
 
 
-def test_documents_are_parted_by_the_token_that_ends_one(tmp_path: Path) -> None:
+def test_documents_are_separated_by_the_end_of_text_token(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for name, part in (("a.txt", "one two "), ("b.txt", " three"), ("c.txt", "four")):
         (tmp_path / "texts" / name).write_text(part)
@@ -100,14 +98,14 @@ def test_token_files_have_no_words_or_bytes(model: Path, tmp_path: Path, capsys:
     assert capsys.readouterr().out.count("not available") == 4
 
 
-def test_of_a_directory_of_token_files_the_validation_files_are_taken(model: Path, tmp_path: Path) -> None:
+def test_a_directory_of_token_files_evaluates_the_validation_files(model: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     for name, count in (("train.bin", 90), ("val.bin", 33)):
         np.arange(count, dtype="<u2").tofile(tmp_path / "tokens" / name)
     assert figures(tmp_path, model, "--data", tmp_path / "tokens")["tokens"] == 33
 
 
-def test_a_text_that_training_has_encoded_is_read_from_its_cache(model: Path, text: Path, tmp_path: Path) -> None:
+def test_a_token_cache_of_training_can_be_evaluated(model: Path, text: Path, tmp_path: Path) -> None:
     cached_text(find_documents(text), byte_tokenizer(), cache=tmp_path / "cache")
     [directory] = (tmp_path / "cache").iterdir()
     found = figures(tmp_path, model, "--data", directory, "--max-tokens", 100)
@@ -127,11 +125,11 @@ def test_a_damaged_cache_is_refused(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_a_text_of_one_endless_word_has_no_perplexity_per_word(model: Path, tmp_path: Path) -> None:
+def test_perplexity_per_word_that_overflows_is_null(model: Path, tmp_path: Path) -> None:
     (tmp_path / "word.txt").write_text("x" * 900)
     found = figures(tmp_path, model, "--data", tmp_path / "word.txt")
     assert found["words"] == 1
-    assert found["perplexity_per_word"] is None  # e to the thousands
+    assert found["perplexity_per_word"] is None  # exp of thousands
 
 
 @needs_torch
@@ -157,11 +155,11 @@ BAD = {
     "no tokenizer": ("eval", "{bare}", "--data", "{tmp}/text.txt"),
     "weights not finite": ("eval", "{broken}", "--data", "{tmp}/text.txt"),
 }
-ONE_LINE = BAD.keys() - {"unknown backend"}  # those that tyro answers, in a box
+ONE_LINE = BAD.keys() - {"unknown backend"}  # tyro prints these errors in a box
 
 
 @pytest.mark.parametrize("why", BAD)
-def test_bad_input_ends_with_2_and_a_message_and_no_traceback(
+def test_bad_input_exits_with_2_and_a_message(
     why: str, model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare, broken = huggingface_directory(tmp_path / "bare", CONFIG), tmp_path / "broken"

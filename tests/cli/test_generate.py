@@ -1,4 +1,4 @@
-"""`gpt2 generate`: prompts from everywhere, text that appears as it is made, and the same in both backends."""
+"""`gpt2 generate`: sources of prompts, streaming, and equal text in both backends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CONFIG, run
+from support.commands import CONFIG, needs_torch, run
 
 from gpt2_jax.cli.generate import _asked
 
@@ -20,7 +20,7 @@ BACKENDS = ("jax", "torch")
 
 @pytest.fixture
 def completions(model: Path, tmp_path: Path) -> Any:
-    """A function of arguments that gives what `--json` wrote."""
+    """Return a function that runs the command and returns the completions of its `--json` report."""
 
     def made(*arguments: object) -> list[dict[str, Any]]:
         assert run("generate", model, *arguments, "--json", tmp_path / "g.json", "--overwrite") == 0
@@ -29,14 +29,15 @@ def completions(model: Path, tmp_path: Path) -> Any:
     return made
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["jax", pytest.param("torch", marks=needs_torch)])
 def test_the_prompt_is_continued(backend: str, completions: Any, capsys: pytest.CaptureFixture[str]) -> None:
     [made] = completions("We", "--backend", backend, "--max-new-tokens", 5)
     assert made["prompt"] == "We"
-    assert len(made["ids"]) == len(made["log_probs"]) == 5
+    assert len(made["ids"]) == len(made["logprobs"]) == 5
     assert capsys.readouterr().out.startswith("We")
 
 
+@needs_torch
 @pytest.mark.parametrize(
     "sampling", [(), ("--temperature", 1.0, "--top-p", 0.9, "--seed", 3)], ids=["greedy", "sampled"]
 )
@@ -60,27 +61,25 @@ def test_what_is_streamed_is_what_is_written(model: Path, completions: Any, caps
     assert capsys.readouterr().out == whole
 
 
-def test_as_many_tokens_as_there_is_room_for(completions: Any) -> None:
+def test_by_default_the_tokens_fit_into_the_positions(completions: Any) -> None:
     [made] = completions("x" * (CONFIG.n_positions - 3), "--no-stop-at-end")
     assert len(made["ids"]) == 3
 
 
-def test_sliding_goes_on_past_the_positions(completions: Any) -> None:
+def test_slide_continues_past_the_positions(completions: Any) -> None:
     [made] = completions("We", "--slide", "--max-new-tokens", CONFIG.n_positions + 9, "--no-stop-at-end")
     assert len(made["ids"]) == CONFIG.n_positions + 9
 
 
-def test_lines_of_a_file_are_prompts_of_their_own(
-    completions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_line_of_a_file_is_a_prompt(completions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("We hold\n\nthese\n")
     sampling = ("--temperature", 1.0, "--max-new-tokens", 10)
-    made = completions("--lines", lines, "--samples", 2, *sampling)
+    made = completions("--lines", lines, "--num-return-sequences", 2, *sampling)
     assert [c["prompt"] for c in made] == ["We hold", "We hold", "these", "these"]
     assert made[0]["ids"] != made[1]["ids"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.read_bytes())))
-    assert completions("--lines", "-", "--samples", 2, *sampling) == made
+    assert completions("--lines", "-", "--num-return-sequences", 2, *sampling) == made
     [alone] = completions("these", *sampling)
     assert (alone["ids"], alone["text"]) == (made[2]["ids"], made[2]["text"])
 
@@ -90,7 +89,7 @@ def test_a_prompt_from_standard_input(completions: Any, monkeypatch: pytest.Monk
     assert completions("-")[0]["prompt"] == "We\nhold"
 
 
-def test_a_byte_order_mark_is_no_part_of_a_prompt(
+def test_a_byte_order_mark_is_not_part_of_a_prompt(
     completions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marked = "\ufeffWe\n".encode()
@@ -102,7 +101,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(
     assert _asked() == "We"
 
 
-def test_a_prompt_that_is_no_text_is_refused(
+def test_a_prompt_that_is_not_text_is_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
@@ -110,7 +109,7 @@ def test_a_prompt_that_is_no_text_is_refused(
     assert "standard input is not UTF-8" in capsys.readouterr().err
 
 
-def test_a_stop_string_ends_the_text_before_it(completions: Any) -> None:
+def test_the_text_ends_before_a_stop_string(completions: Any) -> None:
     [whole] = completions("We", "--temperature", 1.0)
     stop = whole["text"][4:6]
     [cut] = completions("We", "--temperature", 1.0, "--stop", stop)
@@ -118,18 +117,19 @@ def test_a_stop_string_ends_the_text_before_it(completions: Any) -> None:
     assert cut["text"] == whole["text"][: whole["text"].index(stop)]
 
 
-def test_beams_are_given_best_first(completions: Any) -> None:
-    made = completions("We", "--beams", 3, "--samples", 3, "--max-new-tokens", 6, "--no-stop-at-end")
-    totals = [sum(c["log_probs"]) for c in made]
+def test_beams_are_in_order_best_first(completions: Any) -> None:
+    made = completions("We", "--num-beams", 3, "--num-return-sequences", 3, "--max-new-tokens", 6, "--no-stop-at-end")
+    totals = [sum(c["logprobs"]) for c in made]
     assert totals == sorted(totals, reverse=True)
 
 
+@needs_torch
 def test_bfloat16_is_a_choice(completions: Any) -> None:
     for backend in BACKENDS:
         assert len(completions("We", "--backend", backend, "--dtype", "bfloat16", "--max-new-tokens", 4)[0]["ids"]) == 4
 
 
-def test_a_conversation_goes_on_until_an_empty_line(
+def test_interactive_mode_ends_with_an_empty_line(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = iter(["We", "y" * 999, "hold", ""])
@@ -147,8 +147,8 @@ def test_a_refused_prompt_prints_nothing(model: Path, capsys: pytest.CaptureFixt
     assert "n_positions" in printed.err
 
 
-def test_text_appears_before_the_last_token_is_made(model: Path) -> None:
-    """A real process: what it has written by the time that its first text arrives is less than all."""
+def test_text_appears_before_the_last_token(model: Path) -> None:
+    """Run in a process: when its first text arrives, it has not written everything."""
     command = "import sys; from gpt2_jax.cli import main; main(sys.argv[1:])"
     arguments = ["generate", str(model), "We", "--max-new-tokens", "38", "--no-stop-at-end"]
     with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE) as process:
@@ -160,7 +160,7 @@ def test_text_appears_before_the_last_token_is_made(model: Path) -> None:
     assert rest
 
 
-def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(model: Path) -> None:
     command = "import sys; from gpt2_jax.cli import main; main(sys.argv[1:])"
     arguments = ["generate", str(model), "We", "--max-new-tokens", "38", "--no-stop-at-end"]
     with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=-1, stderr=-1) as process:

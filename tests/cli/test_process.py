@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import threading
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import pytest
 from support.commands import run
 
+from gpt2_jax.cli.verbs import VERBS, load_verb
 from gpt2_jax.console import process
 from gpt2_jax.console.process import (
     HUGE_PAGES,
@@ -241,3 +243,22 @@ def test_tracebacks_of_tensorboard_threads_are_suppressed(
     thread = type("Writer", (threading.Thread,), {"__module__": module})()
     threading.excepthook(SimpleNamespace(exc_value=OSError("no space"), thread=thread))  # type: ignore[arg-type]
     assert bool(said) == is_printed
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("inspect", []), ("bench", []), ("generate", ["cache"]), ("eval", ["cache"]), ("demo", ["huge pages", "cache"])],
+)
+def test_the_process_is_set_up_before_a_verb_runs(
+    name: str, settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    verb = VERBS[name]
+    monkeypatch.setattr(process, "restart_with_huge_pages", lambda: calls.append("huge pages"))
+    monkeypatch.setattr(process, "enable_compilation_cache", lambda: calls.append("cache"))
+    monkeypatch.setattr(import_module(f"gpt2_jax.cli.{verb.module}"), verb.function, lambda: calls.append("verb"))
+    load_verb(name, (), own_process=True)()
+    assert calls == [*settings, "verb"]
+    calls.clear()
+    load_verb(name, ())()  # `main(args)` in a process of the caller's
+    assert calls == ["verb"]

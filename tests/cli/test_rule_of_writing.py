@@ -33,7 +33,7 @@ FILES = [to for to in WRITABLE if FORMATS[to].file_name is not None]
 
 
 def contents(path: Path) -> dict[str, bytes | str | None]:
-    """Everything below `path`: bytes of files, targets of links, None for directories."""
+    """Return everything below `path`: bytes of files, targets of links, None for directories."""
     return {
         str(p.relative_to(path)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
         for p in sorted(path.rglob("*"))
@@ -110,7 +110,7 @@ def test_a_directory_with_other_files_is_not_changed(
 
 
 @pytest.mark.parametrize("to", WRITABLE)
-def test_a_checkpoint_alone_is_replaced_and_none_of_its_files_stays(tmp_path: Path, to: str) -> None:
+def test_a_replaced_checkpoint_leaves_no_old_file(tmp_path: Path, to: str) -> None:
     source, target = source_for(to, tmp_path / "source"), tmp_path / "target"
     options = {"max_shard_bytes": 2000} if to in ("huggingface", "flax_msgpack") else {}
     bridge.save(random_checkpoint(config_for(to, SMALLEST), seed=3), target, format=to, **options)
@@ -156,7 +156,7 @@ def test_a_file_of_another_format_is_not_replaced(
 
 
 @pytest.mark.parametrize("to", FILES)
-def test_a_file_of_the_format_is_replaced_where_that_is_allowed(tmp_path: Path, to: str) -> None:
+def test_a_file_of_the_format_is_replaced_with_overwrite(tmp_path: Path, to: str) -> None:
     source, target = source_for(to, tmp_path / "source"), tmp_path / f"model{FORMATS[to].suffixes[0]}"
     saved(to, target)
     (tmp_path / "thesis.txt").write_text("beside it")
@@ -167,7 +167,7 @@ def test_a_file_of_the_format_is_replaced_where_that_is_allowed(tmp_path: Path, 
 
 @pytest.mark.parametrize("name", ["out.gguf", "out.pt", "out.PTH", "out.bin", "out.safetensors", "out.msgpack"])
 @pytest.mark.parametrize("to", WRITABLE)
-def test_a_name_that_ends_as_another_formats_files_is_refused(
+def test_a_target_with_the_suffix_of_another_format_is_refused(
     tmp_path: Path, to: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, target = source_for(to, tmp_path / "source"), tmp_path / name
@@ -253,7 +253,7 @@ def test_two_processes_that_write_one_target_leave_one_whole_result(tmp_path: Pa
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("target", [".", "..", "/", "~", "source", "source/..", "parent of source", "its file", "link"])
-def test_the_source_and_what_contains_it_are_never_the_target(
+def test_the_target_is_never_the_source_or_a_parent_of_it(
     tmp_path: Path, target: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     home = tmp_path / "home"
@@ -280,8 +280,8 @@ def test_the_source_and_what_contains_it_are_never_the_target(
     assert Path.cwd() == source
 
 
-def test_a_checkpoint_in_memory_may_replace_the_one_that_it_came_from(tmp_path: Path) -> None:
-    """After training in one's own loop."""
+def test_a_checkpoint_in_memory_may_replace_its_source(tmp_path: Path) -> None:
+    """A training loop of the user's own does this."""
     source = source_for("huggingface", tmp_path / "model")
     write_byte_tokenizer(source)
     loaded = bridge.load(source)
@@ -354,9 +354,7 @@ def test_plot_replaces_only_plots_of_this_command(
     assert contents(tmp_path) == before
 
 
-def test_a_report_is_replaced_where_that_is_allowed(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_is_replaced_with_overwrite(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     assert run("inspect", model, "--json", report) == 0
     before = report.read_bytes()
@@ -369,7 +367,7 @@ def test_a_report_is_replaced_where_that_is_allowed(
 
 
 @pytest.mark.parametrize("suffix", PLOT_FORMATS)
-def test_a_plot_is_replaced_where_that_is_allowed(suffix: str, tmp_path: Path) -> None:
+def test_a_plot_is_replaced_with_overwrite(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"plot{suffix}"
     save_plot(Figure(), path)
     require_plot_path(path, overwrite=True)
@@ -383,7 +381,7 @@ def test_overwrite_without_a_report_is_an_error(verb: str, capsys: pytest.Captur
     assert "--overwrite: has no effect without --json" in refuses(capsys, verb, "--overwrite")
 
 
-def test_a_report_is_not_written_to_a_pipe_or_through_a_link_to_nothing(
+def test_a_report_is_not_written_to_a_pipe_or_a_broken_link(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(tmp_path / "pipe.json")
@@ -409,7 +407,7 @@ def test_a_report_that_appears_while_the_command_runs_is_kept(
 
 
 @pytest.mark.parametrize("name", ["model", "text.txt", "x.gguf", "data"])
-def test_a_cache_is_a_directory_that_is_not_read(
+def test_the_cache_must_be_a_directory_that_is_not_an_input(
     name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text(tmp_path / "data")
@@ -482,7 +480,7 @@ def finished(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_an_export_with_other_files_is_kept(finished: Path) -> None:
-    """Found before training goes on, and not when all is done."""
+    """The check happens before training, not at the export."""
     saved("huggingface", finished / "export")
     before = contents(finished)
     with pytest.raises(CheckpointError, match=r"export' is not overwritten.*\n  - 'config\.json'\n  - 'model\.safete"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.commands import CONFIG, run
+from support.commands import CONFIG, needs_torch, run
 from support.models import random_checkpoint
 from support.tokenizers_for_tests import write_byte_tokenizer
 
@@ -20,17 +20,17 @@ from gpt2_jax.training.config import flat, from_flat
 
 EXACT = replace(CONFIG, n_inner=None, activation_function="gelu")
 ASSUMED = "the file does not state its activation; it was read with the exact GELU (gelu)"
-SILENT: tuple[str, ...] = ()
+NO_FLAG: tuple[str, ...] = ()
 CASES = pytest.mark.parametrize(
     ("flag", "activation", "is_assumed"),
-    [(SILENT, "gelu", True), (("--source-activation", "gelu_new"), "gelu_new", False)],
+    [(NO_FLAG, "gelu", True), (("--source-activation", "gelu_new"), "gelu_new", False)],
     ids=["not given", "given"],
 )
 
 
 @pytest.fixture
 def nanogpt(tmp_path: Path) -> Path:
-    """A nanoGPT file alone, with a tokenizer beside it."""
+    """A nanoGPT file in a directory with a tokenizer."""
     bridge.save(random_checkpoint(EXACT), tmp_path / "nano" / "ckpt.pt", format="nanogpt")
     write_byte_tokenizer(tmp_path / "nano")
     return tmp_path / "nano" / "ckpt.pt"
@@ -42,7 +42,7 @@ def facts(file: Path) -> dict[str, Any]:
 
 
 @CASES
-def test_inspect_and_convert_say_how_the_file_was_read(
+def test_inspect_and_convert_report_the_assumed_activation(
     nanogpt: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -60,14 +60,15 @@ def test_inspect_and_convert_say_how_the_file_was_read(
     assert (f"warning: {ASSUMED}" in capsys.readouterr().out) is is_assumed
 
 
-def test_converts_activation_sets_the_targets(nanogpt: Path, tmp_path: Path) -> None:
+def test_the_activation_flag_of_convert_sets_that_of_the_target(nanogpt: Path, tmp_path: Path) -> None:
     flags = ("--source-activation", "gelu_new", "--activation", "gelu")
     assert run("convert", nanogpt, tmp_path / "out", "--to", "nanogpt", *flags) == 0
     assert bridge.load(tmp_path / "out").config.activation_function == "gelu"
 
 
+@needs_torch
 @CASES
-def test_verify_says_how_the_file_was_read(
+def test_verify_reports_the_assumed_activation(
     nanogpt: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -81,9 +82,10 @@ def test_verify_says_how_the_file_was_read(
     assert ("warning: the file does not state its activation" in capsys.readouterr().out) is is_assumed
 
 
-def test_eval_and_generate_compute_with_it(nanogpt: Path, tmp_path: Path) -> None:
+@needs_torch
+def test_eval_and_generate_use_the_given_activation(nanogpt: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("We predict this text.")
-    losses, log_probs = {}, {}
+    losses, logprobs = {}, {}
     for activation in ("gelu", "gelu_new"):
         flags = (
             "--backend",
@@ -97,12 +99,12 @@ def test_eval_and_generate_compute_with_it(nanogpt: Path, tmp_path: Path) -> Non
         assert run("eval", nanogpt, "--data", tmp_path / "text.txt", *flags) == 0
         losses[activation] = facts(tmp_path / "found.json")["loss"]
         assert run("generate", nanogpt, "We", "--max-new-tokens", 2, *flags) == 0
-        log_probs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
+        logprobs[activation] = json.dumps(facts(tmp_path / "found.json")["completions"])
     assert losses["gelu"] != losses["gelu_new"]
-    assert log_probs["gelu"] != log_probs["gelu_new"]
+    assert logprobs["gelu"] != logprobs["gelu_new"]
 
 
-def test_train_begins_with_it(
+def test_train_starts_with_the_given_activation(
     nanogpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun: list[tuple[TrainConfig, Checkpoint]] = []
@@ -114,19 +116,19 @@ def test_train_begins_with_it(
     monkeypatch.setattr(train_verb, "train", stop)
     (tmp_path / "text.txt").write_text("We train on this text.\n" * 200)
     places = ("--data", tmp_path / "text.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "run", "--seq-len", 8)
-    for flag in (SILENT, ("--source-activation", "gelu_new")):
+    for flag in (NO_FLAG, ("--source-activation", "gelu_new")):
         assert run("train", "--init-from", nanogpt, *places, *flag) == 2
     assert [config.model.activation_function for config, _ in begun] == ["gelu", "gelu_new"]
     assert [init_from.config.activation_function for _, init_from in begun] == ["gelu", "gelu_new"]
     assert capsys.readouterr().out.count(f"warning: {ASSUMED}") == 1
 
 
-def test_train_without_a_checkpoint_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_without_a_checkpoint_refuses_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--out", tmp_path / "run", "--source-activation", "gelu") == 2
     assert "source_activation='gelu': is only for --init-from" in capsys.readouterr().err
 
 
-def test_a_run_of_before_the_flag_is_read() -> None:
+def test_a_run_stored_before_the_flag_existed_is_read() -> None:
     stored = {name: value for name, value in flat(PRESETS["nano"]).items() if name != "source_activation"}
     assert from_flat(stored) == PRESETS["nano"]
 

@@ -1,4 +1,4 @@
-"""Names and fields from outside reach no terminal unescaped, whichever verb prints them."""
+"""Every verb escapes control characters in names and fields that come from files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from rich.progress import TextColumn
 from rich.table import Table
 from rich.text import Text
-from support.commands import run
+from support.commands import needs_torch, run
 
 from bridge.errors import escaped
 from gpt2_jax.console.output import progress
@@ -20,18 +20,18 @@ from gpt2_jax.training import PRESETS
 from gpt2_jax.training.config import flat
 
 NAME = "a\x1b]0;x\x07\x1b[31m\u202eb\x9b1m\x7f"
-"""Sets a terminal's title and colour, turns the direction of text, and begins a sequence in one byte."""
+"""Escape sequences for the title and the colour, a right-to-left mark, and a one-byte sequence start."""
 SHOWN = r"a\x1b]0;x\x07\x1b[31m\u202eb\x9b1m\x7f"
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command printed, in which nothing but line breaks is not printable."""
+    """Return what a command printed, after checking that all of it but line breaks is printable."""
     out, errors = capsys.readouterr()
     assert all(line.isprintable() for text in (out, errors) for line in text.split("\n"))
     return out + errors
 
 
-def test_what_is_printable_stays_as_it_is() -> None:
+def test_printable_text_is_unchanged() -> None:
     text = "naïve ✓ 你好 🎵 [bold]x[/bold] :smile: C:\\new"
     assert escaped(text) == text
     out = io.StringIO()
@@ -46,13 +46,13 @@ def test_a_console_escapes_text_and_keeps_styles(make: type) -> None:
     for renderable in (make(NAME), table):
         out = io.StringIO()
         Console(file=out, force_terminal=True, width=120).print(renderable, style="red")
-        assert "\x1b[" in out.getvalue()  # of the style
+        assert "\x1b[" in out.getvalue()  # the style's own escape sequence
         plain = out.getvalue().replace("\x1b[31m", "").replace("\x1b[1;31m", "").replace("\x1b[0m", "")
         assert all(line.isprintable() for line in plain.split("\n"))
         assert SHOWN[:9] in plain
 
 
-def test_a_cell_is_as_wide_as_what_is_printed() -> None:
+def test_the_width_of_a_cell_is_that_of_the_escaped_text() -> None:
     table = Table("name", "next", box=None, pad_edge=False)
     table.add_row(NAME, "1")
     out = io.StringIO()
@@ -60,7 +60,7 @@ def test_a_cell_is_as_wide_as_what_is_printed() -> None:
     assert f"{SHOWN}  1" in out.getvalue()
 
 
-def test_a_bar_escapes_its_description(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_progress_bar_escapes_its_description(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.StringIO()
     monkeypatch.setattr("sys.stderr", out)
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -72,14 +72,14 @@ def test_a_bar_escapes_its_description(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\u202e" not in out.getvalue()
 
 
-def test_an_error_keeps_its_lines_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_keeps_line_breaks_and_escapes_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     print_error(f"{NAME}\n  - \ttwo")
     assert capsys.readouterr().err == f"gpt2: {SHOWN}\n  - \\ttwo\n"
 
 
 @pytest.fixture
 def named(model: Path, tmp_path: Path) -> Path:
-    """The model in a directory with such a name, with such a field and such a file in it."""
+    """The model in a directory named `NAME`, with a field and a file of that name."""
     directory = tmp_path / NAME
     shutil.copytree(model, directory)
     fields = json.loads((directory / "config.json").read_text())
@@ -104,7 +104,7 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=needs_torch if n == "verify" else ()) for n in VERBS])
 def test_no_verb_prints_a_control_character(
     name: str, named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""`gpt2 train` as a user meets it: flags, presets, what it prints, how it ends, and what others read of it."""
+"""`gpt2 train`: flags, presets, output, exit codes, and other programs that read its run."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from gpt2_jax.training.run.metrics import read_metrics
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FLOAT32 = 1e-5
-"""Two implementations in float32 over two layers, relative to the largest logit."""
+"""Limit on the difference of two float32 implementations with two layers, relative to the largest logit."""
 
 
 def flags_of(config: TrainConfig, beside: TrainConfig) -> list[str]:
-    """The flags that make `config` of the preset `beside`."""
+    """Return the flags that turn the preset `beside` into `config`."""
     given = []
     for name, value in flat(config).items():
         flag = name.replace("_", "-")
@@ -61,7 +61,7 @@ RECIPE_FLAGS = flags_of(RECIPE, PRESETS["nano"])
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of `gpt2 ARGUMENTS`."""
+    """Return exit code, standard output and standard error of `gpt2 ARGUMENTS`."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = commands.run(*arguments)
@@ -70,7 +70,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
-    """A directory with text.txt, cache, run, ended.json, and what was printed in out.txt."""
+    """A directory with text.txt, cache, run, ended.json, and the command's output in out.txt."""
     directory = tmp_path_factory.mktemp("trained")
     text, out, ended = write_text(directory), directory / "run", directory / "ended.json"
     places = ("--data", text, "--cache", directory / "cache", "--out", out, "--json", ended)
@@ -85,7 +85,7 @@ def copy(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "copy"))
 
 
-def test_a_run_says_what_it_does_and_where_things_are(trained: Path) -> None:
+def test_a_run_prints_its_size_losses_and_files(trained: Path) -> None:
     printed = (trained / "out.txt").read_text()
     parameters = bridge.num_parameters(RECIPE.model)
     for expected in (
@@ -107,7 +107,7 @@ def test_flags_override_the_preset_and_are_stored(trained: Path) -> None:
 
 
 def test_the_export_is_the_same_function_in_every_implementation(trained: Path) -> None:
-    """The run has no biases and a padded vocabulary, the export zero biases and no padding."""
+    """The run has no biases and a padded vocabulary; the export has zero biases and no padding."""
     import torch
     import transformers
 
@@ -138,7 +138,7 @@ def test_the_export_has_the_tokenizer(trained: Path) -> None:
     assert (config.bos_token_id, config.eos_token_id) == (256, 256)  # not OpenAI's 50256
 
 
-def test_generate_and_convert_take_the_run(trained: Path, tmp_path: Path) -> None:
+def test_generate_and_convert_read_a_run(trained: Path, tmp_path: Path) -> None:
     code, printed, _ = run("generate", trained / "run", "line", "--max-new-tokens", 3)
     assert (code, printed[:4]) == (0, "line")
     assert run("convert", trained / "run", tmp_path / "out", "--to", "huggingface", "--zero-biases")[0] == 0
@@ -146,7 +146,7 @@ def test_generate_and_convert_take_the_run(trained: Path, tmp_path: Path) -> Non
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == exported
 
 
-def test_resume_takes_the_stored_configuration(copy: Path) -> None:
+def test_resume_uses_the_stored_configuration(copy: Path) -> None:
     before = stored_identity(copy / "run")
     metrics = read_metrics(copy / "run")
     code, _, errors = run("train", "--resume", "--out", copy / "run", "--cache", copy / "cache")
@@ -155,7 +155,7 @@ def test_resume_takes_the_stored_configuration(copy: Path) -> None:
     assert read_metrics(copy / "run") == metrics
 
 
-def test_resume_with_another_flag_is_refused_by_its_name_unless_it_is_accepted(copy: Path) -> None:
+def test_resume_with_a_changed_flag_needs_accept_changes(copy: Path) -> None:
     again = ("train", "--resume", "--out", copy / "run", "--cache", copy / "cache")
     code, _, errors = run(*again, "--batch-size", 2, "--n-layer", 3)
     assert code == 2
@@ -166,24 +166,24 @@ def test_resume_with_another_flag_is_refused_by_its_name_unless_it_is_accepted(c
     assert stored_identity(copy / "run").config.optimizer.beta2 == 0.9
 
 
-def test_fine_tuning_takes_sizes_and_tokenizer_and_needs_its_source_only_to_begin(copy: Path) -> None:
+def test_fine_tuning_takes_sizes_and_tokenizer_from_its_source(copy: Path) -> None:
     source, out = copy / "run" / "export", copy / "tuned"
     quick = ("--max-steps", 1, "--batch-size", 2, "--seq-len", 8, "--eval-batches", 1, "--sample-tokens", 0)
     places = ("--out", out, "--data", copy / "text.txt", "--cache", copy / "cache")
-    code, _, errors = run("train", "--init-from", source, *places, *quick, "--n-layer", 2)  # as it has
+    code, _, errors = run("train", "--init-from", source, *places, *quick, "--n-layer", 2)  # the same as in the source
     assert (code, errors) == (0, "")
     config = stored_identity(out).config
     assert config.preset == "finetune"
     assert config.model == bridge.load(source).config
     assert bridge.load(out).tokenizer().n_vocab == 257
     trained, begun = (read_metrics(run)[-1 - last]["val_loss"] for run, last in ((copy / "run", 0), (out, 1)))
-    assert abs(trained - begun) < 0.5  # random weights are at 5.5; other windows of the same text
+    assert abs(trained - begun) < 0.5  # random weights have 5.5; the windows differ
     assert config.tokenizer == "init-from"
     shutil.rmtree(source)
     again = ("train", "--resume", "--out", out, "--cache", copy / "cache")
     assert run(*again)[0] == 0
     stored = json.loads((out / "run.json").read_text())
-    stored["config"]["tokenizer"] = "gpt2"  # as runs said that began before there was "init-from"
+    stored["config"]["tokenizer"] = "gpt2"  # as stored by runs from before "init-from" existed
     (out / "run.json").write_text(json.dumps(stored))
     assert run(*again)[0] == 0
     code, _, errors = run(*again, "--tokenizer", "characters", "--accept-changes")
@@ -193,7 +193,7 @@ def test_fine_tuning_takes_sizes_and_tokenizer_and_needs_its_source_only_to_begi
 QUICK = ("--max-steps", 1, "--batch-size", 2, "--seq-len", 8, "--eval-batches", 1, "--sample-tokens", 0)
 
 
-def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tokenizer_needs_the_flag(tmp_path: Path) -> None:
     source = huggingface_directory(tmp_path / "source", replace(RECIPE.model, vocab_size=300, bias=True))
     places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", tmp_path / "run")
     code, _, errors = run("train", "--init-from", source, *places, *QUICK)
@@ -201,13 +201,13 @@ def test_a_checkpoint_without_a_tokenizer_is_given_one(tmp_path: Path) -> None:
     assert run("train", "--init-from", source, *places, *QUICK, "--tokenizer", "bytes")[0] == 0
     made = bridge.load(tmp_path / "run")
     assert (made.config.vocab_size, made.tokenizer().n_vocab) == (300, 257)
-    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had ended before the first
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if the run had stopped before its first checkpoint
     assert run("train", "--resume", "--cache", tmp_path / "cache", "--out", tmp_path / "run")[0] == 0
     assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 257
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
-def test_a_tokenizer_with_more_ids_than_the_checkpoint_has_rows_is_refused(tmp_path: Path, tokenizer: str) -> None:
+def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused(tmp_path: Path, tokenizer: str) -> None:
     source = huggingface_directory(tmp_path / "source", replace(RECIPE.model, vocab_size=20, bias=True))
     places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", tmp_path / "run")
     code, _, errors = run("train", "--init-from", source, *places, *QUICK, "--tokenizer", tokenizer)
@@ -222,7 +222,7 @@ def test_the_checkpoints_own_tokenizer_may_be_named(tmp_path: Path) -> None:
     assert (code, errors) == (0, "")
 
 
-def test_what_diverges_ends_with_1_and_names_the_step(trained: Path, tmp_path: Path) -> None:
+def test_divergence_exits_with_1_and_names_the_step(trained: Path, tmp_path: Path) -> None:
     places = ("--data", trained / "text.txt", "--cache", trained / "cache", "--out", tmp_path / "run")
     code, _, errors = run(
         "train",
@@ -323,7 +323,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_with_2_and_a_message_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_bad_input_exits_with_2_and_writes_nothing(name: str, tmp_path: Path) -> None:
     arguments, message = BAD[name]
     places = {"tmp": tmp_path, "out": tmp_path / "run", "text": write_text(tmp_path)}
     before = {p: p.read_bytes() for p in tmp_path.iterdir()}
@@ -363,7 +363,7 @@ def test_flags_that_have_no_effect_on_token_files_are_refused(tmp_path: Path) ->
     assert not out.exists() and not (tmp_path / "cache").exists()
 
 
-def test_token_files_need_no_tokenizer_and_a_resume_may_begin(tmp_path: Path) -> None:
+def test_resume_without_a_run_starts_one_on_token_files(tmp_path: Path) -> None:
     np.tile(np.arange(50, dtype=np.uint16), 20).tofile(tmp_path / "train.bin")
     out = tmp_path / "run"
     flags = flags_of(replace(RECIPE, tokenizer="none", sample_tokens=5), PRESETS["nano"])
@@ -420,11 +420,11 @@ def test_every_field_has_a_line_of_help(part: type) -> None:
             assert isinstance(following, ast.Expr), ast.unparse(statement)
 
 
-# A process of its own, because a signal is for a process.
+# In a child process, because the signal goes to a process.
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_exports_and_is_told_by_the_exit_code(
+def test_a_signal_saves_exports_and_sets_the_exit_code(
     trained: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     out = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""The short version of `python -m faults.two_processes`."""
+"""The short version of `faults.two_processes`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SOME = [
     Fault("SIGTERM", 1, ("writing",), "fsdp=2"),
     Fault("SIGTERM to both", 1, ("training", "exporting"), "fsdp=2"),
     Fault("third SIGTERM", 1, ("training", "the last save"), "fsdp=2"),
-    Fault("kill -9", 0, ("sealing",), "fsdp=2"),
+    Fault("kill -9", 0, ("committing",), "fsdp=2"),
     Fault("kill -9", 1, ("pruning",), "fsdp=2"),
 ]
 

@@ -17,11 +17,11 @@ FILES = {"a": b"first", "b/c": b"second", "b/d/e": b""}
 
 
 def samples(folder: Path) -> list[Path]:
-    source = folder / "sealed"
+    source = folder / "committed"
     for name, content in FILES.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(content)
-    manifest.seal(source, {"step": 7, "val_loss": 1.25, "config": {"n_layer": 2}})
+    manifest.commit(source, {"step": 7, "val_loss": 1.25, "config": {"n_layer": 2}})
     return [source]
 
 

@@ -43,7 +43,7 @@ def samples(folder: Path) -> list[Path]:
             with context:
                 ocp.save(source / "saved", jax.tree.map(jnp.asarray, params))
             (source / "saved" / "state").rename(source / "state")
-        manifest.seal(source, {"step": 7, "val_loss": 1.0})
+        manifest.commit(source, {"step": 7, "val_loss": 1.0})
     return sources
 
 

@@ -1,8 +1,8 @@
-"""What test_jax_attention.py runs in a process of its own: attention, compiled for four TPUs that are not here.
+"""Compile attention for four TPUs without having any. test_jax_attention.py runs this in a separate process.
 
     python for_tpu.py splash|dots|full|plain LENGTH FILE
 
-Writes the program of value and gradients to FILE; `dots` and `full` are the kernel under that rule of what is kept.
+Writes the program of value and gradients to FILE. `dots` and `full` are the splash kernel with that `remat`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The implementations of causal attention against the plain one: values, gradients, what is seen, what is refused."""
+"""The implementations of causal attention against `xla`: values, gradients, causality, and errors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from support import eight_devices
 from gpt2_jax.ops.attention import _splash, attention, fastest
 
 FLOAT64 = 1e-12
-"""Relative to the largest: sums of up to 600 terms, in another order."""
+"""Relative to the largest value: sums of up to 600 terms in another order."""
 FLOAT32 = 1e-5
-"""The same in float32: some hundred units of its rounding."""
+"""The same in float32: about a hundred units of its rounding."""
 STEPS = 4
-"""Of the narrow dtype's rounding, relative to the largest: q is rounded once scaled, and weights, scores' gradients and
-the results once each. Against float64, which has none of these."""
+"""Error against float64 in units of the narrow dtype's rounding, relative to the largest value. The scaled q, the
+weights, the gradients of the scores, and the results are each rounded once."""
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 B, H, K = 2, 4, 6
 SCALE = 1 / math.sqrt(K)
 LENGTHS = (1, 3, 255, 256, 257, 600)
-"""One query, less than a block, one less than a block, a block, one more, and three blocks of which one is partial."""
+"""One query, half a block, one less than a block, a block, one more, and three blocks with the last one partial."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -43,12 +43,12 @@ def implementation(name: str, scale: float | jax.Array = SCALE) -> Attention:
 
 
 def interpreted_splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The TPU's kernel on any machine; the queries are scaled before they come to it."""
+    """Run the TPU's kernel on any machine. It takes scaled queries."""
     return _splash(q / math.sqrt(q.shape[-1]), k, v, interpret=True)
 
 
 def heads(length: int, dtype: Any = np.float32, *, seed: int = 0, size: int = K) -> list[jax.Array]:
-    """Queries, keys and values, and a gradient of what comes out."""
+    """Return queries, keys and values, and a gradient of the result."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.normal(size=(B, length, H, size)), dtype) for _ in range(4)]
 
@@ -60,8 +60,10 @@ def value_and_gradients(function: Attention, q: jax.Array, k: jax.Array, v: jax.
 
 
 def assert_close(found: Any, expected: Any, tolerance: float) -> None:
-    """Value and gradients one by one, each relative to its largest, or to 1, which is what goes in: of one query and
-    one key some are zero."""
+    """Compare value and gradients, each relative to its largest element, or to 1, the size of the inputs.
+
+    With one query and one key, some gradients are zero.
+    """
     for i, a, b in zip(range(len(expected)), found, expected, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(
@@ -70,7 +72,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_blocks_are_the_plain_attention_in_float64(length: int, x64: None) -> None:
+def test_blockwise_equals_xla_in_float64(length: int, x64: None) -> None:
     given = heads(length, np.float64)
     found, expected = (value_and_gradients(implementation(name), *given) for name in ("blockwise", "xla"))
     assert_close(found, expected, FLOAT64)
@@ -78,7 +80,7 @@ def test_blocks_are_the_plain_attention_in_float64(length: int, x64: None) -> No
 
 @pytest.mark.parametrize("length", [3, 600])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, FLOAT32), (jnp.bfloat16, STEPS * 2**-8)])
-def test_blocks_round_no_more_than_their_dtype_does(length: int, dtype: Any, tolerance: float, x64: None) -> None:
+def test_blockwise_rounds_only_to_its_dtype(length: int, dtype: Any, tolerance: float, x64: None) -> None:
     given = heads(length, dtype)
     found = value_and_gradients(implementation("blockwise"), *given)
     assert {array.dtype for array in found} == {jnp.dtype(dtype)}
@@ -100,25 +102,25 @@ def test_a_traced_scale_is_a_number_and_has_a_gradient(name: str, x64: None) -> 
     by_difference = total(q, k, v, scale + 1e-6) - total(q, k, v, scale - 1e-6)
     np.testing.assert_allclose(total(q, k, v, scale), (value[0] * d).sum(), rtol=FLOAT64)
     assert_close(gradients[:3], value[1:], FLOAT64)
-    np.testing.assert_allclose(gradients[3], by_difference / 2e-6, rtol=1e-6)  # the step's own error
+    np.testing.assert_allclose(gradients[3], by_difference / 2e-6, rtol=1e-6)  # the error of the finite difference
 
 
 @pytest.mark.parametrize("length", [3, 600])
 def test_scores_of_thousands_do_not_overflow(length: int, x64: None) -> None:
-    """Keys that are hidden may score higher than those that are seen by more than an exponential can hold."""
+    """The scores of masked keys may exceed those of visible keys by more than the range of the exponential."""
     q, k, v, d = heads(length, np.float64)
     given = 1e3 * q, k, v, d
     found, expected = (value_and_gradients(implementation(name), *given) for name in ("blockwise", "xla"))
     assert np.abs(np.einsum("BTHK,BSHK->BHTS", given[0], k)).max() * SCALE > np.log(np.finfo(np.float64).max)
-    # A rounding of scores is one of exponents: as many more units as the scores are larger.
+    # Rounding of the scores becomes relative error of the weights, so it grows with the scores.
     assert_close(found, expected, 1e3 * FLOAT64)
     narrow = value_and_gradients(implementation("blockwise"), *(array.astype(np.float32) for array in given))
     assert all(jnp.isfinite(array).all() for array in narrow)
 
 
 @pytest.mark.parametrize("larger", [1.0, 1e3])
-def test_blocks_can_be_mapped_and_derived_again(larger: float, x64: None) -> None:
-    """Through the gradients that are written out."""
+def test_blockwise_supports_vmap_and_second_derivatives(larger: float, x64: None) -> None:
+    """The written gradients support vmap and second derivatives."""
     q, k, v, _ = heads(5, np.float64)
 
     def slope(function: Attention) -> Any:
@@ -131,7 +133,7 @@ def test_blocks_can_be_mapped_and_derived_again(larger: float, x64: None) -> Non
 
 
 @pytest.mark.parametrize("length", [128, 256])
-def test_the_tpu_kernel_is_the_plain_attention(length: int) -> None:
+def test_the_tpu_kernel_equals_xla(length: int) -> None:
     given = heads(length, size=8)
     found = value_and_gradients(interpreted_splash, *given)
     assert_close(found, value_and_gradients(implementation("xla", 1 / math.sqrt(8)), *given), FLOAT32)
@@ -146,10 +148,8 @@ def test_the_tpu_kernel_is_the_plain_attention(length: int) -> None:
     ],
     ids=["xla", "blockwise", "splash"],
 )
-def test_keys_and_values_that_come_later_change_nothing(
-    function: Attention, length: int, places: tuple[int, ...]
-) -> None:
-    """Bit for bit; and where nothing from there on is looked at, keys and values from there on have no gradient."""
+def test_later_keys_and_values_change_nothing(function: Attention, length: int, places: tuple[int, ...]) -> None:
+    """Earlier results are equal bit for bit, and their gradients by later keys and values are zero."""
     q, k, v, d = heads(length)
     _, other_k, other_v, _ = heads(length, seed=1)
     before = value_and_gradients(function, q, k, v, d)[0]
@@ -164,17 +164,17 @@ def test_keys_and_values_that_come_later_change_nothing(
 
 
 def shapes(program: str) -> set[tuple[int, ...]]:
-    """Of every array of a compiled program."""
+    """Return the shape of every array in a compiled program."""
     found = re.findall(r"\b(?:pred|[subf]+\d+)\[([\d,]+)\]", program)
     return {tuple(map(int, dimensions.split(","))) for dimensions in found}
 
 
 def has_all_scores(program: str, length: int) -> bool:
-    """Whether any array has as many entries as there are scores of one head, or an axis of queries and one of keys."""
+    """Whether an array has as many elements as one head has scores, or an axis of queries and an axis of keys."""
     return any(s.count(length) >= 2 or math.prod(s) >= B * H * length**2 for s in shapes(program))
 
 
-def test_blocks_never_have_all_scores() -> None:
+def test_blockwise_never_holds_all_scores() -> None:
     length = 1024
     abstract = [jax.ShapeDtypeStruct((B, length, H, K), jnp.float32)] * 4
     programs = {
@@ -187,8 +187,8 @@ def test_blocks_never_have_all_scores() -> None:
     }
 
 
-def test_the_tpu_kernel_on_a_mesh_and_blocks_on_it_are_those_on_one_device(tmp_path: Path) -> None:
-    """Rows spread over two axes, heads over a third, in a process that has eight devices; none needs another's."""
+def test_the_tpu_kernel_and_blockwise_compute_the_same_on_a_mesh(tmp_path: Path) -> None:
+    """Rows are sharded over two axes and heads over a third, in a process with eight devices, without communication."""
     results = eight_devices.run("spread_attention", tmp_path)
     for name in ("splash", "blockwise"):
         found, expected = ([results[f"{where}/{name}/{i}"] for i in range(4)] for where in ("mesh", "plain"))
@@ -218,14 +218,14 @@ FASTEST = [
 
 
 @pytest.mark.parametrize(("platform", "dtype", "length", "head_size", "name"), FASTEST)
-def test_the_fastest_is_by_platform_dtype_length_and_head_size(
+def test_the_fastest_depends_on_platform_dtype_length_and_head_size(
     platform: str, dtype: Any, length: int, head_size: int, name: str
 ) -> None:
     assert fastest(platform, jnp.dtype(dtype), length, head_size) == name
     assert fastest(platform, dtype, length, head_size) == name
 
 
-def test_auto_takes_the_fastest_and_the_plain_one_for_a_mask_or_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_fastest_and_xla_for_a_mask_or_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v, _ = heads(600)
     options: dict[str, Any] = {"is_causal": True, "scale": 1.0}
 
@@ -237,7 +237,7 @@ def test_auto_takes_the_fastest_and_the_plain_one_for_a_mask_or_dropout(monkeypa
     for more in ({"mask": mask}, {"dropout_rate": 0.1, "dropout_key": key}, {"is_causal": False}):
         assert program(**more) == program(**more, implementation="xla")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "pallas_call" not in program()  # 600 is no multiple of 128
+    assert "pallas_call" not in program()  # 600 is not a multiple of 128
     q, k, v, _ = heads(256)
     assert "pallas_call" in program()
 
@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_taken_is_refused_by_name(given: dict[str, Any], message: str) -> None:
+def test_unsupported_arguments_are_refused_by_name(given: dict[str, Any], message: str) -> None:
     options = {"is_causal": True, "scale": 1.0, **given}
     length, dtype, size = options.pop("length", 7), options.pop("dtype", jnp.float32), options.pop("size", K)
     q, k, v, _ = heads(length, dtype, size=size)
@@ -293,11 +293,11 @@ def test_float64_is_refused_by_the_tpu_kernel(x64: None) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [1, 255, 256, 1024])
 @pytest.mark.parametrize(("dtype", "rounding"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11)])
-def test_cudnn_is_the_plain_attention(length: int, dtype: Any, rounding: float) -> None:
+def test_cudnn_equals_xla(length: int, dtype: Any, rounding: float) -> None:
     if jax.default_backend() != "gpu":
         pytest.skip(f"cuDNN needs a GPU; JAX has {jax.default_backend()}")
     given = heads(length, dtype, size=64)
-    with jax.default_matmul_precision("highest"):  # else a GPU multiplies float32 as TensorFloat-32
+    with jax.default_matmul_precision("highest"):  # otherwise a GPU multiplies float32 as TensorFloat-32
         wide = value_and_gradients(implementation("xla", 1 / 8), *(array.astype(jnp.float32) for array in given))
     found = value_and_gradients(implementation("cudnn", 1 / 8), *given)
     assert {array.dtype for array in found} == {jnp.dtype(dtype)}
@@ -306,7 +306,7 @@ def test_cudnn_is_the_plain_attention(length: int, dtype: Any, rounding: float) 
 
 @pytest.mark.tpu
 def test_the_tpu_kernel_compiles_for_a_mesh_of_tpus(tmp_path: Path) -> None:
-    """By the TPU's compiler, which needs no TPU: the kernels are in the program, and all scores are not."""
+    """Compiled by the TPU's compiler, which needs no TPU. The program has the kernels and no array of all scores."""
     if find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: `make test-tpu` puts it beside the environment")
     length = 1024

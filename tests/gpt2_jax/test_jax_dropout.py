@@ -1,4 +1,4 @@
-"""Dropout in the port: where it acts, that keys decide it, and that it is fair."""
+"""Dropout in the port: where it applies, that it depends on the key, and its statistics."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from bridge import GPT2Config
 from gpt2_jax import GPT2
 from gpt2_jax.ops.attention import attention
 
-STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; keys are fixed besides
+STANDARD_ERRORS = 4.5  # a correct statistic passes with probability 0.99999; keys are fixed
 
-SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
+SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers take longer to compile
 IDS = random_ids(SMALL, batch=4)
 PLACES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 each_place = pytest.mark.parametrize("place", PLACES)
@@ -29,7 +29,7 @@ each_form = pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
 
 
 def random_key(seed: int) -> jax.Array:
-    """Of the generator that compiles in half the time of JAX's default."""
+    """A key of the generator that compiles in half the time of JAX's default."""
     return jax.random.key(seed, impl="rbg")
 
 
@@ -51,7 +51,7 @@ def test_it_is_off_by_default(scan: bool):
 
 @each_form
 @each_place
-def test_each_place_alone_acts_and_its_key_decides(place: str, scan: bool):
+def test_each_dropout_alone_applies_and_depends_on_the_key(place: str, scan: bool):
     plain, params = jax_model(random_checkpoint(SMALL), scan=scan)
     model = GPT2(replace(SMALL, **{place: 0.3}), scan=scan)
     first = dropped(model, params, seed=1)
@@ -69,7 +69,7 @@ def test_a_missing_key_is_a_clear_error(place: str, scan: bool):
         model.apply({"params": params}, IDS, deterministic=False)
 
 
-def test_attention_by_itself_asks_for_its_key():
+def test_attention_by_itself_requires_a_key():
     ones = jnp.ones((1, 2, 1, 1))
     with pytest.raises(ValueError, match=r'rngs=\{"dropout": key\}'):
         attention(ones, ones, ones, None, is_causal=False, scale=1.0, dropout_rate=0.1)
@@ -78,7 +78,7 @@ def test_attention_by_itself_asks_for_its_key():
 def test_attention_dropout_keeps_the_mean_and_drops_at_its_rate():
     rate, queries = 0.2, 20_000
     ones = jnp.ones((queries, 1, 1, 1))
-    # One key, so one weight of 1: what comes out is 0 or 1 / (1 - rate).
+    # With one key there is one weight, 1, so the output is 0 or 1 / (1 - rate).
     out = attention(ones, ones, ones, None, is_causal=False, scale=1.0, dropout_rate=rate, dropout_key=random_key(3))
     hidden = out == 0
     np.testing.assert_allclose(out[~hidden], 1 / (1 - rate), rtol=1e-6)  # one float32 division
@@ -89,9 +89,9 @@ def test_attention_dropout_keeps_the_mean_and_drops_at_its_rate():
 
 @each_form
 def test_every_sublayer_of_every_layer_draws_its_own_mask(scan: bool):
-    """Sub-layers that add 1 everywhere: dropped at 1/2, the sum over them is twice a binomial variable.
+    """Each sublayer adds 1 everywhere, so with a rate of 1/2 their sum is twice a binomial variable.
 
-    Were masks shared by the two layers, the number of kept ones would always be even.
+    If the two layers shared their masks, the number of kept values would always be even.
     """
     config = replace(SMALL, resid_pdrop=0.5)
     model = GPT2(config, scan=scan)

@@ -1,4 +1,4 @@
-"""What the port's evaluation keeps to besides the figures, which tests/parity/test_evaluation.py compares."""
+"""The port's evaluation, except for its results, which tests/parity/test_evaluation.py compares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL = replace(TINY, n_layer=2)
 TEXT = random_ids(SMALL, batch=1, length=150)[0]
 
 
-def test_one_text_compiles_once_whatever_the_last_window_and_batch_hold() -> None:
+def test_one_text_compiles_once_even_with_a_partial_last_window_or_batch() -> None:
     model, params = jax_model(random_checkpoint(SMALL))
     _losses.clear_cache()
     for length in (150, 149, 97):
@@ -31,10 +31,10 @@ def test_bfloat16_computes_the_loss_in_float32() -> None:
     losses = _losses(model, params, TEXT[None, :20], TEXT[None, 1:21])
     assert losses.dtype == np.float32
     wide = gpt2_jax.evaluate(*jax_model(checkpoint), TEXT)
-    assert gpt2_jax.evaluate(model, params, TEXT).loss == pytest.approx(wide.loss, rel=2**-7)  # bfloat16's resolution
+    assert gpt2_jax.evaluate(model, params, TEXT).loss == pytest.approx(wide.loss, rel=2**-7)  # bfloat16's precision
 
 
-def test_progress_is_told_and_bad_requests_are_refused() -> None:
+def test_progress_is_reported_and_invalid_arguments_are_refused() -> None:
     model, params = jax_model(random_checkpoint(SMALL))
     calls: list[tuple[int, int]] = []
     found = gpt2_jax.evaluate(model, params, TEXT, batch_size=4, progress=lambda *call: calls.append(call))

@@ -1,4 +1,4 @@
-"""Sampling from the port, and that greedy tokens are the same everywhere."""
+"""Sampling from the port, and greedy tokens in every implementation."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import pytest
 from support.implementations import jax_model, torch_logits, torch_model, transformers_model
 from support.models import TINY, huggingface_directory, random_checkpoint, random_ids
 
-from bridge.generation.config import GenerationConfig, uniform_draws
-from bridge.generation.decoder import left_padded
+from bridge.generation.config import GenerationConfig, uniform_noise
+from bridge.generation.prompts import left_padded
 from gpt2_jax import GPT2, generate
-from gpt2_jax.generation import SHORTEST_BUCKET, Decoder, _more_tokens, _prefill, bucket
+from gpt2_jax.generation import SMALLEST_BUCKET, Decoder, _decode_loop, _prefill_chunks, bucket
 
 ROOT = Path(__file__).parents[2]
 
 LOGIT_ROUNDING = 1e-5
-"""Of the largest logit: float32 sums in another order, 5e-7 of it."""
+"""Relative to the largest logit: float32 sums in another order differ by 5e-7."""
 BFLOAT16_NATS = 0.3
-"""bfloat16 keeps 8 bits: logits of 16 and more are multiples of 0.125, and each layer adds a rounding."""
+"""bfloat16 has 8 bits of precision: logits of 16 and more are multiples of 0.125, and each layer adds rounding."""
 
-SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
+SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers take longer to compile
 PROMPTS = random_ids(SMALL, batch=3, length=4)
 
 
@@ -68,7 +68,7 @@ def test_greedy_tokens_are_the_same_in_every_implementation(config: Any):
     np.testing.assert_array_equal(peer.numpy(), expected)
 
 
-def test_the_seed_decides_the_tokens(model_and_params: tuple[GPT2, dict[str, Any]]):
+def test_the_tokens_depend_on_the_seed(model_and_params: tuple[GPT2, dict[str, Any]]):
     first, same, other = (
         np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=1.0, seed=seed))
         for seed in (1, 1, 2)
@@ -84,7 +84,7 @@ def test_one_candidate_is_greedy(model_and_params: tuple[GPT2, dict[str, Any]]):
     np.testing.assert_array_equal(sampled, generate(*model_and_params, PROMPTS, max_new_tokens=9))
 
 
-def test_only_the_likeliest_k_are_sampled(model_and_params: tuple[GPT2, dict[str, Any]]):
+def test_only_the_k_most_likely_tokens_are_sampled(model_and_params: tuple[GPT2, dict[str, Any]]):
     model, params = model_and_params
     ids = generate(model, params, PROMPTS, max_new_tokens=20, temperature=9.0, top_k=3)
     candidates = jax.lax.top_k(jax.jit(model.apply)({"params": params}, ids)[:, 3:-1], 3)[1]
@@ -106,7 +106,7 @@ def test_prompts_that_cannot_be_continued_are_refused(model_and_params: tuple[GP
 
 
 def test_generating_twice_gives_the_same(model_and_params: tuple[GPT2, dict[str, Any]]):
-    """What the loops are given to write over is their own, not the caller's parameters or ids."""
+    """The compiled loops donate their own buffers, not the caller's parameters or ids."""
     model, params = model_and_params
     before, ids = jax.tree.map(np.array, params), jnp.asarray(PROMPTS)
     first, second = (generate(model, params, ids, max_new_tokens=9, temperature=1.0) for _ in range(2))
@@ -115,18 +115,18 @@ def test_generating_twice_gives_the_same(model_and_params: tuple[GPT2, dict[str,
     np.testing.assert_array_equal(ids, PROMPTS)
 
 
-def test_a_row_is_filled_with_the_stop_id_after_which_it_ended(model_and_params: tuple[GPT2, dict[str, Any]]):
+def test_a_row_is_filled_with_the_token_that_ended_it(model_and_params: tuple[GPT2, dict[str, Any]]):
     free = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9)).tolist()
     stop = free[0][6]
-    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, stop_ids=[stop])).tolist()
+    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, eos_token_id=[stop])).tolist()
     assert len(ids) == len(free)
     for row, whole in zip(ids, free, strict=True):
         end = whole.index(stop, 4) + 1 if stop in whole[4:] else len(whole)
         assert row == [*whole[:end], *[stop] * (len(whole) - end)]
 
 
-def test_samples_of_a_prompt_follow_each_other(model_and_params: tuple[GPT2, dict[str, Any]]):
-    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=3.0, samples=2))
+def test_outputs_of_a_prompt_are_adjacent(model_and_params: tuple[GPT2, dict[str, Any]]):
+    ids = np.asarray(generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=3.0, num_return_sequences=2))
     np.testing.assert_array_equal(ids[:, :4], PROMPTS.repeat(2, axis=0))
     assert len({tuple(row) for row in ids.tolist()}) == 6
 
@@ -137,9 +137,9 @@ COMPILED_BUCKETS = (32, 64, 128)
 
 @pytest.fixture
 def counted() -> Decoder:
-    """A decoder whose compilations alone are counted."""
-    _prefill.clear_cache()
-    _more_tokens.clear_cache()
+    """A decoder, after the caches of compiled functions have been cleared."""
+    _prefill_chunks.clear_cache()
+    _decode_loop.clear_cache()
     return Decoder(*jax_model(random_checkpoint(COMPILED)))
 
 
@@ -152,40 +152,40 @@ def test_any_number_of_lengths_takes_one_compilation_per_bucket(counted: Decoder
         slots = bucket(length + new, COMPILED.n_positions)
         caches.add(slots)
         prompts.add((slots, bucket(length, COMPILED.n_positions)))
-    assert caches <= {SHORTEST_BUCKET, *COMPILED_BUCKETS}
-    assert _more_tokens._cache_size() <= len(caches)
-    assert _prefill._cache_size() <= len(prompts)
+    assert caches <= {SMALLEST_BUCKET, *COMPILED_BUCKETS}
+    assert _decode_loop._cache_size() <= len(caches)
+    assert _prefill_chunks._cache_size() <= len(prompts)
 
 
-def test_other_numbers_in_a_request_compile_nothing(counted: Decoder):
-    request = GenerationConfig(8, temperature=0.7, top_k=5, seed=1)
-    counted.generate([[1, 2, 3]], request)
-    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 1)
-    for changes in ({"seed": 2}, {"temperature": 1.3}, {"top_k": 9}, {"max_new_tokens": SHORTEST_BUCKET - 3}):
-        counted.generate([[4, 5, 6]], replace(request, **changes))
+def test_other_values_in_a_configuration_compile_nothing(counted: Decoder):
+    generation_config = GenerationConfig(8, temperature=0.7, top_k=5, seed=1)
+    counted.generate([[1, 2, 3]], generation_config)
+    assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 1)
+    for changes in ({"seed": 2}, {"temperature": 1.3}, {"top_k": 9}, {"max_new_tokens": SMALLEST_BUCKET - 3}):
+        counted.generate([[4, 5, 6]], replace(generation_config, **changes))
     for at_a_time in (1, 3):
-        assert [*counted.stream([[7]], request, at_a_time)]
-    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 1)
-    counted.generate([[1, 2, 3]], replace(request, top_p=0.9))
-    assert (_prefill._cache_size(), _more_tokens._cache_size()) == (1, 2), "this would not have counted"
+        assert [*counted.stream([[7]], generation_config, at_a_time)]
+    assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 1)
+    counted.generate([[1, 2, 3]], replace(generation_config, top_p=0.9))
+    assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 2), "the compilation was not counted"
 
 
 def test_buckets_are_powers_of_two_up_to_the_positions():
-    lengths = (1, SHORTEST_BUCKET, SHORTEST_BUCKET + 1, 64, 65, 100)
+    lengths = (1, SMALLEST_BUCKET, SMALLEST_BUCKET + 1, 64, 65, 100)
     assert [bucket(length, 100) for length in lengths] == [16, 16, 32, 64, 100, 100]
     assert bucket(3, 8) == 8
 
 
 @pytest.mark.parametrize("lengths", [(7,), (8,), (9,), (16, 3), (29, 21)], ids=str)
-def test_a_prompt_of_several_chunks_has_the_logits_of_one_run(
+def test_prefill_in_chunks_gives_the_logits_of_one_run(
     lengths: tuple[int, ...], model_and_params: tuple[GPT2, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sys.modules[Decoder.__module__], "PREFILL_CHUNK", 8)
     model, params = model_and_params
     rows = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in lengths]
-    _, found = Decoder(model, params)._prefilled(*left_padded(rows), slots=31)
+    _, found = Decoder(model, params)._prefill_cache(*left_padded(rows), max_length=31)
     for row, logits in zip(rows, found, strict=True):
-        expected = torch_logits(random_checkpoint(SMALL), np.array([row]))[0, -1]  # nothing to compile
+        expected = torch_logits(random_checkpoint(SMALL), np.array([row]))[0, -1]  # torch does not compile
         np.testing.assert_allclose(logits, expected, rtol=0, atol=LOGIT_ROUNDING * np.abs(expected).max())
 
 
@@ -197,28 +197,30 @@ def test_bfloat16_parameters_give_the_log_probabilities_of_a_bfloat16_model(
     decoder = Decoder(model, params, dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(decoder.params)} == {jnp.dtype(jnp.bfloat16)}
     prompts = PROMPTS.tolist()
-    found = decoder.generate(prompts, GenerationConfig(9, log_probs=True))
+    found = decoder.generate(prompts, GenerationConfig(9, logprobs=True))
     ids = np.array([[*prompt, *row[0].ids] for prompt, row in zip(prompts, found, strict=True)])
     logits = jnp.asarray(jax.jit(narrow[0].apply)({"params": narrow[1]}, ids))
-    log_probs = jax.nn.log_softmax(logits[:, 3:-1].astype(jnp.float32))
-    expected = np.take_along_axis(np.asarray(log_probs), ids[:, 4:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose([row[0].log_probs for row in found], expected, rtol=0, atol=BFLOAT16_NATS)
+    logprobs = jax.nn.log_softmax(logits[:, 3:-1].astype(jnp.float32))
+    expected = np.take_along_axis(np.asarray(logprobs), ids[:, 4:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose([row[0].logprobs for row in found], expected, rtol=0, atol=BFLOAT16_NATS)
 
 
 def copies_of(size: int, program: str) -> list[str]:
-    """The instructions of a compiled program that copy arrays of so many numbers, inside its loops and outside."""
+    """Return the instructions of a compiled program that copy arrays of `size` elements."""
     found = re.finditer(r"= \w+\[([\d,]+)\]\S* copy\(.*", program)
     return [match[0] for match in found if math.prod(map(int, match[1].split(","))) == size]
 
 
 def test_the_loop_over_tokens_copies_no_cache():
-    """A layout that the products cannot read in place made XLA copy every layer's keys and values for every token."""
+    """With a layout that the products cannot read in place, XLA would copy the cache of every layer for every token."""
     decoder = Decoder(*jax_model(random_checkpoint(replace(SMALL, n_positions=64))))
-    request = GenerationConfig(20, temperature=1.0)
-    state = decoder._begin(*left_padded([[1, 2, 3]]), 64, request, uniform_draws(request), np.zeros(1, bool), 1)
+    generation_config = GenerationConfig(20, temperature=1.0)
+    state = decoder._prefill(
+        *left_padded([[1, 2, 3]]), 64, generation_config, uniform_noise(generation_config), np.zeros(1, bool), 1
+    )
     size = state.cache.keys[0].size
     assert size == state.cache.values[0].size == SMALL.n_embd * 64
-    program = _more_tokens.lower(decoder.model, decoder.params, state, 3).compile().as_text()
+    program = _decode_loop.lower(decoder.model, decoder.params, state, 3).compile().as_text()
     assert re.search(r"\bwhile\(", program)
     assert copies_of(size, program) == []
 
@@ -255,14 +257,14 @@ assert len(jax.devices()) == 8
 sharded = jax.tree_util.tree_map_with_path(split, params)
 assert sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sharded)) > 8
 prompts = np.arange(1, 9).reshape(2, 4)
-for request in ({}, {"temperature": 1.0}):
-    expected, found = (gpt2_jax.generate(model, p, prompts, max_new_tokens=9, **request) for p in (params, sharded))
+for fields in ({}, {"temperature": 1.0}):
+    expected, found = (gpt2_jax.generate(model, p, prompts, max_new_tokens=9, **fields) for p in (params, sharded))
     np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
 """
 
 
 def test_sharded_parameters_give_the_same_tokens(tmp_path: Path):
-    """In a process of its own: how many devices there are is decided when JAX begins."""
+    """In a separate process, because JAX fixes the number of devices when it starts."""
     model = huggingface_directory(tmp_path / "model", SMALL)
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", SHARDED, str(model)]
@@ -271,7 +273,7 @@ def test_sharded_parameters_give_the_same_tokens(tmp_path: Path):
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-50])
-def test_a_tiny_temperature_takes_the_likeliest_token(
+def test_a_tiny_temperature_takes_the_most_likely_token(
     temperature: float, model_and_params: tuple[GPT2, dict[str, Any]]
 ) -> None:
     greedy, cold = (generate(*model_and_params, PROMPTS, max_new_tokens=9, temperature=t) for t in (0.0, temperature))

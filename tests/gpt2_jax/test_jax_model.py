@@ -1,4 +1,4 @@
-"""The port by itself: initialisation, purity, dtypes, errors."""
+"""The port by itself: initialization, purity, dtypes, and errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from gpt2_jax import GPT2
 from gpt2_jax.model import positions
 from gpt2_jax.ops.attention import attention
 
-STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; seeds are fixed besides
+STANDARD_ERRORS = 4.5  # a correct statistic passes with probability 0.99999; seeds are fixed
 BF16_ABSOLUTE = 0.15  # logits of order 1 after two layers at 8 bits of mantissa
 
-SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
+SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers take longer to compile
 IDS = random_ids(SMALL, batch=4)
 each_form = pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
 
@@ -124,7 +124,7 @@ def test_scores_of_narrow_heads_are_computed_in_float32():
     wide = attention(*(x.astype(jnp.float32) for x in (q, k, v)), None, is_causal=True, scale=1.0)
     narrow = attention(q, k, v, None, is_causal=True, scale=1.0)
     assert narrow.dtype == jnp.bfloat16
-    # Scores reach 50, where bfloat16 has steps of 0.25; with such weights the outputs would be 20 % off.
+    # Scores reach 50, where the spacing of bfloat16 is 0.25; rounded scores would change the outputs by 20 %.
     steps = np.abs(narrow.astype(np.float32) - wide) / np.abs(wide).max()
     assert steps.max() <= 2 * float(jnp.finfo(jnp.bfloat16).eps)
 
@@ -140,7 +140,7 @@ def test_an_id_outside_the_vocabulary_is_an_index_error(wrong: int):
 
 
 @each_form
-def test_inside_jit_such_an_id_makes_its_row_nan(scan: bool):
+def test_an_id_outside_the_vocabulary_makes_its_row_nan_inside_jit(scan: bool):
     model, params = random_model(scan=scan)
     ids = IDS.copy()
     ids[1, 4] = SMALL.vocab_size
@@ -183,7 +183,7 @@ def test_jit_and_vmap_compute_the_same(scan: bool, x64: None):
         np.testing.assert_allclose(answer, expected, rtol=0, atol=1e-12)  # float64, logits of order 1
 
 
-def test_ids_closed_over_by_a_trace_are_looked_at_and_not_traced() -> None:
+def test_ids_closed_over_by_a_trace_are_checked_and_not_traced() -> None:
     """`jit(lambda key: model.init(key, ids))` is how training starts."""
     model, ids = GPT2(TINY), jnp.array(random_ids(TINY))
     shapes = jax.eval_shape(lambda key: model.init(key, ids), jax.random.key(0))
@@ -195,7 +195,7 @@ def test_ids_closed_over_by_a_trace_are_looked_at_and_not_traced() -> None:
         jax.jit(lambda p: model.apply(p, outside))(params)
 
 
-def test_positions_count_tokens_whatever_number_marks_them() -> None:
+def test_positions_count_every_nonzero_mask_value_as_a_token() -> None:
     mask = jnp.array([[0, 2, 2, 0, 2]])
     assert positions(mask, mask).tolist() == [[0, 0, 1, 1, 2]]
 

@@ -1,4 +1,4 @@
-"""AdamW's moments into an optax state and out of it, wherever in the state they are."""
+"""AdamW's moments to and from an optax state, wherever they are in the state."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TRANSFORMATIONS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 @pytest.mark.parametrize("options", [{}, {"scan": True, "vocab_multiple": 64}], ids=["looped", "scanned-padded"])
-def test_what_is_put_in_comes_out_and_every_count_is_set(name: str, options: dict[str, Any]) -> None:
+def test_moments_survive_a_round_trip_and_every_count_is_set(name: str, options: dict[str, Any]) -> None:
     model, params = model_and_params(**options)
     empty = TRANSFORMATIONS[name]().init(params)
     assert adamw_state(empty, model).step == 0
@@ -72,7 +72,7 @@ def test_what_is_put_in_comes_out_and_every_count_is_set(name: str, options: dic
             np.testing.assert_array_equal(moments[parameter], array)
 
 
-def test_dtypes_and_devices_are_those_of_the_state_that_is_filled() -> None:
+def test_a_filled_state_keeps_its_dtypes_and_devices() -> None:
     model, params = model_and_params()
     filled = with_adamw_state(optax.adamw(1e-3, mu_dtype=jnp.bfloat16).init(params), random_adamw(np.float64), model)
     assert {leaf.dtype for leaf in jax.tree.leaves(filled[0].mu)} == {jnp.dtype(jnp.bfloat16)}
@@ -81,8 +81,8 @@ def test_dtypes_and_devices_are_those_of_the_state_that_is_filled() -> None:
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_a_filled_state_does_not_change_with_what_it_was_filled_from(scan: bool) -> None:
-    """torch's optimizer goes on in the memory of its moments."""
+def test_a_filled_state_does_not_share_memory_with_its_source(scan: bool) -> None:
+    """torch's optimizer updates its moments in place."""
     model, params = model_and_params(scan=scan)
     adamw, kept = random_adamw(), random_adamw()
     lent = {name: aligned_empty(array.shape, array.dtype) for name, array in adamw.exp_avg.items()}
@@ -91,7 +91,7 @@ def test_a_filled_state_does_not_change_with_what_it_was_filled_from(scan: bool)
     filled = with_adamw_state(optax.adamw(1e-3).init(params), replace(adamw, exp_avg=lent), model)
     for array in lent.values():
         array[:] = np.nan
-    for name, array in adamw_state(filled, model).first.items():
+    for name, array in adamw_state(filled, model).exp_avg.items():
         np.testing.assert_array_equal(array, kept.exp_avg[name])
 
 
@@ -102,7 +102,7 @@ def test_a_state_without_one_adamw_over_everything_is_refused() -> None:
     for tx, message in (
         (optax.sgd(1e-3), "holds 0 AdamW states"),
         (two, "holds 2 AdamW states"),
-        (muon, r"does not move 12 of the parameters, h_0/attn/c_attn/kernel among them"),
+        (muon, r"does not update 12 of the parameters, among them h_0/attn/c_attn/kernel"),
     ):
         with pytest.raises(ConversionError, match=message):
             adamw_state(tx.init(params), model)

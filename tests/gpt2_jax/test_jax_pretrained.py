@@ -1,4 +1,4 @@
-"""Weights into the port and out of it: dtypes, forms, and memory that is shared or must not be."""
+"""Weights to and from the port: dtypes, forms of the tree, and shared memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_directory_goes_in_and_out_bit_for_bit(dtype: type, form: dict[str, An
         assert (tmp_path / "second" / file).read_bytes() == (first / file).read_bytes(), file
 
 
-def test_float64_is_kept_or_refused_but_never_cut(tmp_path: Path):
+def test_float64_is_kept_or_refused_but_never_narrowed(tmp_path: Path):
     directory = huggingface_directory(tmp_path / "model", dtype=np.float64)
     with pytest.raises(bridge.ConversionError, match="JAX_ENABLE_X64"):
         gpt2_jax.from_pretrained(directory)
@@ -90,8 +90,8 @@ def test_something_that_is_no_checkpoint_is_a_bridge_error(tmp_path: Path):
 
 
 @each_form
-def test_donating_parameters_corrupts_nobody_elses(form: dict[str, Any], tmp_path: Path):
-    """Buffers adopted from numpy are not JAX's to overwrite."""
+def test_donating_parameters_does_not_corrupt_other_arrays(form: dict[str, Any], tmp_path: Path):
+    """JAX must not overwrite buffers that numpy also holds."""
     directory = huggingface_directory(tmp_path / "model", UNTIED)
     checkpoint = bridge.load(directory)
     model, params = gpt2_jax.model_from_checkpoint(checkpoint, **form)
@@ -105,7 +105,7 @@ def test_donating_parameters_corrupts_nobody_elses(form: dict[str, Any], tmp_pat
     assert_same_bits(dict(gpt2_jax.checkpoint_from_params(model, other).tensors), expected)
 
 
-def test_donating_parameters_leaves_the_arrays_they_were_made_of(tmp_path: Path):
+def test_donating_parameters_does_not_change_their_source_arrays(tmp_path: Path):
     state = random_state(UNTIED)
     _, params = gpt2_jax.model_from_checkpoint(bridge.Checkpoint.of(state, UNTIED))
     overwrite = jax.jit(lambda params: jax.tree.map(lambda x: 3 * x + 1, params), donate_argnums=0)
@@ -114,7 +114,7 @@ def test_donating_parameters_leaves_the_arrays_they_were_made_of(tmp_path: Path)
 
 
 @each_form
-def test_training_the_torch_model_leaves_parameters_made_of_it_alone(form: dict[str, Any]):
+def test_training_the_torch_model_does_not_change_parameters_from_it(form: dict[str, Any]):
     import torch
 
     import gpt2_torch

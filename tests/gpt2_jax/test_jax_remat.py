@@ -1,5 +1,4 @@
-"""What is kept for the backward pass: the same loss and gradients whatever it is, in how many bytes, and what runs
-again."""
+"""Rematerialization: the same loss and gradients with every policy, the bytes saved, and the products recomputed."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from gpt2_jax.ops.attention import attention
 from gpt2_jax.parallel.remat import POLICIES as POLICY_OF
 
 FLOAT64 = 1e-12
-"""Relative to the largest: XLA fuses, and so rounds, otherwise where something is computed again."""
+"""Relative to the largest value: XLA fuses recomputed operations differently, so they round differently."""
 
 RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
 POLICIES: tuple[Remat, ...] = get_args(Remat)
@@ -41,8 +40,8 @@ def loss_of(config: GPT2Config, **form: Any) -> Callable[..., Any]:
 
 @each_form
 @pytest.mark.parametrize("drops", [False, True], ids=["whole", "dropped"])
-def test_loss_and_gradients_do_not_depend_on_it(scan: bool, drops: bool, x64: None) -> None:
-    """Nor does what is dropped: a layer that runs again draws the same masks."""
+def test_loss_and_gradients_do_not_depend_on_the_policy(scan: bool, drops: bool, x64: None) -> None:
+    """Dropout does not depend on it either: a recomputed layer uses the same masks."""
     config = replace(TINY, n_layer=2, **(RATES if drops else {}))
     params = bridge.to_flax(random_state(config, np.float64), config, stacked=scan)
     ids = random_ids(config).astype(np.int32)
@@ -57,7 +56,7 @@ def test_loss_and_gradients_do_not_depend_on_it(scan: bool, drops: bool, x64: No
 
 
 CONFIG = GPT2Config(vocab_size=64, n_positions=128, n_embd=48, n_layer=4, n_head=3)
-"""At 8 rows of 128 tokens activations are most of the memory, and a row is one block of queries."""
+"""With 8 rows of 128 tokens, activations take most of the memory, and a row is one block of queries."""
 IDS = jax.ShapeDtypeStruct((8, 128), jnp.int32)
 BATCH = {"input_ids": IDS, "labels": IDS}
 
@@ -69,7 +68,7 @@ def loss_and_parameters(remat: Remat, **form: Any) -> tuple[Callable[..., jax.Ar
 
 
 def kept(remat: Remat, **form: Any) -> int:
-    """Bytes that the loss leaves behind for its gradient, as JAX has it."""
+    """Return the bytes that JAX saves for the gradient of the loss."""
     loss, parameters = loss_and_parameters(remat, **form)
     pullback = jax.eval_shape(lambda *given: jax.vjp(loss, *given)[1], parameters, BATCH)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
@@ -77,43 +76,42 @@ def kept(remat: Remat, **form: Any) -> int:
 
 @cache
 def compiled(remat: Remat, attention: str) -> Any:
-    """A loss and its gradients, with the layers in a loop: its body's products stand in the program once."""
+    """Compile a loss and its gradients with the layers in a loop, whose body is in the program once."""
     loss, parameters = loss_and_parameters(remat, scan=True, attention=attention)
     return jax.jit(jax.value_and_grad(loss)).lower(parameters, BATCH).compile()
 
 
 @each_form
 @each_attention
-def test_each_keeps_fewer_bytes_than_the_one_before(scan: bool, attention: str) -> None:
+def test_each_policy_saves_fewer_bytes_than_the_one_before(scan: bool, attention: str) -> None:
     none, dots, full = (kept(remat, scan=scan, attention=attention) for remat in POLICIES)
     assert none > dots > full
 
 
 @each_attention
 def test_and_the_program_takes_fewer_bytes(attention: str) -> None:
-    """Of a loop alone. Where layers are unrolled XLA on CPU finds that what runs again has run before, and keeps it."""
+    """Only with a loop: XLA on CPU merges the recomputation of unrolled layers with the first computation."""
     none, dots, full = (compiled(remat, attention).memory_analysis().temp_size_in_bytes for remat in POLICIES)
     assert none > dots > full
 
 
 RUN_AGAIN = {("xla", "dots"): 1, ("xla", "full"): 5, ("blockwise", "dots"): 0, ("blockwise", "full"): 5}
-"""Matrix products of a layer that run a second time. `full`: those of queries, keys and values, scores, contexts, and
-the two projections before the last, whose result nothing asks for. `dots`: the scores, which `blockwise` makes twice in
-any case: its gradient is written so."""
+"""Matrix products of a layer that are recomputed. `full`: all six except the last projection, whose result is not
+needed. `dots`: the scores, except with `blockwise`, whose gradient always recomputes them."""
 
 
 @each_attention
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_dots_runs_no_product_again_but_that_of_scores(attention: str, remat: Remat) -> None:
-    """Counted in the compiled program, so what nothing asks for does not count."""
+def test_dots_recomputes_no_product_except_the_scores(attention: str, remat: Remat) -> None:
+    """Counted in the compiled program, which has no unused products."""
     again, once = (len(re.findall(r" dot\(", compiled(r, attention).as_text())) for r in (remat, "none"))
-    assert once > 20  # six in a layer forwards and twelve backwards, and three of the loss
+    assert once > 20  # six forward and twelve backward in a layer, and three of the loss
     assert again - once == RUN_AGAIN[attention, remat]
 
 
 @pytest.mark.parametrize(("remat", "times"), [("dots", 1), ("full", 2)])
-def test_dots_keeps_all_of_cudnns_attention(remat: Remat, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As JAX has it, which looks for cuDNN before: no GPU is needed to see what would run on one."""
+def test_dots_saves_all_results_of_cudnns_attention(remat: Remat, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """According to JAX. Its check for cuDNN is replaced, so that no GPU is needed."""
     for name in ("check_cudnn_version", "check_compute_capability"):
         monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_: 91000)
     monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *_: False)
@@ -123,5 +121,5 @@ def test_dots_keeps_all_of_cudnns_attention(remat: Remat, times: int, monkeypatc
 
     gradient = jax.value_and_grad(lambda x: jax.checkpoint(layer, policy=POLICY_OF[remat])(x).astype(float).sum())
     traced = jax.make_jaxpr(gradient)(jnp.ones((2, 12, 3, 8), jnp.bfloat16)).jaxpr
-    program, _ = dce_jaxpr(traced, [True] * len(traced.outvars))  # without what nothing asks for
+    program, _ = dce_jaxpr(traced, [True] * len(traced.outvars))  # without unused results
     assert str(program).count("= dot_product_attention_fwd_wrapper") == times

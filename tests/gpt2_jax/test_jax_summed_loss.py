@@ -1,4 +1,4 @@
-"""The loss that never has all logits, and its written gradients, against `cross_entropy` of all of them."""
+"""The chunked loss and its written gradients, against `cross_entropy` of all logits."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from support import eight_devices
 from support.implementations import jax_model
 from support.models import TINY, random_checkpoint, random_ids
 
-from bridge import GPT2Config
-from gpt2_jax.loss import IGNORE_INDEX, cross_entropy, summed_cross_entropy, summed_loss
+from bridge import IGNORE_INDEX, GPT2Config
+from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
+from gpt2_jax.ops.cross_entropy import cross_entropy, summed_cross_entropy
 from gpt2_jax.training import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FLOAT64 = 1e-12
-"""Relative to the largest, or to 1: sums of a few hundred terms in another order."""
+"""Relative to the largest value, or to 1: sums of a few hundred terms in another order."""
 FLOAT32 = 1e-5
 """The same in float32."""
 BFLOAT16 = 4 * 2.0**-8
-"""Each gradient by a logit is rounded once, and each product of them; relative to the largest."""
+"""Relative to the largest value: the gradients of the logits and their products are each rounded once."""
 
 B, T, D, V = 3, 7, 12, 29
 CHUNKS = {7: 1, 4: 2, 3: 3, 1: 7}
-"""Positions of a row for which there is room -> chunks: those of 4 and of 3 positions are not full in the end."""
+"""Positions of a row in a chunk -> chunks. With 4 and with 3 positions, the last chunk is partial."""
 
 
 def in_chunks_of(positions: int, rows: int = V) -> dict[str, int]:
@@ -43,7 +44,7 @@ def in_chunks_of(positions: int, rows: int = V) -> dict[str, int]:
 
 
 def arrays(dtype: Any = np.float64, rows: int = V) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Hidden states and an embedding that make losses of several nats, and labels of which some do not count."""
+    """Return hidden states and an embedding that give losses of several nats, and labels with some ignored."""
     rng = np.random.default_rng(0)
     hidden, embedding = rng.normal(size=(B, T, D)), rng.normal(size=(rows, D))
     labels = rng.integers(0, V, (B, T)).astype(np.int32)
@@ -56,7 +57,7 @@ def definition(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> ja
 
 
 def value_and_gradients(loss: Callable[..., jax.Array], *given: jax.Array) -> Any:
-    """Of the loss, and by hidden states and embedding."""
+    """Return the loss, and its gradients by hidden states and embedding."""
     return jax.tree.leaves(jax.jit(jax.value_and_grad(loss, (0, 1)))(*given))
 
 
@@ -67,7 +68,7 @@ def assert_close(found: Any, expected: Any, tolerance: float) -> None:
 
 
 def loops(loss: Callable[..., jax.Array], *given: jax.Array) -> list[int]:
-    """How often each loop of a program runs its body."""
+    """Return the number of iterations of each loop in a program."""
     return [int(times) for times in re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(loss)(*given)))]
 
 
@@ -82,7 +83,7 @@ def test_values_and_gradients_are_those_of_the_definition(
     assert_close(value_and_gradients(loss, *given), value_and_gradients(definition, *given), tolerance)
 
 
-def test_whatever_is_asked_for_is_done_in_parts_of_at_least_a_position(x64: None) -> None:
+def test_a_chunk_has_at_least_one_position_of_every_row(x64: None) -> None:
     given = arrays()
     for chunk_bytes, chunks in ((1, [T]), (2**40, [1]), (None, [1])):
         loss = partial(summed_cross_entropy, chunk_bytes=chunk_bytes)
@@ -91,14 +92,14 @@ def test_whatever_is_asked_for_is_done_in_parts_of_at_least_a_position(x64: None
 
 
 @pytest.mark.parametrize("positions", CHUNKS)
-def test_the_value_alone_is_the_value_with_gradients(positions: int) -> None:
+def test_the_value_is_the_same_with_and_without_gradients(positions: int) -> None:
     given = arrays(np.float32)
     loss = partial(summed_cross_entropy, **in_chunks_of(positions))
     np.testing.assert_allclose(jax.jit(loss)(*given), value_and_gradients(loss, *given)[0], rtol=FLOAT32)
 
 
 @pytest.mark.parametrize("positions", [3, 7])
-def test_where_no_label_counts_everything_is_exactly_zero(positions: int) -> None:
+def test_with_all_labels_ignored_everything_is_exactly_zero(positions: int) -> None:
     hidden, embedding, labels = arrays(np.float32)
     loss = partial(summed_cross_entropy, **in_chunks_of(positions))
     for array in value_and_gradients(loss, hidden, embedding, jnp.full_like(labels, IGNORE_INDEX)):
@@ -119,7 +120,7 @@ def test_a_label_outside_the_vocabulary_is_nan_as_in_cross_entropy(wrong: int, r
 
 
 @pytest.mark.parametrize("padding", [0.0, 1.0, 1e30, -1e30])
-def test_rows_of_padding_take_no_part(padding: float, x64: None) -> None:
+def test_padding_rows_of_the_embedding_are_ignored(padding: float, x64: None) -> None:
     hidden, embedding, labels = arrays(rows=V + 3)
     embedding = embedding.at[V:].multiply(padding)
     loss = partial(summed_cross_entropy, vocab_size=V, **in_chunks_of(3, V + 3))
@@ -130,8 +131,8 @@ def test_rows_of_padding_take_no_part(padding: float, x64: None) -> None:
 
 
 @pytest.mark.parametrize("embedding_dtype", [jnp.bfloat16, jnp.float32])
-def test_of_bfloat16_the_loss_is_float32_and_rounds_no_more_than_its_products(embedding_dtype: Any, x64: None) -> None:
-    """The embedding may be float32, as parameters are: it is rounded for products, and its gradient is not."""
+def test_the_loss_of_bfloat16_is_float32_and_rounds_only_its_products(embedding_dtype: Any, x64: None) -> None:
+    """The embedding may be float32, like parameters. It is rounded for the products; its gradient is not rounded."""
     hidden, embedding, labels = arrays(jnp.bfloat16)
     loss = partial(summed_cross_entropy, **in_chunks_of(3))
     found = value_and_gradients(loss, hidden, embedding.astype(embedding_dtype), labels)
@@ -139,7 +140,7 @@ def test_of_bfloat16_the_loss_is_float32_and_rounds_no_more_than_its_products(em
     exact = value_and_gradients(definition, hidden.astype(float), embedding.astype(float), labels)
     np.testing.assert_allclose(found[0], exact[0], rtol=FLOAT32)
     assert_close(found, exact, BFLOAT16)
-    if embedding_dtype == jnp.float32:  # sums over all positions are not rounded to bfloat16 on the way
+    if embedding_dtype == jnp.float32:  # sums over all positions are accumulated in float32
         whole = value_and_gradients(summed_cross_entropy, hidden, embedding.astype(jnp.float32), labels)[2]
         assert (whole != whole.astype(jnp.bfloat16)).any(-1).all()
 
@@ -148,8 +149,8 @@ def test_of_bfloat16_the_loss_is_float32_and_rounds_no_more_than_its_products(em
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(np.float64, FLOAT64), (np.float32, FLOAT32), (jnp.bfloat16, 2.0**-8)]
 )
-def test_gradients_are_scaled_by_what_comes_from_above(factor: float, dtype: Any, tolerance: float, x64: None) -> None:
-    """Each is rounded, and the factor is not: 1/3 in bfloat16 is too large by 2^-9, and so would all gradients be."""
+def test_gradients_are_scaled_by_the_incoming_gradient(factor: float, dtype: Any, tolerance: float, x64: None) -> None:
+    """The factor itself is not rounded: 1/3 in bfloat16 is too large by 2^-9, and all gradients would be, too."""
     given = arrays(dtype)
     loss = partial(summed_cross_entropy, **in_chunks_of(3))
     scaled = value_and_gradients(lambda *given: factor * loss(*given), *given)
@@ -160,7 +161,7 @@ def test_gradients_are_scaled_by_what_comes_from_above(factor: float, dtype: Any
             assert abs((found * expected).sum() / (expected**2).sum() - 1) <= tolerance / 8
 
 
-def test_it_can_be_mapped(x64: None) -> None:
+def test_it_supports_vmap(x64: None) -> None:
     hidden, embedding, labels = arrays()
     loss = partial(summed_cross_entropy, chunk_bytes=4 * V * 3)
     rows = hidden[:, None], labels[:, None]
@@ -169,7 +170,7 @@ def test_it_can_be_mapped(x64: None) -> None:
     assert_close((mapped[0].sum(), mapped[1][:, 0]), expected[:2], FLOAT64)
 
 
-def test_rows_on_eight_devices_are_those_on_one(tmp_path: Path) -> None:
+def test_eight_devices_compute_the_same_as_one(tmp_path: Path) -> None:
     results = eight_devices.run("spread_loss", tmp_path)
     found, expected = ([results[f"{where}/{i}"] for i in range(3)] for where in ("eight", "one"))
     assert_close(found, expected, FLOAT32)
@@ -182,7 +183,7 @@ SMALL = replace(TINY, n_layer=2)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
-def test_of_a_model_it_is_that_of_its_logits(tied: bool, multiple: int, masked: bool, x64: None) -> None:
+def test_summed_loss_is_the_cross_entropy_of_the_logits(tied: bool, multiple: int, masked: bool, x64: None) -> None:
     config = replace(SMALL, tie_word_embeddings=tied)
     model, params = jax_model(random_checkpoint(config, np.float64), vocab_multiple=multiple, scan=True)
     ids = random_ids(config, batch=3, length=11).astype(np.int32)
@@ -200,11 +201,11 @@ def test_of_a_model_it_is_that_of_its_logits(tied: bool, multiple: int, masked: 
     )
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     assert_close(jax.tree.leaves(found), jax.tree.leaves(expected), FLOAT64)
-    if masked:  # the mask is heard
+    if masked:  # the mask has an effect
         assert not np.isclose(summed_loss(model, params, {"input_ids": ids, "labels": labels}), expected[0])
 
 
-def test_with_a_key_it_drops_as_the_model_does(x64: None) -> None:
+def test_with_a_key_it_applies_dropout_like_the_model(x64: None) -> None:
     model, params = jax_model(random_checkpoint(replace(SMALL, resid_pdrop=0.3, embd_pdrop=0.2), np.float64))
     ids, key = random_ids(SMALL).astype(np.int32), jax.random.key(1)
     labels = np.roll(ids, -1, axis=1)
@@ -215,19 +216,21 @@ def test_with_a_key_it_drops_as_the_model_does(x64: None) -> None:
 
 
 def sizes(program: str) -> list[int]:
-    """Entries of every array of a compiled program."""
+    """Return the number of elements of every array in a compiled program."""
     found = re.findall(r"\b(?:pred|[subf]+\d+)\[([\d,]+)\]", program)
     return [math.prod(map(int, dimensions.split(","))) for dimensions in found]
 
 
-def test_a_compiled_training_step_never_has_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary so large that nothing else comes near B T V entries."""
+def test_a_compiled_training_step_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vocabulary is so large that no other array comes near B T V elements."""
     config = GPT2Config(vocab_size=1000, n_positions=32, n_embd=8, n_layer=2, n_head=2, n_inner=12)
     ids = jax.ShapeDtypeStruct((4, 32), jnp.int32)
     logits = math.prod(ids.shape) * config.vocab_size
     largest = []
     for positions in (32, 8):
-        monkeypatch.setattr("gpt2_jax.loss.default_chunk_bytes", lambda p=positions: 4 * 4 * config.vocab_size * p)
+        monkeypatch.setattr(
+            "gpt2_jax.ops.cross_entropy.default_chunk_bytes", lambda p=positions: 4 * 4 * config.vocab_size * p
+        )
         model, tx = GPT2(config, scan=True, remat="dots"), optax.sgd(0.1)
         state = jax.eval_shape(
             lambda key, model=model, tx=tx: init_state(model.init(key, jnp.zeros((1, 8), int))["params"], tx),

@@ -1,4 +1,4 @@
-"""What the reference's evaluation keeps to besides the figures, which tests/parity/test_evaluation.py compares."""
+"""The reference's evaluation, except for its results, which tests/parity/test_evaluation.py compares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = random_ids(SMALL, batch=1, length=150)[0]
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_and_the_mode_is_as_before(training: bool) -> None:
+def test_dropout_is_off_and_the_mode_is_restored(training: bool) -> None:
     checkpoint = random_checkpoint(replace(SMALL, resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5))
     model = torch_model(checkpoint).train(training)
     first, second = (gpt2_torch.evaluate(model, TEXT) for _ in range(2))
@@ -26,7 +26,7 @@ def test_dropout_is_off_and_the_mode_is_as_before(training: bool) -> None:
     assert model.training is training
 
 
-def test_the_mode_is_as_before_when_it_fails() -> None:
+def test_the_mode_is_restored_after_an_error() -> None:
     model = torch_model(random_checkpoint(SMALL)).train()
 
     def interrupt(done: int, windows: int) -> None:
@@ -37,7 +37,7 @@ def test_the_mode_is_as_before_when_it_fails() -> None:
     assert model.training
 
 
-def test_nothing_is_kept_for_gradients() -> None:
+def test_nothing_is_saved_for_gradients() -> None:
     model = torch_model(random_checkpoint(SMALL))
     ids = torch.from_numpy(TEXT)[None]
     assert not _losses(model, ids[:, :20], ids[:, 1:21]).requires_grad
@@ -48,10 +48,10 @@ def test_bfloat16_computes_the_loss_in_float32() -> None:
     model, ids = torch_model(checkpoint).bfloat16(), torch.from_numpy(TEXT)[None]
     assert _losses(model, ids[:, :20], ids[:, 1:21]).dtype == torch.float32
     wide = gpt2_torch.evaluate(torch_model(checkpoint), TEXT)
-    assert gpt2_torch.evaluate(model, TEXT).loss == pytest.approx(wide.loss, rel=2**-7)  # bfloat16's resolution
+    assert gpt2_torch.evaluate(model, TEXT).loss == pytest.approx(wide.loss, rel=2**-7)  # bfloat16's precision
 
 
-def test_progress_is_told_and_bad_requests_are_refused() -> None:
+def test_progress_is_reported_and_invalid_arguments_are_refused() -> None:
     model = torch_model(random_checkpoint(SMALL))
     calls: list[tuple[int, int]] = []
     found = gpt2_torch.evaluate(model, TEXT, batch_size=4, progress=lambda *call: calls.append(call))

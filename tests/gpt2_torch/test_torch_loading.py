@@ -1,4 +1,4 @@
-"""Weights into the reference and out of it: state_dicts of other programs, directories, dtypes."""
+"""Weights to and from the reference: state_dicts of other programs, directories, and dtypes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_names_written_by_wrappers_load(prefix: str):
     assert_loads({prefix + name: tensor for name, tensor in tensors().items()})
 
 
-def test_what_torch_compile_and_data_parallel_save_loads():
+def test_state_dicts_of_torch_compile_and_data_parallel_load():
     model = GPT2(TINY)
     model.load_state_dict(tensors())
     for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
@@ -61,7 +61,7 @@ def test_what_torch_compile_and_data_parallel_save_loads():
         assert_loads(given)
 
 
-def test_causal_mask_buffers_of_old_transformers_are_passed_over():
+def test_causal_mask_buffers_of_old_transformers_are_ignored():
     given = tensors()
     for i in range(TINY.n_layer):
         given[f"h.{i}.attn.bias"] = torch.ones(1, 1, TINY.n_positions, TINY.n_positions).tril()
@@ -83,7 +83,7 @@ def test_a_missing_parameter_is_reported():
         GPT2(TINY).load_state_dict(given)
 
 
-def test_an_untied_model_does_not_invent_its_head():
+def test_an_untied_model_requires_its_head():
     with pytest.raises(RuntimeError, match=r"Missing.*lm_head"):
         GPT2(UNTIED).load_state_dict(tensors())
 
@@ -127,7 +127,7 @@ def test_a_directory_written_by_transformers_loads(tmp_path: Path):
         assert torch.equal(tensor, peer.transformer.state_dict()[name]), name
 
 
-def test_training_a_model_leaves_the_checkpoint_it_came_from_alone():
+def test_training_a_model_does_not_change_its_checkpoint():
     original = model_from_checkpoint(random_checkpoint())
     checkpoint = checkpoint_from_model(original)
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
@@ -138,6 +138,6 @@ def test_training_a_model_leaves_the_checkpoint_it_came_from_alone():
     assert all(torch.equal(original.state_dict()[name], tensor) for name, tensor in before.items())
 
 
-def test_something_that_is_no_checkpoint_is_a_bridge_error(tmp_path: Path):
+def test_a_source_that_is_not_a_checkpoint_is_a_bridge_error(tmp_path: Path):
     with pytest.raises(bridge.BridgeError):
         GPT2.from_pretrained(tmp_path)

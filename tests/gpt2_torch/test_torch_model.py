@@ -1,4 +1,4 @@
-"""The reference by itself: initialisation, dropout, errors, dtypes."""
+"""The reference by itself: initialization, dropout, errors, and dtypes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from support.models import TINY, random_checkpoint, random_ids
 import bridge
 from bridge import GPT2Config
 from gpt2_torch import GPT2, model_from_checkpoint
-from gpt2_torch.model import attention
+from gpt2_torch.ops.attention import attention
 
-STANDARD_ERRORS = 4.5  # a right statistic passes with probability 0.99999; seeds are fixed besides
+STANDARD_ERRORS = 4.5  # a correct statistic passes with probability 0.99999; seeds are fixed
 
 IDS = torch.from_numpy(random_ids(TINY))
 
@@ -55,7 +55,7 @@ def test_dropout_is_off_by_default_even_in_training():
 
 
 @pytest.mark.parametrize("place", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
-def test_each_dropout_alone_acts_in_training_and_only_there(place: str):
+def test_each_dropout_alone_applies_in_training_only(place: str):
     model, plain = random_model(replace(TINY, **{place: 0.3})), random_model()
     assert not model.training
     assert torch.equal(model(IDS), plain(IDS))
@@ -80,7 +80,7 @@ def test_attention_dropout_keeps_the_mean_and_drops_at_its_rate():
     rate, queries = 0.2, 20_000
     ones = torch.ones(queries, 1, 1, 1)
     torch.manual_seed(3)
-    # One key, so one weight of 1: what comes out is 0 or 1 / (1 - rate).
+    # With one key there is one weight, 1, so the output is 0 or 1 / (1 - rate).
     out = attention(ones, ones, ones, None, is_causal=False, scale=1.0, dropout_rate=rate)
     dropped = out == 0
     assert torch.allclose(out[~dropped], torch.tensor(1 / (1 - rate)))
@@ -116,7 +116,7 @@ def test_ids_must_have_a_batch_axis():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_logits_come_out_in_the_dtype_of_the_weights(dtype: torch.dtype):
+def test_logits_have_the_dtype_of_the_weights(dtype: torch.dtype):
     mask = torch.ones_like(IDS)
     mask[0, :6] = 0
     logits = random_model().to(dtype)(IDS, mask)
@@ -124,7 +124,7 @@ def test_logits_come_out_in_the_dtype_of_the_weights(dtype: torch.dtype):
     assert logits.isfinite().all()
 
 
-def test_upcast_attention_stays_wide_under_autocast():
+def test_upcast_attention_ignores_autocast():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (3 * torch.randn(2, 7, TINY.n_head, TINY.head_size, generator=generator) for _ in range(3))
     wide = attention(q, k, v, None, is_causal=True, scale=1.0, upcast=True)
@@ -133,7 +133,7 @@ def test_upcast_attention_stays_wide_under_autocast():
         assert not torch.equal(attention(q, k, v, None, is_causal=True, scale=1.0).float(), wide)
 
 
-def test_the_switch_computes_narrow_attention_in_float32():
+def test_upcast_attention_computes_half_precision_in_float32():
     x = torch.randn(2, 7, TINY.n_embd, generator=torch.Generator().manual_seed(0)).bfloat16()
     upcast, plain = (
         random_model(replace(TINY, reorder_and_upcast_attn=switch)).h[0].attn.bfloat16() for switch in (True, False)

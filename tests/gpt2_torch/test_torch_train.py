@@ -1,4 +1,4 @@
-"""Training the reference: what decays, the schedules, exact accumulation, and going on from a saved state."""
+"""Training of the reference: weight decay, schedules, exact microbatches, and loading optimizer state."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from support.models import TINY, random_checkpoint
 from torch import Tensor
 
 import bridge
-from bridge import BridgeError, ConversionError, GPT2Config
+from bridge import IGNORE_INDEX, BridgeError, ConversionError, GPT2Config
 from bridge.optimizer_state import AdamWState
 from gpt2_torch import GPT2, model_from_checkpoint
-from gpt2_torch.loss import IGNORE_INDEX
 from gpt2_torch.training import adamw, adamw_state, learning_rate_at, load_adamw_state, parameter_names, train_step
 
 CONFIG = replace(TINY, vocab_size=61, n_layer=2)
@@ -24,7 +23,7 @@ UNTIED = replace(CONFIG, tie_word_embeddings=False)
 BATCH, LENGTH = 6, 11
 
 FP64 = 1e-12
-"""Relative; sums of some thousand terms in another order."""
+"""Relative error of sums of about a thousand terms in another order."""
 
 
 def model_of(config: GPT2Config = CONFIG, seed: int = 0) -> GPT2:
@@ -32,7 +31,7 @@ def model_of(config: GPT2Config = CONFIG, seed: int = 0) -> GPT2:
 
 
 def ragged_batch(seed: int = 0) -> dict[str, Tensor]:
-    """Rows of different lengths, one of them empty; so thirds of it weigh unequally."""
+    """Return rows of different lengths, one of them empty, so that microbatches have different weights."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1))
     mask = np.arange(LENGTH) < np.array([[11], [9], [0], [1], [4], [5]])
@@ -77,7 +76,7 @@ def test_projections_and_embeddings_decay_and_nothing_else(config: GPT2Config) -
 
 
 def nanogpt_rate(it: int, *, peak: float, floor: float, warmup: int, end: int) -> float:
-    """nanoGPT's `get_lr` in this project's words, as the independent opinion."""
+    """Compute nanoGPT's `get_lr`, written independently."""
     if it < warmup:
         return peak * (it + 1) / (warmup + 1)
     if it > end:
@@ -97,7 +96,7 @@ def test_the_cosine_is_nanogpts(warmup: int, end: int | None) -> None:
         assert rate == pytest.approx(expected, rel=FP64)
 
 
-def test_the_other_schedules_are_flat_and_one_falls_in_a_line_at_the_end() -> None:
+def test_the_other_schedules_are_constant_and_wsd_decays_linearly() -> None:
     def rate(schedule: str, step: int, warmup_steps: int = 4) -> float:
         return learning_rate_at(
             step,
@@ -114,13 +113,13 @@ def test_the_other_schedules_are_flat_and_one_falls_in_a_line_at_the_end() -> No
         assert {rate(schedule, step) for step in range(4, 41)} == {1.0}
     assert {rate("constant", step) for step in range(41, 60)} == {1.0}
     assert [rate("wsd", step) for step in range(40, 52)] == pytest.approx([1 - 0.08 * k for k in range(11)] + [0.2])
-    late = [rate("wsd", step, warmup_steps=45) for step in (44, 45, 47, 50)]  # the warm-up ends in the fall's time
+    late = [rate("wsd", step, warmup_steps=45) for step in (44, 45, 47, 50)]  # the warm-up ends during the decay
     assert late == pytest.approx([45 / 46, 1.0, 0.68, 0.2])
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("num_microbatches", [2, 3, 6])
-def test_a_batch_in_parts_is_the_batch(config: GPT2Config, num_microbatches: int) -> None:
+def test_microbatches_give_the_update_of_the_batch(config: GPT2Config, num_microbatches: int) -> None:
     results = []
     for parts in (1, num_microbatches):
         model = model_of(config)
@@ -131,11 +130,11 @@ def test_a_batch_in_parts_is_the_batch(config: GPT2Config, num_microbatches: int
         results.append(({"loss": loss.numpy(), "norm": norm.numpy(), **gradients_of(model)}, parameters_of(model)))
     (figures, weights), (figures_in_parts, weights_in_parts) = results
     assert_close(figures_in_parts, figures)
-    # Adam divides by the gradient; the keys' bias has none but rounding, which its epsilon damps.
+    # Adam divides by the gradient. That of the keys' bias is only rounding, which epsilon damps.
     assert_close(weights_in_parts, weights, 1e-8)
 
 
-def test_the_loss_is_the_mean_over_counted_labels_and_padding_changes_nothing() -> None:
+def test_the_loss_is_the_mean_over_labels_that_are_not_ignored() -> None:
     batch = ragged_batch()
     losses, count = 0.0, 0
     model = model_of()
@@ -148,7 +147,7 @@ def test_the_loss_is_the_mean_over_counted_labels_and_padding_changes_nothing() 
     assert loss.item() == pytest.approx(losses / count, rel=FP64)
 
 
-def test_a_batch_without_a_mask_is_one_of_tokens_alone() -> None:
+def test_a_batch_without_a_mask_has_no_padding() -> None:
     batch = ragged_batch()
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     bare = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
@@ -159,7 +158,7 @@ def test_a_batch_without_a_mask_is_one_of_tokens_alone() -> None:
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1e-2, 1e3])
-def test_the_norm_is_returned_as_it_was_and_cut_where_asked(max_grad_norm: float | None) -> None:
+def test_the_gradient_norm_is_returned_unclipped(max_grad_norm: float | None) -> None:
     model = model_of()
     _, norm = train_step(model, adamw(model), ragged_batch(), learning_rate=0.0, max_grad_norm=max_grad_norm)
     left = math.sqrt(sum((g**2).sum() for g in gradients_of(model).values()))
@@ -168,7 +167,7 @@ def test_the_norm_is_returned_as_it_was_and_cut_where_asked(max_grad_norm: float
     assert left == pytest.approx(norm.item() * factor, rel=FP64)
 
 
-def test_a_batch_in_which_nothing_counts_moves_nothing_but_what_decays() -> None:
+def test_a_batch_with_all_labels_ignored_applies_only_weight_decay() -> None:
     model, batch = model_of(), ragged_batch()
     before = parameters_of(model)
     batch["labels"].fill_(IGNORE_INDEX)
@@ -177,7 +176,7 @@ def test_a_batch_in_which_nothing_counts_moves_nothing_but_what_decays() -> None
     assert_close(parameters_of(model), before, 0.0)
 
 
-def test_training_learns_a_batch_by_heart_with_dropout_on() -> None:
+def test_training_memorizes_a_batch_with_dropout() -> None:
     model = model_of(replace(CONFIG, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)).eval()
     optimizer = adamw(model)
     torch.manual_seed(0)
@@ -187,14 +186,14 @@ def test_training_learns_a_batch_by_heart_with_dropout_on() -> None:
 
 
 @pytest.mark.parametrize("num_microbatches", [0, -1, 4, 7])
-def test_parts_of_unequal_size_are_refused(num_microbatches: int) -> None:
+def test_unequal_microbatches_are_refused(num_microbatches: int) -> None:
     model = model_of()
-    with pytest.raises(BridgeError, match=f"a batch of 6 cannot be run in {num_microbatches} equal parts"):
+    with pytest.raises(BridgeError, match=f"a batch of 6 rows cannot be split into {num_microbatches} equal"):
         train_step(model, adamw(model), ragged_batch(), learning_rate=1e-3, num_microbatches=num_microbatches)
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
-def test_another_optimizer_goes_on_where_one_left_off(config: GPT2Config) -> None:
+def test_another_optimizer_continues_from_a_state(config: GPT2Config) -> None:
     first = model_of(config)
     optimizer = adamw(first)
     for seed in range(3):
@@ -225,7 +224,7 @@ def test_a_loaded_state_is_a_copy() -> None:
     assert_close(dict(state.exp_avg), kept, 0.0)
 
 
-def test_a_state_crosses_in_bfloat16_too() -> None:
+def test_a_state_of_bfloat16_survives() -> None:
     model = model_of().bfloat16()
     optimizer = adamw(model)
     train_step(model, optimizer, ragged_batch(), learning_rate=1e-3)
@@ -242,7 +241,7 @@ def spoiled(state: AdamWState, name: str, change: Callable[[np.ndarray], np.ndar
     return replace(state, exp_avg_sq={**state.exp_avg_sq, name: change(state.exp_avg_sq[name])})
 
 
-def test_what_does_not_fit_the_model_is_refused() -> None:
+def test_a_state_of_another_model_is_refused() -> None:
     model = model_of()
     optimizer = adamw(model)
     state = adamw_state(optimizer, model)

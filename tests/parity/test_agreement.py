@@ -31,8 +31,6 @@ import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
 from bridge.config import ACTIVATIONS
-from gpt2_jax import loss as jax_loss
-from gpt2_torch import loss as torch_loss
 
 FP64_RELATIVE = 1e-10  # rounding gives 1e-14; any difference in the mathematics gives 1e-7 or more
 FP32_ABSOLUTE = 1e-5  # logits are of order 1, float32 rounds at 1e-7, and five layers accumulate rounding
@@ -46,7 +44,7 @@ GRID = [
     for switches in itertools.product((True, False), repeat=len(SWITCHES))
     for n_inner in (TINY.n_inner, None)
 ]
-"""Every activation with every combination of switches: 288 models."""
+"""Every activation with every combination of options: 288 models."""
 
 _WORDS = ("-----", "---++", "--+-+", "-+--+", "+---+", "--++-", "-+-+-", "+--+-", "-++--")
 _OPPOSITE = str.maketrans("+-", "-+")
@@ -225,11 +223,11 @@ def test_losses_of_empty_batches_equal_those_of_torch(shape: tuple[int, int]) ->
     model, params = jax_model(checkpoint)
     logits = jax_logits(checkpoint, ids), torch.from_numpy(np.array(jax_logits(checkpoint, ids)))
     assert (
-        jax_loss.cross_entropy(logits[0], ids).shape == torch_loss.cross_entropy(logits[1], torch.from_numpy(ids)).shape
+        gpt2_jax.cross_entropy(logits[0], ids).shape == gpt2_torch.cross_entropy(logits[1], torch.from_numpy(ids)).shape
     )
-    assert np.isnan(jax_loss.next_token_loss(logits[0], ids))
-    assert torch_loss.next_token_loss(logits[1], torch.from_numpy(ids)).isnan()  # the mean of an empty tensor
+    assert np.isnan(gpt2_jax.next_token_loss(logits[0], ids))
+    assert gpt2_torch.next_token_loss(logits[1], torch.from_numpy(ids)).isnan()  # the mean of an empty tensor
     batch = {"input_ids": ids, "labels": ids}
-    total, gradients = jax.value_and_grad(lambda p: jax_loss.summed_loss(model, p, batch))(params)
+    total, gradients = jax.value_and_grad(lambda p: gpt2_jax.summed_loss(model, p, batch))(params)
     assert total == 0.0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))

@@ -18,7 +18,7 @@ import gpt2_torch
 from bridge import BUNDLED, Checkpoint
 from gpt2_jax.parity import verify
 from gpt2_jax.training import make_eval_step
-from gpt2_torch.loss import cross_entropy
+from gpt2_torch.ops.cross_entropy import cross_entropy
 
 MOST_BYTES = 8_000_000
 PROMPTS = ("ROMEO:", "To be, or not", "KING RICHARD III:\n", "What, ho!", "Enter a messenger")
@@ -80,7 +80,7 @@ def test_all_implementations_continue_a_prompt_identically(checkpoint: Checkpoin
     port = gpt2_jax.generate(model, params, jnp.asarray([ids]), max_new_tokens=NEW_TOKENS)
     third = transformers_model(checkpoint).generate(
         torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # else id 0, "!", is taken to be padding
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),  # otherwise transformers takes id 0, "!", for padding
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,

@@ -14,12 +14,14 @@ from support.implementations import jax_model, torch_model, transformers_model
 from support.models import TINY, random_checkpoint, random_ids
 
 import bridge.evaluation
-import gpt2_jax.loss
-import gpt2_torch.loss
+import gpt2_jax
+import gpt2_torch
 from bridge import Checkpoint
 from bridge.evaluation import Evaluation
+from gpt2_jax.ops import cross_entropy as jax_cross_entropy
+from gpt2_torch.ops import cross_entropy as torch_cross_entropy
 
-FP64 = 1e-12  # relative, of a mean over up to 200 tokens, each summed in another order
+FP64 = 1e-12  # relative error of a mean over up to 200 tokens, summed in another order
 FP32 = 1e-6  # relative; transformers computes the cross-entropy in float32 whatever the model's dtype
 
 CONFIG = replace(TINY, n_layer=2)
@@ -39,7 +41,7 @@ each_shape = pytest.mark.parametrize(("n", "context", "stride"), SHAPES)
 
 
 def recipe(checkpoint: Checkpoint, ids: np.ndarray, context: int, stride: int) -> tuple[float, float, int]:
-    """Step by step as in "Perplexity of fixed-length models", and the sum and count behind its averages.
+    """Follow "Perplexity of fixed-length models" step by step, and collect the sum and count behind its averages.
 
     Returns the documentation's average, the sum of all predicted tokens' losses, and their number.
     """
@@ -55,7 +57,7 @@ def recipe(checkpoint: Checkpoint, ids: np.ndarray, context: int, stride: int) -
             mean = float(model(window, labels=labels).loss)
         valid = int((labels != -100).sum())
         weighted_sum, weights = weighted_sum + mean * (valid - 1), weights + valid - 1
-        shifted = int((labels[:, 1:] != -100).sum())  # what the mean inside the model was taken over
+        shifted = int((labels[:, 1:] != -100).sum())  # the tokens of the mean inside the model
         nats, predicted = nats + mean * shifted, predicted + shifted
         previous_end = end
         if end == text.shape[1]:
@@ -65,7 +67,7 @@ def recipe(checkpoint: Checkpoint, ids: np.ndarray, context: int, stride: int) -
 
 @each_shape
 @each_backend
-def test_the_figures_are_those_of_transformers(evaluate: Evaluate, n: int, context: int, stride: int):
+def test_the_results_equal_those_of_transformers(evaluate: Evaluate, n: int, context: int, stride: int):
     checkpoint = random_checkpoint(CONFIG)
     average, nats, predicted = recipe(checkpoint, TEXT[:n], context, stride)
     found = evaluate(checkpoint, TEXT[:n], context=context, stride=stride, batch_size=3)
@@ -79,7 +81,7 @@ def test_the_figures_are_those_of_transformers(evaluate: Evaluate, n: int, conte
 
 @each_backend
 def test_a_last_window_of_one_token_predicts_nothing(evaluate: Evaluate):
-    """Where windows do not overlap; the recipe's mean over no token makes the whole average NaN."""
+    """With windows that do not overlap, the recipe's mean over no tokens would make the whole average NaN."""
     checkpoint, ids = random_checkpoint(CONFIG), TEXT[:81]
     assert math.isnan(recipe(checkpoint, ids, 40, 40)[0])
     found, shorter = (evaluate(checkpoint, text, context=40, stride=40) for text in (ids, ids[:80]))
@@ -100,8 +102,8 @@ def test_the_port_agrees_with_the_reference_in_float64(x64: None, form: dict[str
 
 
 @each_backend
-def test_the_loss_is_the_mean_of_each_token_s_own_window(evaluate: Evaluate, x64: None):
-    """Token by token: every one in a row of its own, cut from the text where its window begins."""
+def test_each_token_is_predicted_from_its_window(evaluate: Evaluate, x64: None):
+    """Compute each token in a separate row, which starts where its window starts."""
     checkpoint, context, stride = random_checkpoint(CONFIG, np.float64), 16, 5
     model = transformers_model(checkpoint)
     losses = []
@@ -117,12 +119,13 @@ def test_the_loss_is_the_mean_of_each_token_s_own_window(evaluate: Evaluate, x64
 
 @each_backend
 @pytest.mark.parametrize("batch_size", [1, 2, 9, 100])
-def test_the_batch_size_changes_nothing(evaluate: Evaluate, batch_size: int, x64: None):
+def test_the_batch_size_does_not_matter(evaluate: Evaluate, batch_size: int, x64: None):
     checkpoint = random_checkpoint(CONFIG, np.float64)
     found = evaluate(checkpoint, TEXT, context=40, stride=20, batch_size=batch_size)
     assert found.windows == 10
     assert found.nats == pytest.approx(evaluate(checkpoint, TEXT, context=40, stride=20).nats, rel=FP64)
 
 
-def test_all_mean_the_same_by_an_ignored_label():
-    assert bridge.evaluation.IGNORE_INDEX == gpt2_jax.loss.IGNORE_INDEX == gpt2_torch.loss.IGNORE_INDEX
+def test_there_is_one_ignored_label():
+    modules = (bridge, bridge.evaluation, jax_cross_entropy, torch_cross_entropy)
+    assert len({module.IGNORE_INDEX for module in modules}) == 1

@@ -1,4 +1,4 @@
-"""Text that is generated: the same from every implementation, and for a prompt the same alone and among others."""
+"""Generated text: equal in every implementation, and for a prompt alone and in a batch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import BUNDLED, Checkpoint, GPT2Config
-from bridge.generation.config import GenerationConfig, uniform_draws
-from bridge.generation.decoder import ENDED, Decoder
+from bridge.generation.config import GenerationConfig, uniform_noise
+from bridge.generation.decoder import Decoder
+from bridge.generation.output import ENDED
 from gpt2_jax.generation import Decoder as JaxDecoder
 from gpt2_torch.generation import Decoder as TorchDecoder
-from gpt2_torch.logits_processors import choose
+from gpt2_torch.logits_processors import sample_token
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LOG_PROB_ROUNDING = 2e-5
-"""Nats. Logits are about 20 and rounded at 2e-6 of that, each in sums that have another order alone than in a batch."""
+LOGPROB_ROUNDING = 2e-5
+"""Nats. Logits are about 20 with a rounding of 2e-6 of that. Sums have another order in a batch than alone."""
 
-SMALL = replace(TINY, n_layer=2)  # as many as can differ: compiling is what costs time here
+SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers take longer to compile
 LENGTHS = (3, 11, 1, 7)
 PROMPTS = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in LENGTHS]
-STOP_IDS = tuple(range(0, SMALL.vocab_size, 20))  # so many that some row is bound to meet one
+EOS_TOKEN_IDS = tuple(range(0, SMALL.vocab_size, 20))  # so many that some row contains one
 
 Decoders = Mapping[str, Decoder[Any, Any]]
 each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
@@ -41,7 +42,7 @@ def decoders_of(checkpoint: Checkpoint) -> Decoders:
 def greedy_ids_of_transformers(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:
     found = model.generate(
         torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # else id 0 is taken to be padding
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),  # otherwise transformers takes id 0 for padding
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=0,
@@ -67,7 +68,7 @@ def small(quick_compilation: None) -> Decoders:
 
 @pytest.fixture(scope="module")
 def prompts(bundled: Checkpoint) -> list[list[int]]:
-    """Twenty pieces of text that the model was not trained on, of 1 to 39 tokens."""
+    """Return twenty pieces of text that the model was not trained on, of 1 to 39 tokens."""
     text = (BUNDLED / "validation.txt").read_text(encoding="utf-8")
     ids = bundled.tokenizer().encode_ordinary(text)
     return [ids[2000 * i : 2000 * i + 1 + 2 * i] for i in range(20)]
@@ -76,23 +77,23 @@ def prompts(bundled: Checkpoint) -> list[list[int]]:
 def test_all_implementations_write_the_same_greedy_text(
     bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
 ) -> None:
-    tokenizer, peer, request = bundled.tokenizer(), transformers_model(bundled), GenerationConfig(24)
+    tokenizer, peer, generation_config = bundled.tokenizer(), transformers_model(bundled), GenerationConfig(24)
     written = set()
     for prompt in prompts:
         expected = tokenizer.decode(greedy_ids_of_transformers(peer, prompt, 24))
         for name, decoder in trained.items():
-            assert tokenizer.decode(decoder.generate([prompt], request)[0][0].ids) == expected, (name, prompt)
+            assert tokenizer.decode(decoder.generate([prompt], generation_config)[0][0].ids) == expected, (name, prompt)
         written.add(expected)
     assert len(written) > len(prompts) / 2, "texts that hardly depend on the prompt prove little"
 
 
 @pytest.mark.slow
-def test_all_implementations_make_the_same_greedy_tokens_at_124m() -> None:
-    """Weights are normal with a standard deviation of 0.06, three times GPT-2's own, norm scales around 1, one seed.
+def test_all_implementations_generate_the_same_greedy_tokens_at_124m() -> None:
+    """Weights are normal with a standard deviation of 0.06, three times GPT-2's, norm scales around 1, and one seed.
 
-    With initial weights a tied model repeats its last token; with these the layers have a say. The two likeliest
-    of 50257 logits that are normal lie 0.2 standard deviations apart on average, so one token in some 10^4 has
-    a gap within the rounding of float32, 1e-5: it is not among these.
+    With initial weights, a tied model repeats its last token; with these weights, the layers have an effect. The two
+    largest of 50257 normal logits are 0.2 standard deviations apart on average, so about one token in 10^4 has a gap
+    within the rounding of float32, 1e-5. No token here has.
     """
     config, rng, state = GPT2Config(), np.random.default_rng(0), {}
     for p in bridge.parameters(config):
@@ -113,125 +114,131 @@ def test_all_implementations_make_the_same_greedy_tokens_at_124m() -> None:
     [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}, {"temperature": 1.2, "min_p": 0.05}],
     ids=["all tokens", "top-k and top-p", "min-p"],
 )
-def test_both_backends_draw_the_same_text(
+def test_both_backends_sample_the_same_text(
     filters: dict[str, Any], bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
 ) -> None:
-    tokenizer, request = bundled.tokenizer(), GenerationConfig(40, seed=7, samples=2, repetition_penalty=1.1, **filters)
+    tokenizer, generation_config = (
+        bundled.tokenizer(),
+        GenerationConfig(40, seed=7, num_return_sequences=2, repetition_penalty=1.1, **filters),
+    )
     ours, port = (
-        [[tokenizer.decode(sample.ids) for sample in row] for row in decoder.generate(prompts[2:5], request)]
+        [[tokenizer.decode(sample.ids) for sample in row] for row in decoder.generate(prompts[2:5], generation_config)]
         for decoder in trained.values()
     )
     assert ours == port
     assert len({text for row in ours for text in row}) == 6
 
 
-REQUESTS = {
-    "greedy": GenerationConfig(21, log_probs=True),
-    "sampled": GenerationConfig(21, log_probs=True, temperature=1.0, seed=3),
-    "several samples": GenerationConfig(21, log_probs=True, temperature=2.0, samples=3),
-    "repetition penalized": GenerationConfig(21, log_probs=True, repetition_penalty=1.5),
+CONFIGS = {
+    "greedy": GenerationConfig(21, logprobs=True),
+    "sampled": GenerationConfig(21, logprobs=True, temperature=1.0, seed=3),
+    "several samples": GenerationConfig(21, logprobs=True, temperature=2.0, num_return_sequences=3),
+    "repetition penalized": GenerationConfig(21, logprobs=True, repetition_penalty=1.5),
     "samples with repetition penalized": GenerationConfig(
-        21, log_probs=True, temperature=0.7, repetition_penalty=1.5, samples=2
+        21, logprobs=True, temperature=0.7, repetition_penalty=1.5, num_return_sequences=2
     ),
-    "stop ids": GenerationConfig(21, log_probs=True, temperature=3.0, stop_ids=STOP_IDS),
-    "slide": GenerationConfig(61, log_probs=True, slide=True),
-    "slide with stop ids": GenerationConfig(61, log_probs=True, temperature=2.0, slide=True, stop_ids=STOP_IDS[:2]),
+    "end of sequence": GenerationConfig(21, logprobs=True, temperature=3.0, eos_token_id=EOS_TOKEN_IDS),
+    "slide": GenerationConfig(61, logprobs=True, slide=True),
+    "slide with end of sequence": GenerationConfig(
+        61, logprobs=True, temperature=2.0, slide=True, eos_token_id=EOS_TOKEN_IDS[:2]
+    ),
 }
 
 
 @each_backend
-@pytest.mark.parametrize("name", REQUESTS)
-def test_a_row_is_what_it_is_alone(name: str, backend: str, small: Decoders) -> None:
-    request = REQUESTS[name]
-    together = small[backend].generate(PROMPTS, request)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_does_not_depend_on_the_others(name: str, backend: str, small: Decoders) -> None:
+    generation_config = CONFIGS[name]
+    together = small[backend].generate(PROMPTS, generation_config)
     assert len({tuple(c.ids) for row in together for c in row}) > 1
     for prompt, row in zip(PROMPTS, together, strict=True):
-        alone = small[backend].generate([prompt], request)[0]
+        alone = small[backend].generate([prompt], generation_config)[0]
         assert [c.ids for c in row] == [c.ids for c in alone]
         for ours, expected in zip(row, alone, strict=True):
-            np.testing.assert_allclose(ours.log_probs, expected.log_probs, rtol=0, atol=LOG_PROB_ROUNDING)
+            np.testing.assert_allclose(ours.logprobs, expected.logprobs, rtol=0, atol=LOGPROB_ROUNDING)
 
 
 @each_backend
-def test_the_order_of_the_rows_is_of_no_account(backend: str, small: Decoders) -> None:
-    request = REQUESTS["several samples"]
-    forwards, backwards = (small[backend].generate(rows, request) for rows in (PROMPTS, PROMPTS[::-1]))
+def test_the_order_of_the_rows_does_not_matter(backend: str, small: Decoders) -> None:
+    generation_config = CONFIGS["several samples"]
+    forwards, backwards = (small[backend].generate(rows, generation_config) for rows in (PROMPTS, PROMPTS[::-1]))
     assert [[c.ids for c in row] for row in forwards] == [[c.ids for c in row] for row in backwards[::-1]]
     assert len({tuple(sample.ids) for sample in forwards[0]}) == 3
 
 
 @each_backend
-def test_a_row_ends_with_its_first_stop_id(backend: str, small: Decoders) -> None:
-    request = REQUESTS["stop ids"]
-    free = small[backend].generate(PROMPTS, replace(request, stop_ids=()))
+def test_a_row_ends_with_its_first_end_of_sequence_token(backend: str, small: Decoders) -> None:
+    generation_config = CONFIGS["end of sequence"]
+    free = small[backend].generate(PROMPTS, replace(generation_config, eos_token_id=()))
     lengths = set()
-    for [ended], [whole] in zip(small[backend].generate(PROMPTS, request), free, strict=True):
-        stops = [n for n, token in enumerate(whole.ids, start=1) if token in STOP_IDS]
-        assert ended.ids == whole.ids[: min([*stops, request.max_new_tokens])]
+    for [ended], [whole] in zip(small[backend].generate(PROMPTS, generation_config), free, strict=True):
+        stops = [n for n, token in enumerate(whole.ids, start=1) if token in EOS_TOKEN_IDS]
+        assert ended.ids == whole.ids[: min([*stops, generation_config.max_new_tokens])]
         lengths.add(len(ended.ids))
-    assert min(lengths) < request.max_new_tokens
+    assert min(lengths) < generation_config.max_new_tokens
     assert len(lengths) > 1, "rows that end together prove little"
 
 
 @each_backend
 def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> None:
-    """Those of the uncached model's logits, whatever the filters make of them."""
+    """They are those of the model's logits without a cache, before the processors."""
     model = torch_model(random_checkpoint(SMALL))
-    request = REQUESTS["several samples"]
-    for prompt, row in zip(PROMPTS, small[backend].generate(PROMPTS, request), strict=True):
+    generation_config = CONFIGS["several samples"]
+    for prompt, row in zip(PROMPTS, small[backend].generate(PROMPTS, generation_config), strict=True):
         for continuation in row:
             ids = torch.tensor([*prompt, *continuation.ids])
             with torch.no_grad():
-                log_probs = model(ids[None])[0].log_softmax(-1)[len(prompt) - 1 : -1]
-            expected = log_probs.gather(1, ids[len(prompt) :, None])[:, 0].numpy()
+                logprobs = model(ids[None])[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = logprobs.gather(1, ids[len(prompt) :, None])[:, 0].numpy()
             assert expected.min() < np.log(0.1), "tokens that are all but certain prove little"
-            np.testing.assert_allclose(continuation.log_probs, expected, rtol=0, atol=LOG_PROB_ROUNDING)
+            np.testing.assert_allclose(continuation.logprobs, expected, rtol=0, atol=LOGPROB_ROUNDING)
 
 
-def plain_continuation(prompt: list[int], request: GenerationConfig) -> list[int]:
-    """No cache: the whole row runs for each token, and is cut to its last half where it is full."""
+def plain_continuation(prompt: list[int], generation_config: GenerationConfig) -> list[int]:
+    """Generate without a cache: run the whole row for each token, and keep its last half when it is full."""
     model, row, new, positions = torch_model(random_checkpoint(SMALL)), [*prompt], [], SMALL.n_positions
-    for draw in uniform_draws(request)[0]:
+    for draw in uniform_noise(generation_config)[0]:
         if len(row) >= positions:
             row = row[-(positions // 2) :]
         with torch.no_grad():
             logits = model(torch.tensor([row]))[:, -1]
-        new.append(int(choose(logits, torch.tensor([draw]), request, None)))
+        new.append(int(sample_token(logits, torch.tensor([draw]), generation_config, None)))
         row.append(new[-1])
     return new
 
 
 @each_backend
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
-def test_a_full_row_goes_on_from_its_last_half(temperature: float, backend: str, small: Decoders) -> None:
-    request = GenerationConfig(61, log_probs=True, temperature=temperature, slide=True)
+def test_a_full_row_continues_from_its_last_half(temperature: float, backend: str, small: Decoders) -> None:
+    generation_config = GenerationConfig(61, logprobs=True, temperature=temperature, slide=True)
     for length in (3, SMALL.n_positions, SMALL.n_positions + 9):
         prompt = random_ids(SMALL, 1, length, seed=1)[0].tolist()
-        assert small[backend].generate([prompt], request)[0][0].ids == plain_continuation(prompt, request), length
+        [[output]] = small[backend].generate([prompt], generation_config)
+        assert output.ids == plain_continuation(prompt, generation_config), length
 
 
 @each_backend
-@pytest.mark.parametrize("at_a_time", [1, 3, 7])
-@pytest.mark.parametrize("name", ["several samples", "stop ids", "slide"])
-def test_chunks_are_the_tokens_of_one_go(name: str, at_a_time: int, backend: str, small: Decoders) -> None:
-    request = REQUESTS[name]
-    chunks = [*small[backend].stream(PROMPTS, request, at_a_time)]
-    assert {chunk.ids.shape[1] for chunk in chunks} <= {*range(1, at_a_time + 1)}
+@pytest.mark.parametrize("chunk_size", [1, 3, 7])
+@pytest.mark.parametrize("name", ["several samples", "end of sequence", "slide"])
+def test_chunks_are_the_tokens_of_generate(name: str, chunk_size: int, backend: str, small: Decoders) -> None:
+    generation_config = CONFIGS[name]
+    chunks = [*small[backend].stream(PROMPTS, generation_config, chunk_size)]
+    assert {chunk.ids.shape[1] for chunk in chunks} <= {*range(1, chunk_size + 1)}
     assert len(chunks) > 2
-    expected = small[backend].generate(PROMPTS, request)
+    expected = small[backend].generate(PROMPTS, generation_config)
     ids = np.concatenate([chunk.ids for chunk in chunks], axis=1)
-    log_probs = np.concatenate([chunk.log_probs for chunk in chunks if chunk.log_probs is not None], axis=1)
+    logprobs = np.concatenate([chunk.logprobs for chunk in chunks if chunk.logprobs is not None], axis=1)
     for r, continuation in enumerate(c for row in expected for c in row):
         new = ids[r] != ENDED
         assert ids[r, new].tolist() == continuation.ids
-        assert log_probs[r, new].tolist() == continuation.log_probs
+        assert logprobs[r, new].tolist() == continuation.logprobs
         assert not new[len(continuation.ids) :].any()
 
 
 @each_backend
-def test_what_cannot_be_streamed_is_refused_before_anything_runs(backend: str, small: Decoders) -> None:
+def test_beam_search_cannot_be_streamed(backend: str, small: Decoders) -> None:
     with pytest.raises(ValueError, match="beams"):
-        small[backend].stream(PROMPTS, GenerationConfig(3, beams=2))
+        small[backend].stream(PROMPTS, GenerationConfig(3, num_beams=2))
     with pytest.raises(ValueError, match="slide"):
         small[backend].stream(PROMPTS, GenerationConfig(SMALL.n_positions))
     with pytest.raises(IndexError, match="vocabulary"):

@@ -1,4 +1,4 @@
-"""Logits that are NaN or infinite are an error in every mode of generation, which names the row and the token."""
+"""NaN or infinite logits are an error in every mode of generation. The error names the row and the token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 import bridge
 from bridge import Checkpoint
 from bridge.generation.config import GenerationConfig
-from bridge.generation.decoder import Decoder, InvalidLogits
-from bridge.generation.text import PROMPTS_AT_A_TIME, complete, stream_text
+from bridge.generation.decoder import Decoder
+from bridge.generation.output import InvalidLogits
+from bridge.generation.text import PROMPTS_PER_BATCH, generate_text, stream_text
 from gpt2_jax.generation import Decoder as JaxDecoder
 from gpt2_torch.generation import Decoder as TorchDecoder
 
@@ -31,8 +32,8 @@ FILTERED = {"temperature": 1.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repet
 REQUESTS = {
     "greedy": GenerationConfig(4),
     "sampled": GenerationConfig(4, **FILTERED),
-    "several": GenerationConfig(4, temperature=0.7, samples=2, log_probs=True, stop_ids=(5,)),
-    "beams": GenerationConfig(4, beams=3),
+    "several": GenerationConfig(4, temperature=0.7, num_return_sequences=2, logprobs=True, eos_token_id=(5,)),
+    "beams": GenerationConfig(4, num_beams=3),
 }
 each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
 
@@ -44,7 +45,7 @@ def decoder(backend: str, checkpoint: Checkpoint) -> Decoder[Any, Any]:
 
 
 def with_head(rows: Any) -> Checkpoint:
-    """A model whose logits are n_embd times these numbers, one for each token."""
+    """Return a model whose logits are n_embd times these numbers, one for each token."""
     state = dict(random_checkpoint(CONFIG).tensors.items())
     head = np.broadcast_to(np.asarray(rows, np.float32)[:, None], state["lm_head.weight"].shape)
     norm = {"ln_f.weight": np.zeros_like(state["ln_f.weight"]), "ln_f.bias": np.ones_like(state["ln_f.bias"])}
@@ -68,22 +69,22 @@ def test_it_is_an_error_in_every_mode(name: str, logits: str, backend: str) -> N
 
 @each_backend
 @pytest.mark.parametrize("name", REQUESTS)
-def test_minus_infinity_for_some_tokens_is_none(name: str, backend: str) -> None:
+def test_minus_infinity_for_some_tokens_is_no_error(name: str, backend: str) -> None:
     found = decoder(backend, with_head(one_token(-LARGE))).generate(PROMPTS, REQUESTS[name])
     assert all(0 <= i < CONFIG.vocab_size and i != 9 for row in found for c in row for i in c.ids)
 
 
 @each_backend
-@pytest.mark.parametrize("at_a_time", [None, 1, 3])
-def test_the_row_and_the_token_are_named(backend: str, at_a_time: int | None) -> None:
-    """The embedding of a token is NaN that row 1 has first; what was streamed before is right."""
+@pytest.mark.parametrize("chunk_size", [None, 1, 3])
+def test_the_error_names_the_row_and_the_token(backend: str, chunk_size: int | None) -> None:
+    """The embedding of a token is NaN, and row 1 is the first row with it. Tokens streamed before it are correct."""
     right = random_checkpoint(CONFIG)
-    request = GenerationConfig(8)
-    ids = [row[0].ids for row in decoder(backend, right).generate(PROMPTS, request)]
+    config = GenerationConfig(8)
+    ids = [row[0].ids for row in decoder(backend, right).generate(PROMPTS, config)]
     step = next(n for n in range(1, 7) if ids[1][n] not in {0, *ids[0], *ids[1][:n], *PROMPTS[0], *PROMPTS[1]})
     state = {name: np.array(array) for name, array in right.tensors.items()}
     state["wte.weight"][ids[1][step]] = np.nan
-    chunks = decoder(backend, Checkpoint.of(state, CONFIG)).stream(PROMPTS, request, at_a_time)
+    chunks = decoder(backend, Checkpoint.of(state, CONFIG)).stream(PROMPTS, config, chunk_size)
     streamed: list[list[int]] = [[], []]
     with pytest.raises(InvalidLogits) as raised:
         for chunk in chunks:
@@ -91,17 +92,17 @@ def test_the_row_and_the_token_are_named(backend: str, at_a_time: int | None) ->
                 row.extend(new)
     assert (raised.value.row, raised.value.step) == (1, step + 1)
     assert streamed == [row[: len(streamed[0])] for row in ids]
-    assert at_a_time != 1 or len(streamed[0]) == step + 1
+    assert chunk_size != 1 or len(streamed[0]) == step + 1
 
 
-def test_the_row_is_counted_over_all_prompts() -> None:
+def test_the_error_counts_rows_over_all_prompts() -> None:
     encoding = bridge.byte_tokenizer()
     state = {name: np.array(array) for name, array in random_checkpoint(CONFIG).tensors.items()}
     state["wte.weight"][ord("!")] = np.nan
     broken = decoder("gpt2_torch", Checkpoint.of(state, CONFIG))
-    prompts = ["a"] * PROMPTS_AT_A_TIME + ["a", "!"]
-    with pytest.raises(InvalidLogits, match=rf"^row {2 * (PROMPTS_AT_A_TIME + 1)}, new token 0,"):
-        complete(broken, encoding, prompts, GenerationConfig(1, temperature=1.0, samples=2))
+    prompts = ["a"] * PROMPTS_PER_BATCH + ["a", "!"]
+    with pytest.raises(InvalidLogits, match=rf"^row {2 * (PROMPTS_PER_BATCH + 1)}, new token 0,"):
+        generate_text(broken, encoding, prompts, GenerationConfig(1, temperature=1.0, num_return_sequences=2))
     with pytest.raises(InvalidLogits):
         list(stream_text(broken, encoding, "!", GenerationConfig(2)))
 

@@ -1,4 +1,4 @@
-"""Cross-entropy per token: the two backends against the definition, and labels that count nowhere."""
+"""Cross-entropy per token: both backends against the definition, and ignored labels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import gpt2_jax.loss
-import gpt2_torch.loss
+import gpt2_jax.ops.cross_entropy
+import gpt2_torch.ops.cross_entropy
+from bridge import IGNORE_INDEX
 from gpt2_torch.arrays import tensor_from_array
 
 B, T, V = 3, 7, 29
 
 FP64 = 1e-13
-"""Nats; some hundred units of float64 rounding of a loss near 10."""
+"""Nats; about a hundred units of float64 rounding of a loss near 10."""
 
 FP32 = 1e-5
 """Nats; ten units of float32 rounding of a loss near 10."""
@@ -31,14 +32,14 @@ Losses = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 def torch_losses(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     tensor = tensor_from_array(logits).requires_grad_()
-    losses = gpt2_torch.loss.cross_entropy(tensor, torch.from_numpy(labels))
+    losses = gpt2_torch.ops.cross_entropy.cross_entropy(tensor, torch.from_numpy(labels))
     losses.sum().backward()
     return losses.detach().numpy(), tensor.grad.double().numpy()
 
 
 def jax_losses(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses = gpt2_jax.loss.cross_entropy(logits, jnp.asarray(labels))
+        losses = gpt2_jax.ops.cross_entropy.cross_entropy(logits, jnp.asarray(labels))
         return losses.sum(), losses
 
     (_, losses), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(jnp.asarray(logits))
@@ -56,10 +57,10 @@ def logits_and_labels(dtype: type = np.float64) -> tuple[np.ndarray, np.ndarray]
 
 
 def expected(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """From the definition, in float64."""
+    """Compute losses and gradients from the definition, in float64."""
     p = np.exp(logits.astype(np.float64))
     p /= p.sum(axis=-1, keepdims=True)
-    counted = labels != gpt2_jax.loss.IGNORE_INDEX
+    counted = labels != IGNORE_INDEX
     one_hot = np.eye(V)[np.where(counted, labels, 0)]
     return np.where(counted, -np.log((p * one_hot).sum(-1)), 0), (p - one_hot) * counted[..., None]
 
@@ -73,25 +74,25 @@ def test_losses_are_those_of_the_definition_and_at_least_float32(
     assert losses.dtype == (np.float64 if dtype is np.float64 else np.float32)
     expected_losses, expected_gradient = expected(logits, labels)
     np.testing.assert_allclose(losses, expected_losses, atol=tolerance, rtol=0)
-    narrowed = 2.0**-8 if dtype is ml_dtypes.bfloat16 else tolerance  # a gradient has its logits' dtype
+    narrowed = 2.0**-8 if dtype is ml_dtypes.bfloat16 else tolerance  # a gradient has the dtype of its logits
     np.testing.assert_allclose(gradient, expected_gradient, atol=narrowed, rtol=0)
 
 
-def test_ignored_labels_count_nowhere(losses_of: Losses, x64: None) -> None:
+def test_ignored_labels_have_no_loss_and_no_gradient(losses_of: Losses, x64: None) -> None:
     logits, labels = logits_and_labels()
     everywhere, _ = losses_of(logits, labels)
     ignored = np.zeros((B, T), bool)
-    ignored[0, 0] = ignored[0, 3:5] = ignored[2, -1] = ignored[1] = True  # a whole row among them
-    labels[ignored] = gpt2_jax.loss.IGNORE_INDEX
+    ignored[0, 0] = ignored[0, 3:5] = ignored[2, -1] = ignored[1] = True  # including a whole row
+    labels[ignored] = IGNORE_INDEX
     losses, gradient = losses_of(logits, labels)
     assert (losses[ignored] == 0).all() and (gradient[ignored] == 0).all()
     np.testing.assert_array_equal(losses[~ignored], everywhere[~ignored])
     np.testing.assert_allclose(gradient, expected(logits, labels)[1], atol=FP64, rtol=0)
 
 
-def test_all_ignored_is_zero_with_a_gradient_of_zero(losses_of: Losses) -> None:
+def test_all_labels_ignored_gives_zero_loss_and_gradient(losses_of: Losses) -> None:
     logits, labels = logits_and_labels(np.float32)
-    losses, gradient = losses_of(logits, np.full_like(labels, gpt2_jax.loss.IGNORE_INDEX))
+    losses, gradient = losses_of(logits, np.full_like(labels, IGNORE_INDEX))
     assert (losses == 0).all() and (gradient == 0).all()
 
 
@@ -102,7 +103,7 @@ def test_large_logits_do_not_overflow(losses_of: Losses) -> None:
 
 
 @pytest.mark.parametrize("label", [-1, -V, -99, V, V + 100])
-def test_a_label_outside_the_vocabulary_does_not_pass(label: int) -> None:
+def test_a_label_outside_the_vocabulary_is_detected(label: int) -> None:
     logits, labels = logits_and_labels(np.float32)
     labels[1, 2] = label
     with pytest.raises(IndexError):
@@ -111,5 +112,5 @@ def test_a_label_outside_the_vocabulary_does_not_pass(label: int) -> None:
     assert np.isnan(losses[1, 2]) and np.isnan(losses).sum() == 1
 
 
-def test_both_backends_ignore_the_same_label() -> None:
-    assert gpt2_torch.loss.IGNORE_INDEX == gpt2_jax.loss.IGNORE_INDEX == torch.nn.CrossEntropyLoss().ignore_index
+def test_the_ignored_label_is_that_of_pytorch() -> None:
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE_INDEX

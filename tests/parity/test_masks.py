@@ -1,4 +1,4 @@
-"""Rows of different lengths in one batch: padding changes nothing but its own positions."""
+"""Rows of different lengths in one batch: padding affects only its own positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.models import TINY, random_checkpoint, random_ids
 import bridge
 from bridge import Checkpoint
 
-FP64_ABSOLUTE = 1e-12  # logits of order 1; a batch is summed in another order than a row alone
+FP64_ABSOLUTE = 1e-12  # logits of order 1; sums have another order in a batch than in a single row
 FP64_GRADIENT = 1e-10  # relative L2 of one parameter's gradient
 
 LENGTHS = (5, 13, 9)
@@ -38,7 +38,7 @@ def checkpoint(x64: None) -> Checkpoint:
 
 
 def padded_batch(side: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids that are random at padding too, and the mask that tells which are tokens."""
+    """Return random ids, also at padding, and the mask of the tokens."""
     ids = random_ids(CONFIG, len(LENGTHS), max(LENGTHS))
     columns = np.arange(max(LENGTHS))
     lengths = np.array(LENGTHS)[:, None]
@@ -58,7 +58,7 @@ def test_each_row_equals_the_row_alone(side: str, logits: Logits, checkpoint: Ch
 
 @each_backend
 @each_side
-def test_rows_equal_transformers_with_its_positions_given(side: str, logits: Logits, checkpoint: Checkpoint):
+def test_rows_equal_transformers_with_explicit_positions(side: str, logits: Logits, checkpoint: Checkpoint):
     ids, mask = padded_batch(side)
     positions = (mask.cumsum(axis=1) - 1).clip(min=0)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_rows_equal_transformers_with_its_positions_given(side: str, logits: Log
 @each_side
 def test_padding_positions_are_finite(side: str, logits: Logits, checkpoint: Checkpoint):
     ids, mask = padded_batch(side)
-    mask[1] = 0  # a row of nothing but padding
+    mask[1] = 0  # a row of padding only
     assert np.isfinite(logits(checkpoint, ids, mask)).all()
 
 
@@ -91,7 +91,7 @@ def test_the_mask_may_be_bool_or_any_integer(dtype: type, logits: Logits, checkp
 
 
 def loss_weights(mask: np.ndarray) -> np.ndarray:
-    """1 where both a token and the one it predicts are real."""
+    """Return 1 where a token and the next token are not padding."""
     return (mask[:, 1:] * mask[:, :-1]).astype(np.float64)
 
 
@@ -117,7 +117,7 @@ def jax_padded_gradients(
 
 
 @each_side
-def test_gradients_with_padding_are_finite_and_those_of_the_rows_alone(side: str, checkpoint: Checkpoint):
+def test_gradients_with_padding_are_finite_and_equal_those_of_single_rows(side: str, checkpoint: Checkpoint):
     ids, mask = padded_batch(side)
     alone = [
         torch_padded_gradients(checkpoint, row[None, m], np.ones((1, m.sum()), int))

@@ -1,4 +1,4 @@
-"""MultiHeadAttention, FeedForward and GPT2Layer by themselves: both backends, and plain numpy formulas."""
+"""MultiHeadAttention, FeedForward and GPT2Layer by themselves: both backends against numpy formulas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bridge import GPT2Config
 from bridge.config import ACTIVATIONS
 
 FP64_ABSOLUTE = 1e-12  # values of order 1 to 10, sums of at most 192 terms
-FP32_ABSOLUTE = 2e-5  # the same in float32, where a step at 10 is 1e-6
+FP32_ABSOLUTE = 2e-5  # the same in float32, whose spacing at 10 is 1e-6
 
 B, T, S, H, D = 2, 7, 11, TINY.n_head, TINY.n_embd
 GELU_TANH = math.sqrt(2 / math.pi)
@@ -76,7 +76,7 @@ class Sides:
         if mask is not None:
             mask = np.broadcast_to(mask, scores.shape)
             scores = np.where(mask, scores, -np.inf)
-            scores = np.where(mask.any(axis=-1, keepdims=True), scores, 0.0)  # sees nothing: evenly
+            scores = np.where(mask.any(axis=-1, keepdims=True), scores, 0.0)  # no visible key: equal weights
         probabilities = np.exp(scores - scores.max(axis=-1, keepdims=True))
         probabilities /= probabilities.sum(axis=-1, keepdims=True)
         context = (probabilities @ v).transpose(0, 2, 1, 3).reshape(B, -1, D)
@@ -89,7 +89,7 @@ def random_inputs(*lengths: int, dtype: Any = np.float64) -> list[np.ndarray]:
 
 
 def random_mask(*shape: int) -> np.ndarray:
-    """Some keys hidden, at least one visible to every query."""
+    """Return a random mask in which every query has at least one visible key."""
     mask = np.random.default_rng(4).random(shape) < 0.6
     mask[..., 2] = True
     return mask
@@ -107,7 +107,7 @@ SCALE = 1 / math.sqrt(TINY.head_size)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-def test_self_attention_is_the_same_packed_unpacked_and_as_a_formula(is_causal: bool, x64: None):
+def test_self_attention_equals_the_formula_with_one_or_three_products(is_causal: bool, x64: None):
     sides, (x,) = Sides(TINY), random_inputs(T)
     mask = np.tril(np.ones((T, T), bool)) if is_causal else None
     assert_all_close(
@@ -135,7 +135,7 @@ def test_cross_attention_agrees_with_the_formula_under_any_mask(shape: tuple[int
 
 
 @pytest.mark.parametrize("shape", [(1, 1, T, T), (B, 1, 1, T), (B, H, T, T)], ids=str)
-def test_a_mask_and_causality_hide_together(shape: tuple[int, ...], x64: None):
+def test_a_mask_and_causality_combine(shape: tuple[int, ...], x64: None):
     sides, (x,) = Sides(TINY), random_inputs(T)
     mask = random_mask(*shape)
     mask[..., 0] = True
@@ -150,7 +150,7 @@ def test_a_mask_and_causality_hide_together(shape: tuple[int, ...], x64: None):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, FP64_ABSOLUTE), (np.float32, FP32_ABSOLUTE)], ids=str)
-def test_a_query_that_may_see_no_key_attends_evenly(dtype: type, tolerance: float, x64: None):
+def test_a_query_without_visible_keys_attends_to_all_equally(dtype: type, tolerance: float, x64: None):
     sides, (query, key, value) = Sides(TINY, dtype), random_inputs(T, S, S, dtype=dtype)
     mask = random_mask(B, 1, T, S)
     mask[0, :, 3] = False
@@ -168,9 +168,7 @@ def test_a_query_that_may_see_no_key_attends_evenly(dtype: type, tolerance: floa
 @pytest.mark.parametrize("scale_attn_weights", [True, False])
 @pytest.mark.parametrize("inverse", [True, False])
 @pytest.mark.parametrize("upcast", [True, False])
-def test_each_scaling_switch_does_what_the_formula_does(
-    scale_attn_weights: bool, inverse: bool, upcast: bool, x64: None
-):
+def test_each_scaling_option_equals_the_formula(scale_attn_weights: bool, inverse: bool, upcast: bool, x64: None):
     config = replace(
         TINY,
         scale_attn_weights=scale_attn_weights,
@@ -202,7 +200,7 @@ def test_every_activation_has_a_formula_in_both_backends():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_feed_forward_is_its_formula(activation: str, x64: None):
+def test_feed_forward_equals_its_formula(activation: str, x64: None):
     sides = Sides(replace(TINY, activation_function=activation))
     (x,) = random_inputs(T)
     a = sides.arrays
@@ -218,7 +216,7 @@ def test_feed_forward_is_its_formula(activation: str, x64: None):
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "unmasked"])
-def test_a_layer_is_its_formula(is_causal: bool, masked: bool, x64: None):
+def test_a_layer_equals_its_formula(is_causal: bool, masked: bool, x64: None):
     config = replace(TINY, layer_norm_epsilon=0.03, scale_attn_by_inverse_layer_idx=True)
     sides, (x,) = Sides(config), random_inputs(T)
     a = sides.arrays
@@ -243,7 +241,7 @@ def test_a_layer_is_its_formula(is_causal: bool, masked: bool, x64: None):
     )
 
 
-def test_the_layer_is_causal_unless_told_otherwise():
+def test_the_layer_is_causal_by_default():
     sides, (x,) = Sides(TINY, np.float32), random_inputs(T, dtype=np.float32)
     changed = x.copy()
     changed[:, -1] += 1.0

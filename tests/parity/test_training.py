@@ -22,9 +22,8 @@ from support.models import TINY, random_state
 import bridge
 import gpt2_jax
 import gpt2_torch
-from bridge import Checkpoint, GPT2Config
+from bridge import IGNORE_INDEX, Checkpoint, GPT2Config
 from bridge.optimizer_state import AdamWState
-from gpt2_jax.loss import IGNORE_INDEX
 from gpt2_jax.training import init_state, make_train_step
 from gpt2_jax.training import optimizer_state as jax_optimizer_state
 from gpt2_jax.training.config import OptimizerConfig

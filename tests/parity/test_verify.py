@@ -21,7 +21,7 @@ from bridge import Checkpoint
 from gpt2_jax.cli import main
 from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_side, verify
 from gpt2_jax.parity.inputs import BUILT_IN_TEXT, choose_tokens
-from gpt2_torch.loss import next_token_loss
+from gpt2_torch.ops.cross_entropy import next_token_loss
 
 CONFIG = replace(TINY, n_layer=2, vocab_size=263)
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gpt2_jax.loss import summed_cross_entropy
 from gpt2_jax.ops.attention import _splash, attention
+from gpt2_jax.ops.cross_entropy import summed_cross_entropy
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR
 
 ROOT = Path(__file__).parents[2]

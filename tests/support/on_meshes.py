@@ -24,10 +24,10 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bridge
-from bridge import GPT2Config
+from bridge import IGNORE_INDEX, GPT2Config
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax.loading import sharded_params
-from gpt2_jax.loss import IGNORE_INDEX, summed_loss
+from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import make_mesh, shardings
 from gpt2_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step

@@ -26,7 +26,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import BridgeError
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
-from bridge.formats.run import CHECKPOINTS, best_step, committed_steps, first_valid, steps, validation_loss
+from bridge.formats.run import CHECKPOINTS, committed_steps, first_valid, steps, steps_by_loss, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import foreign_files
 from bridge.storage.fsync import flush_to_disk
@@ -35,7 +35,7 @@ from gpt2_jax.training.errors import TrainingError, is_out_of_memory
 from gpt2_jax.training.state import TrainState
 
 PARTIAL = ".{}.partial"
-_LEFT = re.compile(r"\.(0|[1-9]\d*)\.partial(\.orbax-checkpoint-tmp.*)?")
+_LEFTOVER = re.compile(r"\.(0|[1-9]\d*)\.partial(\.orbax-checkpoint-tmp.*)?")
 """Leftovers of a killed process: the hidden directory, and Orbax's temporary directory beside it."""
 
 
@@ -66,7 +66,7 @@ class Checkpoints:
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             flush_to_disk(self._folder.parent)
-            for left in [path for path in self._folder.iterdir() if _LEFT.fullmatch(path.name)]:
+            for left in [path for path in self._folder.iterdir() if _LEFTOVER.fullmatch(path.name)]:
                 self._remove(left)
         wait_for_all("the folder of checkpoints")
 
@@ -98,7 +98,7 @@ class Checkpoints:
         self.wait()
         step = int(state.step)
         partial = self._folder / PARTIAL.format(step)
-        with _explained(f"the checkpoint of step {step} could not be written"), _uncompressed():
+        with _with_message(f"the checkpoint of step {step} could not be written"), _uncompressed():
             writing = ocp.save_async(partial, state, overwrite=True)
         self.newest = step
         about = {**self._about, "step": step, "val_loss": val_loss}
@@ -113,7 +113,7 @@ class Checkpoints:
         """Wait until the pending save is on the disk. Raises `TrainingError` if it failed."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            with _explained(f"the checkpoint of step {saving[0]} could not be written"):
+            with _with_message(f"the checkpoint of step {saving[0]} could not be written"):
                 saving[1].result()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -123,7 +123,7 @@ class Checkpoints:
         shapes. Does not use Orbax, which trusts its input and whose error messages are pages long.
         """
         self.wait()
-        with _explained(f"the checkpoint of step {step} could not be read; is it damaged?"):
+        with _with_message(f"the checkpoint of step {step} could not be read; is it damaged?"):
             stored = {name.replace(".", "/"): array for name, array in open_arrays(self._state(step)).items()}
             found = {name: (array.shape, str(array.dtype)) for name, array in stored.items()}
             expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _named_leaves(like)}
@@ -132,7 +132,7 @@ class Checkpoints:
                 self.newest = step
                 return jax.tree.unflatten(jax.tree.structure(like), leaves)
         names = [name for name in expected | found if expected.get(name) != found.get(name)]
-        problems = [f"{n}: {_said(found.get(n))} is stored, {_said(expected.get(n))} expected" for n in names]
+        problems = [f"{n}: {_formatted(found.get(n))} is stored, {_formatted(expected.get(n))} expected" for n in names]
         raise TrainingError(
             f"the checkpoint of step {step} belongs to another model or optimizer:\n{bullet_list(problems)}"
         )
@@ -141,12 +141,12 @@ class Checkpoints:
         return self._folder / str(step) / "state"
 
     def loss(self, step: int) -> float | None:
-        """The validation loss recorded with this checkpoint."""
+        """Return the validation loss recorded with this checkpoint."""
         return broadcast_from_first(validation_loss(self._run, step) if is_first() else None)
 
     def lowest_loss(self) -> float:
-        """The best step of all checkpoints."""
-        step = broadcast_from_first(best_step(self._run) if is_first() else None)
+        """Return the validation loss of the best checkpoint, or infinity if none was evaluated."""
+        step = broadcast_from_first(next(iter(steps_by_loss(self._run)), None) if is_first() else None)
         loss = None if step is None else self.loss(step)
         return float("inf") if loss is None else loss
 
@@ -154,7 +154,7 @@ class Checkpoints:
         """Record the validation loss of a checkpoint that was saved before its evaluation."""
         if is_first():
             beside = self._folder / PARTIAL.format(step)
-            with _explained(f"the loss of the checkpoint of step {step} could not be written"):
+            with _with_message(f"the loss of the checkpoint of step {step} could not be written"):
                 manifest.amend(self._folder / str(step), {"val_loss": val_loss}, beside)
 
     def __enter__(self) -> Checkpoints:
@@ -173,14 +173,14 @@ class Checkpoints:
         try:
             writing.result()
             if is_first():
-                manifest.seal(partial, about)
+                manifest.commit(partial, about)
                 manifest.verify(partial, from_disk=True)
                 partial.rename(self._folder / str(about["step"]))
                 flush_to_disk(self._folder)
         except BaseException:
             if is_first():
                 for left in self._folder.iterdir():
-                    if (match := _LEFT.fullmatch(left.name)) and int(match[1]) == about["step"]:
+                    if (match := _LEFTOVER.fullmatch(left.name)) and int(match[1]) == about["step"]:
                         shutil.rmtree(left, ignore_errors=True)
             raise
         if is_first():
@@ -189,7 +189,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all checkpoints but the last and the best. Called after a newer valid one was committed."""
         committed = committed_steps(self._run)
-        kept = {*committed[-self._keep_last :], best_step(self._run)}
+        kept = {*committed[-self._keep_last :], *steps_by_loss(self._run)[:1]}
         for step in committed:  # a damaged checkpoint stays for inspection
             if step not in kept:
                 path = self._folder / str(step)
@@ -213,14 +213,14 @@ class Checkpoints:
 
 
 def _uncompressed() -> ocp.Context:
-    """Disables compression: it shrinks weights and moments by 9 %, but on CPU takes more time than the manifest."""
+    """Return a context without compression. On CPU, compression takes longer than the manifest and saves only 9 %."""
     context = ocp.Context()
     context.array.saving.use_compression = False
     return context
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _with_message(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Orbax also raises errors of tensorstore and the system
@@ -241,7 +241,7 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
-def _said(array: tuple[tuple[int, ...], str] | None) -> str:
+def _formatted(array: tuple[tuple[int, ...], str] | None) -> str:
     return "nothing" if array is None else f"{array[1]} {array[0]}"
 
 

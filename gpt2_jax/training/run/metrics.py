@@ -22,9 +22,9 @@ METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb-id"
-_LONGEST_LINE = 2**16
-"""Limit on the bytes of a line. A record has a few hundred."""
-_MOST_DRAWN = 1e300
+_MAX_LINE_BYTES = 2**16
+"""Size limit of a line. A record has a few hundred bytes."""
+_MAX_DRAWN = 1e300
 """Limit on values: the difference of larger numbers may overflow, which makes matplotlib fail."""
 
 
@@ -82,10 +82,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _lines_of(file: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, if it exists. A line above `_LONGEST_LINE` is split into pieces, which are invalid."""
+    """Yield the lines of a file, if it exists. Lines above `_MAX_LINE_BYTES` are split into invalid pieces."""
     try:
         with open_regular_file(file, TrainingError) as lines:
-            while line := lines.readline(_LONGEST_LINE):
+            while line := lines.readline(_MAX_LINE_BYTES):
                 yield line
     except FileNotFoundError:
         return
@@ -117,7 +117,7 @@ def plot_losses(run: Path) -> Path:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, label, style in (("train_loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(r["step"], r[name]) for r in records if name in r and not abs(r[name]) > _MOST_DRAWN]
+        points = [(r["step"], r[name]) for r in records if name in r and not abs(r[name]) > _MAX_DRAWN]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1)
     axes.set(xlabel="step", ylabel="loss, nats per token")

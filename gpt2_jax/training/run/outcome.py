@@ -63,7 +63,7 @@ def finish(
         loss = validation_loss(run, best)
         with new_directory(run / EXPORT, replaceable=replaceable_export(run)) as export:
             bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
-            manifest.seal(export, {**about, "step": best, "val_loss": loss})
+            manifest.commit(export, {**about, "step": best, "val_loss": loss})
         if (run / PLOT).exists() and not is_report(run / PLOT):
             say(f"{quoted(run / PLOT)} was not drawn by this version of gpt2 train and is kept")
         else:

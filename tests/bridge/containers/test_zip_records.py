@@ -178,7 +178,7 @@ CONTRADICTING: dict[str, tuple[bytes, str]] = {
         zipped(replace(GOOD, sizes=(ZIP64, ZIP64), extra=struct.pack("<2H2Q", 1, 16, 2**63, 2**63))),
         "header of 'a/data' differs",
     ),
-    "a place of 2^63": (zipped(replace(GOOD, header=ZIP64, extra=struct.pack("<2HQ", 1, 8, 2**63))), "do not lie in"),
+    "a place of 2^63": (zipped(replace(GOOD, header=ZIP64, extra=struct.pack("<2HQ", 1, 8, 2**63))), "are needed"),
     "a size that is missing": (zipped(replace(GOOD, sizes=(ZIP64, ZIP64))), "the size of 'a/data' is missing"),
     "extra fields truncated": (zipped(replace(GOOD, extra=b"\1\0\x10\0abc")), "extra fields of 'a/data' are damaged"),
     "half an extra field": (zipped(replace(GOOD, extra=b"\1")), "extra fields of 'a/data' are damaged"),

@@ -580,12 +580,12 @@ def test_openais_vocabulary_comes_back(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_tokenizer_that_the_vocabulary_does_not_hold_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="'small' has ids up to 270, the model's vocabulary only 270"):
+    with pytest.raises(TokenizerError, match="'small' has ids up to 270, but the model's vocabulary has only 270"):
         saved(tmp_path / "m.gguf", with_tokenizer(small_bpe(), 270))
     clash = tiktoken.Encoding(
         "clash", pat_str=WORDS, mergeable_ranks=small_bpe()._mergeable_ranks, special_tokens={"he": 270}
     )
-    with pytest.raises(TokenizerError, match="two tokens that are spelled alike"):
+    with pytest.raises(TokenizerError, match="two tokens with the same spelling"):
         saved(tmp_path / "m.gguf", with_tokenizer(clash))
     assert list(tmp_path.iterdir()) == []
 
@@ -631,14 +631,14 @@ BYTES = replace(SMALLEST, vocab_size=256)
 
 # The pairs of a tokenizer, and what the message must say.
 BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
-    "another kind": (tokenizer_pairs(model=text("llama")), "is 'llama' with words as 'default'; only GPT-2's byte-lev"),
-    "a kind that is no text": (tokenizer_pairs(model=number(3)), "the tokenizer inside is '3'"),
-    "other words": (tokenizer_pairs(pre=text("llama-bpe")), "with words as 'llama-bpe'"),
-    "words of an array": (tokenizer_pairs(pre=texts(["gpt-2"])), "with words as an array of 1"),
+    "another kind": (tokenizer_pairs(model=text("llama")), "is 'llama' with the pre-tokenizer 'default'; only GPT-2's"),
+    "a kind that is no text": (tokenizer_pairs(model=number(3)), "the tokenizer is '3'"),
+    "other words": (tokenizer_pairs(pre=text("llama-bpe")), "with the pre-tokenizer 'llama-bpe'"),
+    "words of an array": (tokenizer_pairs(pre=texts(["gpt-2"])), "with the pre-tokenizer an array of 1"),
     "no tokens": (tokenizer_pairs(tokens=None), "tokenizer.ggml.tokens is missing"),
     "tokens of numbers": (tokenizer_pairs(tokens=int32s([1])), "tokenizer.ggml.tokens is not an array of strings"),
     "tokens not UTF-8": (tokenizer_pairs(tokens=texts([b"\xff"])), "tokens holds 'b'\\xff'', which is not UTF-8"),
-    "tokens for more than the rows": (tokenizer_pairs(tokens=texts(["a"] * 257)), "has 257 entries, the model's"),
+    "tokens for more than the rows": (tokenizer_pairs(tokens=texts(["a"] * 257)), "has 257 entries, but the model's"),
     "a token twice": (tokenizer_pairs(tokens=texts(["a", "b", "a"])), "tokenizer.ggml.tokens has a token twice"),
     "bytes missing": (tokenizer_pairs(tokens=texts(["a"])), "some of the 256 bytes have no token"),
     "no merges": (tokenizer_pairs(merges=None), "tokenizer.ggml.merges is missing"),
@@ -646,11 +646,11 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
     "merges of three": (tokenizer_pairs(merges=texts(["a b c"])), "is not a pair of tokens"),
     "merges of what is not there": (tokenizer_pairs(merges=texts(["a b"])), "the merge 'a b' uses 'ab', which has no"),
     "merges not UTF-8": (tokenizer_pairs(merges=texts([b"\xff \xfe"])), "tokenizer.ggml.merges holds"),
-    "types too few": (tokenizer_pairs(token_type=int32s([1] * 255)), "token_type is not an array of 256 whole numbers"),
+    "types too few": (tokenizer_pairs(token_type=int32s([1] * 255)), "token_type is not an array of 256 integers"),
     "types of strings": (tokenizer_pairs(token_type=texts(["1"] * 256)), "token_type is not an array of 256 whole"),
     "types of floats": (tokenizer_pairs(token_type=array(bytes(1024), 6, 256)), "token_type is not an array of 256"),
-    "types a number": (tokenizer_pairs(token_type=number(1)), "token_type is not an array of 256 whole numbers"),
-    "more merges than rows": (tokenizer_pairs(merges=texts(["a b"] * 257)), "merges has 257 entries, the model's"),
+    "types a number": (tokenizer_pairs(token_type=number(1)), "token_type is not an array of 256 integers"),
+    "more merges than rows": (tokenizer_pairs(merges=texts(["a b"] * 257)), "merges has 257 entries, but the model's"),
     "merges of spaces": (tokenizer_pairs(merges=texts(["  "])), "is not a pair of tokens"),
     "bytes that are never used": (tokenizer_pairs(token_type=int32s([5] * 256)), "some of the 256 bytes have no token"),
 }  # fmt: skip

@@ -545,7 +545,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     ),
     "a tensor twice": (
         lambda s: s["model"].update({f"_orig_mod.{C_FC}": s["model"][C_FC]}),
-        "'h.0.mlp.c_fc.weight' is there 2 times",
+        "'h.0.mlp.c_fc.weight' is the canonical name of 2 tensors",
         ConversionError,
     ),
     "weights laid out as GPT-2's": (
@@ -590,7 +590,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     "a state missing": (without("optimizer", "state", 5), "h.0.mlp.c_proj.weight has no state", ConversionError),
     "steps that differ": (
         put(torch.tensor(9.0), "optimizer", "state", 0, "step"),
-        "stepped unequally often",
+        "the parameters have different steps",
         ConversionError,
     ),
     "endless steps": (

@@ -256,7 +256,7 @@ def test_a_checkpoint_under_another_number_is_none(tmp_path: Path) -> None:
 def test_a_step_of_another_type_is_refused(copy: Path, step: Any) -> None:
     path = copy / "checkpoints" / "7"
     path = path.rename(path.with_name("1"))
-    manifest.seal(path, {"step": step, "val_loss": 1.0})
+    manifest.commit(path, {"step": step, "val_loss": 1.0})
     for source, message in ((copy, "no valid checkpoint"), (path, "is the checkpoint of step")):
         with pytest.raises(CheckpointError, match=message) as error:
             bridge.load(source)
@@ -265,7 +265,7 @@ def test_a_step_of_another_type_is_refused(copy: Path, step: Any) -> None:
 
 @pytest.mark.parametrize("loss", ["x", True, float("nan"), float("inf"), 10**400, [1], {}])
 def test_a_loss_that_is_no_number_counts_as_none(copy: Path, loss: Any) -> None:
-    manifest.seal(copy / "checkpoints" / "7", {"step": 7, "val_loss": loss})
+    manifest.commit(copy / "checkpoints" / "7", {"step": 7, "val_loss": loss})
     assert run_format.validation_loss(copy, 7) is None
     assert_weights(copy, CONFIG, seed=7)
 

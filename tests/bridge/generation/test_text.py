@@ -1,6 +1,6 @@
-"""Text in, text out: stop strings, characters in parts and what is shown, without any model.
+"""Text generation without a model: stop strings, characters split over tokens, and control characters.
 
-The decoder says what it is told to say, so that every case can be spelled out.
+The decoder returns given ids, so that each case can be stated exactly.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import tiktoken
 
 import bridge
 from bridge import BridgeError, GenerationConfig
-from bridge.generation.decoder import ENDED, Chunk, Decoder, GenerationOutput
-from bridge.generation.text import TextOutput, complete, end_of_text_ids, printable, stream_text
+from bridge.generation.decoder import Decoder
+from bridge.generation.output import ENDED, Chunk, GenerationOutput
+from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
 from bridge.tokenizers.byte_level_bpe import WORDS
 
 BYTES = bridge.byte_tokenizer()
@@ -25,58 +26,58 @@ END = 256
 NO_TOKEN = 299
 
 PIECES = ["ab", "abc", "stop", "END", "one STOP two", "é", "🙂", "\n\n"]
-"""Tokens after the bytes and the end of text: of several characters, some with others' beginnings."""
+"""Tokens of several characters, with ids after the bytes and the end of text. Some are prefixes of others."""
 
 CONFIG = bridge.GPT2Config(vocab_size=NO_TOKEN + 1, n_positions=512, n_embd=8, n_layer=1, n_head=1)
 
 
 class Canned(Decoder[np.ndarray, Any]):
-    """Says the given ids, a list for each row, whatever the prompts are. Token i has the log-probability -i/8."""
+    """Returns the given ids, a list for each row, for any prompts. Token i has the log-probability -i/8."""
 
     def __init__(self, *rows: Sequence[int]) -> None:
         self.config, self.rows, self.made = CONFIG, rows, 0
 
-    def _begin(
+    def _prefill(
         self,
         ids: np.ndarray,
         padding: np.ndarray,
         slots: int,
-        request: GenerationConfig,
-        draws: np.ndarray,
+        config: GenerationConfig,
+        noise: np.ndarray,
         ended: np.ndarray,
         copies: int,
     ) -> np.ndarray:
-        assert len(draws) == len(ids) * copies == len(self.rows)
-        said = np.full(draws.shape, ENDED)
+        assert len(noise) == len(ids) * copies == len(self.rows)
+        said = np.full(noise.shape, ENDED)
         for row, canned in zip(said, self.rows, strict=True):
-            stops = [i for i, token in enumerate(canned) if token in request.stop_ids]
+            stops = [i for i, token in enumerate(canned) if token in config.eos_token_ids]
             length = min([len(row), *(i + 1 for i in stops)])
             row[:length] = canned[:length]
         self.made = 1
         return said
 
-    def _advance(self, state: np.ndarray, steps: int) -> np.ndarray:
+    def _decode(self, state: np.ndarray, steps: int) -> np.ndarray:
         self.made += steps
         return state
 
-    def _made(self, state: np.ndarray, first: int, number: int) -> Chunk:
-        assert first + number == self.made  # no more is read than was made, and nothing is left out
-        log_probs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
-        return Chunk(state[:, first : first + number], log_probs)
+    def _chunk(self, state: np.ndarray, first: int, number: int) -> Chunk:
+        assert first + number == self.made  # reads all new tokens and no others
+        logprobs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
+        return Chunk(state[:, first : first + number], logprobs)
 
-    def _begin_beams(self, *_: Any) -> Any:
+    def prefill_beams(self, *_: Any) -> Any:
         raise NotImplementedError
 
-    def _advance_beams(self, *_: Any) -> Any:
+    def decode_beams(self, *_: Any) -> Any:
         raise NotImplementedError
 
 
 class CannedBeams(Canned):
-    """Finds these continuations by beam search."""
+    """Returns the given ids as the outputs of beam search."""
 
-    def generate(self, prompts: Any, request: GenerationConfig) -> list[list[GenerationOutput]]:
-        found = [GenerationOutput([*row], [-1.0] * len(row) if request.log_probs else None) for row in self.rows]
-        return [found[i : i + request.samples] for i in range(0, len(found), request.samples)]
+    def generate(self, prompts: Any, config: GenerationConfig) -> list[list[GenerationOutput]]:
+        found = [GenerationOutput([*row], [-1.0] * len(row) if config.logprobs else None) for row in self.rows]
+        return [found[i : i + config.num_return_sequences] for i in range(0, len(found), config.num_return_sequences)]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def pieces() -> tiktoken.Encoding:
 
 
 def spelled(*parts: str | int) -> list[int]:
-    """Ids: those given, that of a piece that is a token, and else those of its bytes."""
+    """Return ids: integers as they are, strings in `PIECES` as one token, and other strings as bytes."""
     ids: list[int] = []
     for part in parts:
         if isinstance(part, int):
@@ -96,12 +97,10 @@ def spelled(*parts: str | int) -> list[int]:
     return ids
 
 
-def completion_of(
-    ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), **fields: Any
-) -> TextOutput:
-    request = GenerationConfig(len(ids), **fields)
-    ((done,),) = complete(Canned(ids), tokenizer, ["prompt"], request, stop)
-    streamed = [*stream_text(Canned(ids), tokenizer, "prompt", request, stop)]
+def output_of(ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), **fields: Any) -> TextOutput:
+    config = GenerationConfig(len(ids), **fields)
+    ((done,),) = generate_text(Canned(ids), tokenizer, ["prompt"], config, stop)
+    streamed = [*stream_text(Canned(ids), tokenizer, "prompt", config, stop)]
     assert "".join(streamed) == done.text
     assert all(streamed)
     return done
@@ -118,7 +117,7 @@ def completion_of(
         (["x", "ab", "c", "y"], ["abc"], "x", 3),
         (["x", "stop", "y"], ["op"], "xst", 2),  # begins inside a token
         (["x", "abc", "y"], ["xa", "bc"], "", 2),  # begins before a token
-        (["xaab", "y"], ["ab"], "xa", 4),  # what begins like one goes on as one
+        (["xaab", "y"], ["ab"], "xa", 4),  # starts like one twice
         (["ababab", "END"], ["ababEND"], "ab", 7),
         (["xabababc"], ["ababc"], "xab", 8),
         (["aé", "🙂", "é"], ["🙂é"], "aé", 5),
@@ -132,50 +131,50 @@ def test_a_stop_string_ends_the_text_before_it(
     said: list[str], stop: list[str], text: str, read: int, pieces: tiktoken.Encoding
 ) -> None:
     ids = spelled(*said)
-    assert completion_of(ids, pieces, stop) == TextOutput(text, ids[:read], None, True)
+    assert output_of(ids, pieces, stop) == TextOutput(text, ids[:read], None, True)
 
 
-def test_of_a_stop_string_and_its_beginning_the_shorter_is_met_first(pieces: tiktoken.Encoding) -> None:
+def test_of_two_stop_strings_with_one_prefix_the_shorter_wins(pieces: tiktoken.Encoding) -> None:
     for stop in itertools.permutations(["abcd", "ab", "abc"]):
-        assert completion_of(spelled("xabcdy"), pieces, stop).ids == spelled("xab")
+        assert output_of(spelled("xabcdy"), pieces, stop).ids == spelled("xab")
         for said in (["xabcdy"], ["x", "abc", "d"]):
-            assert completion_of(spelled(*said), pieces, stop).text == "x"
+            assert output_of(spelled(*said), pieces, stop).text == "x"
 
 
-def test_the_stop_string_that_stands_first_wins_within_a_token(pieces: tiktoken.Encoding) -> None:
+def test_the_first_stop_string_within_a_token_wins(pieces: tiktoken.Encoding) -> None:
     for stop in itertools.permutations(["two", "STOP", "one STOP two!", "P t"]):
-        assert completion_of(spelled("one STOP two"), pieces, stop).text == "one "
+        assert output_of(spelled("one STOP two"), pieces, stop).text == "one "
 
 
 def test_the_stop_string_that_is_complete_first_wins(pieces: tiktoken.Encoding) -> None:
-    """However the text is cut: it is then known, and need not wait for a longer string that began before."""
+    """For every division of the text into tokens: it need not wait for a longer string that starts earlier."""
     for stop in (["abcd", "bc"], ["bc", "abcd"]):
-        assert completion_of(spelled("xabcd"), pieces, stop) == TextOutput("xa", spelled("xabc"), None, True)
-        assert completion_of(spelled("xabcd", "y"), pieces, stop).text == "xa"
+        assert output_of(spelled("xabcd"), pieces, stop) == TextOutput("xa", spelled("xabc"), None, True)
+        assert output_of(spelled("xabcd", "y"), pieces, stop).text == "xa"
 
 
 def test_an_empty_stop_string_is_refused(pieces: tiktoken.Encoding) -> None:
     with pytest.raises(BridgeError, match="empty"):
-        completion_of(spelled("x"), pieces, [""])
+        output_of(spelled("x"), pieces, [""])
 
 
 @pytest.mark.parametrize("said", ["x stoSTO", "ST", "x S"])
-def test_the_beginning_of_a_stop_string_at_the_end_is_text(said: str) -> None:
-    assert completion_of(spelled(said), BYTES, ["STOP", "TO."]) == TextOutput(said, spelled(said), None, False)
+def test_a_prefix_of_a_stop_string_at_the_end_is_text(said: str) -> None:
+    assert output_of(spelled(said), BYTES, ["STOP", "TO."]) == TextOutput(said, spelled(said), None, False)
 
 
-def test_the_beginning_of_a_stop_string_before_a_stop_id_is_text() -> None:
+def test_a_prefix_of_a_stop_string_before_the_end_of_sequence_is_text() -> None:
     ids = spelled("x STO", END, "P")
-    assert completion_of(ids, BYTES, ["STOP"], stop_ids=(END,)) == TextOutput("x STO", ids[:6], None, True)
+    assert output_of(ids, BYTES, ["STOP"], eos_token_id=(END,)) == TextOutput("x STO", ids[:6], None, True)
 
 
 def test_a_stop_string_in_the_prompt_does_not_count() -> None:
-    request = GenerationConfig(3)
-    ((done,),) = complete(Canned(spelled("OPx")), BYTES, ["STOP and ST"], request, ["STOP"])
+    config = GenerationConfig(3)
+    ((done,),) = generate_text(Canned(spelled("OPx")), BYTES, ["STOP and ST"], config, ["STOP"])
     assert done == TextOutput("OPx", spelled("OPx"), None, False)
 
 
-def test_any_stop_strings_end_random_text_as_a_search_in_all_of_it_says(pieces: tiktoken.Encoding) -> None:
+def test_stop_strings_end_random_text_where_a_search_of_the_whole_text_does(pieces: tiktoken.Encoding) -> None:
     rng = random.Random(0)
     tokens = [*b"abc", *spelled("ab", "abc")]
     stopped = 0
@@ -187,7 +186,7 @@ def test_any_stop_strings_end_random_text_as_a_search_in_all_of_it_says(pieces: 
             text, read = text + pieces.decode([ids[read]]), read + 1
         places = [text.find(s) for s in stop if s in text]
         expected = TextOutput(text[: min(places, default=len(text))], ids[:read], None, bool(places))
-        assert completion_of(ids, pieces, stop) == expected, (ids, stop)
+        assert output_of(ids, pieces, stop) == expected, (ids, stop)
         stopped += expected.stopped
     assert 100 < stopped < 400
 
@@ -195,9 +194,9 @@ def test_any_stop_strings_end_random_text_as_a_search_in_all_of_it_says(pieces: 
 # Characters
 
 
-def test_characters_in_parts_are_put_together() -> None:
+def test_characters_split_over_tokens_are_joined() -> None:
     said = "a é € 🙂\u0301 日本語 — Ελ"
-    assert completion_of([*said.encode()], BYTES).text == said
+    assert output_of([*said.encode()], BYTES).text == said
 
 
 def test_pieces_of_text_never_end_inside_a_character() -> None:
@@ -206,76 +205,76 @@ def test_pieces_of_text_never_end_inside_a_character() -> None:
     assert "".join(pieces) == said and len(pieces) > 3
 
 
-def test_bytes_that_are_no_characters_are_shown_as_replaced() -> None:
+def test_invalid_utf8_is_replaced() -> None:
     rng = random.Random(0)
     for _ in range(300):
         said = bytes(rng.choices(b"a\x80\x9f\xc3\xa9\xe2\x82\xac\xf0\x9f\x99\x82\xff", k=rng.randint(1, 14)))
-        assert completion_of([*said], BYTES).text == said.decode("utf-8", "replace")
+        assert output_of([*said], BYTES).text == said.decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("end", [[], [END]])
-def test_a_character_that_was_not_finished_is_shown_as_replaced(end: list[int]) -> None:
-    done = completion_of([*b"ab", *"🙂".encode()[:3], *end], BYTES, ["🙂"], stop_ids=(END,))
+def test_an_incomplete_character_is_replaced(end: list[int]) -> None:
+    done = output_of([*b"ab", *"🙂".encode()[:3], *end], BYTES, ["🙂"], eos_token_id=(END,))
     assert done.text == "ab\ufffd" and done.stopped is bool(end)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, bridge.character_tokenizer("amno\n prt")])
-def test_ids_that_are_no_tokens_say_nothing(tokenizer: tiktoken.Encoding) -> None:
-    """As a model with a padded vocabulary draws them."""
+def test_ids_without_a_token_add_no_text(tokenizer: tiktoken.Encoding) -> None:
+    """A model with a padded vocabulary may sample them."""
     m, o = (tokenizer.encode_ordinary(c)[0] for c in "mo")
     ids = [NO_TOKEN, m, NO_TOKEN, 2**40, o, o, NO_TOKEN]
-    assert completion_of(ids, tokenizer) == TextOutput("moo", ids, None, False)
-    assert completion_of(ids, tokenizer, ["oo"]) == TextOutput("m", ids[:6], None, True)
+    assert output_of(ids, tokenizer) == TextOutput("moo", ids, None, False)
+    assert output_of(ids, tokenizer, ["oo"]) == TextOutput("m", ids[:6], None, True)
 
 
-def test_an_id_that_is_no_token_does_not_part_a_character() -> None:
+def test_an_id_without_a_token_does_not_split_a_character() -> None:
     first, second = "é".encode()
-    assert completion_of([first, NO_TOKEN, second], BYTES).text == "é"
+    assert output_of([first, NO_TOKEN, second], BYTES).text == "é"
 
 
-# Stop ids, and what is told of the tokens
+# End-of-sequence tokens, ids and log-probabilities
 
 
-def test_stop_ids_are_told_but_not_shown() -> None:
+def test_the_end_of_sequence_is_in_the_ids_and_not_in_the_text() -> None:
     ids = spelled("uvw", END, "xyz")
-    assert completion_of(ids, BYTES, stop_ids=(END,)) == TextOutput("uvw", ids[:4], None, True)
-    assert completion_of(ids, BYTES, stop_ids=(ord("w"), ord("u"))) == TextOutput("", ids[:1], None, True)
-    assert completion_of(ids, BYTES) == TextOutput("uvw<|endoftext|>xyz", ids, None, False)
+    assert output_of(ids, BYTES, eos_token_id=(END,)) == TextOutput("uvw", ids[:4], None, True)
+    assert output_of(ids, BYTES, eos_token_id=(ord("w"), ord("u"))) == TextOutput("", ids[:1], None, True)
+    assert output_of(ids, BYTES) == TextOutput("uvw<|endoftext|>xyz", ids, None, False)
 
 
-def test_a_stop_string_before_a_stop_id_and_the_other_way_round() -> None:
+def test_the_first_of_stop_string_and_end_of_sequence_ends_the_text() -> None:
     ids = spelled("a.", END, "b,")
-    assert completion_of(ids, BYTES, ["."], stop_ids=(END,)) == TextOutput("a", ids[:2], None, True)
-    assert completion_of(ids, BYTES, [","], stop_ids=(END,)) == TextOutput("a.", ids[:3], None, True)
+    assert output_of(ids, BYTES, ["."], eos_token_id=(END,)) == TextOutput("a", ids[:2], None, True)
+    assert output_of(ids, BYTES, [","], eos_token_id=(END,)) == TextOutput("a.", ids[:3], None, True)
 
 
-def test_stopped_by_the_last_token_is_stopped() -> None:
-    assert completion_of(spelled("ab."), BYTES, ["."]).stopped
-    assert completion_of(spelled("ab", END), BYTES, stop_ids=(END,)).stopped
-    assert not completion_of(spelled("ab"), BYTES, ["."], stop_ids=(END,)).stopped
+def test_a_text_that_the_last_token_ends_is_stopped() -> None:
+    assert output_of(spelled("ab."), BYTES, ["."]).stopped
+    assert output_of(spelled("ab", END), BYTES, eos_token_id=(END,)).stopped
+    assert not output_of(spelled("ab"), BYTES, ["."], eos_token_id=(END,)).stopped
 
 
 @pytest.mark.parametrize("stop", ["", "the end"])
 def test_log_probabilities_are_those_of_the_ids(stop: str) -> None:
     said = "a text that is longer than is looked at in one go, the end and more"
     ids = spelled(said, END, "unread")
-    done = completion_of(ids, BYTES, [stop] if stop else [], stop_ids=(END,), log_probs=True)
+    done = output_of(ids, BYTES, [stop] if stop else [], eos_token_id=(END,), logprobs=True)
     length = said.index(stop) + len(stop) if stop else len(said) + 1
     assert done.ids == ids[:length]
-    assert done.log_probs == [-i / 8 for i in range(length)]
-    assert completion_of(ids, BYTES, stop_ids=(END,)).log_probs is None
+    assert done.logprobs == [-i / 8 for i in range(length)]
+    assert output_of(ids, BYTES, eos_token_id=(END,)).logprobs is None
 
 
-def test_nothing_asked_for_is_nothing_said() -> None:
-    assert completion_of([], BYTES, ["."]) == TextOutput("", [], None, False)
-    assert completion_of([], BYTES, log_probs=True) == TextOutput("", [], [], False)
-    assert complete(Canned(), BYTES, [], GenerationConfig(3), ["."]) == []
+def test_no_tokens_or_no_prompts_give_no_text() -> None:
+    assert output_of([], BYTES, ["."]) == TextOutput("", [], None, False)
+    assert output_of([], BYTES, logprobs=True) == TextOutput("", [], [], False)
+    assert generate_text(Canned(), BYTES, [], GenerationConfig(3), ["."]) == []
 
 
-def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
+def test_outputs_are_grouped_by_prompt_and_each_stops_by_itself() -> None:
     said = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
-    request = GenerationConfig(8, temperature=1.0, samples=2, stop_ids=(ord(","),), log_probs=True)
-    found = complete(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], request, ["."])
+    config = GenerationConfig(8, temperature=1.0, num_return_sequences=2, eos_token_id=(ord(","),), logprobs=True)
+    found = generate_text(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], config, ["."])
     assert [[done.text for done in samples] for samples in found] == [
         ["first", "second"],
         ["third", "fourth"],
@@ -284,31 +283,31 @@ def test_samples_are_grouped_by_prompt_and_each_stops_for_itself() -> None:
     assert [done.stopped for samples in found for done in samples] == [True, True, True, True, False, True]
     for done, ids in zip(itertools.chain(*found), map(spelled, said), strict=True):
         assert done.ids == ids[: len(done.text) + done.stopped]
-        assert done.log_probs is not None and len(done.log_probs) == len(done.ids)
+        assert done.logprobs is not None and len(done.logprobs) == len(done.ids)
 
 
 def test_beams_end_with_stop_strings_too() -> None:
     decoder = CannedBeams(spelled("a.b"), spelled("uv", END), spelled("xyz"), spelled("a"))
-    request = GenerationConfig(3, beams=2, samples=2, stop_ids=(END,), log_probs=True)
-    assert complete(decoder, BYTES, ["one", "two"], request, ["."]) == [
+    config = GenerationConfig(3, num_beams=2, num_return_sequences=2, eos_token_id=(END,), logprobs=True)
+    assert generate_text(decoder, BYTES, ["one", "two"], config, ["."]) == [
         [TextOutput("a", spelled("a."), [-1.0] * 2, True), TextOutput("uv", spelled("uv", END), [-1.0] * 3, True)],
         [TextOutput("xyz", spelled("xyz"), [-1.0] * 3, False), TextOutput("a", spelled("a"), [-1.0], False)],
     ]
 
 
-# When
+# Streaming
 
 
-def test_no_more_is_made_once_all_have_stopped() -> None:
+def test_decoding_ends_when_all_rows_have_stopped() -> None:
     decoder = Canned(spelled("a." + 98 * "x"), spelled("abc." + 96 * "y"))
-    complete(decoder, BYTES, ["one", "two"], GenerationConfig(100), ["."])
+    generate_text(decoder, BYTES, ["one", "two"], GenerationConfig(100), ["."])
     assert decoder.made < 25
     decoder = Canned(spelled("a." + 98 * "x"))
     assert [*stream_text(decoder, BYTES, "one", GenerationConfig(100), ["."])] == ["a"]
     assert decoder.made < 10
 
 
-def test_text_comes_as_it_is_made_less_what_may_be_a_stop_string() -> None:
+def test_text_is_streamed_without_what_may_be_a_stop_string() -> None:
     said = "0123456789 ST no STOP"
     decoder = Canned(spelled(said))
     shown = ""
@@ -319,21 +318,21 @@ def test_text_comes_as_it_is_made_less_what_may_be_a_stop_string() -> None:
     assert shown == "0123456789 ST no "
 
 
-def test_what_cannot_be_honoured_is_refused_before_anything_is_said() -> None:
+def test_an_invalid_configuration_is_refused_before_the_first_text() -> None:
     decoder = Canned([1])
     with pytest.raises(BridgeError, match="the prompt is empty"):
-        complete(decoder, BYTES, [""], GenerationConfig(1))
+        generate_text(decoder, BYTES, [""], GenerationConfig(1))
     with pytest.raises(BridgeError, match="temperature=-1"):
         next(stream_text(decoder, BYTES, "a", GenerationConfig(1, temperature=-1)))
     with pytest.raises(BridgeError, match="no character"):
-        complete(decoder, bridge.character_tokenizer("abc"), ["d"], GenerationConfig(1))
+        generate_text(decoder, bridge.character_tokenizer("abc"), ["d"], GenerationConfig(1))
     assert decoder.made == 0
 
 
-# Around it
+# Other functions
 
 
-def test_the_id_that_ends_a_document_is_the_tokenizers() -> None:
+def test_the_end_of_text_id_is_the_tokenizers() -> None:
     assert end_of_text_ids(BYTES) == (END,)
     assert end_of_text_ids(bridge.character_tokenizer("abc")) == ()
 

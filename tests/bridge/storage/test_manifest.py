@@ -1,4 +1,4 @@
-"""A sealed directory: whatever happens to a file in it is noticed, and said by its name."""
+"""A committed directory: whatever happens to a file in it is noticed, and said by its name."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import pytest
 from support.refusals import within_budget
 
 from bridge import CheckpointError
-from bridge.storage.manifest import MANIFEST, _rendered, about, recorded, seal, verify
+from bridge.storage.manifest import MANIFEST, _rendered, about, commit, recorded, verify
 
 ABOUT = {"step": 7, "val_loss": 1.25, "config": {"n_layer": 2}, "none": None}
 FILES = {"a": b"first", "b/c": b"x" * 70_000, "b/d/e": b"", "b/f": b"first"}
 
 
 @pytest.fixture
-def sealed(tmp_path: Path) -> Path:
+def committed(tmp_path: Path) -> Path:
     for name, content in FILES.items():
-        (tmp_path / "sealed" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "sealed" / name).write_bytes(content)
-    seal(tmp_path / "sealed", ABOUT)
-    return tmp_path / "sealed"
+        (tmp_path / "committed" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "committed" / name).write_bytes(content)
+    commit(tmp_path / "committed", ABOUT)
+    return tmp_path / "committed"
 
 
-def test_what_is_as_it_was_says_what_it_is(sealed: Path) -> None:
-    assert verify(sealed) == about(sealed) == ABOUT
-    sealed.rename(sealed.with_name("moved"))
-    assert verify(sealed.with_name("moved")) == ABOUT
+def test_what_is_as_it_was_says_what_it_is(committed: Path) -> None:
+    assert verify(committed) == about(committed) == ABOUT
+    committed.rename(committed.with_name("moved"))
+    assert verify(committed.with_name("moved")) == ABOUT
 
 
 def flip_every_byte(data: bytes) -> list[bytes]:
@@ -41,37 +41,37 @@ def flip_every_byte(data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
-def test_every_change_of_a_file_is_noticed(sealed: Path, name: str) -> None:
-    file = sealed / name
+def test_every_change_of_a_file_is_noticed(committed: Path, name: str) -> None:
+    file = committed / name
     kept = file.read_bytes()
     changes = [*flip_every_byte(kept), kept[:-1], kept + b"\0", kept[: len(kept) // 2], b"\0" * len(kept), b"other"]
     for changed in [c for c in changes if c != kept]:
         file.write_bytes(changed)
         with pytest.raises(CheckpointError) as refused:
-            verify(sealed)
+            verify(committed)
         assert file.name in str(refused.value)
     file.unlink()
     with pytest.raises(CheckpointError, match="missing" if name != MANIFEST else "has no manifest"):
-        verify(sealed)
+        verify(committed)
     file.write_bytes(kept)
-    assert verify(sealed) == ABOUT
+    assert verify(committed) == ABOUT
 
 
-def test_files_that_change_places_are_noticed(sealed: Path) -> None:
-    (sealed / "a").rename(sealed / "x")
-    (sealed / "b" / "c").rename(sealed / "a")
-    (sealed / "x").rename(sealed / "b" / "c")
+def test_files_that_change_places_are_noticed(committed: Path) -> None:
+    (committed / "a").rename(committed / "x")
+    (committed / "b" / "c").rename(committed / "a")
+    (committed / "x").rename(committed / "b" / "c")
     with pytest.raises(CheckpointError):
-        verify(sealed)
+        verify(committed)
 
 
-def test_another_ones_manifest_is_noticed(sealed: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(sealed, tmp_path / "other"))
+def test_another_ones_manifest_is_noticed(committed: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(committed, tmp_path / "other"))
     (other / "a").write_bytes(b"other")
-    seal(other, {**ABOUT, "step": 8})
-    shutil.copy(other / MANIFEST, sealed / MANIFEST)
+    commit(other, {**ABOUT, "step": 8})
+    shutil.copy(other / MANIFEST, committed / MANIFEST)
     with pytest.raises(CheckpointError, match="was changed after it was written"):
-        verify(sealed)
+        verify(committed)
 
 
 def change_about(content: dict[str, Any]) -> Any:
@@ -89,12 +89,12 @@ def change_about(content: dict[str, Any]) -> Any:
         lambda content: {**content, "files": []},
     ],
 )
-def test_a_manifest_that_was_written_to_is_noticed(sealed: Path, change: Callable[[Any], Any]) -> None:
-    manifest = sealed / MANIFEST
+def test_a_manifest_that_was_written_to_is_noticed(committed: Path, change: Callable[[Any], Any]) -> None:
+    manifest = committed / MANIFEST
     manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
     for read in (about, verify):
         with pytest.raises(CheckpointError, match="was changed after it was written"):
-            read(sealed)
+            read(committed)
 
 
 def entry(name: str = "a", **changes: Any) -> dict[str, Any]:
@@ -119,11 +119,11 @@ def as_json_renders(content: dict[str, Any]) -> bytes:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_manifest_of_another_form_is_refused_though_it_is_sealed(sealed: Path, name: str) -> None:
-    (sealed / MANIFEST).write_bytes(as_json_renders(FOREIGN[name]))
+def test_a_manifest_of_another_form_is_refused_though_it_is_sealed(committed: Path, name: str) -> None:
+    (committed / MANIFEST).write_bytes(as_json_renders(FOREIGN[name]))
     for read in (about, verify):
         with within_budget(), pytest.raises(CheckpointError, match="was changed after it was written") as error:
-            read(sealed)
+            read(committed)
         assert str(error.value).isprintable()
 
 
@@ -141,11 +141,11 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_manifest_is_refused_at_once(sealed: Path, name: str) -> None:
-    (sealed / MANIFEST).write_bytes(LARGE[name])
+def test_a_large_manifest_is_refused_at_once(committed: Path, name: str) -> None:
+    (committed / MANIFEST).write_bytes(LARGE[name])
     for read in (about, verify):
         with within_budget(), pytest.raises(CheckpointError, match=r"manifest\.json"):
-            read(sealed)
+            read(committed)
 
 
 @pytest.mark.parametrize("files", [{}, {"a": 1}, {"a": 1, 'b/\u00fc \n"files": {}': 2}])
@@ -168,45 +168,45 @@ def test_a_manifest_of_ten_thousand_files_is_read_at_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo, os.mkdir])
-def test_a_manifest_that_is_no_file_is_refused(sealed: Path, make: Callable[[Path], None]) -> None:
-    (sealed / MANIFEST).unlink()
-    make(sealed / MANIFEST)
+def test_a_manifest_that_is_no_file_is_refused(committed: Path, make: Callable[[Path], None]) -> None:
+    (committed / MANIFEST).unlink()
+    make(committed / MANIFEST)
     for read in (about, verify):
         with within_budget(), pytest.raises(CheckpointError):
-            read(sealed)
+            read(committed)
 
 
-def test_a_file_too_many_is_noticed(sealed: Path) -> None:
-    (sealed / "b" / "more").write_bytes(b"")
+def test_a_file_too_many_is_noticed(committed: Path) -> None:
+    (committed / "b" / "more").write_bytes(b"")
     with pytest.raises(CheckpointError, match="more' is not in the manifest"):
-        verify(sealed)
+        verify(committed)
 
 
 @pytest.mark.parametrize("make", [lambda path: os.symlink("/etc/hostname", path), os.mkfifo], ids=["link", "pipe"])
 @pytest.mark.parametrize("name", ["a", "b/more"])
-def test_what_is_no_file_is_refused_and_not_opened(sealed: Path, make: Callable[[Path], None], name: str) -> None:
-    (sealed / name).unlink(missing_ok=True)
-    make(sealed / name)
-    for act in (verify, lambda directory: seal(directory, ABOUT)):
+def test_what_is_no_file_is_refused_and_not_opened(committed: Path, make: Callable[[Path], None], name: str) -> None:
+    (committed / name).unlink(missing_ok=True)
+    make(committed / name)
+    for act in (verify, lambda directory: commit(directory, ABOUT)):
         with pytest.raises(CheckpointError, match="is a link or a special file"):
-            act(sealed)
+            act(committed)
 
 
-def test_a_directory_that_leads_elsewhere_is_refused(sealed: Path, tmp_path: Path) -> None:
-    shutil.move(sealed / "b", tmp_path / "elsewhere")
-    (sealed / "b").symlink_to(tmp_path / "elsewhere")
+def test_a_directory_that_leads_elsewhere_is_refused(committed: Path, tmp_path: Path) -> None:
+    shutil.move(committed / "b", tmp_path / "elsewhere")
+    (committed / "b").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="is a link or a special file"):
-        verify(sealed)
+        verify(committed)
 
 
-def test_all_is_on_the_disk_before_the_manifest_is_there(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (sealed / MANIFEST).unlink()
+def test_all_is_on_the_disk_before_the_manifest_is_there(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (committed / MANIFEST).unlink()
     flushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(
         "bridge.storage.manifest.flush_to_disk",
-        lambda path: flushed.append((path.relative_to(sealed).as_posix(), (sealed / MANIFEST).exists())),
+        lambda path: flushed.append((path.relative_to(committed).as_posix(), (committed / MANIFEST).exists())),
     )
-    seal(sealed, ABOUT)
+    commit(committed, ABOUT)
     files, rest = flushed[: len(FILES)], flushed[len(FILES) :]
     assert files == [(name, False) for name in sorted(FILES)]
     assert rest[0] == (MANIFEST, True)

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, held against Hugging Face's `tokenizers` on the same files."""
+"""Tokenizers of checkpoints, compared with Hugging Face's `tokenizers` on the same files."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ from support.tokenizers_for_tests import (
 import bridge
 from bridge import TokenizerError
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS, WORDS
-from bridge.tokenizers.limits import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
 from bridge.tokenizers.loading import decode_known, load_tokenizer
+from bridge.tokenizers.validation import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
 
 VOCAB_SIZE = 400
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[tokenizers.Tokenizer, Path]:
-    """A byte-level BPE trained here, and the directory with its three files."""
+    """Train a byte-level BPE, and return it with the directory of its three files."""
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = tokenizers.decoders.ByteLevel()
@@ -87,7 +87,7 @@ def test_ids_are_those_of_tokenizers(
 
 
 @FORMS
-def test_the_special_token_is_one_id_and_only_when_asked_for(
+def test_the_special_token_is_one_id_only_if_allowed(
     trained: tuple[tokenizers.Tokenizer, Path], files: tuple[str, ...], tmp_path: Path
 ) -> None:
     theirs, path = trained
@@ -102,7 +102,7 @@ def test_the_special_token_is_one_id_and_only_when_asked_for(
         ours.encode(END)
 
 
-def test_a_loaded_checkpoint_gives_the_tokenizer_that_lies_beside_it(
+def test_a_loaded_checkpoint_has_the_tokenizer_beside_it(
     trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path
 ) -> None:
     theirs, path = trained
@@ -113,9 +113,7 @@ def test_a_loaded_checkpoint_gives_the_tokenizer_that_lies_beside_it(
     assert ours.encode("the quick fox") == theirs.encode("the quick fox").ids
 
 
-def test_merges_in_the_newer_form_of_pairs_give_the_same_ids(
-    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path
-) -> None:
+def test_merges_as_pairs_give_the_same_ids(trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path) -> None:
     theirs, path = trained
     stored = json.loads((path / "tokenizer.json").read_text())
     for form in (str, list):
@@ -133,7 +131,7 @@ def test_tokens_added_after_training_are_special(trained: tuple[tokenizers.Token
     ours = load_tokenizer(tmp_path, size + 2)
     assert ours.special_tokens_set == {END, "<|user|>", "<|pad|>"}
     assert ours.encode("<|pad|>", allowed_special="all") == [size + 1]
-    with pytest.raises(TokenizerError, match=f"has ids up to {size + 1}, the model's vocabulary only {size}"):
+    with pytest.raises(TokenizerError, match=f"has ids up to {size + 1}, but the model's vocabulary has only {size}"):
         load_tokenizer(tmp_path, size)
 
 
@@ -145,7 +143,9 @@ def test_ids_beyond_the_vocabulary_are_refused(
     directory_with(files, path, tmp_path)
     size = theirs.get_vocab_size()
     assert load_tokenizer(tmp_path, size).n_vocab == size
-    with pytest.raises(TokenizerError, match=f"has ids up to {size - 1}, the model's vocabulary only {size - 1}"):
+    with pytest.raises(
+        TokenizerError, match=f"has ids up to {size - 1}, but the model's vocabulary has only {size - 1}"
+    ):
         load_tokenizer(tmp_path, size - 1)
 
 
@@ -223,7 +223,7 @@ def test_a_file_of_another_layout_is_refused(
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (lambda v, m: v.update(the="7"), "the id of 'the' is '7', not a whole number"),
+        (lambda v, m: v.update(the="7"), "the id of 'the' is '7', not an integer"),
         (lambda v, m: v.update(the=True), "the id of 'the' is 'True'"),
         (lambda v, m: v.update(the=-1), "the id of 'the' is '-1'"),
         (lambda v, m: v.update(a=2**40), "the id of 'a' is"),
@@ -273,7 +273,7 @@ def test_a_damaged_file_is_refused_by_name(
 
 
 def assert_refused_in_budget(directory: Path, capfd: pytest.CaptureFixture[str], rows: int = VOCAB_SIZE) -> str:
-    """The message of the `TokenizerError` that loading raises; the library in Rust prints nothing."""
+    """Return the message of the `TokenizerError` that loading raises, and check that nothing is printed."""
     started = time.process_time()
     with pytest.raises(TokenizerError) as caught:
         load_tokenizer(directory, rows)
@@ -286,7 +286,7 @@ def assert_refused_in_budget(directory: Path, capfd: pytest.CaptureFixture[str],
 
 
 def write_vocabulary(source: Path, target: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object]) -> Path:
-    """`vocab.json`, `merges.txt` and `added_tokens.json`, the two objects as `edit` changes them."""
+    """Write `vocab.json`, `merges.txt` and `added_tokens.json` after `edit` has changed the two objects."""
     vocab, added = json.loads((source / "vocab.json").read_text()), {}
     edit(vocab, added)
     shutil.copy(source / "merges.txt", target)
@@ -314,7 +314,7 @@ BAD_IDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("bad", BAD_IDS.values(), ids=BAD_IDS)
 @pytest.mark.parametrize("place", ["vocab.json", "added_tokens.json", "vocab", "added_tokens"])
-def test_an_id_that_is_none_is_refused(
+def test_an_invalid_id_is_refused(
     trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, place: str, bad: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     edits: dict[str, Callable[[], Path]] = {
@@ -324,7 +324,7 @@ def test_an_id_that_is_none_is_refused(
         "added_tokens": lambda: edited(trained[1], tmp_path, lambda t: t["added_tokens"][0].update(id=bad)),
     }
     message = assert_refused_in_budget(edits[place](), capfd)
-    assert "not a whole number" in message or "is not valid JSON" in message
+    assert "not an integer" in message or "is not valid JSON" in message
 
 
 BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
@@ -337,7 +337,7 @@ BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
     "a token of a megabyte": ({"a" * 10**6: 1000}, "has 1000000 bytes; the limit is 512"),
     "hundreds of long tokens": ({f"<{i:03}>" * 100: 1000 + i for i in range(300)}, "bytes; the limit is 32768"),
     "thousands of tokens": ({f"<|{i}|>": 1000 + i for i in range(20_000)}, "bytes; the limit is 32768"),
-    "an id past the rows": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, the model's vocabulary only 400"),
+    "an id past the rows": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, but the model's vocabulary has only 400"),
 }
 
 
@@ -407,8 +407,8 @@ def test_a_setting_that_changes_the_ids_is_refused_by_name(
 BYTE_NAMES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
-def test_merges_that_tiktoken_would_apply_otherwise_are_refused(tmp_path: Path) -> None:
-    """`b c` comes before `a b`, so `ab c` never makes abc: `tokenizers` leaves a, bc where tiktoken joins them."""
+def test_merges_that_tiktoken_would_apply_differently_are_refused(tmp_path: Path) -> None:
+    """`b c` comes before `a b`, so `ab c` never applies: `tokenizers` gives a, bc, and tiktoken would give abc."""
     merges = ["b c", "a b", "ab c"]
     vocab = {token: i for i, token in enumerate([*BYTE_NAMES, *(m.replace(" ", "") for m in merges)])}
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
@@ -420,8 +420,8 @@ def test_merges_that_tiktoken_would_apply_otherwise_are_refused(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_exactly_the_merges_that_make_their_tokens_are_accepted(seed: int) -> None:
-    """Against the `tokenizers` library, on merges drawn at random from few letters, where they overlap much."""
+def test_only_merges_that_produce_their_tokens_are_accepted(seed: int) -> None:
+    """Compared with the `tokenizers` library on random merges of few letters, which overlap often."""
     draw = random.Random(seed)
     accepted = 0
     for _ in range(300):
@@ -483,7 +483,7 @@ def test_a_large_file_is_refused_in_little_time_and_memory(
 
 
 def test_a_vocabulary_of_a_quarter_of_a_million_tokens_loads_where_the_model_has_the_rows(tmp_path: Path) -> None:
-    """Pairs of a byte of one half and a byte of the other, and pairs of those: no merge crosses another's border."""
+    """Pairs of a byte of one half and a byte of the other, and pairs of pairs, so that no merge crosses a border."""
     rows = 2**18
     pairs = list(itertools.product(BYTE_NAMES[:128], BYTE_NAMES[128:]))
     words = ["".join(pair) for pair in pairs]
@@ -517,14 +517,14 @@ def test_a_link_that_leads_outside_is_not_read(
 
 @pytest.mark.timeout(10)
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
-def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path: Path) -> None:
+def test_a_fifo_instead_of_a_file_does_not_hang(tmp_path: Path) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer.json"):
         os.mkfifo(tmp_path / name)
     with pytest.raises(TokenizerError, match=r"vocab\.json' is not a regular file"):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
-def test_no_tokenizer_and_another_vocabulary_than_openais_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"a vocabulary of 257 is not OpenAI's; put the files there") as caught:
         load_tokenizer(tmp_path, 257)
     assert str(tmp_path) in str(caught.value)
@@ -553,7 +553,7 @@ def test_characters_have_ids_in_sorted_order() -> None:
     )
 
 
-def test_characters_do_what_any_encoding_does() -> None:
+def test_a_character_tokenizer_has_the_methods_of_an_encoding() -> None:
     ours = bridge.character_tokenizer("abé")
     for copy in (ours, pickle.loads(pickle.dumps(ours))):
         assert copy.encode_batch(["ab", "é"]) == copy.encode_ordinary_batch(["ab", "é"]) == [[0, 1], [2]]
@@ -565,7 +565,7 @@ def test_characters_do_what_any_encoding_does() -> None:
         assert copy.decode_with_offsets([0, 2, 1]) == ("aéb", [0, 1, 2])
 
 
-def test_every_text_comes_back_from_its_own_characters() -> None:
+def test_every_text_survives_a_round_trip_through_its_characters() -> None:
     for text in filter(None, [*TEXTS, *random_texts(300)]):
         ours = bridge.character_tokenizer(text)
         ids = ours.encode_ordinary(text)
@@ -577,7 +577,7 @@ def test_every_text_comes_back_from_its_own_characters() -> None:
 @pytest.mark.parametrize(
     ("unknown", "shown"), [("z", r"'z' \(U\+007A\)"), ("\x1b", r"'\\x1b' \(U\+001B\)"), ("\ud800", r"'\\ud800'")]
 )
-def test_a_character_it_does_not_have_is_named(encode: str, unknown: str, shown: str) -> None:
+def test_the_error_names_an_unknown_character(encode: str, unknown: str, shown: str) -> None:
     ours = bridge.character_tokenizer("hello")
     with pytest.raises(
         TokenizerError, match=f"no character {shown}.*only the 4 of the text.*or train with bytes or BPE"
@@ -586,7 +586,7 @@ def test_a_character_it_does_not_have_is_named(encode: str, unknown: str, shown:
 
 
 @pytest.mark.parametrize("unknown", [4, -1, 2**40])
-def test_an_id_that_no_character_has_is_named(unknown: int) -> None:
+def test_the_error_names_an_unknown_id(unknown: int) -> None:
     ours = bridge.character_tokenizer("hello")
     for decode in (ours.decode, ours.decode_bytes, ours.decode_tokens_bytes):
         with pytest.raises(TokenizerError, match=f"no token {unknown}, only ids up to 3"):
@@ -594,7 +594,7 @@ def test_an_id_that_no_character_has_is_named(unknown: int) -> None:
 
 
 @pytest.mark.parametrize("characters", ["", [], ["ab"], ["a", ""], "a\ud800"])
-def test_what_is_no_characters_is_refused(characters: Any) -> None:
+def test_tokens_that_are_not_single_characters_are_refused(characters: Any) -> None:
     with pytest.raises(TokenizerError, match=r"no characters|is not a single character"):
         bridge.character_tokenizer(characters)
 
@@ -602,7 +602,9 @@ def test_what_is_no_characters_is_refused(characters: Any) -> None:
 # Fingerprints
 
 
-def test_a_fingerprint_is_that_of_the_ids_alone(trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path) -> None:
+def test_a_fingerprint_depends_only_on_what_determines_the_ids(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path
+) -> None:
     ours = load_tokenizer(directory_with(("tokenizer.json",), trained[1], tmp_path), VOCAB_SIZE)
     ranks, special = ours._mergeable_ranks, ours._special_tokens
     fingerprint = bridge.tokenizer_fingerprint(ours)
@@ -625,7 +627,7 @@ def test_a_fingerprint_is_that_of_the_ids_alone(trained: tuple[tokenizers.Tokeni
     assert len({fingerprint, *map(bridge.tokenizer_fingerprint, others)}) == 1 + len(others)
 
 
-def test_the_spellings_of_gpt2s_pattern_cut_alike() -> None:
+def test_the_spellings_of_gpt2s_pattern_split_text_equally() -> None:
     words = [regex.compile(spelling) for spelling in SPELLINGS_OF_WORDS]
     for text in [*TEXTS, *CORPUS, *random_texts(1000)]:
         assert words[0].findall(text) == words[1].findall(text) == words[2].findall(text), text
@@ -634,12 +636,14 @@ def test_the_spellings_of_gpt2s_pattern_cut_alike() -> None:
 # OpenAI's own
 
 
-def test_without_network_or_cache_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_network_or_cache_the_error_has_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(_: str) -> tiktoken.Encoding:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(TokenizerError, match=r"\(ConnectionError\); connect once, set TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(
+        TokenizerError, match=r"\(ConnectionError\); connect to the internet once, set TIKTOKEN_CACHE_DIR"
+    ):
         load_tokenizer(tmp_path, 50257)
 
 
@@ -653,7 +657,7 @@ def test_a_vocabulary_of_openais_size_without_files_is_openais(tmp_path: Path, m
 
 @needs_openai_cache
 def test_openais_vocabulary_in_a_pretty_printed_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As large as the file gets: each merge in a list, indented, every byte escaped to ASCII."""
+    """The largest form of the file: each merge in a list, indented, and escaped to ASCII."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
     theirs = tiktoken.get_encoding("gpt2")
     bridge.save_tokenizer(theirs, tmp_path)
@@ -679,7 +683,7 @@ def test_openais_vocabulary_in_a_pretty_printed_file_loads(tmp_path: Path, monke
 def test_openais_vocabulary_read_from_files_gives_the_same_ids(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
-    """50,000 real merges: tiktoken's are ranked by id, the files' by their order."""
+    """50,000 real merges, which tiktoken ranks by id and the files by their order."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
     theirs = tiktoken.get_encoding("gpt2")
     for source, name in zip(openai_files(), names, strict=True):
@@ -693,8 +697,8 @@ def test_openais_vocabulary_read_from_files_gives_the_same_ids(
 
 
 @pytest.mark.parametrize("make", [bridge.byte_tokenizer, lambda: bridge.character_tokenizer("abc\n")])
-def test_ids_that_are_no_tokens_are_left_out_of_a_text(make: Callable[[], tiktoken.Encoding]) -> None:
-    """As a model with a padded vocabulary draws them."""
+def test_ids_without_a_token_are_skipped(make: Callable[[], tiktoken.Encoding]) -> None:
+    """A model with a padded vocabulary may sample them."""
     encoding = make()
     ids = encoding.encode_ordinary("abc\n")
     assert decode_known(encoding, [999, *ids, 257, 2**40]) == "abc\n"

@@ -1,4 +1,4 @@
-"""Saved tokenizers, held against transformers' on the same files."""
+"""Saved tokenizers, compared with transformers' on the same files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SINGLE_BYTES = {bytes([b]): b for b in range(256)}
 
 
 def trained(special: dict[str, int]) -> tiktoken.Encoding:
-    """BPE on `CORPUS`, with room among the ids for `special` before the bytes and after the merges."""
+    """Train BPE on `CORPUS`, with free ids for `special` before the bytes and after the merges."""
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -50,7 +50,7 @@ def trained(special: dict[str, int]) -> tiktoken.Encoding:
 
 
 def gpt2_bytes() -> list[str]:
-    """What stands for each byte, asked of `tokenizers`: a lone byte of Latin-1, as the vocabulary spells it."""
+    """Return the character of each byte in the vocabulary, according to `tokenizers`."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     own = [c for c in alphabet if ord(c) < 256]
     moved = iter(c for c in alphabet if ord(c) >= 256)
@@ -85,10 +85,10 @@ def assert_same_ids(theirs: Any, ours: tiktoken.Encoding) -> None:
 
 @kinds(BYTE_LEVEL | CHARACTERS)
 @pytest.mark.parametrize("beside_a_model", [False, True])
-def test_transformers_finds_the_same_ids(
+def test_transformers_produces_the_same_ids(
     make: Callable[[], tiktoken.Encoding], beside_a_model: bool, tmp_path: Path
 ) -> None:
-    """With a GPT-2's config.json beside it AutoTokenizer asks for another class, and for another way to build it."""
+    """With GPT-2's config.json beside it, AutoTokenizer selects another class with other code."""
     ours = make()
     if beside_a_model:
         huggingface_directory(tmp_path, replace(TINY, vocab_size=ours.n_vocab))
@@ -97,7 +97,9 @@ def test_transformers_finds_the_same_ids(
 
 
 @kinds(BYTE_LEVEL)
-def test_transformers_gpt2_tokenizer_does_too(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+def test_transformers_gpt2_tokenizer_produces_the_same_ids(
+    make: Callable[[], tiktoken.Encoding], tmp_path: Path
+) -> None:
     bridge.save_tokenizer(make(), tmp_path)
     theirs = GPT2Tokenizer.from_pretrained(tmp_path)
     assert_same_ids(theirs, make())
@@ -132,7 +134,7 @@ def test_transformers_refuses_an_unknown_character_as_we_do(tmp_path: Path) -> N
 
 
 @kinds(BYTE_LEVEL | CHARACTERS)
-def test_what_is_saved_is_what_is_loaded(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_unchanged(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
     ours = make()
     bridge.save_tokenizer(ours, tmp_path)
     saved = {file.name for file in tmp_path.iterdir()}
@@ -162,7 +164,7 @@ def test_every_form_of_the_files_gives_one_fingerprint(make: Callable[[], tiktok
         assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(ours)
 
 
-def test_characters_travel_with_a_checkpoint(tmp_path: Path) -> None:
+def test_a_character_tokenizer_is_copied_with_a_checkpoint(tmp_path: Path) -> None:
     characters = bridge.character_tokenizer("".join(map(chr, range(300, 557))))
     model = huggingface_directory(tmp_path / "model")
     bridge.save_tokenizer(characters, model)
@@ -171,7 +173,7 @@ def test_characters_travel_with_a_checkpoint(tmp_path: Path) -> None:
     assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(characters)
 
 
-def test_another_tokenizer_in_the_directory_is_replaced_where_that_is_allowed(tmp_path: Path) -> None:
+def test_another_tokenizer_in_the_directory_is_replaced_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("of before")
     bridge.save_tokenizer(trained({END: 400}), tmp_path)
     for ours in (bridge.character_tokenizer("hello"), trained({END: 400}), bridge.character_tokenizer("hello")):
@@ -186,9 +188,9 @@ def test_another_tokenizer_in_the_directory_is_replaced_where_that_is_allowed(tm
 
 
 @pytest.mark.parametrize("name", TOKENIZER_FILES)
-def test_a_file_with_the_name_of_a_tokenizers_is_kept(tmp_path: Path, name: str) -> None:
+def test_a_file_with_a_tokenizers_name_that_is_not_one_is_kept(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("something else")
-    with pytest.raises(CheckpointError, match=f"{name} are not a tokenizer that this project reads"):
+    with pytest.raises(CheckpointError, match=f"{name} are not a tokenizer that this project can read"):
         bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path, overwrite=True)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "something else"}
 
@@ -205,15 +207,15 @@ def refused(**changes: Any) -> tiktoken.Encoding:
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
-        (refused(pat_str=r"\S+|\s+"), r"'odd' cuts text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's"),
+        (refused(pat_str=r"\S+|\s+"), r"'odd' splits text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's"),
         (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256}), "the token 'b'abc'' is not a merge of two tokens"),
         (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256, b"ab": 257}), "is not a merge of two tokens"),
         (refused(mergeable_ranks={b"a": 0}), "some of the 256 bytes have no token"),
-        (refused(special_tokens={"a": 256}), "has a special token that is spelled as an ordinary one"),
-        (refused(special_tokens={"Ġ": 256}), "has a special token that is spelled as an ordinary one"),
+        (refused(special_tokens={"a": 256}), "has a special token with the spelling of an ordinary one"),
+        (refused(special_tokens={"Ġ": 256}), "has a special token with the spelling of an ordinary one"),
     ],
 )
-def test_what_the_files_cannot_hold_is_refused_and_nothing_is_written(
+def test_a_tokenizer_that_the_files_cannot_represent_is_refused(
     odd: tiktoken.Encoding, says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(TokenizerError, match=says):
@@ -234,12 +236,12 @@ def test_another_file_beside_a_tokenizer_is_kept(tmp_path: Path, name: str, cont
     bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path)
     (tmp_path / name).write_text(content)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match="are not a tokenizer that this project reads"):
+    with pytest.raises(CheckpointError, match="are not a tokenizer that this project can read"):
         bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path, overwrite=True)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_where_it_cannot_be_written_is_an_error_and_the_old_stays(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(CheckpointError, match=r"file' is not a directory; choose another name"):
         bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The derivatives that are written out, against those that JAX derives from the definitions, in float64."""
+"""Written derivatives against those that JAX derives from the definitions, in float64."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from gpt2_jax.ops.functions import (
-    BLOCKS,
-    FEW_ROWS,
-    SUMMANDS,
-    _kernel_gradient,
-    gelu_tanh,
-    project,
-    project_to_vocabulary,
-    scaled_norm,
-)
+from gpt2_jax.ops.activations import gelu_tanh
+from gpt2_jax.ops.linear import BLOCKS, FEW_ROWS, SUMMANDS, _kernel_gradient, project, project_to_vocabulary
+from gpt2_jax.ops.norm import scaled_norm
 
 ROUNDING = 1e-12  # float64, sums of at most a hundred terms of order 1
-FLOAT32_ROUNDING = 1e-5  # sums of 11 products of order 1, which float32 holds exactly where the factors are bfloat16
+FLOAT32_ROUNDING = 1e-5  # sums of 11 products of order 1, exact in float32 for bfloat16 factors
 EPSILON = 1e-5
 
 
@@ -102,7 +95,7 @@ def test_values_and_gradients_are_those_of_the_definition(name: str, x64: None) 
 
 
 @each_function
-def test_gradients_can_be_mapped_rematerialised_and_derived_again(name: str, x64: None) -> None:
+def test_gradients_support_vmap_remat_and_second_derivatives(name: str, x64: None) -> None:
     written, definition, shapes = FUNCTIONS[name]
     rows = arguments([(3, *shape) for shape in shapes])
 
@@ -119,7 +112,7 @@ def test_gradients_can_be_mapped_rematerialised_and_derived_again(name: str, x64
 
 @each_function
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_values_and_gradients_have_the_dtype_of_what_goes_in(name: str, dtype: Any) -> None:
+def test_values_and_gradients_have_the_dtype_of_the_inputs(name: str, dtype: Any) -> None:
     written, _, shapes = FUNCTIONS[name]
     given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(partial(value_and_pullback, written), given))} == {
@@ -137,11 +130,11 @@ KERNELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool
     "more inputs, two axes to two": ((50,), (4, 6), (3, 2), True),
     "more inputs, three axes to three": ((7, 10), (2, 3, 5), (3, 2, 1), True),
 }
-"""Rows, inputs, outputs, and whether XLA on CPU is given the product turned."""
+"""(rows, inputs, outputs, whether the operands are exchanged on CPU)."""
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs", "turned"), KERNELS.values(), ids=KERNELS)
-def test_a_kernels_gradient_is_that_of_a_plain_product_whichever_side_is_turned(
+def test_the_kernel_gradient_is_correct_in_both_forms(
     rows: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], turned: bool, x64: None
 ) -> None:
     x, dy = arguments([(*rows, *inputs), (*rows, *outputs)])

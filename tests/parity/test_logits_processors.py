@@ -1,7 +1,7 @@
-"""Filters of logits and the draw: both backends against transformers' processors, and against exact probabilities.
+"""Logits processors and sampling: both backends against transformers' processors, and against exact probabilities.
 
-Where a sum of probabilities falls on a threshold up to float32 rounding, either answer is right; such tokens and
-draws are found in float64 and left out. All else must be equal.
+If a sum of probabilities equals a threshold up to float32 rounding, either result is correct. Such tokens and noise are
+found in float64 and excluded. Everything else must be equal.
 """
 
 from __future__ import annotations
@@ -28,49 +28,53 @@ from transformers import (
 import gpt2_jax.logits_processors
 import gpt2_torch.logits_processors
 from bridge import GenerationConfig
-from bridge.generation.config import uniform_draws
+from bridge.generation.config import uniform_noise
 
 EPSILON = 2.0**-23
 
 SUM = 8 * EPSILON
-"""Of probabilities that are summed in float32; 50257 of them, in an order that gathers none, are one unit off."""
+"""Error of a sum of probabilities in float32. The sum of 50257 of them is wrong by one unit."""
 
 CUMULATIVE = 20 * EPSILON
-"""Of a cumulative probability over some hundred tokens, and of a draw, which is a multiple of `EPSILON`."""
+"""Error of a cumulative probability over a few hundred tokens, and of the noise, a multiple of `EPSILON`."""
 
 UNITS = 4 * EPSILON
-"""Relative, of a number that a few float32 operations made."""
+"""Relative error of a few float32 operations."""
 
 LEAST_P_VALUE = 1e-4
-"""Of a chi-square test. The draws are fixed, so that it passes or fails for good."""
+"""The limit of a chi-square test. The noise is fixed, so the result is always the same."""
 
 LEAST_COUNT = 5
-"""Tokens expected to be drawn less often are counted together, as the chi-square distribution asks."""
+"""Tokens with a lower expected count are grouped, which the chi-square distribution requires."""
 
 DRAWS = 100_000
 
-Choose = Callable[[np.ndarray, np.ndarray, GenerationConfig, np.ndarray | None], np.ndarray]
-"""(logits, draws, request, seen) -> tokens."""
+SampleToken = Callable[[np.ndarray, np.ndarray, GenerationConfig, np.ndarray | None], np.ndarray]
+"""(logits, noise, config, seen) -> tokens."""
 
 Filter = Callable[[np.ndarray, Any], np.ndarray]
-"""(logits, the request's number) -> filtered logits."""
+"""(logits, value of the processor) -> processed logits."""
 
-jit_choose = jax.jit(gpt2_jax.logits_processors.choose)
+jit_sample_token = jax.jit(gpt2_jax.logits_processors.sample_token)
 
 
-def torch_choose(
-    logits: np.ndarray, draws: np.ndarray, request: GenerationConfig, seen: np.ndarray | None = None
+def torch_sample_token(
+    logits: np.ndarray, noise: np.ndarray, config: GenerationConfig, seen: np.ndarray | None = None
 ) -> np.ndarray:
     mask = None if seen is None else torch.from_numpy(seen)
-    return gpt2_torch.logits_processors.choose(torch.tensor(logits), torch.from_numpy(draws), request, mask).numpy()
+    return gpt2_torch.logits_processors.sample_token(
+        torch.tensor(logits), torch.from_numpy(noise), config, mask
+    ).numpy()
 
 
-def jax_choose(
-    logits: np.ndarray, draws: np.ndarray, request: GenerationConfig, seen: np.ndarray | None = None
+def jax_sample_token(
+    logits: np.ndarray, noise: np.ndarray, config: GenerationConfig, seen: np.ndarray | None = None
 ) -> np.ndarray:
     mask = None if seen is None else jnp.asarray(seen)
     return np.asarray(
-        jit_choose(jnp.asarray(logits), jnp.asarray(draws), gpt2_jax.logits_processors.Filters.of(request), mask)
+        jit_sample_token(
+            jnp.asarray(logits), jnp.asarray(noise), gpt2_jax.logits_processors.LogitsProcessors.of(config), mask
+        )
     )
 
 
@@ -104,7 +108,9 @@ PEERS: Mapping[str, Callable[[Any], Any]] = {  # in the order in which transform
 }
 
 each_backend = pytest.mark.parametrize("backend", FILTERS)
-each_choose = pytest.mark.parametrize("choose", [torch_choose, jax_choose], ids=["torch", "jax"])
+each_sample_token = pytest.mark.parametrize(
+    "sample_token", [torch_sample_token, jax_sample_token], ids=["torch", "jax"]
+)
 each_value = pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -117,7 +123,7 @@ each_value = pytest.mark.parametrize(
 
 @functools.cache
 def distinct_rows(V: int, seed: int = 0) -> np.ndarray:
-    """Rows of many shapes, of which none has one number twice: transformers cuts through ties."""
+    """Rows with many distributions and without ties, because transformers may keep only some of tied tokens."""
     rng = np.random.default_rng(seed)
     u, v, w, x, y, z = ((rng.permutation(V) + 0.5) / V for _ in range(6))
     logistic = [np.log(q / (1 - q)) for q in (u, v, w, x)]
@@ -125,8 +131,8 @@ def distinct_rows(V: int, seed: int = 0) -> np.ndarray:
     rows = [
         0.3 * logistic[0],
         2 * logistic[1],
-        1.5 * logistic[2] - 100,  # as GPT-2's are
-        logistic[3],  # one above all
+        1.5 * logistic[2] - 100,  # like GPT-2's
+        logistic[3],  # one outlier
         10 * y,
         y + 8 * (y > 0.7),  # two groups
         np.tan(np.pi * (z - 0.5)),  # heavy tails
@@ -140,7 +146,7 @@ def distinct_rows(V: int, seed: int = 0) -> np.ndarray:
 
 
 def rows_with_ties(V: int) -> np.ndarray:
-    """Numbers that occur often, or are as large and as small as float32 can hold."""
+    """Ties, and the largest and smallest float32 numbers."""
     rng = np.random.default_rng(1)
     coarse = np.round(2 * rng.normal(size=V)) / 2 + 0.25
     rows = [
@@ -153,7 +159,7 @@ def rows_with_ties(V: int) -> np.ndarray:
         1e30 * coarse,
         1e-30 * coarse,
         3e38 * np.sign(coarse),
-        np.where(rng.random(V) < 0.7, -np.inf, coarse),  # as another filter leaves them
+        np.where(rng.random(V) < 0.7, -np.inf, coarse),  # as another processor leaves them
     ]
     return np.stack(rows).astype(np.float32)
 
@@ -164,14 +170,14 @@ def peer(name: str, value: float, logits: np.ndarray, ids: np.ndarray | None = N
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """In float64."""
+    """Softmax in float64."""
     exact = logits.astype(np.float64)
     weights = np.exp(exact - exact.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
 
 
 def by_definition(name: str, value: float, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens a filter keeps, ties too; and for which of them float32 rounding may decide otherwise."""
+    """Return which tokens a processor keeps, including ties, and for which of them float32 rounding decides."""
     if name == "top_k":
         k_th = -np.sort(-logits, axis=-1)[:, min(int(value), logits.shape[-1]) - 1 : int(value)]
         return logits >= k_th[:, :1], np.zeros(logits.shape, bool)
@@ -186,14 +192,14 @@ def by_definition(name: str, value: float, logits: np.ndarray) -> tuple[np.ndarr
 
 
 def likelier_than(logits: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """The probability of all tokens likelier than each."""
+    """Return, for each token, the total probability of the more likely tokens."""
     values, of_token = np.unique(-logits, return_inverse=True)
     of_value = np.bincount(of_token, weights=p, minlength=len(values))
     return (np.cumsum(of_value) - of_value)[of_token]
 
 
 def assert_keeps(found: np.ndarray, logits: np.ndarray, kept: np.ndarray, undecided: np.ndarray) -> None:
-    """`found` has these tokens, each with its own logit, and the rest at minus infinity."""
+    """Check that `found` has the logits of these tokens, and minus infinity for the others."""
     assert found.dtype == np.float32
     stays = found == logits
     assert (stays | (found == -np.inf)).all()
@@ -202,13 +208,13 @@ def assert_keeps(found: np.ndarray, logits: np.ndarray, kept: np.ndarray, undeci
     assert not wrong.any(), f"{wrong.sum(-1)} tokens of each row"
 
 
-# One filter
+# Single processors
 
 
 @each_backend
 @each_value
 @pytest.mark.parametrize("V", [7, 257, 50257])
-def test_a_filter_keeps_what_transformers_keeps(backend: str, name: str, value: float, V: int) -> None:
+def test_a_processor_keeps_what_transformers_keeps(backend: str, name: str, value: float, V: int) -> None:
     logits = distinct_rows(V)
     kept, undecided = by_definition(name, value, logits)
     theirs = peer(name, value, logits)
@@ -219,7 +225,7 @@ def test_a_filter_keeps_what_transformers_keeps(backend: str, name: str, value: 
 
 @each_value
 @pytest.mark.parametrize("V", [7, 257])
-def test_tokens_as_likely_as_the_last_are_kept_by_both(name: str, value: float, V: int) -> None:
+def test_both_backends_keep_ties(name: str, value: float, V: int) -> None:
     logits = rows_with_ties(V)
     kept, undecided = by_definition(name, value, logits)
     for backend in FILTERS:
@@ -230,14 +236,14 @@ def test_tokens_as_likely_as_the_last_are_kept_by_both(name: str, value: float, 
 
 @each_backend
 @pytest.mark.parametrize(("name", "value"), [("top_p", 1.0), ("min_p", 0.0), ("top_k", 50257)])
-def test_a_filter_that_asks_for_everything_keeps_everything(backend: str, name: str, value: float) -> None:
+def test_a_processor_with_its_neutral_value_keeps_everything(backend: str, name: str, value: float) -> None:
     logits = distinct_rows(50257)
     np.testing.assert_array_equal(FILTERS[backend][name](logits, value), logits)
 
 
 @each_backend
 @pytest.mark.parametrize(("name", "value"), [("top_p", 0.1), ("min_p", 1.0), ("top_k", 1)])
-def test_zeros_of_both_signs_are_as_likely(backend: str, name: str, value: float) -> None:
+def test_zeros_of_both_signs_are_tied(backend: str, name: str, value: float) -> None:
     logits = np.array([[-1.0, 0.0, -0.0, -2.0, -0.0]], np.float32)
     assert (FILTERS[backend][name](logits, value) > -np.inf).tolist() == [[False, True, True, False, True]]
 
@@ -247,7 +253,7 @@ def test_zeros_of_both_signs_are_as_likely(backend: str, name: str, value: float
 def test_repetition_is_penalized_as_in_transformers(penalty: float, V: int) -> None:
     logits = distinct_rows(V).copy()
     logits[:, 2] = 0.0
-    ids = np.random.default_rng(2).integers(0, V, (len(logits), 40))  # some of them twice
+    ids = np.random.default_rng(2).integers(0, V, (len(logits), 40))  # some of them repeated
     ids[:, :2] = 2, V - 1
     expected, seen = peer("repetition_penalty", penalty, logits, ids), seen_of(ids, V)
     ours = gpt2_torch.logits_processors.penalize_repetition(
@@ -265,7 +271,7 @@ def seen_of(ids: np.ndarray, V: int) -> np.ndarray:
     return seen
 
 
-# All of them, and the draw
+# All processors, and sampling
 
 
 VALUES: Mapping[str, tuple[float, ...]] = {
@@ -278,23 +284,23 @@ VALUES: Mapping[str, tuple[float, ...]] = {
 COMBINATIONS = [
     names for n in range(5) for names in itertools.combinations(("repetition_penalty", "top_k", "top_p", "min_p"), n)
 ]
-V, COPIES = 300, 40  # two blocks of tokens in `gpt2_jax`; rows of each shape
+V, COPIES = 300, 40  # two blocks of tokens in `gpt2_jax`; rows of each distribution
 
 
 @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
-def test_both_invert_the_cumulative_probability_of_what_transformers_keeps(names: tuple[str, ...]) -> None:
-    """So the two backends choose the same token with one number."""
+def test_both_backends_sample_by_inverting_the_cumulative_probability(names: tuple[str, ...]) -> None:
+    """So both backends select the same token for the same noise."""
     logits = np.concatenate([distinct_rows(V, seed) for seed in range(COPIES)])
     ids = np.random.default_rng(3).integers(0, V, (len(logits), 30))
-    draws = uniform_draws(GenerationConfig(len(logits), seed=4))[0]
-    draws[::50], draws[1::50] = 0, 1 - EPSILON
+    noise = uniform_noise(GenerationConfig(len(logits), seed=4))[0]
+    noise[::50], noise[1::50] = 0, 1 - EPSILON
     for turn in range(2):
         values = {name: VALUES[name][turn] for name in PEERS if name in (*names, "temperature")}
         filtered, undecided = filtered_by_transformers(values, logits, ids)
-        wanted, near = inverse_cumulative(filtered, draws)
+        wanted, near = inverse_cumulative(filtered, noise)
         assert (near | undecided).mean() < 0.1
-        for choose in (torch_choose, jax_choose):
-            found = choose(logits, draws, GenerationConfig(1, **values), seen_of(ids, V))  # type: ignore[arg-type]
+        for sample_token in (torch_sample_token, jax_sample_token):
+            found = sample_token(logits, noise, GenerationConfig(1, **values), seen_of(ids, V))  # type: ignore[arg-type]
             np.testing.assert_array_equal(found[~(near | undecided)], wanted[~(near | undecided)])
             assert (filtered[np.arange(len(found)), found] > -np.inf)[~undecided].all()
 
@@ -302,7 +308,7 @@ def test_both_invert_the_cumulative_probability_of_what_transformers_keeps(names
 def filtered_by_transformers(
     values: Mapping[str, float], logits: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The logits after all of its processors, and which rows have a token on a threshold."""
+    """Return the logits after all processors, and which rows have a token at a threshold."""
     undecided = np.zeros(len(logits), bool)
     for name, value in values.items():  # which are in the order of `PEERS`
         if name in ("top_p", "min_p"):
@@ -311,18 +317,18 @@ def filtered_by_transformers(
     return logits, undecided
 
 
-def inverse_cumulative(logits: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The token of each draw, and whether the draw is where one token ends and the next begins."""
+def inverse_cumulative(logits: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the token for each noise, and whether the noise is at the border of two tokens."""
     upto = probabilities(logits).cumsum(-1)
-    wanted = (upto <= draws[:, None] * upto[:, -1:]).sum(-1)
+    wanted = (upto <= noise[:, None] * upto[:, -1:]).sum(-1)
     ends = np.where((upto > 0) & (upto < upto[:, -1:]), upto, np.inf)
-    return wanted, np.abs(ends - draws[:, None]).min(-1) < CUMULATIVE
+    return wanted, np.abs(ends - noise[:, None]).min(-1) < CUMULATIVE
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize("V", [7, 257, 700, 50257])
-def test_a_forbidden_token_is_not_drawn_by_any_rounding(choose: Choose, V: int) -> None:
-    """Draws at all the places where one token ends and the next begins."""
+def test_rounding_never_samples_a_removed_token(sample_token: SampleToken, V: int) -> None:
+    """Noise at all borders between tokens."""
     rng = np.random.default_rng(V)
     for share in (0.5, 0.9):
         logits = np.where(rng.random(V) < share * min(1, 300 / V), 2 * rng.normal(size=V), -np.inf).astype(np.float32)
@@ -330,52 +336,52 @@ def test_a_forbidden_token_is_not_drawn_by_any_rounding(choose: Choose, V: int) 
         logits[V // 2] = 1.0
         p = probabilities(logits)
         steps = np.round(np.unique(p.cumsum()) / EPSILON)[:, None] + np.arange(-2, 3)
-        draws = np.unique(steps.clip(0, 1 / EPSILON - 1)).astype(np.float32) * np.float32(EPSILON)
-        draws = draws[:: 1 + len(draws) // 200]
-        found = choose(np.tile(logits, (len(draws), 1)), draws, GenerationConfig(1, temperature=1.0), None)
+        noise = np.unique(steps.clip(0, 1 / EPSILON - 1)).astype(np.float32) * np.float32(EPSILON)
+        noise = noise[:: 1 + len(noise) // 200]
+        found = sample_token(np.tile(logits, (len(noise), 1)), noise, GenerationConfig(1, temperature=1.0), None)
         assert (p[found] > 0).all()
         upto = p.cumsum()[found]
-        assert (draws < upto + CUMULATIVE).all() and (draws > upto - p[found] - CUMULATIVE).all()
+        assert (noise < upto + CUMULATIVE).all() and (noise > upto - p[found] - CUMULATIVE).all()
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize("penalty", [None, 0.5, 2.0])
-def test_greedy_is_the_likeliest(choose: Choose, penalty: float | None) -> None:
+def test_greedy_takes_the_most_likely_token(sample_token: SampleToken, penalty: float | None) -> None:
     logits = distinct_rows(257)
     ids = np.argsort(-logits)[:, [0, 1, 5]]
     expected = logits if penalty is None else peer("repetition_penalty", penalty, logits, ids)
-    draws = np.full(len(logits), 0.7, np.float32)
+    noise = np.full(len(logits), 0.7, np.float32)
     for temperature in (0.0, 1e-9):
-        request = GenerationConfig(1, penalty, temperature, top_k=40, top_p=0.5, min_p=0.5)
-        found = choose(logits, draws, request, seen_of(ids, 257))
+        config = GenerationConfig(1, penalty, temperature, top_k=40, top_p=0.5, min_p=0.5)
+        found = sample_token(logits, noise, config, seen_of(ids, 257))
         np.testing.assert_array_equal(found, expected.argmax(-1))
         assert np.issubdtype(found.dtype, np.integer)
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize(
     "fields", [{}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 3, "top_p": 0.2, "min_p": 0.7}]
 )
-def test_tokens_that_are_all_as_likely_are_all_drawn(choose: Choose, fields: dict[str, Any]) -> None:
-    draws = (np.arange(257, dtype=np.float32) + 0.5) / 257
+def test_tied_tokens_are_all_sampled(sample_token: SampleToken, fields: dict[str, Any]) -> None:
+    noise = (np.arange(257, dtype=np.float32) + 0.5) / 257
     for level in (0.0, -33.3, 1e30):
         logits = np.full((257, 257), level, np.float32)
-        found = choose(logits, draws, GenerationConfig(1, temperature=0.7, **fields), None)
+        found = sample_token(logits, noise, GenerationConfig(1, temperature=0.7, **fields), None)
         np.testing.assert_array_equal(found, np.arange(257))
-        assert (choose(logits, draws, GenerationConfig(1, **fields), None) == 0).all()
+        assert (sample_token(logits, noise, GenerationConfig(1, **fields), None) == 0).all()
 
 
 # Frequencies
 
 
 NUMPYS = np.random.default_rng(6).random(DRAWS, np.float32)
-OURS = uniform_draws(GenerationConfig(DRAWS // 250, samples=250, seed=7)).ravel()
+OURS = uniform_noise(GenerationConfig(DRAWS // 250, num_return_sequences=250, seed=7)).ravel()
 EVERY_FILTER = {"repetition_penalty": 1.2, "temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02}
 
 
-@each_choose
+@each_sample_token
 @pytest.mark.parametrize(
-    ("values", "draws"),
+    ("values", "noise"),
     [
         ({"temperature": 1.0}, NUMPYS),
         ({"temperature": 0.6}, NUMPYS),
@@ -389,16 +395,16 @@ EVERY_FILTER = {"repetition_penalty": 1.2, "temperature": 1.3, "top_k": 40, "top
     ],
     ids=lambda x: ",".join(f"{name}={value}" for name, value in x.items()) if isinstance(x, dict) else "",
 )
-def test_tokens_are_drawn_as_often_as_they_are_likely(
-    choose: Choose, values: dict[str, Any], draws: np.ndarray
+def test_tokens_are_sampled_with_their_probabilities(
+    sample_token: SampleToken, values: dict[str, Any], noise: np.ndarray
 ) -> None:
     logits = np.random.default_rng(5).normal(scale=1.5, size=(1, 64)).astype(np.float32)
-    ids = np.argsort(-logits)[:, ::3]  # the likeliest, and others
+    ids = np.argsort(-logits)[:, ::3]  # the most likely token, and others
     filtered, undecided = filtered_by_transformers(values, logits, ids)
     assert not undecided.any()
     p = probabilities(filtered)[0]
-    found = choose(
-        np.tile(logits, (DRAWS, 1)), draws, GenerationConfig(1, **values), np.tile(seen_of(ids, 64), (DRAWS, 1))
+    found = sample_token(
+        np.tile(logits, (DRAWS, 1)), noise, GenerationConfig(1, **values), np.tile(seen_of(ids, 64), (DRAWS, 1))
     )
     counts = np.bincount(found, minlength=64)
     assert counts[p == 0].sum() == 0
@@ -415,13 +421,13 @@ def chi_square_p_value(counts: np.ndarray, expected: np.ndarray) -> float:
 
 
 def test_the_chi_square_test_finds_a_small_bias() -> None:
-    """One token of twenty is drawn instead of another every seventh time."""
+    """Every seventh time, one of twenty tokens is sampled instead of another."""
     p = np.linspace(1, 3, 20) / 40
     biased = p.copy()
     biased[3], biased[4] = 0.85 * p[3], p[4] + 0.15 * p[3]
     assert chi_square_p_value(np.round(DRAWS * p), DRAWS * p) > 0.99
     assert chi_square_p_value(np.round(DRAWS * biased), DRAWS * p) < LEAST_P_VALUE
-    # As in tables of the distribution: 5 % of it lie above 30.144 with 19 degrees of freedom.
+    # From tables of the distribution: 5 % of it are above 30.144 with 19 degrees of freedom.
     shifted = DRAWS * p
     shifted[0] += (shift := math.sqrt(30.144 / (1 / shifted[0] + 1 / shifted[1])))
     shifted[1] -= shift

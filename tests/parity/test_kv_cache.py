@@ -1,5 +1,5 @@
-"""A model that keeps the keys and values of each token gives the logits of one that runs the whole sequence again:
-at every position, in whatever pieces the sequence comes."""
+"""Decoding with a key/value cache gives the logits of a run of the whole sequence, at every position and for every
+division of the sequence into pieces."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ from support.models import TINY, random_checkpoint, random_ids, random_state
 import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint, GPT2Config
+from gpt2_jax import KVCache, empty_cache
 from gpt2_jax.generation import Decoder
-from gpt2_jax.model import KVCache, empty_cache
-from gpt2_torch.model import empty_cache as empty_torch_cache
 
 ROUNDING = {np.float32: 1e-5, np.float64: 1e-12}
-"""Largest difference over the largest logit: a product with one row is summed in another order than one with many,
-which made 5e-7 and 1e-15 of difference."""
+"""Largest difference relative to the largest logit. A product with one row is summed in another order than one with
+many, which gives differences of 5e-7 and 1e-15."""
 A_MISTAKE = 1e-2
-"""By the same measure, where keys, values or positions are not those of the sequence: far from any rounding."""
+"""The same measure for wrong keys, values or positions: far above rounding."""
 
-CONFIG = replace(TINY, n_layer=2)  # as many as can differ: each length of piece is compiled for each variant
+CONFIG = replace(TINY, n_layer=2)  # enough for layers to differ; each length of a piece is compiled for each variant
 LENGTH = 13
-SLOTS = LENGTH + 3  # slots that nothing is written to must not count
+MAX_LENGTH = LENGTH + 3  # positions that nothing is written to must have no effect
 PADDING = {"rows of one length": (0, 0, 0), "left padding": (0, 8, 4)}
 PIECES = {"all at once": (13,), "one by one": (1,) * 13, "odd pieces": (3, 1, 3, 3, 3)}
 
@@ -41,7 +40,7 @@ PIECES = {"all at once": (13,), "one by one": (1,) * 13, "odd pieces": (3, 1, 3,
 class Variant:
     config: GPT2Config
     form: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Of the Flax parameters."""
+    """Options of the Flax model."""
 
 
 VARIANTS = {
@@ -61,16 +60,16 @@ class TorchSide:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.model = torch_model(checkpoint)
 
-    def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.model.KVCache:
-        return empty_torch_cache(self.model.config, torch.tensor(padding), SLOTS, self.model.wte.weight.dtype)
+    def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.KVCache:
+        return gpt2_torch.empty_cache(self.model.config, torch.tensor(padding), MAX_LENGTH, self.model.wte.weight.dtype)
 
-    def extend(self, ids: np.ndarray, cache: gpt2_torch.model.KVCache) -> tuple[np.ndarray, Any]:
+    def decode(self, ids: np.ndarray, cache: gpt2_torch.KVCache) -> tuple[np.ndarray, Any]:
         with torch.no_grad():
-            return self.model.head(self.model.extend(torch.from_numpy(ids), cache)).numpy(), cache
+            return self.model.head(self.model.decode(torch.from_numpy(ids), cache)).numpy(), cache
 
 
 class JaxSide:
-    """Extends with the model and the parameters as a decoder prepares them: it takes stacked layers apart."""
+    """Decodes with the model and the parameters of a `Decoder`, which unstacks stacked layers."""
 
     def __init__(self, checkpoint: Checkpoint, **form: Any) -> None:
         self.logits = functools.partial(jax_logits, **form)
@@ -78,16 +77,16 @@ class JaxSide:
         self.decoder = Decoder(*gpt2_jax.model_from_checkpoint(checkpoint, dtype=dtype, **form))
 
     def empty_cache(self, padding: tuple[int, ...]) -> KVCache:
-        return empty_cache(self.decoder.config, jnp.asarray(padding), SLOTS, self.decoder.model.dtype)
+        return empty_cache(self.decoder.config, jnp.asarray(padding), MAX_LENGTH, self.decoder.model.dtype)
 
-    def extend(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
+    def decode(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
         logits, cache = _extended(self.decoder.model, self.decoder.params, jnp.asarray(ids), cache)
         return np.asarray(logits), cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _extended(model: gpt2_jax.GPT2, params: Any, ids: jax.Array, cache: Any) -> tuple[Any, Any]:
-    x, cache = model.apply({"params": params}, ids, cache, method="extend")
+    x, cache = model.apply({"params": params}, ids, cache, method="decode")
     return model.apply({"params": params}, x, method="head"), cache
 
 
@@ -102,7 +101,7 @@ def logits_in_pieces(
     cache: Any = side.empty_cache(padding)
     found = []
     for piece in np.split(ids, np.cumsum(pieces)[:-1], axis=1):
-        logits, cache = side.extend(piece, cache)
+        logits, cache = side.decode(piece, cache)
         found.append(logits)
     return np.concatenate(found, axis=1)
 
@@ -113,7 +112,7 @@ def mask_of(padding: tuple[int, ...]) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_cached_logits_are_those_of_the_whole_sequence(variant: str, dtype: Any) -> None:
+def test_cached_logits_equal_those_of_the_whole_sequence(variant: str, dtype: Any) -> None:
     with jax.enable_x64(dtype is np.float64):
         checkpoint = random_checkpoint(VARIANTS[variant].config, dtype)
         ids = random_ids(CONFIG, batch=3, length=LENGTH)
@@ -123,7 +122,7 @@ def test_cached_logits_are_those_of_the_whole_sequence(variant: str, dtype: Any)
                 expected = side.logits(checkpoint, ids, mask)[mask > 0]
                 for how, pieces in PIECES.items():
                     found = logits_in_pieces(side, ids, padding, pieces)
-                    assert np.isfinite(found).all(), (name, rows, how)  # where there is no token, too
+                    assert np.isfinite(found).all(), (name, rows, how)  # at padding, too
                     assert found.dtype == dtype
                     assert relative_error(found[mask > 0], expected) <= ROUNDING[dtype], (name, rows, how)
 
@@ -133,29 +132,29 @@ def changed(cache: Any, **fields: Any) -> Any:
 
 
 MISTAKES: dict[str, Callable[[Any], Any]] = {
-    "a slot is left out": lambda cache: changed(cache, length=cache.length + 1),
-    "a token is written over": lambda cache: changed(cache, length=cache.length - 1),
-    "a row's first token is taken for padding": lambda cache: changed(cache, padding=cache.padding + 1),
-    "values stand one slot too late": lambda cache: changed(
-        cache, values=type(cache.values)(values[..., [0, *range(SLOTS - 1)], :] for values in cache.values)
+    "a position is skipped": lambda cache: changed(cache, length=cache.length + 1),
+    "a token is overwritten": lambda cache: changed(cache, length=cache.length - 1),
+    "a row's first token counts as padding": lambda cache: changed(cache, num_padding=cache.num_padding + 1),
+    "values are one position too late": lambda cache: changed(
+        cache, values=type(cache.values)(values[..., [0, *range(MAX_LENGTH - 1)], :] for values in cache.values)
     ),
     "keys are those of another layer": lambda cache: changed(cache, keys=cache.keys[::-1]),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_cache_would_show(mistake: str) -> None:
+def test_a_mistake_in_the_cache_is_detected(mistake: str) -> None:
     ids, known = random_ids(CONFIG, batch=3, length=LENGTH), LENGTH - 3
     for name, side in sides(VARIANTS["plain"], np.float32).items():
         right = side.logits(random_checkpoint(CONFIG), ids, mask_of((0, 0, 0)))[:, known:]
         cache: Any = side.empty_cache((0, 0, 0))
         for at in range(known):
-            _, cache = side.extend(ids[:, at : at + 1], cache)
-        wrong, _ = side.extend(ids[:, known:], MISTAKES[mistake](cache))
+            _, cache = side.decode(ids[:, at : at + 1], cache)
+        wrong, _ = side.decode(ids[:, known:], MISTAKES[mistake](cache))
         assert relative_error(wrong, right) > A_MISTAKE, name
 
 
-def test_a_mistake_in_the_positions_alone_would_show() -> None:
+def test_a_mistake_in_the_positions_alone_is_detected() -> None:
     ids, state = random_ids(CONFIG, batch=3, length=LENGTH), random_state(CONFIG)
     shifted = Checkpoint.of(state | {"wpe.weight": np.roll(state["wpe.weight"], 1, axis=0)}, CONFIG)
     for side in (TorchSide, JaxSide):

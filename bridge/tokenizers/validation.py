@@ -35,7 +35,7 @@ def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
         if not isinstance(token, str):
             raise TokenizerError(f"{where}: the token {quoted(token)} is not a string")
         if type(i) is not int or not 0 <= i < 2**31:
-            raise TokenizerError(f"{where}: the id of {quoted(token)} is {quoted(i)}, not a whole number below 2^31")
+            raise TokenizerError(f"{where}: the id of {quoted(token)} is {quoted(i)}, not an integer below 2^31")
         if i in seen:
             raise TokenizerError(f"{where}: {quoted(seen[i])} and {quoted(token)} have the same id, {i}")
         seen[i] = token
@@ -48,7 +48,7 @@ def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int],
             raise TokenizerError(f"{where}: a special token is empty")
         if vocab.get(token, i) != i:
             raise TokenizerError(
-                f"{where}: the added token {quoted(token)} has the id {i}, and {vocab[token]} in the vocabulary"
+                f"{where}: the added token {quoted(token)} has the id {i}, but {vocab[token]} in the vocabulary"
             )
     try:
         sizes = {token: len(token.encode("utf-8")) for token in special}
@@ -100,7 +100,7 @@ def require_merges_reached(merges: Sequence[tuple[str, str]], where: str) -> Non
         if not _are_neighbours(*pair, rank, rank_of, made_of):
             raise TokenizerError(
                 f"{where}: an earlier merge separates the parts of the merge {quoted(' '.join(pair))}, so it never "
-                "makes its token; the merges are damaged or in another order"
+                "produces its token; the merges are damaged or in the wrong order"
             )
 
 

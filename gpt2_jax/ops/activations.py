@@ -1,0 +1,49 @@
+"""The activation functions of the feed-forward network, by their names in `config.json`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), as x sigmoid(2 u) (Hendrycks and Gimpel 2016).
+
+    The gradient takes one exponential, where the derived gradient takes two tanh. Only the slope is saved for it.
+    """
+    return x * jax.nn.sigmoid(_twice_u(x))
+
+
+def _twice_u(x: Array) -> Array:
+    return 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    gate = jax.nn.sigmoid(_twice_u(x))
+    slope = 2.0 * math.sqrt(2.0 / math.pi) * (1.0 + 3.0 * 0.044715 * x * x)
+    return x * gate, gate + x * gate * (1.0 - gate) * slope
+
+
+def _gelu_backward(slope: Array, dy: Array) -> tuple[Array]:
+    return (dy * slope,)
+
+
+gelu_tanh.defvjp(_gelu_forward, _gelu_backward)
+
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "gelu_new": gelu_tanh,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact form, with erf
+    "gelu_fast": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608 * x * (1.0 + 0.044715 * x * x))),
+    "gelu_pytorch_tanh": gelu_tanh,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}

@@ -1,0 +1,105 @@
+"""Products with weights: a projection, and the projection to the vocabulary."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gpt2_jax.ops.dtypes import wide_dtype
+
+SUMMANDS = 16
+"""A single row times a matrix is computed as the sum of this many products, each over a part of the inputs. XLA on CPU
+then reads 28 GB/s, and 17 to 24 with one product (limit 33; `tests/benchmarks/generate.py`)."""
+
+BLOCKS = 64
+"""A few rows times the embedding are computed as this many independent products, each with a part of the vocabulary.
+XLA on CPU then reads 20 GB/s for 8 rows, and 11 with one product."""
+
+FEW_ROWS = 16
+
+
+def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+    """Return x embedding^T, in at least float32."""
+    dtype = wide_dtype(x)
+    (V, D), rows = embedding.shape, math.prod(x.shape[:-1])
+
+    def product(x: Array, embedding: Array) -> Array:
+        return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
+
+    if rows > FEW_ROWS or V % BLOCKS:
+        return product(x, embedding)
+
+    def in_blocks(x: Array, embedding: Array) -> Array:
+        blocks_GWD = embedding.reshape(BLOCKS, V // BLOCKS, D)
+        x_GRD = jnp.broadcast_to(x.reshape(rows, D), (BLOCKS, rows, D))
+        logits_GWR = jnp.einsum("GWD,GRD->GWR", blocks_GWD, x_GRD, preferred_element_type=dtype)
+        return logits_GWR.reshape(V, rows).T.reshape(*x.shape[:-1], V)
+
+    return jax.lax.platform_dependent(x, embedding, cpu=in_blocks, default=product)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
+    """Contract the last `axes` axes of `x` with the first `axes` of `kernel`.
+
+    JAX derives a transposed gradient of the kernel, which XLA copies back. The gradient here is not transposed.
+    """
+    inputs, kernel_inputs = tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes))
+
+    def product(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, kernel, ((inputs, kernel_inputs), ((), ())))
+
+    rows, n_in = x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
+    if math.prod(rows) != 1 or n_in % SUMMANDS:
+        return product(x, kernel)
+
+    def in_summands(x: Array, kernel: Array) -> Array:
+        dtype = wide_dtype(x)
+        x, kernel_parts = x.reshape(SUMMANDS, -1), kernel.reshape(SUMMANDS, n_in // SUMMANDS, -1)
+        parts = jnp.einsum("ij,ijk->ik", x, kernel_parts, preferred_element_type=dtype)
+        # Summed by a product, because XLA's reduction takes a third of the time of computing the parts.
+        summed = jnp.ones((1, SUMMANDS), dtype) @ parts
+        return summed.astype(kernel.dtype).reshape(*rows, *kernel.shape[axes:])
+
+    return jax.lax.platform_dependent(x, kernel, cpu=in_summands, default=product)
+
+
+def _project_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
+    return project(x, kernel, axes), (x, kernel)
+
+
+def _project_backward(axes: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows = tuple(range(x.ndim - axes))
+    outputs, kernel_outputs = tuple(range(len(rows), dy.ndim)), tuple(range(axes, kernel.ndim))
+    dx = jax.lax.dot_general(dy, kernel, ((outputs, kernel_outputs), ((), ())))
+    return dx, _kernel_gradient(x, dy, rows, axes)
+
+
+def _kernel_gradient(x: Array, dy: Array, rows: tuple[int, ...], axes: int) -> Array:
+    """Return x^T dy.
+
+    XLA on CPU transposes the left operand of the product. If that is much the wider one, the operands are exchanged and
+    the result is transposed: 28 instead of 50 ms for the feed-forward's second projection at 124M and 1024 tokens.
+    """
+    size = max(1, math.prod(x.shape[: len(rows)]))
+    n_in, n_out = x.size // size, dy.size // size
+
+    def product(x: Array, dy: Array) -> Array:
+        return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+
+    def exchanged(x: Array, dy: Array) -> Array:
+        outputs = dy.ndim - len(rows)
+        gradient = jax.lax.dot_general(dy, x, ((rows, rows), ((), ())))
+        return gradient.transpose(*range(outputs, outputs + axes), *range(outputs))
+
+    if size * n_in <= size * n_out + n_in * n_out:  # the numbers that each form transposes
+        return product(x, dy)
+    return jax.lax.platform_dependent(x, dy, cpu=exchanged, default=product)
+
+
+project.defvjp(_project_forward, _project_backward)

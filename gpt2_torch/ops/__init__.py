@@ -1,0 +1,1 @@
+"""Functions of tensors that the model is made of."""

@@ -1,0 +1,57 @@
+"""Attention between the heads' queries, keys and values."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def attention(
+    q_BTHK: Float[Tensor, "B T H K"],
+    k_BSHK: Float[Tensor, "B S H K"],
+    v_BSHK: Float[Tensor, "B S H K"],
+    mask: Bool[Tensor, "#B #H #T S"] | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    dropout_rate: float = 0.0,
+    upcast: bool = False,
+) -> Float[Tensor, "B T H K"]:
+    """Compute softmax(scale q k^T) v with torch's fused kernels. Each query attends to the keys that are not masked.
+
+    Args:
+        mask: True where a query may attend to a key. None allows all.
+        is_causal: also mask every key after the query. Requires T == S.
+        upcast: compute in at least float32 for every dtype of q, k and v, under autocast too.
+
+    Raises `ValueError` for causal attention with T != S.
+    """
+    T, S, dtype = q_BTHK.shape[1], k_BSHK.shape[1], v_BSHK.dtype
+    if is_causal and T != S:
+        raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
+    if upcast:
+        wide = torch.promote_types(dtype, torch.float32)
+        q_BTHK, k_BSHK, v_BSHK = q_BTHK.to(wide), k_BSHK.to(wide), v_BSHK.to(wide)
+    bias = None
+    if mask is not None:
+        if is_causal:
+            mask = mask & torch.ones(T, S, dtype=torch.bool, device=mask.device).tril()
+        # The most negative number and not -inf: a row of -inf would be NaN after softmax.
+        bias = torch.zeros(mask.shape, dtype=q_BTHK.dtype, device=mask.device)
+        bias = bias.masked_fill(~mask, torch.finfo(q_BTHK.dtype).min)
+    # Autocast would cast the upcast tensors down again.
+    with torch.autocast(q_BTHK.device.type, enabled=False) if upcast else contextlib.nullcontext():
+        context_BHTK = F.scaled_dot_product_attention(
+            q_BTHK.transpose(1, 2),
+            k_BSHK.transpose(1, 2),
+            v_BSHK.transpose(1, 2),
+            attn_mask=bias,
+            dropout_p=dropout_rate,
+            is_causal=is_causal and mask is None,
+            scale=scale,
+        )
+    return context_BHTK.transpose(1, 2).to(dtype)
