@@ -22,7 +22,7 @@ STDLIB = "stdlib"
 BLOCK_BYTES = 2**18
 """Text is read and encoded in blocks of about this size, large enough to be worth a task for a thread."""
 
-LONGEST_BLOCK = 16 * BLOCK_BYTES
+MAX_BLOCK_BYTES = 16 * BLOCK_BYTES
 """Text of this size without a safe place to split is split anywhere. No natural language has such words."""
 
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -171,4 +171,4 @@ def _last_cut(text: str) -> int:
     for start in (max(0, len(text) - 1024), 0):
         if cuts := [match.start() for match in _CUT.finditer(text, start)]:
             return cuts[-1]
-    return len(text) if len(text) >= LONGEST_BLOCK else 0
+    return len(text) if len(text) >= MAX_BLOCK_BYTES else 0

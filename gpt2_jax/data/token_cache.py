@@ -35,11 +35,11 @@ TaskProgress = Callable[[str, int, int], None]
 """Called with the name of the task, the number of bytes done and their total."""
 
 _FORMAT = 1
-_MOST_SIDECAR_BYTES = 2**20
-_MOST_COUNT = 2**53
+_MAX_SIDECAR_BYTES = 2**20
+_MAX_COUNT = 2**53
 """Limit on integers in JSON. Not every JSON parser reads larger ones exactly."""
 _ENDS = "document_ends.bin"
-_ENDS_AT_ONCE = 2**20
+_ENDS_PER_BLOCK = 2**20
 _TOKENS = {"<u2": "tokens.bin", "<u4": "tokens.uint32"}  # `.bin` alone means uint16, as in nanoGPT
 _FILES = {SIDECAR, _ENDS, *_TOKENS.values()}
 
@@ -115,11 +115,11 @@ def open_cached(directory: Path, progress: TaskProgress | None = None) -> Cached
 def _read_sidecar(directory: Path) -> dict[str, Any]:
     """Return the description of a directory of the cache. Raises `DataError` if a required field is invalid."""
     path = directory / SIDECAR
-    about = parse_object(read_small_file(path, _MOST_SIDECAR_BYTES, DataError), quoted(path), DataError)
+    about = parse_object(read_small_file(path, _MAX_SIDECAR_BYTES, DataError), quoted(path), DataError)
     counts = [about.get(name) for name in ("format", "tokens", "documents", "skipped")]
     hashes = [about.get(name) for name in ("sha256", "document_ends_sha256")]
     if (
-        not all(type(count) is int and 0 <= count < _MOST_COUNT for count in counts)
+        not all(type(count) is int and 0 <= count < _MAX_COUNT for count in counts)
         or not all(isinstance(value, str) for value in hashes)
         or about.get("dtype") not in [*_TOKENS]
         or about["format"] != _FORMAT
@@ -133,7 +133,7 @@ def _are_ends(path: Path, count: int) -> bool:
     """Whether document ends never decrease and the last one equals the number of tokens. Reads them in blocks."""
     last = 0
     with path.open("rb") as file:
-        while len(ends := np.frombuffer(file.read(8 * _ENDS_AT_ONCE), "<i8")):
+        while len(ends := np.frombuffer(file.read(8 * _ENDS_PER_BLOCK), "<i8")):
             if ends[0] < last or (np.diff(ends) < 0).any():
                 return False
             last = int(ends[-1])

@@ -28,7 +28,7 @@ _LLMC_EXAMPLES = 20240522  # HellaSwag and MMLU: questions, not text
 _NPY = b"\x93NUMPY"
 _NPY_DTYPES = ("<u2", "<i4", "<u4", "<i8")
 _NPY_LENGTH_BYTES = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
-_MOST_NPY_HEADER = 4096
+_MAX_NPY_HEADER = 4096
 """Limit on the bytes of a .npy header. numpy writes 118 for a one-dimensional array."""
 _NPY_AXIS = r"(?:0|[1-9]\d{0,18})L?"  # Python 2 wrote long integers as 12L
 # The dictionary that numpy writes. With one axis, fortran_order does not matter.
@@ -167,7 +167,7 @@ def _npy_header(path: Path) -> tuple[str, int]:
             raise _not_npy(path, f"its version is {quoted(version.hex())}")
         length_bytes = file.read(_NPY_LENGTH_BYTES[version])
         length = int.from_bytes(length_bytes, "little")
-        if length > _MOST_NPY_HEADER:
+        if length > _MAX_NPY_HEADER:
             raise _not_npy(path, f"its header would have {length} bytes")
         header = file.read(length)
     if len(header) < length or not header.isascii():

@@ -1,4 +1,4 @@
-"""Which tokens a step sees: a function of the seed and the step, fair over an epoch, fixed for evaluation."""
+"""Batches: a function of the seed and the step, a permutation in each epoch, and fixed for evaluation."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WINDOWS = (COUNT - LENGTH) // LENGTH  # of one epoch
 
 @pytest.fixture
 def stream(tmp_path: Path) -> TokenStream:
-    """Every token is its own position."""
+    """A stream in which every token equals its position."""
     return open_tokens(nanogpt(tmp_path / "tokens.bin", np.arange(COUNT)))[0]
 
 
 @pytest.fixture
 def documents(tmp_path: Path) -> TokenStream:
-    """Documents of 1 to 20 bytes, and one for the end of each."""
+    """Documents of 1 to 20 bytes, each followed by an end-of-text token."""
     (tmp_path / "texts").mkdir()
     for n in range(1, 21):
         (tmp_path / "texts" / str(n)).write_text(chr(96 + n) * n)
@@ -62,7 +62,7 @@ def test_a_batch_has_the_promised_shapes_and_labels_follow(stream: TokenStream) 
 
 
 @pytest.mark.parametrize("step", [0, 1, 17, 28, 29, 100])
-def test_any_step_is_reached_at_once(stream: TokenStream, step: int) -> None:
+def test_any_step_can_be_the_first(stream: TokenStream, step: int) -> None:
     assert_equal(batches(stream, 4, start_step=step), batches(stream, step + 4)[step:])
 
 
@@ -75,12 +75,12 @@ def first_tokens(all_batches: list[Batch]) -> list[int]:
 
 
 def epochs(stream: TokenStream, number: int, windows: int = WINDOWS, **options: Any) -> list[list[int]]:
-    """Where the windows of each epoch begin, in the order in which they are read."""
+    """The first tokens of the windows of each epoch, in reading order."""
     starts = first_tokens(batches(stream, -(-number * windows // BATCH), **options))
     return [starts[e * windows : (e + 1) * windows] for e in range(number)]
 
 
-def test_an_epoch_reads_every_window_once_and_none_overlap(stream: TokenStream) -> None:
+def test_an_epoch_reads_every_window_once_without_overlap(stream: TokenStream) -> None:
     for starts in epochs(stream, 3):
         assert len(set(starts)) == WINDOWS
         assert sorted(starts) == list(range(min(starts), min(starts) + WINDOWS * LENGTH, LENGTH))
@@ -107,8 +107,8 @@ def test_over_many_epochs_no_token_is_favoured(stream: TokenStream) -> None:
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3, 100, 2**16, 2**16 + 1, 2**16 + 2, 10**5])
-def test_an_order_is_a_fair_one(windows: int) -> None:
-    """Each number once; the mean of the first half is that of all, to 5 standard errors."""
+def test_an_order_is_a_random_permutation(windows: int) -> None:
+    """Each number occurs once; the mean of the first half equals that of all, within 5 standard errors."""
     order = np.array([_shuffled(k, windows, 11, 3) for k in range(windows)])
     np.testing.assert_array_equal(np.sort(order), np.arange(windows))
     half = order[: -(-windows // 2)]
@@ -121,12 +121,12 @@ def test_the_order_depends_on_the_seed_and_the_stream_alone(stream: TokenStream,
     shards, _ = open_tokens(tmp_path / "shard_*.bin")
     assert_equal(batches(stream, 40), batches(shards, 40))
     assert first_tokens(batches(stream, 40)) != first_tokens(batches(stream, 40, seed=12))
-    # Seeds side by side must not read the same epochs, one later than the other.
+    # Consecutive seeds must not read the same epochs with a shift.
     assert epochs(stream, 2, seed=12)[0] != epochs(stream, 2)[1]
 
 
-def test_the_order_is_what_it_was() -> None:
-    """Runs begun with an older version can be resumed only while this holds."""
+def test_the_order_does_not_change_between_versions() -> None:
+    """Runs of an older version can be resumed only if this does not change."""
     places = (0, 1, 2, WINDOWS, WINDOWS + 1, 10**9)
     spans = [_Windows(TokenStream((), 0, COUNT), LENGTH, seed=11).span(n) for n in places]
     assert [start for start, _ in spans] == [520, 226, 324, 165, 25, 532]
@@ -170,7 +170,7 @@ def test_a_stream_shorter_than_a_window_is_an_error(tmp_path: Path, make: Any, w
         make(stream, batch_size=BATCH, seq_len=LENGTH)
 
 
-def test_documents_are_padded_masked_and_cut(documents: TokenStream) -> None:
+def test_documents_are_padded_masked_and_truncated(documents: TokenStream) -> None:
     length = 9
     seen = []
     for batch in batches(documents, 4, batch_size=5, seq_len=length, examples="documents"):
@@ -199,7 +199,7 @@ def test_documents_are_shuffled_anew_in_every_epoch(documents: TokenStream) -> N
 def test_a_part_of_a_stream_has_its_documents(documents: TokenStream) -> None:
     assert documents.document_ends is not None
     ends = documents.document_ends.tolist()
-    part = documents.part(ends[4] + 1, ends[11] - 1)  # cuts the first and the last of its documents
+    part = documents.part(ends[4] + 1, ends[11] - 1)  # truncates its first and last document
     assert part.document_ends is not None
     assert part.document_ends.tolist() == [e - ends[4] - 1 for e in ends[5:11]] + [len(part)]
     assert sum(b["attention_mask"].sum() for b in documents_in_order(part, length=40)) == len(part)
@@ -209,7 +209,7 @@ def documents_in_order(stream: TokenStream, length: int) -> list[Batch]:
     return list(evaluation_batches(stream, batch_size=1, seq_len=length, examples="documents"))
 
 
-def test_documents_cannot_be_told_apart_in_token_files(stream: TokenStream) -> None:
+def test_token_files_without_document_ends_give_no_documents(stream: TokenStream) -> None:
     with pytest.raises(DataError, match="do not store where documents end"):
         training_batches(stream, batch_size=BATCH, seq_len=LENGTH, examples="documents")
 
@@ -241,7 +241,7 @@ def test_documents_are_evaluated_in_order_with_every_row_attending_to_something(
     assert all((batch["attention_mask"].sum(1) > 0).all() for batch in read)
     assert (read[-1]["labels"][2:] == IGNORE_INDEX).all() and (read[-1]["labels"][:2] != IGNORE_INDEX).any()
     labels = np.concatenate([batch["labels"] for batch in read])
-    assert (labels != IGNORE_INDEX).sum() == sum(range(1, 21))  # each document's length, its end being a label
+    assert (labels != IGNORE_INDEX).sum() == sum(range(1, 21))  # the length of each document, whose end is a label
 
 
 def test_a_bad_token_stops_the_iteration_with_its_error(tmp_path: Path) -> None:

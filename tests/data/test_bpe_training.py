@@ -1,4 +1,4 @@
-"""BPE trained here, held against the `tokenizers` library's own encoding."""
+"""BPE training, compared with the encoding of the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_ids_are_those_of_the_library_that_trained_it(vocab_size: int, tmp_path:
 
 
 def test_merges_are_those_that_the_library_learns() -> None:
-    """Its own trainer for byte-level BPE, with its defaults, on the same corpus."""
+    """Compared with the library's own trainer for byte-level BPE, with defaults, on the same corpus."""
     theirs = tokenizers.ByteLevelBPETokenizer()
     theirs.train_from_iterator(TRAINING, vocab_size=999, min_frequency=2, show_progress=False)
     ours = train_bpe(TRAINING, 1000)
@@ -44,7 +44,7 @@ def test_merges_are_those_that_the_library_learns() -> None:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
 
 
-def test_it_is_laid_out_as_gpt2s() -> None:
+def test_its_layout_is_gpt2s() -> None:
     ours = train_bpe(TRAINING, 600)
     tokens = [ours.decode_single_token_bytes(i) for i in range(600)]
     assert tokens[0] == b"!" and tokens[93] == b"~", "GPT-2 counts the printable bytes first"
@@ -56,14 +56,14 @@ def test_it_is_laid_out_as_gpt2s() -> None:
     assert max(used) > 500, "late merges are used"
 
 
-def test_every_text_comes_back() -> None:
+def test_every_text_is_decoded_unchanged() -> None:
     ours = train_bpe(TRAINING, 700)
     for text in ALL_TEXTS:
         assert ours.decode(ours.encode_ordinary(text)) == text
 
 
-def test_words_are_cut_as_gpt2_cuts_them() -> None:
-    """A merge of a space before a word, never of a space after one."""
+def test_words_are_split_as_in_gpt2() -> None:
+    """Merges include the space before a word, never the space after it."""
     ours = train_bpe(["the dog the dog the dog's"] * 10, 400)
     tokens = {ours.decode_single_token_bytes(i) for i in range(256, ours.n_vocab - 1)}
     assert {b" dog", b" the", b"the", b"'s"} <= tokens
@@ -81,7 +81,7 @@ print(bridge.tokenizer_fingerprint(train_bpe(iter(random_texts(400, seed=3)), 20
 
 
 def test_the_same_texts_give_the_same_tokenizer_in_any_process() -> None:
-    """Counting is spread over threads and kept in hash maps, both seeded anew in each process."""
+    """The library counts with threads and hash maps, which differ between processes."""
     fingerprints = set()
     for seed, threads in [("1", "1"), ("2", "4")]:
         environment = {**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads}
@@ -140,7 +140,7 @@ def test_a_vocabulary_without_room_for_the_bytes_is_refused(vocab_size: int) -> 
         train_bpe(TRAINING, vocab_size)
 
 
-def test_what_is_no_texts_is_refused() -> None:
+def test_a_single_text_or_invalid_text_is_refused() -> None:
     with pytest.raises(TokenizerError, match=r"give \[text\]"):
         train_bpe("one text", 300)
     with pytest.raises(TokenizerError, match="unpaired surrogate"):

@@ -1,4 +1,4 @@
-"""Every kind of source, opened and read to batches; the split; the tokenizer that goes with it."""
+"""Opening every kind of source: the split into training and validation data, and the tokenizer."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_directory_is_split_between_documents(folder: Path, tmp_path: Path) ->
     data = opened(folder, tmp_path / "cache")
     assert data.validation is not None
     total = len(data.train) + len(data.validation)
-    assert abs(len(data.validation) - total / 10) < 250  # half a document
+    assert abs(len(data.validation) - total / 10) < 250  # half of a document
     assert data.train.read(len(data.train) - 1, len(data.train)).tolist() == [256]
     assert data.validation.document_ends is not None and len(data.validation.document_ends) >= 2
     assert data.validation.document_ends[-1] == len(data.validation)
@@ -60,7 +60,7 @@ def test_a_directory_is_split_between_documents(folder: Path, tmp_path: Path) ->
     assert bytes(data.validation.read(0, 50).tolist()) in {text[:50] for text in texts}
 
 
-def test_one_large_document_among_small_ones_is_cut(tmp_path: Path) -> None:
+def test_a_large_document_among_small_ones_is_split(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "large").write_text("x" * 10_000)
     (tmp_path / "texts" / "small").write_text("y")
@@ -75,7 +75,7 @@ def test_both_parts_of_a_split_have_tokens(tmp_path: Path, count: int) -> None:
     assert len(data.train) + len(data.validation) == count
 
 
-def test_what_cannot_be_split_is_an_error(tmp_path: Path) -> None:
+def test_too_few_tokens_to_split_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 tokens cannot be split"):
         open_data(nanogpt(tmp_path / "a.bin", [5]))
     assert open_data(tmp_path / "a.bin", validation_fraction=0).validation is None
@@ -239,8 +239,8 @@ def test_a_tokenizer_comes_from_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "documents", "vocab_size", "message"),
     [
-        ("characters", False, None, "is made from text, and the data is tokens"),
-        ("bpe", False, 300, "is made from text, and the data is tokens"),
+        ("characters", False, None, "is made from text, but the data is token files"),
+        ("bpe", False, 300, "is made from text, but the data is token files"),
         ("bpe", True, None, "give vocab_size"),
         ("nothing", True, None, "must be gpt2, bytes, characters, bpe, or a directory"),
     ],

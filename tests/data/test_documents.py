@@ -1,4 +1,4 @@
-"""Finding documents, and cutting them where no token is cut."""
+"""Finding documents, and splitting them into blocks without splitting a token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gpt2_jax.data import documents as documents_module
 from gpt2_jax.data.bpe_training import train_bpe
 from gpt2_jax.data.documents import find_documents
 
-# Whatever regular expressions tell apart: letters, digits, marks, white space of all kinds, and what
-# Python takes for white space and Rust does not (U+001C ... U+001F).
+# Characters of all classes of regular expressions: letters, digits, marks, all kinds of white space, and those that
+# are white space in Python but not in Rust (U+001C ... U+001F).
 PARTS = [
     *"ab'sdmtZé漢9٣.;({_-",
     "ll",
@@ -43,7 +43,7 @@ def write(path: Path, content: str) -> Path:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents_module, "BLOCK_BYTES", 16)
-    monkeypatch.setattr(documents_module, "LONGEST_BLOCK", 256)
+    monkeypatch.setattr(documents_module, "MAX_BLOCK_BYTES", 256)
 
 
 @pytest.mark.parametrize("pattern", SPELLINGS_OF_WORDS, ids=["ours", "openai", "tiktoken"])
@@ -60,7 +60,7 @@ def test_blocks_give_the_tokens_of_the_whole(small_blocks: None, tmp_path: Path,
         assert [i for block in blocks for i in encoding.encode_to_numpy(block)] == encoding.encode_ordinary(whole)
 
 
-def test_a_text_without_a_place_to_cut_is_cut_all_the_same(small_blocks: None, tmp_path: Path) -> None:
+def test_a_text_without_a_safe_place_is_split_anyway(small_blocks: None, tmp_path: Path) -> None:
     whole = "é" * 1000
     (document,) = find_documents(write(tmp_path / "text.txt", whole)).files
     blocks = list(document.blocks())
@@ -84,7 +84,7 @@ def test_a_single_file_must_be_utf8(tmp_path: Path) -> None:
         list(document.blocks())
 
 
-def test_a_directory_leaves_out_what_is_no_text(tmp_path: Path) -> None:
+def test_a_directory_skips_files_that_are_not_text(tmp_path: Path) -> None:
     for name in ("a.txt", "sub/b.py", "sub/deep/c.md"):
         write(tmp_path / name, f"this is {name}")
     write(tmp_path / ".hidden", "hidden")
@@ -99,7 +99,7 @@ def test_a_directory_leaves_out_what_is_no_text(tmp_path: Path) -> None:
     assert {d.size for d in found.readable()} == {len("this is a.txt"), len("this is sub/b.py"), 21}
 
 
-def test_a_directory_leaves_out_the_runs_in_it(tmp_path: Path) -> None:
+def test_a_directory_skips_the_runs_in_it(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "a")
     before = find_documents(tmp_path)
     for name in ("run.json", "metrics.jsonl", "export/merges.txt"):

@@ -1,4 +1,4 @@
-"""Text encoded into the cache: equal to encoding it whole, made once, whole or not at all."""
+"""The token cache: equal to encoding the whole text, written once, and atomically."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ END = 256
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three documents, one file that is no text, and one that is empty."""
+    """Three documents, one file that is not text, and an empty one."""
     (tmp_path / "texts").mkdir()
     for name in ("one", "two", "three"):
         (tmp_path / "texts" / name).write_text(f"{name}: {LINES}")
@@ -60,7 +60,7 @@ def only_directory(cache: Path) -> Path:
 
 
 def test_documents_end_with_the_end_of_text(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 1000)  # many blocks in flight
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 1000)  # many blocks are encoded at the same time
     documents = find_documents(folder)
     expected: list[int] = []
     ends = []
@@ -103,18 +103,18 @@ def test_a_tokenizer_without_an_end_of_text_adds_nothing(tmp_path: Path) -> None
     assert read_all(stream) == ["aenvï".index(c) for c in "naïve"]
 
 
-def test_the_name_of_a_special_token_is_text_like_any_other(tmp_path: Path) -> None:
+def test_the_name_of_a_special_token_is_encoded_as_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a<|endoftext|>b")
     assert read_all(encoded(tmp_path / "text.txt")) == [*b"a<|endoftext|>b", END]
 
 
-def test_a_large_vocabulary_is_kept_in_32_bits(tmp_path: Path) -> None:
+def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 70_000}
     encoding = tiktoken.Encoding("large", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={})
     (tmp_path / "text.txt").write_text("ab a")
     assert read_all(encoded(tmp_path / "text.txt", encoding)) == [70_000, 32, 97]
     directory = only_directory(tmp_path / "cache")
-    assert not (directory / "tokens.bin").exists()  # which everyone would take for 16 bits
+    assert not (directory / "tokens.bin").exists()  # other programs would read it as 16 bits
     assert (directory / "tokens.uint32").stat().st_size == 12
 
 
@@ -176,7 +176,7 @@ def flip(name: str, at: int) -> Callable[[Path], None]:
 
 
 def reseal(name: str, ends: list[int]) -> Callable[[Path], None]:
-    """Document ends of an attacker, who knows how to hash."""
+    """Document ends of an attacker, with valid hashes."""
 
     def change(directory: Path) -> None:
         content = np.array(ends, "<i8").tobytes()
@@ -239,28 +239,28 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_made_anew_and_refused_by_its_name(folder: Path, damage: str) -> None:
+def test_a_damaged_cache_is_rebuilt_and_refused_as_data(folder: Path, damage: str) -> None:
     before = read_all(encoded(folder))
     directory = only_directory(folder.parent / "cache")
     DAMAGE[damage](directory)
     with within_budget():
         assert token_cache.open_cached(directory) is None
-    if is_foreign := " is a " in damage:  # written by somebody else, so it is kept
+    if is_foreign := " is a " in damage:  # written by another program, so it is kept
         with pytest.raises(CheckpointError, match="not overwritten, because it holds files"):
             encoded(folder)
-    if damage != "sidecar missing":  # without one, it is not a directory of the cache
+    if damage != "sidecar missing":  # without it, it is not a directory of the cache
         with within_budget(), pytest.raises(DataError, match="is damaged or was written by an earlier version"):
             open_data(directory)
     if not is_foreign:
         assert read_all(encoded(folder)) == before
 
 
-def test_a_cached_tokenizer_that_changed_is_made_anew(folder: Path) -> None:
+def test_a_changed_cached_tokenizer_is_rebuilt(folder: Path) -> None:
     documents = find_documents(folder)
     made = make_tokenizer("characters", documents, cache=folder.parent / "cache")
     kept = only_directory(folder.parent / "cache") / "tokenizer.json"
     content = kept.read_text()
-    kept.write_text(content.replace('"e"', '"\u00e9"'))  # another letter with the same id
+    kept.write_text(content.replace('"e"', '"\u00e9"'))  # another character with the same id
     again = make_tokenizer("characters", documents, cache=folder.parent / "cache")
     assert tokenizer_fingerprint(again) == tokenizer_fingerprint(made)
     assert kept.read_text() == content
@@ -274,7 +274,7 @@ def test_verifying_reports_progress(folder: Path) -> None:
     assert seen[-1] == ("verifying tokens", 2 * len(stream.tokens), 2 * len(stream.tokens))
 
 
-def test_nothing_is_left_of_an_encoding_that_failed(folder: Path) -> None:
+def test_a_failed_encoding_leaves_nothing(folder: Path) -> None:
     with pytest.raises(TokenizerError, match="has no character"):
         encoded(folder, character_tokenizer("abc"))
     cache = folder.parent / "cache"
@@ -291,8 +291,8 @@ def test_an_interrupted_encoding_leaves_nothing_and_ends_its_threads(folder: Pat
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tokenise")]
 
 
-def test_two_that_make_the_same_cache_do_not_hurt_each_other(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one finishes while this one writes; whoever comes second takes what is there."""
+def test_two_processes_may_write_the_same_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finishes while this one writes. The second one uses what is there."""
     write = token_cache._write
     streams = []
 
@@ -332,7 +332,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(folder: Path) -> None:
         encoded(folder)
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "gpt2-bridge"
     monkeypatch.setenv("XDG_CACHE_HOME", "")
@@ -341,8 +341,8 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_directory(tmp_path / "x") == tmp_path / "x"
 
 
-def test_files_of_one_name_size_and_time_are_told_apart(tmp_path: Path) -> None:
-    """As archives unpack them, all with one time."""
+def test_files_of_equal_name_size_and_time_have_different_keys(tmp_path: Path) -> None:
+    """Archives may give all files the same time."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "input.txt").write_text(name * 10)

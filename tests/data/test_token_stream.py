@@ -1,4 +1,4 @@
-"""Token files of all kinds as one stream, and what is refused."""
+"""Token files of all kinds as one stream, and damaged files."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_files_named_train_and_val_are_two_streams(tmp_path: Path, train: str, v
     assert (len(only), none) == (900, None)
 
 
-def test_files_beside_one_named_val_are_not_validated_on_too(tmp_path: Path) -> None:
+def test_only_files_named_val_are_validation_data(tmp_path: Path) -> None:
     nanogpt(tmp_path / "tokens_0.bin", IDS[:400])
     nanogpt(tmp_path / "tokens_1.bin", IDS[400:900])
     nanogpt(tmp_path / "val.bin", IDS[900:])
@@ -101,7 +101,7 @@ def test_files_beside_one_named_val_are_not_validated_on_too(tmp_path: Path) -> 
     assert (len(only), none) == (100, None)
 
 
-def test_a_name_in_which_val_is_a_part_of_a_word_is_no_split(tmp_path: Path) -> None:
+def test_val_inside_a_word_is_not_a_split(tmp_path: Path) -> None:
     for name in ("medieval.bin", "trainer.bin", "valley_1.bin"):
         nanogpt(tmp_path / name, IDS[:10])
     stream, validation = open_tokens(tmp_path / "*.bin")
@@ -150,14 +150,14 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str) -> None:
     ],
     ids=["matrix", "float", "big-endian", "empty", "pickle", "structured", "scalar"],
 )
-def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+def test_arrays_that_are_not_tokens_are_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
     np.save(tmp_path / "array.npy", array, allow_pickle=True)
     with pytest.raises(DataError, match=message):
         token_file(tmp_path / "array.npy")
 
 
 def npy_bytes(shape: str, *, descr: str = "'<u2'", order: str = "False", version: bytes = b"\1\0") -> bytes:
-    """A `.npy` file of ten bytes of data, with a header that numpy would not write."""
+    """A `.npy` file with ten bytes of data and a header that numpy would not write."""
     header = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, }}\n".encode()
     return b"\x93NUMPY" + version + len(header).to_bytes(2 if version[0] == 1 else 4, "little") + header + bytes(10)
 
@@ -251,8 +251,8 @@ def test_ids_outside_the_vocabulary_are_refused_where_they_are_read(
         stream.read(2, 10)
 
 
-def test_what_the_system_reads_in_pieces_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux gives at most 2 GiB at a time."""
+def test_partial_reads_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads at most 2 GiB at a time."""
 
     class InPieces(FileIO):
         def readinto(self, buffer: memoryview) -> int:
@@ -269,7 +269,7 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
         token_file(tmp_path / "tokens.bin")
 
 
-def test_a_file_that_shrinks_is_an_error_and_no_crash(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_raises_an_error(tmp_path: Path) -> None:
     path = nanogpt(tmp_path / "a.bin", IDS)
     stream, _ = open_tokens(path)
     path.write_bytes(path.read_bytes()[:100])
@@ -308,7 +308,7 @@ def test_a_fingerprint_of_a_large_stream_samples_all_of_it(tmp_path: Path) -> No
     assert len(fingerprints) == 4
 
 
-def test_what_is_a_token_source(tmp_path: Path) -> None:
+def test_token_sources(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "main.py").write_text("print()\n")
     (tmp_path / "code" / "firmware.bin").write_bytes(b"123")

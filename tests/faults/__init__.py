@@ -1,1 +1,1 @@
-"""Training and conversion under faults: `make faults` runs all of it, the suite a little of each."""
+"""Training and conversion under faults. `make faults` runs everything; the test suite runs a part of each."""

@@ -1,8 +1,8 @@
-"""Corruptions of the latest checkpoint: each is found and named, and the run goes on from the newest that is sound.
+"""Corruptions of the newest checkpoint: each is found and named, and the run resumes from the newest valid one.
 
     PYTHONPATH=.:tests python -m faults.corruptions --corruptions 500 --resumed 10 --seed 0
 
-Prints how many there were of each kind; exits with 1 where any was otherwise.
+Prints the number of each kind. Exits with 1 if one of them failed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from gpt2_jax.training.run.identity import stored_identity
 from gpt2_jax.training.state import abstract_state, make_model
 
 FLAGS = ("--n-embd", 24, "--learning-rate", 1e-3, "--eval-every", 3, "--keep-last", 4)
-"""A run whose loss falls to its end, so that the newest checkpoint is the best too, and four are kept."""
+"""A run whose loss falls until the end, so that the newest checkpoint is also the best. Four checkpoints are kept."""
 
 Damage = Callable[[Path, random.Random], dict[Path, Path]]
-"""Does it to a checkpoint; returns, for each that has changed, what a message has to name. Empty: nothing could be."""
+"""Corrupts a checkpoint. Returns what the message must name for each changed checkpoint."""
 
 
 def flip(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
@@ -59,7 +59,7 @@ def append(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
 
 
 def zero(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
-    """A range, as a disk's block is that was never written, or all of it."""
+    """Zero a range of the file, like a disk block that was never written, or all of it."""
     file, data = _contents(checkpoint, rng)
     start, stop = sorted(rng.choices(range(len(data) + 1), k=2)) if rng.random() < 0.7 else (0, len(data))
     return _written(checkpoint, file, data[:start] + bytes(stop - start) + data[stop:])
@@ -78,8 +78,8 @@ def delete_directory(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
 
 
 def swap(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
-    """Two files, of two steps: of the same name, or in the same place, as the files of a database have names of their
-    own, or of the same size."""
+    """Exchange two files of two steps. They have the same name, the same position (because the files of a database have
+    random names), or the same size."""
     file, data = _contents(checkpoint, rng)
     other = checkpoint.with_name(rng.choice([name for name in _names(checkpoint) if name != checkpoint.name]))
     like = file.relative_to(checkpoint)
@@ -99,7 +99,7 @@ def swap(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
 
 
 def exchange(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
-    """The names of two checkpoints."""
+    """Exchange the names of two checkpoints."""
     other = checkpoint.with_name(rng.choice([name for name in _names(checkpoint) if name != checkpoint.name]))
     aside = checkpoint.with_name("aside")
     checkpoint.rename(aside)
@@ -112,7 +112,7 @@ KINDS: tuple[Damage, ...] = (flip, truncate, append, zero, delete, delete_direct
 
 
 def _contents(checkpoint: Path, rng: random.Random) -> tuple[Path, bytearray]:
-    """One of its files; half of the time any, half of the time one that has the more bytes, as a disk would hit it."""
+    """Choose one of its files: half of the time uniformly, half of the time by size, as a disk fault would."""
     files = _files(checkpoint)
     by_size = rng.choices(files, [path.stat().st_size for path in files])[0]
     file = rng.choice([rng.choice(files), by_size])
@@ -127,7 +127,7 @@ def _written(checkpoint: Path, file: Path, data: bytes) -> dict[Path, Path]:
 
 
 def _named(checkpoint: Path, file: Path) -> dict[Path, Path]:
-    """Without its manifest nothing is known of the files."""
+    """Without its manifest, nothing is known about the files."""
     return {checkpoint: checkpoint if file.name == MANIFEST else file}
 
 
@@ -141,7 +141,7 @@ def _names(checkpoint: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Sound:
-    """A run as it was before, and what each of its checkpoints holds."""
+    """The run before the corruption, and the contents of its checkpoints."""
 
     run: Path
     like: TrainState
@@ -161,7 +161,7 @@ class Sound:
         return cls(run, like, states, weights)
 
     def copy(self, to: Path) -> Path:
-        """Without what it has exported."""
+        """A copy of the run without its export."""
         return Path(shutil.copytree(self.run, to, ignore=shutil.ignore_patterns("export", "*.png")))
 
 
@@ -174,7 +174,7 @@ def hash_of_state(state: TrainState) -> str:
 
 
 def corrupt(run: Path, kind: Damage, rng: random.Random) -> dict[int, str]:
-    """Damage the newest checkpoint; the steps that are damaged now, and what is to be named of each."""
+    """Damage the newest checkpoint. Returns the damaged steps, and what the message must name for each."""
     newest = run / CHECKPOINTS / str(steps(run)[-1])
     changed: dict[Path, Path] = {}
     while not changed:
@@ -183,7 +183,7 @@ def corrupt(run: Path, kind: Damage, rng: random.Random) -> dict[int, str]:
 
 
 def assert_passed_over(sound: Sound, run: Path, damaged: dict[int, str]) -> None:
-    """By whoever reads the run, and by the run that goes on."""
+    """Check the run as read by `bridge.load`, and resumed."""
     good = [step for step in steps(sound.run) if step not in damaged]
     best = min(good, key=lambda step: validation_loss(sound.run, step) or float("inf"))
     loaded = bridge.load(run)
@@ -209,7 +209,7 @@ def assert_passed_over(sound: Sound, run: Path, damaged: dict[int, str]) -> None
 
 
 def assert_named(damaged: dict[int, str], said: tuple[str, ...] | list[str]) -> None:
-    """These steps and no other, each with what is damaged of it."""
+    """The messages name these steps and no others, each with its damage."""
     told = {
         int(found[1]): line for line in said if (found := re.match(r"the checkpoint of step (\d+) is damaged", line))
     }
@@ -220,7 +220,7 @@ def assert_named(damaged: dict[int, str], said: tuple[str, ...] | list[str]) -> 
 
 
 def assert_resumed(sound: Sound, run: Path, damaged: dict[int, str], expected: str) -> None:
-    """By the whole command, to the end that the run had before."""
+    """Resume with the command; the result must equal that of the undamaged run."""
     before = {step: _bytes(run / CHECKPOINTS / str(step)) for step in damaged}
     process = runs.start(run.parent, run.name, *FLAGS)
     output, errors = process.communicate(timeout=300)
@@ -235,7 +235,7 @@ def _bytes(directory: Path) -> dict[str, bytes]:
 
 
 def corruptions(sound: Sound, rng: random.Random, beside: Path) -> Iterator[tuple[str, Path, dict[int, str]]]:
-    """One after the other, kind by kind, each of a fresh copy of the run, which stands where it stood."""
+    """Yield the corruptions in turn, each on a fresh copy of the run at the same path."""
     while True:
         for kind in KINDS:
             run = sound.copy(beside)

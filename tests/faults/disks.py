@@ -1,4 +1,4 @@
-"""What keeps a process from writing: a full disk, files that may not grow, a disk that is read-only, no permission."""
+"""Causes of failed writes: a full disk, a file size limit, a read-only file system, missing permission."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from functools import partial
 from pathlib import Path
 
 PAGE = 4096
-"""A file on a tmpfs takes a multiple of it."""
+"""Files on a tmpfs take multiples of this."""
 INSIDE = "GPT2_FAULTS_NAMESPACE"
-"""The variable that says that this process was started by `namespace`."""
+"""The environment variable that marks a process started by `namespace`."""
 
 
 @dataclass(frozen=True)
 class Fault:
     name: str
     lasting: Callable[[], AbstractContextManager[None]]
-    """For the block of this context."""
+    """Apply the fault for the duration of the block."""
     why: str
-    """As the system puts it."""
+    """The message of the system."""
 
     @classmethod
     def full(cls, disk: Path, leave: int) -> Fault:
@@ -34,7 +34,7 @@ class Fault:
 
     @classmethod
     def limit(cls, size: int) -> Fault:
-        """On every file that this process writes, and those that it starts meanwhile."""
+        """Limit the size of every file written by this process and its children."""
         return cls(f"files of at most {size:,} bytes", partial(_limited, size), "File too large")
 
     @classmethod
@@ -43,13 +43,13 @@ class Fault:
 
     @classmethod
     def forbidden(cls, place: Path) -> Fault:
-        """To everyone; that means root too, after `enter_namespace`."""
+        """Remove write permission for everyone. After `enter_namespace`, it holds for root too."""
         return cls("no permission", partial(_forbidden, place), "Permission denied")
 
 
 @contextmanager
 def small_disk(place: Path, size: int) -> Iterator[Path]:
-    """A file system of so many bytes."""
+    """A file system of this size in bytes."""
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
     try:
@@ -59,15 +59,15 @@ def small_disk(place: Path, size: int) -> Iterator[Path]:
 
 
 def taken(path: Path) -> int:
-    """Bytes that a file, or those of a directory, take on a tmpfs."""
+    """Bytes that a file, or all files of a directory, take on a tmpfs."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return PAGE * sum(math.ceil(file.stat().st_size / PAGE) for file in files)
 
 
 def namespace() -> list[str]:
-    """The command under which a process may mount what it likes, which only it sees, and permissions hold for root.
+    """Return a command prefix: its process can mount file systems that only it sees, and permissions hold for root.
 
-    Raises `OSError` where that cannot be had.
+    Raises `OSError` if the system does not allow it.
     """
     for options in (["--mount"], ["--user", "--map-root-user", "--mount"]):
         command = ["unshare", *options, "setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", "--"]
@@ -79,7 +79,7 @@ def namespace() -> list[str]:
 
 
 def enter_namespace() -> None:
-    """Start this command once more, where it may mount."""
+    """Restart this command in a namespace in which it can mount file systems."""
     if INSIDE not in os.environ:
         os.environ[INSIDE] = "1"
         command = [*namespace(), sys.executable, *sys.orig_argv[1:]]

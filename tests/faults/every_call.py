@@ -1,12 +1,12 @@
-"""kill -9 at every call by which a conversion, a save, and the end of a run change what is on the disk.
+"""kill -9 before every system call with which a conversion, a save, or the end of a run changes the disk.
 
     PYTHONPATH=.:tests python -m faults.every_call
 
-Each is traced once, which gives its K calls (`faults.syscalls`), and then done K times by a process that is killed
-before the first call, before the second, and so on. What is left is the old one whole or the new one whole, under its
-name and wherever else something loads; and doing it again succeeds and leaves nothing beside it. The trace shows too
-that everything is on the disk before it gets its name, and the name before anything else is done.
-Prints what was found after how many kills; exits with 1 where anything was otherwise. Linux on x86-64.
+Each case is traced once, which gives its K calls (`faults.syscalls`). It is then run K times in a process that is
+killed before the first call, before the second, and so on. Each kill must leave either the complete old or the complete
+new result, wherever something loads; and a repetition must succeed and leave nothing else behind. The trace also shows
+that all data is on the disk before it is renamed, and the new name before anything else is done.
+Prints what was found after how many kills. Exits with 1 if anything is wrong. Linux on x86-64 only.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ T = TypeVar("T")
 
 
 class Case(Protocol):
-    """Something that is done in a directory."""
+    """An operation in a directory."""
 
     @property
     def result(self) -> str:
-        """What it gives there, by name."""
+        """The names of its results."""
 
     def prepare(self, directory: Path) -> None:
-        """What is there before."""
+        """Create the initial contents."""
 
     def act(self, directory: Path) -> None: ...
 
     def found(self, directory: Path, before: Path, whole: Path) -> str:
-        """What is there after a kill, in a few words, and then is done again; `AssertionError` for what must not be.
+        """Say in a few words what a kill left, and repeat the operation. Raises `AssertionError` if anything is wrong.
 
-        before, whole: the directory as it was, and as it is when nobody is killed.
+        before, whole: the directory before the operation, and after one that is not killed.
         """
 
 
@@ -107,7 +107,7 @@ class Conversion:
 
 
 class InPlace(Conversion):
-    """A conversion as none must be, by which is seen that it would be noticed."""
+    """A wrong conversion, which shows that the check detects it."""
 
     def act(self, directory: Path) -> None:
         (directory / self.result).mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ class InPlace(Conversion):
 
 @dataclass(frozen=True)
 class Save:
-    """The checkpoint of step 9, where there are those of 3 and 6 and two are kept."""
+    """Saving the checkpoint of step 9 beside those of 3 and 6, with keep_last=2."""
 
     result = f"{CHECKPOINTS}/9"
 
@@ -150,7 +150,7 @@ class Save:
 
 @dataclass(frozen=True)
 class LaterLoss:
-    """The validation loss of a checkpoint that was saved before it was evaluated."""
+    """Adding the validation loss to a checkpoint that was saved before its evaluation."""
 
     result = f"{CHECKPOINTS}/6/{manifest.MANIFEST}"
 
@@ -177,7 +177,7 @@ class LaterLoss:
 
 @dataclass(frozen=True)
 class End:
-    """The export of a run and its plot, in the place of those of an earlier end or of none."""
+    """Writing the export and the plot of a run, with or without earlier ones."""
 
     overwrite: bool = False
     result = EXPORT
@@ -215,9 +215,9 @@ def cases() -> Iterator[Case]:
 
 
 def kill_at_each(case: Case, home: Path, only: int | None = None) -> tuple[list[Call], Counter[str], Counter[str]]:
-    """The calls of `case`, what was found after a kill, and the names of the calls that were then about to be made.
+    """Return the calls of `case`, what was found after each kill, and the names of the calls that the kills prevented.
 
-    only: so many kills, spread evenly, and not one at each call.
+    only: this many kills, evenly spaced, instead of one before each call.
     """
     before, whole, directory = (home / state / "run" for state in ("before", "whole", "killed"))
     calls = traced(case, before, whole)
@@ -230,7 +230,7 @@ def kill_at_each(case: Case, home: Path, only: int | None = None) -> tuple[list[
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(before, directory)
         made, code = trace(lambda: case.act(directory), directory, kill_at=number)
-        if code == 0:  # the order of threads is not always the same, nor is how often they try
+        if code == 0:  # the order of threads varies, and the number of their retries
             found["ended before its kill"] += 1
             continue
         assert code == -signal.SIGKILL, f"{case} fails"
@@ -244,7 +244,7 @@ def kill_at_each(case: Case, home: Path, only: int | None = None) -> tuple[list[
 
 
 def traced(case: Case, before: Path, whole: Path) -> list[Call]:
-    """The calls of `case` when nobody is killed. Makes both directories, which are as it finds and leaves them."""
+    """Return the calls of `case` without a kill. Creates both directories: as before and as after the operation."""
     before.mkdir(parents=True)
     in_child(lambda: case.prepare(before))
     shutil.copytree(before, whole)
@@ -254,10 +254,10 @@ def traced(case: Case, before: Path, whole: Path) -> list[Call]:
 
 
 def named_early(calls: list[Call], directory: Path, result: str) -> list[str]:
-    """What of the result is not on the disk when it gets its name, and what has the name, if it is not flushed next."""
+    """Return what of the result is renamed before it is on the disk, and its new name if that is not flushed next."""
     named = [n for n, call in enumerate(calls) if call.name.startswith("rename") and call.to == result]
     if not named:
-        return [result]  # which had it from the beginning
+        return [result]  # which had its name from the beginning
     at, on_disk, parent = named[-1], flushed(calls[: named[-1]]), str(Path(result).parent)
     there = [Path(), *(path.relative_to(directory / result) for path in (directory / result).rglob("*"))]
     late = [name for name in (str(calls[at].path / path) for path in there) if name not in on_disk]
@@ -265,7 +265,7 @@ def named_early(calls: list[Call], directory: Path, result: str) -> list[str]:
 
 
 def save_by_orbax_alone(home: Path) -> tuple[list[Call], set[str]]:
-    """The calls, and the files and directories that it leaves."""
+    """The calls, and the files and directories that remain."""
     home.mkdir()
     calls, code = trace(lambda: ocp.save(home / "3", _state(3)), home)
     assert code == 0
@@ -277,9 +277,9 @@ def use_the_cpu() -> None:
 
 
 def in_child(work: Callable[[], T]) -> T:
-    """What `work` gives in a forked process. This one never starts JAX's backend, whose threads a fork would lack.
+    """Return the result of `work` in a forked process. JAX's backend never starts in this one: a fork has no threads.
 
-    Raises `EOFError` where it fails; the child has said why.
+    Raises `EOFError` if it fails; the child prints the reason.
     """
     receive, send = multiprocessing.Pipe(duplex=False)
     child = os.fork()
@@ -294,7 +294,7 @@ def in_child(work: Callable[[], T]) -> T:
 
 
 def tree(path: Path) -> dict[str, str | None] | None:
-    """Everything there, hidden files too: name -> SHA-256, None for a directory. None where nothing is."""
+    """Return all files, hidden ones too: name -> SHA-256, None for a directory; or None if the path does not exist."""
     if not path.exists():
         return None
     return {
@@ -310,13 +310,13 @@ def _which(directory: Path, before: Path, whole: Path, name: str) -> str:
 
 
 def _require_whole_where_it_loads(directory: Path, *wholes: Path) -> None:
-    """Whatever somebody points at: it is refused, or has the weights of something that is whole."""
+    """Every path is either refused or loads the weights of a complete checkpoint."""
     known = {found for whole in wholes for found in _loadable(whole)}
     assert _loadable(directory) <= known, "something loads that is not whole"
 
 
 def _loadable(directory: Path) -> set[str]:
-    """Fingerprints of what loads at a directory and everywhere below it."""
+    """Fingerprints of everything that loads from a directory or below it."""
     found = set()
     for path in (directory, *directory.rglob("*")):
         try:
@@ -327,7 +327,7 @@ def _loadable(directory: Path) -> set[str]:
 
 
 def _begin_run(directory: Path, *saved: int) -> None:
-    """A run with these checkpoints, or with these too; and a line of its log for each."""
+    """Create a run with these checkpoints, or add them to one, with one line of the log for each."""
     write_config(directory / CONFIG, TINY)
     write_json(directory / RUN, {})
     for step in saved:

@@ -1,8 +1,8 @@
-"""The same command again and again: with `--deterministic` the same bits each time, and without it how far apart.
+"""Repeat one command: with `--deterministic`, all runs must agree bitwise; without, print how far they differ.
 
     PYTHONPATH=.:tests python -m faults.fresh_runs --runs 10
 
-Exits with 1 where two runs with `--deterministic` differ.
+Exits with 1 if two runs with `--deterministic` differ.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from faults import runs
 from gpt2_jax.training.run.metrics import read_metrics
 
 LARGER = ("--batch-size", 16, "--n-positions", 64, "--seq-len", 64, "--attn-pdrop", 0.1)
-"""Than the faults' own: on CPU XLA gives the smallest arrays to one thread."""
+"""Larger than the other fault tests: on CPU, XLA processes small arrays with one thread."""
 
 
 def train(directory: Path, name: str, *flags: object) -> Path:
-    """A run of its own process, on all processors that there are, with the variables that it was called with."""
+    """A run in a separate process, on all processors, with the environment of this one."""
     places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]
     command = [sys.executable, "-c", "from gpt2_jax.cli import main; main()", "train"]
     command += map(str, (*places, *runs.FLAGS, *LARGER, *flags))
@@ -41,7 +41,7 @@ def weights(run: Path) -> np.ndarray:
 
 
 def spread(found: list[Path]) -> str:
-    """How many ends there are among the runs, and how far apart the farthest are."""
+    """Print the number of different results, and the largest difference."""
     ends = {runs.outcome(run) for run in found}
     apart = max(np.abs(weights(a) - weights(b)).max() for a, b in combinations(found, 2))
     losses = [read_metrics(run)[-1]["val_loss"] for run in found]

@@ -1,10 +1,10 @@
-"""Full disks, files that may not grow, directories that cannot be written to: the command ends with one message, what
-was there is as it was, and once there is room a run goes on to the end of the one that nothing happened to.
+"""Full disks, file size limits and read-only directories: the command ends with one message, existing files are
+unchanged, and once there is space, the resumed run gives the result of an undisturbed one.
 
     PYTHONPATH=.:tests python -m faults.full_disks --levels 50 --limits 10
 
-Mounts a file system of a few MB that only it sees: takes util-linux, and root or the right to user namespaces. Prints
-how often what could not be written; exits with 1 where anything was otherwise.
+Mounts a file system of a few MB in its own namespace: needs util-linux, and root or user namespaces. Prints how often
+which write failed. Exits with 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gpt2_jax.cli import main as gpt2
 FLAGS = ("--n-embd", 24)
 SIZE = 8 * 2**20
 NOT_BEGUN, ON_ITS_WAY, AT_ITS_END, WHOLE = "not begun", "on its way", "at its end", "whole"
-"""States of a run: at its end it has its last checkpoint, and neither the export nor the plot."""
+"""States of a run. At its end, it has its last checkpoint, but neither the export nor the plot."""
 LIMITS = (
     (ON_ITS_WAY, 400_000),
     (NOT_BEGUN, 0),
@@ -56,17 +56,17 @@ LIMITS = (
 NOTHING = "nothing"
 
 Case = tuple[str, Fault, Callable[[Fault], str]]
-"""What meets with the fault, and how; it returns what could not be written."""
+"""An operation under a fault. It returns what could not be written."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A directory with the runs as they were begun, and a small disk."""
+    """A directory with the started runs, and a small disk."""
 
     directory: Path
     disk: Path
     expected: str
-    """What a run comes to that nothing happened to."""
+    """The result of an undisturbed run."""
 
     @classmethod
     def set_up(cls, directory: Path, disk: Path) -> Bench:
@@ -86,14 +86,14 @@ class Bench:
         return cls(directory, disk, runs.outcome(directory / WHOLE))
 
     def lay(self, begun: str, place: Path) -> Path:
-        """A run in this state, alone in `place`."""
+        """Put a run in this state into `place`."""
         clear(place)
         if begun != NOT_BEGUN:
             shutil.copytree(self.directory / begun, place / "run", ignore=shutil.ignore_patterns(".*"))
         return place / "run"
 
     def levels(self, count: int) -> list[tuple[str, int]]:
-        """States, and how many bytes are free: a page apart where files end, up to more than the run needs."""
+        """Yield states and numbers of free bytes: page by page where files end, up to more than the run needs."""
         checkpoint = taken(newest(self.directory / ON_ITS_WAY)) // PAGE
         export, plot = (taken(self.directory / WHOLE / name) // PAGE for name in ("export", "loss.png"))
         pages = {
@@ -114,7 +114,7 @@ class Bench:
 
 
 def of_runs(bench: Bench, levels: int, cached: int, limits: int, read_only: int) -> Iterator[tuple[str, list[Case]]]:
-    """By what the runs meet with, so many of each."""
+    """Yield this many cases of each fault."""
 
     def case(begun: str, place: Path, fault: Fault, *more: object) -> Case:
         return f"a run {begun}", fault, lambda fault: withstands(bench, begun, place, fault, *more)
@@ -144,7 +144,7 @@ def of_conversions(bench: Bench) -> Iterator[tuple[str, list[Case]]]:
 
 
 def withstands(bench: Bench, begun: str, place: Path, fault: Fault, *more: object) -> str:
-    """A run meets with a fault, and then goes on without it."""
+    """Resume a run under a fault, then without it."""
     run = bench.lay(begun, place)
     name = str(run.relative_to(bench.directory))
     with fault.lasting():
@@ -174,7 +174,7 @@ def train(directory: Path, name: str, *more: object) -> tuple[int, str]:
 
 
 def what_failed(code: int, errors: str, fault: Fault, target: Path) -> str:
-    """By the one message that says so."""
+    """The one message names the failed write."""
     if (code, errors) == (0, ""):
         return NOTHING
     assert code == 2, f"exit code {code}: {errors}"
@@ -190,7 +190,7 @@ def what_failed(code: int, errors: str, fault: Fault, target: Path) -> str:
 
 
 def assert_readable(run: Path, begun: str) -> None:
-    """Its newest checkpoint, and the run as a whole."""
+    """Check its newest checkpoint, and the run."""
     assert steps(run) or begun == NOT_BEGUN, "its checkpoints are gone"
     if steps(run):
         verified(run, steps(run)[-1])
@@ -205,12 +205,12 @@ def newest(run: Path) -> Path:
 
 
 def names(run: Path) -> set[str]:
-    """Of all that is there. The files of orbax's databases have other names every time."""
+    """Hashes of all files. The files of Orbax's databases have random names."""
     return {re.sub(r"/[0-9a-f]{32}$", "/*", str(path.relative_to(run))) for path in run.rglob("*")}
 
 
 def converts(bench: Bench, to: str, place: Path, overwrite: bool, fault: Fault | None) -> str:
-    """All of the new one is there, or nothing of it and all of the old one."""
+    """The directory holds either the complete new result or the unchanged old one."""
     clear(place)
     source, target = bench.directory / f"for {to}", place / "converted"
     if overwrite:
@@ -250,7 +250,7 @@ def clear(place: Path) -> None:
 
 
 def count(name: str, cases: list[Case]) -> int:
-    """Go through the cases, and print what they came to; how many were otherwise."""
+    """Run the cases and print their results. Returns the number of failures."""
     failed, wrong = Counter[str](), 0
     for who, fault, meet in cases:
         try:

@@ -1,9 +1,9 @@
-"""kill -9 at random moments: every run that goes on afterwards ends as the one that was never killed.
+"""kill -9 at random times: every resumed run must give the result of a run that was never killed.
 
     PYTHONPATH=.:tests python -m faults.kills --kills 200 --runs 50 --seed 0
 
-Kills runs three to five times each, until there were so many kills, half of them inside a save, and so many runs.
-Exits with 1 where any run ended otherwise.
+Kills each run three to five times, until both numbers are reached; half of the kills fall into a save.
+Exits with 1 if the result of a run differs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from faults import runs
 
 
 def kill_until_done(directory: Path, name: str, kills: int, rng: random.Random, seen: Counter[str]) -> str:
-    """A run that is killed so many times, and then left alone; what it comes to."""
+    """Kill a run this many times, then let it finish. Returns its result."""
     for _ in range(kills):
         began = time.time()
         process = runs.start(directory, name)
         wait = _moment(directory / name, process, rng)
         time.sleep(wait)
         if process.poll() is not None:
-            break  # it was faster
+            break  # it finished before the kill
         process.send_signal(signal.SIGKILL)
         process.communicate()
         seen["kills"] += 1
@@ -39,14 +39,14 @@ def kill_until_done(directory: Path, name: str, kills: int, rng: random.Random, 
 
 
 def _saves(run: Path, began: float) -> bool:
-    """Whether a checkpoint is partly there that was not left by the last kill, and is not one that is removed."""
+    """Whether a checkpoint is being written. Partial ones of the last kill or under removal do not count."""
     newest = (steps(run) or [0])[-1]
     partial = {path: int(path.name.split(".")[1]) for path in (run / "checkpoints").glob(".*.partial*")}
     return any(step > newest and path.stat().st_mtime > began for path, step in partial.items())
 
 
 def _moment(run: Path, process: subprocess.Popen[str], rng: random.Random) -> float:
-    """One kill in eight falls while the process starts; the others within 0.4 s of its beginning to save."""
+    """One kill in eight falls into the start of the process, the others within 0.4 s after the start of a save."""
     if rng.random() < 1 / 8:
         return rng.uniform(0, 3)
     known = _files(run)

@@ -1,6 +1,6 @@
-"""The phases of a run in which a fault is to fall: the process makes a file there, and stays until it is gone.
+"""The phases of a run for faults: in a chosen phase, the process creates a file, and waits until the file is removed.
 
-It also notes the steps that it saves, as each of several processes writes its own part of a checkpoint.
+It also records the steps that it saves, because each process writes its own part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.state import TrainState
 
 PLACES, SAVED = "FAULTS_PHASES", "FAULTS_SAVED"
-"""Of the environment: JSON, the name of a phase -> the file; and where to note the steps."""
+"""Environment variables: JSON of phase -> file; and the file in which to record the steps."""
 _PATIENCE = 120
-"""Seconds, if whoever waits for the file is gone."""
+"""Seconds to wait for the removal of the file."""
 
 
 LAST = -1
-"""Call of `train_step`."""
+"""The last call of `train_step`."""
 
 
 class Phase(NamedTuple):
@@ -46,7 +46,7 @@ PHASES = {
     "evaluating": Phase(loop.Loop, "eval_step", 4),  # the second batch of the second one, after step 8
     "sampling": Phase(loop, "sample"),
     "saving": Phase(Checkpoints, "save", 3),
-    "writing": Phase(Checkpoints, "_commit", 4),  # orbax writes while the training goes on
+    "writing": Phase(Checkpoints, "_commit", 4),  # Orbax writes while the training continues
     "committing": Phase(manifest, "commit", 5, first_process_alone=True),
     "pruning": Phase(Checkpoints, "_prune", 6, first_process_alone=True),
     "the last step": Phase(loop.Loop, "train_step", LAST),
@@ -57,7 +57,7 @@ PHASES = {
 
 
 def stay_in(files: Mapping[str, str]) -> None:
-    """From now on, in each of the phases named, as long as its file is there."""
+    """Wait in each of these phases until its file is removed."""
     for name, file in files.items():
         phase = PHASES[name]
         if phase.owner is loop.Loop and phase.function in ("train_step", "eval_step"):
@@ -68,7 +68,7 @@ def stay_in(files: Mapping[str, str]) -> None:
 
 
 def wait_for(file: Path, *processes: subprocess.Popen[str]) -> None:
-    """Until a process has come to the phase."""
+    """Wait until a process has reached the phase."""
     while not file.exists():
         assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
         time.sleep(0.005)
@@ -86,7 +86,7 @@ def note_saves(file: Path) -> None:
 
 
 def _once_made(phase: Phase, file: Path) -> None:
-    """What the loop compiles is its own, not its class's."""
+    """The compiled steps are attributes of the loop, not of its class."""
     make = loop.Loop.__init__
 
     def made(self: loop.Loop, *arguments: Any, **named: Any) -> None:

@@ -1,4 +1,4 @@
-"""A small run of `gpt2 train --deterministic` in a process of its own, and what it comes to in the end."""
+"""A small run of `gpt2 train --deterministic` in a separate process, and its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpt2_jax.training.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = {"XLA_FLAGS": "--xla_gpu_deterministic_ops=true", "NPROC": "1"}
-"""What the flag puts into the environment of a process of its own."""
+"""The environment variables that the flag sets."""
 STEPS = 60
 FLAGS = shlex.split(f"""
     --tokenizer bytes --n-positions 16 --n-embd 96 --n-layer 3 --n-head 3 --vocab-multiple 128 --resid-pdrop 0.1
@@ -34,7 +34,7 @@ def write_text(directory: Path) -> None:
 
 
 def start(directory: Path, name: str, *more: object, variables: Mapping[str, str] = {}) -> subprocess.Popen[str]:
-    """Begin the run, or go on with it, with more variables in its environment."""
+    """Start or resume the run, with additional environment variables."""
     environment = {
         **os.environ,
         **variables,
@@ -52,7 +52,7 @@ def start(directory: Path, name: str, *more: object, variables: Mapping[str, str
 
 
 def finish(directory: Path, name: str, *more: object) -> str:
-    """Let the run go on to its end; the hash of what it comes to."""
+    """Run to the end. Returns the hash of the result."""
     process = start(directory, name, *more)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -60,8 +60,8 @@ def finish(directory: Path, name: str, *more: object) -> str:
 
 
 def outcome(run: Path, last: int = STEPS) -> str:
-    """SHA-256 over every array of the last checkpoint (parameters, their mean, the optimizer's state), the export, and
-    the log, in which each line has the loss of a step's own batch."""
+    """SHA-256 of every array of the last checkpoint (parameters, moving average, optimizer state), the export, and
+    the log, which has the loss of every step."""
     assert steps(run)[-1] == last
     verified(run, last)
     seen = hashlib.sha256()

@@ -1,9 +1,9 @@
-"""SIGTERM and Ctrl-C in every phase of a run: it saves, ends in time, and goes on to the same end.
+"""SIGTERM and Ctrl-C in every phase of a run: it saves, ends in time, and gives the same result after a resume.
 
     PYTHONPATH=.:tests python -m faults.signals
 
-Then a second signal in the phases after the first: it ends at once, and what is there is sound. And a signal while XLA
-compiles a model that takes it long. Exits with 1 where anything was otherwise.
+Then a second signal in the phases after the first: the run ends at once, and its files are valid. And a signal while
+XLA compiles a model for a long time. Exits with 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ AT_ONCE = 1.0
 """Seconds within which a second signal must have ended it."""
 SAMPLES = ("--sample-tokens", 3)
 OUTSIDE = {"opening the data", "leaving"}
-"""Phases in which nothing is to be saved: a signal acts as in any other program in Python."""
+"""Phases in which there is nothing to save: a signal acts as in any Python program."""
 DONE = {"the last save", "exporting"}
-"""Phases in which all is evaluated and saved: the run goes on to its end."""
+"""Phases in which everything is evaluated and saved: the run finishes."""
 LONG = ("--no-scan", "--n-layer", 12, "--remat", "none")
-"""Flags of a model that takes XLA long to compile."""
+"""Flags of a model that XLA compiles for a long time."""
 
 
 @dataclass(frozen=True)
 class Fault:
     at: tuple[str, ...]
-    """The phases in which a signal is sent, one in each."""
+    """The phases in which signals are sent, one in each."""
     number: signal.Signals
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ def all_faults() -> Iterator[Fault]:
 
 
 def examine(directory: Path, fault: Fault, expected: str) -> tuple[float, list[str]]:
-    """The seconds that it took to end, and what was not as it must be."""
+    """Return the seconds until the process ended, and what was wrong."""
     name = str(fault)
     run = directory / name
     if fault.at == ("restoring",):
@@ -93,7 +93,7 @@ def examine(directory: Path, fault: Fault, expected: str) -> tuple[float, list[s
 
 
 def _half(directory: Path) -> Path:
-    """A run that was killed in the middle."""
+    """Create a run that was killed in the middle."""
     half, file = directory / "half", directory / "half of it"
     if not half.exists():
         variables = {phases.PLACES: json.dumps({"evaluating": str(file)})}
@@ -106,14 +106,14 @@ def _half(directory: Path) -> Path:
 
 
 def while_compiling(directory: Path, number: signal.Signals) -> tuple[float, list[str]]:
-    """The seconds until it ended, of a compilation that was only begun."""
+    """Return the seconds from a signal during compilation until the end."""
     name = f"{number.name} while compiling"
     file = directory / name
     variables = {phases.PLACES: json.dumps({"compiling the step": str(file)})}
     process = runs.start(directory, f"run {name}", *SAMPLES, *LONG, variables=variables)
     phases.wait_for(file, process)
     file.unlink()
-    time.sleep(3)  # in which it is traced, and the compiler begun
+    time.sleep(3)  # tracing ends and compilation starts
     sent = time.monotonic()
     process.send_signal(number)
     out, errors = process.communicate(timeout=2 * GRACE)

@@ -1,7 +1,7 @@
-"""The system calls by which a process, with all its threads, changes what is below one directory: seen, and cut off.
+"""Trace the system calls with which a process and its threads change a directory, and kill it before one of them.
 
-A tracer as strace is one (ptrace(2)); strace itself counts the calls of each thread by itself, which is no order in
-which a process with many threads could be killed at each. Changes through mapped memory are no calls and not seen.
+A tracer like strace (ptrace(2)). strace itself counts the calls of each thread separately, so it cannot kill a process
+with many threads before each call in turn. Changes through mapped memory are not system calls and are not seen.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ CALLS = {
     326: ("copy_file_range", "..f"),
     328: ("pwritev2", "f"),
 }
-"""Of x86-64, by number: the name, and what the arguments are: a file's descriptor, a path, the directory that the next
-path starts from, the flags of open, of which those that make or empty a file count, or something else."""
+"""System calls of x86-64 by number: the name, and the kinds of the arguments: a file descriptor, a path, the directory
+of the next path, the flags of open (only those that create or truncate a file matter), or something else."""
 
 _SYSCALL, _SEIZE, _INTERRUPT, _GET_SYSCALL_INFO = 24, 0x4206, 0x4207, 0x420E  # of PTRACE_
 _OPTIONS = 0x1 | 0x2 | 0x4 | 0x8 | 0x100000  # of PTRACE_O_: TRACESYSGOOD, TRACEFORK, TRACEVFORK, TRACECLONE, EXITKILL
@@ -59,12 +59,12 @@ _ENTRY, _WALL, _FROM_HERE = 1, 0x40000000, 0xFFFFFF9C  # PTRACE_SYSCALL_INFO_ENT
 
 @dataclass(frozen=True)
 class Call:
-    """One change. Paths are relative to the directory, where they lie below it."""
+    """One change. Paths below the directory are relative to it."""
 
     name: str
     path: str
     to: str | None = None
-    """Of a rename or a link."""
+    """The new name of a rename or a link."""
 
 
 class _SyscallInfo(ctypes.Structure):
@@ -79,7 +79,7 @@ class _SyscallInfo(ctypes.Structure):
 
 
 def why_not() -> str | None:
-    """Why nothing can be traced here, if it cannot."""
+    """Return why tracing is impossible here, or None."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "system calls are known by the numbers that Linux gives them on x86-64"
     try:
@@ -90,9 +90,9 @@ def why_not() -> str | None:
 
 
 def trace(work: Callable[[], object], below: Path, kill_at: int | None = None) -> tuple[list[Call], int]:
-    """What `work`, in a forked process, changes below a directory, and how that process ends: 0, or -SIGKILL.
+    """Run `work` in a forked process. Returns its changes below a directory and its exit status: 0, or -SIGKILL.
 
-    kill_at: the process is killed before it makes the call of this number, from 1; that one is the last in the list.
+    kill_at: kill the process before the call of this number, counted from 1; that call is the last in the list.
 
     Raises `OSError` where the system does not allow it.
     """
@@ -105,7 +105,7 @@ def trace(work: Callable[[], object], below: Path, kill_at: int | None = None) -
                 return calls, os.waitstatus_to_exitcode(status)
             continue
         stopped_by = os.WSTOPSIG(status)
-        is_signal = stopped_by != _AT_SYSCALL and not status >> 16  # and no event of tracing
+        is_signal = stopped_by != _AT_SYSCALL and not status >> 16  # and not an event of tracing
         with suppress(ProcessLookupError, FileNotFoundError):  # the process ends, and this thread is gone already
             if stopped_by == _AT_SYSCALL and len(calls) != kill_at:
                 calls += _change(thread, below)
@@ -115,7 +115,7 @@ def trace(work: Callable[[], object], below: Path, kill_at: int | None = None) -
 
 
 def flushed(calls: Iterable[Call]) -> set[str]:
-    """The files, and the directories as lists of names, that are on the disk as these calls leave them."""
+    """Return the files, and the directories as lists of names, that are on the disk after these calls."""
     there: set[str] = set()
     for call in calls:
         if call.name in ("fsync", "fdatasync"):
@@ -136,7 +136,7 @@ def _renamed(path: str, old: str, new: str) -> str:
 
 
 def _forked_and_seized(work: Callable[[], object]) -> int:
-    """The leader of a group of its own; begins once it is traced."""
+    """The leader of a new process group. It starts when it is traced."""
     wait, go = os.pipe()
     child = os.fork()
     if child == 0:
@@ -146,7 +146,7 @@ def _forked_and_seized(work: Callable[[], object]) -> int:
     os.setpgid(child, child)
     try:
         _ptrace(_SEIZE, child, None, _OPTIONS)
-        _ptrace(_INTERRUPT, child, None, None)  # from this stop on it goes from call to call
+        _ptrace(_INTERRUPT, child, None, None)  # from here on, it stops at every call
     except OSError:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -158,7 +158,7 @@ def _forked_and_seized(work: Callable[[], object]) -> int:
 
 
 def end_with(work: Callable[[], object]) -> NoReturn:
-    """Do this in a forked process, and no more."""
+    """Run this in a forked process, then exit."""
     code = 1
     try:
         work()
@@ -171,7 +171,7 @@ def end_with(work: Callable[[], object]) -> NoReturn:
 
 
 def _change(thread: int, below: Path) -> Iterator[Call]:
-    """The call that a thread is about to make, if it is one that changes something below the directory."""
+    """Return the next call of a thread if it changes something below the directory."""
     info = _SyscallInfo()
     _ptrace(_GET_SYSCALL_INFO, thread, ctypes.sizeof(info), ctypes.addressof(info))
     if info.op != _ENTRY or info.number not in CALLS:
@@ -196,16 +196,16 @@ def _target(link: Path) -> str:
     try:
         return os.readlink(link)
     except FileNotFoundError:
-        return ""  # no descriptor of this process; the call will say so
+        return ""  # not a descriptor of this process; the call will fail
 
 
 def _text(process: Path, address: int) -> str:
-    """A path in the memory of a process."""
+    """Read a path from the memory of a process."""
     text, page = b"", 4096
     with (process / "mem").open("rb", buffering=0) as memory:
         while b"\0" not in text:
             memory.seek(address + len(text))
-            text += memory.read(page - (address + len(text)) % page)  # the next page may not be there
+            text += memory.read(page - (address + len(text)) % page)  # the next page may not be mapped
     return os.fsdecode(text.partition(b"\0")[0])
 
 

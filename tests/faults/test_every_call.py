@@ -1,4 +1,4 @@
-"""The short version of `make faults`: at some of the calls; and all is on the disk before it has its name."""
+"""The short version of `faults.every_call`: kills before some calls; and data is on the disk before it is renamed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from faults.syscalls import Call
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[Executor]:
-    """A process that can fork, because JAX's backend was never started in it."""
+    """A process in which JAX's backend was never started, so that it can fork."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=every_call.use_the_cpu) as process:
         if why := process.submit(syscalls.why_not).result():
@@ -68,7 +68,7 @@ def test_what_gets_a_name_is_on_the_disk(fresh: Executor, tmp_path: Path, case: 
 def test_orbax_alone_flushes_arrays_and_neither_what_describes_them_nor_the_name(
     fresh: Executor, tmp_path: Path
 ) -> None:
-    """Why `Checkpoints` flushes everything. Where this fails, orbax has changed, and that may be needed no longer."""
+    """Why `Checkpoints` flushes everything. If this fails, Orbax has changed, and that may be unnecessary."""
     calls, there = fresh.submit(every_call.save_by_orbax_alone, tmp_path / "run").result()
     late = {*there, "."} - syscalls.flushed(calls)
     assert not [name for name in late if Path(name).parent.name == "d"], "the arrays"

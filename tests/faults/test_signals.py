@@ -1,4 +1,4 @@
-"""The short version of the driver: a second signal, while what the first asked for is written."""
+"""The short version of `faults.signals`: a second signal while the checkpoint of the first is written."""
 
 from __future__ import annotations
 

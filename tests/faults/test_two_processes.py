@@ -1,4 +1,4 @@
-"""The short version of `python -m faults.two_processes`."""
+"""The short version of `faults.two_processes`."""
 
 from __future__ import annotations
 

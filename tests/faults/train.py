@@ -1,4 +1,4 @@
-"""`gpt2 train` for the faults' runs: without the second start, and without measuring the machine's speed."""
+"""`gpt2 train` for the fault tests, without the restart for huge pages and without measuring the peak FLOP/s."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Faults of one of two processes that train as one: what becomes of the other, and how the run ends that goes on.
+"""Faults of one of two training processes: the effect on the other one, and the result of the resumed run.
 
     PYTHONPATH=.:tests python -m faults.two_processes
 
-SIGTERM at every phase: both save the same step, within the grace period, also where the other process is told later,
-while they save or export. A second one to a process then is taken for such a late one, and a third ends it at once.
-kill -9, and a machine that hangs (SIGSTOP): the other process ends by itself, with a message. After each the run goes
-on, and ends as the one that nothing happened to. Prints each, and the longest times; exits with 1 where anything was
-otherwise. `--only KIND` takes one kind of fault.
+SIGTERM in every phase: both save the same step within the grace period, also if the other process is signalled later,
+while they save or export. A second SIGTERM to one process is treated as such a late one, and a third ends it at once.
+kill -9, and a hanging machine (SIGSTOP): the other process ends by itself, with a message. After each fault, the run
+is resumed, and must give the result of an undisturbed one. Prints each fault and the longest times. Exits with 1 if
+anything is wrong. `--only KIND` selects one kind of fault.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from gpt2_jax.parallel.distributed import HEARTBEAT_TIMEOUT
 GRACE = 30
 """Seconds from a SIGTERM within which both processes must have ended."""
 ALONE = HEARTBEAT_TIMEOUT + 10
-"""Seconds within which a process must have ended that has lost the other."""
+"""Seconds within which a process that has lost the other must have ended."""
 AT_ONCE = 1.0
 """Seconds."""
 NOTICED = 2.0
-"""Seconds that a process stays in its phase after a SIGTERM: JAX looks for one every second."""
+"""Seconds that a process stays in its phase after a SIGTERM, because JAX polls for it every second."""
 MESHES = ("fsdp=2", "data=2")
 STEPS = 24
 FLAGS = shlex.split(f"""
@@ -49,7 +49,7 @@ HEARD = 0.1
 TO_SAVE = {"SIGTERM", "SIGTERM to both"}
 STOPPED, COMPLETE = 128 + signal.SIGTERM, 0
 LATE = {"the last step", "the last save", "exporting", "leaving"}
-"""Phases in which a SIGTERM finds the training at its end."""
+"""Phases in which training has finished when SIGTERM arrives."""
 KILLED_IN = (
     *("compiling the step", "training", "evaluating", "saving", "writing", "committing", "pruning", "exporting"),
     "leaving",
@@ -64,7 +64,7 @@ class Fault:
     told: int
     """The process."""
     at: tuple[str, ...]
-    """The phases in which it is sent the signal, once in each."""
+    """The phases in which it receives the signal, once in each."""
     mesh: str
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Fault:
 @dataclass(frozen=True)
 class Ended:
     code: int | None
-    """None where it had to be killed."""
+    """None if it had to be killed."""
     seconds: float
     """After the last signal."""
     out: str
@@ -93,10 +93,10 @@ SIGNALS = {
 def all_faults() -> Iterator[Fault]:
     meshes = itertools.cycle(MESHES)
     for phase in phases.PHASES:
-        if phase != "leaving":  # its work is done, and nothing hears of the signal
+        if phase != "leaving":  # its work is done, and it ignores the signal
             for told in (0, 1):
                 yield Fault("SIGTERM", told, (phase,), next(meshes))
-        next(meshes)  # so that each process is told on both
+        next(meshes)  # so that each process is signalled with both
     for told in (0, 1):
         for late in ("the last save", "exporting"):
             yield Fault("SIGTERM to both", told, ("training", late), next(meshes))
@@ -110,7 +110,7 @@ def all_faults() -> Iterator[Fault]:
 
 
 class Trial:
-    """A directory with the text, what an undisturbed run comes to on each mesh, and the faults' runs."""
+    """A directory with the text, the results of undisturbed runs on each mesh, and the disturbed runs."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -123,7 +123,7 @@ class Trial:
         return self._expected[mesh]
 
     def half(self, mesh: str) -> Path:
-        """A run whose processes were both killed in the middle."""
+        """Create a run whose processes were both killed in the middle."""
         half = self.directory / f"half {mesh}"
         if not half.exists():
             file = self.directory / "half of it"
@@ -136,7 +136,7 @@ class Trial:
         return half
 
     def strike(self, fault: Fault) -> list[Ended]:
-        """Begin the run, and send its signals; how both processes end."""
+        """Start the run and send the signals. Returns how both processes end."""
         run = self.directory / str(fault)
         if "restoring" in fault.at:
             shutil.copytree(self.half(fault.mesh), run)
@@ -163,7 +163,7 @@ class Trial:
         return _ends(started, sent, 2 * ALONE)
 
     def start(self, run: str, mesh: str, stays: int = 0, files: dict[str, Path] | None = None) -> list[Process]:
-        """Begin the run, or go on with it; the process `stays` stays in the phases of `files`."""
+        """Start or resume the run; the process `stays` waits in the phases of `files`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -180,7 +180,7 @@ class Trial:
         ]
 
     def saved(self, run: str, process: int) -> list[int]:
-        """The steps that this process saved; none where it went on from the one at which it stopped."""
+        """The steps that this process saved; none if it resumed from the step at which it stopped."""
         file = self._saves(run, process)
         return [int(line) for line in file.read_text().split()] if file.exists() else []
 
@@ -188,14 +188,14 @@ class Trial:
         return self.directory / f"saved by {process} of {run}"
 
     def finish(self, run: str, mesh: str) -> str:
-        """Let the run go on to its end; the hash of what it comes to."""
+        """Run to the end. Returns the hash of the result."""
         ended = _ends(self.start(run, mesh), time.monotonic(), 300)
         assert [e.code for e in ended] == [0, 0], ended
         return runs.outcome(self.directory / run, STEPS)
 
 
 def _ends(started: Sequence[Process], since: float, limit: float) -> list[Ended]:
-    """How each ends by itself, or that it does not within so many seconds."""
+    """Return how each process ends by itself, or that it does not end within this many seconds."""
     seconds: dict[int, float] = {}
     while len(seconds) < len(started) and time.monotonic() < since + limit:
         for number, process in enumerate(started):
@@ -212,7 +212,7 @@ def _ends(started: Sequence[Process], since: float, limit: float) -> list[Ended]
 
 
 def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
-    """What is not as it must be right after the fault."""
+    """Return what is wrong after the fault."""
     wrong, run = [], trial.directory / str(fault)
     told, other = ended[fault.told], ended[1 - fault.told]
     if fault.kind in TO_SAVE:
@@ -260,7 +260,7 @@ def main() -> int:
 
 
 def examine(trial: Trial, fault: Fault, longest: Counter[str]) -> list[str]:
-    """One fault, and the run that goes on after it; what was not as it must be."""
+    """Cause one fault and resume the run. Returns what was wrong."""
     expected, run = trial.expected(fault.mesh), trial.directory / str(fault)
     ended = trial.strike(fault)
     at = steps(run)[-1:]

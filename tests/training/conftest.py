@@ -1,4 +1,4 @@
-"""One run, finished, for all tests of training that look at one or go on from it."""
+"""A finished run, shared by all tests that inspect or resume one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gpt2_jax.training import Outcome
 def finished(
     tmp_path_factory: pytest.TempPathFactory, compiling_quickly: Callable[[], AbstractContextManager[None]]
 ) -> Outcome:
-    """Not to be written to; `copy` is."""
+    """A finished run. Tests must not write to it; they use `copy`."""
     with compiling_quickly():
         return run_in(tmp_path_factory.mktemp("finished"), RECIPE)
 
 
 @pytest.fixture
 def copy(finished: Outcome, tmp_path: Path) -> Path:
-    """The finished run with its data, in a directory of its own: a run may move."""
+    """A copy of the finished run and its data in another directory, because a run may be moved."""
     shutil.copytree(finished.run.parent, tmp_path, dirs_exist_ok=True)
     return tmp_path

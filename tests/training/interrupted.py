@@ -1,9 +1,9 @@
-"""What test_resume.py runs in a process of its own: training with and without interruptions, in one thread.
+"""Training with and without interruptions, in one thread; test_resume.py runs it in a separate process.
 
     python interrupted.py DIRECTORY
 
-Leaves DIRECTORY/NAME/whole, DIRECTORY/NAME/parts and DIRECTORY/NAME/consumed.json: a hash of the batch of each
-step, for both. In one thread, because XLA adds up in an order that depends on how many there are.
+Writes DIRECTORY/NAME/whole, DIRECTORY/NAME/parts and DIRECTORY/NAME/consumed.json: the hash of the batch of each
+step, for both. It uses one thread, because the order of XLA's sums depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INTERRUPTIONS = {
     "adamw": [*((step, "stop") for step in RANDOM_STEPS), (24, "crash")],
     "muon": [(2, "stop"), (5, "crash"), (8, "crash")],
 }
-"""The steps, and how: by a signal after the step, or by an error in it, back to the checkpoint before."""
+"""The step and the kind of each interruption. After an error in a step, steps from the last checkpoint are repeated."""
 
 
 class Crash(Exception):
@@ -41,7 +41,7 @@ class Crash(Exception):
 
 
 def train(directory: Path, name: str, config: TrainConfig, at: int = 0, how: str = "") -> dict[int, str]:
-    """Begin or go on, be interrupted at step `at`; returns the batches' hashes."""
+    """Start or resume, and interrupt at step `at`. Returns the hashes of the batches."""
     consumed = {}
 
     def batches(*args: Any, start_step: int, **options: Any) -> Iterator[Any]:
@@ -60,7 +60,7 @@ def train(directory: Path, name: str, config: TrainConfig, at: int = 0, how: str
 
 
 def compile_once() -> None:
-    """Let all runs of one model have one step between them: compiling it takes longer than they do."""
+    """Share one compiled step among all runs of a model, because compilation takes longer than the runs."""
     make, made = loop.make_train_step, {}
     loop.make_train_step = lambda model, tx, **options: made.setdefault(model, make(model, tx, **options))
     loop.make_eval_step = cache(loop.make_eval_step)

@@ -1,4 +1,4 @@
-"""The configuration of a run: what is refused, what is kept, and where the recipes' numbers come from."""
+"""The configuration of a run: validation, storage, and the numbers of the presets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ BAD: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
-def test_what_is_out_of_range_is_refused_by_its_name(name: str, value: Any) -> None:
+def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(TrainingError, match=rf"- {name}={value!r}: "):
         recipe(**{name: value})
 
@@ -74,7 +74,7 @@ def test_the_edges_of_the_ranges_are_allowed() -> None:
 
 
 def test_flags_have_names_of_their_own() -> None:
-    """The fields of the three dataclasses become flags side by side; `optimizer` alone holds one of its name."""
+    """The fields of the three dataclasses become flags of one namespace. Only `optimizer` occurs twice."""
     outer, model, optimizer = (
         {f.name for f in dataclasses.fields(c)} for c in (TrainConfig, GPT2Config, OptimizerConfig)
     )
@@ -108,11 +108,11 @@ def test_what_is_not_a_configuration_is_refused(stored: Any, message: str) -> No
 
 
 HOSTILE: list[Any] = [2**70, 10**400, -(10**400), NAN, INFINITE, "", "text\x1b[31m", "a\0b", True, None, [], {}, [[1]]]
-"""Values that JSON can hold, for a field of any type."""
+"""JSON values to try for every field."""
 
 
 @pytest.mark.parametrize("name", flat(TrainConfig()))
-def test_no_stored_value_raises_anything_else_than_an_error_of_this_project(name: str) -> None:
+def test_every_stored_value_is_accepted_or_raises_an_error_of_this_project(name: str) -> None:
     for value in HOSTILE:
         with within_budget():
             try:
@@ -174,7 +174,7 @@ def test_fields_that_a_resumed_run_may_change_exist_and_touch_no_weight() -> Non
     }
 
 
-# What nanoGPT (github.com/karpathy/nanoGPT, commit 3adf61e) runs with: train.py's defaults, each recipe's own after.
+# nanoGPT's values (github.com/karpathy/nanoGPT, commit 3adf61e): the defaults of train.py, then those of each recipe.
 NANOGPT = {
     "beta1": 0.9,
     "beta2": 0.95,

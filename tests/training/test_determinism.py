@@ -1,4 +1,4 @@
-"""`--deterministic`: what it sets, from when on, and that nobody is told so without being it."""
+"""`--deterministic`: the environment variables that it sets, and the error if they are missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_it_adds_to_the_flags_that_are_there(monkeypatch: pytest.MonkeyPatch) ->
     assert is_deterministic(os.environ)
 
 
-def test_what_is_said_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_flag_of_a_name_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false")
     monkeypatch.setenv("NPROC", "1")
     assert not is_deterministic(os.environ)
@@ -41,14 +41,14 @@ def test_what_is_said_last_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_deterministic(os.environ)
 
 
-def test_flags_in_a_file_are_not_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flags_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "/etc/xla.flags")
     with pytest.raises(TrainingError, match=r"XLA_FLAGS is the file '/etc/xla\.flags'"):
         make_deterministic()
     assert os.environ["XLA_FLAGS"] == "/etc/xla.flags"
 
 
-def test_the_library_says_what_must_be_set_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_requires_the_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NPROC", raising=False)
     with pytest.raises(
         TrainingError, match=r"^deterministic: .*XLA_FLAGS=--xla_gpu_deterministic_ops=true and NPROC=1"
@@ -71,7 +71,7 @@ def test_the_library_says_what_must_be_set_before(tmp_path: Path, monkeypatch: p
 def test_the_command_sets_up_its_process_before_it_trains(
     stored: bool, flags: list[str], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default of the flag is that of the preset or of the resumed run."""
+    """The default of the flag comes from the preset or the resumed run."""
     calls: list[str] = []
 
     def train_and_report(*_: Any, **__: Any) -> int:
@@ -110,7 +110,7 @@ finally:
         tmp_path / "run",
     ]
     command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), *TINY.split(), "--deterministic"]
-    # The second start would leave this program; huge pages change no bits.
+    # Without the restart for huge pages, which would leave this process and does not change results.
     environment = {**os.environ, "GPT2_BRIDGE_RESTARTED": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Damaged files of data and runs, a few hundred of each kind; `tests/fuzz/driver.py` makes more."""
+"""A few hundred damaged files of each kind of data and run; `tests/fuzz/driver.py` makes more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on eight devices, made of one CPU: the same as on one, and nothing whole that is to be in parts."""
+"""Training on eight simulated devices: it equals training on one, and arrays are sharded as specified."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from gpt2_jax.training.state import abstract_state, make_model
 ROOT = Path(__file__).parents[2]
 LOSSES = {"float32": on_meshes.SAME_CURVE, "float64": 1e-11}
 GRADIENTS = {"float32": 1e-5, "float64": 1e-13}
-"""Of one parameter, relative to its largest."""
+"""Largest error of a parameter, relative to its largest value."""
 
 
 def on_eight_devices(name: str, directory: Path, *arguments: str, x64: bool = False) -> Any:
@@ -59,14 +59,14 @@ def assert_the_same(found: dict[str, Any], dtype: str) -> None:
         assert differences["learned"] > 0.1, "twenty steps that change nothing would agree on any mesh"
 
 
-def test_losses_and_gradients_are_one_devices(tmp_path: Path) -> None:
+def test_losses_and_gradients_equal_those_of_one_device(tmp_path: Path) -> None:
     assert_the_same(on_eight_devices("curves", tmp_path, "float32", "some"), "float32")
 
 
 @pytest.mark.mesh
 @pytest.mark.parametrize("num_microbatches", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_they_are_on_every_mesh(dtype: str, num_microbatches: int, tmp_path: Path) -> None:
+def test_losses_and_gradients_agree_on_every_mesh(dtype: str, num_microbatches: int, tmp_path: Path) -> None:
     found = on_eight_devices("curves", tmp_path, dtype, "all", str(num_microbatches), x64=dtype == "float64")
     print(json.dumps(found, indent=1))
     assert len(found) == 20
@@ -74,7 +74,7 @@ def test_they_are_on_every_mesh(dtype: str, num_microbatches: int, tmp_path: Pat
 
 
 @pytest.mark.mesh
-def test_no_array_is_whole_where_the_table_has_it_in_parts(tmp_path: Path) -> None:
+def test_arrays_are_sharded_as_the_table_says(tmp_path: Path) -> None:
     model = on_meshes.MODEL
     whole = {p.flax_path[1:]: [model.n_layer, *p.flax_shape] for p in parameters(model) if p.layer is not None}
     for text, shapes in on_eight_devices("programs", tmp_path).items():
@@ -93,7 +93,7 @@ def test_no_array_is_whole_where_the_table_has_it_in_parts(tmp_path: Path) -> No
             assert [on_meshes.V, on_meshes.D] not in shapes["drawn"], text
 
 
-def test_a_checkpoint_of_any_format_is_loaded_in_parts(tmp_path: Path) -> None:
+def test_a_checkpoint_of_any_format_is_loaded_sharded(tmp_path: Path) -> None:
     sources = tmp_path / "sources"
     for format in WRITABLE:
         config = config_for(format, replace(on_meshes.MODEL, activation_function="gelu_new"))
@@ -116,7 +116,7 @@ def test_every_array_of_a_state_has_a_rule(changes: dict[str, Any], scan: bool) 
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
 
 
-def test_every_rule_is_of_some_parameter_and_names_as_many_axes() -> None:
+def test_every_rule_matches_a_parameter_with_as_many_axes() -> None:
     used = set()
     for parameter in parameters(GPT2Config(tie_word_embeddings=False)):
         path = "/".join(parameter.flax_path)
@@ -156,7 +156,7 @@ def test_a_parameter_without_a_rule_is_an_error(path: str, ndim: int) -> None:
         ("data=-1,tensor=3", "3 does not divide the 1 devices"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(wanted: str, says: str) -> None:
+def test_invalid_meshes_are_refused(wanted: str, says: str) -> None:
     with pytest.raises(MeshError, match=re.escape(says)) as refused:
         make_mesh(wanted, jax.devices()[:1])
     assert isinstance(refused.value, BridgeError)
@@ -164,7 +164,7 @@ def test_a_mesh_that_cannot_be_is_refused(wanted: str, says: str) -> None:
 
 
 class FakeMesh:
-    """Sizes without devices."""
+    """A mesh shape without devices."""
 
     def __init__(self, **sizes: int) -> None:
         self.shape = {"data": 1, "fsdp": 1, "tensor": 1, **sizes}
@@ -197,7 +197,7 @@ def test_rows_that_the_mesh_does_not_divide_are_refused_with_what_to_choose(
 
 
 class FakeDevice:
-    """One of a machine's, or of a slice's."""
+    """A device of a machine or of a TPU slice."""
 
     def __init__(self, platform: str, slice_index: int, number: int) -> None:
         self.platform, self.slice_index, self.id, self.process_index = platform, slice_index, number, slice_index
@@ -206,20 +206,20 @@ class FakeDevice:
 
 @pytest.mark.parametrize("wanted", ["fsdp=-1", "tensor=2,fsdp=8", "data=2,fsdp=8"])
 def test_any_axis_may_span_the_machines_of_gpus(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which JAX numbers as if they were slices."""
+    """JAX numbers the machines of GPUs as it numbers slices."""
     monkeypatch.setattr("gpt2_jax.parallel.sharding.Mesh", lambda grid, *_, **__: grid)
     devices = [FakeDevice("gpu", number // 8, number) for number in range(16)]
     assert make_mesh(wanted, devices).size == 16
 
 
-def test_slices_of_tpus_are_parted_by_data_alone() -> None:
+def test_tpu_slices_are_split_by_data_only() -> None:
     devices = [FakeDevice("tpu", number // 8, number) for number in range(16)]
     with pytest.raises(MeshError, match="data=1 must be a multiple of the number of slices, 2"):
         make_mesh("fsdp=-1", devices)
 
 
 def test_a_part_of_a_checkpoint_is_read_by_its_rows(tmp_path: Path) -> None:
-    """As a process does that has one device of several: from the first of its rows to the last."""
+    """Like a process that holds one of several devices: from its first row to its last."""
     sources = tmp_path / "sources"
     config = replace(on_meshes.MODEL, vocab_size=70, activation_function="gelu_new")
     state = random_checkpoint(config).tensors
@@ -240,7 +240,7 @@ def test_a_part_of_a_checkpoint_is_read_by_its_rows(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(found, padded[part])
 
 
-def test_rows_are_read_alone_where_they_lie_alone(tmp_path: Path) -> None:
+def test_only_the_needed_rows_are_read(tmp_path: Path) -> None:
     bridge.save(random_checkpoint(on_meshes.MODEL), tmp_path / "source", format="huggingface")
     entry = bridge.load(tmp_path / "source").tensors.entries["h.0.mlp.c_fc.weight"]
     assert entry.read_rows is not None
@@ -248,15 +248,15 @@ def test_rows_are_read_alone_where_they_lie_alone(tmp_path: Path) -> None:
     np.testing.assert_array_equal(entry.rows(0, len(entry.read())), entry.read())
 
 
-def test_meshes_of_others_are_left_alone(tmp_path: Path) -> None:
-    """Axes with other names, some of these names, and a `shard_map` over one of them."""
+def test_foreign_meshes_are_not_used(tmp_path: Path) -> None:
+    """Meshes with other axis names, with some of our names, and inside a `shard_map` over one of them."""
     found = on_eight_devices("foreign_meshes", tmp_path)
     for name, (difference, rows) in found.items():
         assert difference < 1e-6, name
         assert rows == 2, (name, "each device has its own rows")
 
 
-def test_a_batch_goes_to_the_mesh_as_it_is() -> None:
+def test_a_batch_keeps_its_rows_on_the_mesh() -> None:
     rows = Rows(4, make_mesh("data=1", jax.devices()[:1]))
     batch = {"input_ids": np.arange(12, dtype=np.int32).reshape(4, 3)}
     assert rows.own == slice(0, 4)

@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines, TensorBoard, Weights & Biases, the plot; and how much arithmetic a step is."""
+"""Logs of a run: JSON lines, TensorBoard, Weights & Biases and the plot; and the FLOPs of a step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(run: Path, config: TrainConfig, start: int, *records: tuple[int, dict[
     metrics.close()
 
 
-def test_a_record_is_a_line_without_what_is_not_known(tmp_path: Path) -> None:
+def test_a_record_omits_missing_values(tmp_path: Path) -> None:
     write(tmp_path, RECIPE, 0, (0, {"val_loss": 5.5}), (2, {"train_loss": 5.0, "mfu": None}))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 0, "val_loss": 5.5}, {"step": 2, "train_loss": 5.0}]
@@ -51,7 +51,7 @@ def test_what_was_logged_after_the_checkpoint_is_dropped_on_resume(tmp_path: Pat
 
 
 @pytest.mark.parametrize("cut", ['{"step": 4, "train_lo', "{", '{"step": 4, "train_loss": 1.0', "\x00\x00"])
-def test_a_last_line_that_a_crash_cut_short_is_left_out(tmp_path: Path, cut: str) -> None:
+def test_a_truncated_last_line_is_skipped(tmp_path: Path, cut: str) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 2, "train_loss": 2.0}\n' + cut)
     assert [record["step"] for record in read_metrics(tmp_path)] == [2]
     write(tmp_path, RECIPE, 4, (6, {"train_loss": 6.0}))
@@ -80,14 +80,14 @@ HOSTILE_LINES = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_LINES)
-def test_a_line_that_is_no_record_is_left_out(tmp_path: Path, name: str) -> None:
+def test_invalid_lines_are_skipped(tmp_path: Path, name: str) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2}\n' + HOSTILE_LINES[name] + b'\n{"step": 6}\n')
     with within_budget():
         assert read_metrics(tmp_path) == [{"step": 2}, {"step": 6}]
 
 
 @pytest.mark.parametrize("value", ['"x"', "null", "true", "[1]", "{}", "1" + "0" * 400])
-def test_a_value_that_is_no_number_is_left_out(tmp_path: Path, value: str) -> None:
+def test_values_that_are_not_numbers_are_skipped(tmp_path: Path, value: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 2, "train_loss": {value}, "val_loss": 1.5}}\n')
     assert read_metrics(tmp_path) == [{"step": 2, "val_loss": 1.5}]
 
@@ -101,7 +101,7 @@ def test_extreme_values_are_plotted_without_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_log_that_is_no_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
+def test_a_log_that_is_not_a_regular_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "metrics.jsonl")
     with pytest.raises(TrainingError, match=r"metrics.jsonl' is not a regular file"):
         read_metrics(tmp_path)
@@ -148,7 +148,7 @@ def test_tensorboard_reads_what_is_written_for_it(tmp_path: Path) -> None:
 
 
 class FakeWandb:
-    """Records what `wandb` is asked for."""
+    """Records the calls of `wandb`."""
 
     def __init__(self) -> None:
         self.runs: list[dict[str, Any]] = []
@@ -163,7 +163,7 @@ class FakeWandb:
         self.finished += 1
 
 
-def test_weights_and_biases_gets_the_records_and_a_resumed_run_goes_on(
+def test_weights_and_biases_gets_the_records_and_a_resumed_run_continues_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wandb = FakeWandb()
@@ -174,7 +174,7 @@ def test_weights_and_biases_gets_the_records_and_a_resumed_run_goes_on(
     write(tmp_path / "one", config, 0, (2, {"train_loss": 2.0, "mfu": None}))
     write(tmp_path / "one", config, 2, (4, {"train_loss": 1.0}))
     write(tmp_path / "two", config, 0)
-    write(tmp_path / "one", config, 0)  # begun anew
+    write(tmp_path / "one", config, 0)  # started again
     assert wandb.logged == [(2, {"train_loss": 2.0}), (4, {"train_loss": 1.0})]
     assert wandb.finished == 4
     first, resumed, other, anew = wandb.runs
@@ -215,7 +215,7 @@ def test_a_missing_package_ends_a_run_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_arithmetic_of_a_step_is_6n_and_12ldt() -> None:
+def test_the_flops_of_a_token_are_6n_and_12ldt() -> None:
     """GPT-2 of 124M: Chowdhery et al. 2022, appendix B, by hand."""
     weights = 12 * (12 * 768**2 + 13 * 768) + 50257 * 768 + 2 * 768  # layers, embedding, last norm; no positions
     assert weights == 124_439_808 - 1024 * 768
@@ -223,7 +223,7 @@ def test_the_arithmetic_of_a_step_is_6n_and_12ldt() -> None:
     assert flops_per_token(GPT2Config(), 512) == 6 * weights + 12 * 12 * 768 * 512
 
 
-# What jax.Device.device_kind says, and the data sheets' dense bfloat16 figure in TFLOP/s.
+# jax.Device.device_kind, and the dense bfloat16 TFLOP/s of the data sheet.
 PEAKS = {
     "NVIDIA A100-SXM4-80GB": 312,
     "NVIDIA H100 80GB HBM3": 989,
@@ -245,11 +245,11 @@ PEAKS = {
 
 
 @pytest.mark.parametrize("kind", PEAKS)
-def test_the_peak_of_a_known_device_is_its_data_sheets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_peak_of_a_known_device_is_that_of_its_data_sheet(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
     monkeypatch.setattr(hardware, "measured_peak_flops", lambda dtype: 1.0)
     assert peak_flops("bfloat16") == (PEAKS[kind] * 1e12, f"{kind} data sheet")
-    assert peak_flops("float32") == (1.0, f"measured on {kind}")  # the sheets give bfloat16's
+    assert peak_flops("float32") == (1.0, f"measured on {kind}")  # the data sheets give bfloat16
 
 
 def test_the_peak_of_another_device_is_measured() -> None:

@@ -1,4 +1,4 @@
-"""The update rule against its formulas restated in numpy: schedules, decay by name, clipping, Muon."""
+"""The optimizer against its formulas in numpy: schedules, weight decay, clipping, AdamW and Muon."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpt2_jax.training.optimizer import clip_factor, decay_mask
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FLOAT32 = 2e-6
-"""A few roundings of float32, relative to the largest."""
+"""A few float32 roundings, relative to the largest value."""
 NEWTON_SCHULZ = 2e-3
 """Five iterations of a quintic polynomial: each multiplies rounding errors by up to 3.4445."""
 
@@ -65,7 +65,7 @@ def test_a_run_that_is_shorter_than_its_warm_up_only_warms_up() -> None:
 
 
 @pytest.mark.parametrize(("warmup", "fraction"), [(6, 0.25), (0, 1.0), (35, 0.25)])
-def test_wsd_warms_up_stays_and_falls_in_a_line(warmup: int, fraction: float) -> None:
+def test_wsd_warms_up_stays_constant_and_decays_linearly(warmup: int, fraction: float) -> None:
     steps, peak, floor = 40, 6e-4, 6e-5
     begins = max(warmup, round((1 - fraction) * steps))
 
@@ -78,7 +78,7 @@ def test_wsd_warms_up_stays_and_falls_in_a_line(warmup: int, fraction: float) ->
     assert_schedule(config, steps, expected)
 
 
-def test_constant_warms_up_and_stays() -> None:
+def test_constant_warms_up_and_stays_constant() -> None:
     config = OptimizerConfig(schedule="constant", warmup_steps=5)
     assert_schedule(config, 20, lambda step: 6e-4 * min(1.0, (step + 1) / 6))
 
@@ -92,12 +92,12 @@ def flax_arrays(config: GPT2Config, stacked: bool, seed: int = 0) -> Any:
 def test_decay_acts_on_projections_and_embeddings_by_name(config: GPT2Config, stacked: bool) -> None:
     params = flax_arrays(config, stacked)
     marks = jax.tree.map(lambda marked, array: np.full(array.shape, marked), decay_mask(params), params)
-    # Crossing the bridge takes floats only.
+    # The conversion accepts only floats.
     names = bridge.to_torch(jax.tree.map(lambda m: m.astype(np.float32), marks), config)
     decayed = {name for name, mark in names.items() if mark.all()}
     assert all(mark.all() or not mark.any() for mark in names.values())
     assert decayed == {p.torch_name for p in bridge.parameters(config) if p.decays}
-    # As nanoGPT has it, by the axes that PyTorch sees: matrices decay, vectors do not.
+    # As in nanoGPT, in PyTorch's layout: matrices decay, vectors do not.
     assert decayed == {p.torch_name for p in bridge.parameters(config) if len(p.torch_shape) == 2}
 
 
@@ -108,7 +108,7 @@ def test_a_parameter_of_an_unknown_name_is_an_error(optimizer: Any) -> None:
 
 
 def first_update(config: GPT2Config, settings: OptimizerConfig, stacked: bool) -> dict[str, np.ndarray]:
-    """What the first step adds to each parameter, for the gradients of seed 1."""
+    """The first update of each parameter, for random gradients of seed 1."""
     params, grads = flax_arrays(config, stacked), flax_arrays(config, stacked, seed=1)
     tx = make_optimizer(settings, 10)
     updates = jax.jit(lambda params, grads: tx.update(grads, tx.init(params), params)[0])(params, grads)
@@ -116,7 +116,7 @@ def first_update(config: GPT2Config, settings: OptimizerConfig, stacked: bool) -
 
 
 def adamw_first(name: str, config: GPT2Config, settings: OptimizerConfig, rate: float) -> np.ndarray:
-    """Loshchilov and Hutter 2019, algorithm 2: after one step the moments, corrected, are g and g * g."""
+    """Loshchilov and Hutter 2019, algorithm 2: after one step, the bias-corrected moments are g and g * g."""
     weight, g = random_state(config)[name], random_state(config, seed=1)[name]
     decays = next(p.decays for p in bridge.parameters(config) if p.torch_name == name)
     return -rate * (g / (np.abs(g) + settings.epsilon) + decays * settings.weight_decay * weight)
@@ -181,7 +181,7 @@ def test_query_key_and_value_do_not_depend_on_each_others_gradients() -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("largest", [1.0, 1e-3, None])
-def test_clipping_is_torchs(scale: float, largest: float | None) -> None:
+def test_clipping_equals_torchs(scale: float, largest: float | None) -> None:
     import torch
 
     arrays = {name: scale * array for name, array in random_state(replace(SIZES, n_layer=1)).items()}
@@ -198,7 +198,7 @@ def test_clipping_is_torchs(scale: float, largest: float | None) -> None:
 
 
 def test_the_state_that_the_bridge_looks_for_is_there() -> None:
-    """`optimizer_state.py` takes AdamW's moments from it."""
+    """`optimizer_state.py` reads AdamW's moments from it."""
     state = make_optimizer(OptimizerConfig(), 10).init(flax_arrays(SIZES, stacked=True))
     found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
     assert sum(isinstance(leaf, optax.ScaleByAdamState) for leaf in found) == 1

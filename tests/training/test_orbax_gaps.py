@@ -1,6 +1,6 @@
-"""What bare orbax makes of a damaged checkpoint, beside what is made of the same damage here.
+"""Damaged checkpoints that bare Orbax does not detect, and that this project does.
 
-Where the first half of a test fails, orbax has learned to notice it, or forgotten how.
+If the first half of a test fails, Orbax has changed its behaviour.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gpt2_jax.training.run.checkpointing import Checkpoints
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
-    # After the error of one array orbax leaves the reading of the others, whose errors nobody asks for then.
+    # After the error of one array, Orbax abandons reading the others, and their errors are never retrieved.
     pytest.mark.filterwarnings("ignore:.*_read_array_index_and_device_put:pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -52,7 +52,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 
 def state_of(step: int) -> TrainState:
-    """Numbers of random bytes, which are stored as they are because they do not compress."""
+    """Random bytes, which are stored verbatim because they do not compress."""
     rng = np.random.default_rng(step)
     params = {p.torch_name: np.ndarray(p.torch_shape, np.float32, rng.bytes(10**5)) for p in PARAMETERS}
     return TrainState(jnp.int32(step), jax.tree.map(jnp.asarray, bridge.to_flax(params, TINY)), None)
@@ -68,7 +68,7 @@ def numbers(state: TrainState) -> list[bytes]:
 
 
 def flip_a_bit(run: Path) -> None:
-    """Of a number in a large array; small ones are in the database's tree, which has checksums."""
+    """A position in a large array. Small arrays are stored in the database's B-tree, which has checksums."""
     number = np.asarray(state_of(2).params["wte"]["embedding"])[3].tobytes()
     [file] = [path for path in (run / "checkpoints" / "2").rglob("d/*") if number in path.read_bytes()]
     data = bytearray(file.read_bytes())
@@ -81,13 +81,13 @@ def remove_a_chunk(run: Path) -> None:
 
 
 def array_store(run: Path) -> tensorstore.KvStore:
-    """Of one array of step 2, in orbax's database."""
+    """The file of one array of step 2 in Orbax's database."""
     base = {"driver": "file", "path": f"{run}/checkpoints/2/state/"}
     return tensorstore.KvStore.open({"driver": "ocdbt", "base": base, "path": f"{NAME}/"}).result()
 
 
 def assert_passed_over(run: Path) -> None:
-    """Step 2, by who reads the run, and by the run that goes on."""
+    """Step 2, read by `bridge.load` and by a resumed run."""
     with pytest.raises(CheckpointError, match="checkpoints/2"):
         bridge.load(run / "checkpoints" / "2")
     loaded = bridge.load(run)
@@ -100,20 +100,20 @@ def assert_passed_over(run: Path) -> None:
     assert said == list(loaded.diagnostics[1:])
 
 
-def test_what_is_not_damaged_is_what_was_saved(run: Path) -> None:
+def test_an_undamaged_checkpoint_is_read(run: Path) -> None:
     assert numbers(by_orbax(run, 2)) == numbers(state_of(2))
     assert bridge.load(run).diagnostics == ("read from checkpoints/2",)
 
 
-def test_a_bit_that_flips_is_another_number_to_orbax(run: Path) -> None:
+def test_orbax_does_not_detect_a_flipped_bit(run: Path) -> None:
     flip_a_bit(run)
     pairs = zip(numbers(by_orbax(run, 2)), numbers(state_of(2)), strict=True)
     assert sum(found != saved for found, saved in pairs) == 1
     assert_passed_over(run)
 
 
-def test_a_chunk_that_is_gone_is_zeros_to_who_does_not_ask(run: Path) -> None:
-    """Orbax asks, unless told not to; tensorstore, with which a run is read without orbax, does not."""
+def test_tensorstore_reads_a_missing_chunk_as_zeros(run: Path) -> None:
+    """Orbax checks this by default; tensorstore does not."""
     remove_a_chunk(run)
     array = tensorstore.open({"driver": "zarr3", "kvstore": array_store(run).spec()}).result()
     assert not array.read().result().any()
@@ -127,9 +127,7 @@ def test_a_chunk_that_is_gone_is_zeros_to_who_does_not_ask(run: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["removed", "emptied"])
 @pytest.mark.parametrize("name", ["commit_success.txt", "state/_sharding", "state/ocdbt.process_0/manifest.ocdbt"])
-def test_a_file_that_is_damaged_may_not_be_missed_by_orbax(
-    run: Path, name: str, damage: Callable[[Path], object]
-) -> None:
+def test_orbax_may_not_miss_a_damaged_file(run: Path, name: str, damage: Callable[[Path], object]) -> None:
     damage(run / "checkpoints" / "2" / name)
     assert numbers(by_orbax(run, 2)) == numbers(state_of(2))
     assert_passed_over(run)

@@ -1,5 +1,7 @@
-"""Two hundred steps of training by the fast path and by the plain one: attention by blocks, the loss in chunks, layers
-in part computed again; against all scores, all logits, everything kept, and a step written down from its definition."""
+"""Two hundred training steps by the fast path and by a plain one.
+
+Fast: blockwise attention, the loss in chunks, and rematerialization. Plain: all attention scores, all logits, no
+rematerialization, and a step written from its definition."""
 
 from __future__ import annotations
 
@@ -22,10 +24,10 @@ from gpt2_jax.ops.cross_entropy import cross_entropy
 from gpt2_jax.training import OptimizerConfig, init_state, make_optimizer, make_train_step
 
 EQUAL = 1e-5
-"""Nats, at every step: ten units of rounding of a loss near 4 in float32, and a tenth of what bfloat16 does to it."""
+"""Nats, at every step: ten float32 roundings of a loss near 4, and a tenth of bfloat16's error."""
 NOISE = 1.5
-"""Times the error that bfloat16 brings to the plain path, 1e-4 nats in the mean: the other rounds as often, elsewhere,
-and such errors of two hundred steps differ by a tenth or two."""
+"""Relative to bfloat16's error in the plain path, 1e-4 nats on average. The fast path rounds as often, at other places,
+so that the errors of two hundred steps differ by a tenth or two."""
 
 CONFIG = GPT2Config(vocab_size=61, n_positions=40, n_embd=32, n_layer=2, n_head=4)
 OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=20)
@@ -35,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
-    """Each token follows from the one before, but for one in ten; a part of one row is no example."""
+    """Each token is determined by the previous one, except for one in ten. Part of one row has no labels."""
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1)).astype(np.int32)
     for t in range(LENGTH):
@@ -86,7 +88,7 @@ def plain_step(tx: optax.GradientTransformation, dtype: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_blocks_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three blocks of queries and three chunks of the loss, of which the last is not full."""
+    """Three blocks of queries and three chunks of the loss, the last of which is partial."""
     monkeypatch.setattr(gpt2_jax.ops.blockwise_attention, "BLOCK", 16)
     monkeypatch.setattr(gpt2_jax.ops.cross_entropy, "default_chunk_bytes", lambda: 4 * BATCH * CONFIG.vocab_size * 14)
 
@@ -94,7 +96,7 @@ def small_blocks_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fast_path_learns_as_the_plain_one_does_at_every_step() -> None:
     fast, plain = curve("fast", "float32"), curve("plain", "float32")
     print(f"largest difference in {STEPS} steps: {np.abs(fast - plain).max():.1e} nats")
-    assert plain[0] > 4 and plain[-20:].mean() < 2  # it is taught something
+    assert plain[0] > 4 and plain[-20:].mean() < 2  # the model has learned something
     np.testing.assert_allclose(fast, plain, rtol=0, atol=EQUAL)
 
 

@@ -1,4 +1,4 @@
-"""Several processes that train as one, over loopback: the same curve, one voice, and one end."""
+"""Training with several processes over loopback: the same losses, output of process 0 only, and a common end."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_four_train_as_one_does(by_four: Path, alone: Path) -> None:
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"), [(2, 2, "fsdp=2,tensor=2"), (1, 1, "data=1"), (1, 8, "fsdp=4")]
 )
-def test_others_go_on_where_four_stopped(
+def test_two_processes_resume_the_run_of_four(
     processes: int, devices: int, mesh: str, directory: Path, by_four: Path, alone: Path
 ) -> None:
     name = f"resumed {processes} {mesh}"
@@ -102,7 +102,7 @@ def test_others_go_on_where_four_stopped(
     assert_the_same_curve(directory / name, alone)
 
 
-def test_an_error_in_one_ends_all_soon_and_by_its_name(directory: Path) -> None:
+def test_an_error_in_one_process_ends_all_with_its_message(directory: Path) -> None:
     one, other = train(2, 1, arguments(directory, "wrong"), p1=["--data", directory / "missing.txt"])
     assert (one.code, other.code) == (1, 2), (one, other)
     assert "missing.txt" in other.err
@@ -110,7 +110,7 @@ def test_an_error_in_one_ends_all_soon_and_by_its_name(directory: Path) -> None:
     assert "missing.txt" in one.err
 
 
-def test_an_error_of_the_first_after_all_is_done_is_its_own(directory: Path) -> None:
+def test_an_error_of_the_first_process_after_training_is_reported_as_its_own(directory: Path) -> None:
     """The other process waits for it, and is not reported as lost. The report's file appears during the run."""
     report = directory / "result.json"
     started = start(2, 1, arguments(directory, "full"), p0=["--json", report])
@@ -136,7 +136,7 @@ def test_processes_with_different_arguments_refuse_to_start(directory: Path) -> 
         assert not (directory / f"told {name}").exists()
 
 
-def test_two_begin_with_somebodys_weights(directory: Path) -> None:
+def test_two_processes_start_from_a_checkpoint(directory: Path) -> None:
     config = bridge.GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     bridge.save(random_checkpoint(config), directory / "source", format="huggingface")
     write_byte_tokenizer(directory / "source")
@@ -147,13 +147,13 @@ def test_two_begin_with_somebodys_weights(directory: Path) -> None:
     assert_the_same_curve(directory / "from weights 2", directory / "from weights 1")
 
 
-def test_a_process_that_finds_nobody_says_what_to_give(directory: Path) -> None:
+def test_a_process_without_a_coordinator_says_which_flags_to_give(directory: Path) -> None:
     [ended] = train(1, 1, arguments(directory, "nobody", "--distributed"))
     assert ended.code == 2
     assert "--coordinator HOST:PORT, --processes N and --process I" in ended.err
 
 
-def test_a_process_that_waits_in_vain_says_for_whom(directory: Path) -> None:
+def test_a_process_that_cannot_connect_names_the_coordinator(directory: Path) -> None:
     code = "import functools, jax; jax.distributed.initialize = functools.partial(jax.distributed.initialize, "
     code += "initialization_timeout=2); from gpt2_jax.parallel.distributed import join; join('127.0.0.1:9', 2, 1)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""A run that was interrupted, at ten random steps and by crashes, ends as the one that was not: bit for bit."""
+"""A run interrupted at ten random steps and by crashes gives bitwise the same result as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, quick_compilation: Non
 
 @pytest.fixture(params=["adamw", "muon"])
 def both(request: pytest.FixtureRequest, interrupted: Path) -> Path:
-    """`adamw` has dropout, accumulation and a running mean of the weights besides."""
+    """`adamw` also has dropout, microbatches and an exponential moving average of the weights."""
     return interrupted / request.param
 
 
 def stored(run: Path, step: int) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint: weights, their mean, the optimizer's state, the step."""
+    """Every array of a checkpoint: weights, their moving average, optimizer state, step."""
     return dict(arrays(run, step))
 
 
@@ -56,14 +56,14 @@ def test_weights_and_the_optimizers_state_are_the_same_bits(both: Path) -> None:
     assert [name for name in whole if whole[name].tobytes() != parts[name].tobytes()] == []
 
 
-def test_every_step_was_made_with_the_same_batch(both: Path) -> None:
+def test_every_step_used_the_same_batch(both: Path) -> None:
     consumed = json.loads((both / "consumed.json").read_text())
     assert len(set(consumed["whole"].values())) == len(consumed["whole"]) == steps(both / "whole")[-1]
     assert consumed["parts"] == consumed["whole"]
 
 
 def test_the_log_is_the_same_but_for_speeds(both: Path) -> None:
-    """What was logged after the checkpoint that a crashed run goes back to is logged once."""
+    """Records after the checkpoint that a crashed run resumes from are not duplicated."""
     assert records(both / "parts") == records(both / "whole")
     logged = [record["step"] for record in records(both / "whole")]
     assert logged == sorted(set(logged))

@@ -1,4 +1,4 @@
-"""Where a run may begin, and what it begins with: weights, sizes, tokenizer."""
+"""Starting a run: where its directory may be, and its initial weights, sizes and tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpt2_jax.training.run.identity import Identity, stored_identity
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_a_run_is_not_begun_where_there_is_one(copy: Path) -> None:
+def test_a_run_does_not_start_in_an_existing_run(copy: Path) -> None:
     before = files(copy / "run")
     with pytest.raises(TrainingError, match="--resume"):
         run_in(copy, RECIPE)
@@ -33,7 +33,7 @@ def test_a_run_is_not_begun_where_there_is_one(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "notes").touch())])
-def test_a_run_is_not_begun_on_something_else(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+def test_a_run_does_not_start_in_another_directory_or_file(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     make(tmp_path / "run")
     before = files(tmp_path)
     with pytest.raises(TrainingError, match="is not a run"):
@@ -41,14 +41,14 @@ def test_a_run_is_not_begun_on_something_else(tmp_path: Path, make: Callable[[Pa
     assert {name: data for name, data in files(tmp_path).items() if name in before} == before
 
 
-def test_without_validation_data_no_run_is_begun(tmp_path: Path) -> None:
+def test_a_run_without_validation_data_does_not_start(tmp_path: Path) -> None:
     data = open_data(write_text(tmp_path), tokenizer="bytes", validation_fraction=0, cache=tmp_path / "cache")
     with pytest.raises(TrainingError, match="no validation data"):
         loop.train(RECIPE, tmp_path / "run", data)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+def test_a_resumed_run_without_checkpoints_starts_again(tmp_path: Path) -> None:
     first = recipe(tokenizer="characters", n_layer=3, vocab_size=50)
     data = data_for(first, tmp_path)
     runs.create(tmp_path / "run", resolve_config(first, data), data)
@@ -62,13 +62,13 @@ def test_a_resumed_run_that_ended_before_its_first_checkpoint_begins_again(tmp_p
     runs.create(tmp_path / "run", RECIPE, again, resume=True)
     assert stored_identity(tmp_path / "run") == Identity.of(RECIPE, again)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["n_layer"] == 2
-    assert (tmp_path / "run" / "merges.txt").exists()  # the bytes' tokenizer, and not the characters'
+    assert (tmp_path / "run" / "merges.txt").exists()  # the tokenizer of bytes, not that of characters
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("content", ["{}", '{"distance_km": 10}', "not JSON"])
-def test_a_directory_with_somebody_elses_run_json_is_kept(tmp_path: Path, content: str, resume: bool) -> None:
+def test_a_directory_with_another_programs_run_json_is_kept(tmp_path: Path, content: str, resume: bool) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
     (tmp_path / "run" / "race.gpx").write_text("mine")
@@ -95,7 +95,7 @@ def test_a_directory_with_somebody_elses_run_json_is_kept(tmp_path: Path, conten
 )
 @pytest.mark.parametrize("kind", ["link", "wrong kind"])
 def test_a_run_whose_files_are_links_or_of_another_kind_is_not_resumed(copy: Path, name: str, kind: str) -> None:
-    """A link would lead training to write outside the run."""
+    """Training would write outside the run through a link."""
     run, elsewhere = copy / "run", copy / "elsewhere"
     elsewhere.mkdir()
     if (run / name).exists():
@@ -115,7 +115,7 @@ def test_a_run_whose_files_are_links_or_of_another_kind_is_not_resumed(copy: Pat
     }
 
 
-def test_somebody_elses_plot_is_kept(copy: Path) -> None:
+def test_a_plot_of_another_program_is_kept(copy: Path) -> None:
     (copy / "run" / "loss.png").write_bytes(b"\x89PNG of somebody")
     said: list[object] = []
     loop.finish(copy / "run", {}, 6, None, said.append)
@@ -136,8 +136,10 @@ def test_a_run_is_removed_only_if_all_of_it_was_written_by_training(copy: Path) 
     assert not run.exists()
 
 
-def test_a_checkpoint_that_another_saves_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other had the lock when this one looked, and was killed before it asked for it."""
+def test_a_checkpoint_that_another_process_saves_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process saved a checkpoint and was killed between this process's check and its lock."""
     data, run = data_for(RECIPE, tmp_path), tmp_path / "run"
     runs.create(run, RECIPE, data)
     lock = runs.exclusive_lock
@@ -154,7 +156,7 @@ def test_a_checkpoint_that_another_saves_meanwhile_stays(tmp_path: Path, monkeyp
     assert (run / "checkpoints" / "3").exists()
 
 
-def test_a_run_that_another_begins_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_another_process_starts_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, run, describe = data_for(RECIPE, tmp_path), tmp_path / "run", runs.write_description
 
     def another_first(directory: Path, *others: Any) -> None:
@@ -168,8 +170,8 @@ def test_a_run_that_another_begins_meanwhile_stays(tmp_path: Path, monkeypatch: 
     assert files(run) == {"run.json": b"theirs"}
 
 
-def test_a_directory_that_this_process_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over NFS it may take a while until one does."""
+def test_a_directory_that_is_not_visible_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over NFS, a new directory may become visible late."""
     data, run, waited = data_for(RECIPE, tmp_path), tmp_path / "run", []
 
     def wait(seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and that each is the state at its step."""
+"""Saving checkpoints: which ones are kept, and that each holds the state of its step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scripted_losses(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -
     )
 
 
-def test_the_best_stays_and_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_kept_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted_losses(monkeypatch, {0: 9.0, 1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 3.5, 6: 6.0})
     outcome = run_in(tmp_path, recipe(eval_every=1, checkpoint_every=1, keep_last=2))
     assert steps(outcome.run) == [2, 5, 6]
@@ -45,8 +45,8 @@ def test_the_best_stays_and_is_exported(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(np.array_equal(export[name], array) for name, array in best.items())
 
 
-def test_a_better_one_is_saved_when_it_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a resume, which knows the best so far from the checkpoints."""
+def test_a_better_state_is_saved_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a resume, which reads the best loss from the checkpoints."""
     scripted_losses(monkeypatch, {0: 9.0, 1: 5.0, 2: 6.0, 3: 4.0, 4: 4.5, 5: 4.2, 6: 8.0})
     saved = []
     inner = Checkpoints.save
@@ -64,15 +64,15 @@ def test_a_better_one_is_saved_when_it_is_found(tmp_path: Path, monkeypatch: pyt
     assert outcome.best_step == 3
 
 
-def test_without_an_evaluation_the_newest_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_evaluation_the_newest_checkpoint_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 4, lambda: signal.raise_signal(signal.SIGTERM))
     outcome = run_in(tmp_path, recipe(eval_every=100))
     assert (outcome.best_step, outcome.best_val_loss) == (4, None)
     assert steps_by_loss(outcome.run)[0] == 4
 
 
-def test_what_is_saved_is_the_state_at_that_step_and_not_what_became_of_it(tmp_path: Path) -> None:
-    """The save goes on while the next steps write into the same memory."""
+def test_the_saved_state_is_that_of_its_step_although_its_buffers_are_donated(tmp_path: Path) -> None:
+    """Saving continues while the next steps overwrite the donated memory."""
     numbers = {"a": jax.numpy.zeros(2**20), "b": jax.numpy.ones(2**19)}
     step = jax.jit(
         lambda s: s._replace(step=s.step + 1, params=jax.tree.map(lambda x: x + 1, s.params)), donate_argnums=0
@@ -91,8 +91,8 @@ def test_what_is_saved_is_the_state_at_that_step_and_not_what_became_of_it(tmp_p
             np.testing.assert_array_equal(found.params["b"], saved + 1)
 
 
-def test_damaged_ones_take_no_place_among_those_that_are_kept(tmp_path: Path) -> None:
-    """Neither as the last nor as the best."""
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
+    """They count neither as the last nor as the best."""
 
     def save(*losses: tuple[int, float]) -> None:
         with Checkpoints(tmp_path, keep_last=2) as checkpoints:
@@ -114,7 +114,7 @@ def test_damaged_ones_take_no_place_among_those_that_are_kept(tmp_path: Path) ->
     assert names == ["10", "11", "3.damaged", "7", "9.damaged"]
 
 
-def test_the_export_says_which_checkpoint_it_is(tmp_path: Path) -> None:
+def test_the_export_names_its_checkpoint(tmp_path: Path) -> None:
     outcome = run_in(tmp_path, recipe())
     about = manifest.verify(outcome.export)
     assert (about["step"], about["val_loss"]) == (outcome.best_step, outcome.best_val_loss)
@@ -148,7 +148,7 @@ def state_at(step: int) -> loop.TrainState:
     return loop.TrainState(jax.numpy.int32(step), {"a": jax.numpy.ones(9)}, None)
 
 
-def test_an_old_one_that_cannot_be_removed_is_named_and_no_new_one_fails(
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_saving_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
@@ -171,7 +171,7 @@ def test_an_old_one_that_cannot_be_removed_is_named_and_no_new_one_fails(
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["9"]
 
 
-def test_what_is_verified_is_what_the_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_verified_as_they_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forgotten: list[str] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *_: forgotten.append(os.readlink(f"/proc/self/fd/{file}")))
     with Checkpoints(tmp_path) as checkpoints:
@@ -199,7 +199,7 @@ def test_the_log_is_on_the_disk_before_the_checkpoint_is_begun(tmp_path: Path, m
 
 
 def test_nothing_is_compressed(tmp_path: Path) -> None:
-    """It costs the training more than it saves, as weights and moments hardly can be."""
+    """Compression takes more time than it saves, because weights and moments hardly compress."""
     state = loop.TrainState(jax.numpy.int32(3), {"a": jax.numpy.zeros(2**20)}, None)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state)
@@ -207,7 +207,7 @@ def test_nothing_is_compressed(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in files) > 2**22
 
 
-def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_not_reported_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: Any, **__: Any) -> None:
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
@@ -222,7 +222,7 @@ def test_memory_that_is_too_small_is_no_damage(tmp_path: Path, monkeypatch: pyte
     "name", ["state/_METADATA", "state/_sharding", "state/array_metadatas/process_0", "_CHECKPOINT_METADATA"]
 )
 @pytest.mark.parametrize("content", [b"{", b"[" * 200_000, b'{"tree_metadata": {"x": 1}, "use_ocdbt": false}'])
-def test_what_only_orbax_reads_is_not_read(tmp_path: Path, name: str, content: bytes) -> None:
+def test_files_that_only_orbax_needs_are_not_read(tmp_path: Path, name: str, content: bytes) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         save_all(checkpoints, 3)
         path = tmp_path / "checkpoints" / "3"
@@ -260,7 +260,7 @@ def test_a_hostile_checkpoint_is_refused_in_two_lines(tmp_path: Path, shape: lis
     assert "Traceback" not in str(error.value) and len(str(error.value)) < 1000
 
 
-def test_a_best_one_that_was_damaged_since_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_best_checkpoint_that_was_damaged_later_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted_losses(monkeypatch, {0: 9.0, 2: 3.0, 4: 4.0, 6: 5.0})
     screen = io.StringIO()
     config = resolve_config(recipe(eval_every=2, checkpoint_every=2), data := data_for(recipe(), tmp_path), None)

@@ -1,4 +1,4 @@
-"""A loss that is not finite ends a run, at its step, or is skipped and counted; what is kept is finite."""
+"""A non-finite loss ends a run at its step, or the step is skipped and counted; saved states are finite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, before: bool, ema: bool = False) -> None:
-    """Make one weight NaN before the update of `step`, or after it, when loss and gradient were still finite."""
+    """Make one weight NaN before the update of `step`, or after it, when loss and gradient are still finite."""
     make = loop.make_train_step
 
     def spoiled(state: Any) -> Any:
@@ -52,7 +52,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, before: bool, ema: boo
     ("field", "message"), [("opt_state", "the optimizer's state"), ("ema_params", "the moving average of the weights")]
 )
 @pytest.mark.parametrize("non_finite", ["stop", "skip"])
-def test_a_state_that_is_not_finite_anywhere_is_not_saved(
+def test_a_non_finite_state_is_not_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, message: str, non_finite: str
 ) -> None:
     def spoiled(state: Any) -> Any:
@@ -83,7 +83,7 @@ def test_a_state_that_is_not_finite_anywhere_is_not_saved(
         (4, False, "^step 4: validation loss nan", [3]),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(
+def test_a_non_finite_loss_stops_the_run_at_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, before: bool, message: str, kept: list[int]
 ) -> None:
     poison(monkeypatch, at, before=before)
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_step(
         weights = all_weights(tmp_path / "run" / "checkpoints" / str(step))
         assert all(np.isfinite(array).all() for array in weights.values())
     assert all(np.isfinite(value) for record in read_metrics(tmp_path / "run") for value in record.values())
-    if kept == [3, 4]:  # what is kept can be gone on from
+    if kept == [3, 4]:  # the kept checkpoints can be resumed
         monkeypatch.undo()
         assert run_in(tmp_path, RECIPE, resume=True).step == 6
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_is_nan_already_is_found_before_the_first_step(tmp_pat
 
 
 def bad_batches(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Give these steps a token that is none, which makes their loss NaN."""
+    """Give these steps an invalid token, which makes their loss NaN."""
     inner = loop.training_batches
 
     def batches(*args: Any, start_step: int, **options: Any) -> Iterator[Any]:
@@ -126,8 +126,8 @@ def bad_batches(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(loop, "training_batches", batches)
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a resume too; what is learned from the others is what a run without the skipped batches learns."""
+def test_non_finite_steps_are_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also over a resume. The result equals that of a run without the skipped batches."""
     bad_batches(monkeypatch, 2, 4)
     changes = recipe(non_finite="skip", log_every=1, max_steps=6)
     with monkeypatch.context() as stopping:
@@ -148,14 +148,14 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, monke
     assert [records[step]["learning_rate"] for step in (1, 3, 5, 6)] == [float(schedule(n)) for n in range(4)]
 
 
-def test_a_run_that_was_stopped_so_goes_on_by_skipping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_can_be_resumed_with_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad_batches(monkeypatch, 4)
     with pytest.raises(NonFiniteLoss, match=r"^step 4: loss nan"):
         run_in(tmp_path, RECIPE)
     assert run_in(tmp_path, recipe(non_finite="skip"), resume=True).step == 6
 
 
-def test_where_nothing_is_finite_any_more_skipping_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "MAX_SKIPPED_IN_A_ROW", 3)
     bad_batches(monkeypatch, 1, 3, 4, 5, 6)
     with pytest.raises(NonFiniteLoss, match=r"^step 5: loss nan.*3 consecutive steps were skipped"):

@@ -1,4 +1,4 @@
-"""What a run leaves: files, the log, checkpoints."""
+"""The files, log and checkpoints of a finished run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt2_jax.training import Outcome
 from gpt2_jax.training.run.metrics import read_metrics
 
 
-def test_what_a_run_leaves(finished: Outcome) -> None:
+def test_the_files_of_a_finished_run(finished: Outcome) -> None:
     assert (finished.step, finished.stopped_by) == (6, None)
     assert {p.name for p in finished.run.iterdir()} >= {
         "run.json",
@@ -34,15 +34,17 @@ def test_what_a_run_leaves(finished: Outcome) -> None:
     assert all(np.isfinite(array).all() for array in all_weights(finished.run).values())
 
 
-def test_what_is_logged_when(finished: Outcome) -> None:
-    """Every log_every=2 and eval_every=4 steps, before the first and after the last."""
+def test_the_records_of_the_log(finished: Outcome) -> None:
+    """Every log_every=2 and eval_every=4 steps, before the first and after the last step."""
     kept = read_metrics(finished.run)
     assert [record["step"] for record in kept] == [0, 2, 4, 6]
     assert [record["step"] for record in kept if "val_loss" in record] == [0, 4, 6]
     logged = {"step", "train_loss", "grad_norm", "learning_rate"}
     assert set(kept[1]) == logged  # no speed yet: the first steps compile
     assert set(kept[3]) == logged | {"val_loss", "tokens_per_second", "mfu"}
-    assert kept[1]["learning_rate"] == pytest.approx(1e-2 * 2 / 3)  # of the step that was made, number 1 from 0
+    assert kept[1]["learning_rate"] == pytest.approx(
+        1e-2 * 2 / 3
+    )  # the learning rate of the second step, which has number 1
     assert kept[3]["train_loss"] < kept[1]["train_loss"]
     assert kept[3]["val_loss"] < kept[0]["val_loss"]
 

@@ -1,4 +1,4 @@
-"""Going on with a run: what is refused, what may change, and what is taken over."""
+"""Resuming a run: what is refused, what may change, and what changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpt2_jax.training.run.metrics import read_metrics
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def test_resuming_what_is_finished_changes_nothing(copy: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing(copy: Path) -> None:
     before = files(copy / "run")
     again = run_in(copy, RECIPE, resume=True)
     after = files(copy / "run")
@@ -92,13 +92,13 @@ def test_a_resume_on_other_data_is_refused(copy: Path) -> None:
         run_in(copy, RECIPE, resume=True)
 
 
-def test_what_is_only_reported_may_change(copy: Path) -> None:
+def test_fields_of_reports_may_change(copy: Path) -> None:
     changed = recipe(eval_every=1, log_every=1, checkpoint_every=1, keep_last=5, eval_batches=1)
     assert run_in(copy, changed, resume=True).step == 6
     assert stored_identity(copy / "run").config.keep_last == 5
 
 
-def test_accepted_changes_are_taken_over(copy: Path) -> None:
+def test_accepted_changes_are_stored_and_used(copy: Path) -> None:
     changed = recipe(max_steps=8, seed=5, layer_norm_epsilon=1e-4)
     outcome = run_in(copy, changed, resume=True, accept_changes=True)
     assert outcome.step == 8
@@ -161,8 +161,8 @@ def test_a_damaged_run_json_is_an_error_that_says_so(copy: Path, text: str) -> N
         run_in(copy, RECIPE, resume=True)
 
 
-def test_a_damaged_checkpoint_is_named_passed_over_and_kept(copy: Path) -> None:
-    """The run goes on from the one before it, to the same end."""
+def test_a_damaged_checkpoint_is_named_skipped_and_kept(copy: Path) -> None:
+    """The run continues from the previous checkpoint and ends with the same result."""
     run = copy / "run"
     damaged = run / "checkpoints" / "6"
     before, there = all_weights(damaged), steps(run)
@@ -183,8 +183,8 @@ def test_a_damaged_checkpoint_is_named_passed_over_and_kept(copy: Path) -> None:
     assert (run / "checkpoints" / "6.damaged" / file.relative_to(damaged)).read_bytes() == data
 
 
-def test_a_checkpoint_that_is_a_link_is_none(copy: Path) -> None:
-    """Where it leads may be written to by others, and pruning would not know what to remove."""
+def test_a_checkpoint_that_is_a_link_is_not_used(copy: Path) -> None:
+    """Others may write to its target, and pruning could not tell what to remove."""
     folder = copy / "run" / "checkpoints"
     (folder / "6").rename(copy / "elsewhere")
     (folder / "6").symlink_to(copy / "elsewhere")
@@ -197,7 +197,7 @@ def test_a_checkpoint_that_is_a_link_is_none(copy: Path) -> None:
     assert files(copy / "elsewhere") == before
 
 
-def test_a_run_with_damaged_checkpoints_alone_is_not_begun_again(copy: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_start_again(copy: Path) -> None:
     for step in steps(copy / "run"):
         (copy / "run" / "checkpoints" / str(step) / "manifest.json").write_text("{}")
     with pytest.raises(TrainingError, match=r"none of the checkpoints in .* is valid"):
@@ -218,7 +218,7 @@ def test_a_run_that_is_trained_by_another_process_is_refused(copy: Path) -> None
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "ema_decay": 0.9, "scan": False}], ids=str)
-def test_the_description_of_a_state_is_that_of_the_first(changes: dict[str, Any]) -> None:
+def test_the_abstract_state_matches_the_initial_state(changes: dict[str, Any]) -> None:
     config = recipe(**changes)
     model, tx = loop.make_model(config), loop.make_optimizer(config.optimizer, 6)
     mesh = make_mesh()
@@ -228,7 +228,7 @@ def test_the_description_of_a_state_is_that_of_the_first(changes: dict[str, Any]
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
 
 
-def test_a_resume_makes_no_state_beside_the_one_it_restores(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resume_creates_no_initial_state(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "initial_state", None)
     assert run_in(copy, RECIPE, resume=True).step == 6
 

@@ -1,4 +1,4 @@
-"""The samples that are shown during a run, and the prompts that they go on from."""
+"""The samples printed during a run, and their prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
         ({"sample_prompt": "é", "tokenizer": "characters"}, "no character 'é'"),
     ],
 )
-def test_a_prompt_that_cannot_be_gone_on_from_is_found_before_the_run_begins(
+def test_an_invalid_prompt_is_found_before_the_run_starts(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(TrainingError, match=f"sample_prompt=.*{message}"):
@@ -35,7 +35,7 @@ def test_a_prompt_that_cannot_be_gone_on_from_is_found_before_the_run_begins(
     assert not (tmp_path / "run").exists()
     assert resolve_config(
         recipe(**changes), data_for(recipe(**changes), tmp_path)
-    )  # where nothing is sampled it is unused
+    )  # without samples, the prompt is not used
 
 
 def test_documents_with_masks_train_too_and_samples_are_shown(
@@ -55,8 +55,8 @@ def test_documents_with_masks_train_too_and_samples_are_shown(
     assert "validation loss" in shown
 
 
-def test_a_padded_vocabulary_is_no_trouble_to_a_sample(tmp_path: Path) -> None:
-    """Ids that the model has and the tokenizer has not, as where a checkpoint's vocabulary is a multiple of 64."""
+def test_a_sample_with_a_padded_vocabulary_has_only_known_tokens(tmp_path: Path) -> None:
+    """The model has ids that the tokenizer lacks, as in a checkpoint with a vocabulary padded to a multiple of 64."""
     model = bridge.GPT2Config(vocab_size=1000, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     config = recipe(init_from="memory", **vars(model), sample_tokens=15)
     data = data_for(config, tmp_path)

@@ -1,4 +1,4 @@
-"""A signal ends a run before its last step, and nothing is lost."""
+"""A signal ends a run early without loss of work."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_a_signal_ends_a_run_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM here; `gpt2 train` is sent both in tests/cli."""
+    """This sends SIGTERM; tests/cli sends both signals to `gpt2 train`."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop_at(monkeypatch, 5, lambda: signal.raise_signal(signal.SIGTERM))
     outcome = run_in(tmp_path, RECIPE)
@@ -44,7 +44,7 @@ def test_a_signal_ends_a_run_after_its_step(tmp_path: Path, monkeypatch: pytest.
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
-def test_a_signal_when_all_is_done_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_after_the_last_step_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Checkpoints.save
 
     def signal_in_the_last(self: Checkpoints, state: Any, loss: float | None) -> None:
@@ -58,7 +58,7 @@ def test_a_signal_when_all_is_done_stops_nothing(tmp_path: Path, monkeypatch: py
 
 
 def test_no_more_than_one_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A signal is heard after what was begun: with steps of a minute that must not be all up to the next record."""
+    """A signal is handled after the steps that are already queued, and a step may take a minute."""
     awaited: list[int] = []
     make = loop.make_train_step
 
@@ -87,10 +87,10 @@ def test_no_more_than_one_step_waits_for_the_device(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("step", [0, 4, 6])
-def test_an_evaluation_is_left_saved_and_made_up_for(
+def test_an_interrupted_evaluation_is_repeated_by_a_resume(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Outcome
 ) -> None:
-    """Before the first step, in the middle, and after the last: a run that is not evaluated has not ended."""
+    """Before the first step, in the middle, and after the last step: a run is complete only after its evaluation."""
     with monkeypatch.context() as stopping:
         signal_in_evaluation(stopping, step)
         outcome = run_in(tmp_path, RECIPE)
@@ -108,7 +108,7 @@ def test_an_evaluation_is_left_saved_and_made_up_for(
 
 
 def signal_in_evaluation(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Between the two batches of the one after `step`."""
+    """Between the two batches of the evaluation after `step`."""
     inner, seen = loop.validation_loss, []
 
     def signalled(*args: Any) -> float:
@@ -127,10 +127,10 @@ def signal_in_evaluation(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize("start", [0, 4])
 @pytest.mark.parametrize("which", ["make_train_step", "make_eval_step"])
-def test_compiling_is_left_at_once(
+def test_compilation_is_interrupted_at_once(
     which: str, start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Outcome
 ) -> None:
-    """Here it would take for ever. What goes on is gone on with from where it was."""
+    """The compilation here never ends. The run is resumed from where it was."""
     if start:
         shutil.copytree(finished.run.parent, tmp_path, dirs_exist_ok=True)
         for step in steps(tmp_path / "run"):
@@ -151,7 +151,7 @@ def test_compiling_is_left_at_once(
         slow.setattr(loop, which, make_slow)
         outcome = run_in(tmp_path, RECIPE, resume=True)
     released.set()
-    # After a checkpoint that was evaluated the next evaluation, for which it is compiled, is that of step 6.
+    # The run resumes from an evaluated checkpoint, so that the evaluation step is compiled at step 6.
     stopped_at = 6 if start and which == "make_eval_step" else start
     assert (outcome.step, outcome.stopped_by, steps(outcome.run)[-1]) == (stopped_at, signal.SIGTERM, stopped_at)
     resumed = run_in(tmp_path, RECIPE, resume=True)
@@ -160,7 +160,7 @@ def test_compiling_is_left_at_once(
 
 
 class Compiled:
-    """A compiled function whose `lower` is another."""
+    """A compiled function with another `lower`."""
 
     def __init__(self, function: Callable[..., Any], lower: Callable[..., Any]) -> None:
         self._function, self.lower = function, lower
@@ -181,7 +181,7 @@ def test_an_error_of_the_compiler_is_raised_as_it_is(tmp_path: Path, monkeypatch
 
 
 def test_a_step_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread's compilation is the one that the step then uses."""
+    """The step uses the program that the thread has compiled."""
     made: list[Any] = []
     make = loop.make_train_step
     monkeypatch.setattr(loop, "make_train_step", lambda *a, **o: made.append(make(*a, **o)) or made[-1])
@@ -200,7 +200,7 @@ def test_a_step_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
 
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
@@ -214,7 +214,7 @@ def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_two_signals_within_one_call_end_the_process(tmp_path: Path) -> None:
-    """Python runs no handler before the call is over, and then one for both."""
+    """Python runs no handler before the call returns, and then only one for both signals."""
     code = """
 import signal, jax
 from gpt2_jax.training.preemption import PreemptionHandler
@@ -241,7 +241,7 @@ with PreemptionHandler(second=signal.SIG_DFL):
             child.kill()
 
 
-def test_the_run_is_locked_until_all_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_is_locked_until_the_export_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner, held = loop.finish, []
 
     def finish(run: Path, *arguments: Any) -> Outcome:
@@ -258,7 +258,7 @@ def test_the_run_is_locked_until_all_is_exported(tmp_path: Path, monkeypatch: py
 
 @pytest.fixture
 def heard_by_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """As if this process was one of several: what JAX's own handler of SIGTERM hears."""
+    """Simulates several processes: records what JAX's handler of SIGTERM receives."""
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     monkeypatch.setattr(preemption, "are_several", lambda: True)
@@ -274,8 +274,8 @@ def agree(stop: PreemptionHandler) -> None:
         stop.check()
 
 
-def test_of_several_one_that_is_told_late_goes_on_saving(heard_by_jax: list[int]) -> None:
-    """Where the system tells each of them, and the first has them stop before the last hears of it."""
+def test_a_late_signal_to_one_of_several_processes_does_not_interrupt_saving(heard_by_jax: list[int]) -> None:
+    """The system signals every process, and they agree to stop before the last one is signalled."""
     with PreemptionHandler() as stop:
         agree(stop)
         signal.raise_signal(signal.SIGTERM)
@@ -286,7 +286,7 @@ def test_of_several_one_that_is_told_late_goes_on_saving(heard_by_jax: list[int]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_of_several_the_one_with_the_keyboard_tells_the_others(heard_by_jax: list[int]) -> None:
+def test_ctrl_c_in_one_of_several_processes_stops_the_others(heard_by_jax: list[int]) -> None:
     with PreemptionHandler() as stop:
         signal.raise_signal(signal.SIGINT)
         assert (heard_by_jax, stop.received) == ([signal.SIGTERM], None)
@@ -295,7 +295,7 @@ def test_of_several_the_one_with_the_keyboard_tells_the_others(heard_by_jax: lis
             signal.raise_signal(signal.SIGINT)
 
 
-def test_of_several_a_keyboard_that_is_late_goes_unheard(heard_by_jax: list[int]) -> None:
+def test_a_late_ctrl_c_in_one_of_several_processes_is_ignored(heard_by_jax: list[int]) -> None:
     with PreemptionHandler() as stop:
         agree(stop)
         signal.raise_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The validation loss: of which weights, over which batches."""
+"""The validation loss: its weights and its batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import TrainingError, loop
 
 
-def test_the_running_mean_is_what_is_evaluated(tmp_path: Path) -> None:
+def test_the_moving_average_is_evaluated(tmp_path: Path) -> None:
     state = loop.TrainState(jax.numpy.int32(1), "weights", None, "their mean")
     seen = []
 
@@ -35,7 +35,7 @@ def test_validation_data_without_a_label_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(tmp_path: Path) -> None:
-    """And sees the same windows: a batch of 480 in 40 parts does not fit a device in one."""
+    """It sees the same windows. A batch that is trained in 40 microbatches does not fit into a device at once."""
     seen = []
 
     def eval_step(params: Any, batch: Any) -> tuple[float, int]:

@@ -1,4 +1,4 @@
-"""Peak memory of eight processes that load 1.5B parameters over their eight devices: each its part, and one tensor."""
+"""Peak memory of eight processes that load 1.5B parameters: each holds its share and one whole tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = GPT2_SIZES["gpt2-xl"]
 SHARE = 4 * bridge.num_parameters(CONFIG) / PROCESSES
 LARGEST_TENSOR = 4 * CONFIG.vocab_size * CONFIG.n_embd
 SLACK = 64 * 2**20
-"""What Python and malloc add, and biases and norms, which every device has whole."""
+"""Python, malloc, and the biases and norms, which are replicated."""
 
 LOAD = """
 import sys

@@ -1,4 +1,4 @@
-"""The training step: pure, compiled once, exact under accumulation, and the same for every form of the model."""
+"""The training step: pure, compiled once, exact with microbatches, and equal for every form of the model."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from gpt2_jax.training.state import all_finite
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FLOAT32 = 1e-5
-"""Sums of a few hundred terms in another order, in float32; relative to the largest."""
+"""Sums of a few hundred float32 terms in another order, relative to the largest."""
 BFLOAT16 = 3e-2
-"""Eight bits of mantissa, over the depth of the model."""
+"""Eight bits of mantissa, accumulated over the depth of the model."""
 
 CONFIG = GPT2Config(vocab_size=31, n_positions=12, n_embd=12, n_layer=2, n_head=2, n_inner=20)
 MOMENTUM = optax.sgd(0.1, momentum=0.9)
-"""Updates in proportion to gradients, so that states can be compared; AdamW and Muon have tests of their own."""
+"""Its updates are proportional to gradients, so that states can be compared. AdamW and Muon have their own tests."""
 STEPS, BATCH, LENGTH = 4, 6, 10
 PADDING = {"input_ids": 5, "labels": IGNORE_INDEX, "attention_mask": 0}
 
 
 @cache
 def stepper(tx: Any = MOMENTUM, *, drop: float = 0.0, seed: int = 0, ema: float | None = None, **options: Any) -> Any:
-    """A compiled step, the same for all tests that ask for this one."""
+    """A compiled step, shared by all tests with the same options."""
     of_step = {name: options.pop(name) for name in ("num_microbatches", "skip_non_finite") if name in options}
     model = GPT2(replace(CONFIG, embd_pdrop=drop), **{"scan": True, **options})
     return make_train_step(model, tx, seed=seed, ema_decay=ema, **of_step)
@@ -50,7 +50,7 @@ def batch(seed: int = 0, *, ragged: bool = False) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, LENGTH + 1)).astype(np.int32)
     labels = tokens[:, 1:].copy()
-    if ragged:  # from no label to all of them
+    if ragged:  # rows with no labels up to all labels
         labels[np.arange(LENGTH) >= np.linspace(0, LENGTH, BATCH).astype(int)[:, None]] = IGNORE_INDEX
     return {"input_ids": tokens[:, :-1].copy(), "labels": labels}
 
@@ -75,7 +75,7 @@ def some_steps(step: Any, state: TrainState, **options: Any) -> tuple[list[float
     return losses, state
 
 
-def test_a_step_is_pure_gives_up_its_state_and_is_compiled_once() -> None:
+def test_a_step_is_pure_donates_its_state_and_is_compiled_once() -> None:
     step = stepper()
     given = first_state()
     after, metrics = step(given, batch())
@@ -99,14 +99,14 @@ def test_the_loss_falls_and_is_that_of_the_weights_before_the_update() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_accumulation_is_exact_where_labels_are_ragged() -> None:
-    """A mean of the parts' means would weigh a part with one label as much as one with all."""
+def test_microbatches_are_exact_with_unequal_numbers_of_labels() -> None:
+    """A mean of the microbatches' means would give a microbatch with one label the same weight as a full one."""
     whole = stepper()(first_state(), batch(ragged=True))
     parts = stepper(num_microbatches=3)(first_state(), batch(ragged=True))
     assert_close(parts, whole)
 
 
-def test_where_nothing_is_to_be_learned_the_gradient_is_zero_and_nothing_is_nan() -> None:
+def test_without_labels_the_gradient_is_zero_and_nothing_is_nan() -> None:
     nothing = batch() | {"labels": np.full((BATCH, LENGTH), IGNORE_INDEX, np.int32)}
     for step in (stepper(), stepper(num_microbatches=3)):
         state, metrics = step(first_state(), nothing)
@@ -115,8 +115,8 @@ def test_where_nothing_is_to_be_learned_the_gradient_is_zero_and_nothing_is_nan(
 
 
 @pytest.mark.parametrize("shift", [0, 2], ids=["right", "left"])
-def test_padding_changes_nothing_wherever_it_stands(shift: int) -> None:
-    """Whatever ids it has: the mask hides them and the labels ignore them."""
+def test_padding_on_either_side_changes_nothing(shift: int) -> None:
+    """For any ids of the padding: the mask hides them and the labels ignore them."""
     plain = batch()
     padded = {name: np.full((BATCH, CONFIG.n_positions), fill, np.int32) for name, fill in PADDING.items()}
     for name, array in (*plain.items(), ("attention_mask", np.ones_like(plain["labels"]))):
@@ -124,7 +124,7 @@ def test_padding_changes_nothing_wherever_it_stands(shift: int) -> None:
     assert_close(stepper()(first_state(), padded), stepper()(first_state(), plain))
 
 
-def test_dropout_repeats_by_seed_and_step_and_by_nothing_else() -> None:
+def test_dropout_depends_on_seed_and_step_only() -> None:
     def loss(seed: int, at: int) -> float:
         state = first_state(ema=True)._replace(step=jnp.int32(at))
         return float(stepper(drop=0.3, ema=0.9, seed=seed)(state, batch())[1]["loss"])
@@ -134,7 +134,7 @@ def test_dropout_repeats_by_seed_and_step_and_by_nothing_else() -> None:
     assert loss(0, 1) == losses[0, 1]
 
 
-def test_the_running_mean_is_its_formula() -> None:
+def test_the_moving_average_is_its_formula() -> None:
     state = first_state(ema=True)
     expected = copied(state.params)
     assert_equal(state.ema_params, expected)
@@ -146,8 +146,8 @@ def test_the_running_mean_is_its_formula() -> None:
     assert not np.array_equal(state.ema_params["wpe"]["embedding"], state.params["wpe"]["embedding"])
 
 
-def test_after_the_warm_up_the_running_mean_has_the_configured_decay() -> None:
-    """For 0.9 from t = 80 on; steps that were skipped are not counted."""
+def test_after_the_warm_up_the_moving_average_has_the_configured_decay() -> None:
+    """A decay of 0.9 is reached at t = 80. Skipped steps are not counted."""
     for step, skipped, decay in ((79, 0, 0.9), (1000, 0, 0.9), (1000, 999, 3 / 12)):
         state = first_state(ema=True)._replace(step=jnp.int32(step), skipped=jnp.int32(skipped))
         before = copied(state.ema_params)
@@ -156,7 +156,7 @@ def test_after_the_warm_up_the_running_mean_has_the_configured_decay() -> None:
         assert_close(after.ema_params, expected)
 
 
-def test_the_running_mean_of_a_short_run_predicts_as_well_as_the_last_weights() -> None:
+def test_the_moving_average_of_a_short_run_predicts_as_well_as_the_last_weights() -> None:
     state, evaluated = first_state(ema=True), make_eval_step(GPT2(CONFIG, scan=True))
     initial = float(evaluated(state.params, batch())[0])
     step = stepper(ema=0.999)
@@ -167,7 +167,7 @@ def test_the_running_mean_of_a_short_run_predicts_as_well_as_the_last_weights() 
     assert mean < raw + 0.05 * initial
 
 
-def test_bfloat16_computes_and_float32_is_kept() -> None:
+def test_bfloat16_computes_and_float32_is_stored() -> None:
     tx = make_optimizer(OptimizerConfig(), STEPS)
     state, metrics = stepper(tx, dtype=jnp.bfloat16)(first_state(tx), batch())
     floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
@@ -192,7 +192,7 @@ def test_remat_is_in_the_program() -> None:
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_one_number_that_is_not_finite_is_found(poison: float) -> None:
+def test_a_single_non_finite_number_is_found(poison: float) -> None:
     params = first_state().params
     assert all_finite(params)
     bias = params["h"]["attn"]["c_attn"]["bias"]
@@ -201,8 +201,8 @@ def test_one_number_that_is_not_finite_is_found(poison: float) -> None:
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(num_microbatches: int) -> None:
-    """Weights, moments, their counts and the mean are those of a run that never had its batch."""
+def test_a_non_finite_step_is_skipped_and_counted(num_microbatches: int) -> None:
+    """Weights, optimizer state and moving average equal those of a run without the skipped batch."""
     tx = make_optimizer(OptimizerConfig(warmup_steps=1), 9)
     step = stepper(tx, num_microbatches=num_microbatches, ema=0.5, skip_non_finite=True)
     bad = batch(1)
@@ -221,7 +221,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(num_microbatches: int)
     assert_equal(state._replace(step=0, skipped=0), expected._replace(step=0, skipped=0))
 
 
-def test_without_being_told_no_step_is_skipped() -> None:
+def test_by_default_no_step_is_skipped() -> None:
     bad = batch(1)
     bad["input_ids"][0, 0] = CONFIG.vocab_size
     state, metrics = stepper()(first_state(), bad)

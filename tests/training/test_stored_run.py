@@ -1,4 +1,4 @@
-"""`run.json` as somebody else may have written it."""
+"""Damaged and malicious run.json files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_special_files_are_refused(tmp_path: Path, make: Callable[[Path], None])
         stored_identity(tmp_path)
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_run_json_is_read(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(changed(tokenizer="1" * 64, versions={"jax": "1"}))
     assert stored_identity(tmp_path) == Identity(TrainConfig(), "0" * 64, "1" * 64)
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 EXPORT, LOCK = "export", ".lock"
 VISIBILITY_TIMEOUT = 90
-"""Seconds. NFS with default settings may cache for a minute that a file does not exist."""
+"""Seconds. With default settings, NFS may cache for this long that a file does not exist."""
 _FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *TOKENIZER_FILES)
 _FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD)
 """The names that training writes into the directory of a run."""
