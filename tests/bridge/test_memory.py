@@ -35,11 +35,11 @@ MOST_TO_REFUSE = 64 * MIB
 """Limit for rejecting a file that is not a checkpoint."""
 
 SEEN = 0.95
-"""Share of the memory that must be held and that the measurement must at least show. The peak of the idle child varies by
-a MiB or two."""
+"""Share of the memory that must be held which the measurement must at least show. The peak of the idle child varies
+by a MiB or two."""
 
-# A child inherits the peak of its parent on exec. The measured process is therefore started by `sh`, which is small, and
-# not by the test's own process.
+# A child inherits the peak of its parent on exec. The measured process is therefore started by `sh`, which is small,
+# and not by the test's own process.
 IMPORTS = "import resource, sys; import numpy, ml_dtypes, json; import bridge, bridge.containers.safetensors"
 REPORT = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
