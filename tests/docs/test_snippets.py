@@ -50,7 +50,7 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
 SMALLER = {
     "train": "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 2 --num-microbatches 1 "
     "--max-steps 2 --warmup-steps 1 --eval-every 2 --eval-batches 1 --checkpoint-every 1 --sample-tokens 0",
-    "resume": "--accept-changes --eval-batches 1 --sample-tokens 0",
+    "resume": "--accept-changes --max-steps 3 --eval-batches 1 --sample-tokens 0",
     "finetune": "--seq-len 16 --batch-size 2 --max-steps 2 --warmup-steps 1 --eval-every 2 --eval-batches 1 "
     "--checkpoint-every 1 --sample-tokens 0",
     "verify": "--batch-size 1 --seq-len 16",

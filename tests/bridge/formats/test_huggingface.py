@@ -1,4 +1,4 @@
-"""Hugging Face directories, held against transformers in both directions."""
+"""Hugging Face directories against transformers, in both directions."""
 
 from __future__ import annotations
 

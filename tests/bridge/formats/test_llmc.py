@@ -1,4 +1,4 @@
-"""llm.c's `model.bin`, held against its documented layout (`fuzz.llmc.oracle`) and a writer of our own in torch.
+"""llm.c's `model.bin` against its documented layout (`fuzz.llmc.oracle`) and a writer of our own in torch.
 
 llm.c is not in the package registry; what its `write_model` does is written out here in other words.
 """

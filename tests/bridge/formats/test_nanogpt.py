@@ -198,11 +198,13 @@ def test_the_activation_of_a_file_that_does_not_state_it_can_be_given(tmp_path: 
 
 def test_an_activation_that_is_not_the_files_is_refused(tmp_path: Path) -> None:
     nanogpts(tmp_path / "ckpt.pt")
-    with pytest.raises(ConfigError, match=r"ckpt\.pt': activation='relu': this file's is gelu or gelu_new"):
+    with pytest.raises(
+        ConfigError, match=r"ckpt\.pt': activation='relu': the activation of this file is gelu or gelu_new"
+    ):
         bridge.load(tmp_path, activation="relu")
     nanogpts(tmp_path / "ckpt.pt", lambda saved: saved["model_args"].pop("bias"))
     assert bridge.load(tmp_path, activation="gelu_new").config.activation_function == "gelu_new"
-    with pytest.raises(ConfigError, match="activation='gelu': this file's is gelu_new"):
+    with pytest.raises(ConfigError, match="activation='gelu': the activation of this file is gelu_new"):
         bridge.load(tmp_path, activation="gelu")
 
 
@@ -210,7 +212,7 @@ def test_the_config_beside_a_file_states_its_activation(tmp_path: Path) -> None:
     bridge.save(random_checkpoint(CONFIG), tmp_path / "saved", format="nanogpt")
     assert bridge.load(tmp_path / "saved").diagnostics == ()
     assert bridge.load(tmp_path / "saved", activation="gelu").config == CONFIG
-    with pytest.raises(ConfigError, match="activation='gelu_new': this file's is gelu"):
+    with pytest.raises(ConfigError, match="activation='gelu_new': the activation of this file is gelu"):
         bridge.load(tmp_path / "saved", activation="gelu_new")
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace('"gelu"', '"gelu_new"'))
@@ -347,12 +349,12 @@ def test_counts_of_steps_do_not_share_memory(tmp_path: Path) -> None:
     assert len({entry["step"].data_ptr() for entry in state.values()}) == len(state)
 
 
-# Going on
+# Continuing training
 
 
 @pytest.fixture
 def halfway(tmp_path: Path) -> tuple[Path, NanoGPT]:
-    """A checkpoint in float64, and the model that goes on from it by one step without a stop."""
+    """A checkpoint in float64, and the same model after one more step without an interruption."""
     model = random_model(**ARGS).double().eval()
     optimizer = adamw(model)
     trained(model, optimizer)
@@ -564,8 +566,8 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
         "wte.weight is missing",
         ConversionError,
     ),
-    "optimizer a list": (put([], "optimizer"), "`state` and `param_groups`", ConversionError),
-    "optimizer empty": (put({}, "optimizer"), "`state` and `param_groups`", ConversionError),
+    "optimizer a list": (put([], "optimizer"), "`state`, and `param_groups`", ConversionError),
+    "optimizer empty": (put({}, "optimizer"), "`state`, and `param_groups`", ConversionError),
     "one group": (one_group, "groups of '[40]' parameters; nanoGPT makes [14, 26]", ConversionError),
     "a moment missing": (
         without("optimizer", "state", 3, "exp_avg_sq"),

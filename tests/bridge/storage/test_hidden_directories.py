@@ -33,7 +33,7 @@ with new(sys.argv[1]) as beside:
 
 @contextmanager
 def writer(target: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has written half of `target`, and waits for a line before it goes on."""
+    """A process that has written half of `target`, and waits for a line before it continues."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, "-c", WRITER, str(target), kind]
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -58,7 +58,7 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
         assert tree(tmp_path / "out[1]") == {"new": b"new"}
         (tmp_path / "out[1]" / "new").unlink()
         (tmp_path / "out[1]").rmdir()
-        living.communicate("go on\n")
+        living.communicate("continue\n")
         assert living.returncode == 0
     assert {*tmp_path.iterdir()} == {*others, tmp_path / "out[1]"}
     assert tree(tmp_path)["out[1]" if kind == "file" else "out[1]/new"] == b"half"

@@ -117,7 +117,7 @@ def test_a_file_that_appears_in_a_directory_while_that_is_overwritten_is_kept(tm
 def test_the_old_one_is_there_until_the_new_one_is(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Looked at before every rename and every flush to the disk; without an exchange it is gone for a moment."""
+    """Inspect the target before every rename and flush. Without an exchange of names it is briefly missing."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     seen = []
