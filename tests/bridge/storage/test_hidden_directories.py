@@ -33,11 +33,7 @@ with new(sys.argv[1]) as beside:
 
 @contextmanager
 def writer(target: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
-<<<<<<< HEAD
-    """A process that has written half of `target`, and waits for a line before it continues."""
-=======
     """Start a process that writes half of `target`, then waits for a line on stdin."""
->>>>>>> part-area-a
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, "-c", WRITER, str(target), kind]
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
