@@ -1,7 +1,7 @@
-"""GGUF checkpoints against the gguf package (0.19.0), and against files that are no GPT-2 of llama.cpp's.
+"""GGUF checkpoints, compared with the gguf package (0.19.0), and files that are not a GPT-2 of llama.cpp.
 
-What llama.cpp's converter writes is written here by the package's `GGUFWriter` under the names of its own table. By
-hand llama.cpp itself (b11549) was given files of every type: it computes the reference's logits.
+The package's `GGUFWriter` writes files like those of llama.cpp's converter, with the names of its own table. llama.cpp
+(b11549) was tested by hand with files of every type: it computes the logits of the reference.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def saved(path: Path, checkpoint: Checkpoint) -> Path:
 
 
 def fields_of(path: Path) -> dict[str, Any]:
-    """The metadata as the package reads it."""
+    """Return the metadata, read by the package."""
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
@@ -89,14 +89,14 @@ def test_the_width_of_the_feed_forward_layer_is_kept(tmp_path: Path, n_inner: in
 
 
 def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
-    """As mixed as can be: every third tensor in each of the types, vectors too."""
+    """Each type is used by every third tensor, including vectors."""
     types = (np.float32, np.float16, BF16)
     state = {name: values.astype(types[i % 3]) for i, (name, values) in enumerate(random_state(TINY).items())}
     checkpoint = Checkpoint.of(state, TINY)
     assert_same(bridge.load(saved(tmp_path / "m.gguf", checkpoint)), checkpoint)
 
 
-def test_values_that_are_not_finite_are_kept_where_asked(tmp_path: Path) -> None:
+def test_non_finite_values_are_kept_on_request(tmp_path: Path) -> None:
     state = random_state(SMALLEST, BF16)
     for name in ("wte.weight", "ln_f.bias", "h.0.mlp.c_fc.weight"):
         state[name].reshape(-1)[:3] = np.nan, np.inf, -np.inf
@@ -107,7 +107,7 @@ def test_values_that_are_not_finite_are_kept_where_asked(tmp_path: Path) -> None
     assert_same(bridge.load(tmp_path / "m.gguf"), checkpoint)
 
 
-def test_settings_of_training_are_left_out_and_said(tmp_path: Path) -> None:
+def test_training_settings_are_left_out_and_reported(tmp_path: Path) -> None:
     config = replace(TINY, embd_pdrop=0.1, initializer_range=0.01)
     (sentence,) = bridge.save(random_checkpoint(config), tmp_path / "m.gguf", format="gguf")
     assert "initializer_range=0.01" in sentence
@@ -121,7 +121,7 @@ def test_settings_of_training_are_left_out_and_said(tmp_path: Path) -> None:
 
 
 def llama_cpps_names(config: GPT2Config) -> dict[str, str]:
-    """Canonical name -> the one that the package's own table gives Hugging Face's."""
+    """Return canonical name -> GGUF name, from the package's own table."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     names = {}
     for parameter in bridge.parameters(config):
@@ -136,7 +136,7 @@ def is_transposed(name: str) -> bool:
 
 
 def as_the_converter(path: Path, checkpoint: Checkpoint, matrices: gguf.GGMLQuantizationType, **dropped: bool) -> Path:
-    """The file that convert_hf_to_gguf.py makes of a GPT-2, written by the package."""
+    """Write with the package the file that convert_hf_to_gguf.py makes of a GPT-2."""
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_name("Tiny")
@@ -163,9 +163,7 @@ def as_the_converter(path: Path, checkpoint: Checkpoint, matrices: gguf.GGMLQuan
 
 @CONFIGS
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_what_the_package_writes_as_llama_cpps_converter_does_is_read(
-    tmp_path: Path, config: GPT2Config, kind: str
-) -> None:
+def test_files_like_those_of_llama_cpps_converter_are_read(tmp_path: Path, config: GPT2Config, kind: str) -> None:
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": BF16}[kind]
     exact = {  # the package rounds to bfloat16 otherwise than ml_dtypes does in a tie
         name: values.astype(dtype).astype(np.float32) for name, values in random_state(config).items()
@@ -180,7 +178,7 @@ def test_what_the_package_writes_as_llama_cpps_converter_does_is_read(
 
 @CONFIGS
 @DTYPES
-def test_the_package_reads_what_is_written(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
+def test_the_package_reads_written_files(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
     checkpoint = random_checkpoint(config, dtype)
     reader = gguf.GGUFReader(saved(tmp_path / "m.gguf", checkpoint))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -323,7 +321,7 @@ def renamed(old: str, new: str) -> bytes:
 
 
 def transposed() -> bytes:
-    """Every projection `[in, out]`."""
+    """Return a file with all projections `[in, out]`."""
     return gpt2(tensors={name: v.T.copy() if v.ndim == 2 else v for name, v in gguf_tensors().items()})
 
 
@@ -427,19 +425,19 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
 
 
 @pytest.mark.parametrize(("content", "error", "says"), NOT_GPT2.values(), ids=NOT_GPT2)
-def test_what_is_not_llama_cpps_gpt2_is_refused_by_field(
+def test_a_file_that_is_not_llama_cpps_gpt2_is_refused_by_field(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, error: type[BridgeError], says: str
 ) -> None:
     (tmp_path / "other.gguf").write_bytes(content)
     assert_refused(tmp_path / "other.gguf", says, capsys, error)
 
 
-def test_the_good_file_of_these_tests_is_good(tmp_path: Path) -> None:
+def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gpt2())
     assert_same(bridge.load(tmp_path / "m.gguf"), random_checkpoint(SMALLEST))
 
 
-def test_keys_that_change_nothing_are_ignored(tmp_path: Path) -> None:
+def test_irrelevant_keys_are_ignored(tmp_path: Path) -> None:
     pairs: Pairs = [
         (b"general.name", text("\xff")),
         (b"general.tags", texts(["text-generation"])),
@@ -456,7 +454,7 @@ def test_keys_that_change_nothing_are_ignored(tmp_path: Path) -> None:
     assert_same(bridge.load(tmp_path / "m.gguf"), random_checkpoint(SMALLEST))
 
 
-def test_whole_numbers_of_any_type_are_read(tmp_path: Path) -> None:
+def test_integers_of_any_type_are_read(tmp_path: Path) -> None:
     sizes = {"context_length": 5, "embedding_length": 8, "feed_forward_length": 12, "block_count": 2, "head_count": 2}
     for kind in ("uint8", "int8", "uint16", "int16", "int32", "uint64", "int64"):
         (tmp_path / "m.gguf").write_bytes(changed(**{key: number(size, kind) for key, size in sizes.items()}))
@@ -488,7 +486,7 @@ def test_a_config_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 def small_bpe() -> tiktoken.Encoding:
-    """The bytes in an order of their own, merges, ids that no token has, and two special tokens."""
+    """Return a tokenizer with reordered bytes, merges, ids without a token, and two special tokens."""
     ranks = {bytes([b]): (7 * b) % 256 for b in range(256)}
     ranks |= {token: 256 + i for i, token in enumerate((b" t", b"he", b" the", "é".encode(), b"\n\n", b"\x00\xff"))}
     return tiktoken.Encoding("small", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: 270, "<|é|>": 265})
@@ -521,7 +519,7 @@ def test_arrays_made_from_a_file_with_a_tokenizer_inside_keep_it(tmp_path: Path)
     assert_same_tokenizer(bridge.load(tmp_path / "hf").tokenizer(), small_bpe())
 
 
-def test_the_tokenizer_goes_on_to_other_formats(tmp_path: Path) -> None:
+def test_the_tokenizer_is_written_to_other_formats(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.gguf", with_tokenizer(small_bpe()))
     bridge.save(bridge.load(path), tmp_path / "hf", format="huggingface")
     assert_same_tokenizer(bridge.load(tmp_path / "hf").tokenizer(), small_bpe())
@@ -530,7 +528,7 @@ def test_the_tokenizer_goes_on_to_other_formats(tmp_path: Path) -> None:
 
 
 def test_the_package_finds_the_tokenizer(tmp_path: Path) -> None:
-    """Under the keys, and with the types of tokens, that llama.cpp reads; an entry for every row."""
+    """The keys and token types are those that llama.cpp reads. There is one entry per row."""
     found = fields_of(saved(tmp_path / "m.gguf", with_tokenizer(small_bpe())))
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
@@ -542,7 +540,7 @@ def test_the_package_finds_the_tokenizer(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.bos_token_id"] == found["tokenizer.ggml.eos_token_id"] == 270
 
 
-def test_a_tokenizer_of_characters_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_character_tokenizer_is_left_out_and_reported(tmp_path: Path) -> None:
     characters = bridge.character_tokenizer("hello")
     checkpoint = with_tokenizer(characters, 4)
     (sentence,) = bridge.save(checkpoint, tmp_path / "m.gguf", format="gguf")
@@ -552,7 +550,7 @@ def test_a_tokenizer_of_characters_is_left_out_and_said(tmp_path: Path) -> None:
     assert bridge.load(tmp_path / "directory").tokenizer().encode("hello") == characters.encode("hello")
 
 
-def test_without_a_tokenizer_there_is_none(tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     back = bridge.load(saved(tmp_path / "m.gguf", random_checkpoint(TINY)))
     assert back.own_tokenizer is None
     with pytest.raises(bridge.NoTokenizerError):
@@ -590,8 +588,8 @@ def test_a_tokenizer_that_the_vocabulary_does_not_hold_is_not_written(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_merges_are_needed_for_what_bytes_do_not_make(tmp_path: Path) -> None:
-    """A file of before the keys `pre` and `token_type`: what is neither byte nor merge is special."""
+def test_tokens_of_several_bytes_need_merges(tmp_path: Path) -> None:
+    """In old files without `pre` and `token_type`, tokens that are neither bytes nor merges are special."""
     ranks, special = small_bpe()._mergeable_ranks, small_bpe()._special_tokens
     path = saved(tmp_path / "m.gguf", with_tokenizer(small_bpe()))
     fields = fields_of(path)
@@ -615,14 +613,14 @@ def test_merges_are_needed_for_what_bytes_do_not_make(tmp_path: Path) -> None:
 
 
 def byte_tokens() -> list[str]:
-    """The characters that stand for the 256 bytes."""
+    """Return the characters that represent the 256 bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(moved)) for b in range(256)]
 
 
 def tokenizer_pairs(**replaced: bytes | None) -> Pairs:
-    """Those of the 256 bytes, with the last part of a key -> its value, None to leave one out."""
+    """Return the metadata of a tokenizer of the 256 bytes. Keyword: last part of a key -> value, or None to omit it."""
     parts = {"model": text("gpt2"), "tokens": texts(byte_tokens()), "merges": texts([]), **replaced}
     return [(f"tokenizer.ggml.{key}".encode(), value) for key, value in parts.items() if value is not None]
 
@@ -657,9 +655,7 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
 
 
 @pytest.mark.parametrize(("pairs", "says"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
-def test_a_tokenizer_that_cannot_be_used_is_refused_when_it_is_asked_for(
-    tmp_path: Path, pairs: Pairs, says: str
-) -> None:
+def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, says: str) -> None:
     (tmp_path / "m.gguf").write_bytes(gpt2([*gpt2_pairs(BYTES), *pairs], gguf_tensors(BYTES)))
     loaded = bridge.load(tmp_path / "m.gguf")
     assert_same(loaded, random_checkpoint(BYTES))
@@ -680,7 +676,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_when_it_is_asked_for(
     ids=["empty", "long", "many"],
 )
 def test_special_tokens_are_limited(tmp_path: Path, added: list[str], says: str, type: int) -> None:
-    """A normal token that no merge makes is special, too."""
+    """A normal token that no merge produces is special too."""
     config = replace(SMALLEST, vocab_size=256 + len(added))
     types = int32s([1] * 256 + [type] * len(added))
     pairs = [*gpt2_pairs(config), *tokenizer_pairs(tokens=texts(byte_tokens() + added), token_type=types)]
@@ -698,7 +694,7 @@ def test_the_good_tokenizer_of_these_tests_is_good(tmp_path: Path) -> None:
 
 
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
-    """GPT-2 XL in float32, 6 GB of which none is there: a sparse file."""
+    """GPT-2 XL in float32: a sparse file of 6 GB."""
     config = bridge.GPT2_SIZES["gpt2-xl"]
     shapes = {name: values.shape for name, values in gguf_tensors().items()}
     outside = {"token_embd.weight": (50_257, 1600), "position_embd.weight": (1024, 1600)}
@@ -733,7 +729,7 @@ def test_opening_reads_no_tensor(tmp_path: Path) -> None:
     assert not loaded.tensors["h.47.ln_1.bias"].any()
 
 
-def test_every_look_up_reads_anew_in_the_canonical_layout(tmp_path: Path) -> None:
+def test_every_access_reads_again_in_the_canonical_layout(tmp_path: Path) -> None:
     loaded = bridge.load(saved(tmp_path / "m.gguf", random_checkpoint(SMALLEST)))
     weight = loaded.tensors["h.0.attn.c_attn.weight"]
     assert weight.shape == (8, 24)
