@@ -136,7 +136,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
     "a tail of the index": (file(INDEX, lambda c: c[-48:]), "refers to bytes outside of the file", CheckpointError),
     "a short index": (file(INDEX, lambda c: c[-20:]), "20 bytes; the index of a GPT-2 has from 48", CheckpointError),
     "big-endian": (replaced(HEADER, b"\x00\x00\x06\x08\x01\x10\x01\x18\x00"), "big-endian machine", CheckpointError),
-    "no data files": (replaced(HEADER, b"\x00\x00\x06\x08\x00\x1a\x02\x08\x01"), "lie in 0 files", CheckpointError),
+    "no data files": (replaced(HEADER, b"\x00\x00\x06\x08\x00\x1a\x02\x08\x01"), "data is in 0 files", CheckpointError),
     "another file count": (replaced(HEADER, b"\x00\x00\x06\x08\x02\x1a\x02\x08\x01"), "of-00002", CheckpointError),
     "a name changed": (
         replaced(b"model/h0/attn/c_attn/b", b"model/h0/attn/c_attn/c"),
