@@ -463,6 +463,7 @@ def begun(path: Path) -> Path:
     return path
 
 
+@needs_torch
 def test_demo_keeps_a_run_with_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "demo").mkdir()
     run_directory = begun(tmp_path / "demo" / "run")

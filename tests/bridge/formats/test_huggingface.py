@@ -1,4 +1,8 @@
+<<<<<<< HEAD
+"""Hugging Face directories against transformers, in both directions."""
+=======
 """Hugging Face directories, compared with transformers in both directions."""
+>>>>>>> part-area-a
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
+<<<<<<< HEAD
+"""llm.c's `model.bin` against its documented layout (`fuzz.llmc.oracle`) and a writer of our own in torch.
+=======
 """llm.c's `model.bin`, compared with its documented layout (`fuzz.llmc.oracle`) and a second writer, in torch.
+>>>>>>> part-area-a
 
 llm.c is not a Python package, so its `write_model` is reimplemented here.
 """

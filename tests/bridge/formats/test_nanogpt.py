@@ -349,12 +349,16 @@ def test_counts_of_steps_do_not_share_memory(tmp_path: Path) -> None:
     assert len({entry["step"].data_ptr() for entry in state.values()}) == len(state)
 
 
-# Going on
+# Continuing training
 
 
 @pytest.fixture
 def halfway(tmp_path: Path) -> tuple[Path, NanoGPT]:
+<<<<<<< HEAD
+    """A checkpoint in float64, and the same model after one more step without an interruption."""
+=======
     """Return a checkpoint in float64, and the model after one more step without interruption."""
+>>>>>>> part-area-a
     model = random_model(**ARGS).double().eval()
     optimizer = adamw(model)
     trained(model, optimizer)

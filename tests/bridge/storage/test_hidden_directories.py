@@ -33,7 +33,11 @@ with new(sys.argv[1]) as beside:
 
 @contextmanager
 def writer(target: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
+<<<<<<< HEAD
+    """A process that has written half of `target`, and waits for a line before it continues."""
+=======
     """Start a process that writes half of `target`, then waits for a line on stdin."""
+>>>>>>> part-area-a
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, "-c", WRITER, str(target), kind]
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -58,7 +62,7 @@ def test_files_of_a_killed_writer_are_removed_and_those_of_a_live_one_stay(tmp_p
         assert tree(tmp_path / "out[1]") == {"new": b"new"}
         (tmp_path / "out[1]" / "new").unlink()
         (tmp_path / "out[1]").rmdir()
-        living.communicate("go on\n")
+        living.communicate("continue\n")
         assert living.returncode == 0
     assert {*tmp_path.iterdir()} == {*others, tmp_path / "out[1]"}
     assert tree(tmp_path)["out[1]" if kind == "file" else "out[1]/new"] == b"half"

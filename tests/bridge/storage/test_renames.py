@@ -117,7 +117,11 @@ def test_a_file_that_appears_in_a_directory_while_that_is_overwritten_is_kept(tm
 def test_the_old_directory_exists_until_the_new_one_does(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+<<<<<<< HEAD
+    """Inspect the target before every rename and flush. Without an exchange of names it is briefly missing."""
+=======
     """Inspected before every rename and flush. Without an exchange of names, the directory is missing for a moment."""
+>>>>>>> part-area-a
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     seen = []
