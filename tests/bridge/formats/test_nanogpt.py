@@ -607,7 +607,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     ),
     "parameters numbered twice": (
         put(0, "optimizer", "param_groups", 0, "params", 1),
-        "contain a parameter twice",
+        "the groups contain a parameter twice",
         ConversionError,
     ),
     "iter_num text": (put("3", "iter_num"), "iter_num is not a count", CheckpointError),
