@@ -223,7 +223,7 @@ def test_a_module_without_a_layer_and_an_import_of_the_other_backend_are_found(t
         tmp_path,
         bridge__novelty="",
         gpt2_torch__model="",
-        gpt2_jax__data__text="import gpt2_torch.model",
+        gpt2_jax__data__documents="import gpt2_torch.model",
         gpt2_jax__parity__verify="import gpt2_torch.model",
     )
     assert upward_imports(import_graph(root)) == [
