@@ -41,7 +41,7 @@ def start(directory: Path, name: str, *more: object, variables: Mapping[str, str
         "JAX_PLATFORMS": "cpu",
         **DETERMINISTIC,
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]

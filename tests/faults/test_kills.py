@@ -6,7 +6,11 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from faults import kills, runs
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # inherited by its processes
 
 
 def test_a_run_that_is_killed_ends_as_the_one_that_is_not(tmp_path: Path) -> None:

@@ -300,15 +300,15 @@ def clip_without_the_millionth(patch: Patch) -> None:
 
 def average_the_parts(patch: Patch) -> None:
     """The loss of a batch is the mean of its parts' means."""
-    right_step, right_loss = torch_train.train_step, torch_train.cross_entropy
+    right_step, right_loss = torch_train.train_step, torch_train.summed_loss
 
     def step(model: Any, optimizer: Any, batch: Any, **kwargs: Any) -> Any:
         count = (batch["labels"] != IGNORE_INDEX).sum()
 
-        def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return right_loss(logits, labels) * count / (MICROBATCHES * (labels != IGNORE_INDEX).sum())
+        def loss(model: Any, part: Any) -> torch.Tensor:
+            return right_loss(model, part) * count / (MICROBATCHES * (part["labels"] != IGNORE_INDEX).sum())
 
-        patch.setattr(torch_train, "cross_entropy", loss)
+        patch.setattr(torch_train, "summed_loss", loss)
         return right_step(model, optimizer, batch, **kwargs)
 
     patch.setattr(torch_train, "train_step", step)
