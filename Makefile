@@ -49,7 +49,7 @@ test-overwriting: $(INSTALLED)  ## 10,000 random writes: none changes a file tha
 	PYTHONPATH=.:tests $(BIN)/python -m overwriting.driver --cases 10000
 
 FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
-faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that go on each time; an hour and more
+faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that are resumed each time; an hour or more
 	for fault in $(FAULTS); do PYTHONPATH=.:tests $(BIN)/python -m faults.$$fault || exit 1; done
 
 check: $(INSTALLED)  ## style and types

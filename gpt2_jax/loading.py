@@ -95,9 +95,9 @@ def sharded_params(
         shape = (rows if parameter.has_vocabulary_rows else parameter.flax_shape[0], *parameter.flax_shape[1:])
         entry = entries[parameter.torch_name]
         stored.setdefault(path, []).append(_Stored(parameter.torch_name, entry, parameter.flax_shape, shape, stacks))
-    described = {path: _described(layers, param_dtype) for path, layers in stored.items()}
-    places = flatten_dict(shardings(unflatten_dict(described), mesh))
-    return unflatten_dict({path: _spread(layers, described[path], places[path]) for path, layers in stored.items()})
+    abstract = {path: _abstract_array(layers, param_dtype) for path, layers in stored.items()}
+    sharding_of = flatten_dict(shardings(unflatten_dict(abstract), mesh))
+    return unflatten_dict({path: _shard(layers, abstract[path], sharding_of[path]) for path, layers in stored.items()})
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class _Stored:
 Part = tuple[slice, ...]
 
 
-def _described(layers: Sequence[_Stored], dtype: DTypeLike | None) -> jax.ShapeDtypeStruct:
+def _abstract_array(layers: Sequence[_Stored], dtype: DTypeLike | None) -> jax.ShapeDtypeStruct:
     first = layers[0]
     if dtype is None and (other := next((s for s in layers if s.entry.dtype != first.entry.dtype), None)):
         raise bridge.ConversionError(
@@ -141,20 +141,20 @@ def _described(layers: Sequence[_Stored], dtype: DTypeLike | None) -> jax.ShapeD
     return jax.ShapeDtypeStruct((len(layers), *first.shape) if first.is_stacked else first.shape, dtype)
 
 
-def _spread(layers: Sequence[_Stored], whole: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.Array:
+def _shard(layers: Sequence[_Stored], whole: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
     """Return one parameter on this process's devices. Stacked parameters come from one tensor per layer."""
     buffers: dict[str, tuple[Part, np.ndarray]] = {}  # by text: slices have no hash before 3.12
-    devices: Mapping[Any, Any] = place.addressable_devices_indices_map(whole.shape)
+    devices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(whole.shape)
     for index in devices.values():
         part = tuple(slice(*axis.indices(size)) for axis, size in zip(index, whole.shape, strict=True))
-        buffers.setdefault(str(index), (part, aligned_empty(place.shard_shape(whole.shape), whole.dtype)))
+        buffers.setdefault(str(index), (part, aligned_empty(sharding.shard_shape(whole.shape), whole.dtype)))
     for layer, stored in enumerate(layers):
         if stored.is_stacked:
             stored.copy_into([(part[1:], buffer[layer]) for part, buffer in buffers.values()])
         else:
             stored.copy_into([*buffers.values()])
     arrays = [jax.device_put(buffers[str(index)][1], device) for device, index in devices.items()]
-    return jax.make_array_from_single_device_arrays(whole.shape, place, arrays)
+    return jax.make_array_from_single_device_arrays(whole.shape, sharding, arrays)
 
 
 def checkpoint_from_params(model: GPT2, params: Mapping[str, Any], like: Checkpoint | None = None) -> Checkpoint:

@@ -143,8 +143,8 @@ def load_adamw_state(optimizer: torch.optim.Optimizer, model: GPT2, state: AdamW
 
     Raises `bridge.ConversionError` if the state does not match the model's parameters.
     """
-    for moments in (state.exp_avg, state.exp_avg_sq):
-        bridge.canonicalize(moments, model.config)  # torch does not check shapes
+    for moment in (state.exp_avg, state.exp_avg_sq):
+        bridge.canonicalize(moment, model.config)  # torch does not check shapes
     groups = optimizer.state_dict()["param_groups"]
     stored = optimizer_state.to_torch(state, parameter_names(optimizer, model), groups)
     entries = {

@@ -54,8 +54,8 @@ checkpoint = bridge.load(source)
 params = bridge.to_flax(checkpoint.tensors, checkpoint.config, stacked=True, vocab_multiple=64)
 state = bridge.to_torch(params, checkpoint.config, vocab_multiple=64)
 from bridge import optimizer_state
-moments = optimizer_state.from_flax(1, params, params, checkpoint.config, vocab_multiple=64)
-stored = optimizer_state.to_torch(moments, list(state), [{"params": list(range(len(state)))}])
+adamw_state = optimizer_state.from_flax(1, params, params, checkpoint.config, vocab_multiple=64)
+stored = optimizer_state.to_torch(adamw_state, list(state), [{"params": list(range(len(state)))}])
 assert optimizer_state.from_torch(stored, list(state), checkpoint.config).step == 1
 bridge.save(bridge.Checkpoint.of(state, checkpoint.config), target + "/flax", format="flax")
 bridge.save(bridge.load(target + "/flax"), target + "/huggingface", format="huggingface")
@@ -223,7 +223,7 @@ def test_a_module_without_a_layer_and_an_import_of_the_other_backend_are_found(t
         tmp_path,
         bridge__novelty="",
         gpt2_torch__model="",
-        gpt2_jax__data__text="import gpt2_torch.model",
+        gpt2_jax__data__documents="import gpt2_torch.model",
         gpt2_jax__parity__verify="import gpt2_torch.model",
     )
     assert upward_imports(import_graph(root)) == [

@@ -1,7 +1,7 @@
 """transformers 4's Flax checkpoints: `config.json` with `flax_model.msgpack`, whole or in shards.
 
-Names are those of its `FlaxGPT2LMHeadModel`. The kernels of its `FlaxConv1D`, which are all but the head's, are
-`[out, in]`; an untied head is a `Dense` and `[in, out]`. `FlaxGPT2Model` has no head, and its tree no `transformer`.
+Names are those of `FlaxGPT2LMHeadModel`. Kernels are `[out, in]`, the layout of `FlaxConv1D`, except that of an untied
+head, which is a `Dense` and `[in, out]`. `FlaxGPT2Model` has no head, and its tree has no `transformer`.
 """
 
 from __future__ import annotations
@@ -99,19 +99,19 @@ def _path(parameter: Parameter) -> str:
 
 
 def _is_transposed(parameter: Parameter) -> bool:
-    """The head is `[V, D]` in the canonical layout and `[in, out]` as a kernel, the projections the other way round."""
+    """Whether the file stores the transpose: projections are `[out, in]`, and the head is `[in, out]`, not `[V, D]`."""
     return parameter.is_projection or parameter.torch_name == "lm_head.weight"
 
 
 def _as_stored(entry: LazyTensor, parameter: Parameter) -> LazyTensor:
-    """From the canonical layout to the file's, and back."""
+    """Convert between the canonical layout and that of the file, in either direction."""
     return transposed(entry) if _is_transposed(parameter) else entry
 
 
 def _diagnostics(stored: Mapping[str, LazyTensor], config: GPT2Config) -> tuple[str, ...]:
     notes = [
-        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: its model computes "
-        "another function there"
+        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: there the "
+        "model computes another function"
         for name, obeyed in _IGNORED.items()
         if getattr(config, name) != obeyed
     ]

@@ -1,10 +1,10 @@
-"""GGUF, llama.cpp's file: F32, F16 and BF16, with the tokenizer inside.
+"""GGUF, the format of llama.cpp: F32, F16 and BF16 weights, with the tokenizer in the file.
 
-Names and meanings are those of llama.cpp's GPT-2 (src/models/gpt2.cpp), which always has biases and the tanh form of
-GELU, and ties the head where there is no `output.weight`. Projections are `[out, in]`.
+Names and semantics are those of llama.cpp's GPT-2 (src/models/gpt2.cpp), which always has biases and the tanh GELU. The
+head is tied if there is no `output.weight`. Projections are `[out, in]`.
 
-llama.cpp ends its process over biases and LayerNorms that are not F32, so they are written as that, which changes no
-value; keys of this project say what they were, and reading gives them back as that.
+llama.cpp aborts if biases or LayerNorm parameters are not F32. They are therefore written as F32, which changes no
+value. Metadata keys of this project record their types, which are restored on reading.
 """
 
 from __future__ import annotations
@@ -86,17 +86,17 @@ _IMPLIED = {
     "bias": True,
 }
 _REMEDY = (
-    " (checkpoint.with_biases(), gpt2 convert --zero-biases, adds biases of zero; with_activation, --activation, makes "
-    "it another function)"
+    " (checkpoint.with_biases(), or gpt2 convert --zero-biases, adds biases of zero; checkpoint.with_activation(), or "
+    "--activation, changes the activation and the model's output)"
 )
 
 _WIDENED_FROM: Mapping[np.dtype, str] = {
     DTYPES["F16"]: "gpt2_bridge.widened_from_f16",
     DTYPES["BF16"]: "gpt2_bridge.widened_from_bf16",
 }
-"""Element type -> the key that names the tensors which had it."""
+"""Original element type -> the metadata key that lists the names of the widened tensors."""
 
-_FILE_TYPES = {DTYPES["F32"]: 0, DTYPES["F16"]: 1, DTYPES["BF16"]: 32}  # llama_ftype: what most of the weights are
+_FILE_TYPES = {DTYPES["F32"]: 0, DTYPES["F16"]: 1, DTYPES["BF16"]: 32}  # llama_ftype
 
 
 def find(path: Path) -> list[Path]:
@@ -123,10 +123,10 @@ def read(file: Path, config_json: Path | None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """Raises `ConfigError` or `ConversionError` naming what GGUF's GPT-2 cannot say."""
-    _require_sayable(checkpoint)
+    """Raises `ConfigError` or `ConversionError` that names what GGUF's GPT-2 cannot store."""
+    _require_storable(checkpoint)
     config, entries = checkpoint.config, checkpoint.tensors.entries
-    tokenizer, refused = _tokenizer(checkpoint)
+    tokenizer, not_stored = _tokenizer(checkpoint)
     stored, widened_from = _widened({_name(p): _as_stored(entries[p.torch_name], p) for p in parameters(config)})
     sizes = {field: getattr(config, field) for field in _SIZES} | {"n_inner": config.feed_forward_size}
     metadata = {
@@ -139,48 +139,46 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
         **tokenizer,
     }
     write_file(file, metadata, stored)
-    return (*left_out(config, held=GPT2Config()), *refused)
+    return (*left_out(config, held=GPT2Config()), *not_stored)
 
 
-def _require_sayable(checkpoint: Checkpoint) -> None:
+def _require_storable(checkpoint: Checkpoint) -> None:
     config, entries = checkpoint.config, checkpoint.tensors.entries
     require_implied(config, "GGUF's GPT-2", _IMPLIED, _REMEDY)
     require_dtypes(checkpoint.tensors, "GGUF", DTYPES.values())
     epsilon = config.layer_norm_epsilon
     if _shortest(epsilon) != epsilon:
         raise ConfigError(
-            f"layer_norm_epsilon={epsilon!r}: GGUF holds it in float32, where it is {_shortest(epsilon)!r}; set it to "
-            "that"
+            f"layer_norm_epsilon={epsilon!r}: GGUF stores it in float32, which rounds it to {_shortest(epsilon)!r}; "
+            "set it to that value"
         )
     if not config.tie_word_embeddings and same_bytes(entries["lm_head.weight"], entries["wte.weight"]):
         raise ConfigError(
-            "tie_word_embeddings=False: lm_head.weight equals wte.weight, which says in GGUF that they are tied; set "
-            "it to true"
+            "tie_word_embeddings=False, but lm_head.weight equals wte.weight, which means in GGUF that they are tied; "
+            "set tie_word_embeddings to true"
         )
 
 
 def _require_gpt2(metadata: Mapping[str, Value], file: Path) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != b"gpt2":
-        raise ConfigError(f"{quoted(file)}: general.architecture is {shown(architecture)}; only 'gpt2' is read")
+        raise ConfigError(f"{quoted(file)}: general.architecture is {shown(architecture)}; only 'gpt2' is supported")
     if metadata.get("split.count", 0) not in (0, 1):
         raise CheckpointError(
             f"{quoted(file)} is one of several files of a model (split.count is {shown(metadata['split.count'])}); "
-            "join them first: llama-gguf-split --merge FIRST.gguf OUT.gguf"
+            "merge them first: llama-gguf-split --merge FIRST.gguf OUT.gguf"
         )
 
 
 def _config(metadata: Mapping[str, Value], stored: LazyTensorMap, file: Path) -> GPT2Config:
-    """What the keys say, and the shape of the embedding; the head is untied where there is one."""
+    """Return the configuration, from the metadata, the shape of the embedding and the presence of a head."""
     sizes: dict[str, Any] = {field: metadata.get(key) for field, key in _SIZES.items()}
     problems = [
-        f"{_SIZES[field]} is {shown(value)}, not a whole number"
-        for field, value in sizes.items()
-        if type(value) is not int
+        f"{_SIZES[field]} is {shown(value)}, not an integer" for field, value in sizes.items() if type(value) is not int
     ]
     epsilon: Any = metadata.get(_EPSILON)
     if type(epsilon) is not float or _in_float32(epsilon) != epsilon:
-        problems.append(f"{_EPSILON} is {shown(epsilon)}, not a number in float32")
+        problems.append(f"{_EPSILON} is {shown(epsilon)}, not a float32")
     if problems:
         raise ConfigError(f"{quoted(file)}:\n" + bullet_list(problems))
     if _EMBEDDING not in stored:
@@ -193,14 +191,14 @@ def _config(metadata: Mapping[str, Value], stored: LazyTensorMap, file: Path) ->
         tie_word_embeddings=_HEAD not in stored,
         **sizes,
     )
-    if config.n_layer > len(stored):  # before the names of so many are made
+    if config.n_layer > len(stored):  # before that many names are generated
         raise ConversionError(f"{quoted(file)}: gpt2.block_count is {config.n_layer}, with {len(stored)} tensors")
-    _require_nothing_else(metadata, config, file)
+    _require_plain_gpt2(metadata, config, file)
     return config
 
 
-def _require_nothing_else(metadata: Mapping[str, Value], config: GPT2Config, file: Path) -> None:
-    """That what else is said of the architecture is what a GPT-2 is anyway."""
+def _require_plain_gpt2(metadata: Mapping[str, Value], config: GPT2Config, file: Path) -> None:
+    """Raise `ConfigError` if other metadata of the architecture is unknown, or contradicts the configuration."""
     implied = {
         "gpt2.vocab_size": config.vocab_size,
         "gpt2.attention.head_count_kv": config.n_head,
@@ -215,49 +213,51 @@ def _require_nothing_else(metadata: Mapping[str, Value], config: GPT2Config, fil
             problems.append(f"{key} is {shown(value)}; this model has {implied[key]}")
         elif key.startswith("gpt2.") and key not in implied:
             problems.append(
-                f"{quoted(key)} is {shown(value)}: unknown, it may change the mathematics; remove it if it does not "
-                f"(gguf-new-metadata --remove-metadata KEY IN.gguf OUT.gguf)"
+                f"{quoted(key)} is {shown(value)}: unknown, and it may affect the model's output; remove it if it "
+                "does not (gguf-new-metadata --remove-metadata KEY IN.gguf OUT.gguf)"
             )
     if problems:
         raise ConfigError(f"{quoted(file)} describes a model that is not supported:\n" + bullet_list(sorted(problems)))
 
 
 def _widened(entries: Mapping[str, LazyTensor]) -> tuple[LazyTensorMap, dict[str, bytes]]:
-    """The tensors as llama.cpp needs them, and the keys that say which of them were something else."""
+    """Widen biases and LayerNorm parameters to F32. Returns the tensors, and metadata that records their types."""
     vectors = {name: entry for name, entry in entries.items() if len(entry.shape) == 1 and entry.dtype != np.float32}
-    remembered = {}
+    recorded = {}
     for dtype, key in _WIDENED_FROM.items():
         if names := [name for name, entry in vectors.items() if entry.dtype == dtype]:
-            remembered[key] = strings(names)
+            recorded[key] = strings(names)
     in_float32 = {name: _cast(entry, np.float32, name) for name, entry in vectors.items()}
-    return LazyTensorMap({**entries, **in_float32}), remembered
+    return LazyTensorMap({**entries, **in_float32}), recorded
 
 
 def _narrowed(gguf: GGUFFile) -> LazyTensorMap:
-    """The tensors of a file, those that were widened for llama.cpp as they were before."""
+    """Return the tensors of a file, after casting widened tensors back to their recorded types."""
     entries = dict(gguf.tensors().entries)
     for dtype, key in _WIDENED_FROM.items():
         names = gguf.metadata.get(key)
         if names is None:
             continue
         if not isinstance(names, Array) or names.type != "string" or names.count > len(entries):
-            raise CheckpointError(f"{quoted(gguf.file.path)}: {key} is {shown(names)}, not names of tensors")
+            raise CheckpointError(f"{quoted(gguf.file.path)}: {key} is {shown(names)}, not a list of tensor names")
         for name in (text.decode(errors="replace") for text in names.read()):
             if name not in entries or entries[name].dtype != np.float32 or len(entries[name].shape) != 1:
-                raise CheckpointError(f"{quoted(gguf.file.path)}: {key} names {quoted(name)}, which is no F32 vector")
+                raise CheckpointError(
+                    f"{quoted(gguf.file.path)}: {key} names {quoted(name)}, which is not an F32 vector"
+                )
             entries[name] = _cast(entries[name], dtype, f"{quoted(gguf.file.path)}: {name}")
     return LazyTensorMap(entries)
 
 
 def _cast(entry: LazyTensor, dtype: DTypeLike, where: str) -> LazyTensor:
-    """The same numbers in another type, which has to hold each of them."""
+    """Cast a tensor on read. Raises `ConversionError` if a value changes."""
 
     def read() -> np.ndarray:
         array = entry.read()
         with np.errstate(over="ignore", invalid="ignore"):
             cast = array.astype(dtype)
         if not np.array_equal(cast.astype(array.dtype), array, equal_nan=True):
-            raise ConversionError(f"{where} has values that {np.dtype(dtype)} does not hold")
+            raise ConversionError(f"{where} has values that {np.dtype(dtype)} cannot represent")
         return cast
 
     return LazyTensor(np.dtype(dtype), entry.shape, read)
@@ -272,7 +272,7 @@ def _canonical(stored: LazyTensorMap, config: GPT2Config, file: Path) -> dict[st
 
 
 def _as_stored(entry: LazyTensor, parameter: Parameter) -> LazyTensor:
-    """From the canonical layout to the file's, and back."""
+    """Convert between the canonical layout and that of the file, in either direction."""
     return transposed(entry) if parameter.is_projection else entry
 
 
@@ -299,7 +299,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...
 
 
 def _file_type(tensors: LazyTensorMap) -> int:
-    """llama.cpp's number for what most of the weights are."""
+    """Return llama.cpp's number of the type that most of the weights have."""
     bytes_of: Counter[np.dtype] = Counter()
     for entry in tensors.entries.values():
         bytes_of[entry.dtype] += entry.nbytes
@@ -311,13 +311,13 @@ def _diagnostics(metadata: Mapping[str, Value], config: GPT2Config) -> list[str]
     if not isinstance(tokens, Array) or tokens.count == config.vocab_size:
         return []
     return [
-        f"{TOKENS} has {tokens.count} entries and {_EMBEDDING} has {config.vocab_size} rows; llama.cpp refuses files "
-        "where the two numbers differ"
+        f"{TOKENS} has {tokens.count} entries and {_EMBEDDING} has {config.vocab_size} rows; llama.cpp rejects a file "
+        "in which the two numbers differ"
     ]
 
 
 def _shortest(value: float) -> float:
-    """The float of the fewest digits that is `value` in float32: 1e-05 for 9.99999974737875e-06."""
+    """Return the float with the fewest digits that equals `value` in float32: 1e-05 for 9.99999974737875e-06."""
     return float(str(np.float32(_in_float32(value))))
 
 

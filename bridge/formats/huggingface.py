@@ -80,7 +80,7 @@ def _tensors(file: Path) -> Mapping[str, LazyTensor]:
 def _state_dict(file: Path, saved: Any) -> dict[str, LazyTensor]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{quoted(file)} holds {type(saved).__name__}, not a state_dict; save model.state_dict()")
-    others = [f"{quoted(name)} is no name of a tensor" for name in saved if not isinstance(name, str)]
+    others = [f"{quoted(name)} is not a valid name of a tensor" for name in saved if not isinstance(name, str)]
     others += [
         f"{quoted(name)} is {type(value).__name__}, not a tensor"
         for name, value in saved.items()

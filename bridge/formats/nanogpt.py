@@ -130,21 +130,21 @@ def _checkpoint(file: Path, saved: Any, config_json: Path | None, activation: st
     adamw, is_old = _adamw(saved.get("optimizer"), config)
     notes = _diagnostics(saved, stored)
     is_old = is_old or "bias" not in saved["model_args"]
-    settled = _settled_activation(is_old, config_json)
-    possible = (settled,) if settled else (_EXACT, _TANH)
+    determined = _determined_activation(is_old, config_json)
+    possible = (determined,) if determined else (_EXACT, _TANH)
     if activation is not None and activation not in possible:
-        raise ConfigError(f"activation={quoted(activation)}: this file's is {' or '.join(possible)}")
-    config = replace(config, activation_function=settled or activation or _EXACT)
+        raise ConfigError(f"activation={quoted(activation)}: the activation of this file is {' or '.join(possible)}")
+    config = replace(config, activation_function=determined or activation or _EXACT)
     if is_old:
         notes += ("the file was written before June 2023, when nanoGPT computed the tanh GELU (gelu_new)",)
-    elif settled is None and activation is None:
+    elif determined is None and activation is None:
         notes += (_assumption(has_optimizer=adamw is not None),)
     config, extra = with_sidecar(config, file, config_json)
     tensors = canonicalize(_canonical_layout(stored, config), config)
     return Checkpoint(config, tensors, NAME, file.parent, extra, notes, adamw, _progress(saved))
 
 
-def _settled_activation(is_old: bool, config_json: Path | None) -> str | None:
+def _determined_activation(is_old: bool, config_json: Path | None) -> str | None:
     """Return the activation, from the age of the file or from its `config.json`; None if neither determines it."""
     if is_old:
         return _TANH
@@ -217,7 +217,7 @@ def _canonical_layout(stored: Mapping[str, LazyTensor], config: GPT2Config) -> L
 
 
 def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
-    """Return the optimizer's moments, and whether its groups are those of nanoGPT before June 2023."""
+    """Return the state of AdamW, and whether its groups are those of nanoGPT before June 2023."""
     if state is None:
         return None, False
     sizes = optimizer_state.group_sizes(state)
@@ -278,8 +278,8 @@ def _require_nanogpt(config: GPT2Config) -> None:
         "tie_word_embeddings": True,
     }
     remedy = (
-        '. checkpoint.with_activation("gelu"), which is gpt2 convert --activation gelu, takes the weights to the exact '
-        "GELU, another function, as nanoGPT's own from_pretrained does"
+        '. checkpoint.with_activation("gelu"), or gpt2 convert --activation gelu, changes the activation to the exact '
+        "GELU, and with it the model's output, as nanoGPT's own from_pretrained does"
     )
     require_implied(config, "nanoGPT", implied, remedy if config.activation_function != "gelu" else "")
 
@@ -303,21 +303,21 @@ def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, 
             }
         )
     order = [name for names in _groups(config) for name in names]
-    state = dict(enumerate(_moments(adamw, order, config))) if adamw and adamw.step else {}
+    state = dict(enumerate(_torch_state(adamw, order, config))) if adamw and adamw.step else {}
     unsaid = f"AdamW's settings for {', '.join(unlike)}: nanoGPT has one for all that decay and one for the others"
     return {"state": state, "param_groups": groups}, (unsaid,) if unlike else ()
 
 
-def _moments(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, LazyTensor]]:
-    """Return torch's state of each parameter, in the order of the optimizer."""
+def _torch_state(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, LazyTensor]]:
+    """Yield torch's state of each parameter, in the order of the optimizer."""
     exp_avg, exp_avg_sq = LazyTensorMap.of(adamw.exp_avg), LazyTensorMap.of(adamw.exp_avg_sq)
     shapes = {p.torch_name: p.torch_shape for p in parameters(config)}
     if problems := differences(shapes, exp_avg.entries) + differences(shapes, exp_avg_sq.entries):
         raise ConversionError("the optimizer's moments are not this model's:\n" + bullet_list(problems))
-    first_entries, second_entries = (_transposed(moments, _projections(config)) for moments in (exp_avg, exp_avg_sq))
+    first, second = (_transposed(moment, _projections(config)) for moment in (exp_avg, exp_avg_sq))
     for name in order:
         step = np.asarray(adamw.step, np.float32)  # torch counts in float32
-        yield {"step": LazyTensor.of(step), "exp_avg": first_entries[name], "exp_avg_sq": second_entries[name]}
+        yield {"step": LazyTensor.of(step), "exp_avg": first[name], "exp_avg_sq": second[name]}
 
 
 FORMAT = Format(

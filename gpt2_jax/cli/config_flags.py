@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, make_dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -14,6 +11,7 @@ import tyro
 from tyro.conf import arg
 
 from bridge import BridgeError, GPT2Config
+from gpt2_jax.cli.dataclass_flags import flags_of
 from gpt2_jax.cli.parsing import REGISTRY
 from gpt2_jax.console.suggestions import did_you_mean
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig, flat
@@ -41,41 +39,20 @@ _TRAINING = tuple(f.name for f in fields(TrainConfig) if f.name not in _IN_OTHER
 _METAVARS = {"init_from": "SRC", "wandb": "PROJECT", "mesh": "AXIS=N,..."}
 
 
-def _docs(part: type) -> dict[str, str]:
-    """Return the docstring of each field of a dataclass, in one line."""
-    [definition] = ast.parse(inspect.getsource(part)).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        statement.target.id: " ".join(following.value.value.split())
-        for statement, following in pairwise(definition.body)
-        if isinstance(statement, ast.AnnAssign)
-        and isinstance(statement.target, ast.Name)
-        and isinstance(following, ast.Expr)
-        and isinstance(following.value, ast.Constant)
-        and isinstance(following.value.value, str)
-    }
-
-
-def _as_flags(part: type, names: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return names and annotated types of flags. Their help is the docstring of the field."""
-    types, docs = get_type_hints(part), _docs(part)
-    return [(name, Annotated[types[name], arg(help=docs[name], metavar=_METAVARS.get(name))]) for name in names]
-
-
 def _names(part: type) -> list[str]:
     return [f.name for f in fields(part)]
 
 
 _GROUPS: Mapping[str, tuple[str, list[tuple[str, Any]]]] = {
-    "data": ("What to train on, and what to start from.", _as_flags(TrainConfig, _DATA)),
-    "training": ("Length of the run and size of a step.", _as_flags(TrainConfig, _TRAINING)),
+    "data": ("What to train on, and what to start from.", flags_of(TrainConfig, _DATA, _METAVARS)),
+    "training": ("Length of the run and size of a step.", flags_of(TrainConfig, _TRAINING)),
     "model": (
         "Sizes of the model. The tokenizer determines the vocabulary; with --init-from SRC, SRC determines all sizes.",
-        _as_flags(GPT2Config, _names(GPT2Config)),
+        flags_of(GPT2Config, _names(GPT2Config)),
     ),
-    "optimizer": ("The update rule and its schedule.", _as_flags(OptimizerConfig, _names(OptimizerConfig))),
-    "device": ("Devices, precision, and how the step is compiled.", _as_flags(TrainConfig, _DEVICE)),
-    "report": ("Evaluations, samples, logs and checkpoints.", _as_flags(TrainConfig, _REPORT)),
+    "optimizer": ("The update rule and its schedule.", flags_of(OptimizerConfig, _names(OptimizerConfig))),
+    "device": ("Devices, precision, and how the step is compiled.", flags_of(TrainConfig, _DEVICE, _METAVARS)),
+    "report": ("Evaluations, samples, logs and checkpoints.", flags_of(TrainConfig, _REPORT, _METAVARS)),
 }
 
 if TYPE_CHECKING:
@@ -85,7 +62,7 @@ else:
     ConfigFlags = make_dataclass(
         "ConfigFlags",
         [
-            *_as_flags(TrainConfig, ["preset"]),
+            *flags_of(TrainConfig, ["preset"]),
             *(
                 (name, Annotated[make_dataclass(name, flags), arg(help=description)])
                 for name, (description, flags) in _GROUPS.items()

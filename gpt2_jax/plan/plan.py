@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import bridge
 from bridge import BridgeError
 from gpt2_jax.parallel.sharding import MeshError, make_mesh
-from gpt2_jax.plan.collectives import Collectives, find_collectives
+from gpt2_jax.plan.communication.collectives import Collectives, find_collectives
 from gpt2_jax.plan.compiled import AbstractStep, Program, compile_step, describe_step
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.plan.memory import Peak, StateBytes, peak_memory, saved_activation_bytes, state_bytes

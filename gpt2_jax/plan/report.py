@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from gpt2_jax.plan.collectives import Collective
+from gpt2_jax.plan.communication.collectives import Collective
+from gpt2_jax.plan.communication.traffic import Traffic, traffic
 from gpt2_jax.plan.memory import peak_upper_bound
 from gpt2_jax.plan.plan import Plan, ScalingPoint
 from gpt2_jax.plan.roofline import ASSUMPTIONS, Roofline
-from gpt2_jax.plan.traffic import Traffic, traffic
 
 NUM_LARGEST = 6
 """Number of collectives that are listed individually."""

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from gpt2_jax.plan.collectives import Collective
+from gpt2_jax.plan.communication.collectives import Collective
+from gpt2_jax.plan.communication.traffic import traffic
 from gpt2_jax.plan.memory import peak_upper_bound
 from gpt2_jax.plan.plan import Plan, ScalingPoint
 from gpt2_jax.plan.roofline import ASSUMPTIONS, Roofline
 from gpt2_jax.plan.suggest import Suggestion
-from gpt2_jax.plan.traffic import traffic
 from gpt2_jax.training.config import flat
 
 

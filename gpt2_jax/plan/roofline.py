@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gpt2_jax.hardware import TpuChip, flops_per_token
-from gpt2_jax.plan.collectives import Collectives
+from gpt2_jax.plan.communication.collectives import Collectives
 from gpt2_jax.plan.memory import DTYPE_BYTES, StateBytes, layer_parameters, saved_activation_bytes
 from gpt2_jax.training import TrainConfig
 

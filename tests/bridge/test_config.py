@@ -1,4 +1,4 @@
-"""The configuration: sizes, validation, and Hugging Face's config.json in and out."""
+"""The configuration: sizes, validation, and reading and writing Hugging Face's config.json."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_every_known_activation_is_accepted(activation: str) -> None:
     assert replace(TINY, activation_function=activation).activation_function == activation
 
 
-def test_a_whole_number_is_a_float_where_a_float_is_meant() -> None:
+def test_an_integer_is_valid_as_a_float() -> None:
     assert replace(TINY, embd_pdrop=0, layer_norm_epsilon=1).layer_norm_epsilon == 1
 
 
@@ -302,7 +302,7 @@ def test_all_unsupported_fields_are_named_in_one_error() -> None:
     assert all(name in str(caught.value) for name in ("add_cross_attention", "rotary_dim", "n_ctx"))
 
 
-def test_of_another_architecture_nothing_more_is_said_than_that() -> None:
+def test_fields_of_another_architecture_are_not_reported() -> None:
     with pytest.raises(ConfigError, match="another kind of model") as caught:
         GPT2Config.from_hf({"model_type": "llama", "attention_bias": False, "rope_theta": 1e4})
     assert "llama" in str(caught.value)
@@ -340,7 +340,7 @@ def test_control_characters_of_a_config_are_escaped_in_the_message() -> None:
 
 @pytest.mark.parametrize("depth", [900, 950, 990])
 def test_a_deeply_nested_value_is_refused_and_not_a_crash(tmp_path: Path, depth: int) -> None:
-    """Just below the depth at which the JSON parser itself gives up."""
+    """Nested just below the depth at which the JSON parser raises an error."""
     path = huggingface_directory(tmp_path / "model")
     config = (path / "config.json").read_text().rstrip().removesuffix("}")
     (path / "config.json").write_text(f'{config}, "rope": {"[" * depth}{"]" * depth}}}')
@@ -377,7 +377,7 @@ FIELDS = (
 
 
 @pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_value_of_any_field_is_accepted_as_it_is_or_refused(value: object) -> None:
+def test_an_arbitrary_value_of_any_field_is_accepted_unchanged_or_refused(value: object) -> None:
     for name in FIELDS:
         fields = {**TINY.to_hf(), name: value}
         try:
@@ -391,7 +391,7 @@ def test_a_hostile_value_of_any_field_is_accepted_as_it_is_or_refused(value: obj
 
 @pytest.mark.parametrize("name", [7, None, ("n_layer",), "_a" * 500_000, "d" * 257, ""], ids=lambda name: str(name)[:9])
 def test_names_of_fields_are_short_texts(name: Any) -> None:
-    """The long one takes minutes where its meaning is searched for in it."""
+    """Matching the long name against the patterns would take minutes."""
     started = time.process_time()
     fields = {**TINY.to_hf(), name: 1}
     if name == "":
@@ -413,7 +413,7 @@ def test_names_of_fields_are_short_texts(name: Any) -> None:
     ids=["many fields", "a long text", "many lists", "many lists in lists"],
 )
 def test_extra_fields_that_are_too_many_or_too_large_are_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
-    """They would be carried into every export."""
+    """Every export would contain them."""
     path = huggingface_directory(tmp_path / "model")
     (path / "config.json").write_text(json.dumps({**TINY.to_hf(), **extra}))
     with pytest.raises(bridge.CheckpointError, match=r"config\.json' (is larger than 1048576 bytes|holds more than)"):
@@ -459,6 +459,6 @@ def test_harmless_fields_are_those_that_the_configuration_does_not_hold() -> Non
     assert harmless_fields({**TINY.to_hf(), "n_ctx": 40, "hidden_size": 48, "note": 1}) == {"note": 1}
 
 
-def test_no_biases_cannot_be_said_in_config_json() -> None:
+def test_a_model_without_biases_has_no_config_json() -> None:
     with pytest.raises(ConfigError, match="bias=False"):
         replace(TINY, bias=False).to_hf()

@@ -1,4 +1,4 @@
-"""PyTorch names <-> Flax tree: bit for bit, without copies, and nothing let through."""
+"""Conversion between PyTorch names and the Flax tree: exact, without copies, and complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ State = dict[str, np.ndarray]
 
 
 def bits(array: np.ndarray) -> np.ndarray:
-    """The array's bytes: comparing numbers would let NaN differ from itself and -0.0 equal 0.0."""
+    """Return the bytes of the array. Comparing numbers would make NaN differ from itself, and -0.0 equal 0.0."""
     return np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
 
 
@@ -35,7 +35,7 @@ def assert_same_tensors(found: Mapping[str, Any], expected: Mapping[str, Any]) -
 
 
 def with_odd_bits(state: State) -> State:
-    """Every tensor starts with NaNs of three payloads, both zeros, an infinity and a subnormal."""
+    """Return tensors that start with three different NaNs, both zeros, an infinity and a subnormal."""
     for array in state.values():
         size = array.dtype.itemsize
         one = int(np.ones(1, array.dtype).view(f"u{size}")[0])
@@ -47,7 +47,7 @@ def with_odd_bits(state: State) -> State:
 
 
 def spelled(problems: pytest.ExceptionInfo[ConversionError]) -> list[str]:
-    """The lines of the error's list."""
+    """Return the lines of the list in an error."""
     return [line.removeprefix("  - ") for line in str(problems.value).splitlines()[1:]]
 
 
@@ -108,7 +108,7 @@ def test_the_padding_is_rows_of_zeros_after_the_vocabulary(config: GPT2Config, m
     assert tree["wpe"]["embedding"].shape == (40, 48)
 
 
-def test_leaves_are_views_where_nothing_is_stacked_or_padded() -> None:
+def test_leaves_are_views_unless_stacked_or_padded() -> None:
     state = random_state(UNTIED)
     leaves = flatten(bridge.to_flax(state, UNTIED))
     back = bridge.to_torch(unflatten_dict(leaves, sep="/"), UNTIED)
@@ -124,7 +124,7 @@ def test_stacked_leaves_come_back_as_views() -> None:
     assert np.shares_memory(back["wte.weight"], tree["wte"]["embedding"])
 
 
-def test_what_stacking_and_padding_allocate_is_aligned_for_jax() -> None:
+def test_stacked_and_padded_arrays_are_aligned_for_jax() -> None:
     tree = bridge.to_flax(random_state(TINY, ml_dtypes.bfloat16), TINY, stacked=True, vocab_multiple=64)
     allocated = [*flatten(tree["h"]).values(), tree["wte"]["embedding"]]
     assert all(leaf.ctypes.data % 64 == 0 for leaf in allocated)
@@ -191,12 +191,12 @@ def test_one_tensor_under_two_prefixes_is_an_error_that_names_both() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "module", "_orig_mod", "transformer", "module._orig_mod.transformer", "..."])
-def test_a_name_that_is_nothing_but_prefix_is_an_extra_tensor(name: str) -> None:
+def test_a_name_that_is_only_a_prefix_is_an_extra_tensor(name: str) -> None:
     with pytest.raises(ConversionError, match="is not a parameter of this model"):
         bridge.to_flax({**random_state(TINY), name: np.zeros(3, np.float32)}, TINY)
 
 
-def test_canonical_order_is_that_of_the_table_whatever_the_order_given() -> None:
+def test_canonical_order_is_that_of_the_table() -> None:
     state = random_state(TINY)
     shuffled = {name: state[name] for name in sorted(state, reverse=True)}
     assert list(bridge.canonicalize(shuffled, TINY)) == [p.torch_name for p in bridge.parameters(TINY)]
@@ -205,7 +205,7 @@ def test_canonical_order_is_that_of_the_table_whatever_the_order_given() -> None
 # Totality
 
 
-def test_everything_that_is_wrong_is_listed_in_one_error() -> None:
+def test_all_problems_are_listed_in_one_error() -> None:
     state = random_state(TINY)
     del state["h.3.ln_2.bias"], state["ln_f.weight"]
     state["h.5.ln_1.weight"] = np.ones(48, np.float32)
@@ -229,7 +229,7 @@ def test_everything_that_is_wrong_is_listed_in_one_error() -> None:
         assert any(line.startswith(start) for line in lines), start
 
 
-def test_everything_that_is_wrong_with_a_tree_is_listed_in_one_error() -> None:
+def test_all_problems_of_a_tree_are_listed_in_one_error() -> None:
     tree = bridge.to_flax(random_state(TINY), TINY)
     del tree["h_3"]["ln_2"]
     tree["h_9"] = {"ln_1": {"scale": np.ones(48, np.float32)}}
@@ -300,7 +300,7 @@ def test_a_tied_head_of_another_shape_or_dtype_is_an_error(head: np.ndarray) -> 
         bridge.to_flax({**state, "lm_head.weight": head}, TINY)
 
 
-def test_an_untied_head_must_be_there() -> None:
+def test_an_untied_head_must_be_stored() -> None:
     with pytest.raises(ConversionError, match=r"lm_head\.weight is missing \(shape \(257, 48\)\)"):
         bridge.to_flax(random_state(TINY), UNTIED)
 
@@ -429,14 +429,14 @@ def test_a_checkpoint_of_arrays_is_checked_and_canonical() -> None:
         Checkpoint.of({}, TINY)
 
 
-def test_a_checkpoint_of_arrays_does_not_let_its_owner_be_changed() -> None:
+def test_arrays_of_a_checkpoint_are_read_only() -> None:
     state = random_state(TINY)
     with pytest.raises(ValueError, match="read-only"):
         Checkpoint.of(state, TINY).tensors["wte.weight"][0, 0] = 1.0
     state["wte.weight"][0, 0] = 1.0  # the owner's own array is as it was
 
 
-def test_asking_whether_a_tensor_is_there_does_not_read_it() -> None:
+def test_a_membership_test_reads_no_tensor() -> None:
     def read() -> np.ndarray:
         raise AssertionError("was read")
 

@@ -1,4 +1,4 @@
-"""Sliding windows: every token is predicted once, from what the recipe lets it see, and the figures follow."""
+"""Sliding windows: every token is predicted once, from the context that transformers' recipe gives it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = [(n, c, s) for n in (2, 7, 8, 9, 31) for c, s in ((8, 1), (8, 3), (8, 7
 
 
 def windows_over(n: int, context: int, stride: int, batch_size: int = 3) -> SlidingWindows:
-    """Over a text whose tokens are their own positions, counted from 100."""
+    """Make windows over a text in which token i is 100 + i."""
     return SlidingWindows.of(CONFIG, np.arange(100, 100 + n, dtype=np.uint16), context, stride, batch_size)
 
 
@@ -35,7 +35,7 @@ def predictions(windows: SlidingWindows) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("n", "context", "stride"), SHAPES)
-def test_what_is_predicted_from_what(n: int, context: int, stride: int) -> None:
+def test_the_tokens_and_contexts_of_all_windows(n: int, context: int, stride: int) -> None:
     expected, reached = [], 0
     for begin in range(0, n, stride):
         end = min(begin + context, n)
@@ -98,7 +98,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_honoured_is_refused(arguments: dict, message: str) -> None:
+def test_invalid_arguments_are_refused(arguments: dict, message: str) -> None:
     ids = np.array(arguments.get("ids", [1, 2, 3]))
     with pytest.raises(bridge.BridgeError, match=message):
         SlidingWindows.of(CONFIG, ids, **{k: v for k, v in arguments.items() if k != "ids"})

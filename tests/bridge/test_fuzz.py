@@ -1,4 +1,4 @@
-"""Damaged checkpoints and companions of every kind; `tests/fuzz/driver.py` makes more."""
+"""Damaged checkpoints and companions of every kind. `tests/fuzz/driver.py` tests more of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MUTANTS_OF_COMPANIONS = 500
 
 
 @pytest.mark.parametrize("format", [*FORMATS, *COMPANIONS])
-def test_a_damaged_checkpoint_is_refused_or_is_what_its_bytes_say(tmp_path: Path, format: str) -> None:
+def test_a_damaged_checkpoint_is_refused_or_read_as_its_bytes(tmp_path: Path, format: str) -> None:
     mutants = MUTANTS if format in FORMATS else MUTANTS_OF_COMPANIONS
     outcome = fuzz(format, mutants, tmp_path)
     print(format, dict(outcome.counts), f"slowest {1000 * outcome.slowest:.0f} ms")
@@ -26,7 +26,7 @@ def test_a_damaged_checkpoint_is_refused_or_is_what_its_bytes_say(tmp_path: Path
 
 
 def test_the_driver_continues_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Preempted and continued it counts what it counts in one go."""
+    """An interrupted and resumed run has the same counts as an uninterrupted one."""
     state, calls, judge = tmp_path / "state.json", itertools.count(), settings.judge
 
     def interrupted(source: Path) -> str:

@@ -1,7 +1,7 @@
-"""A conversion that stops anywhere leaves nothing that loads.
+"""An interrupted conversion leaves nothing that loads.
 
-What a killed process leaves is what is on the disk at that moment, so the half-written state is copied before every
-tensor, and each copy is opened.
+A killed process leaves the files that are on the disk at that moment. The partial output is therefore copied before
+every tensor, and each copy is opened.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 
 def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bridge.Checkpoint:
-    """A checkpoint that the format can hold, which calls `before_each` when one of its tensors is read."""
+    """Return a checkpoint for the format that calls `before_each` when one of its tensors is read."""
     checkpoint = random_checkpoint(config_for(format, SMALLEST))
 
     def watched(entry: LazyTensor) -> LazyTensor:
@@ -64,7 +64,7 @@ def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("pulled the plug")])
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("format", WRITABLE)
-def test_an_error_on_the_way_leaves_everything_as_it_was(
+def test_an_error_during_the_write_changes_nothing(
     tmp_path: Path, format: str, overwrite: bool, error: Exception
 ) -> None:
     if overwrite:

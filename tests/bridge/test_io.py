@@ -1,4 +1,4 @@
-"""`load` and `save`: what is recognised, what is said of the rest, and the Hugging Face hub."""
+"""`load` and `save`: recognised formats, errors for other files, and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_unknown_path_object_is_named(tmp_path: Path) -> None:
     assert message(tmp_path / "gone") == f"'{tmp_path / 'gone'}' does not exist"
 
 
-def test_a_file_of_nothing_known_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_file_is_refused(tmp_path: Path) -> None:
     for content, says in {
         b"": "it is empty",
         b"weights!": "its first bytes match no supported format",
@@ -52,7 +52,7 @@ def test_a_file_of_nothing_known_is_refused(tmp_path: Path) -> None:
         assert says in message(tmp_path / "model.bin")
 
 
-def test_the_file_of_weights_is_as_good_as_its_directory(tmp_path: Path) -> None:
+def test_the_weights_file_loads_like_its_directory(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "model")
     (path / "model.safetensors").rename(path / "any-name")
     checkpoint = bridge.load(path / "any-name")
@@ -67,7 +67,7 @@ def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
     assert "it has neither config.json with weights beside it" in message(path)
 
 
-def test_a_directory_without_weights_names_what_is_looked_for(tmp_path: Path) -> None:
+def test_a_directory_without_weights_lists_the_expected_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     assert "neither config.json with weights beside it (model.safetensors, pytorch_model.bin," in message(tmp_path)
 
@@ -88,13 +88,13 @@ def test_a_fifo_in_the_place_of_a_file_does_not_hang(tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize("format", WRITABLE)
-def test_every_format_is_recognised_by_what_it_wrote(tmp_path: Path, format: str) -> None:
+def test_every_format_recognises_its_own_files(tmp_path: Path, format: str) -> None:
     bridge.save(random_checkpoint(config_for(format)), tmp_path / "out", format=format)
     assert bridge.load(tmp_path / "out").format == format
     assert bridge.load(str(tmp_path / "out")).path == tmp_path / "out"
 
 
-def test_no_find_raises_whatever_the_path(tmp_path: Path) -> None:
+def test_no_find_raises_for_any_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path, tmp_path / "gone", tmp_path / "file", Path("/dev/null"), Path("a\0b")):
         assert not any(format.find(path) for format in FORMATS.values())
@@ -150,10 +150,8 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypa
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
 
 
-def test_other_weights_are_downloaded_only_where_there_are_no_safetensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `gpt2` has seven kinds of the same weights: one is taken."""
+def test_other_weights_are_downloaded_only_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository `gpt2` has the same weights in seven forms. Only one is downloaded."""
     bridge.save(random_checkpoint(), tmp_path / "snapshot", format="flax_msgpack")
     asked = []
 
@@ -168,7 +166,7 @@ def test_other_weights_are_downloaded_only_where_there_are_no_safetensors(
     assert [[kind in patterns for kind in kinds] for patterns in asked] == np.eye(3, dtype=bool).tolist()
 
 
-def test_a_directory_here_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_directory_takes_precedence_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
     huggingface_directory(tmp_path / "gpt2")

@@ -1,4 +1,4 @@
-"""Checkpoints whose files are sound and whose meaning is not: refused, with the field or tensor named."""
+"""Well-formed files with invalid content are rejected with an error that names the field or tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Fields = dict[str, Any]
 
 
 def written(path: Path, change: Callable[[State, Fields], object]) -> Path:
-    """A Hugging Face directory of a small model, with tensors and fields as `change` leaves them."""
+    """Write a Hugging Face directory of a small model after `change` has edited its tensors and fields."""
     state = {f"transformer.{name}": array for name, array in random_state(SMALLEST).items()}
     fields = SMALLEST.to_hf()
     change(state, fields)
@@ -106,7 +106,7 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
 
 
 @pytest.mark.parametrize(("change", "says", "error"), MEANINGLESS.values(), ids=MEANINGLESS)
-def test_what_means_nothing_is_refused_by_name(
+def test_invalid_content_is_refused_by_name(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     change: Callable[[State, Fields], object],
@@ -123,7 +123,7 @@ def test_what_means_nothing_is_refused_by_name(
     "dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_reported_and_not_written_unless_asked(
+def test_non_finite_values_are_reported_and_written_only_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: type, value: float
 ) -> None:
     state = random_state(SMALLEST, dtype)
@@ -141,7 +141,7 @@ def test_values_that_are_not_finite_are_reported_and_not_written_unless_asked(
 
 @pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_moments_that_are_not_finite_are_not_written_unless_asked(tmp_path: Path, moment: str, value: float) -> None:
+def test_non_finite_moments_are_written_only_on_request(tmp_path: Path, moment: str, value: float) -> None:
     config = config_for("nanogpt", SMALLEST)
     adamw_state = {name: random_state(config) for name in ("exp_avg", "exp_avg_sq")}
     adamw_state[moment]["h.1.mlp.c_fc.bias"][3] = value
@@ -184,7 +184,7 @@ def test_a_padded_vocabulary_is_reported_and_is_cut_on_request(tmp_path: Path) -
             checkpoint.with_vocab_size(rows)
 
 
-def test_another_activation_is_taken_where_it_is_asked_for(tmp_path: Path) -> None:
+def test_another_activation_is_used_on_request(tmp_path: Path) -> None:
     bridge.save(random_checkpoint(SMALLEST), tmp_path / "a", format="huggingface")
     assert run("convert", tmp_path / "a", tmp_path / "b", "--to", "huggingface", "--activation", "gelu") == 0
     assert bridge.load(tmp_path / "b").config == replace(SMALLEST, activation_function="gelu")
@@ -192,7 +192,7 @@ def test_another_activation_is_taken_where_it_is_asked_for(tmp_path: Path) -> No
 
 
 def test_a_configuration_that_only_python_reads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Python writes and reads NaN; no other program reads it, and every export would hold it."""
+    """Python reads and writes NaN in JSON, but other programs do not, and every export would contain it."""
     path = written(tmp_path / "model", field("task_specific_params", {"a": float("nan")}))
     assert run("inspect", path) == 2
     assert "NaN is not a number in JSON" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Peak memory at 124M, in child processes: one tensor at a time is a promise, so it is measured.
+"""Peak memory of conversions at 124M parameters, in child processes. It is limited to one tensor at a time.
 
 The peak of a child (`ru_maxrss`, which on Linux only rises) is compared with that of a child that
 imports the same modules and does nothing.
@@ -28,18 +28,18 @@ CONFIG = GPT2_SIZES["gpt2"]
 TENSOR_BYTES = 4 * bridge.num_parameters(CONFIG)
 LARGEST_TENSOR = 4 * CONFIG.vocab_size * CONFIG.n_embd  # wte in float32
 MOST_TO_LOAD = 1.15 * TENSOR_BYTES
-"""All tensors once; the rest is for what Python and malloc add."""
+"""All tensors once, and an allowance for Python and malloc."""
 MOST_TO_CONVERT = 2 * LARGEST_TENSOR + 64 * MIB
-"""Reading one tensor while the one before it is still being written."""
+"""One tensor is read while the previous one is still being written."""
 MOST_TO_REFUSE = 64 * MIB
-"""To find out that a file is not a checkpoint."""
+"""Limit for rejecting a file that is not a checkpoint."""
 
 SEEN = 0.95
-"""At least this much of what must be held has to show, or nothing was measured; the idle child's own
-peak varies by a MiB or two."""
+"""Share of the memory that must be held which the measurement must at least show. The peak of the idle child varies
+by a MiB or two."""
 
-# exec starts the child's peak at its parent's, so the test's own process must not be the parent of
-# what is measured: `sh` is small, and stands between them.
+# A child inherits the peak of its parent on exec. The measured process is therefore started by `sh`, which is small,
+# and not by the test's own process.
 IMPORTS = "import resource, sys; import numpy, ml_dtypes, json; import bridge, bridge.containers.safetensors"
 REPORT = "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def huggingface(folder: Path) -> Path:
-    """A model of 124M in Hugging Face's form; a tensor is made when it is asked for."""
+    """Return a checkpoint with 124M parameters whose tensors are made on access."""
     entries = {
         p.torch_name: LazyTensor(np.dtype("f4"), p.torch_shape, partial(np.full, p.torch_shape, np.float32(0.25)))
         for p in bridge.parameters(CONFIG)
@@ -76,7 +76,7 @@ def huggingface(folder: Path) -> Path:
 
 
 def test_a_child_that_holds_memory_is_seen_to_hold_it(idle: int) -> None:
-    """The measurement itself: 200 MiB held by the child show, and what the parent holds does not."""
+    """Test of the measurement: 200 MiB in the child are counted, memory of the parent is not."""
     held_here = np.ones(400 * MIB, np.uint8)
     used = peak_bytes("held = numpy.ones(200 * 2**20, numpy.uint8)") - idle
     assert 195 * MIB < used < 210 * MIB
@@ -96,7 +96,7 @@ assert params["h_11"]["mlp"]["c_proj"]["kernel"][-1, -1] == 0.25
 
 @pytest.mark.parametrize("format", WRITABLE)
 def test_converting_holds_no_more_than_two_tensors(tmp_path: Path, huggingface: Path, format: str, idle: int) -> None:
-    """Into every format and back. nanoGPT has another activation, which changes no tensor."""
+    """Convert to every format and back. nanoGPT has another activation, which changes no tensor."""
     there = """
 checkpoint = bridge.load(sys.argv[1])
 if sys.argv[3] == "nanogpt":
@@ -116,7 +116,7 @@ bridge.save(checkpoint, sys.argv[2], format=sys.argv[3])
 
 
 def test_a_stored_tied_head_costs_no_third_tensor(tmp_path: Path, huggingface: Path, idle: int) -> None:
-    """Comparing it with the embedding is the one place where two tensors are needed at once."""
+    """Only the comparison of a tied head with the embedding needs two tensors at once."""
     head_beside = """
 from bridge.containers.safetensors import read_file, write_file
 tensors, _ = read_file(sys.argv[1] + "/model.safetensors")
@@ -145,7 +145,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_refusing_a_hostile_file_is_cheap(tmp_path: Path, idle: int, kind: str) -> None:
-    """The costliest header and config.json that are still short enough to be parsed."""
+    """The most expensive header and config.json within the size limits."""
     text = HOSTILE[kind]
     assert 0.9 * MIB < len(text) <= MIB
     (tmp_path / "f.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)

@@ -1,4 +1,4 @@
-"""AdamW's state across the bridge, against the optimizer state that torch itself writes."""
+"""Conversion of AdamW's state, compared with the optimizer state that torch writes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
 
 
 def decay_order(config: GPT2Config) -> list[str]:
-    """As nanoGPT and this project give parameters to an optimizer."""
+    """Return the names in the order in which nanoGPT and this project give parameters to an optimizer."""
     return [p.torch_name for decays in (True, False) for p in bridge.parameters(config) if p.decays is decays]
 
 
@@ -44,7 +44,7 @@ def random_adamw(config: GPT2Config = CONFIG, dtype: type = np.float32) -> AdamW
 def torch_state(
     config: GPT2Config = CONFIG, steps: int = STEPS, *, named: bool = False, prefix: str = "", **options: Any
 ) -> tuple[StateDict, list[str], dict[str, torch.Tensor]]:
-    """What torch's AdamW writes after some steps with random gradients; names in its order; the parameters."""
+    """Return the state of torch's AdamW after some steps, its names in order, and the parameters."""
     rng = np.random.default_rng(0)
     parameters = {n: torch.nn.Parameter(torch.zeros(shapes(config)[n])) for n in decay_order(config)}
     given = [(prefix + n, p) if named else p for n, p in parameters.items()]
@@ -126,7 +126,7 @@ def test_stored_moments_are_read_when_they_are_looked_up() -> None:
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_moments_of_matrices_that_lie_the_other_way_are_transposed(lazy: bool) -> None:
+def test_moments_of_transposed_matrices_are_transposed(lazy: bool) -> None:
     state, names, _ = torch_state()
     transposed = {p.torch_name for p in bridge.parameters(CONFIG) if p.is_projection}
     expected = optimizer_state.from_torch(state, names, CONFIG)
@@ -170,7 +170,7 @@ def test_torch_takes_its_state_back_bit_for_bit() -> None:
             assert torch.equal(restored["state"][i][what], tensor)
 
 
-def test_another_order_of_parameters_gets_each_its_own_moments() -> None:
+def test_parameters_in_another_order_get_their_own_moments() -> None:
     adamw = random_adamw()
     names = list(shapes(CONFIG))[::-1]
     groups = [{"params": list(range(5))}, {"params": list(range(5, len(names)))}]
@@ -197,7 +197,7 @@ def test_flax_and_back_is_the_identity(stacked: bool, vocab_multiple: int, confi
     assert_equal(back, adamw)
 
 
-def test_a_moment_lies_where_its_weight_lies() -> None:
+def test_a_moment_has_the_layout_of_its_weight() -> None:
     weights = random_state(CONFIG)
     mu, nu = optimizer_state.to_flax(AdamWState(1, weights, {n: w**2 for n, w in weights.items()}), CONFIG)
     params = flatten(bridge.to_flax(weights, CONFIG))
@@ -303,14 +303,14 @@ WRONG: list[tuple[Callable[[StateDict], None], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), WRONG, ids=[str(i) for i in range(len(WRONG))])
-def test_a_state_that_is_not_whole_is_refused(spoil: Callable[[StateDict], None], message: str) -> None:
+def test_an_incomplete_state_is_refused(spoil: Callable[[StateDict], None], message: str) -> None:
     state, names, _ = torch_state()
     spoil(state)
     with pytest.raises(ConversionError, match=message):
         optimizer_state.from_torch(state, names, CONFIG)
 
 
-def test_everything_wrong_is_listed_in_one_error() -> None:
+def test_all_problems_of_a_state_are_listed_in_one_error() -> None:
     state, names, _ = torch_state()
     at_once = (drop_entry, drop_moment, drop_step, misshape, narrow, step_once_more, add_entry, add_part)
     for spoil in at_once:
@@ -376,12 +376,12 @@ def test_names_must_say_which_parameter_is_which() -> None:
     ],
     ids=str,
 )
-def test_what_is_no_optimizer_state_is_refused(junk: Any) -> None:
+def test_an_object_that_is_not_an_optimizer_state_is_refused(junk: Any) -> None:
     with pytest.raises(ConversionError, match=r"state_dict\(\), which has `state`, and `param_groups`"):
         optimizer_state.from_torch(junk, ["wte.weight"], CONFIG)
 
 
-def test_a_state_goes_only_into_an_optimizer_of_the_same_parameters() -> None:
+def test_a_state_requires_an_optimizer_of_the_same_parameters() -> None:
     adamw = random_adamw()
     names = decay_order(UNTIED)
     groups = [{"params": list(range(len(names)))}]

@@ -1,4 +1,4 @@
-"""The table of parameters against the model it describes, as transformers builds it."""
+"""The table of parameters, compared with the model that transformers builds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bridge import GPT2_SIZES, GPT2Config
 
 
 def shapes_of_transformers(config: GPT2Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of GPT2LMHeadModel's state_dict, built without memory."""
+    """Return name -> shape of the state_dict of GPT2LMHeadModel, on the meta device."""
     import torch
     import transformers
 

@@ -1,6 +1,6 @@
-"""From every format into every other that can hold the model: the same weights and the same configuration.
+"""Conversion from every format to every other: the weights and the configuration do not change.
 
-A format that cannot hold a model says which field it has no place for.
+If a format cannot store a model, the error names the field.
 """
 
 from __future__ import annotations

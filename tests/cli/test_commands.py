@@ -18,7 +18,7 @@ import bridge
 from gpt2_jax.cli import main
 from gpt2_jax.cli.parsing import parse_and_run
 from gpt2_jax.cli.verbs import VERBS, load_verb
-from gpt2_jax.cli.verify import ALL_CHECKS
+from gpt2_jax.cli.verbs.verify import ALL_CHECKS
 from gpt2_jax.training.run.metrics import read_metrics
 
 

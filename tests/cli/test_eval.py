@@ -14,7 +14,7 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge.tokenizers.loading import byte_tokenizer
-from gpt2_jax.cli.eval import _encode
+from gpt2_jax.cli.verbs.eval import _encode
 from gpt2_jax.data.documents import find_documents
 from gpt2_jax.data.token_cache import cached_text
 

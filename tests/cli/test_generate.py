@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.commands import CONFIG, needs_torch, run
 
-from gpt2_jax.cli.generate import _asked
+from gpt2_jax.cli.verbs.generate import _asked
 
 BACKENDS = ("jax", "torch")
 

@@ -256,7 +256,7 @@ def test_the_process_is_set_up_before_a_verb_runs(
     verb = VERBS[name]
     monkeypatch.setattr(process, "restart_with_huge_pages", lambda: calls.append("huge pages"))
     monkeypatch.setattr(process, "enable_compilation_cache", lambda: calls.append("cache"))
-    monkeypatch.setattr(import_module(f"gpt2_jax.cli.{verb.module}"), verb.function, lambda: calls.append("verb"))
+    monkeypatch.setattr(import_module(f"gpt2_jax.cli.verbs.{verb.module}"), verb.function, lambda: calls.append("verb"))
     load_verb(name, (), own_process=True)()
     assert calls == [*settings, "verb"]
     calls.clear()

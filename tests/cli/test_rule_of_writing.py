@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from support.commands import CONFIG, run
+from support.commands import CONFIG, needs_torch, run
 from support.models import SMALLEST, config_for, huggingface_directory, random_checkpoint
 from support.tokenizers_for_tests import write_byte_tokenizer
 from support.training_runs import RECIPE, data_for, write_text
@@ -327,7 +327,7 @@ VERBS_WITH_JSON = {
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["", "overwrite"])
 @pytest.mark.parametrize("name", ["x.gguf", "model/model.safetensors", "model/config.json", "text.txt", "model"])
-@pytest.mark.parametrize("verb", VERBS_WITH_JSON)
+@pytest.mark.parametrize("verb", [pytest.param(v, marks=needs_torch if v == "verify" else ()) for v in VERBS_WITH_JSON])
 def test_json_replaces_only_reports(
     verb: str, name: str, flags: tuple[str, ...], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -463,6 +463,7 @@ def begun(path: Path) -> Path:
     return path
 
 
+@needs_torch
 def test_demo_keeps_a_run_with_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "demo").mkdir()
     run_directory = begun(tmp_path / "demo" / "run")

@@ -18,6 +18,7 @@ from gpt2_jax.console.output import progress
 from gpt2_jax.console.terminal import Console, print_error
 from gpt2_jax.training import PRESETS
 from gpt2_jax.training.config import flat
+from gpt2_jax.training.run.identity import VERSION
 
 NAME = "a\x1b]0;x\x07\x1b[31m\u202eb\x9b1m\x7f"
 """Escape sequences for the title and the colour, a right-to-left mark, and a one-byte sequence start."""
@@ -118,7 +119,7 @@ def test_no_verb_prints_a_control_character(
 
 def test_the_help_of_a_resumed_run_escapes_its_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {**flat(PRESETS["nano"]), "data": NAME, "sample_prompt": NAME, "tokenizer": NAME}
-    stored = {"version": 1, "config": config, "data": "", "tokenizer": None}
+    stored = {"version": VERSION, "config": config, "data": "", "tokenizer": None}
     (tmp_path / "run.json").write_text(json.dumps(stored))
     assert run("train", "--resume", "--out", tmp_path, "--help") == 0
     assert SHOWN[:9] in printed(capsys)

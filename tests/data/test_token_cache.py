@@ -208,7 +208,7 @@ def folder_instead(target: Path, name: Path) -> None:
 
 COUNTS: list[Any] = ["3", True, 3.0, -1, None, [3], 2**70, 10**400]
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "tokens cut off": replace_file("tokens.bin", b"12"),
+    "tokens truncated": replace_file("tokens.bin", b"12"),
     "tokens missing": lambda directory: (directory / "tokens.bin").unlink(),
     "a token flipped": flip("tokens.bin", 0),
     "the last token flipped": flip("tokens.bin", -1),
@@ -222,7 +222,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "one end": reseal("document_ends.bin", [3]),
     "sidecar missing": lambda directory: (directory / "tokens.json").unlink(),
     "sidecar empty": replace_file("tokens.json", b"{}"),
-    "sidecar cut off": replace_file("tokens.json", b"{"),
+    "sidecar truncated": replace_file("tokens.json", b"{"),
     "sidecar a list": replace_file("tokens.json", b"[1]"),
     "sidecar deep": replace_file("tokens.json", b"[" * 200_000),
     "sidecar of 30 MB": replace_file("tokens.json", b"[" + b"1," * 15_000_000 + b"1]"),

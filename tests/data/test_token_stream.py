@@ -184,7 +184,7 @@ BAD_HEADERS = {
     "version 4": npy_bytes("(5,)", version=b"\4\0"),
     "no version": b"\x93NUMPY",
     "header of 4 GiB": b"\x93NUMPY\2\0\xff\xff\xff\xff",
-    "cut off": npy_bytes("(5,)")[:40],
+    "truncated": npy_bytes("(5,)")[:40],
     "code": npy_bytes("(__import__('os').getpid(),)"),
 }
 

@@ -153,7 +153,7 @@ def withstands(bench: Bench, begun: str, place: Path, fault: Fault, *more: objec
     assert_readable(run, begun)
     if failed != NOTHING:
         code, errors = train(bench.directory, name, *more)
-        assert (code, errors) == (0, ""), f"it does not go on: {errors}"
+        assert (code, errors) == (0, ""), f"it does not continue: {errors}"
     assert runs.outcome(run) == bench.expected, "it came to another end"
     wrong = names(run) ^ names(bench.directory / WHOLE)
     assert not wrong, f"left behind, or missing: {wrong}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.storage import manifest
-from gpt2_jax.cli import train as verb
+from gpt2_jax.cli.verbs import train as verb
 from gpt2_jax.training import loop
 from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.state import TrainState

@@ -34,7 +34,7 @@ def mutable(source: Path) -> list[Path]:
 
 
 def repair(source: Path) -> None:
-    """Says of every record that its checksum was not computed, as torch does where it is told to."""
+    """Mark the checksum of every record as not computed, as torch does on request."""
     content = source.read_bytes()
     for header, checksum in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
         content = re.sub(header + b"(?s:.{%d})" % checksum, _without_checksum, content)

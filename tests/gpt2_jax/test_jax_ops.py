@@ -133,9 +133,9 @@ KERNELS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool
 """(rows, inputs, outputs, whether the operands are exchanged on CPU)."""
 
 
-@pytest.mark.parametrize(("rows", "inputs", "outputs", "turned"), KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize(("rows", "inputs", "outputs", "transposed"), KERNELS.values(), ids=KERNELS)
 def test_the_kernel_gradient_is_correct_in_both_forms(
-    rows: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], turned: bool, x64: None
+    rows: tuple[int, ...], inputs: tuple[int, ...], outputs: tuple[int, ...], transposed: bool, x64: None
 ) -> None:
     x, dy = arguments([(*rows, *inputs), (*rows, *outputs)])
 
@@ -145,7 +145,7 @@ def test_the_kernel_gradient_is_correct_in_both_forms(
     gradient = partial(_kernel_gradient, rows=tuple(range(len(rows))), axes=len(inputs))
     expected = jax.grad(product)(jnp.zeros((*inputs, *outputs)))
     np.testing.assert_allclose(jax.jit(gradient)(x, dy), expected, rtol=0, atol=ROUNDING)
-    assert ("platform_index" in str(jax.make_jaxpr(gradient)(x, dy))) == turned
+    assert ("platform_index" in str(jax.make_jaxpr(gradient)(x, dy))) == transposed
 
 
 @each_vocabulary

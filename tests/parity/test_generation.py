@@ -237,7 +237,7 @@ def test_chunks_are_the_tokens_of_generate(name: str, chunk_size: int, backend: 
 
 @each_backend
 def test_beam_search_cannot_be_streamed(backend: str, small: Decoders) -> None:
-    with pytest.raises(ValueError, match="beams"):
+    with pytest.raises(ValueError, match="beam search"):
         small[backend].stream(PROMPTS, GenerationConfig(3, num_beams=2))
     with pytest.raises(ValueError, match="slide"):
         small[backend].stream(PROMPTS, GenerationConfig(SMALL.n_positions))

@@ -249,11 +249,13 @@ def test_the_layer_is_causal_by_default():
         np.testing.assert_array_equal(side("layer", x)[:, :-1], side("layer", changed)[:, :-1])
 
 
-def test_the_two_model_files_define_the_same_classes_in_the_same_order():
-    def public_classes(module: Any) -> list[str]:
+def test_the_two_model_files_define_the_same_classes_and_functions_in_the_same_order():
+    def definitions(module: Any) -> list[str]:
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
-        return [node.name for node in tree.body if isinstance(node, ast.ClassDef) and hasattr(gpt2_torch, node.name)]
+        return [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
 
-    expected = ["MultiHeadAttention", "FeedForward", "GPT2Layer", "GPT2"]
-    assert public_classes(gpt2_torch.model) == expected
-    assert public_classes(gpt2_jax.model) == expected
+    expected = ["Embedding", "Projection", "LayerNorm", "QKVProjection"]
+    expected += ["MultiHeadAttention", "FeedForward", "GPT2Layer", "GPT2"]
+    expected += ["positions", "check_shape", "check_inputs"]
+    assert definitions(gpt2_torch.model) == expected
+    assert definitions(gpt2_jax.model) == expected

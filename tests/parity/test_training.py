@@ -108,7 +108,7 @@ def beginning(form: str, dtype: str) -> Snapshot:
 
 
 def snapshot(weights: Mapping[str, np.ndarray], adamw: AdamWState) -> Snapshot:
-    """Copied: torch goes on in the same memory."""
+    """Copy the arrays, because torch continues in the same memory."""
     weights, first, second = (
         {name: np.array(array) for name, array in arrays.items()}
         for arrays in (weights, adamw.exp_avg, adamw.exp_avg_sq)

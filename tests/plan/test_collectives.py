@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gpt2_jax.plan.collectives import Collective, find_collectives
+from gpt2_jax.plan.communication.collectives import Collective, find_collectives
+from gpt2_jax.plan.communication.hlo import array_bytes
 from gpt2_jax.plan.errors import PlanError
-from gpt2_jax.plan.hlo import array_bytes
 
 ADD = """
 %add (a: f32[], b: f32[]) -> f32[] {

@@ -9,7 +9,7 @@ import pytest
 from bridge import GPT2Config, num_parameters
 from gpt2_jax.hardware import TPU_CHIPS, TpuChip
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.plan.collectives import Collective, Collectives
+from gpt2_jax.plan.communication.collectives import Collective, Collectives
 from gpt2_jax.plan.compiled import describe_step
 from gpt2_jax.plan.memory import StateBytes, layer_parameters
 from gpt2_jax.plan.roofline import hbm_bytes, program_roofline, step_flops

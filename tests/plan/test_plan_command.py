@@ -21,7 +21,7 @@ from bridge import BridgeError, GPT2Config, num_parameters, parameters
 from gpt2_jax.console.terminal import console
 from gpt2_jax.hardware import TPU_CHIPS
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.plan.collectives import find_collectives
+from gpt2_jax.plan.communication.collectives import find_collectives
 from gpt2_jax.plan.compiled import Program, describe_step
 from gpt2_jax.plan.plan import Plan, ScalingPoint, plan_program
 from gpt2_jax.plan.plot import plot

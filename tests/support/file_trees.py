@@ -9,7 +9,7 @@ from bridge.storage.hidden_directories import MARKER
 
 
 def tree(path: Path) -> dict[str, bytes | None]:
-    """Everything under `path`, hidden files too."""
+    """Return path -> content of everything below `path`, including hidden files. The content of a directory is None."""
     return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
 
 
@@ -19,12 +19,12 @@ def fill(path: Path, replaceable: Replaceable | None = None) -> None:
 
 
 def make_hidden_directory(path: Path) -> Path:
-    """A hidden directory as this project makes it."""
+    """Make a hidden directory of this project."""
     path.mkdir(exist_ok=True)
     (path / MARKER).touch()
     return path
 
 
 def own(name: str) -> bool:
-    """The files that these tests' writers may replace."""
+    """Whether a writer in these tests may replace the file."""
     return name in ("old", "new")

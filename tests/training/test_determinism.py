@@ -13,8 +13,8 @@ from support.training_runs import RECIPE, recipe, run_in, write_text
 
 from bridge.storage import manifest
 from gpt2_jax.cli import run_training
-from gpt2_jax.cli import train as verb
 from gpt2_jax.cli.parsing import parse_and_run
+from gpt2_jax.cli.verbs import train as verb
 from gpt2_jax.training import TrainingError
 from gpt2_jax.training.determinism import is_deterministic, make_deterministic
 

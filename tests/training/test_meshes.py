@@ -88,7 +88,7 @@ def test_arrays_are_sharded_as_the_table_says(tmp_path: Path) -> None:
             assert not [s for s in shapes["step"] if on_meshes.V in s and math.prod(s) > on_meshes.V], text
         rows = on_meshes.B // (sizes["data"] * sizes["fsdp"])
         logits = [s for s in shapes["gathers"] if s[-1] == on_meshes.V and math.prod(s) >= rows * on_meshes.V]
-        assert not logits, (text, "logits are brought together")
+        assert not logits, (text, "logits are all-gathered")
         if sizes["fsdp"] * sizes["tensor"] > 1:
             assert [on_meshes.V, on_meshes.D] not in shapes["drawn"], text
 

@@ -125,12 +125,12 @@ def adamw_first(name: str, config: GPT2Config, settings: OptimizerConfig, rate: 
 def orthogonalized(gradient: np.ndarray) -> np.ndarray:
     """The quintic Newton-Schulz iteration of github.com/KellerJordan/Muon, in float64."""
     x = gradient.astype(np.float64) / np.linalg.norm(gradient)
-    turned = x.shape[0] > x.shape[1]
-    x = x.T if turned else x
+    transposed = x.shape[0] > x.shape[1]
+    x = x.T if transposed else x
     for _ in range(5):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if turned else x
+    return x.T if transposed else x
 
 
 @EITHER_FORM

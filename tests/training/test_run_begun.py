@@ -191,11 +191,11 @@ def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tm
         bridge.GPT2Config(vocab_size=300, n_positions=14, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.5)
     )
     config = recipe(init_from="source", resid_pdrop=0.25)
-    settled = resolve_config(config, data_for(config, tmp_path), source)
-    assert settled.model == bridge.GPT2Config(**{**vars(source.config), "attn_pdrop": 0.0, "resid_pdrop": 0.25})
-    model = loop.make_model(settled)
-    state = loop.initial_state(settled, model, loop.make_optimizer(settled.optimizer, 6), source, make_mesh())
-    found = bridge.to_torch(jax.tree.map(np.asarray, state.params), settled.model, vocab_multiple=128)
+    resolved = resolve_config(config, data_for(config, tmp_path), source)
+    assert resolved.model == bridge.GPT2Config(**{**vars(source.config), "attn_pdrop": 0.0, "resid_pdrop": 0.25})
+    model = loop.make_model(resolved)
+    state = loop.initial_state(resolved, model, loop.make_optimizer(resolved.optimizer, 6), source, make_mesh())
+    found = bridge.to_torch(jax.tree.map(np.asarray, state.params), resolved.model, vocab_multiple=128)
     assert all(np.array_equal(found[name], array) for name, array in source.tensors.items())
 
 

@@ -60,12 +60,12 @@ def test_a_sample_with_a_padded_vocabulary_has_only_known_tokens(tmp_path: Path)
     model = bridge.GPT2Config(vocab_size=1000, n_positions=16, n_embd=8, n_layer=1, n_head=1)
     config = recipe(init_from="memory", **vars(model), sample_tokens=15)
     data = data_for(config, tmp_path)
-    settled = resolve_config(config, data, random_checkpoint(model))
-    gpt2 = loop.make_model(settled)
+    resolved = resolve_config(config, data, random_checkpoint(model))
+    gpt2 = loop.make_model(resolved)
     state = loop.initial_state(
-        settled, gpt2, loop.make_optimizer(settled.optimizer, 6), random_checkpoint(model), make_mesh()
+        resolved, gpt2, loop.make_optimizer(resolved.optimizer, 6), random_checkpoint(model), make_mesh()
     )
-    shown = loop.sample(settled, gpt2, state, data, [65, 27, 10])
+    shown = loop.sample(resolved, gpt2, state, data, [65, 27, 10])
     assert shown.startswith("A\ufffd\n")  # an escape would move the terminal's cursor
     with pytest.raises((KeyError, TokenizerError)):
         assert data.tokenizer is not None

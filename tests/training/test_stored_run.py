@@ -30,7 +30,7 @@ def with_config(**changes: Any) -> bytes:
 
 DAMAGE: dict[str, bytes] = {
     "empty": b"",
-    "cut off": changed()[:100],
+    "truncated": changed()[:100],
     "list": b"[1]",
     "deep": b"[" * 200_000,
     "not UTF-8": b"\xff" + changed(),

@@ -1,4 +1,4 @@
-"""The machine that reads pickles, held against Python's, and against what would cost too much."""
+"""The pickle reader against Python's unpickler, and its limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's files, held against torch, and every way in which one can be hostile."""
+"""The reader of torch files against torch, and malicious files."""
 
 from __future__ import annotations
 

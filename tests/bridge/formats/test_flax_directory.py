@@ -94,7 +94,7 @@ def test_a_bias_that_is_not_a_bool_is_refused(tmp_path: Path, bias: object) -> N
 
 
 def saved(tmp_path: Path, edit: Mapping[str, Any] | None = None) -> Path:
-    """A directory in which the tensors named in `edit` were replaced, or dropped where it says None."""
+    """Write a directory in which the tensors in `edit` are replaced, or removed if the value is None."""
     path = tmp_path / "out"
     bridge.save(random_checkpoint(), path, format="flax")
     if edit is not None:

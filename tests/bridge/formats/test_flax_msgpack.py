@@ -1,4 +1,4 @@
-"""transformers 4's Flax checkpoints: those that transformers 4.57.6 wrote (tests/files), and ours under flax 0.12.8."""
+"""transformers 4's Flax checkpoints: files of transformers 4.57.6 (tests/files), and our files read by flax 0.12.8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bridge import BridgeError, Checkpoint, CheckpointError, ConfigError, Conver
 WRITTEN_BY_TRANSFORMERS = Path(__file__).parents[2] / "files" / "transformers-4.57.6"
 NAMES = ("tied", "bfloat16", "untied", "sharded", "without_head")
 SAME_FP32 = 2e-6
-"""Logits of size 1, by another order of the same float32 sums."""
+"""Tolerance for logits of size 1: the order of float32 sums differs."""
 
 FOUR_HEADS = replace(SMALLEST, n_head=4)
 UNTIED = replace(SMALLEST, tie_word_embeddings=False)
@@ -34,7 +34,7 @@ Leaves = dict[str, np.ndarray]
 
 
 def leaves_of(directory: Path) -> Leaves:
-    """Path in the tree -> array, by flax, whatever number of files it is in."""
+    """Return path in the tree -> array, read by flax from one or several files."""
     leaves: Leaves = {}
     for file in sorted(directory.glob("flax_model*.msgpack")):
         leaves |= flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(file.read_bytes()), sep="/")
@@ -42,7 +42,7 @@ def leaves_of(directory: Path) -> Leaves:
 
 
 def flaxs(directory: Path, leaves: Mapping[str, Any], config: GPT2Config = SMALLEST) -> Path:
-    """A checkpoint of these leaves, written by flax."""
+    """Write a checkpoint of these leaves with flax."""
     directory.mkdir(exist_ok=True)
     tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
     (directory / "flax_model.msgpack").write_bytes(flax.serialization.to_bytes(tree))
@@ -65,8 +65,8 @@ def random_leaves(tmp_path: Path, config: GPT2Config = SMALLEST) -> Leaves:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_transformers_saved_is_read(name: str) -> None:
-    """Names and layouts written out here: flax reads the file, and each array has the place of its row."""
+def test_files_of_transformers_are_read(name: str) -> None:
+    """Names and layouts are written out here. flax reads the file."""
     ckpt = bridge.load(WRITTEN_BY_TRANSFORMERS / name)
     assert ckpt.format == "flax_msgpack"
     assert ckpt.config.tie_word_embeddings is (name != "untied")
@@ -86,7 +86,7 @@ def test_what_transformers_saved_is_read(name: str) -> None:
 
 
 def leaves_under(leaves: Leaves, modules: list[str]) -> set[str]:
-    """The last names of the arrays of one module."""
+    """Return the last parts of the names of a module's arrays."""
     module = "/".join(modules)
     return {
         path.rpartition("/")[2] for path in leaves if path.rpartition("/")[0].removeprefix("transformer/") == module
@@ -110,7 +110,7 @@ def test_both_backends_compute_the_logits_that_transformers_computed(name: str) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_transformers_saved_is_written_again_with_the_same_arrays(tmp_path: Path, name: str) -> None:
+def test_files_of_transformers_are_written_again_with_the_same_arrays(tmp_path: Path, name: str) -> None:
     ckpt = bridge.load(WRITTEN_BY_TRANSFORMERS / name)
     bridge.save(ckpt, tmp_path / "again", format="flax_msgpack", max_shard_bytes=2_000)
     assert len(list(tmp_path.glob("again/flax_model-*-of-*.msgpack"))) > 1
@@ -129,7 +129,7 @@ def test_what_transformers_saved_is_written_again_with_the_same_arrays(tmp_path:
     assert before_json.items() <= after_json.items()
 
 
-def test_a_checkpoint_without_a_head_is_said_to_be_one() -> None:
+def test_a_checkpoint_without_a_head_is_reported() -> None:
     (diagnostic,) = bridge.load(WRITTEN_BY_TRANSFORMERS / "without_head").diagnostics
     assert "from FlaxGPT2Model" in diagnostic
     assert bridge.load(WRITTEN_BY_TRANSFORMERS / "tied").diagnostics == ()
@@ -150,8 +150,8 @@ def test_weights_and_configuration_come_back(tmp_path: Path, tied: bool, dtype: 
     assert found.diagnostics == ()
 
 
-def test_flax_reads_what_is_written_and_the_kernels_are_transposed(tmp_path: Path) -> None:
-    """c_attn and c_proj of 4 heads, c_fc, and the head, which alone is not transposed for Flax."""
+def test_flax_reads_a_written_file_whose_kernels_are_transposed(tmp_path: Path) -> None:
+    """Compares c_attn, c_proj, c_fc and the head. Only the head is not transposed in Flax."""
     ckpt = ours(tmp_path / "out", replace(FOUR_HEADS, tie_word_embeddings=False))
     leaves = leaves_of(tmp_path / "out")
     assert len(leaves) == len(ckpt.tensors)
@@ -164,7 +164,7 @@ def test_flax_reads_what_is_written_and_the_kernels_are_transposed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("source", ["out", "out/flax_model.msgpack"])
-def test_a_directory_and_its_file_are_one_checkpoint(tmp_path: Path, source: str) -> None:
+def test_a_directory_and_its_file_load_the_same_checkpoint(tmp_path: Path, source: str) -> None:
     ckpt = ours(tmp_path / "out")
     found = bridge.load(tmp_path / source)
     assert (found.format, found.path) == ("flax_msgpack", tmp_path / "out")
@@ -178,7 +178,7 @@ def test_a_file_without_config_json_is_refused(tmp_path: Path) -> None:
         bridge.load(tmp_path / "out" / "flax_model.msgpack")
 
 
-def test_the_whole_file_goes_before_the_shards_as_in_transformers(tmp_path: Path) -> None:
+def test_the_single_file_takes_precedence_over_shards_as_in_transformers(tmp_path: Path) -> None:
     ours(tmp_path / "out", max_shard_bytes=2_000)
     shutil.copy(tmp_path / "out" / "flax_model-00001-of-00003.msgpack", tmp_path / "out" / "flax_model.msgpack")
     with pytest.raises(ConversionError, match=r"flax_model\.msgpack' does not hold"):
@@ -192,7 +192,7 @@ def test_safetensors_beside_the_flax_file_are_read(tmp_path: Path) -> None:
 
 
 def test_no_tensor_is_read_to_open_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole and in shards: 1 MB of weights, of which the 4 kB blocks with the names are read."""
+    """One file and shards. Of 1 MB of weights, only the 4 kB blocks that contain names are read."""
     config = replace(SMALLEST, n_embd=64, n_inner=None)
     counts: list[int] = []
     read = bridge.storage.stored_file.StoredFile.read
@@ -225,7 +225,7 @@ def test_no_tensor_is_read_to_open_a_checkpoint(tmp_path: Path, monkeypatch: pyt
         ("bias", False),
     ],
 )
-def test_what_transformers_would_ignore_is_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
+def test_settings_that_transformers_ignores_are_refused_by_name(tmp_path: Path, field: str, value: Any) -> None:
     checkpoint = random_checkpoint(replace(SMALLEST, **{field: value}))
     with pytest.raises(ConfigError, match=f"{field}='?{value}"):
         bridge.save(checkpoint, tmp_path / "out", format="flax_msgpack")
@@ -236,7 +236,7 @@ def test_what_transformers_would_ignore_is_refused_by_name(tmp_path: Path, field
     ("field", "value"),
     [("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True), ("reorder_and_upcast_attn", True)],
 )
-def test_what_transformers_ignored_is_read_as_it_stands_and_said(tmp_path: Path, field: str, value: bool) -> None:
+def test_settings_that_transformers_ignored_are_read_and_reported(tmp_path: Path, field: str, value: bool) -> None:
     config = replace(SMALLEST, **{field: value})
     found = bridge.load(flaxs(tmp_path / "out", random_leaves(tmp_path), config))
     assert found.config == config
@@ -330,21 +330,21 @@ def test_another_tree_is_refused_by_name(
     ],
     ids=["no head", "a head not transposed"],
 )
-def test_an_untied_head_has_to_be_there_and_transposed(
+def test_an_untied_head_must_be_stored_transposed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], says: str
 ) -> None:
     source = flaxs(tmp_path / "other", change(random_leaves(tmp_path, UNTIED)), UNTIED)
     assert_refused(source, says, capsys, ConversionError)
 
 
-def test_a_tied_head_that_is_stored_and_equal_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_stored_tied_head_is_left_out_and_reported(tmp_path: Path) -> None:
     leaves = random_leaves(tmp_path)
     found = bridge.load(flaxs(tmp_path / "out", leaves | {"lm_head/kernel": leaves[WTE].T}))
     assert "lm_head.weight" not in found.tensors
     assert found.diagnostics == ("lm_head/kernel is stored although the head is tied; it equals wte/embedding",)
 
 
-def test_every_difference_is_in_one_message(tmp_path: Path) -> None:
+def test_all_differences_are_in_one_error(tmp_path: Path) -> None:
     leaves = without(WTE)(changed(C_ATTN, np.transpose)(random_leaves(tmp_path))) | {"extra/kernel": np.zeros(1)}
     with pytest.raises(ConversionError) as caught:
         bridge.load(flaxs(tmp_path / "out", leaves))
@@ -360,7 +360,7 @@ def index_of(directory: Path) -> dict[str, Any]:
 
 
 def in_shards(directory: Path, change: Callable[[dict[str, Any]], object] = lambda _: None) -> Path:
-    """A checkpoint in three shards, under an index as `change` leaves it."""
+    """Write a checkpoint in three shards, with an index that `change` has edited."""
     ours(directory, max_shard_bytes=2_000)
     index = index_of(directory)
     change(index)
@@ -369,7 +369,7 @@ def in_shards(directory: Path, change: Callable[[dict[str, Any]], object] = lamb
 
 
 def mapped(to: Any) -> Callable[[dict[str, Any]], object]:
-    """The embedding is said to be in this file."""
+    """Edit the index so that it places the embedding in this file."""
     return lambda index: index["weight_map"].update({WTE: to})
 
 
@@ -444,7 +444,7 @@ def test_a_bad_shard_is_refused_by_name(
     assert_refused(tmp_path / "shards", says, capsys, BridgeError)
 
 
-def test_shards_are_no_larger_than_asked_and_the_index_lists_them(tmp_path: Path) -> None:
+def test_shards_respect_the_size_limit_and_the_index_lists_them(tmp_path: Path) -> None:
     in_shards(tmp_path / "shards")
     leaves, index = leaves_of(tmp_path / "shards"), index_of(tmp_path / "shards")
     assert index["weight_map"].keys() == leaves.keys()
@@ -452,8 +452,8 @@ def test_shards_are_no_larger_than_asked_and_the_index_lists_them(tmp_path: Path
     assert sorted({*index["weight_map"].values()}) == sorted(p.name for p in tmp_path.glob("shards/*-of-*.msgpack"))
 
 
-def test_an_empty_shard_that_transformers_leaves_is_no_matter(tmp_path: Path) -> None:
-    """Where the first weight is larger than a shard, transformers 4.57.6 writes an empty file before it."""
+def test_an_empty_shard_of_transformers_is_accepted(tmp_path: Path) -> None:
+    """If the first weight is larger than a shard, transformers 4.57.6 writes an empty file first."""
     ckpt = ours(tmp_path / "out", max_shard_bytes=1)
     (tmp_path / "out" / "flax_model-00000-of-00028.msgpack").write_bytes(flax.serialization.to_bytes({}))
     found = bridge.load(tmp_path / "out")

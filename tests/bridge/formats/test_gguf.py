@@ -1,7 +1,7 @@
-"""GGUF checkpoints against the gguf package (0.19.0), and against files that are no GPT-2 of llama.cpp's.
+"""GGUF checkpoints, compared with the gguf package (0.19.0), and files that are not a GPT-2 of llama.cpp.
 
-What llama.cpp's converter writes is written here by the package's `GGUFWriter` under the names of its own table. By
-hand llama.cpp itself (b11549) was given files of every type: it computes the reference's logits.
+The package's `GGUFWriter` writes files like those of llama.cpp's converter, with the names of its own table. llama.cpp
+(b11549) was tested by hand with files of every type: it computes the logits of the reference.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def saved(path: Path, checkpoint: Checkpoint) -> Path:
 
 
 def fields_of(path: Path) -> dict[str, Any]:
-    """The metadata as the package reads it."""
+    """Return the metadata, read by the package."""
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
@@ -89,14 +89,14 @@ def test_the_width_of_the_feed_forward_layer_is_kept(tmp_path: Path, n_inner: in
 
 
 def test_mixed_dtypes_are_kept(tmp_path: Path) -> None:
-    """As mixed as can be: every third tensor in each of the types, vectors too."""
+    """Each type is used by every third tensor, including vectors."""
     types = (np.float32, np.float16, BF16)
     state = {name: values.astype(types[i % 3]) for i, (name, values) in enumerate(random_state(TINY).items())}
     checkpoint = Checkpoint.of(state, TINY)
     assert_same(bridge.load(saved(tmp_path / "m.gguf", checkpoint)), checkpoint)
 
 
-def test_values_that_are_not_finite_are_kept_where_asked(tmp_path: Path) -> None:
+def test_non_finite_values_are_kept_on_request(tmp_path: Path) -> None:
     state = random_state(SMALLEST, BF16)
     for name in ("wte.weight", "ln_f.bias", "h.0.mlp.c_fc.weight"):
         state[name].reshape(-1)[:3] = np.nan, np.inf, -np.inf
@@ -107,7 +107,7 @@ def test_values_that_are_not_finite_are_kept_where_asked(tmp_path: Path) -> None
     assert_same(bridge.load(tmp_path / "m.gguf"), checkpoint)
 
 
-def test_settings_of_training_are_left_out_and_said(tmp_path: Path) -> None:
+def test_training_settings_are_left_out_and_reported(tmp_path: Path) -> None:
     config = replace(TINY, embd_pdrop=0.1, initializer_range=0.01)
     (sentence,) = bridge.save(random_checkpoint(config), tmp_path / "m.gguf", format="gguf")
     assert "initializer_range=0.01" in sentence
@@ -121,7 +121,7 @@ def test_settings_of_training_are_left_out_and_said(tmp_path: Path) -> None:
 
 
 def llama_cpps_names(config: GPT2Config) -> dict[str, str]:
-    """Canonical name -> the one that the package's own table gives Hugging Face's."""
+    """Return canonical name -> GGUF name, from the package's own table."""
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
     names = {}
     for parameter in bridge.parameters(config):
@@ -136,7 +136,7 @@ def is_transposed(name: str) -> bool:
 
 
 def as_the_converter(path: Path, checkpoint: Checkpoint, matrices: gguf.GGMLQuantizationType, **dropped: bool) -> Path:
-    """The file that convert_hf_to_gguf.py makes of a GPT-2, written by the package."""
+    """Write with the package the file that convert_hf_to_gguf.py makes of a GPT-2."""
     config = checkpoint.config
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_name("Tiny")
@@ -163,9 +163,7 @@ def as_the_converter(path: Path, checkpoint: Checkpoint, matrices: gguf.GGMLQuan
 
 @CONFIGS
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_what_the_package_writes_as_llama_cpps_converter_does_is_read(
-    tmp_path: Path, config: GPT2Config, kind: str
-) -> None:
+def test_files_like_those_of_llama_cpps_converter_are_read(tmp_path: Path, config: GPT2Config, kind: str) -> None:
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": BF16}[kind]
     exact = {  # the package rounds to bfloat16 otherwise than ml_dtypes does in a tie
         name: values.astype(dtype).astype(np.float32) for name, values in random_state(config).items()
@@ -180,7 +178,7 @@ def test_what_the_package_writes_as_llama_cpps_converter_does_is_read(
 
 @CONFIGS
 @DTYPES
-def test_the_package_reads_what_is_written(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
+def test_the_package_reads_written_files(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
     checkpoint = random_checkpoint(config, dtype)
     reader = gguf.GGUFReader(saved(tmp_path / "m.gguf", checkpoint))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -225,7 +223,7 @@ def test_a_vector_that_no_longer_fits_its_old_type_is_an_error(tmp_path: Path) -
     assert bridge.load(tmp_path / "m.gguf").tensors["ln_f.bias"].dtype == np.float16
     tensors["output_norm.bias"][3] = 1 + 2**-20
     (tmp_path / "m.gguf").write_bytes(gpt2(pairs, tensors))
-    with pytest.raises(ConversionError, match=r"m\.gguf': output_norm.bias has values that float16 does not hold"):
+    with pytest.raises(ConversionError, match=r"m\.gguf': output_norm.bias has values that float16 cannot represent"):
         bridge.load(tmp_path / "m.gguf").tensors["ln_f.bias"]
 
 
@@ -256,7 +254,7 @@ def test_an_untied_head_that_equals_the_embedding_is_not_written(tmp_path: Path)
     config = replace(SMALLEST, tie_word_embeddings=False)
     state = random_state(config)
     state["lm_head.weight"] = state["wte.weight"]
-    with pytest.raises(ConfigError, match=r"tie_word_embeddings=False: lm_head.weight equals wte.weight"):
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings=False, but lm_head.weight equals wte.weight"):
         saved(tmp_path / "m.gguf", Checkpoint.of(state, config))
     assert list(tmp_path.iterdir()) == []
 
@@ -272,7 +270,7 @@ def test_an_epsilon_of_few_digits_comes_back(tmp_path: Path, epsilon: float) -> 
 
 @pytest.mark.parametrize("epsilon", [1.00000000001e-5, 1 / 3, 1e-300, 1e300, 1e-46])
 def test_an_epsilon_that_float32_does_not_hold_is_refused(tmp_path: Path, epsilon: float) -> None:
-    with pytest.raises(ConfigError, match=r"layer_norm_epsilon=.*GGUF holds it in float32"):
+    with pytest.raises(ConfigError, match=r"layer_norm_epsilon=.*GGUF stores it in float32"):
         saved(tmp_path / "m.gguf", random_checkpoint(replace(SMALLEST, layer_norm_epsilon=epsilon)))
 
 
@@ -323,7 +321,7 @@ def renamed(old: str, new: str) -> bytes:
 
 
 def transposed() -> bytes:
-    """Every projection `[in, out]`."""
+    """Return a file with all projections `[in, out]`."""
     return gpt2(tensors={name: v.T.copy() if v.ndim == 2 else v for name, v in gguf_tensors().items()})
 
 
@@ -336,7 +334,7 @@ WRONG = [*gpt2_pairs(), (b"gpt2.vocab_size", number(10)), (b"gpt2.rope.freq_base
 
 # What the file holds, the error, and what its message must say.
 NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
-    "no keys": (gpt2([]), ConfigError, "general.architecture is missing; only 'gpt2' is read"),
+    "no keys": (gpt2([]), ConfigError, "general.architecture is missing; only 'gpt2' is supported"),
     "a text as long as is read": (
         file_of([(b"a.b", text("x" * (2**24 - 100)))]),
         ConfigError,
@@ -346,15 +344,15 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "an architecture that is no text": (changed(architecture=number(2)), ConfigError, "architecture is '2'"),
     "an architecture not UTF-8": (changed(architecture=text(b"\xff\x1b")), ConfigError, "architecture is '\ufffd"),
     "an architecture of arrays": (changed(architecture=texts(["gpt2"])), ConfigError, "is an array of 1"),
-    "one of several files": (with_pair("split.count", number(2, "uint16")), CheckpointError, "join them first"),
+    "one of several files": (with_pair("split.count", number(2, "uint16")), CheckpointError, "merge them first"),
     "several files, in an array": (with_pair("split.count", int32s([1])), CheckpointError, "split.count is an array"),
     # Sizes
     "no context_length": (changed(context_length=None), ConfigError, "gpt2.context_length is missing"),
     "no head_count": (changed(head_count=None), ConfigError, "gpt2.attention.head_count is missing"),
-    "no epsilon": (changed(layer_norm_epsilon=None), ConfigError, "layer_norm_epsilon is missing, not a number"),
-    "embedding_length a float": (changed(embedding_length=number(8, "float32")), ConfigError, "is '8.0', not a whole"),
-    "block_count a text": (changed(block_count=text("2")), ConfigError, "gpt2.block_count is '2', not a whole number"),
-    "block_count a bool": (changed(block_count=number(1, "bool")), ConfigError, "block_count is 'True', not a whole"),
+    "no epsilon": (changed(layer_norm_epsilon=None), ConfigError, "layer_norm_epsilon is missing, not a float32"),
+    "embedding_length a float": (changed(embedding_length=number(8, "float32")), ConfigError, "is '8.0', not an int"),
+    "block_count a text": (changed(block_count=text("2")), ConfigError, "gpt2.block_count is '2', not an integer"),
+    "block_count a bool": (changed(block_count=number(1, "bool")), ConfigError, "block_count is 'True', not an int"),
     "block_count 0": (changed(block_count=number(0)), ConfigError, "n_layer='0': must be between 1"),
     "block_count -1": (changed(block_count=number(-1, "int32")), ConfigError, "n_layer='-1': must be between 1"),
     "block_count 10^9": (changed(block_count=number(10**9)), ConfigError, "n_layer='1000000000'"),
@@ -363,18 +361,18 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "block_count too large": (changed(block_count=number(3)), ConversionError, "blk.2.attn_norm.weight is missing"),
     "head_count 0": (changed(head_count=number(0)), ConfigError, "n_head='0': must be between 1"),
     "head_count 3": (changed(head_count=number(3)), ConfigError, "n_embd='8' is not divisible by n_head='3'"),
-    "head_count an array": (changed(head_count=int32s([2, 2])), ConfigError, "head_count is an array of 2, not a whol"),
+    "head_count an array": (changed(head_count=int32s([2, 2])), ConfigError, "head_count is an array of 2, not an int"),
     "feed_forward_length 0": (changed(feed_forward_length=number(0)), ConfigError, "n_inner='0'"),
     "feed_forward_length 4 n_embd": (changed(feed_forward_length=number(32)), ConversionError, "blk.0.ffn_up.weight h"),
     "embedding_length 2^63": (changed(embedding_length=number(2**63, "uint64")), ConfigError, "n_embd="),
     "context_length other than stored": (changed(context_length=number(6)), ConversionError, "position_embd.weight ha"),
     "epsilon 0": (changed(layer_norm_epsilon=number(0, "float32")), ConfigError, "layer_norm_epsilon='0.0'"),
     "epsilon negative": (changed(layer_norm_epsilon=number(-1e-5, "float32")), ConfigError, "layer_norm_epsilon='-1e-"),
-    "epsilon NaN": (changed(layer_norm_epsilon=number(np.nan, "float32")), ConfigError, "epsilon is 'nan', not a numb"),
+    "epsilon NaN": (changed(layer_norm_epsilon=number(np.nan, "float32")), ConfigError, "epsilon is 'nan', not a floa"),
     "epsilon infinite": (changed(layer_norm_epsilon=number(np.inf, "float32")), ConfigError, "layer_norm_epsilon='inf"),
-    "epsilon a whole number": (changed(layer_norm_epsilon=number(1)), ConfigError, "epsilon is '1', not a number in"),
-    "epsilon in float64": (changed(layer_norm_epsilon=number(1e-5, "float64")), ConfigError, "not a number in float32"),
-    "epsilon past float32": (changed(layer_norm_epsilon=number(1e300, "float64")), ConfigError, "not a number in floa"),
+    "epsilon a whole number": (changed(layer_norm_epsilon=number(1)), ConfigError, "epsilon is '1', not a float32"),
+    "epsilon in float64": (changed(layer_norm_epsilon=number(1e-5, "float64")), ConfigError, "not a float32"),
+    "epsilon past float32": (changed(layer_norm_epsilon=number(1e300, "float64")), ConfigError, "not a float32"),
     # Other mathematics
     "a vocabulary of another size": (with_pair("gpt2.vocab_size", number(12)), ConfigError, "vocab_size is '12'; this"),
     "fewer heads for keys": (with_pair("gpt2.attention.head_count_kv", number(1)), ConfigError, "head_count_kv is '1'"),
@@ -382,7 +380,7 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "wider values": (with_pair("gpt2.attention.value_length", number(8)), ConfigError, "value_length is '8'"),
     "attention to the future": (with_pair("gpt2.attention.causal", number(0, "bool")), ConfigError, "causal is 'False"),
     "rotary positions": (with_pair("gpt2.rope.freq_base", number(1e4, "float32")), ConfigError, "'gpt2.rope.freq_base"),
-    "experts": (with_pair("gpt2.expert_count", number(8)), ConfigError, "'gpt2.expert_count' is '8': unknown, it may"),
+    "experts": (with_pair("gpt2.expert_count", number(8)), ConfigError, "'gpt2.expert_count' is '8': unknown, and"),
     "an unknown array": (with_pair("gpt2.x", int32s([1, 2])), ConfigError, "'gpt2.x' is an array of 2: unknown"),
     "an odd key": (with_pair("gpt2.\x1b[31m", number(1)), ConfigError, r"'gpt2.\x1b[31m' is '1': unknown"),
     "several, all named": (gpt2(WRONG), ConfigError, "gpt2.vocab_size is '10'; this model has 11"),
@@ -415,31 +413,31 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
         "vocab_size='1099511627776'",
     ),
     # What this project says of a file
-    "widened: a number": (vectors_widened(number(1)), CheckpointError, "widened_from_bf16 is '1', not names of tensor"),
-    "widened: numbers": (vectors_widened(int32s([1])), CheckpointError, "is an array of 1, not names of tensors"),
-    "widened: too many": (vectors_widened(texts(["x"] * 29)), CheckpointError, "is an array of 29, not names"),
-    "widened: unknown": (vectors_widened(texts(["\x1b[31m"])), CheckpointError, r"names '\x1b[31m', which is no F32"),
-    "widened: not UTF-8": (vectors_widened(texts([b"\xff"])), CheckpointError, "which is no F32 vector"),
-    "widened: a matrix": (vectors_widened(texts([QKV])), CheckpointError, f"names '{QKV}', which is no F32 vector"),
-    "widened: twice": (vectors_widened(texts(["output_norm.bias"] * 2)), CheckpointError, "which is no F32 vector"),
-    "widened: rounded": (vectors_widened(texts(["output_norm.bias"])), ConversionError, "values that bfloat16 does no"),
+    "widened: a number": (vectors_widened(number(1)), CheckpointError, "widened_from_bf16 is '1', not a list of"),
+    "widened: numbers": (vectors_widened(int32s([1])), CheckpointError, "is an array of 1, not a list of tensor names"),
+    "widened: too many": (vectors_widened(texts(["x"] * 29)), CheckpointError, "is an array of 29, not a list"),
+    "widened: unknown": (vectors_widened(texts(["\x1b[31m"])), CheckpointError, r"names '\x1b[31m', which is not an"),
+    "widened: not UTF-8": (vectors_widened(texts([b"\xff"])), CheckpointError, "which is not an F32 vector"),
+    "widened: a matrix": (vectors_widened(texts([QKV])), CheckpointError, f"names '{QKV}', which is not an F32 vector"),
+    "widened: twice": (vectors_widened(texts(["output_norm.bias"] * 2)), CheckpointError, "which is not an F32 vector"),
+    "widened: rounded": (vectors_widened(texts(["output_norm.bias"])), ConversionError, "values that bfloat16 cannot"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "error", "says"), NOT_GPT2.values(), ids=NOT_GPT2)
-def test_what_is_not_llama_cpps_gpt2_is_refused_by_field(
+def test_a_file_that_is_not_llama_cpps_gpt2_is_refused_by_field(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, error: type[BridgeError], says: str
 ) -> None:
     (tmp_path / "other.gguf").write_bytes(content)
     assert_refused(tmp_path / "other.gguf", says, capsys, error)
 
 
-def test_the_good_file_of_these_tests_is_good(tmp_path: Path) -> None:
+def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gpt2())
     assert_same(bridge.load(tmp_path / "m.gguf"), random_checkpoint(SMALLEST))
 
 
-def test_keys_that_change_nothing_are_ignored(tmp_path: Path) -> None:
+def test_irrelevant_keys_are_ignored(tmp_path: Path) -> None:
     pairs: Pairs = [
         (b"general.name", text("\xff")),
         (b"general.tags", texts(["text-generation"])),
@@ -456,7 +454,7 @@ def test_keys_that_change_nothing_are_ignored(tmp_path: Path) -> None:
     assert_same(bridge.load(tmp_path / "m.gguf"), random_checkpoint(SMALLEST))
 
 
-def test_whole_numbers_of_any_type_are_read(tmp_path: Path) -> None:
+def test_integers_of_any_type_are_read(tmp_path: Path) -> None:
     sizes = {"context_length": 5, "embedding_length": 8, "feed_forward_length": 12, "block_count": 2, "head_count": 2}
     for kind in ("uint8", "int8", "uint16", "int16", "int32", "uint64", "int64"):
         (tmp_path / "m.gguf").write_bytes(changed(**{key: number(size, kind) for key, size in sizes.items()}))
@@ -488,7 +486,7 @@ def test_a_config_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 def small_bpe() -> tiktoken.Encoding:
-    """The bytes in an order of their own, merges, ids that no token has, and two special tokens."""
+    """Return a tokenizer with reordered bytes, merges, ids without a token, and two special tokens."""
     ranks = {bytes([b]): (7 * b) % 256 for b in range(256)}
     ranks |= {token: 256 + i for i, token in enumerate((b" t", b"he", b" the", "é".encode(), b"\n\n", b"\x00\xff"))}
     return tiktoken.Encoding("small", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={END: 270, "<|é|>": 265})
@@ -521,7 +519,7 @@ def test_arrays_made_from_a_file_with_a_tokenizer_inside_keep_it(tmp_path: Path)
     assert_same_tokenizer(bridge.load(tmp_path / "hf").tokenizer(), small_bpe())
 
 
-def test_the_tokenizer_goes_on_to_other_formats(tmp_path: Path) -> None:
+def test_the_tokenizer_is_written_to_other_formats(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.gguf", with_tokenizer(small_bpe()))
     bridge.save(bridge.load(path), tmp_path / "hf", format="huggingface")
     assert_same_tokenizer(bridge.load(tmp_path / "hf").tokenizer(), small_bpe())
@@ -530,7 +528,7 @@ def test_the_tokenizer_goes_on_to_other_formats(tmp_path: Path) -> None:
 
 
 def test_the_package_finds_the_tokenizer(tmp_path: Path) -> None:
-    """Under the keys, and with the types of tokens, that llama.cpp reads; an entry for every row."""
+    """The keys and token types are those that llama.cpp reads. There is one entry per row."""
     found = fields_of(saved(tmp_path / "m.gguf", with_tokenizer(small_bpe())))
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
@@ -542,7 +540,7 @@ def test_the_package_finds_the_tokenizer(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.bos_token_id"] == found["tokenizer.ggml.eos_token_id"] == 270
 
 
-def test_a_tokenizer_of_characters_is_left_out_and_said(tmp_path: Path) -> None:
+def test_a_character_tokenizer_is_left_out_and_reported(tmp_path: Path) -> None:
     characters = bridge.character_tokenizer("hello")
     checkpoint = with_tokenizer(characters, 4)
     (sentence,) = bridge.save(checkpoint, tmp_path / "m.gguf", format="gguf")
@@ -552,7 +550,7 @@ def test_a_tokenizer_of_characters_is_left_out_and_said(tmp_path: Path) -> None:
     assert bridge.load(tmp_path / "directory").tokenizer().encode("hello") == characters.encode("hello")
 
 
-def test_without_a_tokenizer_there_is_none(tmp_path: Path) -> None:
+def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     back = bridge.load(saved(tmp_path / "m.gguf", random_checkpoint(TINY)))
     assert back.own_tokenizer is None
     with pytest.raises(bridge.NoTokenizerError):
@@ -590,8 +588,8 @@ def test_a_tokenizer_that_the_vocabulary_does_not_hold_is_not_written(tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_merges_are_needed_for_what_bytes_do_not_make(tmp_path: Path) -> None:
-    """A file of before the keys `pre` and `token_type`: what is neither byte nor merge is special."""
+def test_tokens_of_several_bytes_need_merges(tmp_path: Path) -> None:
+    """In old files without `pre` and `token_type`, tokens that are neither bytes nor merges are special."""
     ranks, special = small_bpe()._mergeable_ranks, small_bpe()._special_tokens
     path = saved(tmp_path / "m.gguf", with_tokenizer(small_bpe()))
     fields = fields_of(path)
@@ -610,19 +608,19 @@ def test_merges_are_needed_for_what_bytes_do_not_make(tmp_path: Path) -> None:
     assert back.tokenizer().encode(" the") == [tokens.index("Ġthe")]
     assert back.diagnostics == (
         f"tokenizer.ggml.tokens has {len(tokens)} entries and token_embd.weight has {len(tokens) + 1} rows; llama.cpp "
-        "refuses files where the two numbers differ",
+        "rejects a file in which the two numbers differ",
     )
 
 
 def byte_tokens() -> list[str]:
-    """The characters that stand for the 256 bytes."""
+    """Return the characters that represent the 256 bytes."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = iter(range(256, 512))
     return [chr(b) if b in plain else chr(next(moved)) for b in range(256)]
 
 
 def tokenizer_pairs(**replaced: bytes | None) -> Pairs:
-    """Those of the 256 bytes, with the last part of a key -> its value, None to leave one out."""
+    """Return the metadata of a tokenizer of the 256 bytes. Keyword: last part of a key -> value, or None to omit it."""
     parts = {"model": text("gpt2"), "tokens": texts(byte_tokens()), "merges": texts([]), **replaced}
     return [(f"tokenizer.ggml.{key}".encode(), value) for key, value in parts.items() if value is not None]
 
@@ -637,7 +635,7 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
     "words of an array": (tokenizer_pairs(pre=texts(["gpt-2"])), "with the pre-tokenizer an array of 1"),
     "no tokens": (tokenizer_pairs(tokens=None), "tokenizer.ggml.tokens is missing"),
     "tokens of numbers": (tokenizer_pairs(tokens=int32s([1])), "tokenizer.ggml.tokens is not an array of strings"),
-    "tokens not UTF-8": (tokenizer_pairs(tokens=texts([b"\xff"])), "tokens holds 'b'\\xff'', which is not UTF-8"),
+    "tokens not UTF-8": (tokenizer_pairs(tokens=texts([b"\xff"])), "tokens contains 'b'\\xff'', which is not UTF-8"),
     "tokens for more than the rows": (tokenizer_pairs(tokens=texts(["a"] * 257)), "has 257 entries, but the model's"),
     "a token twice": (tokenizer_pairs(tokens=texts(["a", "b", "a"])), "tokenizer.ggml.tokens has a token twice"),
     "bytes missing": (tokenizer_pairs(tokens=texts(["a"])), "some of the 256 bytes have no token"),
@@ -645,9 +643,9 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
     "merges of one": (tokenizer_pairs(merges=texts(["ab"])), "the merge '('ab',)' is not a pair of tokens"),
     "merges of three": (tokenizer_pairs(merges=texts(["a b c"])), "is not a pair of tokens"),
     "merges of what is not there": (tokenizer_pairs(merges=texts(["a b"])), "the merge 'a b' uses 'ab', which has no"),
-    "merges not UTF-8": (tokenizer_pairs(merges=texts([b"\xff \xfe"])), "tokenizer.ggml.merges holds"),
+    "merges not UTF-8": (tokenizer_pairs(merges=texts([b"\xff \xfe"])), "tokenizer.ggml.merges contains"),
     "types too few": (tokenizer_pairs(token_type=int32s([1] * 255)), "token_type is not an array of 256 integers"),
-    "types of strings": (tokenizer_pairs(token_type=texts(["1"] * 256)), "token_type is not an array of 256 whole"),
+    "types of strings": (tokenizer_pairs(token_type=texts(["1"] * 256)), "token_type is not an array of 256 integ"),
     "types of floats": (tokenizer_pairs(token_type=array(bytes(1024), 6, 256)), "token_type is not an array of 256"),
     "types a number": (tokenizer_pairs(token_type=number(1)), "token_type is not an array of 256 integers"),
     "more merges than rows": (tokenizer_pairs(merges=texts(["a b"] * 257)), "merges has 257 entries, but the model's"),
@@ -657,9 +655,7 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
 
 
 @pytest.mark.parametrize(("pairs", "says"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
-def test_a_tokenizer_that_cannot_be_used_is_refused_when_it_is_asked_for(
-    tmp_path: Path, pairs: Pairs, says: str
-) -> None:
+def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, says: str) -> None:
     (tmp_path / "m.gguf").write_bytes(gpt2([*gpt2_pairs(BYTES), *pairs], gguf_tensors(BYTES)))
     loaded = bridge.load(tmp_path / "m.gguf")
     assert_same(loaded, random_checkpoint(BYTES))
@@ -680,7 +676,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused_when_it_is_asked_for(
     ids=["empty", "long", "many"],
 )
 def test_special_tokens_are_limited(tmp_path: Path, added: list[str], says: str, type: int) -> None:
-    """A normal token that no merge makes is special, too."""
+    """A normal token that no merge produces is special too."""
     config = replace(SMALLEST, vocab_size=256 + len(added))
     types = int32s([1] * 256 + [type] * len(added))
     pairs = [*gpt2_pairs(config), *tokenizer_pairs(tokens=texts(byte_tokens() + added), token_type=types)]
@@ -698,7 +694,7 @@ def test_the_good_tokenizer_of_these_tests_is_good(tmp_path: Path) -> None:
 
 
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
-    """GPT-2 XL in float32, 6 GB of which none is there: a sparse file."""
+    """GPT-2 XL in float32: a sparse file of 6 GB."""
     config = bridge.GPT2_SIZES["gpt2-xl"]
     shapes = {name: values.shape for name, values in gguf_tensors().items()}
     outside = {"token_embd.weight": (50_257, 1600), "position_embd.weight": (1024, 1600)}
@@ -733,7 +729,7 @@ def test_opening_reads_no_tensor(tmp_path: Path) -> None:
     assert not loaded.tensors["h.47.ln_1.bias"].any()
 
 
-def test_every_look_up_reads_anew_in_the_canonical_layout(tmp_path: Path) -> None:
+def test_every_access_reads_again_in_the_canonical_layout(tmp_path: Path) -> None:
     loaded = bridge.load(saved(tmp_path / "m.gguf", random_checkpoint(SMALLEST)))
     weight = loaded.tensors["h.0.attn.c_attn.weight"]
     assert weight.shape == (8, 24)

@@ -1,4 +1,4 @@
-"""Hugging Face directories, held against transformers in both directions."""
+"""Hugging Face directories, compared with transformers in both directions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 def model_of_transformers(config: GPT2Config, kind: str = "GPT2LMHeadModel", dtype: str = "float32") -> Any:
-    """A model of theirs, every parameter random."""
+    """Return a model of transformers with random parameters."""
     torch.manual_seed(0)
     model = getattr(transformers, kind)(transformers.GPT2Config(**config.to_hf())).to(TORCH_DTYPES[dtype])
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def assert_tensors_of(tensors: Mapping[str, np.ndarray], model: Any) -> None:
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
 @pytest.mark.parametrize("config", [TINY, UNTIED, UNUSUAL], ids=["tied", "untied", "unusual"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"], ids=["whole", "sharded"])
-def test_what_transformers_saves_is_loaded_bit_for_bit(
+def test_files_of_transformers_are_loaded_bit_for_bit(
     tmp_path: Path, config: GPT2Config, dtype: str, max_shard_size: str
 ) -> None:
     model = model_of_transformers(config, dtype=dtype)
@@ -167,7 +167,7 @@ def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarr
     assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
 
 
-def test_what_fits_is_one_file_with_the_metadata_that_transformers_wants(tmp_path: Path) -> None:
+def test_small_models_are_one_file_with_transformers_metadata(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "out")
     assert sorted(f.name for f in path.iterdir()) == ["config.json", "model.safetensors"]
     assert read_file(path / "model.safetensors")[1] == {"format": "pt"}
@@ -176,7 +176,7 @@ def test_what_fits_is_one_file_with_the_metadata_that_transformers_wants(tmp_pat
     assert (tmp_path / "fits/model.safetensors").exists()
 
 
-def test_no_biases_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
+def test_a_model_without_biases_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bias=False"):
         huggingface_directory(tmp_path / "sub" / "out", replace(TINY, bias=False))
     assert list(tmp_path.iterdir()) == []
@@ -322,7 +322,7 @@ def test_an_empty_weight_map_is_a_model_with_everything_missing(sharded: Path) -
         bridge.load(sharded)
 
 
-def test_all_problems_of_an_index_are_in_one_error(sharded: Path) -> None:
+def test_all_problems_of_an_index_are_listed_in_one_error(sharded: Path) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({"a": "../x", "b": "gone.safetensors", "c": FIRST}))
     with pytest.raises(CheckpointError) as caught:
         bridge.load(sharded)

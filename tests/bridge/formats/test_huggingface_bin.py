@@ -1,6 +1,6 @@
 """Hugging Face's `pytorch_model.bin`, written here by torch.save (2.13) under the names of each generation.
 
-transformers 5 writes safetensors only; these are the names, buffers and indexes of its ancestors.
+transformers 5 writes only safetensors. These are the names, buffers and indexes of older versions.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_the_file_alone_is_enough_under_any_name(tmp_path: Path) -> None:
     assert_is_the_model(path / "medium_ft.pkl")
 
 
-def test_what_was_found_is_told(tmp_path: Path) -> None:
+def test_unusual_properties_are_reported(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", with_head(with_mask_buffers(as_before_transformers(state_dict()))))
     buffers, head, names = bridge.load(path).diagnostics
     assert buffers.startswith("4 causal-mask buffers")
@@ -102,7 +102,7 @@ def test_what_was_found_is_told(tmp_path: Path) -> None:
 
 
 def in_shards(path: Path, total: Callable[[State], float]) -> Path:
-    """Two files and an index, as transformers 4.18 began to write them."""
+    """Write two files and an index, as transformers writes them since 4.18."""
     state = with_head(with_mask_buffers(state_dict()))
     names = sorted(state)
     halves = {f"pytorch_model-0000{k + 1}-of-00002.bin": names[k::2] for k in range(2)}
@@ -165,7 +165,7 @@ NO_STATE_DICTS: dict[str, tuple[Callable[[], object], str, type[bridge.BridgeErr
 
 
 @pytest.mark.parametrize(("make", "says", "error"), NO_STATE_DICTS.values(), ids=NO_STATE_DICTS)
-def test_what_is_no_state_dict_is_refused(
+def test_an_object_that_is_not_a_state_dict_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     make: Callable[[], object],
@@ -175,7 +175,7 @@ def test_what_is_no_state_dict_is_refused(
     assert_refused(saved(tmp_path / "model", make()), says, capsys, error)
 
 
-def test_safetensors_go_first_where_both_are_there(tmp_path: Path) -> None:
+def test_safetensors_take_precedence(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", {"ignored": torch.ones(2)})
     bridge.save(bridge.Checkpoint.of(random_state(SMALLEST), SMALLEST), tmp_path / "other", format="huggingface")
     (tmp_path / "other" / "model.safetensors").rename(path / "model.safetensors")

@@ -1,6 +1,6 @@
-"""llm.c's `model.bin`, held against its documented layout (`fuzz.llmc.oracle`) and a writer of our own in torch.
+"""llm.c's `model.bin`, compared with its documented layout (`fuzz.llmc.oracle`) and a second writer, in torch.
 
-llm.c is not in the package registry; what its `write_model` does is written out here in other words.
+llm.c is not a Python package, so its `write_model` is reimplemented here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 def written_in_torch(model: GPT2, file: Path, version: int, rows: int = 384) -> None:
-    """What llm.c's `write_model` writes of a model, with torch's own operations."""
+    """Return what llm.c's `write_model` writes for a model, with torch's operations."""
     config, dtype = model.config, {3: torch.float32, 5: torch.bfloat16}[version]
     state = model.state_dict()
     header = torch.zeros(256, dtype=torch.int32)
@@ -53,7 +53,7 @@ def written_in_torch(model: GPT2, file: Path, version: int, rows: int = 384) -> 
 
 @pytest.mark.parametrize("form", ["out", "out.bin"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_written_has_llmcs_layout_and_is_read_back(tmp_path: Path, dtype: str, form: str) -> None:
+def test_written_files_have_llmcs_layout_and_are_read_back(tmp_path: Path, dtype: str, form: str) -> None:
     checkpoint = random_checkpoint(CONFIG, DTYPES[dtype])
     bridge.save(checkpoint, tmp_path / form, format="llmc")
     file = tmp_path / form / "model.bin" if form == "out" else tmp_path / form
@@ -87,8 +87,8 @@ def test_the_same_checkpoint_gives_the_bytes_that_torch_wrote(tmp_path: Path) ->
     assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "theirs.bin").read_bytes()
 
 
-def test_opening_reads_no_tensor_whatever_the_size(tmp_path: Path) -> None:
-    """A sparse file of gpt2-xl's size."""
+def test_opening_reads_no_tensor(tmp_path: Path) -> None:
+    """A sparse file with the size of gpt2-xl."""
     config = bridge.GPT2_SIZES["gpt2-xl"]
     sizes = (1024, 50257, 48, 25, 1600, 50304)
     file = tmp_path / "xl.bin"
@@ -99,7 +99,7 @@ def test_opening_reads_no_tensor_whatever_the_size(tmp_path: Path) -> None:
     assert not checkpoint.tensors["ln_f.bias"].any()
 
 
-def test_settings_of_training_are_told_or_lie_beside_the_file(tmp_path: Path) -> None:
+def test_training_settings_are_reported_or_stored_in_config_json(tmp_path: Path) -> None:
     config = replace(CONFIG, embd_pdrop=0.1, initializer_range=0.01)
     checkpoint = replace(random_checkpoint(config), extra={"task_specific_params": {"a": 1}})
     assert bridge.save(checkpoint, tmp_path / "out", format="llmc") == ()

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints, read from and written for a model and an optimizer like its own, by torch 2.13."""
+"""nanoGPT's checkpoints, compared with a copy of its model and optimizer in torch 2.13."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CONFIG = GPT2Config(
 )
 FEW_STEPS = 3
 SAME_FP64 = 1e-12
-"""Logits of size 1 to 10, by two orders of the same sums."""
+"""Tolerance for logits of size 1 to 10: the order of the sums differs."""
 
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 61, (4, 13)))
 
@@ -68,7 +68,7 @@ def trained(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int
 def nanogpts(
     path: Path, change: Callable[[Saved], object] = lambda _: None, steps: int = FEW_STEPS, **args: Any
 ) -> Saved:
-    """A checkpoint of a random model after some steps, as `change` leaves it, written by torch."""
+    """Write with torch a checkpoint of a random model after some steps, after `change` has edited it."""
     args = {**ARGS, **args}
     model = random_model(**args).eval()
     optimizer = adamw(model)
@@ -80,12 +80,12 @@ def nanogpts(
 
 
 def names_in_order(config: GPT2Config = CONFIG) -> list[str]:
-    """Of the parameters in nanoGPT's optimizer today."""
+    """Return the order of the parameters in nanoGPT's current optimizer."""
     return [p.torch_name for decays in (True, False) for p in bridge.parameters(config) if p.decays is decays]
 
 
 def assert_is_layout_of(array: np.ndarray, tensor: torch.Tensor, name: str) -> None:
-    """What `nn.Linear` has `[out, in]` is `[in, out]` here, the square ones too."""
+    """Matrices that are `[out, in]` in `nn.Linear` are `[in, out]` here, including square ones."""
     is_matrix = re.search(r"(c_attn|c_proj|c_fc)\.weight$", name)
     expected = tensor.T if is_matrix else tensor
     np.testing.assert_array_equal(array, expected.detach().numpy(), err_msg=name)
@@ -107,7 +107,7 @@ def assert_same_state(found: AdamWState, expected: AdamWState) -> None:
 
 
 def assumed(since: str) -> str:
-    """The warning for a file that does not determine its GELU."""
+    """Return the warning for a file that does not determine its GELU."""
     return (
         "the file does not state its activation; it was read with the exact GELU (gelu), which nanoGPT has used since "
         f"June 14, 2023. If nanoGPT's code of {since} to June 14, 2023 wrote the file, it needs the tanh GELU: "
@@ -117,7 +117,7 @@ def assumed(since: str) -> str:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
-def test_what_nanogpt_saves_is_read(tmp_path: Path, bias: bool, prefix: str) -> None:
+def test_files_of_nanogpt_are_read(tmp_path: Path, bias: bool, prefix: str) -> None:
     def prefixed(saved: Saved) -> None:
         saved["model"] = {prefix + name: tensor for name, tensor in saved["model"].items()}
 
@@ -154,8 +154,8 @@ def test_moments_come_under_the_names_and_in_the_layout_of_their_weights(tmp_pat
     assert state.hyperparameters["h.0.ln_1.weight"] == replace(decaying, weight_decay=0.0)
 
 
-def test_the_optimizer_of_before_june_2023_is_told_by_its_groups(tmp_path: Path) -> None:
-    """It sorted names as text, in which layer 10 comes before layer 2; and then nanoGPT computed the tanh GELU."""
+def test_the_optimizer_from_before_june_2023_is_recognised_by_its_groups(tmp_path: Path) -> None:
+    """Old versions sorted names as text (layer 10 before layer 2) and computed the tanh GELU."""
     args = {**ARGS, "n_layer": 12, "n_embd": 8}
     model = random_model(**args).eval()
     optimizer = adamw_before_june_2023(model)
@@ -196,13 +196,15 @@ def test_the_activation_of_a_file_that_does_not_state_it_can_be_given(tmp_path: 
     assert in_torch.config == in_jax.config == ckpt.config
 
 
-def test_an_activation_that_is_not_the_files_is_refused(tmp_path: Path) -> None:
+def test_an_activation_that_contradicts_the_file_is_refused(tmp_path: Path) -> None:
     nanogpts(tmp_path / "ckpt.pt")
-    with pytest.raises(ConfigError, match=r"ckpt\.pt': activation='relu': this file's is gelu or gelu_new"):
+    with pytest.raises(
+        ConfigError, match=r"ckpt\.pt': activation='relu': the activation of this file is gelu or gelu_new"
+    ):
         bridge.load(tmp_path, activation="relu")
     nanogpts(tmp_path / "ckpt.pt", lambda saved: saved["model_args"].pop("bias"))
     assert bridge.load(tmp_path, activation="gelu_new").config.activation_function == "gelu_new"
-    with pytest.raises(ConfigError, match="activation='gelu': this file's is gelu_new"):
+    with pytest.raises(ConfigError, match="activation='gelu': the activation of this file is gelu_new"):
         bridge.load(tmp_path, activation="gelu")
 
 
@@ -210,7 +212,7 @@ def test_the_config_beside_a_file_states_its_activation(tmp_path: Path) -> None:
     bridge.save(random_checkpoint(CONFIG), tmp_path / "saved", format="nanogpt")
     assert bridge.load(tmp_path / "saved").diagnostics == ()
     assert bridge.load(tmp_path / "saved", activation="gelu").config == CONFIG
-    with pytest.raises(ConfigError, match="activation='gelu_new': this file's is gelu"):
+    with pytest.raises(ConfigError, match="activation='gelu_new': the activation of this file is gelu"):
         bridge.load(tmp_path / "saved", activation="gelu_new")
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace('"gelu"', '"gelu_new"'))
@@ -241,7 +243,7 @@ def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
 
 
 def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for numbers: the count of steps beside each moment, and the loss."""
+    """Return the number of updates of each parameter, and the loss."""
     nanogpts(tmp_path / "ckpt.pt")
     read: list[int] = []
     original = Archive.read_part
@@ -267,7 +269,7 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 )
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("target", ["model.pt", "directory"])
-def test_what_is_written_is_read_back(tmp_path: Path, dtype: type, bias: bool, target: str) -> None:
+def test_written_files_are_read_back(tmp_path: Path, dtype: type, bias: bool, target: str) -> None:
     ckpt = random_checkpoint(replace(CONFIG, bias=bias), dtype)
     assert bridge.save(ckpt, tmp_path / target, format="nanogpt") == ()
     back = bridge.load(tmp_path / target)
@@ -276,7 +278,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, dtype: type, bias: bool, t
     assert bridge.fingerprint(back.tensors) == bridge.fingerprint(ckpt.tensors)
 
 
-def test_each_tensor_keeps_its_own_type(tmp_path: Path) -> None:
+def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
     state = dict(random_checkpoint(CONFIG).tensors)
     state["h.1.mlp.c_fc.weight"] = state["h.1.mlp.c_fc.weight"].astype(ml_dtypes.bfloat16)
     bridge.save(Checkpoint.of(state, CONFIG), tmp_path / "ckpt.pt", format="nanogpt")
@@ -284,7 +286,7 @@ def test_each_tensor_keeps_its_own_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_loads_what_is_written_and_computes_the_same(tmp_path: Path, bias: bool) -> None:
+def test_nanogpt_loads_written_files_and_computes_the_same(tmp_path: Path, bias: bool) -> None:
     ckpt = random_checkpoint(replace(CONFIG, bias=bias), np.float64)
     bridge.save(ckpt, tmp_path / "ckpt.pt", format="nanogpt")
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
@@ -297,7 +299,7 @@ def test_nanogpt_loads_what_is_written_and_computes_the_same(tmp_path: Path, bia
     np.testing.assert_allclose(logits_of(model), expected, rtol=0, atol=SAME_FP64)
 
 
-def test_without_an_optimizer_nanogpt_resumes_with_one_that_was_never_stepped(tmp_path: Path) -> None:
+def test_without_an_optimizer_nanogpt_resumes_with_a_new_one(tmp_path: Path) -> None:
     bridge.save(random_checkpoint(CONFIG), tmp_path / "ckpt.pt", format="nanogpt")
     saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     assert (saved["iter_num"], saved["best_val_loss"], saved["config"]) == (0, 1e9, {})
@@ -347,12 +349,12 @@ def test_counts_of_steps_do_not_share_memory(tmp_path: Path) -> None:
     assert len({entry["step"].data_ptr() for entry in state.values()}) == len(state)
 
 
-# Going on
+# Continuing training
 
 
 @pytest.fixture
 def halfway(tmp_path: Path) -> tuple[Path, NanoGPT]:
-    """A checkpoint in float64, and the model that goes on from it by one step without a stop."""
+    """Return a checkpoint in float64, and the model after one more step without interruption."""
     model = random_model(**ARGS).double().eval()
     optimizer = adamw(model)
     trained(model, optimizer)
@@ -362,7 +364,7 @@ def halfway(tmp_path: Path) -> tuple[Path, NanoGPT]:
 
 
 def assert_moved_alike(found: Mapping[str, np.ndarray], model: NanoGPT, before: LazyTensorMap) -> None:
-    """What the step changed, to rounding; a step is about 2e-3 long."""
+    """Compare the changes of a step up to rounding. A step changes weights by about 2e-3."""
     stepped = {name.removeprefix("transformer."): p.detach().numpy() for name, p in model.named_parameters()}
     for p in bridge.parameters(CONFIG):
         name = p.torch_name
@@ -372,8 +374,8 @@ def assert_moved_alike(found: Mapping[str, np.ndarray], model: NanoGPT, before: 
         assert np.abs(expected - before[name]).max() > 1e-4, "it moved"
 
 
-def test_nanogpt_goes_on_from_what_is_written(halfway: tuple[Path, NanoGPT], tmp_path: Path) -> None:
-    """Bit for bit as if it had not stopped."""
+def test_nanogpt_resumes_from_written_files(halfway: tuple[Path, NanoGPT], tmp_path: Path) -> None:
+    """The result equals that of uninterrupted training bit for bit."""
     source, uninterrupted = halfway
     bridge.save(bridge.load(source), tmp_path / "back.pt", format="nanogpt")
     model, optimizer = resumed(tmp_path / "back.pt")
@@ -382,7 +384,7 @@ def test_nanogpt_goes_on_from_what_is_written(halfway: tuple[Path, NanoGPT], tmp
         assert torch.equal(a, b)
 
 
-def test_the_reference_goes_on_from_nanogpts_checkpoint(halfway: tuple[Path, NanoGPT]) -> None:
+def test_the_reference_resumes_from_nanogpts_checkpoint(halfway: tuple[Path, NanoGPT]) -> None:
     source, uninterrupted = halfway
     ckpt = bridge.load(source)
     assert ckpt.optimizer is not None
@@ -394,7 +396,7 @@ def test_the_reference_goes_on_from_nanogpts_checkpoint(halfway: tuple[Path, Nan
 
 
 @pytest.mark.usefixtures("x64", "quick_compilation")
-def test_jax_goes_on_from_nanogpts_checkpoint(halfway: tuple[Path, NanoGPT]) -> None:
+def test_jax_resumes_from_nanogpts_checkpoint(halfway: tuple[Path, NanoGPT]) -> None:
     source, uninterrupted = halfway
     ckpt = bridge.load(source)
     assert ckpt.optimizer is not None
@@ -434,7 +436,7 @@ NOT_NANOGPTS = {
 
 
 @pytest.mark.parametrize(("field", "value", "says"), [(f, *v) for f, v in NOT_NANOGPTS.items()], ids=NOT_NANOGPTS)
-def test_what_nanogpt_cannot_compute_is_refused_by_its_field(tmp_path: Path, field: str, value: Any, says: str) -> None:
+def test_unsupported_settings_are_refused_by_field(tmp_path: Path, field: str, value: Any, says: str) -> None:
     ckpt = random_checkpoint(replace(CONFIG, **{field: value}))
     with pytest.raises(ConfigError, match=says):
         bridge.save(ckpt, tmp_path / "ckpt.pt", format="nanogpt")
@@ -447,7 +449,7 @@ def test_the_remedy_for_the_activation_is_one(tmp_path: Path) -> None:
     assert bridge.load(tmp_path / "ckpt.pt").config == CONFIG
 
 
-def test_settings_of_training_without_a_place_are_said_and_a_directory_keeps_them(tmp_path: Path) -> None:
+def test_training_settings_are_reported_and_kept_by_a_directory(tmp_path: Path) -> None:
     config = replace(CONFIG, embd_pdrop=0.1, attn_pdrop=0.0, initializer_range=0.01)
     [sentence] = bridge.save(random_checkpoint(config), tmp_path / "ckpt.pt", format="nanogpt")
     assert sentence.endswith("cannot store: embd_pdrop=0.1, attn_pdrop=0.0, initializer_range=0.01")
@@ -456,7 +458,7 @@ def test_settings_of_training_without_a_place_are_said_and_a_directory_keeps_the
     assert bridge.load(tmp_path / "directory").config == config
 
 
-def test_hyperparameters_that_differ_within_a_group_are_said(tmp_path: Path) -> None:
+def test_hyperparameters_that_differ_within_a_group_are_reported(tmp_path: Path) -> None:
     nanogpts(tmp_path / "ckpt.pt")
     ckpt = bridge.load(tmp_path)
     assert ckpt.optimizer is not None
@@ -564,8 +566,8 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
         "wte.weight is missing",
         ConversionError,
     ),
-    "optimizer a list": (put([], "optimizer"), "`state` and `param_groups`", ConversionError),
-    "optimizer empty": (put({}, "optimizer"), "`state` and `param_groups`", ConversionError),
+    "optimizer a list": (put([], "optimizer"), "`state`, and `param_groups`", ConversionError),
+    "optimizer empty": (put({}, "optimizer"), "`state`, and `param_groups`", ConversionError),
     "one group": (one_group, "groups of '[40]' parameters; nanoGPT makes [14, 26]", ConversionError),
     "a moment missing": (
         without("optimizer", "state", 3, "exp_avg_sq"),
@@ -582,7 +584,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
         "exp_avg of 'h.0.attn.c_attn.weight' holds <U7",
         ConversionError,
     ),
-    "moments transposed": (
+    "adamw state transposed": (
         put(lambda m: m.T.contiguous(), "optimizer", "state", 2, "exp_avg"),
         "exp_avg of h.0.attn.c_attn.weight has shape (72, 24)",
         ConversionError,
@@ -605,7 +607,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     ),
     "parameters numbered twice": (
         put(0, "optimizer", "param_groups", 0, "params", 1),
-        "in the groups twice",
+        "the groups contain a parameter twice",
         ConversionError,
     ),
     "iter_num text": (put("3", "iter_num"), "iter_num is not a count", CheckpointError),
@@ -624,14 +626,14 @@ def good() -> Saved:
 
 
 def copied(value: Any) -> Any:
-    """Its nesting anew; tensors are shared."""
+    """Return a copy of the nested containers that shares the tensors."""
     if isinstance(value, dict):
         return {name: copied(part) for name, part in value.items()}
     return [copied(part) for part in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize(("change", "says", "error"), MALFORMED.values(), ids=MALFORMED)
-def test_what_is_not_nanogpts_is_refused_by_name(
+def test_a_file_that_is_not_nanogpts_is_refused_by_name(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     good: Saved,
@@ -645,7 +647,7 @@ def test_what_is_not_nanogpts_is_refused_by_name(
     assert_refused(tmp_path / "ckpt.pt", says, capsys, error)
 
 
-def test_the_good_one_of_these_tests_is_good(tmp_path: Path, good: Saved) -> None:
+def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path, good: Saved) -> None:
     torch.save(copied(good), tmp_path / "ckpt.pt")
     assert bridge.load(tmp_path / "ckpt.pt").config == CONFIG
 

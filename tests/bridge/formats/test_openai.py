@@ -28,7 +28,7 @@ def plain(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("sample", ["plain", "adam", "sharded"])
-def test_what_tensorflow_wrote_is_read_bit_for_bit(sample: str) -> None:
+def test_files_of_tensorflow_are_read_bit_for_bit(sample: str) -> None:
     found = bridge.load(FILES / sample)
     assert (found.format, found.config, found.path) == ("openai", CONFIG, FILES / sample)
     assert bridge.fingerprint(found.tensors) == bridge.fingerprint(oracle(FILES / sample))
@@ -42,7 +42,7 @@ def test_what_tensorflow_wrote_is_read_bit_for_bit(sample: str) -> None:
 
 
 @pytest.mark.parametrize("format", WRITABLE)
-def test_it_goes_into_every_format_with_the_same_fingerprint(tmp_path: Path, format: str) -> None:
+def test_conversion_to_every_format_keeps_the_fingerprint(tmp_path: Path, format: str) -> None:
     original = bridge.load(FILES / "plain")
     source = original.with_activation("gelu") if format == "nanogpt" else original
     bridge.save(source, tmp_path / "out", format=format)
@@ -98,7 +98,7 @@ def flipped(at: int) -> Callable[[bytes], bytes]:
 
 
 def replaced(old: bytes, new: bytes) -> Callable[[Path], object]:
-    """In the index, with the checksums made right again."""
+    """Edit the index and update its checksums."""
 
     def change(path: Path) -> None:
         content = (path / INDEX).read_bytes()
@@ -136,7 +136,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
     "a tail of the index": (file(INDEX, lambda c: c[-48:]), "refers to bytes outside of the file", CheckpointError),
     "a short index": (file(INDEX, lambda c: c[-20:]), "20 bytes; the index of a GPT-2 has from 48", CheckpointError),
     "big-endian": (replaced(HEADER, b"\x00\x00\x06\x08\x01\x10\x01\x18\x00"), "big-endian machine", CheckpointError),
-    "no data files": (replaced(HEADER, b"\x00\x00\x06\x08\x00\x1a\x02\x08\x01"), "lie in 0 files", CheckpointError),
+    "no data files": (replaced(HEADER, b"\x00\x00\x06\x08\x00\x1a\x02\x08\x01"), "data is in 0 files", CheckpointError),
     "another file count": (replaced(HEADER, b"\x00\x00\x06\x08\x02\x1a\x02\x08\x01"), "of-00002", CheckpointError),
     "a name changed": (
         replaced(b"model/h0/attn/c_attn/b", b"model/h0/attn/c_attn/c"),
@@ -176,7 +176,7 @@ def test_a_malformed_directory_is_refused(
     assert_refused(plain, says, capsys, error)
 
 
-def test_a_directory_whose_index_is_none_is_not_recognised(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_without_a_valid_index_is_not_recognised(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content in (b"", b"x" * 100, (plain / INDEX).read_bytes()[:-1]):
         (plain / INDEX).write_bytes(content)
         assert_refused(plain, "nor hparams.json with a TensorFlow checkpoint", capsys, CheckpointError)

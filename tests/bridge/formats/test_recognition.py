@@ -1,4 +1,4 @@
-"""Which checkpoint a path stands for, where a directory holds more than one."""
+"""Which checkpoint a path refers to if a directory holds several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE_OF = {
     "gguf": "model.gguf",
     "openai": "model.ckpt.index",
 }
-"""Format -> the file to name."""
+"""Format -> the file that a user gives."""
 
 DIFFERENT_MODELS = [
     pair for pair in itertools.combinations(FILE_OF, 2) if pair != ("huggingface", "flax_msgpack")
@@ -32,7 +32,7 @@ DIFFERENT_MODELS = [
 
 
 def add(directory: Path, format: str) -> str:
-    """Add a checkpoint of this format to a directory, and give its fingerprint. Directory formats bring config.json."""
+    """Add a checkpoint of this format to a directory and return its fingerprint."""
     if format == "openai":
         shutil.copytree(FILES / "plain", directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.npz"))
         return bridge.fingerprint(bridge.load(FILES / "plain").tensors)
@@ -65,7 +65,9 @@ def test_several_checkpoints_are_listed_and_each_is_read_by_its_file(tmp_path: P
         assert bridge.fingerprint(found.tensors) == fingerprints[format]
 
 
-def test_the_command_lists_them_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_lists_several_checkpoints_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for format in ("huggingface", "nanogpt"):
         add(tmp_path / "both", format)
     assert_refused(tmp_path / "both", "  - nanogpt: 'ckpt.pt'\n", capsys, CheckpointError)
@@ -77,7 +79,7 @@ def test_names_in_the_list_are_escaped(tmp_path: Path, capsys: pytest.CaptureFix
     assert_refused(tmp_path / "both", r"'a\x1b[31m.gguf'", capsys, CheckpointError)
 
 
-def test_files_that_no_format_recognises_do_not_matter(tmp_path: Path) -> None:
+def test_unrecognised_files_are_ignored(tmp_path: Path) -> None:
     import torch
 
     path = huggingface_directory(tmp_path / "model")
@@ -88,7 +90,7 @@ def test_files_that_no_format_recognises_do_not_matter(tmp_path: Path) -> None:
     assert (found.format, found.diagnostics) == ("huggingface", ())
 
 
-def test_transformers_files_are_forms_of_one_model_and_its_order_decides(tmp_path: Path) -> None:
+def test_transformers_files_are_forms_of_one_model_in_its_order(tmp_path: Path) -> None:
     import torch
 
     path = huggingface_directory(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Training runs read as checkpoints, without the framework that wrote them."""
+"""Training runs, read as checkpoints without JAX."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_run(
     vocab_multiple: int = 1,
     ema: bool = False,
 ) -> Path:
-    """A run as training leaves it; the weights of checkpoint N are those of seed N, their mean's of seed N + 100."""
+    """Write a run. The weights of checkpoint N are made from seed N, their moving average from seed N + 100."""
     path.mkdir()
     write_config(path / "config.json", config)
     (path / "run.json").write_text("{}")
@@ -85,7 +85,7 @@ def test_every_form_is_read_back_bit_for_bit(
     assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 256
 
 
-def test_the_running_mean_is_what_is_read(tmp_path: Path) -> None:
+def test_the_moving_average_is_read(tmp_path: Path) -> None:
     make_run(tmp_path / "run", ema=True, vocab_multiple=64)
     assert_weights(tmp_path / "run", CONFIG, seed=107)
 
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_is_not_complete_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "a%20b", "a#b?c", "ü"])
-def test_a_path_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+def test_a_path_is_not_expanded(tmp_path: Path, name: str) -> None:
     assert_weights(make_run(tmp_path / name), CONFIG, seed=7)
 
 
@@ -190,8 +190,8 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_and_named(tmp_path: Path) -
     assert damaged.read_bytes() == data, "it is left as it is"
 
 
-def test_one_whose_manifest_is_damaged_is_named_too(tmp_path: Path) -> None:
-    """Its loss is not known: it could have been the best."""
+def test_a_checkpoint_with_a_damaged_manifest_is_named_too(tmp_path: Path) -> None:
+    """Its loss is unknown, so it may have been the best."""
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5, 3: 2.0})
     for step in (1, 2):
         (run / "checkpoints" / str(step) / "manifest.json").unlink()
@@ -203,7 +203,7 @@ def test_one_whose_manifest_is_damaged_is_named_too(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_names_each(tmp_path: Path) -> None:
+def test_the_error_for_a_run_without_valid_checkpoints_names_each(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
     (run / "checkpoints" / "1" / "manifest.json").unlink()
     shutil.rmtree(run / "checkpoints" / "2" / "state")
@@ -212,7 +212,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_names_each(tmp_path: Path) -> N
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_an_error_and_not_zeros(copy: Path) -> None:
-    """As training removes an older one; the arrays that are zero are read as they are."""
+    """Training removes an older checkpoint meanwhile. Arrays of zeros are read correctly."""
     tensors = bridge.load(copy).tensors
     assert tensors["wte.weight"].any()
     shutil.rmtree(copy / "checkpoints")
@@ -264,7 +264,7 @@ def test_a_step_of_another_type_is_refused(copy: Path, step: Any) -> None:
 
 
 @pytest.mark.parametrize("loss", ["x", True, float("nan"), float("inf"), 10**400, [1], {}])
-def test_a_loss_that_is_no_number_counts_as_none(copy: Path, loss: Any) -> None:
+def test_a_loss_that_is_not_a_number_counts_as_missing(copy: Path, loss: Any) -> None:
     manifest.commit(copy / "checkpoints" / "7", {"step": 7, "val_loss": loss})
     assert run_format.validation_loss(copy, 7) is None
     assert_weights(copy, CONFIG, seed=7)
@@ -313,7 +313,7 @@ def test_checkpoints_that_lie_elsewhere_are_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.json"])
-def test_without_its_description_it_is_no_run(copy: Path, name: str) -> None:
+def test_a_directory_without_its_description_is_not_a_run(copy: Path, name: str) -> None:
     (copy / name).unlink()
     for source in (copy, copy / "checkpoints" / "7"):
         with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):

@@ -23,7 +23,7 @@ def test_a_new_directory_appears_complete_and_alone(tmp_path: Path) -> None:
     assert tree(tmp_path / "a" / "b") == {"out": None, "out/new": b"new", "out/sub": None}
 
 
-def test_an_empty_directory_is_taken(tmp_path: Path) -> None:
+def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     fill(tmp_path / "out")
     assert tree(tmp_path) == {"out": None, "out/new": b"new"}
@@ -54,7 +54,7 @@ def test_a_directory_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"out": None}
 
 
-def test_a_directory_of_replaceable_files_is_replaced_and_none_of_them_stays(tmp_path: Path) -> None:
+def test_a_directory_of_replaceable_files_is_replaced_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir(mode=0o750)
     (tmp_path / "out" / "old").write_text("old")
     fill(tmp_path / "out", own)
@@ -102,7 +102,7 @@ def test_overwrite_replaces_a_file(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"out": b"new"}
 
 
-def test_permission_to_replace_missing_files_changes_nothing(tmp_path: Path) -> None:
+def test_overwriting_a_path_that_does_not_exist_creates_it(tmp_path: Path) -> None:
     fill(tmp_path / "out", own)
     with new_file(tmp_path / "file", overwrite=True) as file:
         file.write_text("new")
@@ -129,7 +129,7 @@ def test_a_broken_link_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), CheckpointError("damaged")])
 @pytest.mark.parametrize("replaceable", [None, own])
-def test_an_error_in_the_middle_leaves_nothing(
+def test_an_error_during_the_write_leaves_nothing(
     tmp_path: Path, error: BaseException, replaceable: Replaceable | None
 ) -> None:
     target = tmp_path / "a" / "b" / "out"
@@ -150,21 +150,21 @@ def test_a_full_disk_is_a_checkpoint_error_and_leaves_the_old_directory(tmp_path
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/out"])
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+def test_a_path_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="cannot write"):
         fill(tmp_path / name)
     assert tree(tmp_path) == {"file": b"mine"}
 
 
-def test_replacing_files_keeps_the_others_and_makes_the_directory(tmp_path: Path) -> None:
+def test_replacing_files_keeps_others_and_creates_the_directory(tmp_path: Path) -> None:
     replace_files(tmp_path / "out", {"a": "first"})
     (tmp_path / "out" / "mine").write_text("mine")
     replace_files(tmp_path / "out", {"b": "second"}, remove=["a", "gone"])
     assert tree(tmp_path) == {"out": None, "out/b": b"second", "out/mine": b"mine"}
 
 
-def test_a_source_that_fails_while_it_is_read_leaves_everything_as_it_was(tmp_path: Path) -> None:
+def test_an_error_of_the_source_changes_nothing(tmp_path: Path) -> None:
     source = huggingface_directory(tmp_path / "source")
     checkpoint = bridge.load(source)
     os.truncate(source / "model.safetensors", (source / "model.safetensors").stat().st_size - 1)

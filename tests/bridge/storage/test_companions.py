@@ -1,4 +1,4 @@
-"""Files beside the weights that lead elsewhere, are no files, or are too large: refused, and never copied."""
+"""Companions that are links out of the directory, special files, or too large are rejected and never copied."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def checkpoint_directory(path: Path, format: str = "huggingface") -> Path:
 
 
 def assert_not_exported(source: Path, name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exporting `source` is refused with the companion's name, by the function and the command, within the budget."""
+    """Assert that `bridge.save` and `gpt2 convert` reject `source`, name the companion, and stay within the budget."""
     target = source.parent / "exported"
     started = time.process_time()
     tracemalloc.start()
@@ -97,7 +97,7 @@ def test_every_format_refuses_links_out_of_the_directory(
 def test_a_link_of_the_configuration_to_somewhere_else_is_refused(
     tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last two are a link to nothing, and to itself."""
+    """The last two are a broken link and a link to itself."""
     source = checkpoint_directory(tmp_path / "model")
     (source / "config.json").unlink()
     (source / "config.json").symlink_to(target)
@@ -119,7 +119,7 @@ def test_a_link_to_a_file_of_the_same_directory_is_followed(tmp_path: Path) -> N
 @pytest.mark.parametrize("subfolder", ["", "onnx/small"])
 @pytest.mark.parametrize("shared", [False, True], ids=["blobs of the repository", "blobs of the cache"])
 def test_companions_in_a_hugging_face_cache_are_read_and_copied(tmp_path: Path, subfolder: str, shared: bool) -> None:
-    """Since 2026 huggingface_hub keeps blobs once for the whole cache; those of a repository are links to them."""
+    """Since 2026, huggingface_hub stores blobs once for the whole cache. Blobs of a repository are links to them."""
     plain = checkpoint_directory(tmp_path / "plain")
     (plain / "generation_config.json").write_text('{"temperature": 0.5}')
     repository = tmp_path / "hub" / "models--someone--tiny"

@@ -33,7 +33,7 @@ with new(sys.argv[1]) as beside:
 
 @contextmanager
 def writer(target: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that has written half of `target`, and waits for a line before it goes on."""
+    """Start a process that writes half of `target`, then waits for a line on stdin."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     command = [sys.executable, "-c", WRITER, str(target), kind]
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
@@ -42,12 +42,12 @@ def writer(target: Path, kind: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path, kind: str) -> None:
+def test_files_of_a_killed_writer_are_removed_and_those_of_a_live_one_stay(tmp_path: Path, kind: str) -> None:
     for name in (
         "out[1]",
         "out[1].gguf",
         "out1",
-    ):  # another's name that begins alike, and one that a pattern would match
+    ):  # names with the same beginning, and one that matches as a glob pattern
         with writer(tmp_path / name, kind) as killed:
             killed.send_signal(signal.SIGKILL)
     others = {p for p in tmp_path.iterdir() if not p.name.startswith(".out[1].") or p.name.startswith(".out[1].gguf.")}
@@ -58,16 +58,16 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
         assert tree(tmp_path / "out[1]") == {"new": b"new"}
         (tmp_path / "out[1]" / "new").unlink()
         (tmp_path / "out[1]").rmdir()
-        living.communicate("go on\n")
+        living.communicate("continue\n")
         assert living.returncode == 0
     assert {*tmp_path.iterdir()} == {*others, tmp_path / "out[1]"}
     assert tree(tmp_path)["out[1]" if kind == "file" else "out[1]/new"] == b"half"
 
 
-def test_a_writer_whose_lock_is_not_seen_names_nothing_that_is_being_removed(
+def test_a_writer_whose_lock_is_invisible_fails_if_its_files_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where each of two machines has its own locks."""
+    """Locks are not shared between two machines."""
     monkeypatch.setattr("fcntl.flock", lambda descriptor, operation: None)
     with pytest.raises(CheckpointError, match="cannot write"), new_directory(tmp_path / "out") as directory:
         (directory / "first").write_text("first")
@@ -77,7 +77,7 @@ def test_a_writer_whose_lock_is_not_seen_names_nothing_that_is_being_removed(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_only_looks_as_if_it_was_left_stays(tmp_path: Path) -> None:
+def test_other_files_with_similar_names_stay(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old").write_text("mine")
     (tmp_path / ".out.0123abcd.partial").symlink_to(tmp_path / "mine")
@@ -133,8 +133,8 @@ def test_a_hidden_directory_of_another_user_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_one_that_was_killed_between_two_renames_has_its_old_directory_back(tmp_path: Path, overwrite: bool) -> None:
-    """Where names cannot be exchanged. The next one refuses to overwrite it, or does."""
+def test_the_next_writer_restores_a_directory_after_a_kill_between_two_renames(tmp_path: Path, overwrite: bool) -> None:
+    """For systems that cannot exchange two names."""
     for name in ("old", "new"):
         (make_hidden_directory(tmp_path / ".out.0123abcd.partial") / name).mkdir()
         (tmp_path / ".out.0123abcd.partial" / name / name).write_text(name)
@@ -147,7 +147,7 @@ def test_one_that_was_killed_between_two_renames_has_its_old_directory_back(tmp_
     assert tree(tmp_path) == {"out": None, f"out/{name}": name.encode()}
 
 
-def test_a_place_that_another_clears_away_before_it_is_locked_is_made_anew(
+def test_a_hidden_directory_removed_before_it_is_locked_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, places = hidden_directories.exclusive_lock, []
@@ -155,12 +155,12 @@ def test_a_place_that_another_clears_away_before_it_is_locked_is_made_anew(
     @contextmanager
     def late(path: Path) -> Iterator[bool | None]:
         places.append(path)
-        if len(places) == 1:  # it is gone when it is opened
+        if len(places) == 1:  # removed before it is opened
             shutil.rmtree(path)
         with lock(path) as held:
-            if len(places) == 2:  # and once it is open
+            if len(places) == 2:  # removed after it is opened
                 shutil.rmtree(path)
-            yield held if len(places) != 3 else False  # and is locked by the one that does so
+            yield held if len(places) != 3 else False  # locked by another process
 
     monkeypatch.setattr(hidden_directories, "exclusive_lock", late)
     fill(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A committed directory: whatever happens to a file in it is noticed, and said by its name."""
+"""Manifests: every change of a file in a committed directory raises an error that names the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def committed(tmp_path: Path) -> Path:
     return tmp_path / "committed"
 
 
-def test_what_is_as_it_was_says_what_it_is(committed: Path) -> None:
+def test_an_unchanged_directory_is_valid(committed: Path) -> None:
     assert verify(committed) == about(committed) == ABOUT
     committed.rename(committed.with_name("moved"))
     assert verify(committed.with_name("moved")) == ABOUT
@@ -57,7 +57,7 @@ def test_every_change_of_a_file_is_noticed(committed: Path, name: str) -> None:
     assert verify(committed) == ABOUT
 
 
-def test_files_that_change_places_are_noticed(committed: Path) -> None:
+def test_exchanged_files_are_noticed(committed: Path) -> None:
     (committed / "a").rename(committed / "x")
     (committed / "b" / "c").rename(committed / "a")
     (committed / "x").rename(committed / "b" / "c")
@@ -65,7 +65,7 @@ def test_files_that_change_places_are_noticed(committed: Path) -> None:
         verify(committed)
 
 
-def test_another_ones_manifest_is_noticed(committed: Path, tmp_path: Path) -> None:
+def test_the_manifest_of_another_directory_is_noticed(committed: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(committed, tmp_path / "other"))
     (other / "a").write_bytes(b"other")
     commit(other, {**ABOUT, "step": 8})
@@ -89,7 +89,7 @@ def change_about(content: dict[str, Any]) -> Any:
         lambda content: {**content, "files": []},
     ],
 )
-def test_a_manifest_that_was_written_to_is_noticed(committed: Path, change: Callable[[Any], Any]) -> None:
+def test_a_changed_manifest_is_noticed(committed: Path, change: Callable[[Any], Any]) -> None:
     manifest = committed / MANIFEST
     manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
     for read in (about, verify):
@@ -119,7 +119,7 @@ def as_json_renders(content: dict[str, Any]) -> bytes:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_manifest_of_another_form_is_refused_though_it_is_sealed(committed: Path, name: str) -> None:
+def test_an_invalid_manifest_with_a_valid_seal_is_refused(committed: Path, name: str) -> None:
     (committed / MANIFEST).write_bytes(as_json_renders(FOREIGN[name]))
     for read in (about, verify):
         with within_budget(), pytest.raises(CheckpointError, match="was changed after it was written") as error:
@@ -168,7 +168,7 @@ def test_a_manifest_of_ten_thousand_files_is_read_at_once(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("make", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo, os.mkdir])
-def test_a_manifest_that_is_no_file_is_refused(committed: Path, make: Callable[[Path], None]) -> None:
+def test_a_manifest_that_is_not_a_regular_file_is_refused(committed: Path, make: Callable[[Path], None]) -> None:
     (committed / MANIFEST).unlink()
     make(committed / MANIFEST)
     for read in (about, verify):
@@ -176,7 +176,7 @@ def test_a_manifest_that_is_no_file_is_refused(committed: Path, make: Callable[[
             read(committed)
 
 
-def test_a_file_too_many_is_noticed(committed: Path) -> None:
+def test_an_extra_file_is_noticed(committed: Path) -> None:
     (committed / "b" / "more").write_bytes(b"")
     with pytest.raises(CheckpointError, match="more' is not in the manifest"):
         verify(committed)
@@ -184,7 +184,7 @@ def test_a_file_too_many_is_noticed(committed: Path) -> None:
 
 @pytest.mark.parametrize("make", [lambda path: os.symlink("/etc/hostname", path), os.mkfifo], ids=["link", "pipe"])
 @pytest.mark.parametrize("name", ["a", "b/more"])
-def test_what_is_no_file_is_refused_and_not_opened(committed: Path, make: Callable[[Path], None], name: str) -> None:
+def test_special_files_are_refused_and_not_opened(committed: Path, make: Callable[[Path], None], name: str) -> None:
     (committed / name).unlink(missing_ok=True)
     make(committed / name)
     for act in (verify, lambda directory: commit(directory, ABOUT)):
@@ -199,7 +199,7 @@ def test_a_directory_that_leads_elsewhere_is_refused(committed: Path, tmp_path: 
         verify(committed)
 
 
-def test_all_is_on_the_disk_before_the_manifest_is_there(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_files_are_flushed_before_the_manifest_is_written(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (committed / MANIFEST).unlink()
     flushed: list[tuple[str, bool]] = []
     monkeypatch.setattr(

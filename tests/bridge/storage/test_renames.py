@@ -60,10 +60,10 @@ def test_a_file_created_during_the_write_is_not_replaced(tmp_path: Path, exchang
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_appears_at_the_last_moment_is_kept(
+def test_a_file_created_after_the_last_check_is_kept(
     tmp_path: Path, exchange: bool, links: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the last look at the name, before the rename."""
+    """The file is created after the last check of the name, before the rename."""
     rename = renames.rename_without_replacing
 
     def late(new: Path, target: Path) -> None:
@@ -114,10 +114,10 @@ def test_a_file_that_appears_in_a_directory_while_that_is_overwritten_is_kept(tm
     assert tree(tmp_path) == {"out": None, "out/old": b"old", "out/theirs": b"theirs"}
 
 
-def test_the_old_one_is_there_until_the_new_one_is(
+def test_the_old_directory_exists_until_the_new_one_does(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Looked at before every rename and every flush to the disk; without an exchange it is gone for a moment."""
+    """Inspected before every rename and flush. Without an exchange of names, the directory is missing for a moment."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     seen = []
@@ -135,9 +135,7 @@ def test_the_old_one_is_there_until_the_new_one_is(
     )
 
 
-def test_the_old_directory_comes_back_if_the_new_one_cannot_take_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_old_directory_is_restored_if_the_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     before = tree(tmp_path)
@@ -176,10 +174,10 @@ def test_an_interrupt_between_two_renames_brings_the_old_directory_back(
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_what_cannot_be_moved_back_is_kept_in_the_hidden_directory(
+def test_files_that_cannot_be_moved_back_are_kept_in_the_hidden_directory(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Something appears under the name of an old file after that has left the directory."""
+    """Another program creates a file with the name of an old file that was moved out."""
     rename = renames.rename_without_replacing
 
     def late(path: Path, target: Path) -> None:
@@ -207,8 +205,8 @@ def test_what_cannot_be_moved_back_is_kept_in_the_hidden_directory(
     assert tree(tmp_path)[kept] == b"old", "no later writer removes it"
 
 
-def test_several_files_are_never_old_and_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The state before each rename, where a kill could come. An error at any of them leaves the old files."""
+def test_several_files_are_never_a_mixture_of_old_and_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inspects the state before each rename, where a kill may occur. An error at any rename leaves the old files."""
     old, new = (dict.fromkeys(("vocab.json", "merges.txt"), text) for text in (b"old", b"new"))
     seen: list[dict[str, bytes]] = []
 
@@ -360,7 +358,7 @@ subprocess.run(["umount", place / "file"], check=True)
 
 
 def test_a_mount_point_is_filled_and_stays_mounted(tmp_path: Path) -> None:
-    """A container's volume, also a bind mount of the same file system."""
+    """Such as the volume of a container, also a bind mount of the same file system."""
     try:
         command = namespace()
     except OSError as error:

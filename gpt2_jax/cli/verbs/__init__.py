@@ -53,7 +53,7 @@ def load_verb(name: str, words: Sequence[str], *, own_process: bool = False) -> 
             after the flags are parsed and before JAX starts.
     """
     verb = VERBS[name]
-    function: Callable[..., Any] = getattr(import_module(f"gpt2_jax.cli.{verb.module}"), verb.function)
+    function: Callable[..., Any] = getattr(import_module(f"gpt2_jax.cli.verbs.{verb.module}"), verb.function)
     if verb.takes_config:
         from gpt2_jax.cli.config_flags import default_config
 

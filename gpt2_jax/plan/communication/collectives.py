@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from gpt2_jax.plan.communication.hlo import Computation, Instruction, Program, array_bytes, arrays, parse, trip_count
+from gpt2_jax.plan.communication.replica_groups import Groups, replica_groups, source_target_pairs
 from gpt2_jax.plan.errors import PlanError
-from gpt2_jax.plan.hlo import Computation, Instruction, Program, array_bytes, arrays, parse, trip_count
-from gpt2_jax.plan.replica_groups import Groups, replica_groups, source_target_pairs
 
 SENT_BYTES: Mapping[str, Callable[[int, int], float]] = {
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,

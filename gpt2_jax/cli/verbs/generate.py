@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint
@@ -17,6 +17,7 @@ from bridge.generation.config import GREEDY_BELOW, GenerationConfig
 from bridge.generation.decoder import Decoder
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.dataclass_flags import flags_of
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, require_torch
@@ -37,16 +38,20 @@ Backend = Literal["jax", "torch"]
 Float32OrBfloat16 = Literal["float32", "bfloat16"]
 
 
-@dataclass(frozen=True)
-class Flags(GenerationConfig):
-    """The fields of `GenerationConfig` as flags, without those that depend on other flags."""
+_DEFAULTS = {
+    f.name: f.default for f in fields(GenerationConfig) if f.name not in ("max_new_tokens", "eos_token_id", "logprobs")
+}
+"""Fields of `GenerationConfig` that are flags -> their defaults. The others depend on several flags."""
 
-    max_new_tokens: Annotated[int, Fixed, Suppress] = DEFAULT_NEW_TOKENS
-    eos_token_id: Annotated[int | tuple[int, ...] | None, Fixed, Suppress] = None
-    logprobs: Annotated[bool, Fixed, Suppress] = False
-
-
-FLAGS = Flags()
+if TYPE_CHECKING:
+    DecodingFlags = Any
+else:
+    DecodingFlags = make_dataclass(
+        "DecodingFlags",
+        [(name, flag, field(default=_DEFAULTS[name])) for name, flag in flags_of(GenerationConfig, [*_DEFAULTS])],
+        frozen=True,
+    )
+    DecodingFlags.__doc__ = "How each token is selected."
 
 
 def generate(
@@ -59,7 +64,7 @@ def generate(
     interactive: bool = False,
     backend: Backend = "jax",
     max_new_tokens: Annotated[int | None, arg(metavar="INT")] = None,
-    config: Annotated[Flags, OmitArgPrefixes] = FLAGS,
+    decoding: Annotated[DecodingFlags, OmitArgPrefixes] = DecodingFlags(),  # noqa: B008
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = (),
     stop_at_end: bool = True,
     dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
@@ -77,7 +82,7 @@ def generate(
         interactive: ask for one prompt after another; an empty line exits.
         backend: the implementation to run.
         max_new_tokens: maximum number of new tokens; default: 50, or fewer if the model has fewer positions left.
-        config: selection of the next token.
+        decoding: how each token is selected.
         stop: end the text before this string; may be given several times.
         stop_at_end: end the text at the tokenizer's <|endoftext|>.
         dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
@@ -85,12 +90,12 @@ def generate(
         json: also write prompts, texts, ids and log-probabilities to this file.
         overwrite: replace the report of an earlier command.
     """
-    require_effect({**locals(), **asdict(config)}, {**defaults_of(generate), **asdict(FLAGS)}, RULES)
+    require_effect({**locals(), **vars(decoding)}, {**defaults_of(generate), **_DEFAULTS}, RULES)
     write_json = json_writer(json, overwrite, (source, lines))
     checkpoint = bridge.load(source, activation=source_activation)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
-    several = config.num_return_sequences > 1 or config.num_beams > 1
+    several = decoding.num_return_sequences > 1 or decoding.num_beams > 1
     if interactive and (several or json is not None):
         raise BridgeError(
             "--interactive generates one text at a time; remove --num-return-sequences, --num-beams and --json"
@@ -101,9 +106,9 @@ def generate(
         """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest text."""
         new = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
-        if max_new_tokens is None and not config.slide and room > 0:
+        if max_new_tokens is None and not decoding.slide and room > 0:
             new = min(new, room)
-        return replace(config, max_new_tokens=new, eos_token_id=eos_token_ids, logprobs=json is not None)
+        return GenerationConfig(new, **vars(decoding), eos_token_id=eos_token_ids, logprobs=json is not None)
 
     with open_decoder(backend, checkpoint, dtype) as decoder:
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpt2_jax.plan.collectives import Collective
+from gpt2_jax.plan.communication.collectives import Collective
 from gpt2_jax.plan.plan import Plan
 
 

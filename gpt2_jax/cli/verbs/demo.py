@@ -14,8 +14,8 @@ import bridge
 from bridge import BridgeError, GenerationConfig
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
-from gpt2_jax.cli.generate import Backend, continued_text
-from gpt2_jax.cli.verify import ALL_CHECKS, finish, progress_bar
+from gpt2_jax.cli.verbs.generate import Backend, continued_text
+from gpt2_jax.cli.verbs.verify import ALL_CHECKS, finish, progress_bar
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import console
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig

@@ -1,0 +1,1 @@
+"""Communication of a compiled program, read from its HLO text."""
