@@ -38,6 +38,7 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("convert gpt2 ", HUB),
     ("--init-from gpt2 ", HUB),
     ("--distributed", CLOUD),
+    ("plan --devices", "it needs eight devices before JAX starts; tests/plan runs it in a process of its own"),
     ("--mesh fsdp", DEVICES),
     ("--preset gpt2", LARGE),
     ("--topology", TPU),
