@@ -57,8 +57,9 @@ check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-docs: $(INSTALLED)  ## the manual, in docs/_build/html; offline, with warnings as errors
+docs: $(INSTALLED)  ## the manual, in docs/_build/html, offline with warnings as errors; and every line that it shows
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m docs
 
 bench: $(INSTALLED)  ## the figures of the README's tables
 	$(BIN)/python -m tests.benchmarks.load

@@ -138,6 +138,7 @@ def test_every_reason_is_used() -> None:
         assert any(part in " ".join(line.args) + " " for line in EXECUTED), part
 
 
+@pytest.mark.docs
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("line", [line for line in EXECUTED if reason_not_to_run(line) is None], ids=str)
 def test_every_line_runs(line: Line, place: Path) -> None:
@@ -150,6 +151,7 @@ def test_every_line_runs(line: Line, place: Path) -> None:
     assert run(*line.args, *smaller.split(), *(["--cache", "tokens"] if verb == "train" else [])) == 0
 
 
+@pytest.mark.docs
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", [page for page in PAGES if python_of(page).strip()], ids=name_of)
 def test_every_snippet_runs(page: Path, place: Path) -> None:
