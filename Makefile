@@ -20,7 +20,7 @@ test: $(INSTALLED)  ## everything but the marked tests
 test-fast: $(INSTALLED)  ## a selection for the inner loop, from every package
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
-test-slow: $(INSTALLED)  ## the tests at 124M parameters
+test-slow: $(INSTALLED)  ## at 124M parameters, of memory, and of kills, signals and full disks
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
 
 test-peers: $(INSTALLED) $(PEERS)/.installed  ## against transformers 4's Flax, in an environment of its own

@@ -12,7 +12,7 @@ import pytest
 from faults.disks import INSIDE, namespace
 from faults.runs import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # inherited by its processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # inherited by its processes
 
 
 def test_a_run_that_cannot_write_says_so_and_goes_on_once_it_can(tmp_path: Path) -> None:

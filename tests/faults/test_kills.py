@@ -10,7 +10,7 @@ import pytest
 
 from faults import kills, runs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # inherited by its processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # inherited by its processes
 
 
 def test_a_run_that_is_killed_ends_as_the_one_that_is_not(tmp_path: Path) -> None:

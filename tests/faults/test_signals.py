@@ -10,7 +10,7 @@ import pytest
 from faults import runs
 from faults.signals import SAMPLES, Fault, examine
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # inherited by its processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # inherited by its processes
 
 
 def test_a_second_signal_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> None:
