@@ -28,8 +28,12 @@ def fresh() -> Iterator[Executor]:
     ("case", "states"),
     [
         (Conversion("huggingface", overwrite=True), {"old", "new"}),
-        (Save(), {"steps 3, 6", "steps 6, 9"}),
-        (End(overwrite=True), {f"export {e}, plot {p}" for e, p in (("old", "old"), ("new", "old"), ("new", "new"))}),
+        pytest.param(Save(), {"steps 3, 6", "steps 6, 9"}, marks=pytest.mark.slow),
+        pytest.param(
+            End(overwrite=True),
+            {f"export {e}, plot {p}" for e, p in (("old", "old"), ("new", "old"), ("new", "new"))},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["conversion", "save", "end"],
 )
