@@ -17,7 +17,7 @@ Cache = TypeVar("Cache")
 
 
 class BeamDecoder(Protocol[Cache]):
-    """What beam search needs of a backend. R rows, which are `num_beams` for each prompt; N candidates."""
+    """The methods of a backend that beam search calls. R rows, `num_beams` for each prompt; N candidates."""
 
     config: GPT2Config
 

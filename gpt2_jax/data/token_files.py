@@ -20,8 +20,8 @@ from gpt2_jax.data.errors import DataError
 SIDECAR = "tokens.json"
 """The file by which a directory of the token cache is recognized."""
 
-# llm.c, dev/data/data_common.py: 256 int32 of header, of which the first three are the magic number,
-# the version and the number of tokens.
+# llm.c, dev/data/data_common.py: the header has 256 int32. The first three are the magic number, the version and the
+# number of tokens.
 _LLMC_HEADER = 256 * 4
 _LLMC: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 _LLMC_EXAMPLES = 20240522  # HellaSwag and MMLU: questions, not text

@@ -186,7 +186,7 @@ def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[Toke
     """Return the training and validation streams of a file, a directory or a glob of token files.
 
     Files with val in their names (`val.bin`, `fineweb_val_000000.bin`) are the validation stream. The training stream
-    is the files with train in their names, or if there are none, the files with neither. If all files are of one kind,
+    is the files with train in their names, or else the files with neither. If all files are of one kind,
     they form one stream and the second is None. Files are sorted by name.
 
     Raises `DataError` for a file that is damaged or not a token file.

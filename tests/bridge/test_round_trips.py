@@ -31,7 +31,7 @@ MODELS: dict[str, GPT2Config] = {
     "upcast": replace(PLAIN, reorder_and_upcast_attn=True),
     "unscaled": replace(PLAIN, scale_attn_weights=False),
 }
-# Which field a format refuses a model for; where there is none, it holds the model.
+# Format -> model -> the field for which the format refuses it. A format can hold the models that are not listed.
 REFUSED_FOR: dict[str, dict[str, str]] = {
     "flax": {},
     "huggingface": {"without biases": "bias"},
