@@ -101,7 +101,7 @@ VERBS = {
     "a text that is not there": ("verify", "{named}", "--text-file", "{named}/nowhere"),
     "lines that are not there": ("generate", "{named}", "--lines", "{named}/nowhere"),
     "data that is not there": ("train", "--data", "{named}/nowhere", "--out", "{named}/run"),
-    "an unknown preset": ("train", "--preset", NAME, "--out", "{named}/run"),
+    "a preset that does not exist": ("train", "--preset", NAME, "--out", "{named}/run"),
 }
 
 
