@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,11 +17,12 @@ from bridge.generation.prompts import Prompts, check_ids, left_padded
 Cache = TypeVar("Cache")
 
 
-class BeamDecoder(Protocol[Cache]):
+class BeamDecoder(ABC, Generic[Cache]):
     """The methods of a backend that beam search calls. R rows, `num_beams` for each prompt; N candidates."""
 
     config: GPT2Config
 
+    @abstractmethod
     def prefill_beams(
         self,
         ids: Int[np.ndarray, "B T"],
@@ -34,6 +36,7 @@ class BeamDecoder(Protocol[Cache]):
         Returns the cache, and the log-probabilities and ids of each row's most likely next tokens.
         """
 
+    @abstractmethod
     def decode_beams(
         self, cache: Cache, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], num_candidates: int
     ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:

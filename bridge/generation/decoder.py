@@ -5,7 +5,7 @@ A backend subclasses `Decoder` and adds its model: prefill of the prompts, and d
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import GPT2Config
-from bridge.generation.beam_search import beam_search
+from bridge.generation.beam_search import BeamDecoder, beam_search
 from bridge.generation.config import GenerationConfig, uniform_noise
 from bridge.generation.output import ENDED, INVALID, Chunk, GenerationOutput, InvalidLogits
 from bridge.generation.prompts import Prompts, check_ids, left_padded
@@ -22,7 +22,7 @@ State = TypeVar("State")
 Cache = TypeVar("Cache")
 
 
-class Decoder(ABC, Generic[State, Cache]):
+class Decoder(BeamDecoder[Cache], Generic[State, Cache]):
     """Generates from prompts of different lengths. A row does not depend on the other rows, except for rounding."""
 
     config: GPT2Config
@@ -125,20 +125,3 @@ class Decoder(ABC, Generic[State, Cache]):
     @abstractmethod
     def _chunk(self, state: State, first: int, count: int) -> Chunk:
         """Return `count` tokens of each row, from number `first` on, counted since `_prefill`."""
-
-    @abstractmethod
-    def prefill_beams(
-        self,
-        ids: Int[np.ndarray, "B T"],
-        num_padding: Int[np.ndarray, " B"],
-        max_length: int,
-        num_beams: int,
-        num_candidates: int,
-    ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
-        """See `bridge.generation.beam_search.BeamDecoder`."""
-
-    @abstractmethod
-    def decode_beams(
-        self, cache: Cache, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], num_candidates: int
-    ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
-        """See `bridge.generation.beam_search.BeamDecoder`."""
