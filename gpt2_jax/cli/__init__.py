@@ -31,44 +31,53 @@ def main(args: list[str] | None = None) -> None:
 
         print(f"gpt2-bridge {__version__}")
         sys.exit(0)
-    if not words or words[0].startswith("-"):
-        top_level(words)
     _exit(*_run(words, own_process=args is None), own_process=args is None)
 
 
 def _run(words: Sequence[str], *, own_process: bool) -> tuple[int, str]:
     """Run a verb. Return the exit code and, for other processes of the same run, the reason if it failed."""
+    try:
+        if not words or words[0].startswith("-"):
+            top_level(words)
+        return _run_verb(*words, own_process=own_process), ""
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT, "it was interrupted"  # as a shell reports it
+    except Exception as error:
+        return _failure(error)
+
+
+def _run_verb(name: str, *args: str, own_process: bool) -> int:
+    # Imported here, because `gpt2 --help` starts in a fraction of the time without numpy.
     from bridge import BridgeError
     from bridge.errors import quoted
     from gpt2_jax.cli.parsing import parse_and_run
     from gpt2_jax.console.process import suppress_duplicate_tracebacks
-    from gpt2_jax.console.terminal import print_error
 
     suppress_duplicate_tracebacks()
-    try:
-        name, *rest = words
-        if name not in VERBS:
-            raise BridgeError(
-                f"unknown verb {quoted(name)}: must be one of {', '.join(VERBS)}{did_you_mean(name, VERBS)}"
-            )
-        return parse_and_run(load_verb(name, rest, own_process=own_process), name, rest) or 0, ""
-    except BridgeError as error:
-        _exit_if_peer_failed(error)
-        print_error(str(error))
-        return BAD_INPUT, str(error)
-    except BrokenPipeError:  # as `head` closes its input
+    if name not in VERBS:
+        raise BridgeError(f"unknown verb {quoted(name)}: must be one of {', '.join(VERBS)}{did_you_mean(name, VERBS)}")
+    return parse_and_run(load_verb(name, args, own_process=own_process), name, [*args]) or 0
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """Print the message of an expected error. Return the exit code and the reason."""
+    from bridge import BridgeError
+    from bridge.errors import quoted
+    from gpt2_jax.console.terminal import print_error
+
+    if isinstance(error, BrokenPipeError):  # as `head` closes its input
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
-        return 128 + signal.SIGPIPE, "nobody reads what it prints"
-    except OSError as error:  # a full disk, a name that is too long, no permission
+        return 128 + signal.SIGPIPE, "its output was closed"
+    if isinstance(error, OSError):  # a full disk, a name that is too long, no permission
         where = f"{quoted(error.filename)}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
         print_error(why)
         return BAD_INPUT, why
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT, "it was interrupted"  # as a shell reports it
-    except Exception as error:
-        _exit_if_peer_failed(error)
-        return _unexpected(error)
+    _exit_if_peer_failed(error)
+    if isinstance(error, BridgeError):
+        print_error(str(error))
+        return BAD_INPUT, str(error)
+    return _unexpected(error)
 
 
 def _distributed() -> Any:
@@ -98,7 +107,8 @@ def _exit(code: int, why: str, *, own_process: bool) -> NoReturn:
 
     distributed = _distributed()
     if code and own_process and (distributed is None or not distributed.are_several()):
-        exit_now(code)  # without waiting for what may still be compiled or written
+        end_now = exit_now if distributed is None else distributed.end_now
+        end_now(code)  # without waiting for what may still be compiled or written
     if distributed is not None:
         distributed.end(code, why)
     sys.exit(code)

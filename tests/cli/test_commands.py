@@ -176,6 +176,14 @@ def test_the_completion_script_knows_verbs_and_flags(shell: str, capsys: pytest.
     assert all(word in script for word in (*VERBS, "max-shard-bytes", "learning-rate"))
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--tyro-print-completion", "bash"]])
+def test_help_and_completion_report_a_full_disk(words: list[str]) -> None:
+    command = [sys.executable, "-c", "from gpt2_jax.cli import main; main()", *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "gpt2: No space left on device\n")
+
+
 @pytest.mark.parametrize("words", [("none",), ("None",), ()])
 def test_an_optional_flag_accepts_none(words: tuple[str, ...]) -> None:
     found = []

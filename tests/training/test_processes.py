@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -151,6 +152,24 @@ def test_a_process_without_a_coordinator_says_which_flags_to_give(directory: Pat
     [ended] = train(1, 1, arguments(directory, "nobody", "--distributed"))
     assert ended.code == 2
     assert "--coordinator HOST:PORT, --processes N and --process I" in ended.err
+
+
+def test_a_single_joined_process_that_fails_prints_its_message_alone(directory: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        join = [
+            "--distributed",
+            "--coordinator",
+            f"127.0.0.1:{free.getsockname()[1]}",
+            "--processes",
+            1,
+            "--process",
+            0,
+        ]
+    [ended] = train(1, 1, arguments(directory, "refused", *join, "--batch-size", 7))
+    assert ended.code == 2
+    assert ended.err.count("gpt2:") == 1
+    assert "was killed" not in ended.err
 
 
 def test_a_process_that_cannot_connect_names_the_coordinator(directory: Path) -> None:
