@@ -191,12 +191,14 @@ def open_tokens(source: str | Path, vocab_size: int | None = None) -> tuple[Toke
 
     Raises `DataError` for a file that is damaged or not a token file.
     """
-    training, held_out = (
-        TokenStream.of([token_file(path) for path in paths], vocab_size=vocab_size) if paths else None
-        for paths in _split_by_name(source)
-    )
-    assert training is not None
-    return training, held_out
+    training, held_out = _split_by_name(source)
+    if not training:
+        raise DataError(f"{quoted(source)} has no token files; names that begin with a dot are ignored")
+
+    def stream(paths: list[Path]) -> TokenStream:
+        return TokenStream.of([token_file(path) for path in paths], vocab_size=vocab_size)
+
+    return stream(training), stream(held_out) if held_out else None
 
 
 def _split_by_name(source: str | Path) -> tuple[list[Path], list[Path]]:

@@ -108,6 +108,12 @@ def test_token_files_need_no_tokenizer(tmp_path: Path) -> None:
     assert only.validation is not None and (len(only.train), len(only.validation)) == (810, 90)
 
 
+def test_a_directory_whose_only_token_file_is_hidden_is_refused(tmp_path: Path) -> None:
+    npy(tmp_path / ".x.npy", IDS)
+    with pytest.raises(DataError, match="has no token files; names that begin with a dot are ignored"):
+        open_data(tmp_path)
+
+
 def test_validation_may_be_another_source(text_file: Path, folder: Path, tmp_path: Path) -> None:
     data = opened(text_file, tmp_path / "cache", validation=folder)
     assert data.validation is not None
