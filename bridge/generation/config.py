@@ -69,9 +69,7 @@ class GenerationConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """`eos_token_id` as a tuple."""
-        if self.eos_token_id is None:
-            return ()
-        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+        return () if self.eos_token_id is None else tuple(np.ravel(self.eos_token_id).tolist())
 
     @property
     def greedy(self) -> bool:

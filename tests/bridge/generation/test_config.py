@@ -129,7 +129,18 @@ def test_the_error_names_all_invalid_fields() -> None:
     assert [name for name in named if problems.count(name) != 1] == []
 
 
-@pytest.mark.parametrize(("given", "ids"), [(None, ()), (5, (5,)), (0, (0,)), ((5, 7), (5, 7)), ([5, 7], (5, 7))])
+@pytest.mark.parametrize(
+    ("given", "ids"),
+    [
+        (None, ()),
+        (5, (5,)),
+        (0, (0,)),
+        ((5, 7), (5, 7)),
+        ([5, 7], (5, 7)),
+        (np.int64(5), (5,)),
+        (np.array([5, 7]), (5, 7)),
+    ],
+)
 def test_end_of_sequence_tokens_are_a_tuple_however_they_are_given(given: Any, ids: tuple[int, ...]) -> None:
     assert GenerationConfig(1, eos_token_id=given).eos_token_ids == ids
 
