@@ -139,12 +139,13 @@ def save(
         with new_directory(target, replaceable=_replaceable(target, format) if overwrite else None) as directory:
             file_name = FORMATS[format].file_name
             if file_name is None:
-                write(checkpoint, directory, **options)
+                left_out = write(checkpoint, directory, **options)
             else:
                 write(checkpoint, directory / file_name, **options)
+                # config.json and the files beside it keep what the file itself cannot.
                 write_config(directory / CONFIG, checkpoint.config, checkpoint.extra)
                 carry_files(checkpoint, directory)
-            left_out = ()
+                left_out = ()
     steps = checkpoint.optimizer.step if checkpoint.optimizer is not None else 0
     if steps and not FORMATS[format].keeps_optimizer:
         left_out += (f"the state of AdamW after {steps} steps, which {format} cannot store",)
