@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import needs_torch
-from support.import_graph import circles, import_graph, upward_imports
+from support.import_graph import ALLOWED_IN_BRIDGE, circles, import_graph, other_packages, upward_imports
 from support.models import huggingface_directory
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +171,15 @@ def test_no_module_imports_a_higher_one_and_none_are_circular() -> None:
     assert upward_imports(graph) == []
 
 
+def test_bridge_imports_no_package_that_is_not_named() -> None:
+    assert other_packages() == ALLOWED_IN_BRIDGE
+
+
+def test_an_import_of_an_unnamed_package_is_found_inside_a_function(tmp_path: Path) -> None:
+    source = "import os\nimport numpy as np\nfrom bridge import x\ndef later():\n    from requests.adapters import y"
+    assert other_packages(write_modules(tmp_path, bridge__a=source)) == {"numpy", "requests"}
+
+
 def write_modules(root: Path, **sources: str) -> Path:
     """Write `bridge__config="..."` as `bridge/config.py`, and so on, with empty packages around them."""
     for name, source in sources.items():
@@ -205,6 +214,24 @@ def test_an_import_for_type_checking_alone_does_not_count(tmp_path: Path) -> Non
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from bridge import io"
     root = write_modules(tmp_path, bridge__storage__manifest=source, bridge__io="")
     assert upward_imports(import_graph(root, ["bridge"])) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from typing import TYPE_CHECKING\nif not TYPE_CHECKING:\n    from bridge import io",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelse:\n    from bridge import io",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\nelif True:\n    import bridge.io",
+        "__getattr__, __dir__ = lazy_names(__name__, {'bridge.io': ('load',)})",
+    ],
+)
+def test_an_import_at_run_time_counts_beside_one_for_type_checking_and_in_a_lazy_table(
+    tmp_path: Path, source: str
+) -> None:
+    root = write_modules(tmp_path, bridge__storage__manifest=source, bridge__io="")
+    assert upward_imports(import_graph(root, ["bridge"])) == [
+        "bridge.storage.manifest imports bridge.io, which is above it"
+    ]
 
 
 def test_a_circle_is_found_through_other_modules_and_inside_functions(tmp_path: Path) -> None:

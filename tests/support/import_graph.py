@@ -59,6 +59,16 @@ MAY_IMPORT_TORCH_SIDE = ("gpt2_jax.parity", "gpt2_jax.bench", "gpt2_jax.cli")
 """The parts of `gpt2_jax` that may import `gpt2_torch`."""
 
 
+ALLOWED_IN_BRIDGE = frozenset(
+    {
+        *("numpy", "ml_dtypes", "jaxtyping"),  # arrays and their types
+        *("safetensors", "google_crc32c", "tensorstore"),  # files: safetensors, TensorFlow, runs
+        *("tiktoken", "huggingface_hub"),  # imported when a tokenizer or the hub is asked for
+    }
+)
+"""The packages that `bridge` may import: none of them is a framework."""
+
+
 def import_graph(root: Path = ROOT, packages: Sequence[str] = PACKAGES) -> Graph:
     """Read the imports of every module below `root`."""
     modules = {_name(path.relative_to(root)): path for package in packages for path in (root / package).rglob("*.py")}
@@ -87,6 +97,18 @@ def upward_imports(graph: Graph, layers: Sequence[Sequence[str]] = LAYERS) -> li
     return problems
 
 
+def other_packages(root: Path = ROOT, package: str = "bridge") -> set[str]:
+    """Return the packages that a package's modules import, without itself and the standard library."""
+    imported: set[str] = set()
+    for path in (root / package).rglob("*.py"):
+        for node in _run_time_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add((node.module or "").partition(".")[0])
+    return imported - sys.stdlib_module_names - {package}
+
+
 def _name(path: Path) -> str:
     parts = path.with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
@@ -101,12 +123,24 @@ def _imported(path: Path, name: str, modules: Mapping[str, Path]) -> Iterator[st
             for alias in node.names:
                 found = f"{base}.{alias.name}"
                 yield from (module for module in ([found] if found in modules else [base]) if module in modules)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "lazy_names":
+            yield from (module for module in _lazy_modules(node) if module in modules)
+
+
+def _lazy_modules(call: ast.Call) -> Iterator[str]:
+    """Yield the modules in the table of a `gpt2_jax.lazy_names.lazy_names` call, which imports them on first use."""
+    for argument in call.args:
+        if isinstance(argument, ast.Dict):
+            yield from (str(key.value) for key in argument.keys if isinstance(key, ast.Constant))
 
 
 def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield all nodes except those below `if TYPE_CHECKING`."""
+    """Yield all nodes except those in the body of `if TYPE_CHECKING`."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if isinstance(node, ast.If) and ast.unparse(node.test).removeprefix("typing.") == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield other
+                yield from _run_time_nodes(other)
             continue
         yield node
         yield from _run_time_nodes(node)
