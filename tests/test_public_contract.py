@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,4 @@ def test_generate_takes_model_params_ids_and_sampling_by_name() -> None:
         inspect.signature(gpt2_jax.generate).bind("model", "params", "ids", max_new_tokens=1, temperature=0.5).arguments
     )
     assert [*arguments.values()][:3] == ["model", "params", "ids"]
+    assert {"max_new_tokens", "temperature"} <= {field.name for field in fields(bridge.GenerationConfig)}
