@@ -1,6 +1,6 @@
 """Slowdown of training while a checkpoint is written, with Orbax alone and with fsync, hashing and verification.
 
-    python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch 1] [--seq-len 512] [--steps 6]
+    python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch-size 1] [--seq-len 512] [--max-steps 6]
 
 Each round times the same number of training steps after no save, after `orbax.save_async` alone, and after
 `Checkpoints.save`. The order alternates, and each starts with an idle disk. The benchmark prints medians and ranges of
@@ -39,24 +39,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rounds", type=int, nargs="?", default=5)
     parser.add_argument("--preset", choices=PRESETS, default="gpt2")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--max-steps", type=int, default=6)
     options = parser.parse_args()
     config = replace(
-        PRESETS[options.preset], batch_size=options.batch, seq_len=options.seq_len, num_microbatches=1, dtype="float32"
+        PRESETS[options.preset],
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        num_microbatches=1,
+        dtype="float32",
     )
     model, tx, mesh = make_model(config), make_optimizer(config.optimizer, 1000), make_mesh()
-    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (options.batch, options.seq_len), np.int32)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (options.batch_size, options.seq_len), np.int32)
     batch = {"input_ids": ids, "labels": ids}
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = Path(scratch).absolute()
         train_step = make_train_step(model, tx)
         state, _ = train_step(initial_state(config, model, tx, None, mesh), batch)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        print(
-            f"{options.preset}, {options.batch} x {options.seq_len}: a state of {size:,} bytes; {_limits(folder, size)}"
-        )
+        shape = f"{options.batch_size} x {options.seq_len}"
+        print(f"{options.preset}, {shape}: a state of {size:,} bytes; {_limits(folder, size)}")
         checkpoints = Checkpoints(folder, keep_last=1)
 
         def verified(state: Any) -> Waiting:
@@ -70,12 +73,12 @@ def main() -> None:
 
         def steps() -> Any:
             nonlocal state
-            for _ in range(options.steps):
+            for _ in range(options.max_steps):
                 state, metrics = train_step(state, batch)
                 float(metrics["loss"])
             return state
 
-        _compare(kinds, state, steps, options.rounds, options.steps)
+        _compare(kinds, state, steps, options.rounds, options.max_steps)
         _time_manifest(folder / CHECKPOINTS / str(checkpoints.newest))
 
 

@@ -1,6 +1,6 @@
 """Time and memory of converting a checkpoint of gpt2-xl's size (1.56B parameters, 6.2 GB), compared with `cp`.
 
-    python -m tests.benchmarks.convert [pairs] [--size gpt2-xl] [--formats flax llmc ...]
+    python -m tests.benchmarks.convert [rounds] [--size gpt2-xl] [--formats flax llmc ...]
 
 Conversions and `cp` alternate, each in its own process, and both wait for the disk (`sync`). The benchmark prints
 medians. The peak is the child's `ru_maxrss`, minus that of a process with the same imports that does nothing. It needs
@@ -30,7 +30,7 @@ PROGRAM = "import resource, sys; import bridge\n{}\nprint(resource.getrusage(res
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pairs", type=int, nargs="?", default=3)
+    parser.add_argument("rounds", type=int, nargs="?", default=3)
     parser.add_argument("--size", choices=GPT2_SIZES, default="gpt2-xl")
     parser.add_argument("--formats", nargs="+", choices=WRITABLE, default=WRITABLE)
     chosen = parser.parse_args()
@@ -44,14 +44,14 @@ def main() -> None:
             source = write_checkpoint(folder / activation, replace(config, activation_function=activation))
             for format in chosen.formats:
                 if (format == "nanogpt") == (activation == "gelu"):
-                    _measure(source, folder, format, chosen.pairs, idle)
+                    _measure(source, folder, format, chosen.rounds, idle)
             shutil.rmtree(source)
 
 
-def _measure(source: Path, folder: Path, format: str, pairs: int, idle: int) -> None:
+def _measure(source: Path, folder: Path, format: str, rounds: int, idle: int) -> None:
     copied, converted, peaks = [], [], []
     target = folder / "converted"
-    for _ in range(pairs):
+    for _ in range(rounds):
         shutil.rmtree(target, ignore_errors=True)
         copied.append(_copied(source / "model.safetensors", folder / "copy"))
         peak, seconds = _peak(CONVERT, source, target, format)

@@ -1,6 +1,6 @@
 """Speed of generation with a model of OpenAI's size: gpt2_jax, gpt2_torch and transformers.
 
-    python -m tests.benchmarks.generate [--size gpt2] [--dtype float32] [--pairs 5]
+    python -m tests.benchmarks.generate [--size gpt2] [--dtype float32] [--rounds 5]
 
 Greedy generation in one process; the implementations alternate. The benchmark prints medians and ranges. The limit is
 the time of reading the weights once, at the bandwidth measured in the same run. On GPUs, transformers also runs with
@@ -37,21 +37,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=GPT2_SIZES, default="gpt2")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     peers = make_peers(options.size, options.dtype)
     weights = min_bytes(GPT2_SIZES[options.size], options.dtype)
     print(f"{options.size}, {options.dtype}, {jax.devices()[0].device_kind}; {NEW_TOKENS} tokens after {PROMPT_LENGTH}")
     for rows in ROWS:
-        times, bandwidths = measured(peers, rows, PROMPT_LENGTH, NEW_TOKENS, options.pairs)
-        first, _ = measured(peers, rows, PROMPT_LENGTH, 1, options.pairs)
+        times, bandwidths = measured(peers, rows, PROMPT_LENGTH, NEW_TOKENS, options.rounds)
+        first, _ = measured(peers, rows, PROMPT_LENGTH, 1, options.rounds)
         limit = weights / statistics.median(bandwidths)
         print(f"\n{rows} rows; reading the weights once takes {limit * 1e3:.1f} ms at {weights / limit / 1e9:.1f} GB/s")
         for name, seconds in times.items():
             report(name, seconds, times["transformers"], rows)
             further = (statistics.median(seconds) - statistics.median(first[name])) / (NEW_TOKENS - 1)
             print(f"{'':<22} {further * 1e3:6.1f} ms per token after the first: {limit / further:.0%} of the limit")
-    times, _ = measured(peers, 1, LONG_PROMPT, 1, options.pairs)
+    times, _ = measured(peers, 1, LONG_PROMPT, 1, options.rounds)
     print(f"\nthe first token of a prompt of {LONG_PROMPT}")
     for name, seconds in times.items():
         ratio = statistics.median(t / s for t, s in zip(times["transformers"], seconds, strict=True))
@@ -70,7 +70,7 @@ Peer = Callable[[list[list[int]], int], Any]
 
 
 def measured(
-    peers: dict[str, Peer], rows: int, length: int, new: int, pairs: int
+    peers: dict[str, Peer], rows: int, length: int, new: int, rounds: int
 ) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of each call, and read bandwidths measured in between, in bytes/s."""
     prompts = np.random.default_rng(0).integers(0, 50257, (rows, length)).tolist()
@@ -78,7 +78,7 @@ def measured(
         run(prompts, new)  # compiles
     times: dict[str, list[float]] = {name: [] for name in peers}
     bandwidths = []
-    for _ in range(pairs):
+    for _ in range(rounds):
         for name, run in peers.items():
             began = time.perf_counter()
             run(prompts, new)

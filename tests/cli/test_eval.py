@@ -148,7 +148,7 @@ BAD = {
     "foreign tokens": ("eval", "{model}", "--data", "{tmp}/foreign.bin"),
     "stride beyond the context": ("eval", "{model}", "--data", "{tmp}/text.txt", "--context", "8", "--stride", "9"),
     "context beyond the model": ("eval", "{model}", "--data", "{tmp}/text.txt", "--context", "41"),
-    "no batch": ("eval", "{model}", "--data", "{tmp}/text.txt", "--batch", "0"),
+    "no batch": ("eval", "{model}", "--data", "{tmp}/text.txt", "--batch-size", "0"),
     "one token asked": ("eval", "{model}", "--data", "{tmp}/text.txt", "--max-tokens", "1"),
     "unwritable json": ("eval", "{model}", "--data", "{tmp}/text.txt", "--json", "{tmp}/nowhere/f.json"),
     "unknown backend": ("eval", "{model}", "--data", "{tmp}/text.txt", "--backend", "flax"),

@@ -53,7 +53,7 @@ def evaluate(
     backend: Literal["jax", "torch"] = "jax",
     context: Annotated[int | None, arg(help_behavior_hint="(default: all positions of the model)")] = None,
     stride: Annotated[int | None, arg(help_behavior_hint="(default: half the context)")] = None,
-    batch: Annotated[int | None, arg(help_behavior_hint="(default: about 4096 tokens)")] = None,
+    batch_size: Annotated[int | None, arg(help_behavior_hint="(default: about 4096 tokens)")] = None,
     max_tokens: int | None = None,
     json: JsonFile = None,
     overwrite: bool = False,
@@ -73,7 +73,7 @@ def evaluate(
         context: tokens per window.
         stride: tokens from one window to the next. A shorter stride is slower and gives each
             token more context. If the stride equals the context, the first token of each window is not scored.
-        batch: windows per batch.
+        batch_size: windows per batch.
         max_tokens: stop after this many tokens of the text.
         json: also write the results to this file.
         overwrite: replace the report of an earlier command.
@@ -92,7 +92,7 @@ def evaluate(
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with progress(*columns) as bar:
         text = _read(data, checkpoint, max_tokens or sys.maxsize, _task(bar, "reading"))
-        windows = {"context": context, "stride": stride, "batch_size": batch}
+        windows = {"context": context, "stride": stride, "batch_size": batch_size}
         found = run(checkpoint, text.ids, **windows, progress=_task(bar, "predicting"))
     if not math.isfinite(found.nats):
         raise bridge.BridgeError(
