@@ -249,7 +249,8 @@ def _are_invalid(logits_RV: Float[Array, "R V"]) -> Bool[Array, " R"]:
 @functools.partial(jax.jit, static_argnums=0)
 def _repeat_rows(times: int, cache: KVCache, logits_BV: Float[Array, "B V"]) -> tuple[KVCache, Float[Array, "R V"]]:
     """Repeat each row `times` times. The copies of a row are adjacent."""
-    return cache.change_rows(lambda array: jnp.repeat(array, times, axis=0)), jnp.repeat(logits_BV, times, axis=0)
+    rows = jnp.repeat(jnp.arange(logits_BV.shape[0]), times)
+    return cache.select_rows(rows), logits_BV[rows]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -261,7 +262,7 @@ def _decode_beams(
     parents_R: Int[Array, " R"],
     tokens_R: Int[Array, " R"],
 ) -> tuple[KVCache, Float[Array, "R N"], Int[Array, "R N"]]:
-    cache = cache.change_rows(lambda array: array[parents_R])
+    cache = cache.select_rows(parents_R)
     x_RTD, cache = _apply_decode(model, params, tokens_R[:, None], cache)
     return cache, *_most_likely(num_candidates, _apply_head(model, params, x_RTD[:, 0]))
 

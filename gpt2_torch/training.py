@@ -136,7 +136,7 @@ def adamw_state(optimizer: torch.optim.Optimizer, model: GPT2) -> AdamWState:
     return optimizer_state.from_torch({**stored, "state": entries}, parameter_names(optimizer, model), model.config)
 
 
-def load_adamw_state(optimizer: torch.optim.Optimizer, model: GPT2, state: AdamWState) -> None:
+def load_adamw_state(optimizer: torch.optim.Optimizer, state: AdamWState, model: GPT2) -> None:
     """Copy moments and step count into the optimizer, which keeps its hyperparameters.
 
     Moments get the dtypes of their parameters.

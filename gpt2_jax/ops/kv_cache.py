@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -33,15 +32,15 @@ class KVCache(NamedTuple):
     def max_length(self) -> int:
         return self.values[0].shape[1]
 
-    def change_rows(self, change: Callable[[Array], Array]) -> KVCache:
-        """Return the cache with other rows: `change` selects from the first axis of an array, of size B."""
+    def select_rows(self, rows: Int[Array, " R"]) -> KVCache:
+        """Return a copy with these rows. A row may occur more than once."""
         B = self.num_padding.shape[0]
 
-        def changed(array: Array) -> Array:
-            return change(array.reshape(B, -1, *array.shape[1:])).reshape(-1, *array.shape[1:])
+        def selected(array: Array) -> Array:
+            return array.reshape(B, -1, *array.shape[1:])[rows].reshape(-1, *array.shape[1:])
 
-        keys, values = (tuple(map(changed, arrays)) for arrays in (self.keys, self.values))
-        return KVCache(keys, values, change(self.num_padding), self.length)
+        keys, values = (tuple(map(selected, arrays)) for arrays in (self.keys, self.values))
+        return KVCache(keys, values, self.num_padding[rows], self.length)
 
 
 def empty_cache(config: GPT2Config, num_padding: Int[Array, " B"], max_length: int, dtype: DTypeLike) -> KVCache:

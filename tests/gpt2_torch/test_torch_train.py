@@ -205,7 +205,7 @@ def test_another_optimizer_continues_from_a_state(config: GPT2Config) -> None:
     other = torch.optim.AdamW(reversed_groups, betas=(0.9, 0.95))
     state = adamw_state(optimizer, first)
     assert state.step == 3
-    load_adamw_state(other, second, state)
+    load_adamw_state(other, state, second)
     for model, its in ((first, optimizer), (second, other)):
         train_step(model, its, ragged_batch(3), learning_rate=1e-3)
     assert_close(parameters_of(second), parameters_of(first), 0.0)
@@ -219,7 +219,7 @@ def test_a_loaded_state_is_a_copy() -> None:
     kept = {name: array.copy() for name, array in state.exp_avg.items()}
     other_model = model_of()
     other = adamw(other_model)
-    load_adamw_state(other, other_model, state)
+    load_adamw_state(other, state, other_model)
     train_step(other_model, other, ragged_batch(1), learning_rate=1e-3)
     assert_close(dict(state.exp_avg), kept, 0.0)
 
@@ -230,7 +230,7 @@ def test_a_state_of_bfloat16_survives() -> None:
     train_step(model, optimizer, ragged_batch(), learning_rate=1e-3)
     state = adamw_state(optimizer, model)
     other = adamw(model)
-    load_adamw_state(other, model, state)
+    load_adamw_state(other, state, model)
     again = adamw_state(other, model)
     for name, array in state.exp_avg.items():
         assert array.dtype == again.exp_avg[name].dtype == "bfloat16"
@@ -246,9 +246,9 @@ def test_a_state_of_another_model_is_refused() -> None:
     optimizer = adamw(model)
     state = adamw_state(optimizer, model)
     with pytest.raises(ConversionError, match=r"wpe\.weight has shape"):
-        load_adamw_state(optimizer, model, spoiled(state, "wpe.weight", lambda array: array.T))
+        load_adamw_state(optimizer, spoiled(state, "wpe.weight", lambda array: array.T), model)
     with pytest.raises(ConversionError, match=r"h\.1\.attn\.c_attn\.weight is missing"):
-        load_adamw_state(optimizer, model, adamw_state(*stranger(replace(CONFIG, n_layer=1))))
+        load_adamw_state(optimizer, adamw_state(*stranger(replace(CONFIG, n_layer=1))), model)
     with pytest.raises(ConversionError, match="parameters that are not the model's"):
         adamw_state(optimizer, model_of())
     with pytest.raises(ConversionError, match="amsgrad"):

@@ -133,7 +133,7 @@ def torch_run(form: str, start: Snapshot, end: int = STEPS) -> Run:
     o, config = OPTIMIZER, FORMS[form].config
     model = gpt2_torch.model_from_checkpoint(Checkpoint.of(start.weights, config))
     optimizer = torch_train.adamw(model, beta1=o.beta1, beta2=o.beta2, epsilon=o.epsilon, weight_decay=o.weight_decay)
-    torch_train.load_adamw_state(optimizer, model, start.adamw)
+    torch_train.load_adamw_state(optimizer, start.adamw, model)
     run = Run([], [], {})
     for step in range(start.adamw.step, end):
         batch = {name: torch.from_numpy(array) for name, array in batches()[step].items()}
@@ -377,7 +377,7 @@ def test_a_mistake_in_the_crossing_is_found(
     start = straight(torch_run, "scanned", "float64").snapshots[CROSSING]
     check_losses(run("scanned", start, AFTER_CROSSING), straight(jax_run, "scanned", "float64"), "float64", CROSSING)
     to_torch, to_jax = torch_train.load_adamw_state, jax_optimizer_state.with_adamw_state
-    monkeypatch.setattr(torch_train, "load_adamw_state", lambda o, model, state: to_torch(o, model, spoil(state)))
+    monkeypatch.setattr(torch_train, "load_adamw_state", lambda o, state, model: to_torch(o, spoil(state), model))
     monkeypatch.setattr(jax_optimizer_state, "with_adamw_state", lambda o, state, model: to_jax(o, spoil(state), model))
     wrong = run("scanned", start, AFTER_CROSSING)
     with pytest.raises(AssertionError):

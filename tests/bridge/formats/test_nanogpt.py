@@ -390,7 +390,7 @@ def test_the_reference_resumes_from_nanogpts_checkpoint(halfway: tuple[Path, Nan
     assert ckpt.optimizer is not None
     model = gpt2_torch.model_from_checkpoint(ckpt)
     optimizer = gpt2_torch.training.adamw(model, learning_rate=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.1)
-    gpt2_torch.training.load_adamw_state(optimizer, model, ckpt.optimizer)
+    gpt2_torch.training.load_adamw_state(optimizer, ckpt.optimizer, model)
     step(model, optimizer, IDS)
     assert_moved_alike(gpt2_torch.checkpoint_from_model(model).tensors, uninterrupted, ckpt.tensors)
 
