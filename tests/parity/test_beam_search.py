@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.implementations import jax_model, torch_model, transformers_model
+from support.implementations import Decoders, decoders_of, each_backend, torch_model, transformers_model
 from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import Checkpoint, GPT2Config
 from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import Decoder
-from gpt2_jax.generation import Decoder as JaxDecoder
 from gpt2_torch.generation import Decoder as TorchDecoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -29,13 +27,6 @@ SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers tak
 NEW_TOKENS = 10
 PROMPTS = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in (5, 3)]
 FEW_TOKENS = GPT2Config(vocab_size=11, n_positions=40, n_embd=16, n_layer=1, n_head=2, n_inner=20)
-
-Decoders = Mapping[str, Decoder[Any, Any]]
-each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
-
-
-def decoders_of(checkpoint: Checkpoint) -> Decoders:
-    return {"gpt2_torch": TorchDecoder(torch_model(checkpoint)), "gpt2_jax": JaxDecoder(*jax_model(checkpoint))}
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.implementations import jax_model, torch_model, transformers_model
+from support.implementations import Decoders, decoders_of, each_backend, torch_model, transformers_model
 from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 from bridge import BUNDLED, Checkpoint, GPT2Config
 from bridge.generation.config import GenerationConfig, uniform_noise
-from bridge.generation.decoder import Decoder
 from bridge.generation.output import ENDED
-from gpt2_jax.generation import Decoder as JaxDecoder
-from gpt2_torch.generation import Decoder as TorchDecoder
 from gpt2_torch.logits_processors import sample_token
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -30,13 +26,6 @@ SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers tak
 LENGTHS = (3, 11, 1, 7)
 PROMPTS = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in LENGTHS]
 EOS_TOKEN_IDS = tuple(range(0, SMALL.vocab_size, 20))  # so many that some row contains one
-
-Decoders = Mapping[str, Decoder[Any, Any]]
-each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
-
-
-def decoders_of(checkpoint: Checkpoint) -> Decoders:
-    return {"gpt2_torch": TorchDecoder(torch_model(checkpoint)), "gpt2_jax": JaxDecoder(*jax_model(checkpoint))}
 
 
 def greedy_ids_of_transformers(model: Any, prompt: list[int], max_new_tokens: int) -> list[int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bridge
 import gpt2_jax
 from bridge import Checkpoint
+from bridge.generation.decoder import Decoder
 
 if TYPE_CHECKING:  # imported where they are used: tests of the JAX model run where torch is not installed
     import torch
@@ -115,3 +118,17 @@ def largest_divergence(logits_a: np.ndarray, logits_b: np.ndarray) -> float:
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     logits = logits - logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+Decoders = Mapping[str, Decoder[Any, Any]]
+each_backend = pytest.mark.parametrize("backend", ["gpt2_torch", "gpt2_jax"])
+
+
+def decoders_of(checkpoint: Checkpoint) -> Decoders:
+    """Return the decoder of each backend."""
+    import gpt2_torch
+
+    return {
+        "gpt2_torch": gpt2_torch.Decoder(torch_model(checkpoint)),
+        "gpt2_jax": gpt2_jax.Decoder(*jax_model(checkpoint)),
+    }

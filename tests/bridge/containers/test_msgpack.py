@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from support.models import SMALLEST
 from support.refusals import assert_refused
+from support.tensors import assert_same_tensors
 
 import bridge.containers.msgpack
 from bridge import CheckpointError
@@ -52,13 +53,6 @@ def read(path: Path) -> LazyTensorMap:
     return LazyTensorMap(read_file(path))
 
 
-def assert_same(found: Mapping[str, Any], expected: Mapping[str, np.ndarray]) -> None:
-    assert set(found) == set(expected)
-    for name, array in expected.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
-        assert found[name].tobytes() == array.tobytes(), name
-
-
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flax and this project take arrays apart that are larger than 100 bytes, not 2^30."""
@@ -77,7 +71,7 @@ def test_the_chunks_are_of_flaxs_size() -> None:
 def test_what_flax_writes_is_read_and_written_again_in_the_same_bytes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     theirs = flax.serialization.to_bytes(nested(samples(shape)))
     (tmp_path / "theirs").write_bytes(theirs)
-    assert_same(read(tmp_path / "theirs"), samples(shape))
+    assert_same_tensors(read(tmp_path / "theirs"), samples(shape))
     assert write(tmp_path / "ours", samples(shape)).read_bytes() == theirs
 
 
@@ -88,10 +82,10 @@ def test_chunked_arrays_are_one_array(tmp_path: Path, shape: tuple[int, ...]) ->
     theirs = flax.serialization.to_bytes(nested(samples(shape)))
     assert b"__msgpack_chunked_array__" in theirs
     (tmp_path / "theirs").write_bytes(theirs)
-    assert_same(read(tmp_path / "theirs"), samples(shape))
+    assert_same_tensors(read(tmp_path / "theirs"), samples(shape))
     assert write(tmp_path / "ours", samples(shape)).read_bytes() == theirs
     restored = flax.serialization.msgpack_restore((tmp_path / "ours").read_bytes())
-    assert_same(flax.traverse_util.flatten_dict(restored, sep="/"), samples(shape))
+    assert_same_tensors(flax.traverse_util.flatten_dict(restored, sep="/"), samples(shape))
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -100,20 +94,20 @@ def test_chunks_in_any_order_are_joined_in_that_of_their_numbers(tmp_path: Path)
     chunked = {"w": flax.serialization._chunk(array)}
     chunked["w"]["chunks"] = dict(sorted(chunked["w"]["chunks"].items()))
     (tmp_path / "f").write_bytes(packed(chunked))
-    assert_same(read(tmp_path / "f"), {"w": array})
+    assert_same_tensors(read(tmp_path / "f"), {"w": array})
 
 
 def test_flax_restores_into_a_model_what_is_written(tmp_path: Path) -> None:
     target = nested({name: np.zeros_like(array) for name, array in samples((3, 5)).items()})
     content = write(tmp_path / "f", samples((3, 5))).read_bytes()
     restored = flax.serialization.from_bytes(target, content)
-    assert_same(flax.traverse_util.flatten_dict(restored, sep="/"), samples((3, 5)))
+    assert_same_tensors(flax.traverse_util.flatten_dict(restored, sep="/"), samples((3, 5)))
 
 
 def test_jax_arrays_and_numpy_scalars_that_flax_writes_are_read(tmp_path: Path) -> None:
     tree = {"jax": jnp.ones((3, 2), jnp.bfloat16), "scalar": np.float32(2.5), "order": np.asfortranarray(np.eye(3, 2))}
     (tmp_path / "f").write_bytes(flax.serialization.msgpack_serialize(tree))
-    assert_same(read(tmp_path / "f"), {name: np.asarray(leaf) for name, leaf in tree.items()})
+    assert_same_tensors(read(tmp_path / "f"), {name: np.asarray(leaf) for name, leaf in tree.items()})
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
@@ -132,8 +126,8 @@ def test_arrays_that_are_not_contiguous_are_written_right(
         "broadcast": np.broadcast_to(base[0, 0], (5, 8)),
     }
     path = write(tmp_path / "f", arrays)
-    assert_same(flax.serialization.msgpack_restore(path.read_bytes()), arrays)
-    assert_same(read(path), arrays)
+    assert_same_tensors(flax.serialization.msgpack_restore(path.read_bytes()), arrays)
+    assert_same_tensors(read(path), arrays)
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, ">f4", ml_dtypes.float8_e4m3fn, "U3"])
@@ -415,7 +409,7 @@ def test_values_spelled_longer_than_they_need_be_are_read(tmp_path: Path) -> Non
     )
     content = b"\xdf\0\0\0\x01\xdb\0\0\0\x01w\xc9" + len(payload).to_bytes(4, "big") + b"\x01" + payload
     (tmp_path / "f").write_bytes(content)
-    assert_same(read(tmp_path / "f"), flax.serialization.msgpack_restore(content))
+    assert_same_tensors(read(tmp_path / "f"), flax.serialization.msgpack_restore(content))
 
 
 def test_reading_the_tree_does_not_read_the_arrays(tmp_path: Path) -> None:

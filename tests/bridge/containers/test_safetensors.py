@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from support.models import SMALLEST
 from support.refusals import assert_refused
+from support.tensors import assert_same_tensors
 
 from bridge import CheckpointError
 from bridge.containers import safetensors as container
@@ -47,13 +48,6 @@ def write(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
     return path
 
 
-def assert_same(found: Mapping[str, Any], expected: Mapping[str, np.ndarray]) -> None:
-    assert set(found) == set(expected)
-    for name, array in expected.items():
-        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
-        assert found[name].tobytes() == array.tobytes(), name
-
-
 def torch_bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -65,7 +59,7 @@ def torch_bytes(tensor: torch.Tensor) -> bytes:
 def test_what_the_package_writes_from_numpy_is_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
     safetensors.numpy.save_file(samples(shape), tmp_path / "f.safetensors", {"format": "np", "näme": "å"})
     tensors, metadata = read_file(tmp_path / "f.safetensors")
-    assert_same(tensors, samples(shape))
+    assert_same_tensors(tensors, samples(shape))
     assert metadata == {"format": "np", "näme": "å"}
 
 
@@ -87,7 +81,7 @@ def test_the_package_reads_what_is_written(tmp_path: Path, shape: tuple[int, ...
     """Odd sizes in descending and ascending width, so that tensors start at odd addresses."""
     for number, tensors in enumerate((samples(shape), dict(reversed(samples(shape).items())))):
         path = write(tmp_path / f"{number}.safetensors", tensors)
-        assert_same(safetensors.numpy.load_file(path), tensors)
+        assert_same_tensors(safetensors.numpy.load_file(path), tensors)
         for name, tensor in safetensors.torch.load_file(path).items():
             assert torch_bytes(tensor) == tensors[name].tobytes(), name
             assert tuple(tensor.shape) == shape
@@ -99,7 +93,7 @@ def test_what_is_written_is_read_back_in_its_order(tmp_path: Path) -> None:
     tensors = samples((3, 5))
     found, metadata = read_file(write(tmp_path / "f.safetensors", tensors))
     assert list(found) == list(tensors)
-    assert_same(found, tensors)
+    assert_same_tensors(found, tensors)
     assert metadata == {"format": "pt"}
 
 
@@ -130,8 +124,8 @@ def test_arrays_that_are_not_contiguous_are_written_right(tmp_path: Path, dtype:
     }
     assert not any(array.flags.c_contiguous for array in tensors.values())
     path = write(tmp_path / "f.safetensors", tensors)
-    assert_same(safetensors.numpy.load_file(path), tensors)
-    assert_same(read_file(path)[0], tensors)
+    assert_same_tensors(safetensors.numpy.load_file(path), tensors)
+    assert_same_tensors(read_file(path)[0], tensors)
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, ">f4", ml_dtypes.float8_e4m3fn, "U3"])

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.file_trees import tree
 from support.models import random_state
 from support.tokenizers_for_tests import write_byte_tokenizer
 from test_import_boundaries import JAX, TORCH, assert_runs_without
@@ -68,10 +69,6 @@ def assert_weights(source: Path, config: GPT2Config, seed: int) -> None:
     assert found.tensors.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(found.tensors[name], array, err_msg=name)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("config", [CONFIG, NO_BIASES, UNTIED], ids=["plain", "no biases", "untied"])
@@ -145,7 +142,7 @@ def test_convert_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "out").exists()
     assert convert("--zero-biases") == 0
     bridge.save(bridge.load(run).with_biases(), tmp_path / "export", format="huggingface")
-    assert files(tmp_path / "out") == files(tmp_path / "export")
+    assert tree(tmp_path / "out") == tree(tmp_path / "export")
     converted = bridge.load(tmp_path / "out")
     zeros = [name for name, array in converted.tensors.items() if name.endswith("bias") and not array.any()]
     assert converted.config.bias
@@ -154,11 +151,11 @@ def test_convert_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_a_run_is_not_overwritten_by_a_checkpoint(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    before = files(run)
+    before = tree(run)
     for target in (run, run / "checkpoints" / "7"):
         with pytest.raises(CheckpointError, match=r"not overwritten|is, or contains"):
             bridge.save(bridge.load(run), target, format="huggingface", overwrite=True)
-    assert files(run) == before
+    assert tree(run) == before
 
 
 # What is damaged.
