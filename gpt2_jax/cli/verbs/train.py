@@ -79,20 +79,14 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
             process: on other systems: the index of this process, from 0.
         """
         values = values_of(config)
-        # Before JAX starts: malloc's settings need a new process, and XLA reads its flags once.
         if own_process:
-            restart_with_huge_pages()
-        if own_process and values["deterministic"]:
-            make_deterministic()
+            _set_up_process(values["deterministic"])
         if distributed:
             _join(coordinator, processes, process)
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process go with --distributed")
-        asked = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
-        usual = {**flat(default), **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
-        require_effect({**values, **asked}, usual, RULES)
-        _require_cache(cache, (values["data"], values["validation_data"], values["init_from"]))
-        _require_effect_on_tokens(values, usual, cache)
+        options = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
+        _check_flags(values, options, flat(default), cache)
         if own_process and not distributed:
             enable_compilation_cache()
         from gpt2_jax.cli.run_training import train_and_report  # not at the top, because it imports JAX
@@ -109,6 +103,23 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
         )
 
     return train
+
+
+def _set_up_process(deterministic: bool) -> None:
+    """Change settings before JAX starts: those of malloc need a new process, and XLA reads its flags once."""
+    restart_with_huge_pages()
+    if deterministic:
+        make_deterministic()
+
+
+def _check_flags(
+    values: Mapping[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any], cache: Path | None
+) -> None:
+    """Raise `BridgeError` for flags that have no effect together, and for a cache that is an input."""
+    usual = {**defaults, **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
+    require_effect({**values, **options}, usual, RULES)
+    _require_cache(cache, (values["data"], values["validation_data"], values["init_from"]))
+    _require_effect_on_tokens(values, usual, cache)
 
 
 def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
