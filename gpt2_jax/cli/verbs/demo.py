@@ -63,7 +63,7 @@ def demo(*, out: Path = Path("demo-output"), data: Play = PLAY, max_steps: int =
 
     say(f"1. Load the bundled GPT-2 in PyTorch: {bridge.BUNDLED}", soft_wrap=True)
     before = continued_text("torch", bridge.load(BUNDLED), PROMPT, SAMPLING)
-    say(before, soft_wrap=True)
+    say(_whole_sentences(before), soft_wrap=True)
     say("\n2. Check that JAX computes the same function")
     with progress_bar(ALL_CHECKS) as begin:
         report = verify(bridge.load(BUNDLED), source=BUNDLED, seq_len=128, progress=begin)
@@ -84,8 +84,14 @@ def demo(*, out: Path = Path("demo-output"), data: Play = PLAY, max_steps: int =
 def _continuations(before: str, after: Mapping[Backend, str]) -> Table:
     """The same prompt, continued by the model before and after fine-tuning, side by side."""
     table = Table("before, PyTorch", *(f"after, {BACKENDS[backend]}" for backend in after))
-    table.add_row(before, *after.values())
+    table.add_row(*map(_whole_sentences, (before, *after.values())))
     return table
+
+
+def _whole_sentences(text: str) -> str:
+    """Return the text up to the end of its last sentence; all of it if no sentence ends."""
+    end = max(map(text.rfind, ".!?"))
+    return text[: end + 1] if end >= 0 else text
 
 
 def _summary(parity: str, report_file: Path, outcome: Outcome, run: Path) -> Table:
