@@ -42,7 +42,7 @@ test-oldest: $(OLDEST)/.installed  ## with the lowest versions that pyproject.to
 test-newest: $(NEWEST)/.installed  ## with Python 3.13 and the newest versions, without torch
 	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
 
-fuzz: $(INSTALLED)  ## 100,000 damaged files of every format and companion; hours; Ctrl-C stops it, repeating continues it
+fuzz: $(INSTALLED)  ## 100,000 damaged files of each kind; takes hours; after Ctrl-C, the same command continues
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000 --state .fuzz.json && rm .fuzz.json
 
 test-overwriting: $(INSTALLED)  ## 10,000 random writes, none of which may change a foreign file; 10 minutes
