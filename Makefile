@@ -1,4 +1,4 @@
-# Every target creates .venv on first use, from pyproject.toml and constraints.txt.
+# Most targets use .venv, which is created on first use from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers
