@@ -1,4 +1,4 @@
-# Everything installs into .venv, made on first use from pyproject.toml and constraints.txt.
+# Most targets use .venv, which is created on first use from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers
@@ -11,19 +11,19 @@ INSTALLED := .venv/.installed
 
 .PHONY: help demo test test-fast test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
 
-demo: $(INSTALLED)  ## PyTorch to JAX, the proof, fine-tuning in JAX, and back
+demo: $(INSTALLED)  ## convert a model to JAX, verify it, fine-tune it in JAX, and load the result in PyTorch
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
-test: $(INSTALLED)  ## everything but the marked tests
+test: $(INSTALLED)  ## all tests without a marker
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-test-fast: $(INSTALLED)  ## a selection for the inner loop, from every package
+test-fast: $(INSTALLED)  ## a quick selection of tests from every package, for use while you edit
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
-test-slow: $(INSTALLED)  ## at 124M parameters, of memory, and of kills, signals and full disks
+test-slow: $(INSTALLED)  ## tests at 124M parameters, and of memory, kills, signals and full disks
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
 
-test-peers: $(INSTALLED) $(PEERS)/.installed  ## against transformers 4's Flax, in an environment of its own
+test-peers: $(INSTALLED) $(PEERS)/.installed  ## comparisons with transformers 4's Flax, in a separate environment
 	PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m pytest -m peers
 
 test-mesh: $(INSTALLED)  ## training on every mesh of eight devices, and in several processes
@@ -32,24 +32,24 @@ test-mesh: $(INSTALLED)  ## training on every mesh of eight devices, and in seve
 test-gpu: $(INSTALLED)  ## cuDNN's attention, on a machine with a GPU and the `cuda` extra
 	$(BIN)/python -m pytest -m gpu
 
-test-tpu: $(INSTALLED) $(TPU)/.installed  ## what the TPU's compiler makes of it, on any Linux machine
+test-tpu: $(INSTALLED) $(TPU)/.installed  ## attention and training steps, compiled with the TPU compiler on any Linux machine
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/$(TPU) $(BIN)/python -m pytest -m tpu
 
-# Older packages warn of what their own newer dependencies deprecate.
+# Older packages use functions that their own newer dependencies deprecate.
 test-oldest: $(OLDEST)/.installed  ## with the lowest versions that pyproject.toml allows; torch as in constraints.txt
 	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -W ignore::DeprecationWarning
 
 test-newest: $(NEWEST)/.installed  ## with Python 3.13 and the newest versions, without torch
 	$(NEWEST)/bin/python -m pytest -n 2 --dist worksteal
 
-fuzz: $(INSTALLED)  ## 100,000 damaged files of every format and companion; hours, Ctrl-C stops it and it continues
+fuzz: $(INSTALLED)  ## 100,000 damaged files of each kind; takes hours; after Ctrl-C, the same command continues
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz.driver --mutants 100000 --state .fuzz.json && rm .fuzz.json
 
-test-overwriting: $(INSTALLED)  ## 10,000 random writes: none changes a file that is not this project's; 10 minutes
+test-overwriting: $(INSTALLED)  ## 10,000 random writes, none of which may change a foreign file; 10 minutes
 	PYTHONPATH=.:tests $(BIN)/python -m overwriting.driver --cases 10000
 
 FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
-faults: $(INSTALLED)  ## kills, damage, full disks and signals, on small runs that are resumed each time; an hour or more
+faults: $(INSTALLED)  ## kills, damage, full disks and signals on small runs, which must resume; an hour or more
 	for fault in $(FAULTS); do PYTHONPATH=.:tests $(BIN)/python -m faults.$$fault || exit 1; done
 
 check: $(INSTALLED)  ## style and types
@@ -57,11 +57,11 @@ check: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-docs: $(INSTALLED)  ## the manual, in docs/_build/html, offline with warnings as errors; and every line that it shows
+docs: $(INSTALLED)  ## build the manual offline, in docs/_build/html, and run its snippets and commands
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going -b html docs docs/_build/html
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m docs
 
-bench: $(INSTALLED)  ## the figures of the README's tables
+bench: $(INSTALLED)  ## measure the speeds of docs/benchmarks.md, other than checkpoints
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.convert
 	$(BIN)/python -m tests.benchmarks.data
@@ -84,7 +84,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# transformers 4 without its flax extra, which asks for an older JAX than it runs with.
+# Without the flax extra of transformers 4, which requires an older JAX. Its Flax models run with this one too.
 $(PEERS)/.installed:
 	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet transformers==4.57.6 jax==0.10.2 flax==0.12.8
@@ -106,7 +106,7 @@ $(DIST)/.installed:
 	$(DIST)/bin/python -m pip install --quiet build twine
 	touch $@
 
-# Beside the environment and not in it: JAX would look for a TPU in every process that finds this. For jax 0.10.2.
+# Not in .venv, because JAX looks for a TPU in every process that can import libtpu. This version is for jax 0.10.2.
 $(TPU)/.installed:
 	$(BIN)/python -m pip install --quiet --no-deps --target $(TPU) 'libtpu==0.0.42.*'
 	touch $@

@@ -1,6 +1,6 @@
 """Print the lowest version that pyproject.toml allows of each direct dependency, as constraints for pip.
 
-Not of torch: its older releases for Linux come as CUDA builds of several gigabytes only.
+Without torch, whose older releases for Linux exist only as CUDA builds of several gigabytes.
 """
 
 import re

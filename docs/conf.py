@@ -12,8 +12,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE / "_ext"))
 
-# Notebooks call `gpt2`, which stands beside the interpreter. One platform and one thread pool per process: a tutorial
-# must not look for accelerators, and must give the same output everywhere.
+# Notebooks call `gpt2`, which is in the same directory as the interpreter. They run on CPU, so that a build does not
+# look for accelerators and gives the same output everywhere.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes longer than running these small models.
@@ -22,7 +22,7 @@ os.environ["COLUMNS"] = "100"
 
 
 def _sources_digest() -> str:
-    """Return a digest of everything a notebook can depend on besides itself."""
+    """Return a digest of this project's packages, whose changes must execute the notebooks again."""
     digest = hashlib.sha256()
     for package in ("bridge", "gpt2_torch", "gpt2_jax"):
         for file in sorted((ROOT / package).rglob("*")):

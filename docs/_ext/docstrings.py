@@ -1,4 +1,4 @@
-"""Docstrings in this project use Markdown's single backticks and no markup; turn them into valid reStructuredText."""
+"""Convert docstrings to reStructuredText. In this project they use Markdown's single backticks and no other markup."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _converted(paragraph: str) -> str:
 
 
 def _convert(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    # Doctests and indented literal blocks keep their text.
+    # Doctests keep their text.
     text = "\n".join(lines)
     blocks = re.split(r"(\n\s*\n)", text)
     lines[:] = "".join(b if b.lstrip().startswith(">>>") else _converted(b) for b in blocks).split("\n")

@@ -1,4 +1,4 @@
-"""Pictures of the manual, drawn from the code and its data into `_generated/` before the pages are read."""
+"""Draw the figures of the manual from the code and its data into `_generated/`, before the pages are read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def loss_curve(file: Path) -> None:
 
 
 def memory_by_mesh(file: Path) -> None:
-    """Draw what a training step of 774M parameters needs on each of eight devices, for every mesh."""
+    """Draw the memory that a training step of 774M parameters needs on each of eight devices, for every mesh."""
     config = replace(PRESETS["gpt2-large"], num_microbatches=10)
     one = replace(config, batch_size=1, num_microbatches=1)
     state = describe_step(one, make_mesh("data=1", jax.devices()[:1])).state
@@ -105,7 +105,7 @@ def memory_by_mesh(file: Path) -> None:
 
 
 def _save(figure: plt.Figure, file: Path) -> None:
-    # Fixed ids and no date: the same picture has the same bytes.
+    # Fixed ids and no date, so that every build writes the same bytes.
     with plt.rc_context({"svg.hashsalt": file.name}):
         figure.savefig(file, bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Parts of the reference that are generated from the code: a line `<!-- generated: NAME -->` is replaced by them."""
+"""Replace each line `<!-- generated: NAME -->` of the reference with text generated from the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MARK = re.compile(r"^<!-- generated: ([\w-]+) -->$", re.MULTILINE)
 
 
 def command_line() -> str:
-    """Return the help of the command and of every verb, as they are printed."""
+    """Return the help of the command and of every verb, as printed."""
     verbs = "\n".join(f"## gpt2 {verb}\n\n```text\n{help_of(verb)}\n```\n" for verb in VERBS)
     return f"```text\n{help_of()}\n```\n\n{verbs}"
 
@@ -32,9 +32,9 @@ def help_of(*verb: str) -> str:
     with redirect_stdout(out):
         try:
             main([*verb, "--help"])
-        except SystemExit as ended:
-            if ended.code:
-                raise RuntimeError(f"gpt2 {' '.join(verb)} --help exits with {ended.code}") from None
+        except SystemExit as error:
+            if error.code:
+                raise RuntimeError(f"gpt2 {' '.join(verb)} --help exits with {error.code}") from None
     return re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).strip("\n")
 
 
