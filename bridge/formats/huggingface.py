@@ -59,7 +59,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
 
     def write_shard(file: Path, tensors: LazyTensorMap) -> None:
-        write_file(file, tensors, {"format": "pt"})  # transformers refuses files without it
+        write_file(file, tensors, {"format": "pt"})  # transformers rejects files without this entry
 
     write_shards(directory, "model", "safetensors", entries, max_shard_bytes, write_shard)
     carry_files(checkpoint, directory)

@@ -1,8 +1,8 @@
 """Shared code of the single-file formats.
 
-Such a file stores only part of `GPT2Config`. Settings that affect the model's output and that it cannot store must have
-the values that its format implies. Other settings (`TRAINING_ONLY`, and further fields of Hugging Face's config.json)
-are in a `config.json` beside the file if `bridge.save` wrote a directory.
+Such a file stores only part of `GPT2Config`. If it cannot store a setting that affects the model's output, the setting
+must have the value that the format implies. Other settings (`TRAINING_ONLY`, and further fields of Hugging Face's
+config.json) are in a `config.json` beside the file if `bridge.save` wrote a directory.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tu
 
 
 def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any], remedy: str = "") -> None:
-    """Raise `ConfigError` that names every field whose value differs from the one that the format implies."""
+    """Raise a `ConfigError` that names every field whose value differs from the one that the format implies."""
     unlike = [
         f"{name}={quoted(_value(config, name))}: {format} has only {value!r}"
         for name, value in implied.items()
@@ -51,7 +51,7 @@ def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any],
 
 
 def require_dtypes(tensors: LazyTensorMap, format: str, allowed: Collection[Any]) -> None:
-    """Raise `ConversionError` that names the tensors whose dtype is not in `allowed`."""
+    """Raise a `ConversionError` that names the tensors whose dtype is not in `allowed`."""
     spelled = ", ".join(map(str, allowed))
     unlike = [
         f"{name} holds {entry.dtype}: {format} has only {spelled}"
@@ -62,12 +62,12 @@ def require_dtypes(tensors: LazyTensorMap, format: str, allowed: Collection[Any]
         raise ConversionError(f"{format} cannot hold these tensors bit for bit:\n" + bullet_list(unlike))
 
 
-def left_out(config: GPT2Config, held: GPT2Config) -> tuple[str, ...]:
-    """Return a sentence on training settings in `config` that the file does not store; `held` is the file's config."""
-    unsaid = [
-        f"{name}={getattr(config, name)!r}" for name in TRAINING_ONLY if _value(config, name) != _value(held, name)
+def left_out(config: GPT2Config, stored: GPT2Config) -> tuple[str, ...]:
+    """Return a sentence that lists the training settings in which `config` differs from `stored`, the file's config."""
+    not_stored = [
+        f"{name}={getattr(config, name)!r}" for name in TRAINING_ONLY if _value(config, name) != _value(stored, name)
     ]
-    return (f"settings of training that the file cannot store: {', '.join(unsaid)}",) if unsaid else ()
+    return (f"training settings that the file cannot store: {', '.join(not_stored)}",) if not_stored else ()
 
 
 def _function_fields() -> list[str]:

@@ -44,7 +44,7 @@ def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_e
 def require_few_elements(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> None:
     """Raise `error` for JSON with more separators and brackets than a limit. The text is not parsed.
 
-    At most a quarter of them may be brackets. Characters inside strings count too, so limits must be far above the
+    At most a quarter of the limit may be brackets. Characters inside strings count too, so limits must be far above the
     counts in real files.
     """
     containers = text.count(b"[") + text.count(b"{")
