@@ -105,7 +105,7 @@ class SlidingWindows:
             batch_size: windows per batch. Default: `TOKENS_PER_BATCH` divided by the context.
 
         Raises:
-            BridgeError: an argument is invalid. The message names all of them.
+            BridgeError: an argument is invalid. The message names every invalid argument.
         """
         context = config.n_positions if context is None else context
         stride = max(1, context // 2) if stride is None else stride

@@ -47,8 +47,8 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
 
     Args:
         source: a file, or a directory with one checkpoint. A directory with several is an error that lists them.
-        activation: `gelu` or `gelu_new`, for a nanoGPT file that does not state its activation. Any other file raises
-            an error if it is given.
+        activation: `gelu` or `gelu_new`, for a nanoGPT file that does not state its activation. Passing it for
+            any other file is an error.
 
     Raises:
         BridgeError: the source cannot be read. The message names the problem and what to do.
@@ -164,7 +164,7 @@ def _rejecting_non_finite(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _tensors_rejecting_non_finite(tensors: LazyTensorMap, what: str = "") -> LazyTensorMap:
-    def watched(name: str, entry: LazyTensor) -> LazyTensor:
+    def checked(name: str, entry: LazyTensor) -> LazyTensor:
         def read() -> np.ndarray:
             array = entry.read()
             if array.dtype in FLOAT_DTYPES and (bad := count_not_finite(array)):
@@ -176,7 +176,7 @@ def _tensors_rejecting_non_finite(tensors: LazyTensorMap, what: str = "") -> Laz
 
         return replace(entry, read=read)
 
-    return LazyTensorMap({name: watched(name, entry) for name, entry in tensors.entries.items()})
+    return LazyTensorMap({name: checked(name, entry) for name, entry in tensors.entries.items()})
 
 
 def _names_a_file(target: Path, format: str) -> bool:

@@ -95,7 +95,7 @@ def num_parameters(config: GPT2Config) -> int:
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Return `vocab_size` rounded up to a multiple of `multiple`. Hardware that computes in tiles is faster with it."""
+    """Return `vocab_size` rounded up to a multiple of `multiple`. Padded sizes are faster on tiled hardware."""
     if multiple < 1:
         raise ValueError(f"cannot pad the vocabulary to a multiple of {multiple}; use 1 for no padding")
     return -(-vocab_size // multiple) * multiple

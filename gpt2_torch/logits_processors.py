@@ -20,7 +20,7 @@ def sample_token(
     config: GenerationConfig,
     seen_RV: Bool[Tensor, "R V"] | None,
 ) -> Int[Tensor, " R"]:
-    """Return the next token of each row: the most likely one, or with a temperature a sample.
+    """Return the next token of each row: the most likely one or, with a temperature, a sample.
 
     Args:
         noise_R: numbers from [0, 1). Each determines the sample of its row.

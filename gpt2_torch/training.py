@@ -1,6 +1,6 @@
 """Training of the reference model: AdamW with nanoGPT's weight decay, its schedules, and the training step.
 
-Results equal those of `gpt2_jax.training`, except for dropout, because each framework has its own random numbers.
+Results match those of `gpt2_jax.training`, except for dropout, because each framework has its own random numbers.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class _Piece:
         return _Piece(self.file, self.offset + start, max(0, stop - start), self.inline[start:stop])
 
     def largest_content(self, most: int) -> int | None:
-        """An upper bound on the decompressed size; see `bridge.containers.zstd_frame.largest_content`."""
+        """Return an upper bound on the decompressed size; see `bridge.containers.zstd_frame.largest_content`."""
         with self.opened() as read:
             return largest_content(read, self.size, most)
 
@@ -275,7 +275,7 @@ class _Metadata:
             if self.is_sharded:
                 offset, size, _ = struct.unpack("<QQI", piece.part(end, piece.size).read().rjust(index_bytes, b"\0"))
                 end = end if (offset, size) == (0, end) else -1
-            # A block of 128 KiB may be split into sixteen parts, each of which its header bounds only by 128 KiB.
+            # A block of 128 KiB may be split into sixteen parts, and headers bound each part only by 128 KiB.
             largest = piece.part(0, end).largest_content(nbytes) if end > 0 else None
             is_valid = largest is not None and largest <= 16 * nbytes + _SLACK
         else:

@@ -3,7 +3,7 @@
 The `safetensors` package is not used to read or write tensors, for three reasons. It maps the file into memory, so a
 file that shrinks while it is read ends the process with SIGBUS. It writes all tensors at once, while a conversion here
 holds at most two of the largest tensors. Its numpy writer stores wrong data for arrays that are not C-contiguous
-(upstream issue 825). The package only opens every written file before it is published, to prove that the file is
+(upstream issue 825). Every written file is opened with the package before it is published, to prove that it is
 readable. The tests compare both directions with the package.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the data without holes.

@@ -103,9 +103,11 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
     """Return the tensor of a BundleEntryProto."""
     kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
     if 7 in fields:
-        raise table.damaged(f"{quoted(name)} is a partitioned variable; save it without partitions")
+        raise table.damaged(f"holds {quoted(name)}, a partitioned variable; save it without partitions")
     if kind not in TENSORFLOW_DTYPES:
-        raise table.damaged(f"{quoted(name)} has TensorFlow's data type {kind}; save only the variables of the model")
+        raise table.damaged(
+            f"holds {quoted(name)} of TensorFlow's data type {kind}; save only the variables of the model"
+        )
     if shard not in shards:
         raise table.damaged(f"puts {quoted(name)} in data file {shard}; the data files are 0 to {len(shards) - 1}")
     dtype, shape = TENSORFLOW_DTYPES[kind], _shape(table, name, fields)
@@ -151,7 +153,7 @@ def _shape(table: _Table, name: str, fields: _Fields) -> tuple[int, ...]:
     shape = table.message(table.bytes_of(fields, 2))
     dims = [table.number(table.message(dim), 1) for dim in shape.get(2, ()) if isinstance(dim, bytes)]
     if len(dims) > MOST_RANK or 3 in shape or any(dim >= 2**63 for dim in dims):
-        raise table.damaged(f"{quoted(name)} has an invalid shape")
+        raise table.damaged(f"holds {quoted(name)}, which has an invalid shape")
     return tuple(dims)
 
 

@@ -26,7 +26,7 @@ MOST_STRING_BYTES = 2**16
 MOST_CHARACTERS = 2**22
 """Limit on the characters of all strings in the result, counted in the same way."""
 MOST_KEY = 2**16
-"""Limit on integer keys of a dict (AdamW numbers its parameters). Larger keys could be chosen so that they collide."""
+"""Limit on integer keys of a dict (AdamW numbers its parameters). Larger keys could be chosen to have equal hashes."""
 _MOST_NAME_BYTES = 256
 _PROTOCOLS = range(2, 6)
 

@@ -26,7 +26,7 @@ MOST_TENSORS = 10_000  # GPT-2 XL with AdamW's state has 2,400
 _MOST_SIZE = 2**48  # elements along an axis, and in all non-empty axes: the limit of what numpy can address
 
 _WITHOUT_STORAGES = ("uint16", "uint32", "uint64")
-"""Types without a storage class. torch writes an untyped storage for them, and the dtype for `_rebuild_tensor_v3`."""
+"""Types without a storage class. torch saves them as untyped storages and passes the dtype to `_rebuild_tensor_v3`."""
 
 _ZIP = b"PK\3\4"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
@@ -157,7 +157,7 @@ class _Saved:
         if count * dtype.itemsize != record.size:
             raise self._refuse(
                 f"has a storage of {quoted(count)} times {dtype.itemsize} bytes in the record {quoted(name)}, which "
-                f"has {record.size}"
+                f"has {record.size} bytes"
             )
         storage = self._storages.setdefault(key, _Storage(name, dtype, record.size))
         if storage.dtype != dtype:

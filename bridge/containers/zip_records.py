@@ -77,7 +77,7 @@ class Archive:
             if crc != record.crc:
                 raise CheckpointError(
                     f"{quoted(self.file.path)}: {quoted(name)} does not match its checksum (CRC-32); the file is "
-                    "damaged, download it again"
+                    "damaged; download it again"
                 )
             self._intact.add(name)
         return part

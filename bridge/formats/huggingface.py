@@ -1,7 +1,7 @@
 """Hugging Face directories: `config.json` with safetensors or torch's `.bin`, whole or in shards.
 
 Reads files of all versions of transformers: names with or without `transformer.`, LayerNorms with `gamma` and `beta`,
-causal-mask buffers beside the weights, a tied head stored or not.
+causal-mask buffers beside the weights, and tied heads that are stored or omitted.
 """
 
 from __future__ import annotations

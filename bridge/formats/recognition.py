@@ -36,7 +36,7 @@ class Found:
 
 
 def find_checkpoints(path: Path) -> list[Found]:
-    """Return all checkpoints in a directory, in the order of `FORMATS`. For a file, only the first match."""
+    """Return all checkpoints in a directory, in the order of `FORMATS`. For a file, return only the first match."""
     try:
         found = [Found(format, file) for format in FORMATS.values() for file in format.find(path)]
     except OSError as error:

@@ -173,7 +173,7 @@ def _weights(state: Path) -> dict[str, StoredArray]:
 def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, LazyTensor]:
     """Split stacked layers into single ones.
 
-    If there are more layers than `n_layer`, only one more is split, which suffices to fail the comparison of names.
+    If there are more layers than `n_layer`, only one more is split, which is enough to fail the check of the names.
     """
     entries = {}
     for path, stored in arrays.items():

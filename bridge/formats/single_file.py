@@ -27,7 +27,7 @@ def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tu
         return config, {}
     full, read = read_config(config_json)
     unlike = [
-        f"{name} is {getattr(full, name)!r} in {CONFIG}, {getattr(config, name)!r} in {quoted(file.name)}"
+        f"{name} is {getattr(full, name)!r} in {CONFIG}, but {getattr(config, name)!r} in {quoted(file.name)}"
         for name in _function_fields()
         if _value(full, name) != _value(config, name)
     ]

@@ -43,7 +43,10 @@ class BeamDecoder(ABC, Generic[Cache]):
     def decode_beams(
         self, cache: Cache, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], num_candidates: int
     ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
-        """Make new rows: row r is a copy of row `parents[r]` with `tokens[r]` appended. Returns as `prefill_beams`."""
+        """Make new rows: row r is a copy of row `parents[r]` with `tokens[r]` appended.
+
+        Returns the same as `prefill_beams`, for the new rows.
+        """
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class GenerationConfig:
 def uniform_noise(config: GenerationConfig) -> Float[np.ndarray, "num_return_sequences max_new_tokens"]:
     """Return float32 numbers from [0, 1), one for each token of each output of a prompt.
 
-    They do not depend on the prompt's index, so a row is the same alone and in a batch. They are multiples of 2**-23
-    from Philox, because numpy guarantees that its raw numbers never change.
+    They do not depend on the prompt's index, so a row is the same alone and in a batch. They are multiples of 2**-23,
+    computed from the raw output of Philox, which numpy guarantees to be stable.
     """
     keys = [np.array([config.seed, output], np.uint64) for output in range(config.num_return_sequences)]
     raw = np.stack([np.random.Philox(key=key).random_raw(config.max_new_tokens) for key in keys])

@@ -124,4 +124,4 @@ class Decoder(BeamDecoder[Cache], Generic[State, Cache]):
 
     @abstractmethod
     def _chunk(self, state: State, first: int, count: int) -> Chunk:
-        """Return `count` tokens of each row, from index `first` of the tokens since `_prefill`."""
+        """Return `count` tokens of each row, starting with token `first`, counted from the last `_prefill`."""

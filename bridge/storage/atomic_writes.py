@@ -84,7 +84,7 @@ def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False
     """Yield the path of a file to write. It is renamed to `target` when the block ends without an error.
 
     Args:
-        target: a path that does not exist; with `overwrite`, possibly an existing file.
+        target: a path that does not exist or, with `overwrite`, an existing file.
         overwrite: whether the file at `target` may be replaced, or a function that inspects the file and decides.
             If the file changes after the decision, it is not replaced and the write fails.
 

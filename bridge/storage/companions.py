@@ -32,7 +32,7 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def has_companion(directory: Path, name: str) -> bool:
-    """Whether a path of this name exists. A path that `read_companion` rejects exists too, and must not be ignored."""
+    """Whether a path of this name exists. Includes paths that `read_companion` rejects: they are not missing."""
     return os.path.lexists(directory / name)
 
 

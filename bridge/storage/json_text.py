@@ -24,7 +24,7 @@ def parse_object(text: bytes, where: str, error: type[BridgeError]) -> dict[str,
 
 
 def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> dict[str, Any]:
-    """As `parse_object`, for an object that is written to another file later.
+    """Like `parse_object`, for an object that is written to another file later.
 
     Also rejects NaN, infinity, numbers beyond a float's range, lone surrogates, and values nested more than 32 deep,
     because other programs cannot read them.

@@ -86,8 +86,8 @@ def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:
     ranks, special, named = encoding._mergeable_ranks, encoding._special_tokens, quoted(encoding.name)
     if encoding._pat_str not in SPELLINGS_OF_WORDS:
         raise TokenizerError(
-            f"the tokenizer {named} splits text into words by the pattern {quoted(encoding._pat_str)}, not by GPT-2's, "
-            "so transformers' GPT-2 tokenizer would produce other ids; it cannot be saved"
+            f"the tokenizer {named} cannot be saved: it splits text into words by the pattern "
+            f"{quoted(encoding._pat_str)}, not by GPT-2's, so transformers' GPT-2 tokenizer would produce other ids"
         )
     require_all_bytes(ranks, f"the tokenizer {named}")
     name_of = {byte: character for character, byte in printable_bytes().items()}

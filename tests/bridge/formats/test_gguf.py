@@ -478,7 +478,7 @@ def test_a_config_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.Captu
     path = saved(tmp_path / "d", random_checkpoint(SMALLEST))
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**fields, "activation_function": "relu"}))
-    says = "activation_function is 'relu' in config.json, 'gelu_new' in 'model.gguf'"
+    says = "activation_function is 'relu' in config.json, but 'gelu_new' in 'model.gguf'"
     assert_refused(path, says, capsys, ConfigError)
 
 

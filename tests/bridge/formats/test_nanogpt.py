@@ -674,4 +674,4 @@ def test_a_config_beside_it_that_says_otherwise_is_refused(tmp_path: Path, capsy
     bridge.save(random_checkpoint(CONFIG), tmp_path / "saved", format="nanogpt")
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace('"n_head": 4', '"n_head": 2'))
-    assert_refused(tmp_path / "saved", "n_head is 2 in config.json, 4 in 'ckpt.pt'", capsys, ConfigError)
+    assert_refused(tmp_path / "saved", "n_head is 2 in config.json, but 4 in 'ckpt.pt'", capsys, ConfigError)
