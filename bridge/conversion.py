@@ -167,14 +167,14 @@ def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
     if not names or STACK in params or any(name not in params for name in names):
         raise ConversionError(f"layers must be h_0, h_1, ... without gaps, but the tree has {sorted(params)}")
     layers = [flatten(params[name]) for name in names]
-    unlike = [
+    mismatched = [
         f"{name}/{path} does not have the shape and dtype of h_0/{path}"
         for name, layer in zip(names, layers, strict=True)
         for path in {**layers[0], **layer}
         if path not in layer or path not in layers[0] or not _stackable(layer[path], layers[0][path])
     ]
-    if unlike:
-        raise ConversionError("cannot stack layers that differ:\n" + bullet_list(unlike))
+    if mismatched:
+        raise ConversionError("cannot stack layers that differ:\n" + bullet_list(mismatched))
     for path in layers[0]:
         insert(tree, (STACK, *path.split("/")), np.stack([layer[path] for layer in layers]))
     return tree

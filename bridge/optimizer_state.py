@@ -197,7 +197,7 @@ def _groups_and_entries(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entrie
 
 
 def _keys(groups: _Groups) -> list[Any]:
-    """Return the key of each parameter in `state`: a number or (torch.distributed.checkpoint) a name."""
+    """Return the key of each parameter in `state`: a number or, with torch.distributed.checkpoint, a name."""
     return [key for group in groups for key in group["params"]]
 
 

@@ -171,10 +171,10 @@ def _entries(state: Path) -> Iterator[tuple[bytes, _Piece]]:
     versions = tensorstore.ocdbt.dump(base).result()["versions"]
     root = versions[-1]["root"] if versions else {}
     waiting = [root["location"]] if "location" in root else []
-    left, keys, nodes = _MOST_TREE_BYTES, 0, 0
+    remaining, keys, nodes = _MOST_TREE_BYTES, 0, 0
     while waiting:
         location = waiting.pop()
-        left -= _require_small(_piece(state, location, "btreenode"), left, state)
+        remaining -= _require_small(_piece(state, location, "btreenode"), remaining, state)
         for entry in tensorstore.ocdbt.dump(base, location).result()["entries"]:
             if "location" in entry:
                 waiting.append(entry["location"])

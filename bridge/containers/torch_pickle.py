@@ -101,8 +101,8 @@ class _Machine:
         result = self.pop()
         if self.stack or self.below_marks:
             raise self.refused("ends inside an unfinished value")
-        if left := len(self.content) - self.position:
-            raise self.refused(f"has {left} bytes after its end")
+        if trailing := len(self.content) - self.position:
+            raise self.refused(f"has {trailing} bytes after its end")
         return result
 
     def refused(self, why: str) -> CheckpointError:

@@ -116,7 +116,7 @@ def _directory(file: StoredFile) -> tuple[int, int, int]:
     end_at = file.size - _END.size
     if end_at < 0:
         raise _damaged(file, "it is truncated or not a zip file")
-    magic, *disks, here, count, size, start, comment = _END.unpack(file.read(end_at, _END.size))
+    magic, *disks, on_disk, count, size, start, comment = _END.unpack(file.read(end_at, _END.size))
     if magic != b"PK\5\6" or comment:
         raise _damaged(file, "it is truncated, or has data after its end")
     ends_at = end_at
@@ -126,17 +126,17 @@ def _directory(file: StoredFile) -> tuple[int, int, int]:
         _, disk, ends_at, disks_in_all = _LOCATOR64.unpack(located)
         if disk or disks_in_all > 1 or ends_at + _END64.size != locator_at:
             raise _damaged(file, "its end record is not at the position that it states")
-        magic, length, _, _, *wide_disks, wide_here, wide_count, wide_size, wide_start = _END64.unpack(
+        magic, length, _, _, *wide_disks, wide_on_disk, wide_count, wide_size, wide_start = _END64.unpack(
             file.read(ends_at, _END64.size)
         )
         if magic != b"PK\6\6" or length != _END64.size - 12:
             raise _damaged(file, "its end record is not at the position that it states")
-        pairs = ((here, wide_here), (count, wide_count), (size, wide_size), (start, wide_start))
+        pairs = ((on_disk, wide_on_disk), (count, wide_count), (size, wide_size), (start, wide_start))
         if any(narrow not in (wide, _SEE_ZIP64_16, _SEE_ZIP64_32) for narrow, wide in pairs):
             raise _damaged(file, "its two end records differ")
         disks += wide_disks
-        here, count, size, start = wide_here, wide_count, wide_size, wide_start
-    if any(disks) or here != count or start + size != ends_at:
+        on_disk, count, size, start = wide_on_disk, wide_count, wide_size, wide_start
+    if any(disks) or on_disk != count or start + size != ends_at:
         raise _damaged(file, "its directory is not at the position that it states")
     return start, size, count
 

@@ -25,7 +25,7 @@ CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:
-    """Return `path` if it is a `recognised` file, or the recognised files with a suffix in the directory `path`."""
+    """Return `path` if it is a `recognised` file, or the recognised files in a directory with one of the `suffixes`."""
     if path.is_dir():
         return [p for p in sorted(path.iterdir()) if p.suffix in suffixes and p.is_file() and recognised(p)]
     return [path] if path.is_file() and recognised(path) else []

@@ -78,10 +78,10 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
     require_implied(config, "llm.c", {"n_inner": 4 * config.n_embd, **_IMPLIED})
     require_dtypes(tensors, "llm.c", VERSIONS.values())
     dtype = tensors.entries["wte.weight"].dtype
-    if unlike := [f"{name} holds {entry.dtype}" for name, entry in tensors.entries.items() if entry.dtype != dtype]:
+    if mismatched := [f"{name} holds {entry.dtype}" for name, entry in tensors.entries.items() if entry.dtype != dtype]:
         raise ConversionError(
             f"llm.c stores all tensors in one dtype; these differ from wte.weight, which holds {dtype}:\n"
-            + bullet_list(unlike)
+            + bullet_list(mismatched)
         )
     version = next(number for number, stored in VERSIONS.items() if stored == dtype)
     rows = padded_vocab_size(config.vocab_size, VOCAB_MULTIPLE)
@@ -112,7 +112,7 @@ def _is_known(file: Path) -> bool:
 def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
     """Return the sizes, the dtype and the rows of the embedding, validated against the length of the file."""
     if file.size < _HEADER_BYTES:
-        raise CheckpointError(f"{quoted(file.path)}: {file.size} bytes, truncated within llm.c's header")
+        raise CheckpointError(f"{quoted(file.path)}: {file.size} bytes; the file is truncated within llm.c's header")
     header = np.frombuffer(file.read(0, _HEADER_BYTES), _HEADER).tolist()
     magic, version, *sizes = header[:7]
     rows = header[7]

@@ -55,7 +55,7 @@ _ALWAYS_THERE = {
 _EXACT, _TANH = "gelu", "gelu_new"
 
 _PROGRESS = ("iter_num", "best_val_loss", "config")
-_NO_LOSS_YET = 1e9  # as train.py has it
+_NO_LOSS_YET = 1e9  # the initial value in train.py
 
 _DECAYING = Hyperparameters(learning_rate=6e-4, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
 _PLAIN_ADAMW = {
@@ -225,13 +225,14 @@ def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
         return None, False
     sizes = optimizer_state.group_sizes(state)
     layouts = _groups(config), _old_groups(config)
-    spelled = [[len(names) for names in layout] for layout in layouts]
-    if sizes not in spelled:
+    known_sizes = [[len(names) for names in layout] for layout in layouts]
+    if sizes not in known_sizes:
         raise ConversionError(
-            f"optimizer has groups of {quoted(sizes)} parameters; nanoGPT makes {spelled[0]} for this model, and made "
-            f"{spelled[1]} before June 2023. To take the model alone, delete `optimizer` from the file with torch"
+            f"optimizer has groups of {quoted(sizes)} parameters; nanoGPT makes {known_sizes[0]} for this model, and "
+            f"made {known_sizes[1]} before June 2023. To convert only the model, delete `optimizer` from the file with "
+            "torch"
         )
-    is_old = sizes == spelled[1]
+    is_old = sizes == known_sizes[1]
     order = [name for names in layouts[is_old] for name in names]
     return optimizer_state.from_torch(state, order, config, transposed=_projections(config)), is_old
 
@@ -290,11 +291,11 @@ def _require_nanogpt(config: GPT2Config) -> None:
 def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the `state_dict()` of nanoGPT's AdamW, and a sentence about hyperparameters that it cannot store."""
     own = adamw.hyperparameters if adamw else {}
-    groups, unlike = [], []
+    groups, mismatched = [], []
     number = itertools.count()
-    for names, usual in zip(_groups(config), (_DECAYING, replace(_DECAYING, weight_decay=0.0)), strict=True):
-        common = Counter(own.get(name, usual) for name in names).most_common(1)[0][0]
-        unlike += [name for name in names if own.get(name, common) != common]
+    for names, default in zip(_groups(config), (_DECAYING, replace(_DECAYING, weight_decay=0.0)), strict=True):
+        common = Counter(own.get(name, default) for name in names).most_common(1)[0][0]
+        mismatched += [name for name in names if own.get(name, common) != common]
         groups.append(
             {
                 "lr": common.learning_rate,
@@ -307,8 +308,8 @@ def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, 
         )
     order = [name for names in _groups(config) for name in names]
     state = dict(enumerate(_torch_state(adamw, order, config))) if adamw and adamw.step else {}
-    not_stored = f"AdamW's settings for {', '.join(unlike)}: nanoGPT has one set for each of its two groups"
-    return {"state": state, "param_groups": groups}, (not_stored,) if unlike else ()
+    not_stored = f"AdamW's settings for {', '.join(mismatched)}: nanoGPT has one set for each of its two groups"
+    return {"state": state, "param_groups": groups}, (not_stored,) if mismatched else ()
 
 
 def _torch_state(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, LazyTensor]]:

@@ -106,7 +106,7 @@ def _is_state(file: Path) -> bool:
 def _named_by(state: Path) -> Path:
     """Return the index that a state file names, in the directory of that file.
 
-    Only the last part of the stored path is used, because the path may be one on another machine.
+    Only the last part of the stored path is used, because the path may be from another machine.
     """
     found = _STATE_LINE.search(read_companion(state.parent, state.name).decode("utf-8", "replace"))
     name = found.group(1).rpartition("/")[2] if found else ""

@@ -111,7 +111,7 @@ def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, LazyTensor]) ->
     if not isinstance(metadata, dict) or "total_size" not in metadata:
         return
     total = sum(entry.nbytes for entry in entries.values())
-    # Versions of transformers count a tied head once or twice, and a boolean of old mask buffers as one bit.
+    # Depending on its version, transformers counts a tied head once or twice, and a bool of a mask buffer as one bit.
     head = sum(entry.nbytes for name, entry in entries.items() if name.endswith("lm_head.weight"))
     bits = sum(entry.nbytes for entry in entries.values() if entry.dtype == np.bool_) * 7 / 8
     known = (total, total - head, total - bits, total - bits - head)

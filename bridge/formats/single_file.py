@@ -26,40 +26,40 @@ def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tu
     if config_json is None:
         return config, {}
     full, read = read_config(config_json)
-    unlike = [
+    mismatched = [
         f"{name} is {getattr(full, name)!r} in {CONFIG}, but {getattr(config, name)!r} in {quoted(file.name)}"
         for name in _function_fields()
         if _value(full, name) != _value(config, name)
     ]
-    if unlike:
+    if mismatched:
         raise ConfigError(
             f"{quoted(file)} and the {CONFIG} beside it describe different models; if {CONFIG} belongs to another "
-            "model, move the file to a directory of its own:\n" + bullet_list(unlike)
+            "model, move the file to a directory of its own:\n" + bullet_list(mismatched)
         )
     return full, harmless_fields(read)
 
 
 def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any], remedy: str = "") -> None:
     """Raise a `ConfigError` that names every field whose value differs from the one that the format implies."""
-    unlike = [
+    mismatched = [
         f"{name}={quoted(_value(config, name))}: {format} has only {value!r}"
         for name, value in implied.items()
         if _value(config, name) != value
     ]
-    if unlike:
-        raise ConfigError(f"{format} cannot hold this model{remedy}:\n" + bullet_list(unlike))
+    if mismatched:
+        raise ConfigError(f"{format} cannot hold this model{remedy}:\n" + bullet_list(mismatched))
 
 
 def require_dtypes(tensors: LazyTensorMap, format: str, allowed: Collection[Any]) -> None:
     """Raise a `ConversionError` that names the tensors whose dtype is not in `allowed`."""
-    spelled = ", ".join(map(str, allowed))
-    unlike = [
-        f"{name} holds {entry.dtype}: {format} has only {spelled}"
+    supported = ", ".join(map(str, allowed))
+    mismatched = [
+        f"{name} holds {entry.dtype}: {format} has only {supported}"
         for name, entry in tensors.entries.items()
         if entry.dtype not in allowed
     ]
-    if unlike:
-        raise ConversionError(f"{format} cannot hold these tensors bit for bit:\n" + bullet_list(unlike))
+    if mismatched:
+        raise ConversionError(f"{format} cannot hold these tensors bit for bit:\n" + bullet_list(mismatched))
 
 
 def left_out(config: GPT2Config, stored: GPT2Config) -> tuple[str, ...]:

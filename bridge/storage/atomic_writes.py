@@ -158,10 +158,10 @@ def require_replaceable(directory: Path, replaceable: Replaceable, name: str | P
         replaceable: which of its files may be replaced.
         name: what the message calls the directory; by default its path.
     """
-    if kept := foreign_files(directory, replaceable):
+    if foreign := foreign_files(directory, replaceable):
         raise CheckpointError(
             f"{quoted(name or directory)} is not overwritten, because it holds files that this command does not write; "
-            f"choose another name, or move them away:\n{bullet_list(map(quoted, kept))}"
+            f"choose another name, or move them away:\n{bullet_list(map(quoted, foreign))}"
         )
 
 

@@ -144,9 +144,9 @@ def move_in(hidden: Path, directory: Path, remove: Iterable[str], check: Callabl
     except BaseException:
         back = [(directory / path.name, path) for path in arriving if _inode(directory / path.name) == ours[path]]
         back += [(path, directory / path.name) for folder in (leaving, replaced) for path in _listed(folder)]
-        for here, there in back:
+        for source, destination in back:
             with suppress(OSError):  # files that cannot be moved back stay in the hidden directory
-                rename_without_replacing(here, there)
+                rename_without_replacing(source, destination)
         raise
     flush_to_disk(directory)
 
