@@ -58,7 +58,7 @@ def learning_rate_at(
     decay_steps: int | None = None,
     decay_fraction: float = 0.2,
 ) -> float:
-    """Return the learning rate of a step, counted from 0. The arguments are fields of `gpt2_jax`'s `OptimizerConfig`.
+    """Return the learning rate of a step, counted from 0. `gpt2_jax.training.config` documents the arguments.
 
     Warm-up and cosine are those of nanoGPT's `get_lr`.
     """
