@@ -298,7 +298,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "array of 2^64-1 bytes": (with_pair("a.b", array(b"", 0, 2**64 - 1)), "exceed the file's"),
     "array of 2^60 strings": (with_pair("a.b", array(b"", 8, HUGE)), f"'a.b': '{8 * HUGE}' bytes from"),
     "array with a string too long": (with_pair("a.b", array(sized("a") + sized("", HUGE), 8, 2)), f"'{HUGE}' bytes"),
-    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "strings in arrays to 524289"),
+    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "have 524289 strings"),
     "arrays of strings, too many": (
         gpt2([*gpt2_pairs(), (b"a.b", texts(["x"])), (b"a.c", texts([b""] * 2**19))]),
         "'a.c': arrays up to here have 524289 strings; the limit is 524288",
@@ -324,7 +324,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "name of 64 bytes": (with_first(described("x" * 64, (8, 11))), "a name of 64 bytes; the limit is 63"),
     "name not UTF-8": (with_first(described(b"\xff\x1b", (8, 11))), "tensor 1 of 28: its name"),
     "name with control characters": (with_first(described("\x1b[31m", (8, 11), 32)), r"tensor '\x1b[31m': starts at"),
-    "duplicate name": (with_first(described("position_embd.weight", (8, 11))), "'position_embd.weight': is there"),
+    "duplicate name": (with_first(described("position_embd.weight", (8, 11))), "'position_embd.weight': appears twice"),
     "no dimensions": (with_first(described("token_embd.weight", ())), "has 0 dimensions, not 1 to 4"),
     "5 dimensions": (with_first(described("token_embd.weight", (8, 11, 1, 1, 1))), "has 5 dimensions"),
     "2^32-1 dimensions": (with_first(described(*EMBEDDING, rank=2**32 - 1)), "has 4294967295 dimensions"),

@@ -245,7 +245,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "data without tensors": (file_of({}, bytes(9)), "9 bytes after the last tensor"),
     "shape too small": (file_of({"w": tensor((1,))}, bytes(8)), "needs '4' bytes, but data_offsets give 8"),
     "shape too large": (file_of({"w": tensor((3,))}, bytes(8)), "needs '12' bytes"),
-    "shape product overflows to 0": (file_of({"w": tensor((2**32, 2**32), 0, 0)}), "bytes, data_offsets give 0"),
+    "shape product overflows to 0": (file_of({"w": tensor((2**32, 2**32), 0, 0)}), "bytes, but data_offsets give 0"),
     "shape product overflows to 8": (file_of({"w": tensor((2**62 + 2,))}, bytes(8)), "data_offsets give 8"),
     "size beyond 64 bits": (file_of({"w": tensor((2**64, 0), 0, 0)}), "is not a list of at most 16 sizes"),
     "size negative": (file_of({"w": tensor((-1, -2))}, bytes(8)), "is not a list of at most 16 sizes"),

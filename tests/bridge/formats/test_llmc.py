@@ -146,7 +146,7 @@ def header(at: int, value: int) -> Callable[[bytes], bytes]:
 
 
 MALFORMED: dict[str, tuple[Callable[[bytes], bytes], str, type[BridgeError]]] = {
-    "version 1": (header(1, 1), "version 1 of llm.c's model; 3 (float32) and 5 (bfloat16)", CheckpointError),
+    "version 1": (header(1, 1), "version 1 of llm.c's model is not supported, only 3", CheckpointError),
     "version 2": (header(1, 2), "version 2", CheckpointError),
     "version -1": (header(1, -1), "version -1", CheckpointError),
     "bfloat16 said, float32 there": (header(1, 5), "the sizes in its header need", CheckpointError),
