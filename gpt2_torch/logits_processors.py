@@ -1,6 +1,7 @@
-"""Selection of the next token from its logits: pure functions of each row, in float32.
+"""Selection of the next token from its logits: pure functions of each row.
 
-The `keep_` functions set the logits of the tokens that they remove to minus infinity.
+The repetition penalty keeps the dtype of the logits; sampling with a temperature computes in float32 or float64. The
+`keep_` functions set the logits of the tokens that they remove to minus infinity.
 """
 
 from __future__ import annotations
