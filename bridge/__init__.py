@@ -1,4 +1,7 @@
-"""The bridge between the two backends: configurations, names, shapes and files; numpy only."""
+"""The bridge between the two backends: configurations, names, shapes and files.
+
+It imports neither JAX nor PyTorch.
+"""
 
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2_SIZES, GPT2Config

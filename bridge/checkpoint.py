@@ -37,7 +37,7 @@ class Checkpoint:
     diagnostics: tuple[str, ...] = ()
     """One sentence for each unusual property of the stored file and for each assumption of the reader."""
     optimizer: AdamWState | None = None
-    """The state of AdamW, if the file has one. It is read on access, as the tensors are."""
+    """The state of AdamW, if the file has one. Like the tensors, it is read on access."""
     progress: Mapping[str, Any] = field(default_factory=dict)
     """Progress of the training, under the names in the file: nanoGPT's `iter_num`, `best_val_loss` and `config`."""
     own_tokenizer: Callable[[], tiktoken.Encoding] | None = None
@@ -52,7 +52,7 @@ class Checkpoint:
         Args:
             tensors: name -> array, with names that `bridge.canonicalize` accepts.
             config: the configuration of the model.
-            like: a checkpoint whose tokenizer and `extra` fields the new one gets.
+            like: a checkpoint to copy the tokenizer and the `extra` fields from.
 
         Raises:
             ConversionError: the tensors are not those of the model.
@@ -63,7 +63,7 @@ class Checkpoint:
         return replace(checkpoint, path=like.path, extra=like.extra, own_tokenizer=like.own_tokenizer)
 
     def with_biases(self) -> Checkpoint:
-        """Return the same function with `bias=True`: missing biases are zero. The optimizer state is dropped."""
+        """Return an equivalent model with `bias=True`. Missing biases become zeros; the optimizer state is dropped."""
         if self.config.bias:
             return self
         config = replace(self.config, bias=True)
@@ -77,7 +77,7 @@ class Checkpoint:
     def with_activation(self, name: str) -> Checkpoint:
         """Return the same weights with another activation. This changes the model's output.
 
-        For target formats that support only one activation.
+        Use it for target formats that support only one activation.
         """
         return replace(self, config=replace(self.config, activation_function=name))
 
@@ -100,6 +100,6 @@ class Checkpoint:
             return self.own_tokenizer()
         if self.path is None:
             raise NoTokenizerError(
-                "a checkpoint in memory has no tokenizer; load one from a directory that has its files"
+                "a checkpoint in memory has no tokenizer; load the checkpoint from a directory with tokenizer files"
             )
         return load_tokenizer(self.path, self.config.vocab_size)

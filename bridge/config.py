@@ -1,6 +1,6 @@
 """The configuration of a GPT-2, and reading and writing it as Hugging Face's `config.json`.
 
-Both backends use `GPT2Config`. It has only what determines the model: no dtypes, devices, meshes or training settings.
+Both backends use `GPT2Config`. It describes only the model: it has no dtypes, devices, meshes or optimizer settings.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ TRAINING_ONLY = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "initializer_range")
 class GPT2Config:
     """Sizes and switches of one GPT-2. The defaults are OpenAI's 124M model.
 
-    Field names are those of Hugging Face's `config.json`. Construction raises `ConfigError` that names every invalid
-    field.
+    Field names are those of Hugging Face's `config.json`. The constructor raises a `ConfigError` that names every
+    invalid field.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and
     `transformers.GPT2Config` for the switches added since.
@@ -54,13 +54,13 @@ class GPT2Config:
     n_head: int = 12
     """H: attention heads per layer; divides `n_embd`."""
     n_inner: int | None = None
-    """F: width of the feed-forward layer. None is 4 * n_embd."""
+    """F: width of the feed-forward layer. None means 4 * n_embd."""
     activation_function: str = "gelu_new"
     """One of `bridge.config.ACTIVATIONS`. `gelu_new` is the tanh approximation of GELU."""
     layer_norm_epsilon: float = 1e-5
     """Added to the variance in every LayerNorm."""
     initializer_range: float = 0.02
-    """Standard deviation of initial weights. Projections into the residual stream have it divided by sqrt(2 L)."""
+    """Standard deviation of initial weights. Divided by sqrt(2 L) for projections into the residual stream."""
     embd_pdrop: float = 0.0
     """Dropout rate after the embeddings. Dropout is applied in training only."""
     attn_pdrop: float = 0.0
@@ -127,7 +127,7 @@ class GPT2Config:
             given = {name: hf[name] for name in (field, *_HF_ALIASES.get(field, ())) if name in hf}
             if any(value != next(iter(given.values())) for value in given.values()):
                 spelled = ", ".join(f"{name}={quoted(value)}" for name, value in given.items())
-                problems.append(f"{spelled}: these are names of one setting, with different values")
+                problems.append(f"{spelled}: these are aliases of one setting but have different values")
             elif given:
                 values[field] = next(iter(given.values()))
         if problems:
@@ -135,7 +135,7 @@ class GPT2Config:
         return cls(**values)
 
     def to_hf(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the `config.json` with which transformers builds the same function.
+        """Return the fields of a `config.json` from which transformers builds the same model.
 
         Args:
             extra: further fields, from `harmless_fields`. Fields of this configuration take precedence.
@@ -161,8 +161,8 @@ def harmless_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 _HF_FIELDS = tuple(field.name for field in fields(GPT2Config) if field.name != "bias")
 
-# transformers accepts generic names for GPT-2's own (GPT2Config.attribute_map). Until 2021, n_positions was also called
-# n_ctx.
+# transformers also accepts generic names for these fields (GPT2Config.attribute_map). Until 2021, n_positions was also
+# called n_ctx.
 _HF_ALIASES = {
     "n_positions": ("max_position_embeddings", "n_ctx"),
     "n_embd": ("hidden_size",),
@@ -231,7 +231,7 @@ def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:
 
 
 _LONGEST_NAME = 256  # characters of a field name: matching `_MATHEMATICAL` takes quadratic time
-_LARGEST_SIZE = 2**31 - 1  # sizes index arrays with int32 ids
+_LARGEST_SIZE = 2**31 - 1  # token ids and positions are int32
 _MOST_LAYERS = 10_000  # ten times the deepest published transformer; limits the cost of a typo
 
 

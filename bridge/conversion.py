@@ -68,7 +68,7 @@ def canonical_names(names: Iterable[str]) -> dict[str, str]:
 def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensorMap:
     """Return a PyTorch state_dict under canonical names, in the order of the parameter table.
 
-    Accepts the names that `canonical_names` accepts. A stored tied head is compared with the embedding and left out.
+    Accepts the names that `canonical_names` accepts. A stored tied head must equal the embedding; it is dropped.
 
     Raises `ConversionError` unless the tensors are exactly those of the model that `config` describes.
     """
@@ -158,7 +158,7 @@ def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: i
 
 
 def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
-    """Return the tree with `h_0 ... h_{L-1}` stacked to one `h`, whose leaves have a leading layer axis.
+    """Return the tree with `h_0 ... h_{L-1}` stacked into one `h`, whose leaves have a leading layer axis.
 
     Raises `ConversionError` if layers are missing, or differ in names, shapes or dtypes.
     """
@@ -167,14 +167,14 @@ def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
     if not names or STACK in params or any(name not in params for name in names):
         raise ConversionError(f"layers must be h_0, h_1, ... without gaps, but the tree has {sorted(params)}")
     layers = [flatten(params[name]) for name in names]
-    unlike = [
+    mismatched = [
         f"{name}/{path} does not have the shape and dtype of h_0/{path}"
         for name, layer in zip(names, layers, strict=True)
         for path in {**layers[0], **layer}
         if path not in layer or path not in layers[0] or not _stackable(layer[path], layers[0][path])
     ]
-    if unlike:
-        raise ConversionError("cannot stack layers that differ:\n" + bullet_list(unlike))
+    if mismatched:
+        raise ConversionError("cannot stack layers that differ:\n" + bullet_list(mismatched))
     for path in layers[0]:
         insert(tree, (STACK, *path.split("/")), np.stack([layer[path] for layer in layers]))
     return tree
@@ -205,7 +205,7 @@ def mixed_dtypes(tensors: LazyTensorMap, config: GPT2Config) -> list[str]:
         like = first.setdefault(p.flax_path[1:], p).torch_name
         dtype, other = (tensors.entries[name].dtype for name in (p.torch_name, like))
         if dtype != other:
-            problems.append(f"{p.torch_name} holds {dtype}, {like} {other}")
+            problems.append(f"{p.torch_name} holds {dtype}, but {like} holds {other}")
     return problems
 
 
@@ -218,7 +218,7 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any
     """
     missing = [f"{name} is missing (shape {shape})" for name, shape in expected.items() if name not in found]
     misshapen = [
-        f"{name} has shape {found[name].shape}, the configuration says {shape}"
+        f"{name} has shape {found[name].shape}; the configuration requires {shape}"
         + _known_mistake(name, tuple(found[name].shape), shape)
         for name, shape in expected.items()
         if name in found and tuple(found[name].shape) != shape
@@ -236,7 +236,7 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any
 def _known_mistake(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """Return a hint at the most likely cause of a wrong shape, or an empty string."""
     if len(found) == 2 and found == expected[::-1]:
-        return ": it is transposed, as in another format"
+        return ": it is transposed; another format may store it this way"
     if name.split(".")[0].split("/")[0] in ("wte", "lm_head") and found[1:] == expected[1:] and found[0] > expected[0]:
         return (
             f": is the vocabulary padded? Set vocab_size to {found[0]}, then reduce it with gpt2 convert --vocab-size"

@@ -58,8 +58,8 @@ def _in_dtypes(checkpoint: Checkpoint) -> Iterator[str]:
     for name, entry in checkpoint.tensors.entries.items():
         names.setdefault(str(entry.dtype), []).append(name)
     if len(names) > 1:
-        counted = ", ".join(f"{dtype} in {len(its)} ({its[0]})" for dtype, its in names.items())
-        yield f"mixed dtypes: {counted}; conversion keeps them, computation casts all to one"
+        counted = ", ".join(f"{dtype} in {len(group)} ({group[0]})" for dtype, group in names.items())
+        yield f"mixed dtypes: {counted}; conversion keeps them; computation casts all tensors to one dtype"
     if "float64" in names:
         yield "float64 weights, which JAX casts to float32 unless JAX_ENABLE_X64=1"
 

@@ -18,7 +18,7 @@ class ConfigError(BridgeError):
 
 
 class CheckpointError(BridgeError):
-    """A file or directory is missing, damaged, or not a checkpoint this project reads."""
+    """A file or directory is missing, damaged, or not a checkpoint that this project reads."""
 
 
 class ConversionError(BridgeError):
@@ -34,7 +34,7 @@ class NoTokenizerError(TokenizerError):
 
 
 def quoted(text: object, limit: int = 80) -> str:
-    """Return untrusted text for a message: quoted, control characters escaped, truncated to `limit`.
+    """Format untrusted text for a message: quote it, escape control characters, truncate it to `limit` characters.
 
     A path is not truncated, because its last part, the name of the file, must remain.
     """

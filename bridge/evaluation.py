@@ -2,9 +2,11 @@
 
 The windows are those of "Perplexity of fixed-length models" in the documentation of transformers. They start at
 multiples of the stride and have `context` tokens; the last window is the first that reaches the end of the text. A
-window predicts the tokens that no earlier window contains, except its own first token, which has no context. Every
-token but the first of the text is therefore predicted once, from at least `context - stride` tokens (at the start of
-the text, from all earlier tokens). If the stride equals the context, the first token of every window is not predicted.
+window predicts the tokens that no earlier window contains, except its own first token, which has no context.
+
+If the stride is less than the context, every token except the first of the text is predicted once, from at least
+`context - stride` tokens (at the start of the text, from all earlier tokens). If the stride equals the context, the
+first token of every window is not predicted.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ Progress = Callable[[int, int], None]
 class Evaluation:
     """The result of an evaluation, and its settings.
 
-    Figures per word and per byte divide by the whole text. Tokens that are not predicted contribute nothing, so that
-    windows without overlap make these figures too low by the share of these tokens.
+    Figures per word and per byte divide by the length of the whole text, although tokens that are not predicted add
+    nothing to the sum. If windows do not overlap, these figures are therefore too low by the share of such tokens.
     """
 
     nats: float
@@ -47,9 +49,9 @@ class Evaluation:
     transformers_loss: float
     """The loss as the documentation of transformers computes it, for comparison with published figures.
 
-    If windows overlap, it weights a window that predicts n tokens by n - 1, to account for a label that the shift
-    removes, although that label is already ignored. Without overlap it equals `loss`; with long strides it is close to
-    `loss`; with stride 1 it is the loss of the first window.
+    That code weights a window by its number of labels minus 1, because the shift removes a label. If windows overlap,
+    the removed label is already ignored, so a later window that predicts n tokens has the weight n - 1. Without overlap
+    the result equals `loss`; with long strides it is close to `loss`; with stride 1 it is the loss of the first window.
     """
 
     @property
@@ -103,7 +105,7 @@ class SlidingWindows:
             batch_size: windows per batch. Default: `TOKENS_PER_BATCH` divided by the context.
 
         Raises:
-            BridgeError: an argument is invalid. The message names all of them.
+            BridgeError: an argument is invalid. The message names every invalid argument.
         """
         context = config.n_positions if context is None else context
         stride = max(1, context // 2) if stride is None else stride

@@ -15,7 +15,7 @@ _EXPONENTS: Mapping[np.dtype, int] = {
     np.dtype(ml_dtypes.bfloat16): 0x7F80,
 }
 _BLOCK = 2**20
-"""Values that are tested at a time, so that no second array of the tensor's size is allocated."""
+"""Number of values tested at a time. Testing in blocks avoids a second array of the tensor's size."""
 
 
 def count_not_finite(array: np.ndarray) -> int:

@@ -48,5 +48,5 @@ def download(repo_id: str) -> Path:
     except Exception as error:  # the hub's client also raises errors of its HTTP library and of the system
         raise CheckpointError(
             f"{missing}, and the download from the Hugging Face hub failed ({type(error).__name__}); check the name "
-            "and the connection, or download it elsewhere and give the directory"
+            "and the connection, or download the model on another machine and give its directory"
         ) from error

@@ -47,8 +47,8 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
 
     Args:
         source: a file, or a directory with one checkpoint. A directory with several is an error that lists them.
-        activation: `gelu` or `gelu_new`, for a nanoGPT file that does not state its activation. An error for every
-            other file.
+        activation: `gelu` or `gelu_new`, for a nanoGPT file that does not state its activation. Passing it for
+            any other file is an error.
 
     Raises:
         BridgeError: the source cannot be read. The message names the problem and what to do.
@@ -64,7 +64,7 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
         path = hub.download(str(source))
     chosen = choose_checkpoint(path)
     if chosen is None:
-        raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_what_it_lacks(path)}")
+        raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_why_unrecognised(path)}")
     try:
         return replace(_read(*chosen, activation), source=chosen[0].path)
     except BridgeError as error:
@@ -110,15 +110,15 @@ def save(
         checkpoint: the checkpoint to write.
         target: the path to write to.
         format: a name in `bridge.formats.WRITABLE`.
-        overwrite: replace the checkpoint at `target`: files recorded in a manifest of this project, and files of a
-            recognised checkpoint whose names `format` also writes. If `target` holds other files, nothing is written.
-            Without `overwrite`, an existing target is an error.
+        overwrite: replace the checkpoint at `target`. Only files recorded in a manifest of this project and files of a
+            recognised checkpoint whose names `format` also writes are replaced. If `target` holds other files, nothing
+            is written. Without `overwrite`, an existing target is an error.
         allow_non_finite: write NaN and infinity. By default they raise a `ConversionError` that names the tensor.
         options: options of the format, for example `max_shard_bytes` for "huggingface".
 
     Returns:
-        One sentence for each part of the checkpoint that the target format cannot store and that was left out. Fields
-        that affect the model's output are never left out; a format that cannot store them raises an error.
+        One sentence for each part of the checkpoint that was dropped because the target format cannot store it. Fields
+        that affect the model's output are never dropped; a format that cannot store them raises an error.
 
     Raises:
         CheckpointError: the target exists and may not be replaced, is or contains the checkpoint's source, has the
@@ -129,9 +129,9 @@ def save(
         raise CheckpointError(f"format {quoted(format)} is not one of {', '.join(WRITABLE)}")
     target = Path(target)
     as_file = _names_a_file(target, format)
-    _require_apart(target, checkpoint)
+    _require_not_source(target, checkpoint)
     if not allow_non_finite:
-        checkpoint = _watched(checkpoint)
+        checkpoint = _rejecting_non_finite(checkpoint)
     if as_file:
         with new_file(target, overwrite=lambda: overwrite and _require_format(target, format)) as file:
             left_out = write(checkpoint, file, **options)
@@ -152,20 +152,20 @@ def save(
     return left_out
 
 
-def _watched(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint that raises on reading a weight or AdamW moment with NaN or infinity."""
+def _rejecting_non_finite(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint that raises when a weight or AdamW moment with NaN or infinity is read."""
     adamw = checkpoint.optimizer
     if adamw is not None:
         adamw = replace(
             adamw,
-            exp_avg=_watched_tensors(LazyTensorMap.of(adamw.exp_avg), "exp_avg of "),
-            exp_avg_sq=_watched_tensors(LazyTensorMap.of(adamw.exp_avg_sq), "exp_avg_sq of "),
+            exp_avg=_tensors_rejecting_non_finite(LazyTensorMap.of(adamw.exp_avg), "exp_avg of "),
+            exp_avg_sq=_tensors_rejecting_non_finite(LazyTensorMap.of(adamw.exp_avg_sq), "exp_avg_sq of "),
         )
-    return replace(checkpoint, tensors=_watched_tensors(checkpoint.tensors), optimizer=adamw)
+    return replace(checkpoint, tensors=_tensors_rejecting_non_finite(checkpoint.tensors), optimizer=adamw)
 
 
-def _watched_tensors(tensors: LazyTensorMap, what: str = "") -> LazyTensorMap:
-    def watched(name: str, entry: LazyTensor) -> LazyTensor:
+def _tensors_rejecting_non_finite(tensors: LazyTensorMap, what: str = "") -> LazyTensorMap:
+    def checked(name: str, entry: LazyTensor) -> LazyTensor:
         def read() -> np.ndarray:
             array = entry.read()
             if array.dtype in FLOAT_DTYPES and (bad := count_not_finite(array)):
@@ -177,7 +177,7 @@ def _watched_tensors(tensors: LazyTensorMap, what: str = "") -> LazyTensorMap:
 
         return replace(entry, read=read)
 
-    return LazyTensorMap({name: watched(name, entry) for name, entry in tensors.entries.items()})
+    return LazyTensorMap({name: checked(name, entry) for name, entry in tensors.entries.items()})
 
 
 def _names_a_file(target: Path, format: str) -> bool:
@@ -194,7 +194,7 @@ def _names_a_file(target: Path, format: str) -> bool:
     return False
 
 
-def _require_apart(target: Path, checkpoint: Checkpoint) -> None:
+def _require_not_source(target: Path, checkpoint: Checkpoint) -> None:
     """Raise if `target` is or contains the source. Tensors are read from the source during the write."""
     if checkpoint.source is None or not os.path.exists(target):
         return
@@ -205,9 +205,12 @@ def _require_apart(target: Path, checkpoint: Checkpoint) -> None:
 
 
 def _replaceable(target: Path, format: str) -> Replaceable:
-    """Return the rule for the checkpoint at `target`: files in its manifest, and files that `format` also writes.
+    """Return the function that decides which files at `target` may be replaced.
 
-    Nothing is replaceable if `target` is a training run or holds no checkpoint.
+    It accepts files that a manifest in `target` records, and files whose names `format` also writes. It accepts no file
+    if `target` is not a checkpoint in a writable format.
+
+    Raises `CheckpointError` if `target` belongs to a training run or holds several checkpoints.
     """
     if not os.path.isdir(target):
         return lambda name: False
@@ -219,17 +222,17 @@ def _replaceable(target: Path, format: str) -> Replaceable:
         raise CheckpointError(f"{quoted(target)} is not overwritten, because it holds several checkpoints") from None
     if not is_writable:
         return lambda name: False
-    known, names = recorded(target), _writes(format)
+    known, names = recorded(target), _written_names(format)
     return lambda name: name in known or names.fullmatch(name) is not None
 
 
-def _writes(format: str) -> re.Pattern[str]:
+def _written_names(format: str) -> re.Pattern[str]:
     """Return a pattern for the names of all files that this format writes into a directory."""
     return re.compile("|".join([FORMATS[format].written_names, *map(re.escape, (CONFIG, *CARRIED_FILES))]))
 
 
 def _require_format(target: Path, format: str) -> bool:
-    """Raise `CheckpointError` if the file `target` is not a checkpoint of this format; True otherwise."""
+    """Return True, or raise `CheckpointError` if `target` is a file but not a checkpoint of this format."""
     if os.path.isfile(target) and _format_of(target) != format:
         raise CheckpointError(
             f"{quoted(target)} is not a {format} checkpoint and was not replaced; choose another name"
@@ -250,7 +253,7 @@ def _format_of(path: Path) -> str | None:
         return None
 
 
-def _what_it_lacks(path: Path) -> str:
+def _why_unrecognised(path: Path) -> str:
     if path.is_dir():
         return (
             "it has neither config.json with weights beside it (model.safetensors, pytorch_model.bin, "

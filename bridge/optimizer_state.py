@@ -27,7 +27,7 @@ from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The settings of the last update of a parameter, which torch stores with the state."""
+    """The hyperparameters of a parameter's last update. torch stores them with the state."""
 
     learning_rate: float
     beta1: float
@@ -62,27 +62,29 @@ def group_sizes(state_dict: Mapping[str, Any]) -> list[int]:
 def from_torch(
     state_dict: Mapping[str, Any], names: Sequence[str] | None, config: GPT2Config, *, transposed: Collection[str] = ()
 ) -> AdamWState:
-    """Convert the `state_dict()` of an AdamW. Before the first update, the step is 0 and the moments are zero.
+    """Convert the `state_dict()` of an AdamW optimizer.
+
+    Before the first update, the step is 0 and the moments are zero.
 
     Args:
-        state_dict: its leaves may be CPU tensors or numpy arrays, whose memory the result shares, or `LazyTensor`s,
-            which are read on access.
-        names: names of the parameters in the optimizer's order, group after group, that `bridge.canonical_names`
-            accepts. None if the state contains the names, as it does if the optimizer received
+        state_dict: its leaves are CPU tensors, numpy arrays or `LazyTensor`s. The result shares the memory of tensors
+            and arrays, and reads `LazyTensor`s on access.
+        names: names of the parameters, in any form that `bridge.canonical_names` accepts, in the optimizer's order,
+            group after group. None if the state contains the names, which is the case if the optimizer received
             `model.named_parameters()` (torch 2.6).
         config: the configuration of the model.
         transposed: canonical names of the matrices that are `[out, in]` in the model, the layout of `nn.Linear`.
 
     Raises:
-        ConversionError: the state is not that of all parameters of the model, their steps differ, or the optimizer is a
-            variant of AdamW.
+        ConversionError: the state does not cover exactly the parameters of the model, their steps differ, or the
+            optimizer is a variant of AdamW.
     """
     groups, entries = _groups_and_entries(state_dict)
     problems = _variants(groups)
     order = _canonical_order(groups, names, problems)
     keys = dict(zip(order, _keys(groups), strict=True))
     shapes = {p.torch_name: p.torch_shape for p in parameters(config)}
-    problems += _unlike(order, shapes)
+    problems += _name_mismatches(order, shapes)
     problems += _incomplete(keys, entries)
     step = _common_step(_values("step", keys, entries, problems), problems)
     exp_avg, exp_avg_sq = (_transposed(_values(moment, keys, entries, problems), transposed) for moment in _MOMENTS)
@@ -100,13 +102,15 @@ def from_torch(
 def to_torch(
     state: AdamWState, names: Sequence[str] | None, param_groups: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return the argument of `load_state_dict` of an AdamW, with arrays that `gpt2_torch.training` makes tensors.
+    """Return a state for the `load_state_dict` of an AdamW optimizer, with arrays as leaves.
+
+    `gpt2_torch.training.load_adamw_state` converts the arrays to tensors.
 
     Args:
         state: the state.
         names: as in `from_torch`, in the order of the optimizer that loads the state.
         param_groups: that optimizer's `optimizer.state_dict()["param_groups"]`. They are returned unchanged, so that
-            its hyperparameters stay.
+            the optimizer keeps its hyperparameters.
 
     Raises:
         ConversionError: the state does not have exactly these parameters.
@@ -114,9 +118,9 @@ def to_torch(
     groups, _ = _groups_and_entries({"param_groups": param_groups, "state": {}})
     problems = _variants(groups)
     order = _canonical_order(groups, names, problems)
-    if problems := problems + _unlike(order, state.exp_avg):
+    if problems := problems + _name_mismatches(order, state.exp_avg):
         raise ConversionError("this AdamW state does not fit the optimizer:\n" + bullet_list(problems))
-    step = np.asarray(state.step, np.float32)  # torch counts in float32
+    step = np.asarray(state.step, np.float32)  # torch stores step counts as float32
     entries = {
         key: {"step": step.copy(), "exp_avg": state.exp_avg[name], "exp_avg_sq": state.exp_avg_sq[name]}
         for name, key in zip(order, _keys(groups), strict=True)
@@ -193,7 +197,7 @@ def _groups_and_entries(state_dict: Mapping[str, Any]) -> tuple[_Groups, _Entrie
 
 
 def _keys(groups: _Groups) -> list[Any]:
-    """Return the key of each parameter in `state`: a number, or from torch.distributed.checkpoint a name."""
+    """Return the key of each parameter in `state`: a number or, with torch.distributed.checkpoint, a name."""
     return [key for group in groups for key in group["params"]]
 
 
@@ -238,13 +242,13 @@ def _canonical(names: Sequence[str]) -> list[str]:
     return [canonical.get(name, name) for name in names]
 
 
-def _unlike(names: Sequence[str], expected: Mapping[str, Any]) -> list[str]:
+def _name_mismatches(names: Sequence[str], expected: Mapping[str, Any]) -> list[str]:
     missing = [f"{name} is not among the optimizer's parameters" for name in expected if name not in names]
     return missing + [f"{quoted(name)} is not a parameter of this model" for name in names if name not in expected]
 
 
 def _incomplete(keys: Mapping[str, Any], entries: _Entries) -> list[str]:
-    """Return one line for each parameter that lacks a state that others have, and for each unknown entry or field."""
+    """Return one line for each parameter without a state if others have one, and for each unknown entry or field."""
     if not entries:
         return []
     known, named = {"step", *_MOMENTS}, set(keys.values())
@@ -252,7 +256,7 @@ def _incomplete(keys: Mapping[str, Any], entries: _Entries) -> list[str]:
         *(f"{name} has no state, although others do" for name, key in keys.items() if key not in entries),
         *(f"the state has an entry {quoted(key)}, which is in no group" for key in entries if key not in named),
         *(
-            f"{name} has an unknown {quoted(what)}"
+            f"{name} has an unknown field {quoted(what)}"
             for name, key in keys.items()
             for what in entries.get(key, ())
             if what not in known

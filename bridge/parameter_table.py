@@ -2,7 +2,7 @@
 
 Axis letters, here and in both backends: D n_embd, H heads, K head size, F feed-forward,
 V vocabulary, P positions, L layers; "3" is query, key, value. An axis in parentheses is one axis
-in PyTorch and split in Flax, so crossing the bridge is a reshape and never a transpose:
+in PyTorch and split in Flax, so conversion is a reshape and never a transpose:
 
     "D (3 H K)"   torch [768, 2304]   flax [768, 3, 12, 64]
 """
@@ -78,7 +78,7 @@ class Parameter:
 
     @property
     def is_projection(self) -> bool:
-        """Whether it is a matrix `[in, out]` that other layouts store `[out, in]`."""
+        """Whether it is a matrix `[in, out]` that other layouts store as `[out, in]`."""
         return self.flax_path[-1] == "kernel"
 
 
@@ -95,7 +95,7 @@ def num_parameters(config: GPT2Config) -> int:
 
 
 def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """Return `vocab_size` rounded up to a multiple, which is faster on hardware that computes in tiles."""
+    """Return `vocab_size` rounded up to a multiple of `multiple`. Padded sizes are faster on tiled hardware."""
     if multiple < 1:
         raise ValueError(f"cannot pad the vocabulary to a multiple of {multiple}; use 1 for no padding")
     return -(-vocab_size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""GPT-2 in PyTorch: the reference. Needs no JAX."""
+"""GPT-2 in PyTorch: the reference implementation. Needs no JAX."""
 
 from bridge import GPT2_SIZES, GenerationConfig, GPT2Config, __version__
 from gpt2_torch.evaluation import evaluate

@@ -1,4 +1,4 @@
-"""Generation from the reference: a preallocated key/value cache, and a loop over tokens."""
+"""Generation with the reference model: a preallocated key/value cache, and a loop over tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def generate(
 
 @dataclass
 class _State:
-    """The state of the loop over tokens. R rows, V vocabulary, N the maximum number of new tokens."""
+    """The state of the loop over tokens. Axes: R rows, V vocabulary, N the maximum number of new tokens."""
 
     cache: KVCache
     ids_RN: Int[Tensor, "R N"]
@@ -65,7 +65,7 @@ class _State:
 
 
 class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
-    """Generation from one model, on its device and in its dtype. Does not change the model's mode or gradients."""
+    """Generates with one model, on its device and in its dtype. Does not change the model's mode or gradients."""
 
     def __init__(self, model: GPT2) -> None:
         self.config, self.model = model.config, model

@@ -22,7 +22,7 @@ def from_pretrained(source: str | Path, *, activation: str | None = None) -> GPT
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> GPT2:
-    """Return a model of the checkpoint's tensors, in their dtypes and in eval mode."""
+    """Return a model with the checkpoint's tensors, in their dtypes and in eval mode."""
     return GPT2.from_checkpoint(checkpoint)
 
 

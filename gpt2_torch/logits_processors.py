@@ -1,6 +1,7 @@
-"""Selection of the next token from its logits: pure functions of each row, in float32.
+"""Selection of the next token from its logits: pure functions of each row.
 
-A processor returns the logits with those of the tokens that it removes set to minus infinity.
+The repetition penalty keeps the dtype of the logits; sampling with a temperature computes in float32 or float64. The
+`keep_` functions set the logits of the tokens that they remove to minus infinity.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def sample_token(
     config: GenerationConfig,
     seen_RV: Bool[Tensor, "R V"] | None,
 ) -> Int[Tensor, " R"]:
-    """Return the next token of each row: the most likely one, or with a temperature a sample.
+    """Return the next token of each row: the most likely one or, with a temperature, a sample.
 
     Args:
         noise_R: numbers from [0, 1). Each determines the sample of its row.
@@ -48,7 +49,7 @@ def penalize_repetition(
 
 
 def keep_top_k(logits_RV: Float[Tensor, "R V"], k: int) -> Float[Tensor, "R V"]:
-    """Keep the k most likely tokens, and those as likely as the last of them (Fan et al. 2018)."""
+    """Keep the k most likely tokens, and tokens as likely as the last of them (Fan et al. 2018)."""
     return _keep_from(logits_RV, logits_RV.topk(min(k, logits_RV.shape[-1])).values[:, -1:])
 
 
@@ -75,7 +76,7 @@ def inverse_cdf_sample(logits_RV: Float[Tensor, "R V"], noise_R: Float[Tensor, "
 
     The same noise gives the same token in both backends, except for rounding.
     """
-    # In float64, which rounds as little as the sums by blocks in `gpt2_jax`.
+    # float64 rounds as little as the blockwise sums in `gpt2_jax`.
     cumulative_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)).exp().double().cumsum(-1)
     target_R1 = noise_R[:, None].double() * cumulative_RV[:, -1:]
     found_R1 = torch.searchsorted(cumulative_RV, target_R1, right=True)

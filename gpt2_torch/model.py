@@ -212,7 +212,7 @@ class GPT2Layer(nn.Module):
 class GPT2(nn.Module):
     """Token and position embeddings, L layers, a final norm, and the output head.
 
-    `state_dict()` has exactly the canonical names of `bridge.parameters`; a tied head has none.
+    `state_dict()` has exactly the canonical names of `bridge.parameters`; a tied head has no entry.
     `load_state_dict` also takes names with the prefixes `transformer.`, `module.` and `_orig_mod.`,
     causal-mask buffers, and a tied `lm_head.weight` that equals `wte.weight`.
     """
@@ -236,8 +236,8 @@ class GPT2(nn.Module):
 
         Args:
             input_ids: token ids, each below `vocab_size`.
-            attention_mask: 1 for tokens, 0 for padding, left or right. Positions count tokens
-                only. The logits at padding are finite and have no meaning.
+            attention_mask: 1 for tokens, 0 for padding, which may be on the left or right. Positions
+                count tokens only. The logits at padding are finite and have no meaning.
 
         Raises:
             ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
@@ -259,8 +259,8 @@ class GPT2(nn.Module):
     def decode(self, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B T D"]:
         """Run T more tokens of each row, and add their keys and values to the cache.
 
-        One method serves for prefill, with the tokens of the prompt, and for decoding, with one token after
-        another. Dropout is not applied.
+        Use it for prefill, with all tokens of the prompt, and for decoding, with one token at a time. Dropout is not
+        applied.
 
         Returns the last hidden states, which `head` maps to the logits. They are finite at padding and have no
         meaning there.
@@ -291,7 +291,7 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> GPT2:
-        """Return a model of the checkpoint's tensors, in their dtypes and in eval mode."""
+        """Return a model with the checkpoint's tensors, in their dtypes and in eval mode."""
         with torch.device("meta"):  # allocates and initializes nothing, because the tensors are assigned next
             model = cls(checkpoint.config)
         state = {name: tensor_from_array(array) for name, array in checkpoint.tensors.items()}
@@ -320,7 +320,9 @@ def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor |
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids has {tuple(input_ids.shape)}"
+        )
     # Reading values would wait for a GPU, and would break the graph of torch.compile.
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
         low, high = int(input_ids.min()), int(input_ids.max())

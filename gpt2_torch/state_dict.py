@@ -14,7 +14,7 @@ def canonicalize_names(module: nn.Module, state_dict: dict[str, Any], prefix: st
     """Rename the entries of `state_dict` in place and remove those that `module` does not have.
 
     A pre-hook for `load_state_dict`. It removes causal-mask buffers, and a tied `lm_head.weight` that equals
-    `wte.weight`; a different one stays, to be reported as unexpected.
+    `wte.weight`. A tied `lm_head.weight` that differs stays, so that `load_state_dict` reports it as unexpected.
     """
     own = {name.removeprefix(prefix): name for name in state_dict if name.startswith(prefix)}
     renamed = {name: state_dict[own[given]] for name, given in bridge.canonical_names(own).items()}

@@ -1,6 +1,6 @@
-"""Training of the reference: AdamW with nanoGPT's weight decay, its schedules, and the training step.
+"""Training of the reference model: AdamW with nanoGPT's weight decay, its schedules, and the training step.
 
-It computes the same as `gpt2_jax.training`, except for dropout, because each framework has its own random numbers.
+Results match those of `gpt2_jax.training`, except for dropout, because each framework has its own random numbers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def learning_rate_at(
     decay_steps: int | None = None,
     decay_fraction: float = 0.2,
 ) -> float:
-    """Return the learning rate of a step, counted from 0. `gpt2_jax.training.config.OptimizerConfig` has the fields.
+    """Return the learning rate of a step, counted from 0. `gpt2_jax.training.config` documents the arguments.
 
     Warm-up and cosine are those of nanoGPT's `get_lr`.
     """

@@ -26,7 +26,7 @@ from bridge.storage.tensors import LazyTensorMap
 DTYPES: Mapping[str, np.dtype] = {name: SAFETENSORS_DTYPES[name] for name in ("F32", "F16", "BF16")}
 """The element types that are read and written, by ggml's names."""
 
-# enum ggml_type, in order; "-" for removed types. Types that are not read are listed for messages.
+# enum ggml_type, in order; "-" for removed types. Unsupported types are listed for error messages.
 _TENSOR_TYPES_IN_ORDER = (
     "F32 F16 Q4_0 Q4_1 - - Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S "
     "IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 - - - TQ1_0 TQ2_0 - - - MXFP4 NVFP4 Q1_0"
@@ -120,7 +120,7 @@ class GGUFFile:
                 raise cursor.refusal(f"{shown(key)} is not an ASCII name")
             cursor.field = quoted(key.decode())
             if key.decode() in metadata:
-                raise cursor.refusal("is there twice")
+                raise cursor.refusal("appears twice")
             metadata[key.decode()] = _value(cursor)
         return cls(cursor.file, metadata, tensor_count, cursor.position)
 
@@ -138,7 +138,7 @@ class GGUFFile:
             name = _name(cursor)
             cursor.field = f"tensor {quoted(name)}"
             if name in described:
-                raise cursor.refusal("is there twice")
+                raise cursor.refusal("appears twice")
             shape, dtype, offset = _shape(cursor), _dtype(cursor), cursor.number(8)
             if offset != end:
                 raise cursor.refusal(
@@ -192,7 +192,9 @@ def write_file(path: str | Path, metadata: Mapping[str, bytes], tensors: LazyTen
     position = 0
     for name, entry in tensors.entries.items():
         if entry.dtype not in _TYPE_NUMBERS:
-            raise CheckpointError(f"{quoted(name)}: GGUF cannot hold {entry.dtype}; it has {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{quoted(name)}: GGUF cannot hold {entry.dtype}; supported types are {', '.join(DTYPES)}"
+            )
         rank = len(entry.shape)
         header += _sized(name) + struct.pack(
             f"<I{rank}QIQ", rank, *reversed(entry.shape), _TYPE_NUMBERS[entry.dtype], position
@@ -301,7 +303,7 @@ def _counts(cursor: _Cursor) -> tuple[int, int]:
     tensors, keys = cursor.number(8), cursor.number(8)
     for count, most, what in ((tensors, _MOST_TENSORS, "tensors"), (keys, _MOST_KEYS, "keys")):
         if count > most:
-            raise cursor.refusal(f"states {count} {what}; the limit is {most}")
+            raise cursor.refusal(f"declares {count} {what}; the limit is {most}")
     return tensors, keys
 
 
@@ -333,7 +335,7 @@ def _array(cursor: _Cursor) -> Array:
         cursor.require(8 * count)
         cursor.strings += count
         if cursor.strings > _MOST_STRINGS:
-            raise cursor.refusal(f"brings the strings in arrays to {cursor.strings}; the limit is {_MOST_STRINGS}")
+            raise cursor.refusal(f"arrays up to here have {cursor.strings} strings; the limit is {_MOST_STRINGS}")
         for _ in range(count):
             cursor.skip(cursor.number(8))
     else:

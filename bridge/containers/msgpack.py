@@ -59,8 +59,8 @@ _HEADS: Mapping[int, tuple[str, int, int]] = {
     **{0xDE + n: (_MAP, 2 * 2**n, 0) for n in range(2)},
     **{0xE0 + n: (_NUMBER, 0, n - 32) for n in range(32)},
 }
-"""First byte of a value -> its kind, the number of bytes that hold its length or value, and that number if it is in the
-first byte itself."""
+"""First byte of a value -> (kind, width, number). The following `width` bytes hold the value's length or number. If
+`width` is 0, `number` is the length or number itself."""
 
 _Node: TypeAlias = "dict[str, _Node] | LazyTensor | int"
 
@@ -110,7 +110,7 @@ class _Scanner:
         self.file = file
         self.position = 0
         self.path: list[str] = []
-        """Names of the maps around this position, for messages."""
+        """Names on the path from the root to this position, for messages."""
         self._values = 0
         self._block = b""
         self._block_start = 0
@@ -171,7 +171,7 @@ class _Scanner:
                 return self.map(value)
             case "an extension":
                 return self.extension(value)
-            case "a whole number":  # part of a chunked array; a bool marks one
+            case "a whole number":  # numbers and bools are valid only in chunked arrays
                 return value
             case "a bool":
                 return bool(value)
@@ -182,7 +182,7 @@ class _Scanner:
             raise self.refusal(f"maps are nested more than {_MOST_DEPTH} deep")
         node: dict[str, _Node] = {}
         for _ in range(count):  # bounded: each entry needs bytes of the file
-            name = self.text("a name in it")
+            name = self.text("a name in this map")
             if not name or "/" in name:
                 raise self.refusal(f"{quoted(name)} is not a valid name of a module or a parameter")
             if name in node:
@@ -200,7 +200,7 @@ class _Scanner:
         end = self.position + length
         entry = self.array()
         if self.position != end:
-            raise self.refusal(f"the array ends at byte {self.position}, its {length} bytes at {end}")
+            raise self.refusal(f"the array ends at byte {self.position}, but its stated length ends at byte {end}")
         return entry
 
     def array(self) -> LazyTensor:
@@ -218,21 +218,21 @@ class _Scanner:
             raise self.refusal(f"its dtype is {quoted(name)}, not one of {', '.join(DTYPES)}")
         needed = math.prod(shape) * DTYPES[name].itemsize
         if min(shape, default=0) < 0 or needed != nbytes:
-            raise self.refusal(f"shape {shape} of {name} needs {quoted(needed)} bytes, the array has {nbytes}")
+            raise self.refusal(f"shape {shape} of {name} needs {quoted(needed)} bytes, but the array has {nbytes}")
         return self.file.entry(DTYPES[name], shape, start)
 
     def joined(self, node: dict[str, _Node]) -> LazyTensor:
         """Return the array that a map stores as shape and chunks."""
         shape, chunks = _listed(node.get("shape")), _listed(node.get("chunks"))
         if node.keys() != {_CHUNKED, "shape", "chunks"} or node[_CHUNKED] is not True or not shape or not chunks:
-            raise self.refusal("a chunked array must have exactly a shape and chunks, numbered from 0")
+            raise self.refusal("a chunked array must have only a shape and chunks, each with entries numbered from 0")
         if not are_sizes(shape, list) or not _are_chunks(chunks) or len({chunk.dtype for chunk in chunks}) > 1:
             raise self.refusal(
                 f"a chunked array must have a shape of at most {MOST_RANK} whole numbers, and flat chunks of one dtype"
             )
-        there = sum(chunk.shape[0] for chunk in chunks)
-        if math.prod(shape) != there:
-            raise self.refusal(f"shape {quoted(shape)} does not fit the {there} elements of the chunks")
+        total = sum(chunk.shape[0] for chunk in chunks)
+        if math.prod(shape) != total:
+            raise self.refusal(f"shape {quoted(shape)} does not fit the {total} elements of the chunks")
         return _concatenated(chunks, tuple(shape))
 
 

@@ -80,7 +80,7 @@ class _Piece:
         return _Piece(self.file, self.offset + start, max(0, stop - start), self.inline[start:stop])
 
     def largest_content(self, most: int) -> int | None:
-        """An upper bound on the decompressed size; see `bridge.containers.zstd_frame.largest_content`."""
+        """Return an upper bound on the decompressed size; see `bridge.containers.zstd_frame.largest_content`."""
         with self.opened() as read:
             return largest_content(read, self.size, most)
 
@@ -145,7 +145,7 @@ def _arrays(state: Path) -> Iterator[tuple[str, StoredArray]]:
         if description.size > _MOST_DESCRIPTION_BYTES:
             raise CheckpointError(f"{where} has a zarr.json of {description.size} bytes")
         fields = parse_object(description.read(), where, CheckpointError)
-        form = _Form.of(fields, where)
+        metadata = _Metadata.of(fields, where)
         for chunk, piece in pieces.items():
             if piece in seen:  # tensorstore writes no value twice
                 raise CheckpointError(
@@ -153,15 +153,15 @@ def _arrays(state: Path) -> Iterator[tuple[str, StoredArray]]:
                 )
             if piece.file is not None:
                 seen.add(piece)
-            form.require_chunk(chunk, piece, where)
-        yield name, StoredArray(state, name, form.shape, form.dtype)
+            metadata.require_chunk(chunk, piece, where)
+        yield name, StoredArray(state, name, metadata.shape, metadata.dtype)
 
 
 # The tree of keys.
 
 
 def _entries(state: Path) -> Iterator[tuple[bytes, _Piece]]:
-    """Return the location of each key's value."""
+    """Yield each key and the location of its value."""
     import tensorstore
 
     manifest = state / _MANIFEST
@@ -171,10 +171,10 @@ def _entries(state: Path) -> Iterator[tuple[bytes, _Piece]]:
     versions = tensorstore.ocdbt.dump(base).result()["versions"]
     root = versions[-1]["root"] if versions else {}
     waiting = [root["location"]] if "location" in root else []
-    left, keys, nodes = _MOST_TREE_BYTES, 0, 0
+    remaining, keys, nodes = _MOST_TREE_BYTES, 0, 0
     while waiting:
         location = waiting.pop()
-        left -= _require_small(_piece(state, location, "btreenode"), left, state)
+        remaining -= _require_small(_piece(state, location, "btreenode"), remaining, state)
         for entry in tensorstore.ocdbt.dump(base, location).result()["entries"]:
             if "location" in entry:
                 waiting.append(entry["location"])
@@ -223,7 +223,7 @@ def _require_small(node: _Piece, most: int, where: Path) -> int:
 
 
 @dataclass(frozen=True)
-class _Form:
+class _Metadata:
     """An array as its `zarr.json` describes it."""
 
     shape: tuple[int, ...]
@@ -234,7 +234,7 @@ class _Form:
     is_compressed: bool
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any], where: str) -> _Form:
+    def of(cls, fields: Mapping[str, Any], where: str) -> _Metadata:
         dtype = fields.get("data_type")
         shape = _sizes(fields.get("shape"), None, where)
         grid = fields.get("chunk_grid")
@@ -275,7 +275,7 @@ class _Form:
             if self.is_sharded:
                 offset, size, _ = struct.unpack("<QQI", piece.part(end, piece.size).read().rjust(index_bytes, b"\0"))
                 end = end if (offset, size) == (0, end) else -1
-            # A block of 128 KiB may be split into sixteen parts, and a part's header only bounds it by 128 KiB.
+            # A block of 128 KiB may be split into sixteen parts, and headers bound each part only by 128 KiB.
             largest = piece.part(0, end).largest_content(nbytes) if end > 0 else None
             is_valid = largest is not None and largest <= 16 * nbytes + _SLACK
         else:

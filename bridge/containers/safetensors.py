@@ -3,8 +3,8 @@
 The `safetensors` package is not used to read or write tensors, for three reasons. It maps the file into memory, so a
 file that shrinks while it is read ends the process with SIGBUS. It writes all tensors at once, while a conversion here
 holds at most two of the largest tensors. Its numpy writer stores wrong data for arrays that are not C-contiguous
-(upstream issue 825). The package opens every written file before it is published, so that each file is known to be
-readable by it. The tests compare both directions with the package.
+(upstream issue 825). Every written file is opened with the package before it is published, to prove that it is
+readable. The tests compare both directions with the package.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the data without holes.
 https://github.com/huggingface/safetensors#format
@@ -141,7 +141,7 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
         raise refuse(
-            f"shape {shape} of {dtype} needs {quoted(nbytes)} bytes, data_offsets give {offsets[1] - offsets[0]}"
+            f"shape {shape} of {dtype} needs {quoted(nbytes)} bytes, but data_offsets give {offsets[1] - offsets[0]}"
         )
     return dtype, tuple(shape), offsets[0], offsets[1]
 

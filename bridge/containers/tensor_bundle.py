@@ -24,7 +24,7 @@ MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")
 """The last bytes of the index."""
 
 _CHUNK = 2**20
-"""Bytes whose checksum is computed at a time."""
+"""Number of bytes added to a checksum at a time."""
 
 _FOOTER = 48
 _TRAILER = 5  # bytes after a block: compression type and checksum
@@ -34,7 +34,7 @@ _MOST_INDEX_BYTES = 2**20
 _MOST_TENSORS = 4_000
 _MOST_NAME_BYTES = 1_024
 _MOST_SHARDS = 1_000
-_VERSION = 1  # VersionDef in the header; there has only been this version
+_VERSION = 1  # VersionDef in the header; no other version exists
 
 _Fields = dict[int, list[int | bytes]]
 """A protocol buffer: field number -> values."""
@@ -70,7 +70,7 @@ def read_bundle(index: Path) -> LazyTensorMap:
         fields = table.message(value)
         entries[name] = _entry(table, name, fields, shards)
         spans.append((table.number(fields, 3), table.number(fields, 4), entries[name].nbytes, name))
-    _require_apart(spans, shards or {})
+    _require_disjoint(spans, shards or {})
     return LazyTensorMap(entries)
 
 
@@ -83,7 +83,7 @@ def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile
     if table.number(version, 2) > _VERSION or 3 in version:  # min_consumer, bad_consumers
         raise table.damaged("has a later checkpoint version; save it with TensorFlow 2")
     if not 1 <= count <= _MOST_SHARDS:
-        raise table.damaged(f"states that its data is in {count} files")
+        raise table.damaged(f"declares {count} data files, not 1 to {_MOST_SHARDS}")
     prefix = index.name.removesuffix(".index")
     return {k: StoredFile.open(index.parent / f"{prefix}.data-{k:05d}-of-{count:05d}") for k in range(count)}
 
@@ -91,7 +91,7 @@ def _shards(index: Path, header: _Fields, table: _Table) -> dict[int, StoredFile
 def masked_crc32c(content: bytes | memoryview) -> int:
     """Return the CRC-32C of `content`, masked as LevelDB stores it (util/crc32c.h).
 
-    The mask is there because the CRC of data that contains its own CRC is weak.
+    LevelDB masks stored CRCs because the CRC of data that contains CRCs is weak.
     """
     crc = 0
     for start in range(0, len(content), _CHUNK):  # the package takes only `bytes`, so each chunk is copied
@@ -103,14 +103,18 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
     """Return the tensor of a BundleEntryProto."""
     kind, shard, offset, size = (table.number(fields, field) for field in (1, 3, 4, 5))
     if 7 in fields:
-        raise table.damaged(f"{quoted(name)} is a partitioned variable; save it without partitions")
+        raise table.damaged(f"holds {quoted(name)}, a partitioned variable; save it without partitions")
     if kind not in TENSORFLOW_DTYPES:
-        raise table.damaged(f"{quoted(name)} has TensorFlow's data type {kind}; save only the variables of the model")
+        raise table.damaged(
+            f"holds {quoted(name)} of TensorFlow's data type {kind}; save only the variables of the model"
+        )
     if shard not in shards:
-        raise table.damaged(f"states that {quoted(name)} is in data file {shard} of {len(shards)}")
+        raise table.damaged(f"puts {quoted(name)} in data file {shard}; the data files are 0 to {len(shards) - 1}")
     dtype, shape = TENSORFLOW_DTYPES[kind], _shape(table, name, fields)
     if math.prod(shape) * dtype.itemsize != size:
-        raise table.damaged(f"{quoted(name)} of shape {quoted(shape)} and {dtype} has {size} bytes")
+        raise table.damaged(
+            f"has {size} bytes for {quoted(name)}, which do not fit its shape {quoted(shape)} and {dtype}"
+        )
     stored = shards[shard].entry(dtype, shape, offset)
     expected = table.number(fields, 6)
 
@@ -125,7 +129,7 @@ def _entry(table: _Table, name: str, fields: _Fields, shards: Mapping[int, Store
     return LazyTensor(dtype, shape, read)
 
 
-def _require_apart(spans: list[tuple[int, int, int, str]], shards: Mapping[int, StoredFile]) -> None:
+def _require_disjoint(spans: list[tuple[int, int, int, str]], shards: Mapping[int, StoredFile]) -> None:
     """Raise `CheckpointError` if tensors overlap or bytes follow the last one. Gaps for alignment are allowed.
 
     Args:
@@ -139,8 +143,8 @@ def _require_apart(spans: list[tuple[int, int, int, str]], shards: Mapping[int, 
     for shard, end in ends.items():
         if end != shards[shard].size:
             raise CheckpointError(
-                f"{quoted(shards[shard].path)}: {shards[shard].size - end} bytes after the last tensor; it is damaged, "
-                "or belongs to another checkpoint than the index"
+                f"{quoted(shards[shard].path)}: {shards[shard].size - end} bytes after the last tensor; the file "
+                "is damaged, or belongs to another checkpoint than the index"
             )
 
 
@@ -149,7 +153,7 @@ def _shape(table: _Table, name: str, fields: _Fields) -> tuple[int, ...]:
     shape = table.message(table.bytes_of(fields, 2))
     dims = [table.number(table.message(dim), 1) for dim in shape.get(2, ()) if isinstance(dim, bytes)]
     if len(dims) > MOST_RANK or 3 in shape or any(dim >= 2**63 for dim in dims):
-        raise table.damaged(f"{quoted(name)} has an invalid shape")
+        raise table.damaged(f"holds {quoted(name)}, which has an invalid shape")
     return tuple(dims)
 
 

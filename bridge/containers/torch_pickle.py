@@ -26,7 +26,7 @@ MOST_STRING_BYTES = 2**16
 MOST_CHARACTERS = 2**22
 """Limit on the characters of all strings in the result, counted in the same way."""
 MOST_KEY = 2**16
-"""Limit on integer keys of a dict (AdamW numbers its parameters). Larger keys can be chosen to collide."""
+"""Limit on integer keys of a dict (AdamW numbers its parameters). Larger keys could be chosen to have equal hashes."""
 _MOST_NAME_BYTES = 256
 _PROTOCOLS = range(2, 6)
 
@@ -101,8 +101,8 @@ class _Machine:
         result = self.pop()
         if self.stack or self.below_marks:
             raise self.refused("ends inside an unfinished value")
-        if left := len(self.content) - self.position:
-            raise self.refused(f"has {left} bytes after its end")
+        if trailing := len(self.content) - self.position:
+            raise self.refused(f"has {trailing} bytes after its end")
         return result
 
     def refused(self, why: str) -> CheckpointError:
@@ -222,13 +222,13 @@ def _set_items(m: _Machine, items: list[Any]) -> None:
 
 def _put(m: _Machine, index: int) -> None:
     if index >= MOST_OPCODES:
-        raise m.refused(f"stores a value under the number {index}; the largest is {MOST_OPCODES - 1}")
+        raise m.refused(f"uses the memo index {index}; the largest is {MOST_OPCODES - 1}")
     m.memo[index] = m.top()
 
 
 def _get(m: _Machine, index: int) -> None:
     if index not in m.memo:
-        raise m.refused(f"refers to the stored value {index}, which does not exist")
+        raise m.refused(f"reads the memo index {index}, which is not set")
     m.push(m.memo[index])
 
 
@@ -244,12 +244,12 @@ def _persistent(m: _Machine) -> None:
 def _reduce(m: _Machine) -> None:
     arguments, symbol = m.pop(tuple), m.pop(Symbol)
     if symbol.call is None:
-        raise m.refused(f"calls {symbol.name}")
+        raise m.refused(f"calls {symbol.name}, which is not a function")
     m.push(symbol.call(arguments))
 
 
 def _build(m: _Machine) -> None:
-    """Accept the attribute `_metadata` of a state_dict, the versions of its modules. It is not kept."""
+    """Accept and discard the attribute `_metadata` of a state_dict, which holds the versions of its modules."""
     attributes = m.pop(dict)
     m.top(dict)
     for name in attributes:
@@ -314,7 +314,7 @@ def _require_plain(result: Any, where: str, leaves: tuple[type, ...]) -> None:
             values += len(inner)
             if depth == MOST_DEPTH or values > MOST_VALUES:
                 raise CheckpointError(
-                    f"{where} nests its values deeper than {MOST_DEPTH} or holds more than {MOST_VALUES}"
+                    f"{where} nests its values deeper than {MOST_DEPTH} or holds more than {MOST_VALUES} values"
                 )
             waiting += [(value, depth + 1) for value in inner]
         elif not (item is None or kind in (bool, int, float, *leaves)):

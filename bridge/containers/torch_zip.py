@@ -26,12 +26,12 @@ MOST_TENSORS = 10_000  # GPT-2 XL with AdamW's state has 2,400
 _MOST_SIZE = 2**48  # elements along an axis, and in all non-empty axes: the limit of what numpy can address
 
 _WITHOUT_STORAGES = ("uint16", "uint32", "uint64")
-"""Types without a storage class. torch writes an untyped storage, and the dtype in `_rebuild_tensor_v3`."""
+"""Types without a storage class. torch saves them as untyped storages and passes the dtype to `_rebuild_tensor_v3`."""
 
 _ZIP = b"PK\3\4"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _BARE_PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
-_AGAIN = "if you trust it, load it with torch (weights_only=True) and torch.save the tensors again"
+_SAVE_AGAIN = "if you trust it, load it with torch (weights_only=True) and torch.save the tensors again"
 
 
 def is_torch_file(path: Path) -> bool:
@@ -42,8 +42,8 @@ def is_torch_file(path: Path) -> bool:
 def read_file(path: str | Path) -> Any:
     """Return the object passed to torch.save: dicts, lists, tuples, numbers, strings, and a `LazyTensor` per tensor.
 
-    An OrderedDict becomes a dict and a parameter its tensor; devices are ignored. Tensors that are the same view of the
-    same storage are the same object. Only the pickle is read here; each tensor is read on access.
+    An OrderedDict becomes a dict, a parameter becomes its tensor, and devices are ignored. Tensors that are the same
+    view of the same storage are the same object. Only the pickle is read here; each tensor is read on access.
 
     Raises `CheckpointError` for any other type of object, with its name, and for a damaged file.
     """
@@ -51,9 +51,9 @@ def read_file(path: str | Path) -> Any:
     start = file.read(0, min(len(_LEGACY), file.size))
     if not start.startswith(_ZIP):
         if start == _LEGACY:
-            raise CheckpointError(f"{quoted(file.path)} is in the format of torch before 1.6; {_AGAIN}")
+            raise CheckpointError(f"{quoted(file.path)} is in the format of torch before 1.6; {_SAVE_AGAIN}")
         if start.startswith(_BARE_PICKLES):
-            raise CheckpointError(f"{quoted(file.path)} is a pickle that torch.save did not write; {_AGAIN}")
+            raise CheckpointError(f"{quoted(file.path)} is a pickle that torch.save did not write; {_SAVE_AGAIN}")
         raise CheckpointError(f"{quoted(file.path)} is not a file of torch, or is damaged")
     return _Saved(Archive.open(file)).read()
 
@@ -106,7 +106,7 @@ class _Saved:
             )
         order = names.get(f"{self._root}/byteorder")
         if order is not None and (order.size != 6 or self._archive.read(order.name) != b"little"):
-            raise CheckpointError(f"{self._where} was written on a big-endian machine; {_AGAIN}")
+            raise CheckpointError(f"{self._where} was written on a big-endian machine; {_SAVE_AGAIN}")
 
     def _symbols(self) -> dict[tuple[str, str], Symbol]:
         """Return everything that a pickle may name, with its meaning."""
@@ -130,16 +130,16 @@ class _Saved:
 
     def _ordered_dict(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
         if arguments:
-            raise self._refuse("makes an OrderedDict of something")
+            raise self._refuse("passes arguments to OrderedDict")
         return {}
 
     def _size(self, arguments: tuple[Any, ...]) -> tuple[int, ...]:
         if len(arguments) != 1 or not _are_sizes(arguments[0]):
-            raise self._refuse("has a torch.Size that is not one of sizes")
+            raise self._refuse("has a torch.Size whose argument is not a tuple of sizes")
         return arguments[0]
 
     def _parameter(self, arguments: tuple[Any, ...]) -> LazyTensor:
-        if len(arguments) != 3 or not isinstance(arguments[0], LazyTensor) or not _is_nothing(arguments[2]):
+        if len(arguments) != 3 or not isinstance(arguments[0], LazyTensor) or not _are_empty(arguments[2]):
             raise self._refuse("has a parameter whose arguments are not a tensor and a bool")
         return arguments[0]
 
@@ -157,7 +157,7 @@ class _Saved:
         if count * dtype.itemsize != record.size:
             raise self._refuse(
                 f"has a storage of {quoted(count)} times {dtype.itemsize} bytes in the record {quoted(name)}, which "
-                f"has {record.size}"
+                f"has {record.size} bytes"
             )
         storage = self._storages.setdefault(key, _Storage(name, dtype, record.size))
         if storage.dtype != dtype:
@@ -168,7 +168,7 @@ class _Saved:
         """`(storage, offset, shape, strides, requires_grad, hooks[, metadata])`, counted in elements."""
         match arguments:
             case (_Storage() as storage, offset, shape, strides, bool(), hooks, *metadata):
-                if _is_nothing(hooks, *metadata) and len(metadata) <= 1:
+                if _are_empty(hooks, *metadata) and len(metadata) <= 1:
                     return self._tensor(storage, storage.dtype, offset, shape, strides)
         raise self._refuse(
             "describes a tensor in a way that torch does not: with hooks or metadata, or with missing arguments"
@@ -178,7 +178,7 @@ class _Saved:
         """`(storage, offset, shape, strides, requires_grad, hooks, dtype[, metadata])`."""
         match arguments:
             case (_Storage() as storage, offset, shape, strides, bool(), hooks, Symbol(value=np.dtype() as dtype), *m):
-                if _is_nothing(hooks, *m) and len(m) <= 1:
+                if _are_empty(hooks, *m) and len(m) <= 1:
                     return self._tensor(storage, dtype, offset, shape, strides)
         raise self._refuse(
             "describes a tensor in a way that torch does not: with hooks or metadata, or with missing arguments"
@@ -191,14 +191,14 @@ class _Saved:
             raise self._refuse(f"has more than {MOST_TENSORS} tensors")
         where = f"has a tensor in the record {quoted(storage.record)}"
         if not (_are_sizes(shape) and _are_sizes(strides) and _are_sizes((offset,)) and len(shape) == len(strides)):
-            raise self._refuse(f"{where} whose offset, shape or strides are negative, too large or no integers")
+            raise self._refuse(f"{where} whose offset, shape or strides are negative, too large or not integers")
         strides = tuple(stride if size > 1 else 0 for size, stride in zip(shape, strides, strict=True))
         count = math.prod(shape)
         reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + 1 if count else 0
-        there = storage.nbytes // dtype.itemsize
-        if offset + reach > there or math.prod(size or 1 for size in shape) >= _MOST_SIZE:
+        available = storage.nbytes // dtype.itemsize
+        if offset + reach > available or math.prod(size or 1 for size in shape) >= _MOST_SIZE:
             raise self._refuse(f"{where} that is larger than the record")
-        if count > there:
+        if count > available:
             raise self._refuse(f"{where} that repeats its elements; make it contiguous and save it again")
         key = (storage.record, dtype, offset, shape, strides)
         if key not in self._entries:
@@ -224,6 +224,6 @@ def _are_sizes(values: Any) -> bool:
     return are_sizes(values, tuple, most=_MOST_SIZE - 1)
 
 
-def _is_nothing(*values: Any) -> bool:
+def _are_empty(*values: Any) -> bool:
     """Whether hooks and metadata are empty, as torch writes them for plain tensors."""
     return all(value is None or (type(value) is dict and not value) for value in values)

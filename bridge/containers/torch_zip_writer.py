@@ -101,7 +101,7 @@ class _Pickled:
         return pickle.MARK + b"".join(map(self._of, values))
 
     def _tensor(self, entry: LazyTensor) -> bytes:
-        """The call `_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
+        """Pickle the call `_rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
         if entry.dtype not in STORAGES:
             raise CheckpointError(f"torch cannot hold {entry.dtype}")
         key = self._keys.setdefault(id(entry), len(self._keys))

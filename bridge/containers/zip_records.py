@@ -1,6 +1,6 @@
 """A strict reader of zip archives with uncompressed records, as torch writes them.
 
-Zip readers interpret inconsistent files differently, so one reader may check other bytes than another one loads.
+Zip readers interpret inconsistent files differently, so a scanner may check other bytes than the loader reads.
 Everything that torch does not write is therefore refused: compression, encryption, trailing comments, records that
 share bytes or names, and headers that differ from the directory.
 
@@ -77,7 +77,7 @@ class Archive:
             if crc != record.crc:
                 raise CheckpointError(
                     f"{quoted(self.file.path)}: {quoted(name)} does not match its checksum (CRC-32); the file is "
-                    "damaged, download it again"
+                    "damaged; download it again"
                 )
             self._intact.add(name)
         return part
@@ -107,7 +107,7 @@ def _records(file: StoredFile) -> dict[str, Record]:
         names.add(record.name.lower())
         records[record.name] = record
     if position != size:
-        raise _contradicts(file, "its directory is longer than its records")
+        raise _damaged(file, "its directory is longer than its records")
     return records
 
 
@@ -115,29 +115,29 @@ def _directory(file: StoredFile) -> tuple[int, int, int]:
     """Return the position of the directory, its size in bytes and the number of records (4.3.16, 4.3.14)."""
     end_at = file.size - _END.size
     if end_at < 0:
-        raise _contradicts(file, "it is truncated or not a zip file")
-    magic, *disks, here, count, size, start, comment = _END.unpack(file.read(end_at, _END.size))
+        raise _damaged(file, "it is truncated or not a zip file")
+    magic, *disks, on_disk, count, size, start, comment = _END.unpack(file.read(end_at, _END.size))
     if magic != b"PK\5\6" or comment:
-        raise _contradicts(file, "it is truncated, or has data after its end")
+        raise _damaged(file, "it is truncated, or has data after its end")
     ends_at = end_at
     locator_at = end_at - _LOCATOR64.size
     located = file.read(locator_at, _LOCATOR64.size) if locator_at >= 0 else b""
     if located.startswith(b"PK\6\7"):
         _, disk, ends_at, disks_in_all = _LOCATOR64.unpack(located)
         if disk or disks_in_all > 1 or ends_at + _END64.size != locator_at:
-            raise _contradicts(file, "its end record is not at the position that it states")
-        magic, length, _, _, *wide_disks, wide_here, wide_count, wide_size, wide_start = _END64.unpack(
+            raise _damaged(file, "its end record is not at the position that it states")
+        magic, length, _, _, *wide_disks, wide_on_disk, wide_count, wide_size, wide_start = _END64.unpack(
             file.read(ends_at, _END64.size)
         )
         if magic != b"PK\6\6" or length != _END64.size - 12:
-            raise _contradicts(file, "its end record is not at the position that it states")
-        pairs = ((here, wide_here), (count, wide_count), (size, wide_size), (start, wide_start))
+            raise _damaged(file, "its end record is not at the position that it states")
+        pairs = ((on_disk, wide_on_disk), (count, wide_count), (size, wide_size), (start, wide_start))
         if any(narrow not in (wide, _SEE_ZIP64_16, _SEE_ZIP64_32) for narrow, wide in pairs):
-            raise _contradicts(file, "its two end records differ")
+            raise _damaged(file, "its two end records differ")
         disks += wide_disks
-        here, count, size, start = wide_here, wide_count, wide_size, wide_start
-    if any(disks) or here != count or start + size != ends_at:
-        raise _contradicts(file, "its directory is not at the position that it states")
+        on_disk, count, size, start = wide_on_disk, wide_count, wide_size, wide_start
+    if any(disks) or on_disk != count or start + size != ends_at:
+        raise _damaged(file, "its directory is not at the position that it states")
     return start, size, count
 
 
@@ -145,7 +145,7 @@ def _record(file: StoredFile, directory: bytes, position: int, data_end: int) ->
     """Return a record of the directory (4.3.12), checked against its local header (4.3.7), and the next position."""
     fixed = directory[position : position + _CENTRAL.size]
     if len(fixed) < _CENTRAL.size or not fixed.startswith(b"PK\1\2"):
-        raise _contradicts(file, "its directory is damaged")
+        raise _damaged(file, "its directory is damaged")
     _, _, _, flags, method, _, _, crc, stored, size, *lengths, disk, _, external, header = _CENTRAL.unpack(fixed)
     position += _CENTRAL.size
     parts = []
@@ -153,11 +153,11 @@ def _record(file: StoredFile, directory: bytes, position: int, data_end: int) ->
         parts.append(directory[position : position + length])
         position += length
     if position > len(directory):
-        raise _contradicts(file, "its directory is damaged")
+        raise _damaged(file, "its directory is damaged")
     try:
         name = parts[0].decode()
     except UnicodeDecodeError:
-        raise _contradicts(file, "a record's name is not UTF-8") from None
+        raise _damaged(file, "a record's name is not UTF-8") from None
     size, stored, header = _wide(file, name, parts[1], [size, stored, header])
     if flags & ~(_SIZES_FOLLOW | _UTF8) or method or stored != size or disk:
         raise CheckpointError(
@@ -165,10 +165,10 @@ def _record(file: StoredFile, directory: bytes, position: int, data_end: int) ->
             "load it with torch and torch.save it again"
         )
     if external & _DIRECTORY:
-        raise _contradicts(file, f"{quoted(name)} is marked as a directory, which torch would read as zeros")
+        raise _damaged(file, f"{quoted(name)} is marked as a directory, which torch would read as zeros")
     data = _data_start(file, parts[0], header, flags, crc, size)
     if data + size > data_end:
-        raise _contradicts(file, f"{quoted(name)} is outside the data")
+        raise _damaged(file, f"{quoted(name)} is outside the data")
     return Record(name, header, data, size, crc), position
 
 
@@ -179,12 +179,12 @@ def _wide(file: StoredFile, name: str, extra: bytes, values: list[int]) -> list[
         kind, length = struct.unpack("<2H", extra[position : position + 4].ljust(4, b"\xff"))
         position += 4 + length
         if position > len(extra) or (kind == _ZIP64_EXTRA and wide):
-            raise _contradicts(file, f"the extra fields of {quoted(name)} are damaged")
+            raise _damaged(file, f"the extra fields of {quoted(name)} are damaged")
         if kind == _ZIP64_EXTRA:
             wide = extra[position - length : position]
     missing = [i for i, value in enumerate(values) if value == _SEE_ZIP64_32]
     if len(wide) < 8 * len(missing):
-        raise _contradicts(file, f"the size of {quoted(name)} is missing")
+        raise _damaged(file, f"the size of {quoted(name)} is missing")
     for i, value in zip(missing, struct.unpack_from(f"<{len(missing)}Q", wide), strict=True):
         values[i] = value
     return values
@@ -201,7 +201,7 @@ def _data_start(file: StoredFile, name: bytes, at: int, flags: int, crc: int, si
     )
     same_name = name_length == len(name) and fixed[_LOCAL.size :] == name
     if magic != b"PK\3\4" or own_flags != flags or method or not agrees or not same_name:
-        raise _contradicts(file, f"the header of {quoted(name.decode())} differs from the directory")
+        raise _damaged(file, f"the header of {quoted(name.decode())} differs from the directory")
     return at + _LOCAL.size + name_length + extra_length
 
 
@@ -209,9 +209,9 @@ def _require_disjoint(file: StoredFile, records: Mapping[str, Record]) -> None:
     end = 0
     for record in sorted(records.values(), key=lambda record: record.header):
         if record.header < end:
-            raise _contradicts(file, f"{quoted(record.name)} shares bytes with another record")
+            raise _damaged(file, f"{quoted(record.name)} shares bytes with another record")
         end = record.data + record.size
 
 
-def _contradicts(file: StoredFile, why: str) -> CheckpointError:
+def _damaged(file: StoredFile, why: str) -> CheckpointError:
     return CheckpointError(f"{quoted(file.path)} is damaged, or is not a zip file of torch: {why}")

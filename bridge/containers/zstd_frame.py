@@ -10,9 +10,11 @@ from collections.abc import Callable
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _MOST_BLOCK = 2**17
 _FEWEST_BLOCKS, _SMALLEST_BLOCK = 64, 2**12
-"""libzstd splits a block of 128 KiB into parts of at least 8 KiB."""
+"""A frame may have 64 blocks, and one more for each 4 KiB of content. libzstd splits a block of 128 KiB into parts of
+at least 8 KiB."""
 _SMALLEST_UNCOMPRESSED = 2**8
-"""An encoder fills a block before it starts the next one. Many tiny blocks would only cost time."""
+"""Smallest content of a raw or RLE block before the last block. An encoder fills a block before it starts the next, and
+many tiny blocks would only cost time."""
 _RAW, _RLE, _COMPRESSED = range(3)
 _DICTIONARY_BYTES = (0, 1, 2, 4)
 

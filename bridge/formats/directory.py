@@ -25,7 +25,7 @@ CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:
-    """Return `path` if it is a `recognised` file, or the recognised files with a suffix in the directory `path`."""
+    """Return `path` if it is a `recognised` file, or the recognised files in a directory with one of the `suffixes`."""
     if path.is_dir():
         return [p for p in sorted(path.iterdir()) if p.suffix in suffixes and p.is_file() and recognised(p)]
     return [path] if path.is_file() and recognised(path) else []
@@ -74,9 +74,9 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
-    """Return the configuration of a directory of this project, and all fields of its file.
+    """Return the configuration in a `config.json` of this project, and the Hugging Face fields of the file.
 
-    The fields are Hugging Face's and `bias`, the one setting that Hugging Face's GPT-2 does not have.
+    The file has Hugging Face's fields and `bias`, the one setting that Hugging Face's GPT-2 does not have.
     """
     fields = read_json(path)
     has_bias = fields.pop("bias", True)
@@ -84,7 +84,7 @@ def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
 
 
 def write_config(path: Path, config: GPT2Config, extra: Mapping[str, Any] | None = None) -> None:
-    """What `read_config` reads."""
+    """Write the file that `read_config` reads."""
     fields = replace(config, bias=True).to_hf(extra)
     write_json(path, fields if config.bias else {**fields, "bias": False})
 
@@ -94,7 +94,9 @@ def tensors_of_tree(stored: Mapping[str, LazyTensor], config: GPT2Config, where:
 
     Args:
         stored: path in the tree (`h_0/attn/c_attn/kernel`) -> leaf.
-        where: the file, for the `ConversionError` that lists every leaf that does not match the configuration.
+        where: the path of the file, for messages.
+
+    Raises a `ConversionError` that lists every leaf that does not match the configuration.
     """
     expected = {"/".join(p.flax_path): p for p in parameters(config)}
     if problems := differences({path: p.flax_shape for path, p in expected.items()}, stored):

@@ -1,8 +1,8 @@
 """This project's own directory: `config.json` and the Flax tree in one safetensors file.
 
-Tensor names are the tree's paths (`h_0/attn/c_attn/kernel`), shapes are Flax's, one layer at a time;
-`flax.traverse_util.unflatten_dict(safetensors.flax.load_file(file), sep="/")` gives the parameter tree
-without this project.
+Tensor names are the paths of the tree (`h_0/attn/c_attn/kernel`), shapes are Flax's, and layers are not stacked.
+`flax.traverse_util.unflatten_dict(safetensors.flax.load_file(file), sep="/")` returns the parameter tree without this
+project.
 """
 
 from __future__ import annotations

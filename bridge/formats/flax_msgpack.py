@@ -1,7 +1,7 @@
 """transformers 4's Flax checkpoints: `config.json` with `flax_model.msgpack`, whole or in shards.
 
-Names are those of `FlaxGPT2LMHeadModel`. Kernels are `[out, in]`, the layout of `FlaxConv1D`, except that of an untied
-head, which is a `Dense` and `[in, out]`. `FlaxGPT2Model` has no head, and its tree has no `transformer`.
+Names are those of `FlaxGPT2LMHeadModel`. Kernels are `[out, in]`, the layout of `FlaxConv1D`. The kernel of an untied
+head is `[in, out]`, the layout of `Dense`. A tree of `FlaxGPT2Model` has no head and no `transformer` level.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _is_bare(stored: Mapping[str, LazyTensor]) -> bool:
 
 
 def _path(parameter: Parameter) -> str:
-    """`transformer/h/3/attn/c_attn/kernel`."""
+    """Return the path of a parameter in the file, for example `transformer/h/3/attn/c_attn/kernel`."""
     *modules, leaf = parameter.flax_path
     if modules == ["lm_head"]:
         return _HEAD
@@ -110,10 +110,9 @@ def _as_stored(entry: LazyTensor, parameter: Parameter) -> LazyTensor:
 
 def _diagnostics(stored: Mapping[str, LazyTensor], config: GPT2Config) -> tuple[str, ...]:
     notes = [
-        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: there the "
-        "model computes another function"
-        for name, obeyed in _IGNORED.items()
-        if getattr(config, name) != obeyed
+        f"{name}={getattr(config, name)!r}, which transformers 4's Flax ignores: its output differs from this model's"
+        for name, hard_coded in _IGNORED.items()
+        if getattr(config, name) != hard_coded
     ]
     if _is_bare(stored):
         notes.append("the file has no head, because it was saved from FlaxGPT2Model; the head is tied")

@@ -24,9 +24,9 @@ class Format:
     their index) in a directory; or the directory itself, if it is one checkpoint. It reads no weights, skips unreadable
     files and raises no `BridgeError`."""
     read: Callable[..., Checkpoint]
-    """`read(path)` reads a result of `find`: canonical names and layout, lazy tensors. For a single file,
-    `read(path, config_json=...)` also gets the `config.json` that describes the file, or None. Unless the format
-    `states_activation`, it also gets `activation=...`, a name or None."""
+    """`read(path)` reads a checkpoint that `find` returned, as lazy tensors with canonical names and layout. For a
+    single file, `read(path, config_json=...)` also gets the `config.json` that describes the file, or None. Unless the
+    format `states_activation`, it also gets `activation=...`, a name or None."""
     write: Callable[..., tuple[str, ...]] | None = None
     """`write(checkpoint, target, **options)` fills an empty directory, or writes a new file. It returns one sentence
     for each thing that the format cannot store. The caller makes it atomic. None for a read-only format."""
@@ -42,7 +42,7 @@ class Format:
     states_activation: bool = True
     """Whether a file of the format determines the activation."""
     family: str | None = None
-    """Formats of one family are forms of one model if they are in one directory."""
+    """Files of one family in the same directory are alternative forms of one model, not several checkpoints."""
 
     @property
     def written_names(self) -> str:

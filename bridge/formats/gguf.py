@@ -123,7 +123,7 @@ def read(file: Path, config_json: Path | None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """Raises `ConfigError` or `ConversionError` that names what GGUF's GPT-2 cannot store."""
+    """Write a GGUF file. Raises `ConfigError` or `ConversionError` if GGUF's GPT-2 cannot store the model."""
     _require_storable(checkpoint)
     config, entries = checkpoint.config, checkpoint.tensors.entries
     tokenizer, not_stored = _tokenizer(checkpoint)
@@ -139,7 +139,7 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
         **tokenizer,
     }
     write_file(file, metadata, stored)
-    return (*left_out(config, held=GPT2Config()), *not_stored)
+    return (*left_out(config, stored=GPT2Config()), *not_stored)
 
 
 def _require_storable(checkpoint: Checkpoint) -> None:
@@ -191,8 +191,10 @@ def _config(metadata: Mapping[str, Value], stored: LazyTensorMap, file: Path) ->
         tie_word_embeddings=_HEAD not in stored,
         **sizes,
     )
-    if config.n_layer > len(stored):  # before that many names are generated
-        raise ConversionError(f"{quoted(file)}: gpt2.block_count is {config.n_layer}, with {len(stored)} tensors")
+    if config.n_layer > len(stored):  # checked before the names of all layers are generated
+        raise ConversionError(
+            f"{quoted(file)}: gpt2.block_count is {config.n_layer}, but there are {len(stored)} tensors"
+        )
     _require_plain_gpt2(metadata, config, file)
     return config
 
@@ -294,7 +296,7 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...
     except TokenizerError as error:
         return none, (f"its tokenizer, which cannot be read: {error}",)
     if encoding._pat_str not in SPELLINGS_OF_WORDS:
-        return none, (f"its tokenizer {quoted(encoding.name)}: it is not byte-level BPE with GPT-2's words",)
+        return none, (f"its tokenizer {quoted(encoding.name)}: it is not byte-level BPE with GPT-2's pre-tokenizer",)
     return metadata_of(encoding, checkpoint.config.vocab_size), ()
 
 

@@ -1,7 +1,7 @@
 """Hugging Face directories: `config.json` with safetensors or torch's `.bin`, whole or in shards.
 
 Reads files of all versions of transformers: names with or without `transformer.`, LayerNorms with `gamma` and `beta`,
-causal-mask buffers beside the weights, a tied head stored or not.
+causal-mask buffers beside the weights, and tied heads that are stored or omitted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
 
     def write_shard(file: Path, tensors: LazyTensorMap) -> None:
-        write_file(file, tensors, {"format": "pt"})  # transformers refuses files without it
+        write_file(file, tensors, {"format": "pt"})  # transformers rejects files without this entry
 
     write_shards(directory, "model", "safetensors", entries, max_shard_bytes, write_shard)
     carry_files(checkpoint, directory)

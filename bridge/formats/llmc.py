@@ -1,7 +1,7 @@
 """llm.c's `model.bin`: a header of 256 int32, then the parameters, each kind stacked over the layers.
 
-Projections are `[out, in]`, the vocabulary is padded, and the head is tied and not stored. llm.c's programs fix what
-the file does not state: GPT-2's own activation, epsilon and widths, and biases everywhere.
+Projections are `[out, in]`, the vocabulary is padded, and the head is tied and not stored. llm.c's programs hard-code
+all other settings: GPT-2's own activation, epsilon and widths, and biases everywhere.
 Source: llm.c, `write_model` in train_gpt2.py and `gpt2_build_from_checkpoint` in train_gpt2.cu.
 """
 
@@ -73,14 +73,17 @@ def read(path: Path, config_json: Path | None) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """Raises `ConfigError` or `ConversionError` that names what llm.c cannot store."""
+    """Write a `model.bin`. Raises `ConfigError` or `ConversionError` if llm.c cannot store the model."""
     config, tensors = checkpoint.config, checkpoint.tensors
     require_implied(config, "llm.c", {"n_inner": 4 * config.n_embd, **_IMPLIED})
     require_dtypes(tensors, "llm.c", VERSIONS.values())
     dtype = tensors.entries["wte.weight"].dtype
-    if unlike := [f"{name} holds {entry.dtype}" for name, entry in tensors.entries.items() if entry.dtype != dtype]:
-        raise ConversionError(f"llm.c has one dtype for all, wte.weight holds {dtype}:\n" + bullet_list(unlike))
-    version = next(number for number, held in VERSIONS.items() if held == dtype)
+    if mismatched := [f"{name} holds {entry.dtype}" for name, entry in tensors.entries.items() if entry.dtype != dtype]:
+        raise ConversionError(
+            f"llm.c stores all tensors in one dtype; these differ from wte.weight, which holds {dtype}:\n"
+            + bullet_list(mismatched)
+        )
+    version = next(number for number, stored in VERSIONS.items() if stored == dtype)
     rows = padded_vocab_size(config.vocab_size, VOCAB_MULTIPLE)
     header = np.zeros(256, _HEADER)
     header[:8] = [MAGIC, version, *(getattr(config, field) for field in _FIELDS), rows]
@@ -91,7 +94,7 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
             write_array(out, p.torch_name, transposed(entry) if p.is_projection else entry)
             if p.has_vocabulary_rows:
                 out.write(bytes((rows - config.vocab_size) * config.n_embd * dtype.itemsize))
-    return left_out(config, held=GPT2Config())
+    return left_out(config, stored=GPT2Config())
 
 
 def _magic(file: Path) -> int:
@@ -109,7 +112,7 @@ def _is_known(file: Path) -> bool:
 def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
     """Return the sizes, the dtype and the rows of the embedding, validated against the length of the file."""
     if file.size < _HEADER_BYTES:
-        raise CheckpointError(f"{quoted(file.path)}: {file.size} bytes, truncated within llm.c's header")
+        raise CheckpointError(f"{quoted(file.path)}: {file.size} bytes; the file is truncated within llm.c's header")
     header = np.frombuffer(file.read(0, _HEADER_BYTES), _HEADER).tolist()
     magic, version, *sizes = header[:7]
     rows = header[7]
@@ -117,8 +120,8 @@ def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
         raise CheckpointError(f"{quoted(file.path)} is not a model: it is {OTHER_FILES[magic]}")
     if version not in VERSIONS:
         raise CheckpointError(
-            f"{quoted(file.path)}: version {version} of llm.c's model; 3 (float32) and 5 (bfloat16) are read, write it "
-            "again with a newer llm.c"
+            f"{quoted(file.path)}: version {version} of llm.c's model is not supported, only 3 (float32) and 5 "
+            "(bfloat16); write it again with a newer llm.c"
         )
     if any(header[8:]):
         raise CheckpointError(f"{quoted(file.path)}: the unused part of llm.c's header is not zero; it is damaged")
@@ -131,14 +134,14 @@ def _header(file: StoredFile) -> tuple[GPT2Config, np.dtype, int]:
     needed = _HEADER_BYTES + dtype.itemsize * (num_parameters(config) + (rows - config.vocab_size) * config.n_embd)
     if file.size != needed:
         raise CheckpointError(
-            f"{quoted(file.path)}: {file.size} bytes, the sizes in its header need {quoted(needed)}; it is damaged or "
-            "truncated"
+            f"{quoted(file.path)}: {file.size} bytes, but the sizes in its header need {quoted(needed)}; it is damaged "
+            "or truncated"
         )
     return config, dtype, rows
 
 
 def _places(config: GPT2Config, dtype: np.dtype, rows: int) -> Iterator[tuple[Parameter, int]]:
-    """Yield the parameters in file order, each with the offset of its first byte."""
+    """Yield each parameter, in file order, with the offset of its first byte."""
     position = _HEADER_BYTES
     for p in _in_order(config):
         yield p, position
@@ -147,7 +150,7 @@ def _places(config: GPT2Config, dtype: np.dtype, rows: int) -> Iterator[tuple[Pa
 
 
 def _in_order(config: GPT2Config) -> Iterator[Parameter]:
-    """Embeddings, then each kind of layers' parameter for all layers, then the last LayerNorm."""
+    """Yield the parameters in file order: embeddings, each parameter of a layer for all layers, the final LayerNorm."""
     kinds: dict[tuple[str, ...], list[Parameter]] = {}
     for p in parameters(config):
         kinds.setdefault(p.flax_path if p.layer is None else p.flax_path[1:], []).append(p)

@@ -50,12 +50,12 @@ _ALWAYS_THERE = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-"""`model_args` -> our name. `dropout` sets three rates here; older files have no `bias`."""
+"""Field of `model_args` -> field of `GPT2Config`. `dropout` sets three rates here; older files have no `bias`."""
 
 _EXACT, _TANH = "gelu", "gelu_new"
 
 _PROGRESS = ("iter_num", "best_val_loss", "config")
-_NO_LOSS_YET = 1e9  # as train.py has it
+_NO_LOSS_YET = 1e9  # the initial value in train.py
 
 _DECAYING = Hyperparameters(learning_rate=6e-4, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
 _PLAIN_ADAMW = {
@@ -67,7 +67,7 @@ _PLAIN_ADAMW = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
-_MOST_PICKLE = 2**22  # bytes; GPT-2 XL's, with its optimizer, has 0.3 MB
+_MOST_PICKLE = 2**22  # bytes; the pickle of GPT-2 XL and its optimizer has 0.3 MB
 
 
 def find(path: Path) -> list[Path]:
@@ -89,15 +89,16 @@ def read(file: Path, config_json: Path | None, activation: str | None = None) ->
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """Write a file that nanoGPT can sample from and resume. Without an optimizer, write one at step 0.
+    """Write a file that nanoGPT can sample from and resume.
 
-    nanoGPT has one dropout rate. If the three rates differ, `resid_pdrop` is written.
+    Without an optimizer state, an initial one at step 0 is written. nanoGPT has one dropout rate. If the three rates
+    differ, `resid_pdrop` is written.
     """
     config, progress, adamw = checkpoint.config, checkpoint.progress, checkpoint.optimizer
     _require_nanogpt(config)
     rate = config.resid_pdrop
     entries = {f"transformer.{name}": e for name, e in _transposed(checkpoint.tensors, _projections(config)).items()}
-    optimizer, unsaid = _optimizer(adamw, config)
+    optimizer, not_stored = _optimizer(adamw, config)
     saved = {
         "model": {**entries, "lm_head.weight": entries["transformer.wte.weight"]},
         "optimizer": optimizer,
@@ -111,8 +112,8 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
         "config": progress.get("config", {}),
     }
     write_file(file, saved)
-    held = replace(config, embd_pdrop=rate, attn_pdrop=rate, initializer_range=GPT2Config.initializer_range)
-    return left_out(config, held) + unsaid
+    stored = replace(config, embd_pdrop=rate, attn_pdrop=rate, initializer_range=GPT2Config.initializer_range)
+    return left_out(config, stored) + not_stored
 
 
 def _is_nanogpt(file: Path) -> bool:
@@ -123,10 +124,10 @@ def _is_nanogpt(file: Path) -> bool:
 
 def _checkpoint(file: Path, saved: Any, config_json: Path | None, activation: str | None) -> Checkpoint:
     if not isinstance(saved, dict):
-        raise CheckpointError(f"it holds a {type(saved).__name__}, not what nanoGPT saves")
+        raise CheckpointError(f"it holds a {type(saved).__name__}; nanoGPT saves a dict")
     config, stored = _config(saved.get("model_args")), _stored(saved.get("model"))
-    if config.n_layer > len(stored):  # before every layer's parameters are named
-        raise ConversionError(f"n_layer={config.n_layer}, and model has only {len(stored)} tensors")
+    if config.n_layer > len(stored):  # checked before the names of all layers are generated
+        raise ConversionError(f"n_layer={config.n_layer}, but model has only {len(stored)} tensors")
     adamw, is_old = _adamw(saved.get("optimizer"), config)
     notes = _diagnostics(saved, stored)
     is_old = is_old or "bias" not in saved["model_args"]
@@ -180,7 +181,9 @@ def _config(model_args: Any) -> GPT2Config:
     try:
         return GPT2Config(**values, bias=model_args.get("bias", True), activation_function=_EXACT)
     except ConfigError as error:
-        raise ConfigError(f"model_args, with block_size as n_positions and dropout as three: {error}") from error
+        raise ConfigError(
+            f"model_args (block_size is n_positions here, and dropout is three rates): {error}"
+        ) from error
 
 
 def _stored(model: Any) -> dict[str, LazyTensor]:
@@ -197,7 +200,7 @@ def _stored(model: Any) -> dict[str, LazyTensor]:
 
 
 def _projections(config: GPT2Config) -> frozenset[str]:
-    """The parameters that `nn.Linear` stores as `[out, in]`."""
+    """Return the names of the parameters that `nn.Linear` stores as `[out, in]`."""
     return frozenset(p.torch_name for p in parameters(config) if p.is_projection)
 
 
@@ -207,7 +210,7 @@ def _transposed(tensors: LazyTensorMap, names: Collection[str]) -> dict[str, Laz
 
 
 def _canonical_layout(stored: Mapping[str, LazyTensor], config: GPT2Config) -> LazyTensorMap:
-    """Return the tensors by name, without a head that shares the embedding's memory."""
+    """Return the tensors in the canonical layout, without a head that shares the embedding's memory."""
     given = canonical_names(stored)
     head, embedding = given.get("lm_head.weight"), stored.get(given.get("wte.weight", ""))
     kept = {name: entry for name, entry in stored.items() if name != head or entry is not embedding}
@@ -222,13 +225,14 @@ def _adamw(state: Any, config: GPT2Config) -> tuple[AdamWState | None, bool]:
         return None, False
     sizes = optimizer_state.group_sizes(state)
     layouts = _groups(config), _old_groups(config)
-    spelled = [[len(names) for names in layout] for layout in layouts]
-    if sizes not in spelled:
+    known_sizes = [[len(names) for names in layout] for layout in layouts]
+    if sizes not in known_sizes:
         raise ConversionError(
-            f"optimizer has groups of {quoted(sizes)} parameters; nanoGPT makes {spelled[0]} for this model, and made "
-            f"{spelled[1]} before June 2023. To take the model alone, delete `optimizer` from the file with torch"
+            f"optimizer has groups of {quoted(sizes)} parameters; nanoGPT makes {known_sizes[0]} for this model, and "
+            f"made {known_sizes[1]} before June 2023. To convert only the model, delete `optimizer` from the file with "
+            "torch"
         )
-    is_old = sizes == spelled[1]
+    is_old = sizes == known_sizes[1]
     order = [name for names in layouts[is_old] for name in names]
     return optimizer_state.from_torch(state, order, config, transposed=_projections(config)), is_old
 
@@ -239,7 +243,7 @@ def _groups(config: GPT2Config) -> list[list[str]]:
 
 
 def _old_groups(config: GPT2Config) -> list[list[str]]:
-    """The two groups before June 2023: only projections had weight decay, and names were sorted as text."""
+    """Return the two groups before June 2023: only projections had weight decay, and names were sorted as text."""
     return [sorted(p.torch_name for p in parameters(config) if p.is_projection is decays) for decays in (True, False)]
 
 
@@ -263,7 +267,7 @@ def _diagnostics(saved: Mapping[str, Any], stored: Mapping[str, LazyTensor]) -> 
     if dropped := len(stored) - len(canonical_names(stored)):
         notes.append(f"{dropped} causal-mask buffers were left out")
     if unread := [quoted(name) for name in saved if name not in ("model", "model_args", "optimizer", *_PROGRESS)]:
-        notes.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not write and which was not read")
+        notes.append(f"the file also has {', '.join(unread[:10])}, which nanoGPT does not write; this was not read")
     return tuple(notes)
 
 
@@ -287,11 +291,11 @@ def _require_nanogpt(config: GPT2Config) -> None:
 def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the `state_dict()` of nanoGPT's AdamW, and a sentence about hyperparameters that it cannot store."""
     own = adamw.hyperparameters if adamw else {}
-    groups, unlike = [], []
+    groups, mismatched = [], []
     number = itertools.count()
-    for names, usual in zip(_groups(config), (_DECAYING, replace(_DECAYING, weight_decay=0.0)), strict=True):
-        common = Counter(own.get(name, usual) for name in names).most_common(1)[0][0]
-        unlike += [name for name in names if own.get(name, common) != common]
+    for names, default in zip(_groups(config), (_DECAYING, replace(_DECAYING, weight_decay=0.0)), strict=True):
+        common = Counter(own.get(name, default) for name in names).most_common(1)[0][0]
+        mismatched += [name for name in names if own.get(name, common) != common]
         groups.append(
             {
                 "lr": common.learning_rate,
@@ -304,8 +308,8 @@ def _optimizer(adamw: AdamWState | None, config: GPT2Config) -> tuple[dict[str, 
         )
     order = [name for names in _groups(config) for name in names]
     state = dict(enumerate(_torch_state(adamw, order, config))) if adamw and adamw.step else {}
-    unsaid = f"AdamW's settings for {', '.join(unlike)}: nanoGPT has one for all that decay and one for the others"
-    return {"state": state, "param_groups": groups}, (unsaid,) if unlike else ()
+    not_stored = f"AdamW's settings for {', '.join(mismatched)}: nanoGPT has one set for each of its two groups"
+    return {"state": state, "param_groups": groups}, (not_stored,) if mismatched else ()
 
 
 def _torch_state(adamw: AdamWState, order: Sequence[str], config: GPT2Config) -> Iterator[dict[str, LazyTensor]]:
@@ -316,7 +320,7 @@ def _torch_state(adamw: AdamWState, order: Sequence[str], config: GPT2Config) ->
         raise ConversionError("the optimizer's moments are not this model's:\n" + bullet_list(problems))
     first, second = (_transposed(moment, _projections(config)) for moment in (exp_avg, exp_avg_sq))
     for name in order:
-        step = np.asarray(adamw.step, np.float32)  # torch counts in float32
+        step = np.asarray(adamw.step, np.float32)  # torch stores step counts as float32
         yield {"step": LazyTensor.of(step), "exp_avg": first[name], "exp_avg_sq": second[name]}
 
 

@@ -1,7 +1,7 @@
 """OpenAI's own release: a TensorFlow 1 checkpoint with `hparams.json`, `encoder.json` and `vocab.bpe`.
 
-`hparams.json` has the sizes; the rest is what gpt-2's src/model.py computes: the tanh form of GELU, epsilon 1e-5, a
-tied head, biases. Projections are `[1, in, out]`, as convolutions of width one. It is read and not written.
+`hparams.json` has the sizes. OpenAI's src/model.py hard-codes the rest: the tanh form of GELU, epsilon 1e-5, a tied
+head, and biases. Projections are `[1, in, out]`, as convolutions of width one. This format is read-only.
 Source: https://github.com/openai/gpt-2, src/model.py and download_model.py.
 """
 
@@ -38,7 +38,7 @@ _SIZES: Mapping[str, str] = {
 }
 _KINDS: Mapping[str, str] = {"kernel": "w", "bias": "b", "scale": "g"}  # a LayerNorm's bias is b, too
 _STATE_LINE = re.compile(r'^model_checkpoint_path: "([^"]*)"\s*$', re.MULTILINE)
-# Variables that fine-tuning scripts save beside the weights: Adam's moments and beta powers, the step.
+# Variables that fine-tuning scripts save beside the weights: Adam's moments and beta powers, and the step.
 _TRAINING = re.compile(r"model/.*/Adam(_1)?|(.*/)?beta[12]_power(_1)?|(.*/)?global_step|(.*/)?counter")
 
 
@@ -51,14 +51,14 @@ def find(path: Path) -> list[Path]:
         return [path] if is_index(path) or _is_state(path) else []
     if not has_companion(path, HPARAMS):
         return []
-    there, state = _indexes(path), path / STATE
-    if not there or not has_companion(path, STATE):
-        return there
+    indexes, state = _indexes(path), path / STATE
+    if not indexes or not has_companion(path, STATE):
+        return indexes
     try:
         named = _named_by(state)
     except CheckpointError:  # `read` raises the error again
         return [state]
-    return [named if named in there else state]
+    return [named if named in indexes else state]
 
 
 def read(path: Path) -> Checkpoint:
@@ -75,8 +75,8 @@ def read(path: Path) -> Checkpoint:
             raise CheckpointError(f"{quoted(data)} is a link out of the checkpoint's directory; replace it with a copy")
     stored = read_bundle(index).entries
     weights = {name: entry for name, entry in stored.items() if not _TRAINING.fullmatch(name)}
-    if config.n_layer > len(weights):  # before that many names are generated
-        raise ConversionError(f"{quoted(index)}: n_layer is {config.n_layer}, with {len(weights)} tensors")
+    if config.n_layer > len(weights):  # checked before the names of all layers are generated
+        raise ConversionError(f"{quoted(index)}: n_layer is {config.n_layer}, but there are {len(weights)} tensors")
     expected = {_name(p): p for p in parameters(config)}
     shapes = {name: _shape(p) for name, p in expected.items()}
     if problems := differences(shapes, weights):
@@ -90,7 +90,7 @@ def _config(file: Path) -> GPT2Config:
     problems = [f"{name} is missing" for name in _SIZES if name not in hparams]
     problems += [f"{quoted(name)} is not one of {', '.join(_SIZES)}" for name in hparams if name not in _SIZES]
     if problems:
-        raise ConfigError(f"{quoted(file)} is not that of a GPT-2:\n" + bullet_list(problems))
+        raise ConfigError(f"{quoted(file)} does not describe a GPT-2:\n" + bullet_list(problems))
     sizes: dict[str, Any] = {field: hparams[name] for name, field in _SIZES.items()}
     return GPT2Config(**sizes)
 
@@ -104,7 +104,10 @@ def _is_state(file: Path) -> bool:
 
 
 def _named_by(state: Path) -> Path:
-    """Return the index that a state file names, in the state file's directory; its path may be another machine's."""
+    """Return the index that a state file names, in the directory of that file.
+
+    Only the last part of the stored path is used, because the path may be from another machine.
+    """
     found = _STATE_LINE.search(read_companion(state.parent, state.name).decode("utf-8", "replace"))
     name = found.group(1).rpartition("/")[2] if found else ""
     return state.parent / f"{name}.index"

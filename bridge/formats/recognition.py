@@ -31,12 +31,12 @@ class Found:
 
     @property
     def model(self) -> object:
-        """A key that all files with forms of the same model share."""
+        """A key that is equal for files that are forms of the same model."""
         return self.format.family or self.path
 
 
 def find_checkpoints(path: Path) -> list[Found]:
-    """Return all checkpoints in a directory, in the order of `FORMATS`. A file is only what the first format says."""
+    """Return all checkpoints in a directory, in the order of `FORMATS`. For a file, return only the first match."""
     try:
         found = [Found(format, file) for format in FORMATS.values() for file in format.find(path)]
     except OSError as error:
@@ -47,7 +47,7 @@ def find_checkpoints(path: Path) -> list[Found]:
 def choose_checkpoint(path: Path) -> tuple[Found, tuple[str, ...]] | None:
     """Return the checkpoint at `path` and a warning about unread forms of its model, or None if there is no checkpoint.
 
-    Raises `SeveralCheckpointsError` that lists the checkpoints if there are several.
+    Raises a `SeveralCheckpointsError` that lists the checkpoints if there are several.
     """
     found = find_checkpoints(path)
     if len({f.model for f in found}) > 1:

@@ -3,7 +3,7 @@
 A run is read as its checkpoint with the lowest validation loss, or its newest if none was evaluated. A path
 `RUN/checkpoints/STEP` is read as that checkpoint. Every file is first verified against the manifest; in a run, damaged
 checkpoints are skipped with a warning. If the run keeps an exponential moving average (EMA) of the weights, the average
-is read. Orbax stores arrays with tensorstore, which can be read without JAX (`bridge.containers.ocdbt`).
+is read. Orbax stores arrays with tensorstore, which does not need JAX (`bridge.containers.ocdbt`).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def steps(run: Path) -> list[int]:
-    """Return the steps of the checkpoints, in order. A checkpoint gets its number once all of it is on the disk."""
+    """Return the steps of the checkpoints, in order. A checkpoint gets its name after all of its files are on disk."""
     folder = run / CHECKPOINTS
     return sorted(int(p.name) for p in folder.iterdir() if _NUMBER.fullmatch(p.name)) if folder.is_dir() else []
 
@@ -84,13 +84,13 @@ def verified(run: Path, step: int) -> dict[str, Any]:
     """
     path = run / CHECKPOINTS / str(step)
     about = manifest.verify(path)
-    if not _is_of(about, step):
+    if not _has_step(about, step):
         raise CheckpointError(f"{quoted(path)} is the checkpoint of step {quoted(about.get('step'))}")
     return about
 
 
 def first_valid(run: Path, candidates: Iterable[int], say: Callable[[str], object]) -> int | None:
-    """Return the first of these checkpoints that is valid. `say` gets a message about each damaged one before it."""
+    """Return the first of these checkpoints that is valid. Calls `say` with a message for each damaged one."""
     for step in candidates:
         try:
             verified(run, step)
@@ -103,7 +103,7 @@ def first_valid(run: Path, candidates: Iterable[int], say: Callable[[str], objec
 def best_valid_step(run: Path, say: Callable[[str], object]) -> int:
     """Return the first valid step in the order of `steps_by_loss`.
 
-    `say` gets a message about each damaged checkpoint that was or may have been better. The loss of a checkpoint
+    Calls `say` with a message for each damaged checkpoint that was or may have been better. The loss of a checkpoint
     without a valid manifest is unknown.
 
     Raises `CheckpointError` if there is no valid checkpoint.
@@ -115,7 +115,7 @@ def best_valid_step(run: Path, say: Callable[[str], object]) -> int:
         raise CheckpointError(f"the run {quoted(run)} has no valid checkpoint:\n{bullet_list(damaged)}")
     if step is None:
         raise CheckpointError(
-            f"the run {quoted(run)} has no checkpoint yet; continue it until its first one, with gpt2 train --resume"
+            f"the run {quoted(run)} has no checkpoint yet; continue it with gpt2 train --resume until it writes one"
         )
     for line in damaged:
         say(line)
@@ -134,15 +134,15 @@ def _about(run: Path, step: int) -> dict[str, Any] | None:
         about = manifest.about(run / CHECKPOINTS / str(step))
     except CheckpointError:
         return None
-    return about if _is_of(about, step) else None
+    return about if _has_step(about, step) else None
 
 
-def _is_of(about: Mapping[str, Any], step: int) -> bool:
+def _has_step(about: Mapping[str, Any], step: int) -> bool:
     return type(about.get("step")) is int and about["step"] == step
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a run of this project, which another program's `run.json` does not make it."""
+    """Whether a directory is a run of this project. Another program's `run.json` alone does not count."""
     if not ((path / RUN).is_file() and (path / CONFIG).is_file()):
         return False
     return (path / CHECKPOINTS).is_dir() or {"version", "config", "data"} <= _described(path).keys()
@@ -171,7 +171,10 @@ def _weights(state: Path) -> dict[str, StoredArray]:
 
 
 def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, LazyTensor]:
-    """Split stacked layers into single ones. At most one layer too many is split; it makes the checkpoint invalid."""
+    """Split stacked layers into single ones.
+
+    If there are more layers than `n_layer`, only one more is split, which is enough to fail the check of the names.
+    """
     entries = {}
     for path, stored in arrays.items():
         if path.startswith(f"{STACK}/") and stored.shape:

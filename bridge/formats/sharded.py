@@ -45,8 +45,8 @@ def read_shards(index_file: Path, read_file: Callable[[Path], Mapping[str, LazyT
         listed = {name for name, where in weight_map.items() if where == file}
         problems += [f"{quoted(name)} should be in {quoted(file)} but is not" for name in listed - set(shard)]
         for name in shard.keys() - listed:
-            where = f"in {quoted(weight_map[name])}" if name in weight_map else "nowhere"
-            problems.append(f"{quoted(name)} is in {quoted(file)}; the index says {where}")
+            instead = f"names {quoted(weight_map[name])}" if name in weight_map else "does not list it"
+            problems.append(f"{quoted(name)} is in {quoted(file)}, but the index {instead}")
         entries.update(shard)
     problems = problems or [*_wrong_total(index, entries)]
     if problems:
@@ -111,10 +111,10 @@ def _wrong_total(index: Mapping[str, Any], entries: Mapping[str, LazyTensor]) ->
     if not isinstance(metadata, dict) or "total_size" not in metadata:
         return
     total = sum(entry.nbytes for entry in entries.values())
-    # Versions of transformers count a tied head once or twice, and a boolean of old mask buffers as one bit.
+    # Depending on its version, transformers counts a tied head once or twice, and a bool of a mask buffer as one bit.
     head = sum(entry.nbytes for name, entry in entries.items() if name.endswith("lm_head.weight"))
     bits = sum(entry.nbytes for entry in entries.values() if entry.dtype == np.bool_) * 7 / 8
     known = (total, total - head, total - bits, total - bits - head)
     declared = metadata["total_size"]
     if type(declared) not in (int, float) or not any(abs(declared - size) < 1 for size in known):
-        yield f"total_size is {quoted(declared)}, the shards hold {total} bytes"
+        yield f"total_size is {quoted(declared)}, but the shards hold {total} bytes"

@@ -1,8 +1,8 @@
 """Shared code of the single-file formats.
 
-Such a file stores only part of `GPT2Config`. Settings that affect the model's output and that it cannot store must have
-the values that its format implies. Other settings (`TRAINING_ONLY`, and further fields of Hugging Face's config.json)
-are in a `config.json` beside the file if `bridge.save` wrote a directory.
+Such a file stores only part of `GPT2Config`. If it cannot store a setting that affects the model's output, the setting
+must have the value that the format implies. Other settings (`TRAINING_ONLY`, and further fields of Hugging Face's
+config.json) are in a `config.json` beside the file if `bridge.save` wrote a directory.
 """
 
 from __future__ import annotations
@@ -26,48 +26,48 @@ def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tu
     if config_json is None:
         return config, {}
     full, read = read_config(config_json)
-    unlike = [
-        f"{name} is {getattr(full, name)!r} in {CONFIG}, {getattr(config, name)!r} in {quoted(file.name)}"
+    mismatched = [
+        f"{name} is {getattr(full, name)!r} in {CONFIG}, but {getattr(config, name)!r} in {quoted(file.name)}"
         for name in _function_fields()
         if _value(full, name) != _value(config, name)
     ]
-    if unlike:
+    if mismatched:
         raise ConfigError(
             f"{quoted(file)} and the {CONFIG} beside it describe different models; if {CONFIG} belongs to another "
-            "model, move the file to a directory of its own:\n" + bullet_list(unlike)
+            "model, move the file to a directory of its own:\n" + bullet_list(mismatched)
         )
     return full, harmless_fields(read)
 
 
 def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any], remedy: str = "") -> None:
-    """Raise `ConfigError` that names every field whose value differs from the one that the format implies."""
-    unlike = [
+    """Raise a `ConfigError` that names every field whose value differs from the one that the format implies."""
+    mismatched = [
         f"{name}={quoted(_value(config, name))}: {format} has only {value!r}"
         for name, value in implied.items()
         if _value(config, name) != value
     ]
-    if unlike:
-        raise ConfigError(f"{format} cannot hold this model{remedy}:\n" + bullet_list(unlike))
+    if mismatched:
+        raise ConfigError(f"{format} cannot hold this model{remedy}:\n" + bullet_list(mismatched))
 
 
 def require_dtypes(tensors: LazyTensorMap, format: str, allowed: Collection[Any]) -> None:
-    """Raise `ConversionError` that names the tensors whose dtype is not in `allowed`."""
-    spelled = ", ".join(map(str, allowed))
-    unlike = [
-        f"{name} holds {entry.dtype}: {format} has only {spelled}"
+    """Raise a `ConversionError` that names the tensors whose dtype is not in `allowed`."""
+    supported = ", ".join(map(str, allowed))
+    mismatched = [
+        f"{name} holds {entry.dtype}: {format} has only {supported}"
         for name, entry in tensors.entries.items()
         if entry.dtype not in allowed
     ]
-    if unlike:
-        raise ConversionError(f"{format} cannot hold these tensors bit for bit:\n" + bullet_list(unlike))
+    if mismatched:
+        raise ConversionError(f"{format} cannot hold these tensors bit for bit:\n" + bullet_list(mismatched))
 
 
-def left_out(config: GPT2Config, held: GPT2Config) -> tuple[str, ...]:
-    """Return a sentence on training settings in `config` that the file does not store; `held` is the file's config."""
-    unsaid = [
-        f"{name}={getattr(config, name)!r}" for name in TRAINING_ONLY if _value(config, name) != _value(held, name)
+def left_out(config: GPT2Config, stored: GPT2Config) -> tuple[str, ...]:
+    """Return a sentence that lists the training settings in which `config` differs from `stored`, the file's config."""
+    not_stored = [
+        f"{name}={getattr(config, name)!r}" for name in TRAINING_ONLY if _value(config, name) != _value(stored, name)
     ]
-    return (f"settings of training that the file cannot store: {', '.join(unsaid)}",) if unsaid else ()
+    return (f"training settings that the file cannot store: {', '.join(not_stored)}",) if not_stored else ()
 
 
 def _function_fields() -> list[str]:

@@ -18,7 +18,10 @@ Cache = TypeVar("Cache")
 
 
 class BeamDecoder(ABC, Generic[Cache]):
-    """The methods of a backend that beam search calls. R rows, `num_beams` for each prompt; N candidates."""
+    """The methods of a backend that beam search calls.
+
+    Axes: B prompts, R rows (`num_beams` for each prompt), N candidates.
+    """
 
     config: GPT2Config
 
@@ -40,7 +43,10 @@ class BeamDecoder(ABC, Generic[Cache]):
     def decode_beams(
         self, cache: Cache, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], num_candidates: int
     ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
-        """Append a token to each of the rows `parents`. Returns the same as `prefill_beams` for the new rows."""
+        """Make new rows: row r is a copy of row `parents[r]` with `tokens[r]` appended.
+
+        Returns the same as `prefill_beams`, for the new rows.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class _Search:
         return beam.ids[-1] in self.config.eos_token_ids
 
     def best(self) -> list[GenerationOutput]:
-        """The outputs, best first. Beams that reached the maximum length count too."""
+        """Return the outputs, best first. Unless the search ended early, live beams are candidates too."""
         found = self.ended if self.done else self.ended + self.live
         found = sorted(found, key=self.rank, reverse=True)[: self.config.num_return_sequences]
         return [GenerationOutput([*beam.ids], [*beam.logprobs] if self.config.logprobs else None) for beam in found]

@@ -16,8 +16,8 @@ from bridge.errors import BridgeError
 LARGEST_SEED = 2**32 - 1
 
 GREEDY_BELOW = 1e-6
-"""Temperatures below this are treated as 0. The other tokens have no chance, and dividing the logits by much less
-overflows float32."""
+"""Temperatures below this are treated as 0: the other tokens would have probability 0, and dividing by a much lower
+temperature would overflow float32."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class GenerationConfig:
     """With a temperature: sample from tokens with at least this fraction of the most likely token's probability
     (Nguyen et al. 2024)."""
     seed: int = 0
-    """The same seed gives the same tokens, in both backends except for rounding errors. A row does not depend on the
-    other rows, so equal prompts in one call give equal texts."""
+    """The same seed gives the same tokens. Backends differ only by rounding errors. A row does not depend on the other
+    rows, so equal prompts in one call give equal texts."""
     num_return_sequences: int = 1
     """Number of outputs for each prompt."""
     eos_token_id: int | tuple[int, ...] | None = None
@@ -53,13 +53,13 @@ class GenerationConfig:
     logprobs: bool = False
     """Return the log-probability of each selected token, in nats, from the logits before any processor."""
     slide: bool = False
-    """When a row has used all positions of the model, continue from its last half. Otherwise, such a length is an
+    """When a row has used all positions of the model, continue from its last half. If False, such a length is an
     error."""
     num_beams: int = 1
     """Above 1: beam search with this many beams. The `num_return_sequences` best are returned."""
     length_penalty: float = 1.0
-    """With beams: rank them by total log-probability divided by the number of new tokens to this power. Above 0 favours
-    longer texts."""
+    """With beams: rank them by total log-probability divided by the number of new tokens to this power. Values above 0
+    favour longer texts."""
 
     @classmethod
     def of(cls, config: GenerationConfig | None, overrides: Mapping[str, Any]) -> GenerationConfig:
@@ -76,7 +76,7 @@ class GenerationConfig:
         return self.temperature < GREEDY_BELOW
 
     def check(self, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise `BridgeError`, a subclass of `ValueError`, that names every field with an invalid value."""
+        """Raise a `BridgeError`, which is a `ValueError`, that names every invalid field."""
         if problems := [*_problems(self, config), *_problems_with_prompts(self, config, prompts)]:
             raise BridgeError("; ".join(problems))
 
@@ -84,8 +84,8 @@ class GenerationConfig:
 def uniform_noise(config: GenerationConfig) -> Float[np.ndarray, "num_return_sequences max_new_tokens"]:
     """Return float32 numbers from [0, 1), one for each token of each output of a prompt.
 
-    They do not depend on the prompt's index, so a row is the same alone and in a batch. They are multiples of 2**-23
-    from Philox, whose raw numbers numpy guarantees to keep.
+    They do not depend on the prompt's index, so a row is the same alone and in a batch. They are multiples of 2**-23,
+    computed from the raw output of Philox, which numpy guarantees to be stable.
     """
     keys = [np.array([config.seed, output], np.uint64) for output in range(config.num_return_sequences)]
     raw = np.stack([np.random.Philox(key=key).random_raw(config.max_new_tokens) for key in keys])

@@ -69,7 +69,7 @@ class Decoder(BeamDecoder[Cache], Generic[State, Cache]):
     def _stream(self, rows: list[list[int]], config: GenerationConfig, chunk_size: int | None) -> Iterator[Chunk]:
         noise = np.tile(uniform_noise(config), (len(rows), 1))
         done, copies, ended = 0, config.num_return_sequences, np.zeros(len(noise), bool)
-        while done < config.max_new_tokens and not ended.all():  # again after each slide
+        while done < config.max_new_tokens and not ended.all():  # one iteration, and one more after each slide
             rows = [self._within_positions(row) for row in rows]
             if done:  # finished rows must not extend the padded length
                 rows = [row[-1:] if is_over else row for row, is_over in zip(rows, ended, strict=True)]
@@ -124,4 +124,4 @@ class Decoder(BeamDecoder[Cache], Generic[State, Cache]):
 
     @abstractmethod
     def _chunk(self, state: State, first: int, count: int) -> Chunk:
-        """Return `count` tokens of each row, from number `first` on, counted since `_prefill`."""
+        """Return `count` tokens of each row, starting with token `first`, counted from the last `_prefill`."""

@@ -55,7 +55,7 @@ def concatenate(
     """Return prompts and outputs as one array. Rows that ended early are filled with the first of `eos_token_ids`."""
     rows = [(prompt, output.ids) for prompt, each in zip(prompts, outputs, strict=True) for output in each]
     filler = config.eos_token_ids[0] if config.eos_token_ids else 0
-    dtype = np.promote_types(prompts.dtype, np.int32)  # prompts may be arrays of bytes
+    dtype = np.promote_types(prompts.dtype, np.int32)  # prompts may be uint8
     ids = np.full((len(rows), prompts.shape[1] + config.max_new_tokens), filler, dtype)
     for row, (prompt, new) in zip(ids, rows, strict=True):
         row[: len(prompt)] = prompt

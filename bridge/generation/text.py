@@ -136,8 +136,8 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
-    held: str = ""
-    """Text that may be the beginning of a stop string, and is not part of `text` yet."""
+    pending: str = ""
+    """Text that may be the beginning of a stop string and is not yet part of `text`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -163,12 +163,12 @@ class _Row:
         return self.text[before:]
 
     def flush(self) -> str:
-        """Return the text that was held back, which now is part of the text; empty after a stop string."""
+        """Append the pending text to `text` and return it. Empty after a stop string."""
         before = len(self.text)
         if not self.stopped:
             self._add(b"", final=True)
             if not self.stopped:
-                self.text, self.held = self.text + self.held, ""
+                self.text, self.pending = self.text + self.pending, ""
         return self.text[before:]
 
     def output(self) -> TextOutput:
@@ -176,14 +176,14 @@ class _Row:
         return TextOutput(self.text, self.ids, self.logprobs if self.config.logprobs else None, self.stopped)
 
     def _add(self, new: bytes, final: bool = False) -> None:
-        self.held += self.decoder.decode(new, final)
-        found = [(place + len(s), place) for s in self.stop if (place := self.held.find(s)) >= 0]
+        self.pending += self.decoder.decode(new, final)
+        found = [(place + len(s), place) for s in self.stop if (place := self.pending.find(s)) >= 0]
         if found:
             self.stopped = True
-            keep = min(found)[1]  # the stop string that is completed first, as if characters came one by one
+            keep = min(found)[1]  # the stop string that is complete first when characters are added one by one
         else:
-            keep = len(self.held) - max((_overlap(self.held, s) for s in self.stop), default=0)
-        self.text, self.held = self.text + self.held[:keep], self.held[keep:]
+            keep = len(self.pending) - max((_overlap(self.pending, s) for s in self.stop), default=0)
+        self.text, self.pending = self.text + self.pending[:keep], self.pending[keep:]
 
     def _bytes_of(self, token: int) -> bytes:
         # A model with a padded vocabulary may sample ids that are not tokens.

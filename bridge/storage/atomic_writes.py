@@ -1,12 +1,12 @@
 """Atomic writes that never destroy files from other sources.
 
-A writer fills a hidden directory beside its target, flushes it to the disk, and renames it. Every format, verb and
-function follows one rule for writing:
+A writer fills a hidden directory beside its target, flushes it to the disk, and renames it. Every format, command
+and function follows the same two rules:
 
 - Without permission to overwrite, no existing file changes, not even one that appears during the write.
 - With permission, only two kinds of file change: files recorded as written by this project, and files of a recognised
   checkpoint whose names the target format also writes. The caller decides which files these are. If a directory holds
-  any other file, the write is refused with a list of them.
+  other files, the write is refused with a list of those files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bridge.storage.renames import (
 )
 
 Replaceable = Callable[[str], bool]
-"""Whether a file may be replaced, by its path relative to the target directory, with forward slashes."""
+"""Takes a file's path relative to the target directory, with forward slashes. Returns whether it may be replaced."""
 
 
 @contextmanager
@@ -62,15 +62,15 @@ def new_directory(target: str | Path, *, replaceable: Replaceable | None = None)
             raise CheckpointError(_exists(target))
 
     with _destination(target, check) as path:
-        stays = path.is_dir() and (is_mount_point(path) or path == Path.cwd())
-        with hidden_directory(path / path.name if stays else path) as hidden:
+        in_place = path.is_dir() and (is_mount_point(path) or path == Path.cwd())
+        with hidden_directory(path / path.name if in_place else path) as hidden:
             new = hidden / NEW
             new.mkdir()
             yield new
             if path.is_dir():
                 shutil.copymode(path, new)
             flush_tree(new)
-            if stays:
+            if in_place:
                 names = [p.name for p in path.iterdir() if not is_hidden_directory(p)]
                 check(path)
                 move_in(hidden, path, names, check)
@@ -84,9 +84,9 @@ def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False
     """Yield the path of a file to write. It is renamed to `target` when the block ends without an error.
 
     Args:
-        target: a path that does not exist, or with `overwrite` a file.
-        overwrite: whether the file at `target` may be replaced, or a function that inspects the file and returns that.
-            If the file changes after that, it is not replaced and the write fails.
+        target: a path that does not exist or, with `overwrite`, an existing file.
+        overwrite: whether the file at `target` may be replaced, or a function that inspects the file and decides.
+            If the file changes after the decision, it is not replaced and the write fails.
 
     Raises:
         CheckpointError: `target` exists and may not be replaced, or cannot be written.
@@ -151,17 +151,17 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
 
 
 def require_replaceable(directory: Path, replaceable: Replaceable, name: str | Path | None = None) -> None:
-    """Raise `CheckpointError` that lists the files in `directory` that may not be replaced, if there are any.
+    """Raise a `CheckpointError` if `directory` holds files that may not be replaced. The message lists them.
 
     Args:
         directory: the directory to check.
         replaceable: which of its files may be replaced.
         name: what the message calls the directory; by default its path.
     """
-    if kept := foreign_files(directory, replaceable):
+    if foreign := foreign_files(directory, replaceable):
         raise CheckpointError(
             f"{quoted(name or directory)} is not overwritten, because it holds files that this command does not write; "
-            f"choose another name, or move them away:\n{bullet_list(map(quoted, kept))}"
+            f"choose another name, or move them away:\n{bullet_list(map(quoted, foreign))}"
         )
 
 
@@ -247,6 +247,6 @@ def _remove_leftovers(target: Path) -> None:
                 if (hidden / OLD).exists() and not target.exists():
                     (hidden / OLD).rename(target)  # the writer was killed between two renames
                 complete_move(hidden)
-                # A live writer on another machine may hold a lock that is invisible here. The rename makes it fail
-                # instead of publishing incomplete data.
+                # A live writer on another machine may hold a lock that is invisible here. The rename makes that
+                # writer fail instead of publishing incomplete data.
                 shutil.rmtree(hidden.rename(hidden_name(target)), ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Companions: the small files beside a checkpoint's weights. They are untrusted input, as the weights are.
+"""Companions: the small files beside a checkpoint's weights. Like the weights, they are untrusted input.
 
 A companion is a regular file in the checkpoint's directory, or in the `blobs` of the Hugging Face cache that contains
 the directory. A link to any other file is rejected, because an export would copy that file's content. The same rule
@@ -17,14 +17,14 @@ from bridge.storage.json_text import parse_plain_object
 from bridge.storage.regular_file import read_small_file
 
 MOST_SETTINGS_BYTES = 2**20
-"""Limit for a JSON file of settings. GPT-2 XL's index has 50 kB. Parsed malicious JSON takes 33 times its size."""
+"""Limit for a JSON file of settings. GPT-2 XL's index has 50 kB. Malicious JSON takes 33 times its size when parsed."""
 MOST_TOKENS = 300_000
 """Limit for a tokenizer file if the size of the vocabulary is not known."""
 
 _VOCABULARIES = {"tokenizer.json": 128, "vocab.json": 96, "encoder.json": 96, "merges.txt": 64, "vocab.bpe": 64}
 """Files whose size grows with the vocabulary -> the maximum bytes per token.
 
-GPT-2's own `tokenizer.json` takes 110 when indented by four and escaped to ASCII.
+GPT-2's own `tokenizer.json` takes 110 bytes per token when it is indented by four and escaped to ASCII.
 """
 _OPENAIS_TOKENS = 50257
 # Newer versions of huggingface_hub keep the blobs of all repositories in one place, CACHE/blobs/PREFIX/HASH.
@@ -32,7 +32,7 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def has_companion(directory: Path, name: str) -> bool:
-    """Whether a path of this name exists, even one that `read_companion` rejects: it must not count as missing."""
+    """Whether a path of this name exists. Includes paths that `read_companion` rejects: they are not missing."""
     return os.path.lexists(directory / name)
 
 
@@ -109,7 +109,7 @@ def most_bytes(name: str, rows: int) -> int:
     """Return the size limit, in bytes, of the companion with this name."""
     if name not in _VOCABULARIES:
         return MOST_SETTINGS_BYTES
-    # The lower bound lets a tokenizer that is too large for its model reach the more specific error.
+    # The lower bound ensures that a tokenizer too large for its model gets a more specific error than the size limit.
     return max(2**22, 2**20 + _VOCABULARIES[name] * _tokens(rows))
 
 

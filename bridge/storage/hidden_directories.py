@@ -1,7 +1,7 @@
 """Hidden directories in which a writer prepares new data beside its target.
 
-The name is `.TARGET.XXXXXXXX.partial`, with eight hexadecimal digits. `MARKER` is an empty file that identifies the
-directory as one of this module. A lock shows that its writer is alive.
+The name is `.TARGET.XXXXXXXX.partial`, with eight hexadecimal digits. `MARKER` is an empty file that shows that this
+module created the directory. A lock shows that its writer is alive.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def is_hidden_directory(path: Path, name: str | None = None) -> bool:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a path is no link, and belongs to this user where the system has users."""
+    """Whether a path is not a link and, on systems with user ids, belongs to the current user."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -67,7 +67,7 @@ def hidden_directory(target: Path) -> Iterator[Path]:
         try:
             yield hidden
         except BaseException as error:
-            for name in (OLD, LEAVING, REPLACED):  # what an error left in them belongs to somebody
+            for name in (OLD, LEAVING, REPLACED):  # after an error, these hold the user's files
                 with suppress(FileNotFoundError):
                     _keep_unless_empty(hidden / name)
             if (hidden / KEPT).exists():

@@ -24,7 +24,7 @@ def parse_object(text: bytes, where: str, error: type[BridgeError]) -> dict[str,
 
 
 def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> dict[str, Any]:
-    """As `parse_object`, for an object that is written to another file later.
+    """Like `parse_object`, for an object that is written to another file later.
 
     Also rejects NaN, infinity, numbers beyond a float's range, lone surrogates, and values nested more than 32 deep,
     because other programs cannot read them.
@@ -44,7 +44,7 @@ def parse_plain_object(text: bytes, where: str, error: type[BridgeError], most_e
 def require_few_elements(text: bytes, where: str, error: type[BridgeError], most_elements: int) -> None:
     """Raise `error` for JSON with more separators and brackets than a limit. The text is not parsed.
 
-    At most a quarter of them may be brackets. Characters inside strings count too, so limits must be far above the
+    At most a quarter of the limit may be brackets. Characters inside strings count too, so limits must be far above the
     counts in real files.
     """
     containers = text.count(b"[") + text.count(b"{")

@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 _ENTRY = {"bytes": int, "sha256": str}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MOST_BYTES, _MOST_ABOUT_BYTES = 2**22, 2**16
-"""Size limits of a manifest and of its `about`. A checkpoint of many hosts has about 10,000 files at 200 bytes each."""
+"""Size limits of a manifest and of its `about`. A checkpoint of many hosts has about 10,000 entries of 200 bytes."""
 _LONGEST_NAME, _MOST_FOLDERS = 4096, 32
 """Limits of a file's path in a manifest: its length in characters, and how many directories it names."""
 _MOST_ELEMENTS = 200_000
@@ -48,7 +48,7 @@ def commit(directory: Path, about: Mapping[str, Any]) -> None:
 def amend(directory: Path, changes: Mapping[str, Any], beside: Path) -> None:
     """Update the `about` of a committed directory. The new manifest is written to the file `beside` and then renamed.
 
-    Raises as `about`.
+    Raises the same errors as `about`.
     """
     content = _read(directory)
     beside.write_bytes(_rendered({"about": {**content["about"], **changes}, "files": content["files"]}))
@@ -77,7 +77,7 @@ def verify(directory: Path, *, from_disk: bool = False) -> dict[str, Any]:
     """
     try:
         return _verified(directory, from_disk)
-    except OSError as error:  # the disk fails, or another program removes the file
+    except OSError as error:  # the disk failed, or another program removed the file
         raise CheckpointError(
             f"cannot read {quoted(error.filename or directory)}: {error.strerror or error}"
         ) from error
@@ -98,17 +98,17 @@ def recorded(directory: Path) -> frozenset[str]:
 
 def _verified(directory: Path, from_disk: bool) -> dict[str, Any]:
     content = _read(directory)
-    there = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
-    there.pop(MANIFEST)
-    for name in {**content["files"], **there}:
-        if name not in there:
+    found = {path.relative_to(directory).as_posix(): path for path in _files(directory)}
+    found.pop(MANIFEST)
+    for name in {**content["files"], **found}:
+        if name not in found:
             raise CheckpointError(f"{quoted(directory / name)} is missing")
         if name not in content["files"]:
-            raise CheckpointError(f"{quoted(there[name])} is not in the manifest")
-        expected, size = content["files"][name], there[name].stat().st_size
+            raise CheckpointError(f"{quoted(found[name])} is not in the manifest")
+        expected, size = content["files"][name], found[name].stat().st_size
         if size != expected["bytes"]:
-            raise CheckpointError(f"{quoted(there[name])} has {size} bytes; its manifest records {expected['bytes']}")
-    for name, path in there.items():
+            raise CheckpointError(f"{quoted(found[name])} has {size} bytes; its manifest records {expected['bytes']}")
+    for name, path in found.items():
         if _sha256(path, from_disk) != content["files"][name]["sha256"]:
             raise CheckpointError(f"{quoted(path)} was changed after it was written")
     about: dict[str, Any] = content["about"]
@@ -175,8 +175,8 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
 def _rendered(content: Mapping[str, Any]) -> bytes:
     """Return the exact bytes of a manifest. Any other spelling is invalid.
 
-    Equals `json.dumps(..., indent=1)`, whose pure-Python encoder takes a second per megabyte. The many entries of files
-    are therefore formatted here.
+    The result equals `json.dumps(..., indent=1)`. With `indent`, json uses a pure-Python encoder that takes a second
+    per megabyte, so the entries of the files are formatted here instead.
     """
     seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     files = ",\n".join(

@@ -38,7 +38,7 @@ def open_regular_file(
     require_regular(os.stat(path, follow_symlinks=follow_links))
     descriptor = os.open(path, _FLAGS if follow_links else _FLAGS | _NO_LINK)
     try:
-        require_regular(os.fstat(descriptor))  # another file may have taken the name
+        require_regular(os.fstat(descriptor))  # the path may name another file by now
     except BridgeError:
         os.close(descriptor)
         raise
@@ -61,7 +61,7 @@ def read_small_file(path: Path, most_bytes: int, error: type[BridgeError], named
 
 
 def first_bytes(path: Path, count: int) -> bytes:
-    """Return the first `count` bytes of a regular file. Returns no bytes if it is not one or cannot be read."""
+    """Return the first `count` bytes of a regular file, or no bytes if it is not a regular file or cannot be read."""
     try:
         with open_regular_file(path, CheckpointError) as file:
             return file.read(count)

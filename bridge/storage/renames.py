@@ -25,7 +25,7 @@ _AT_WORKING_DIRECTORY, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 def rename_directory(new: Path, target: Path, check: Callable[[Path], None]) -> None:
     """Rename `new` to `target`. An existing directory moves to the hidden directory if `check` allows it."""
     if not target.is_dir() or not any(target.iterdir()):
-        with _kept_if_it_appeared(target):
+        with _checkpoint_error_if_exists(target):
             if os.name == "nt" and target.is_dir():  # rename cannot replace a directory on Windows
                 target.rmdir()
             new.rename(target)  # replaces an empty directory and fails for everything else
@@ -44,7 +44,7 @@ def rename_directory(new: Path, target: Path, check: Callable[[Path], None]) -> 
 def rename_file(new: Path, target: Path, check: Callable[[Path], None]) -> None:
     """Rename `new` to `target`. An existing file moves to the hidden directory if `check` allows it."""
     if not os.path.lexists(target):
-        with _kept_if_it_appeared(target):
+        with _checkpoint_error_if_exists(target):
             rename_without_replacing(new, target)
     elif not _exchanged(new, target, check):
         check(target)
@@ -74,7 +74,7 @@ def _inode(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def _kept_if_it_appeared(target: Path) -> Iterator[None]:
+def _checkpoint_error_if_exists(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -110,7 +110,7 @@ def _rename_at_once(one: Path, other: Path, flag: int) -> bool:
     """
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, TypeError, OSError):  # another system
+    except (AttributeError, TypeError, OSError):  # not Linux, or an old C library
         return False
     done = renameat2(_AT_WORKING_DIRECTORY, os.fsencode(one), _AT_WORKING_DIRECTORY, os.fsencode(other), flag) == 0
     if not done and ctypes.get_errno() == errno.EEXIST:
@@ -132,7 +132,7 @@ def move_in(hidden: Path, directory: Path, remove: Iterable[str], check: Callabl
     ours = {path: _inode(path) for path in arriving}
     leaving.mkdir()
     try:
-        with _kept_if_it_appeared(directory):
+        with _checkpoint_error_if_exists(directory):
             for name in remove:
                 with suppress(FileNotFoundError):
                     (directory / name).rename(leaving / name)
@@ -144,9 +144,9 @@ def move_in(hidden: Path, directory: Path, remove: Iterable[str], check: Callabl
     except BaseException:
         back = [(directory / path.name, path) for path in arriving if _inode(directory / path.name) == ours[path]]
         back += [(path, directory / path.name) for folder in (leaving, replaced) for path in _listed(folder)]
-        for here, there in back:
-            with suppress(OSError):  # what cannot be moved back is kept in the hidden directory
-                rename_without_replacing(here, there)
+        for source, destination in back:
+            with suppress(OSError):  # files that cannot be moved back stay in the hidden directory
+                rename_without_replacing(source, destination)
         raise
     flush_to_disk(directory)
 
@@ -169,7 +169,7 @@ def is_mount_point(path: Path) -> bool:
 
 
 def mount_points() -> set[Path]:
-    """The mount points that Linux lists for this process. Empty on other systems."""
+    """Return the mount points that Linux lists for this process. Empty on other systems."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:

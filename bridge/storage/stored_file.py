@@ -21,9 +21,9 @@ from bridge.storage.tensors import LazyTensor, aligned_empty, contiguous
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A regular file. Reading raises an error once the file has changed since it was opened.
+    """A regular file. Reading raises an error if the file has changed since it was opened.
 
-    Every method raises `CheckpointError` that names the file if the requested bytes do not exist.
+    Every method raises a `CheckpointError` that names the file if the requested bytes do not exist.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class StoredFile:
 
     @classmethod
     def open(cls, path: str | Path) -> StoredFile:
-        """Open a file. Also raises for a file that a failed download left in place of the weights."""
+        """Open a file. Raises an error if it is the result of a failed download, such as an HTML page."""
         path = Path(path).absolute()  # read later, perhaps from another working directory
         try:
             with open_regular_file(path, CheckpointError) as opened:
@@ -55,7 +55,7 @@ class StoredFile:
         return bytes(content)
 
     def entry(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> LazyTensor:
-        """Return the tensor that is stored from `offset` in row-major order. It is read on each access."""
+        """Return the tensor that is stored at `offset` in row-major order. It is read on each access."""
         self._require_inside(offset, math.prod(shape) * dtype.itemsize)
 
         def read_from(shape: tuple[int, ...], offset: int) -> np.ndarray:
@@ -92,7 +92,7 @@ class StoredFile:
 
 
 def _failed_download(start: bytes) -> str | None:
-    """Return what a file with these first bytes is, if it is not the file that was to be downloaded."""
+    """Return a description of the file if its first bytes show that a download failed, or None."""
     if start.startswith(b"version https://git-lfs"):
         return "this is a git-LFS pointer, not the weights; run `git lfs pull` in the repository that it came from"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -103,7 +103,7 @@ def _failed_download(start: bytes) -> str | None:
 def write_array(file: BinaryIO, name: str, entry: LazyTensor) -> None:
     """Write the bytes of one tensor in row-major order.
 
-    Raises `CheckpointError` that contains `name` if the array does not have the dtype and shape of `entry`.
+    Raises a `CheckpointError` that contains `name` if the array does not have the dtype and shape of `entry`.
     """
     array = entry.read()
     if array.dtype != entry.dtype or array.shape != entry.shape:

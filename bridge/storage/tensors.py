@@ -15,7 +15,7 @@ ALIGNMENT = 64
 """Bytes. JAX on CPU uses a numpy buffer with this alignment without copying it."""
 
 MOST_RANK = 16
-"""Limit on the axes of a stored tensor. The deepest parameter has 5; a malicious file may declare any number."""
+"""Limit on the axes of a stored tensor. Parameters have at most 5; a malicious file may declare any number."""
 
 _COLUMNS = 128
 
@@ -28,7 +28,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     read_rows: Callable[[int, int], np.ndarray] | None = None
-    """`read_rows(start, stop)` reads rows start ... stop - 1 of the first axis. None if that saves nothing."""
+    """`read_rows(start, stop)` reads rows start ... stop - 1 of the first axis. None if it is no faster than `read`."""
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Return rows start ... stop - 1 of the first axis."""
@@ -104,7 +104,7 @@ def _as_array(name: str, array: Any) -> np.ndarray:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """As `np.empty`, aligned to `ALIGNMENT` bytes, so that JAX on CPU can use the buffer without a copy."""
+    """Like `np.empty`, but aligned to `ALIGNMENT` bytes, so that JAX on CPU can use the buffer without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT

@@ -1,4 +1,4 @@
-"""Nested dictionaries, and the same leaves by path."""
+"""Access to the leaves of nested dictionaries by path."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def _merged_below(limit: int, token: bytes, ranks: Mapping[bytes, int]) -> list[
 
 
 def printable_bytes() -> dict[str, int]:
-    """Return character -> byte: a printable character stands for its own byte, other bytes have characters from 256 on.
+    """Return character -> byte. Printable bytes are their own characters; the others have characters from 256 on.
 
     Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py, rewritten.
     """

@@ -26,7 +26,7 @@ class CharacterEncoding(tiktoken.Encoding):
         """
         require_distinct_ids(ids, where)
         if not ids:
-            raise TokenizerError(f"{where}: there are no characters, so there is no tokenizer")
+            raise TokenizerError(f"{where}: a tokenizer needs at least one character")
         for character in ids:
             if len(character) != 1 or "\ud800" <= character <= "\udfff":
                 raise TokenizerError(f"{where}: {quoted(character)} is not a single character that UTF-8 can encode")
@@ -44,7 +44,7 @@ class CharacterEncoding(tiktoken.Encoding):
             unknown = error.args[0]
         raise TokenizerError(
             f"the tokenizer has no character {quoted(unknown)} (U+{ord(unknown):04X}), only the {len(self._ids)} of "
-            "the text that it was made from; remove it, or train with bytes or BPE, which encode every text"
+            "the text that it was made from; remove the character, or train with bytes or BPE, which encode every text"
         )
 
     def encode(self, text: str, **_: Any) -> list[int]:

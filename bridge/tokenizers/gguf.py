@@ -1,6 +1,6 @@
 """Byte-level BPE in the metadata of a GGUF file, under llama.cpp's keys.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#ggml; llama.cpp's src/llama-vocab.cpp reads them.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#ggml and llama.cpp's src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MODEL = "tokenizer.ggml.model"
 TOKENS = "tokenizer.ggml.tokens"
 NO_TOKENIZER = (b"none", b"no_vocab")
-"""Values of `MODEL` for a file of weights alone; llama.cpp then takes the vocabulary's size from the architecture's."""
+"""Values of `MODEL` for a file without a tokenizer. llama.cpp then takes the vocabulary size from another key."""
 
 _PRE = "tokenizer.ggml.pre"
 _TYPES = "tokenizer.ggml.token_type"
@@ -31,9 +31,9 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama_token_type
 def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
     """Return the keys that store `encoding`, which is byte-level BPE with GPT-2's pre-tokenizer.
 
-    There is one entry for each of the `rows` of the vocabulary, because llama.cpp derives the size from them. Ids
-    without a token get an unused token, spelled as in convert_hf_to_gguf.py. Raises `TokenizerError` for a tokenizer
-    that GGUF cannot store.
+    There is one entry for each of the `rows` of the vocabulary, because llama.cpp derives the vocabulary size from the
+    number of entries. Ids without a token get an unused token, spelled as in convert_hf_to_gguf.py. Raises
+    `TokenizerError` for a tokenizer that GGUF cannot store.
     """
     ranks, special, named = (
         encoding._mergeable_ranks,

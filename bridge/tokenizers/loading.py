@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
 """The tokenizer files that are copied with a checkpoint."""
 
 OPENAI_VOCAB_SIZE = 50257
-"""A model of exactly this vocabulary uses OpenAI's tokenizer, which tiktoken calls "gpt2"."""
+"""A model with exactly this vocabulary size uses OpenAI's tokenizer, which tiktoken calls "gpt2"."""
 
 NO_LIMIT = 2**31
 """The assumed vocabulary size of a tokenizer whose model is unknown."""

@@ -44,7 +44,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
     Args:
         encoding: the tokenizer to write.
         directory: the directory to write to.
-        overwrite: replace the tokenizer in the directory. Its files that are not rewritten are removed. Without
+        overwrite: replace the tokenizer in the directory. Tokenizer files that are not rewritten are removed. Without
             `overwrite`, a directory with tokenizer files is an error.
 
     Raises:
@@ -55,29 +55,29 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
 
     files = _of_characters(encoding) if isinstance(encoding, CharacterEncoding) else _of_byte_level_bpe(encoding)
     directory = Path(directory)
-    there = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
-    if there and not (overwrite and _is_tokenizer(directory, there)):
+    existing = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
+    if existing and not (overwrite and _is_tokenizer(directory, existing)):
         why = (
             "are not a tokenizer that this project can read"
             if overwrite
             else "exist already; overwrite=True replaces them"
         )
         raise CheckpointError(
-            f"{quoted(directory)}: {', '.join(there)} {why}; choose another directory, or move them away"
+            f"{quoted(directory)}: {', '.join(existing)} {why}; choose another directory, or move them away"
         )
-    replace_files(directory, files, remove=there)
+    replace_files(directory, files, remove=existing)
 
 
-def _is_tokenizer(directory: Path, there: Sequence[str]) -> bool:
-    """Whether the files `there` are regular files of one tokenizer that this project reads."""
-    pairs = [pair for pair in VOCAB_AND_MERGES if {*pair} & {*there}]
-    if len(pairs) > 1 or any((directory / name).is_symlink() for name in there):
+def _is_tokenizer(directory: Path, existing: Sequence[str]) -> bool:
+    """Whether the files `existing` are regular files of one tokenizer that this project reads."""
+    pairs = [pair for pair in VOCAB_AND_MERGES if {*pair} & {*existing}]
+    if len(pairs) > 1 or any((directory / name).is_symlink() for name in existing):
         return False
     try:
         load_tokenizer(directory, NO_LIMIT)
-        for name in there:
+        for name in existing:
             checked_companion(directory, name, MOST_TOKENS)
-        return "tokenizer.json" not in there or from_tokenizer_json(directory, MOST_TOKENS) is not None
+        return "tokenizer.json" not in existing or from_tokenizer_json(directory, MOST_TOKENS) is not None
     except (TokenizerError, CheckpointError):
         return False
 
@@ -86,8 +86,8 @@ def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:
     ranks, special, named = encoding._mergeable_ranks, encoding._special_tokens, quoted(encoding.name)
     if encoding._pat_str not in SPELLINGS_OF_WORDS:
         raise TokenizerError(
-            f"the tokenizer {named} splits text into words by the pattern {quoted(encoding._pat_str)}, not by GPT-2's, "
-            "so transformers' GPT-2 tokenizer would produce other ids; it cannot be saved"
+            f"the tokenizer {named} cannot be saved: it splits text into words by the pattern "
+            f"{quoted(encoding._pat_str)}, not by GPT-2's, so transformers' GPT-2 tokenizer would produce other ids"
         )
     require_all_bytes(ranks, f"the tokenizer {named}")
     name_of = {byte: character for character, byte in printable_bytes().items()}
@@ -131,12 +131,12 @@ def _gpt2_settings(special: Mapping[str, int]) -> dict[str, Any]:
 def _tokenizer_json(
     model: Mapping[str, Any], pre_tokenizer: Mapping[str, Any], decoder: Mapping[str, Any], special: Mapping[str, int]
 ) -> str:
-    exactly = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     parts = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": special[token], "content": token, **exactly} for token in special],
+        "added_tokens": [{"id": special[token], "content": token, **flags} for token in special],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,

@@ -14,7 +14,7 @@ from bridge.errors import TokenizerError, quoted
 MOST_SPECIAL_BYTES = 2**15
 """Limit on the total UTF-8 bytes of all special tokens.
 
-tiktoken compiles them into one regular expression, which takes 14 MiB at this limit and fails at sixteen times it.
+tiktoken compiles them into one regular expression, which takes 14 MiB at this limit. It fails at 16 times the limit.
 """
 LONGEST_SPECIAL = 2**9
 """Limit on the UTF-8 bytes of one special token. Searching a text for it can take time O(len(token) * len(text))."""
@@ -42,13 +42,13 @@ def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
 
 
 def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int], where: str) -> None:
-    """Require that special tokens are not empty, within the size limits, and have the same id in `vocab` if present."""
+    """Require that each special token is not empty, is within the size limits, and has no other id in `vocab`."""
     for token, i in special.items():
         if not token:
             raise TokenizerError(f"{where}: a special token is empty")
         if vocab.get(token, i) != i:
             raise TokenizerError(
-                f"{where}: the added token {quoted(token)} has the id {i}, but {vocab[token]} in the vocabulary"
+                f"{where}: the added token {quoted(token)} has the id {i}, but the id {vocab[token]} in the vocabulary"
             )
     try:
         sizes = {token: len(token.encode("utf-8")) for token in special}
@@ -99,7 +99,7 @@ def require_merges_reached(merges: Sequence[tuple[str, str]], where: str) -> Non
     for rank, pair in enumerate(merges):
         if not _are_neighbours(*pair, rank, rank_of, made_of):
             raise TokenizerError(
-                f"{where}: an earlier merge separates the parts of the merge {quoted(' '.join(pair))}, so it never "
+                f"{where}: an earlier merge separates the parts of the merge {quoted(' '.join(pair))}, so BPE never "
                 "produces its token; the merges are damaged or in the wrong order"
             )
 

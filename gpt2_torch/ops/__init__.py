@@ -1,1 +1,1 @@
-"""Functions of tensors that the model is made of."""
+"""The functions of tensors from which the model is built."""

@@ -227,7 +227,7 @@ def test_the_generic_names_of_transformers_are_understood() -> None:
     ],
 )
 def test_two_names_of_one_setting_must_agree(fields: dict[str, int], named: list[str]) -> None:
-    with pytest.raises(ConfigError, match="names of one setting, with different values") as caught:
+    with pytest.raises(ConfigError, match="aliases of one setting but have different values") as caught:
         GPT2Config.from_hf({"model_type": "gpt2", **fields})
     assert all(name in str(caught.value) for name in named)
 

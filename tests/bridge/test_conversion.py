@@ -221,7 +221,7 @@ def test_all_problems_are_listed_in_one_error() -> None:
         "lm_head.weight differs from wte.weight",
         "h.3.ln_2.bias is missing (shape (48,))",
         "ln_f.weight is missing",
-        "h.0.mlp.c_fc.weight has shape (100, 48), the configuration says (48, 100)",
+        "h.0.mlp.c_fc.weight has shape (100, 48); the configuration requires (48, 100)",
         "'h.5.ln_1.weight' is not a parameter",
         "'score.weight' is not a parameter",
         "'wpe.weight' holds int32",
@@ -240,7 +240,7 @@ def test_all_problems_of_a_tree_are_listed_in_one_error() -> None:
     assert spelled(caught) == [
         "h_3/ln_2/scale is missing (shape (48,))",
         "h_3/ln_2/bias is missing (shape (48,))",
-        "h_0/attn/c_attn/kernel has shape (48, 144), the configuration says (48, 3, 3, 16)",
+        "h_0/attn/c_attn/kernel has shape (48, 144); the configuration requires (48, 3, 3, 16)",
         "'h_9/ln_1/scale' is not a parameter of this model",
         "'wpe/embedding' holds int8; weights must be one of float32, float16, bfloat16, float64",
     ]
@@ -415,7 +415,7 @@ def test_variables_in_place_of_params_get_the_helpful_message(stacked: bool) -> 
 def test_the_wrong_padding_multiple_is_refused() -> None:
     tree = bridge.to_flax(random_state(TINY), TINY, vocab_multiple=64)
     with pytest.raises(
-        ConversionError, match=r"wte/embedding has shape \(320, 48\), the configuration says \(257, 48\)"
+        ConversionError, match=r"wte/embedding has shape \(320, 48\); the configuration requires \(257, 48\)"
     ):
         bridge.to_torch(tree, TINY)
 

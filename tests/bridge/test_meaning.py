@@ -85,7 +85,7 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
     "a vocabulary too small": (field("vocab_size", 12), "wte.weight has shape (11, 8)", ConversionError),
     "a transposed projection": (
         lambda s, _: s.update({C_FC: np.ascontiguousarray(s[C_FC].T)}),
-        "h.0.mlp.c_fc.weight has shape (12, 8), the configuration says (8, 12): it is transposed",
+        "h.0.mlp.c_fc.weight has shape (12, 8); the configuration requires (8, 12): it is transposed",
         ConversionError,
     ),
     "config and weights disagree": (field("n_inner", 16), "h.0.mlp.c_fc.weight has shape (8, 12)", ConversionError),

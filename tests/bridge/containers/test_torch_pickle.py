@@ -181,7 +181,7 @@ def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
     ("content", "says"),
     [
         (b"\x80\x02" + text("x" * 65_537) + b".", "a string of 65537 bytes; the limit is 65536"),
-        (b"\x80\x02]r\x00\x00\x08\x00.", "under the number 524288; the largest is 524287"),
+        (b"\x80\x02]r\x00\x00\x08\x00.", "uses the memo index 524288; the largest is 524287"),
         (b"\x80\x02" + b"]" * 33 + b"a" * 32 + b".", "deeper than 32"),
         (b"\x80\x02}" + integer(65_536) + b"Ns.", "a int as a key"),
         (b"\x80\x02}" + integer(-1) + b"Ns.", "a int as a key"),

@@ -246,7 +246,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "more sizes than strides": (lambda: of(pickled(tensor(shape=(2, 2)))), "strides"),
     "rank 10,000": (
         lambda: of(pickled(tensor(shape=(1,) * 10_000, strides=(1,) * 10_000))),
-        "negative, too large or no integers",
+        "negative, too large or not integers",
     ),
     "one storage 100,000 times": (lambda: of(aliased(MANY)), "more than 10000 tensors"),
     "a storage as two types": (
@@ -269,7 +269,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
     "stack underflow": (lambda: of(b"\x80\x02a."), "pops from an empty stack"),
     "underflow over a mark": (lambda: of(b"\x80\x02](Na."), "data.pkl"),
     "a mark that was not set": (lambda: of(b"\x80\x02t."), "a mark that it has not set"),
-    "dangling BINGET": (lambda: of(b"\x80\x02h\x09."), "refers to the stored value 9"),
+    "dangling BINGET": (lambda: of(b"\x80\x02h\x09."), "reads the memo index 9, which is not set"),
     "no STOP": (lambda: of(b"\x80\x02}"), "truncated"),
     "a second pickle behind": (lambda: of(b"\x80\x02}.\x80\x02}."), "after its end"),
     "more on the stack": (lambda: of(b"\x80\x02}}."), "inside an unfinished value"),

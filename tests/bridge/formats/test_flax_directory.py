@@ -118,7 +118,7 @@ def test_missing_extra_misshapen_and_unusable_tensors_are_in_one_error(tmp_path:
     assert str(caught.value).splitlines() == [
         f"'{path / WEIGHTS}':",
         "  - h_1/ln_1/scale is missing (shape (48,))",
-        "  - h_2/attn/c_attn/kernel has shape (48, 144), the configuration says (48, 3, 3, 16)",
+        "  - h_2/attn/c_attn/kernel has shape (48, 144); the configuration requires (48, 3, 3, 16)",
         "  - 'h_5/ln_1/scale' is not a parameter of this model",
         "  - 'ln_f/bias' holds int32; weights must be one of float32, float16, bfloat16, float64",
     ]

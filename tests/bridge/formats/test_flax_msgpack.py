@@ -287,12 +287,12 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
     ),
     "a kernel not transposed": (
         changed(C_ATTN, np.transpose),
-        f"{C_ATTN} has shape (8, 24), the configuration says (24, 8)",
+        f"{C_ATTN} has shape (8, 24); the configuration requires (24, 8)",
     ),
-    "a kernel flat": (changed(C_FC, np.ravel), f"{C_FC} has shape (96,), the configuration says (12, 8)"),
+    "a kernel flat": (changed(C_FC, np.ravel), f"{C_FC} has shape (96,); the configuration requires (12, 8)"),
     "a padded vocabulary": (
         changed(WTE, lambda array: np.pad(array, ((0, 5), (0, 0)))),
-        f"{WTE} has shape (16, 8), the configuration says (11, 8)",
+        f"{WTE} has shape (16, 8); the configuration requires (11, 8)",
     ),
     "whole numbers": (
         changed(C_FC, lambda array: array.astype(np.int8)),
@@ -306,7 +306,7 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
     ),
     "a tied head the wrong way round": (
         lambda leaves: leaves | {"lm_head/kernel": leaves[WTE]},
-        "lm_head/kernel has shape (11, 8), the configuration says (8, 11)",
+        "lm_head/kernel has shape (11, 8); the configuration requires (8, 11)",
     ),
     "a head that is an embedding": (
         lambda leaves: leaves | {"lm_head/embedding": leaves[WTE]},
@@ -326,7 +326,10 @@ def test_another_tree_is_refused_by_name(
     ("change", "says"),
     [
         (without("lm_head/kernel"), "lm_head/kernel is missing (shape (8, 11))"),
-        (changed("lm_head/kernel", np.transpose), "lm_head/kernel has shape (11, 8), the configuration says (8, 11)"),
+        (
+            changed("lm_head/kernel", np.transpose),
+            "lm_head/kernel has shape (11, 8); the configuration requires (8, 11)",
+        ),
     ],
     ids=["no head", "a head not transposed"],
 )
@@ -431,7 +434,7 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda directory: (directory / LAST).write_bytes(b""), LAST),
     "truncated": (lambda directory: (directory / LAST).write_bytes((directory / LAST).read_bytes()[:-1]), "truncated"),
     "swapped": (lambda directory: shutil.copy(directory / FIRST, directory / LAST), "should be in"),
-    "with a name of another": (a_name_in_two_shards, f"'{WTE}' is in '{LAST}'; the index says in '{FIRST}'"),
+    "with a name of another": (a_name_in_two_shards, f"'{WTE}' is in '{LAST}', but the index names '{FIRST}'"),
     "no tree": (lambda directory: (directory / LAST).write_bytes(b"\x80"), f"should be in '{LAST}' but is not"),
 }
 

@@ -356,7 +356,7 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "block_count 0": (changed(block_count=number(0)), ConfigError, "n_layer='0': must be between 1"),
     "block_count -1": (changed(block_count=number(-1, "int32")), ConfigError, "n_layer='-1': must be between 1"),
     "block_count 10^9": (changed(block_count=number(10**9)), ConfigError, "n_layer='1000000000'"),
-    "block_count 10,000": (changed(block_count=number(10**4)), ConversionError, "gpt2.block_count is 10000, with 28"),
+    "block_count 10,000": (changed(block_count=number(10**4)), ConversionError, "is 10000, but there are 28 tensors"),
     "block_count too small": (changed(block_count=number(1)), ConversionError, "'blk.1.attn_norm.weight' is not a"),
     "block_count too large": (changed(block_count=number(3)), ConversionError, "blk.2.attn_norm.weight is missing"),
     "head_count 0": (changed(head_count=number(0)), ConfigError, "n_head='0': must be between 1"),
@@ -395,12 +395,12 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "a canonical name beside it": (renamed(QKV, "h.0.attn.c_attn.weight"), ConversionError, f"{QKV} is missing"),
     "a name that climbs": (renamed(QKV, "../../etc/passwd"), ConversionError, "'../../etc/passwd' is not a parameter"),
     "a name with escape codes": (renamed(QKV, "\x1b[31m\n"), ConversionError, r"'\x1b[31m\n' is not a parameter"),
-    "projections [in, out]": (transposed(), ConversionError, f"{QKV} has shape (8, 24), the configuration says (24, 8"),
+    "projections [in, out]": (transposed(), ConversionError, "has shape (8, 24); the configuration requires (24, 8)"),
     "a head of another size": (with_head(np.ones((12, 8), "f")), ConversionError, "output.weight has shape (12, 8)"),
     "an embedding of one axis": (
         gpt2(tensors={**gguf_tensors(), "token_embd.weight": np.ones(11, "f")}),
         ConversionError,
-        "token_embd.weight has shape (11,), the configuration says (11, 8)",
+        "token_embd.weight has shape (11,); the configuration requires (11, 8)",
     ),
     "an embedding of no rows": (
         gpt2(tensors={**gguf_tensors(), "token_embd.weight": np.ones((0, 8), "f")}),
@@ -478,7 +478,7 @@ def test_a_config_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.Captu
     path = saved(tmp_path / "d", random_checkpoint(SMALLEST))
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**fields, "activation_function": "relu"}))
-    says = "activation_function is 'relu' in config.json, 'gelu_new' in 'model.gguf'"
+    says = "activation_function is 'relu' in config.json, but 'gelu_new' in 'model.gguf'"
     assert_refused(path, says, capsys, ConfigError)
 
 
@@ -544,7 +544,7 @@ def test_a_character_tokenizer_is_left_out_and_reported(tmp_path: Path) -> None:
     characters = bridge.character_tokenizer("hello")
     checkpoint = with_tokenizer(characters, 4)
     (sentence,) = bridge.save(checkpoint, tmp_path / "m.gguf", format="gguf")
-    assert sentence == "its tokenizer 'characters': it is not byte-level BPE with GPT-2's words"
+    assert sentence == "its tokenizer 'characters': it is not byte-level BPE with GPT-2's pre-tokenizer"
     assert bridge.load(tmp_path / "m.gguf").own_tokenizer is None
     bridge.save(checkpoint, tmp_path / "directory", format="gguf")
     assert bridge.load(tmp_path / "directory").tokenizer().encode("hello") == characters.encode("hello")

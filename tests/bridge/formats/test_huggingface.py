@@ -276,20 +276,22 @@ def test_a_name_that_its_shard_lacks_is_named(sharded: Path) -> None:
 def test_a_name_in_two_shards_is_named(sharded: Path) -> None:
     shutil.copy(sharded / FIRST, sharded / "again.safetensors")
     edit_index(sharded, lambda index: index["weight_map"].update({"transformer.wte.weight": "again.safetensors"}))
-    with pytest.raises(CheckpointError, match=rf"'transformer\.wte\.weight' is in '{FIRST}'; the index says in 'again"):
+    with pytest.raises(
+        CheckpointError, match=rf"'transformer\.wte\.weight' is in '{FIRST}', but the index names 'again"
+    ):
         bridge.load(sharded)
 
 
 def test_a_tensor_that_the_index_does_not_list_is_named(sharded: Path) -> None:
     edit_index(sharded, lambda index: index["weight_map"].pop("transformer.wpe.weight"))
-    with pytest.raises(CheckpointError, match=r"'transformer\.wpe\.weight' is in .*; the index says nowhere"):
+    with pytest.raises(CheckpointError, match=r"'transformer\.wpe\.weight' is in .*, but the index does not list it"):
         bridge.load(sharded)
 
 
 @pytest.mark.parametrize("size", [1, "12", -1, None, [], 1e30])
 def test_a_wrong_total_size_is_refused(sharded: Path, size: object) -> None:
     edit_index(sharded, lambda index: index["metadata"].update({"total_size": size}))
-    with pytest.raises(CheckpointError, match=r"total_size is .*, the shards hold 444368 bytes"):
+    with pytest.raises(CheckpointError, match=r"total_size is .*, but the shards hold 444368 bytes"):
         bridge.load(sharded)
 
 

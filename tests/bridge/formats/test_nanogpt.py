@@ -238,7 +238,7 @@ def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
     nanogpts(tmp_path / "mine.pth", alone)
     ckpt = bridge.load(tmp_path)
     assert ckpt.optimizer is None and ckpt.progress == {}
-    note = "the file also has 'note', which nanoGPT does not write and which was not read"
+    note = "the file also has 'note', which nanoGPT does not write; this was not read"
     assert ckpt.diagnostics == (note, assumed("January 27"))
 
 
@@ -526,7 +526,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     "n_layer -1": (args(n_layer=-1), "n_layer='-1'", ConfigError),
     "n_layer 10^9": (args(n_layer=10**9), "n_layer='1000000000'", ConfigError),
     "n_layer 10^300": (args(n_layer=10**300), "n_layer='1000", ConfigError),
-    "n_layer 10,000": (args(n_layer=10_000), "n_layer=10000, and model has only 41 tensors", ConversionError),
+    "n_layer 10,000": (args(n_layer=10_000), "n_layer=10000, but model has only 41 tensors", ConversionError),
     "n_layer text": (args(n_layer="12"), "n_layer='12': must be int, not str", ConfigError),
     "n_layer true": (args(n_layer=True), "n_layer='True': must be int, not bool", ConfigError),
     "n_layer a tensor": (args(n_layer=torch.ones(1)), "must be int, not LazyTensor", ConfigError),
@@ -552,7 +552,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     ),
     "weights laid out as GPT-2's": (
         put(lambda w: w.T.contiguous(), "model", C_FC),
-        "h.0.mlp.c_fc.weight has shape (96, 24), the configuration says (24, 96): it is transposed",
+        "h.0.mlp.c_fc.weight has shape (96, 24); the configuration requires (24, 96): it is transposed",
         ConversionError,
     ),
     "integers": (put(lambda w: w.to(torch.int32), "model", C_FC), "holds int32", ConversionError),
@@ -674,4 +674,4 @@ def test_a_config_beside_it_that_says_otherwise_is_refused(tmp_path: Path, capsy
     bridge.save(random_checkpoint(CONFIG), tmp_path / "saved", format="nanogpt")
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace('"n_head": 4', '"n_head": 2'))
-    assert_refused(tmp_path / "saved", "n_head is 2 in config.json, 4 in 'ckpt.pt'", capsys, ConfigError)
+    assert_refused(tmp_path / "saved", "n_head is 2 in config.json, but 4 in 'ckpt.pt'", capsys, ConfigError)

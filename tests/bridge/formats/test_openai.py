@@ -136,7 +136,11 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
     "a tail of the index": (file(INDEX, lambda c: c[-48:]), "refers to bytes outside of the file", CheckpointError),
     "a short index": (file(INDEX, lambda c: c[-20:]), "20 bytes; the index of a GPT-2 has from 48", CheckpointError),
     "big-endian": (replaced(HEADER, b"\x00\x00\x06\x08\x01\x10\x01\x18\x00"), "big-endian machine", CheckpointError),
-    "no data files": (replaced(HEADER, b"\x00\x00\x06\x08\x00\x1a\x02\x08\x01"), "data is in 0 files", CheckpointError),
+    "no data files": (
+        replaced(HEADER, b"\x00\x00\x06\x08\x00\x1a\x02\x08\x01"),
+        "declares 0 data files",
+        CheckpointError,
+    ),
     "another file count": (replaced(HEADER, b"\x00\x00\x06\x08\x02\x1a\x02\x08\x01"), "of-00002", CheckpointError),
     "a name changed": (
         replaced(b"model/h0/attn/c_attn/b", b"model/h0/attn/c_attn/c"),
@@ -145,13 +149,13 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
     ),
     "layers missing": (hparams(n_layer=3), "model/h2/ln_1/g is missing", ConversionError),
     "layers too many": (hparams(n_layer=1), "'model/h1/ln_1/g' is not a parameter", ConversionError),
-    "10,000 layers": (hparams(n_layer=10_000), "n_layer is 10000, with 28 tensors", ConversionError),
+    "10,000 layers": (hparams(n_layer=10_000), "n_layer is 10000, but there are 28 tensors", ConversionError),
     "10^9 layers": (hparams(n_layer=10**9), "n_layer='1000000000'", ConfigError),
     "layers in words": (hparams(n_layer="2"), "n_layer='2': must be int", ConfigError),
     "heads that do not divide": (hparams(n_head=3), "not divisible by n_head='3'", ConfigError),
     "another width": (
         hparams(n_embd=16),
-        "model/wte has shape (11, 8), the configuration says (11, 16)",
+        "model/wte has shape (11, 8); the configuration requires (11, 16)",
         ConversionError,
     ),
     "a size missing": (hparams(n_ctx=...), "n_ctx is missing", ConfigError),

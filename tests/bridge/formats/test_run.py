@@ -278,10 +278,10 @@ def test_a_store_without_weights_is_a_checkpoint_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_inner": 24}, r"h_0/mlp/c_fc/kernel has shape \(12, 20\), the configuration says \(12, 24\)"),
+        ({"n_inner": 24}, r"h_0/mlp/c_fc/kernel has shape \(12, 20\); the configuration requires \(12, 24\)"),
         ({"n_layer": 4}, "h_3/ln_1/scale is missing"),
         ({"n_layer": 2}, "'h_2/ln_1/scale' is not a parameter"),
-        ({"vocab_size": 300}, r"wte/embedding has shape \(257, 12\), the configuration says \(300, 12\)"),
+        ({"vocab_size": 300}, r"wte/embedding has shape \(257, 12\); the configuration requires \(300, 12\)"),
         ({"tie_word_embeddings": False}, "lm_head/embedding is missing"),
     ],
 )

@@ -207,7 +207,10 @@ def refused(**changes: Any) -> tiktoken.Encoding:
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
-        (refused(pat_str=r"\S+|\s+"), r"'odd' splits text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's"),
+        (
+            refused(pat_str=r"\S+|\s+"),
+            r"'odd' cannot be saved: it splits text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's",
+        ),
         (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256}), "the token 'b'abc'' is not a merge of two tokens"),
         (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256, b"ab": 257}), "is not a merge of two tokens"),
         (refused(mergeable_ranks={b"a": 0}), "some of the 256 bytes have no token"),
