@@ -29,10 +29,13 @@ def sizes_asked_for(config: TrainConfig, default: TrainConfig | None) -> dict[st
     return {name: value for name, value in given.items() if value != usual[name] and name not in DROPOUT_RATES}
 
 
-def require_sizes(asked: Mapping[str, Any], model: GPT2Config, whose: str) -> None:
-    """Raise `BridgeError` for requested sizes that the model does not have."""
+def require_sizes(asked: Mapping[str, Any], model: GPT2Config, origin: str) -> None:
+    """Raise `BridgeError` for requested sizes that the model does not have.
+
+    `origin`: what sets the sizes, for the message, such as "--init-from sets".
+    """
     lines = [
-        f"{flag(name)} {quoted(value)}: has no effect, because {whose}, {getattr(model, name)}; leave it out"
+        f"{flag(name)} {quoted(value)}: has no effect, because {origin} it to {getattr(model, name)}; leave it out"
         for name, value in asked.items()
         if value != getattr(model, name)
     ]

@@ -131,7 +131,7 @@ def _excepthook(error: Any) -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Flush the output and end the process. Exit handlers do not run: they may wait for others or for a compilation."""
+    """Flush the output and end the process. Skip exit handlers, which may wait for a peer or a compilation."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

@@ -49,7 +49,7 @@ def convert(
     """
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     if options and to not in IN_SHARDS:
-        raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; {to} is one file")
+        raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; --to {to} writes one file")
     write_json = json_writer(json, overwrite, (source, target))
     opened = bridge.load(source, activation=source_activation)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)

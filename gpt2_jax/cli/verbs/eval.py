@@ -159,7 +159,7 @@ def _with_jax(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) ->
 
 
 def _figures(found: Evaluation, text: Text) -> dict[str, Any]:
-    """Return the report as JSON values. None: the text is unknown, has no words, or the value overflows a float."""
+    """Return the report as JSON values. None: the value overflows, or the text is unknown or has no words."""
     figures = {
         "loss": found.loss,
         "perplexity": found.perplexity,
@@ -188,7 +188,7 @@ def _show(report: dict[str, Any]) -> None:
     row("loss", "loss", "nats per token")
     row("perplexity", "perplexity", "per token")
     row("", "perplexity_per_word", "per word")
-    row("", "transformers_perplexity", "per token, by the weights of transformers' recipe")
+    row("", "transformers_perplexity", "per token, with the window weights of transformers' recipe")
     row("bits", "bits_per_byte", "per byte of UTF-8")
     for key in ("predicted_tokens", "tokens", "words", "bytes", "windows", "context", "stride"):
         table.add_row(key.replace("_", " "), "not available" if report[key] is None else f"{report[key]:,}")

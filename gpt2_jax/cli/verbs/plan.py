@@ -51,7 +51,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
             scaling: weak scaling: the same rows per chip, from 1 chip to 256, with --mesh data=-1 or fsdp=-1. Takes a
                 minute for each of five sizes.
             json: also write the report to this file.
-            plot_file: with --scaling, also draw it to this file (.png, .svg or .pdf).
+            plot_file: with --scaling, also draw the results to this file (.png, .svg or .pdf).
             overwrite: replace the report and the plot of an earlier command.
         """
         write_json = json_writer(json, overwrite)

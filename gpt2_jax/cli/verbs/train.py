@@ -87,7 +87,7 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
         if distributed:
             _join(coordinator, processes, process)
         elif (coordinator, processes, process) != (None, None, None):
-            raise BridgeError("--coordinator, --processes and --process go with --distributed")
+            raise BridgeError("--coordinator, --processes and --process require --distributed")
         asked = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
         usual = {**flat(default), **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
         require_effect({**values, **asked}, usual, RULES)
