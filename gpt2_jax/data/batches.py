@@ -215,8 +215,9 @@ def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
     """Return the k-th example of an epoch."""
     if count <= _MAX_STORED_ORDER:
         return int(_order(count, seed, epoch)[k])
-    # If the largest index is a power of four, grain 0.2.18 returns another index twice and this one never. Therefore
-    # shuffle one index more, and shuffle again what falls on it: that is a permutation of the others.
+    # If the largest index is a power of four, grain 0.2.18 never returns it, and returns another index twice. Therefore
+    # shuffle one more index, and shuffle again whenever the result is that index. The result is
+    # a permutation of the others.
     largest = count - 1 if (count - 1) & (count - 2) else count
     while (k := index_shuffle(k, max_index=largest, seed=_drawn(seed, epoch)[0], rounds=4)) >= count:
         pass

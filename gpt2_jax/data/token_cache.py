@@ -83,7 +83,7 @@ def cached_text(
 
 
 def cache_key(documents: Documents, made_by: str) -> str:
-    """Return the cache key of these files, in their current state, and a tokenizer."""
+    """Return the cache key of a tokenizer and the current state of these files."""
     files = [(d.name, os.fsdecode(d.path), d.size, d.modified) for d in documents.files]
     return hashlib.sha256(json.dumps([_FORMAT, made_by, files]).encode()).hexdigest()[:32]
 
@@ -210,7 +210,7 @@ def _blocks_encoded(
     """Yield the blocks of all documents in order, with None after each document. Blocks are read lazily."""
 
     def encoded(text: str) -> _Block:
-        # The same ids as encode_ordinary, without building a Python list, for which threads would wait on the GIL.
+        # The same ids as encode_ordinary, which would hold the GIL while it builds a Python list.
         ids = encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype)
         return _Block(ids, len(text.encode()), len(text))
 

@@ -18,7 +18,7 @@ from bridge.storage.regular_file import open_regular_file
 from gpt2_jax.data.errors import DataError
 
 SIDECAR = "tokens.json"
-"""The file by which a directory of the token cache is recognized."""
+"""The file that identifies a directory of the token cache."""
 
 # llm.c, dev/data/data_common.py: the header has 256 int32. The first three are the magic number, the version and the
 # number of tokens.
@@ -54,7 +54,7 @@ class TokenFile:
         return int(limits.min), int(limits.max)
 
     def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Ask the system to prefetch these (start, stop) from the disk in parallel, without waiting."""
+        """Ask the system to prefetch these (start, stop) spans from the disk in parallel, without waiting."""
         if hasattr(os, "posix_fadvise"):  # on Linux
             with self._opened() as file:
                 for start, stop in spans:

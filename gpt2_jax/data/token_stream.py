@@ -147,8 +147,8 @@ class TokenStream:
             at = int(np.flatnonzero((ids >= self._limit) | (ids < 0))[0])
             raise DataError(
                 f"{quoted(self.files[index].path)} has the id {ids[at]} at token {position + at}, and the vocabulary "
-                f"has {self._limit}; train with the vocabulary of the tokenizer that made the file: its --tokenizer, "
-                "or --vocab-size"
+                f"has {self._limit}; train with the --tokenizer that made the file, or with its "
+                "--vocab-size"
             )
         return ids
 

@@ -187,7 +187,7 @@ def test_the_description_says_what_was_left_out(folder: Path, tmp_path: Path) ->
     assert data.validation is not None and data.train.document_ends is not None
     assert data.description == (
         f"{folder}: {len(data.train):,} tokens (bytes) in {len(data.train.document_ends)} documents, "
-        f"{len(data.validation):,} for validation, 2 files left out that are no UTF-8 text"
+        f"{len(data.validation):,} for validation, 2 files were skipped: not UTF-8 text"
     )
 
 
