@@ -1,6 +1,6 @@
 """Lower bounds of the time of a task: the FLOPs and bytes that it needs, and the device's rates.
 
-A worker process of its own measures the rates between the rounds of the benchmark, so that they reflect changes in the
+A separate worker process measures the rates between the rounds of the benchmark, so that they reflect changes in the
 machine's speed.
 """
 
@@ -37,7 +37,7 @@ def min_flops(task: str, config: GPT2Config, batch_size: int, seq_len: int) -> f
 
 
 def min_bytes(config: GPT2Config, dtype: str) -> int:
-    """Minimum number of bytes that decoding reads per token: all weights, but one row of the position embedding."""
+    """Minimum number of bytes that decoding reads per token: all weights, with one row of the position embedding."""
     weights = bridge.num_parameters(config) - (config.n_positions - 1) * config.n_embd
     return weights * (2 if dtype == "bfloat16" else 4)
 
