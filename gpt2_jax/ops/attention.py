@@ -44,7 +44,8 @@ def attention(
         is_causal: also mask every key after the query. Requires T == S.
         dropout_key: required if `dropout_rate` is above 0.
         implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `xla` with a
-            mask, with dropout, without queries, or if nothing is faster. A name allows compilation for another device.
+            mask, with dropout, without queries, or if nothing is faster. An explicit name also allows compilation for
+            another device.
 
     Raises `ValueError` for arguments that the named implementation does not support.
     """

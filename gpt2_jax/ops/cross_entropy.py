@@ -42,7 +42,7 @@ def summed_cross_entropy(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
 ) -> Float[Array, ""]:
-    """Return the sum of `cross_entropy` over all positions, for the logits hidden embedding^T.
+    """Return the sum of `cross_entropy` over all positions, for the logits `hidden @ embedding.T`.
 
     The logits are computed in chunks of some positions of every row. Each chunk's gradient is computed together with
     its logits, so nothing of size V is saved per token, and none of the three products is computed twice (as in Hsu et
@@ -145,7 +145,7 @@ def _chunk_losses(x: Array, labels: Array, kernel: Array, vocab_size: int) -> tu
 
 
 def _chunks(hidden: Array, labels: Array, length: int) -> tuple[Array, Array]:
-    """Split both into chunks along a new first axis. The last chunk is padded with positions that are ignored."""
+    """Split `hidden` and `labels` into chunks along a new first axis. Ignored positions pad the last chunk."""
     B, T, D = hidden.shape
     fill = -T % length
     hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0)))

@@ -34,7 +34,7 @@ class KVCache(NamedTuple):
         return self.values[0].shape[1]
 
     def change_rows(self, change: Callable[[Array], Array]) -> KVCache:
-        """Return the cache with other rows: `change` selects from the first axis of an array, of size B."""
+        """Return the cache with its rows reordered, repeated or removed. `change` maps B rows to the new rows."""
         B = self.num_padding.shape[0]
 
         def changed(array: Array) -> Array:
