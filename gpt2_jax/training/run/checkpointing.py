@@ -117,10 +117,11 @@ class Checkpoints:
                 saving[1].result()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Return the state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their structs.
+        """Return the state saved at `step`, placed on the devices of `like`, a tree of arrays or `ShapeDtypeStruct`s.
 
-        Waits for a pending save. Raises as `wait`, and `TrainingError` for a checkpoint that is damaged or has other
-        shapes. Does not use Orbax, which trusts its input and whose error messages are pages long.
+        Waits for a pending save. Raises as `wait`, and `TrainingError` for a checkpoint that is damaged or whose
+        shapes or dtypes differ from those of `like`. Does not use Orbax, which trusts its input and whose error
+        messages are pages long.
         """
         self.wait()
         with _with_message(f"the checkpoint of step {step} could not be read; is it damaged?"):

@@ -39,7 +39,7 @@ VISIBILITY_TIMEOUT = 90
 """Seconds. With default settings, NFS may cache for this long that a file does not exist."""
 _FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *TOKENIZER_FILES)
 _FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD)
-"""The names that training writes into the directory of a run."""
+"""The names of the files and directories that training writes into the directory of a run."""
 
 
 def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) -> None:
@@ -49,7 +49,8 @@ def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) 
     and no other file changes.
 
     Raises:
-        TrainingError: the directory exists and is not empty. With `resume`: it is not a run without checkpoints.
+        TrainingError: the directory exists and is not empty. With `resume`: it is not a run, or the run has
+        checkpoints.
     """
     require_available(run, resume=resume)
     if _is_vacant(run):
@@ -165,7 +166,7 @@ def wait_until_visible(run: Path) -> None:
 
 
 def _is_locked(run: Path) -> TrainingError:
-    return TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out")
+    return TrainingError(f"another process is training in {quoted(run)}; wait for it, or choose another --out")
 
 
 def require_unchanged(run: Path, config: TrainConfig, data: Data) -> None:
