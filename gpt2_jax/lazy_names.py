@@ -16,7 +16,7 @@ def lazy_names(
 
     Args:
         package: the package's `__name__`.
-        modules: from the name of a module to the names that the package takes from it.
+        modules: module -> the names that the package takes from it.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 

@@ -43,7 +43,7 @@ def sample_token(
     processors: LogitsProcessors,
     seen_RV: Bool[Array, "R V"] | None,
 ) -> Int[Array, " R"]:
-    """Return the next token of each row: the most likely one, or with a temperature a sample.
+    """Return the next token of each row: the most likely one, or a sample if a temperature is set.
 
     Args:
         noise_R: numbers from [0, 1). Each determines the sample of its row.
@@ -138,7 +138,7 @@ def _keep_from(
     """Keep the logits at or above the lowest threshold for which `allowed` holds.
 
     Args:
-        allowed: takes whether each logit is above the threshold; returns whether the threshold is allowed in each row.
+        allowed: a function of a mask of the logits above the threshold. It returns whether each row allows it.
     """
     order_RV = _as_ordered_integers(logits_RV)
 

@@ -45,7 +45,8 @@ def min_bytes(config: GPT2Config, dtype: str) -> int:
 def matmul_rate(dtype: str) -> tuple[float, str]:
     """Rate of matrix products in FLOP/s, and the source of the figure.
 
-    The data sheet's figure for bfloat16 on known GPUs and TPUs; otherwise measured with 2048 x 2048 matrices.
+    The figure comes from the data sheet for bfloat16 on known GPUs and TPUs. Otherwise, the rate is measured with
+    2048 x 2048 matrices.
     """
     from gpt2_jax import hardware
 

@@ -25,8 +25,8 @@ def sizes_asked_for(config: TrainConfig, default: TrainConfig | None) -> dict[st
     """Return the sizes of the model, by name, that differ from the default."""
     if default is None:
         return {}
-    given, usual = vars(config.model), vars(default.model)
-    return {name: value for name, value in given.items() if value != usual[name] and name not in DROPOUT_RATES}
+    sizes, defaults = vars(config.model), vars(default.model)
+    return {name: value for name, value in sizes.items() if value != defaults[name] and name not in DROPOUT_RATES}
 
 
 def require_sizes(asked: Mapping[str, Any], model: GPT2Config, origin: str) -> None:

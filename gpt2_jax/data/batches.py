@@ -30,8 +30,9 @@ READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 ALL_ROWS = slice(None)
 
 _MAX_STORED_ORDER = 2**16
-"""The order of an epoch with more examples is not stored but computed by grain's index_shuffle. With fewer examples,
-index_shuffle is slow, because it draws from 2**16 numbers until one is in range: 10 ms per example for two examples."""
+"""For epochs with more examples than this, the order is not stored but computed by grain's index_shuffle. With fewer
+examples, index_shuffle is slow, because it draws from 2**16 numbers until one is in range: 10 ms per example for two
+examples."""
 
 
 def training_batches(
@@ -216,8 +217,8 @@ def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
     if count <= _MAX_STORED_ORDER:
         return int(_order(count, seed, epoch)[k])
     # If the largest index is a power of four, grain 0.2.18 never returns it, and returns another index twice. Therefore
-    # shuffle one more index, and shuffle again whenever the result is that index. The result is
-    # a permutation of the others.
+    # shuffle one more index, and shuffle again whenever the result is that index. The
+    # remaining indices are then permuted.
     largest = count - 1 if (count - 1) & (count - 2) else count
     while (k := index_shuffle(k, max_index=largest, seed=_drawn(seed, epoch)[0], rounds=4)) >= count:
         pass

@@ -20,10 +20,10 @@ STDLIB = "stdlib"
 """The name of the source that every machine has: the running interpreter's standard library."""
 
 BLOCK_BYTES = 2**18
-"""Text is read and encoded in blocks of about this size, large enough to be worth a task for a thread."""
+"""Text is read and encoded in blocks of about this size, which is enough work for one task of a thread pool."""
 
 MAX_BLOCK_BYTES = 16 * BLOCK_BYTES
-"""Text of this size without a safe place to split is split anywhere. No natural language has such words."""
+"""Text of this size without a safe place to split is split anywhere. No natural language has words of this length."""
 
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 

@@ -56,7 +56,7 @@ class TokenFile:
     def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
         """Ask the system to prefetch these (start, stop) spans from the disk in parallel, without waiting."""
         if hasattr(os, "posix_fadvise"):  # on Linux
-            with self._opened() as file:
+            with self._open() as file:
                 for start, stop in spans:
                     position, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
                     os.posix_fadvise(file.fileno(), position, size, os.POSIX_FADV_WILLNEED)
@@ -64,7 +64,7 @@ class TokenFile:
     def read(self, spans: Iterable[tuple[int, int]]) -> list[np.ndarray]:
         """Return ids start ... stop - 1 of each (start, stop), in the dtype of the file."""
         arrays = []
-        with self._opened() as file:
+        with self._open() as file:
             for start, stop in spans:
                 ids = np.empty(stop - start, self.dtype)
                 file.seek(self.offset + start * self.dtype.itemsize)
@@ -77,7 +77,7 @@ class TokenFile:
         return arrays
 
     @contextmanager
-    def _opened(self) -> Iterator[FileIO]:
+    def _open(self) -> Iterator[FileIO]:
         try:
             with self.path.open("rb", buffering=0) as file:
                 yield file
@@ -134,8 +134,8 @@ def _nanogpt(path: Path, size: int) -> TokenFile:
         raise DataError(f"{quoted(path)} is not a token file (llm.c's shards, .npy, or nanoGPT's .bin)")
     if size % 2:
         raise DataError(
-            f"{quoted(path)} has {size} bytes, an odd number, and no header: not the uint16 tokens of nanoGPT; "
-            "it is truncated, or another kind of file"
+            f"{quoted(path)} has {size} bytes, an odd number, so it does not hold nanoGPT's uint16 tokens; it is "
+            "truncated, or another kind of file"
         )
     return TokenFile(path, np.dtype("<u2"), 0, size // 2)
 

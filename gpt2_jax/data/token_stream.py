@@ -39,7 +39,7 @@ class TokenStream:
     start: int
     stop: int
     vocab_size: int | None = None
-    """The vocabulary size. Reading a larger id is an error."""
+    """The vocabulary size. Reading an id outside the vocabulary is an error."""
     all_document_ends: Int[np.ndarray, " N"] | None = field(default=None, compare=False)
     """For the concatenated files: the position one past each document's last token."""
     content: str | None = None
@@ -126,11 +126,11 @@ class TokenStream:
 
     def _sampled(self) -> str:
         whole = replace(self, start=0, stop=self._ends[-1])
-        seen = hashlib.sha256(np.array([file.count for file in self.files], "<i8").tobytes())
+        digest = hashlib.sha256(np.array([file.count for file in self.files], "<i8").tobytes())
         starts = np.linspace(0, max(0, len(whole) - FINGERPRINT_TOKENS), FINGERPRINT_BLOCKS).astype(int).tolist()
         for ids in whole.read_spans((start, min(len(whole), start + FINGERPRINT_TOKENS)) for start in starts):
-            seen.update(ids.astype("<i4").data)
-        return seen.hexdigest()
+            digest.update(ids.astype("<i4").data)
+        return digest.hexdigest()
 
     @cached_property
     def _ends(self) -> list[int]:

@@ -93,12 +93,12 @@ def require_device(implementation: Implementation) -> None:
     """Raise `ValueError` if this process's devices do not support the implementation."""
     platform, needed = _platform(), {"cudnn": "gpu", "splash": "tpu"}.get(implementation)
     if needed not in (None, platform):
-        described = "an NVIDIA GPU from Ampere on" if needed == "gpu" else "a TPU"
+        described = "an NVIDIA GPU of the Ampere generation or later" if needed == "gpu" else "a TPU"
         raise ValueError(f"attention={implementation!r} needs {described}; JAX computes on {platform} here. Use 'auto'")
 
 
 def _scaled(q: Array, scale: float | Array) -> Array:
-    """Return q scale, rounded once, because bfloat16 may not represent the scale."""
+    """Return `q * scale`, rounded once, because bfloat16 may not represent the scale."""
     return (q.astype(wide_dtype(q)) * scale).astype(q.dtype)
 
 

@@ -43,7 +43,8 @@ def verify(
 
     Raises:
         TokenizerError: the checkpoint's tokenizer is damaged, or is missing although `text` is given.
-        BridgeError: a sequence has fewer than two tokens, or `seed` is given but not used.
+        BridgeError: there is no sequence or fewer than two tokens per sequence, or `seed` is negative, or it is given
+            but not used.
     """
     config = checkpoint.config
     shape = (batch_size, min(seq_len, config.n_positions))

@@ -64,8 +64,8 @@ def _require_divisible(config: TrainConfig, mesh: Mesh) -> None:
     rows, shards = config.batch_size // config.num_microbatches, batch_parts(mesh.shape)
     if rows % shards:
         raise TrainingError(
-            f"batch_size={config.batch_size} in num_microbatches={config.num_microbatches} is {rows} rows at a time, "
-            f"which the mesh's data x fsdp = {shards} does not divide; "
+            f"batch_size={config.batch_size} in num_microbatches={config.num_microbatches} gives {rows} rows per "
+            f"microbatch, which the mesh's data x fsdp = {shards} does not divide; "
             f"{_fitting_flag(config.batch_size, config.num_microbatches, shards)}, or another --mesh "
             f"(data={math.gcd(rows, shards)} takes fewer devices)"
         )

@@ -269,7 +269,7 @@ class Loop:
         return validation_loss(self.eval_step, self.config, setup.data, self.state, setup.mesh, self.preemption.check)
 
     def save(self) -> None:
-        if int(self.state.step) > 0:  # before the first step, the weights are the initial ones
+        if int(self.state.step) > 0:  # at step 0, there is no update to check
             require_finite(self.state)
         self.report.flush()  # even after a system crash, no checkpoint may be newer than the log
         self.checkpoints.save(self.state, self.val_loss)

@@ -37,7 +37,7 @@ def convert(
 
     Args:
         source: a checkpoint in any format, or a Hugging Face id.
-        target: the directory to write. For nanogpt, llmc and gguf, a name with the suffix .pt, .bin or .gguf is a file.
+        target: the directory to write; or, for nanogpt, llmc and gguf, a file with the suffix .pt, .bin or .gguf.
         to: the format to write.
         max_shard_bytes: for huggingface and flax_msgpack: the maximum size of a file.
         zero_biases: add zero biases to a model without biases, because Hugging Face's GPT-2 requires them.

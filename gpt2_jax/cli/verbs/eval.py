@@ -67,8 +67,8 @@ def evaluate(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some are named train and others
-            val, the val files are used.
+        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some token files are named val
+            and others are not, those named val are used.
         backend: the implementation to run.
         context: tokens per window.
         stride: tokens from one window to the next. A shorter stride is slower and gives each
@@ -108,17 +108,17 @@ def _task(bar: Bar, name: str) -> Progress:
     return lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _read(data: str, checkpoint: bridge.Checkpoint, most: int, advance: Progress) -> Text:
-    """Return the first `most` tokens of a source."""
+def _read(data: str, checkpoint: bridge.Checkpoint, max_tokens: int, advance: Progress) -> Text:
+    """Return the first `max_tokens` tokens of a source."""
     if data == STDLIB or not (is_token_source(data) or (Path(data) / SIDECAR).is_file()):
-        return _encode(find_documents(data), checkpoint.tokenizer(), most, advance)
+        return _encode(find_documents(data), checkpoint.tokenizer(), max_tokens, advance)
     opened = open_data(data, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
     stream = opened.train if opened.validation is None else opened.validation
-    return Text(stream.read(0, min(most, len(stream))))
+    return Text(stream.read(0, min(max_tokens, len(stream))))
 
 
-def _encode(documents: Documents, tokenizer: tiktoken.Encoding, most: int, advance: Progress) -> Text:
-    pieces, words, size, room = [np.empty(0, np.int32)], 0, 0, most
+def _encode(documents: Documents, tokenizer: tiktoken.Encoding, max_tokens: int, advance: Progress) -> Text:
+    pieces, words, size, room = [np.empty(0, np.int32)], 0, 0, max_tokens
     for ids, text in _pieces(documents, tokenizer):
         if len(ids) <= room:
             raw = text.encode()

@@ -88,11 +88,11 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
             _join(coordinator, processes, process)
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process require --distributed")
-        asked = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
-        usual = {**flat(default), **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
-        require_effect({**values, **asked}, usual, RULES)
+        options = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
+        defaults = {**flat(default), **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
+        require_effect({**values, **options}, defaults, RULES)
         _require_cache(cache, (values["data"], values["validation_data"], values["init_from"]))
-        _require_effect_on_tokens(values, usual, cache)
+        _require_effect_on_tokens(values, defaults, cache)
         if own_process and not distributed:
             enable_compilation_cache()
         from gpt2_jax.cli.run_training import train_and_report  # not at the top, because it imports JAX

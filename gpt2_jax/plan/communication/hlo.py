@@ -167,10 +167,10 @@ def _increment(body: Computation, counter: Instruction | None) -> int | None:
 
 
 def _tuple_element(computation: Computation, name: str, index: int) -> Instruction | None:
-    made = _resolve(computation, name)
-    if made is None or made.operation != "tuple" or index >= len(made.operands):
+    parent = _resolve(computation, name)
+    if parent is None or parent.operation != "tuple" or index >= len(parent.operands):
         return None
-    return _resolve(computation, made.operands[index])
+    return _resolve(computation, parent.operands[index])
 
 
 def _resolve(computation: Computation, name: str) -> Instruction | None:

@@ -60,9 +60,9 @@ def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) 
     with locked(run):
         if steps(run):
             raise _is_a_run(run)
-        with TemporaryDirectory() as beside:
-            _write_new(Path(beside), config, data)
-            files = {path.name: path.read_text(encoding="utf-8") for path in Path(beside).iterdir()}
+        with TemporaryDirectory() as temporary:
+            _write_new(Path(temporary), config, data)
+            files = {path.name: path.read_text(encoding="utf-8") for path in Path(temporary).iterdir()}
         replace_files(run, files, remove=TOKENIZER_FILES)
 
 
@@ -198,10 +198,10 @@ def _write_new(directory: Path, config: TrainConfig, data: Data) -> None:
 
 def write_description(run: Path, config: TrainConfig, data: Data) -> None:
     """Write config.json and run.json. Each write is atomic."""
-    with new_file(run / CONFIG, overwrite=True) as beside:
-        write_config(beside, config.model, _end_of_text(data))
-    with new_file(run / RUN, overwrite=True) as beside:
-        write_json(beside, description(config, data))
+    with new_file(run / CONFIG, overwrite=True) as temporary:
+        write_config(temporary, config.model, _end_of_text(data))
+    with new_file(run / RUN, overwrite=True) as temporary:
+        write_json(temporary, description(config, data))
 
 
 def _end_of_text(data: Data) -> dict[str, int | None]:

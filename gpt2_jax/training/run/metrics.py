@@ -132,8 +132,8 @@ def plot_losses(run: Path) -> Path:
 def _drop_records_after(file: Path, step: int) -> None:
     """Remove records after the checkpoint that a run resumes from, because those steps are repeated."""
     kept = [record for record in read_metrics(file.parent) if record["step"] <= step] if step else []
-    with new_file(file, overwrite=True) as beside:
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    with new_file(file, overwrite=True) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 @contextmanager
