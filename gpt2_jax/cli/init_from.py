@@ -61,7 +61,7 @@ def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, resumed: Id
     is_default = config.tokenizer == (TOKENIZER_OF_INIT_FROM if resumed is None else resumed.config.tokenizer)
     if own is None:
         has_none = resumed is not None and resumed.tokenizer is None
-        return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _fitting(named, source)
+        return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _checked_tokenizer(named, source)
     if not is_default and not _is_same(named, own):
         raise BridgeError(
             f"--tokenizer {quoted(config.tokenizer)}: is not the tokenizer of {quoted(source.path)}, with which "
@@ -79,7 +79,7 @@ def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
     return bridge.tokenizer_fingerprint(make_tokenizer(named)) == bridge.tokenizer_fingerprint(own)
 
 
-def _fitting(named: str, source: Checkpoint) -> Any:
+def _checked_tokenizer(named: str, source: Checkpoint) -> Any:
     """Return the named tokenizer. A tokenizer that `open_data` trains on the data is checked later."""
     if named in MADE_FROM_TEXT:
         return named

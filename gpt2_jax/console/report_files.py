@@ -68,7 +68,7 @@ def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) 
 def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write `value` as JSON with its generator. NaN and infinity, which JSON lacks, are written as strings."""
     content = {"generator": f"{GENERATOR} {__version__}", **value}
-    text = json.dumps(_strict(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_json_compatible(content), indent=2, allow_nan=False) + "\n"
     with new_file(path, overwrite=lambda: overwrite and is_report(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -95,9 +95,9 @@ def is_report(path: Path) -> bool:
         return False
 
 
-def _strict(value: Any) -> Any:
+def _json_compatible(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _strict(inner) for name, inner in value.items()}
+        return {name: _json_compatible(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
+        return [_json_compatible(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

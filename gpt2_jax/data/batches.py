@@ -123,7 +123,7 @@ class _Windows:
         if self.seed is not None:
             epoch, k = divmod(number, self.count)
             room = len(self.stream) - self.count * self.seq_len
-            start = _shuffled(k, self.count, self.seed, epoch) * self.seq_len + _drawn(self.seed, epoch)[1] % room
+            start = _shuffled(k, self.count, self.seed, epoch) * self.seq_len + _epoch_seeds(self.seed, epoch)[1] % room
         return start, start + self.seq_len + 1
 
 
@@ -220,7 +220,7 @@ def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
     # shuffle one more index, and shuffle again whenever the result is that index. The
     # remaining indices are then permuted.
     largest = count - 1 if (count - 1) & (count - 2) else count
-    while (k := index_shuffle(k, max_index=largest, seed=_drawn(seed, epoch)[0], rounds=4)) >= count:
+    while (k := index_shuffle(k, max_index=largest, seed=_epoch_seeds(seed, epoch)[0], rounds=4)) >= count:
         pass
     return k
 
@@ -228,11 +228,11 @@ def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     # numpy guarantees that the raw output of a bit generator never changes, but not the result of a shuffle.
-    return np.argsort(np.random.PCG64(_drawn(seed, epoch)[0]).random_raw(count), kind="stable")
+    return np.argsort(np.random.PCG64(_epoch_seeds(seed, epoch)[0]).random_raw(count), kind="stable")
 
 
 @lru_cache(maxsize=16)
-def _drawn(seed: int, epoch: int) -> tuple[int, int]:
+def _epoch_seeds(seed: int, epoch: int) -> tuple[int, int]:
     """Return two random numbers below 2**32 for an epoch: the seed of its order, and the offset of its windows."""
     order, offset = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
     return order, offset

@@ -145,7 +145,7 @@ def _npy(path: Path, size: int) -> TokenFile:
     header, offset = _npy_header(path)
     match = _NPY_HEADER.fullmatch(header)
     if match is None:
-        raise _not_npy(path, "its header does not describe a plain array")
+        raise _npy_error(path, "its header does not describe a plain array")
     dtype, shape_text = match.group("dtype", "shape")
     shape = [int(axis) for axis in re.findall(r"\d+", shape_text)]
     if len(shape) != 1 or dtype not in _NPY_DTYPES:
@@ -154,8 +154,9 @@ def _npy(path: Path, size: int) -> TokenFile:
             "uint16, int32, uint32 or int64"
         )
     file = TokenFile(path, np.dtype(dtype), offset, shape[0])
-    if size != offset + file.count * file.dtype.itemsize:
-        raise _not_npy(path, f"it has {size} bytes and its header describes {offset + shape[0] * file.dtype.itemsize}")
+    expected = offset + file.count * file.dtype.itemsize
+    if size != expected:
+        raise _npy_error(path, f"it has {size} bytes and its header describes {expected}")
     return file
 
 
@@ -164,18 +165,18 @@ def _npy_header(path: Path) -> tuple[str, int]:
     with path.open("rb") as file:
         version = file.read(8)[6:]
         if version not in _NPY_LENGTH_BYTES:
-            raise _not_npy(path, f"its version is {quoted(version.hex())}")
+            raise _npy_error(path, f"its version is {quoted(version.hex())}")
         length_bytes = file.read(_NPY_LENGTH_BYTES[version])
         length = int.from_bytes(length_bytes, "little")
         if length > _MAX_NPY_HEADER:
-            raise _not_npy(path, f"its header would have {length} bytes")
+            raise _npy_error(path, f"its header would have {length} bytes")
         header = file.read(length)
     if len(header) < length or not header.isascii():
-        raise _not_npy(path, "its header is truncated or not ASCII")
+        raise _npy_error(path, "its header is truncated or not ASCII")
     return header.decode("ascii"), 8 + len(length_bytes) + length
 
 
-def _not_npy(path: Path, reason: str) -> DataError:
+def _npy_error(path: Path, reason: str) -> DataError:
     return DataError(f"{quoted(path)} cannot be read as .npy: {reason}; copy or write it again")
 
 

@@ -121,10 +121,10 @@ class TokenStream:
         The sample consists of the lengths of all files and `FINGERPRINT_BLOCKS` evenly spaced blocks of
         `FINGERPRINT_TOKENS` ids. It excludes the names of the files, so that they may be moved.
         """
-        content = self.content or self._sampled()
+        content = self.content or self._sample_hash()
         return hashlib.sha256(f"{content} {self.start} {self.stop}".encode()).hexdigest()
 
-    def _sampled(self) -> str:
+    def _sample_hash(self) -> str:
         whole = replace(self, start=0, stop=self._ends[-1])
         digest = hashlib.sha256(np.array([file.count for file in self.files], "<i8").tobytes())
         starts = np.linspace(0, max(0, len(whole) - FINGERPRINT_TOKENS), FINGERPRINT_BLOCKS).astype(int).tolist()

@@ -60,8 +60,8 @@ def summed_cross_entropy(
     if parts > 1 and hidden.shape[0] % parts == 0:
         hidden, labels = (x.reshape(parts, -1, *x.shape[1:]) for x in (hidden, labels))
         device_sum = functools.partial(_own_sum, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-        spread = tuple(axis for axis in BATCH_AXES if axis in axes)
-        return jax.vmap(device_sum, (0, None, 0), spmd_axis_name=spread)(hidden, embedding, labels).sum()
+        batch_axes = tuple(axis for axis in BATCH_AXES if axis in axes)
+        return jax.vmap(device_sum, (0, None, 0), spmd_axis_name=batch_axes)(hidden, embedding, labels).sum()
     return _own_sum(hidden, embedding, labels, vocab_size, chunk_bytes)
 
 

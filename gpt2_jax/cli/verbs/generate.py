@@ -116,7 +116,7 @@ def generate(
             return stream_text(decoder, tokenizer, text, config_for([text]), stop)
 
         if interactive:
-            _converse(stream)
+            _interactive_loop(stream)
         elif json is None and len(prompts) == 1 and not several:
             _print_pieces(prompts[0], stream(prompts[0]))
         else:
@@ -184,7 +184,7 @@ def _print_pieces(prompt: str, pieces: Iterator[str]) -> None:
     print()
 
 
-def _converse(stream: Callable[[str], Iterator[str]]) -> None:
+def _interactive_loop(stream: Callable[[str], Iterator[str]]) -> None:
     while prompt := _read_prompt():
         try:
             _print_pieces(prompt, stream(prompt))

@@ -59,7 +59,7 @@ def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) 
         return
     with locked(run):
         if steps(run):
-            raise _is_a_run(run)
+            raise _run_exists_error(run)
         with TemporaryDirectory() as temporary:
             _write_new(Path(temporary), config, data)
             files = {path.name: path.read_text(encoding="utf-8") for path in Path(temporary).iterdir()}
@@ -71,14 +71,14 @@ def require_available(run: Path, *, resume: bool) -> None:
     if not _is_vacant(run):
         require_run(run)
         if not resume:
-            raise _is_a_run(run)
+            raise _run_exists_error(run)
 
 
 def _is_vacant(run: Path) -> bool:
     return not os.path.lexists(run) or (run.is_dir() and not any(run.iterdir()))
 
 
-def _is_a_run(run: Path) -> TrainingError:
+def _run_exists_error(run: Path) -> TrainingError:
     return TrainingError(f"{quoted(run)} is a run; continue it with --resume, or choose another --out")
 
 
@@ -140,14 +140,14 @@ def locked(run: Path) -> Iterator[None]:
     """Hold the run's lock for the duration of a block. Raises `TrainingError` if another process holds it."""
     with exclusive_lock(run / LOCK, is_file=True) as held:
         if held is False:  # None, for a file system without locks, is accepted
-            raise _is_locked(run)
+            raise _run_locked_error(run)
         yield
 
 
 def require_created_by(run: Path, config: TrainConfig, data: Data) -> None:
     """Raise `TrainingError` if another process created a run in this directory before this one locked it."""
     if stored_identity(run) != Identity.of(config, data):
-        raise _is_locked(run)
+        raise _run_locked_error(run)
 
 
 def wait_until_visible(run: Path) -> None:
@@ -165,7 +165,7 @@ def wait_until_visible(run: Path) -> None:
     )
 
 
-def _is_locked(run: Path) -> TrainingError:
+def _run_locked_error(run: Path) -> TrainingError:
     return TrainingError(f"another process is training in {quoted(run)}; wait for it, or choose another --out")
 
 

@@ -147,11 +147,11 @@ def _naming(file: Path) -> Iterator[None]:
 
 def _tensorboard(run: Path) -> Any:
     with _naming(run / TENSORBOARD):
-        return _optional("tensorboard.summary", "tensorboard").Writer(str(run / TENSORBOARD))
+        return _import_optional("tensorboard.summary", "tensorboard").Writer(str(run / TENSORBOARD))
 
 
 def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
-    wandb = _optional("wandb", "wandb")
+    wandb = _import_optional("wandb", "wandb")
     file = run / WANDB_ID  # a resumed run keeps the same id
     if not (start_step and file.exists()):
         file.write_text(secrets.token_hex(8))
@@ -168,12 +168,12 @@ def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
 def require_packages(config: TrainConfig) -> None:
     """Raise `TrainingError` if `--tensorboard` or `--wandb` needs a package that is not installed."""
     if config.tensorboard:
-        _optional("tensorboard.summary", "tensorboard")
+        _import_optional("tensorboard.summary", "tensorboard")
     if config.wandb:
-        _optional("wandb", "wandb")
+        _import_optional("wandb", "wandb")
 
 
-def _optional(module: str, extra: str) -> Any:
+def _import_optional(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
