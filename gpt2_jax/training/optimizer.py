@@ -49,8 +49,9 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTra
 
 
 def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> Callable[[Any], Any]:
-    """Return a function from the step, counted from 0, to the learning rate. Source of warm-up and cosine: nanoGPT's
-    `get_lr`.
+    """Return a function from the step, counted from 0, to the learning rate.
+
+    The warm-up and the cosine are those of nanoGPT's `get_lr`.
     """
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
     ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
