@@ -219,7 +219,7 @@ def test_a_tokenizer_made_from_text_is_made_once(
     options = {"vocab_size": 300, "cache": tmp_path / "cache"}
     made = make_tokenizer(spec, documents, progress=lambda *about: seen.append(about), **options)  # type: ignore[arg-type]
     assert seen[-1][1:] == (documents.size, documents.size)
-    monkeypatch.setattr(tokenizers, "_made", None)
+    monkeypatch.setattr(tokenizers, "_make_from_text", None)
     kept = make_tokenizer(spec, documents, **options)  # type: ignore[arg-type]
     assert tokenizer_fingerprint(kept) == tokenizer_fingerprint(made)
     assert kept.name == made.name == spec
