@@ -1,4 +1,4 @@
-"""Choices that configurations offer, and what they support. Imports no JAX, so that `gpt2 VERB --help` is quick."""
+"""Values of configuration fields, and the arrays that they support. Imports no JAX: `gpt2 VERB --help` stays quick."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BFLOAT16, _FLOAT16, _FLOAT32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float1
 
 
 def obstacle(implementation: str, dtype: DTypeLike, length: int, head_size: int) -> str | None:
-    """Return why an implementation does not support these arrays, or None if it does. A phrase for a message."""
+    """Return why an implementation does not support these arrays, as a phrase for a message, or None if it does."""
     dtype = np.dtype(dtype)
     if implementation not in get_args(Implementation):
         return f"is not one of {', '.join(get_args(Implementation))}"

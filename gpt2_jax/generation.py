@@ -1,4 +1,4 @@
-"""Generation from the port: a preallocated key/value cache, and compiled loops over tokens."""
+"""Text generation with the JAX model: a preallocated key/value cache, and compiled loops over tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpt2_jax.model import GPT2, check_shape
 from gpt2_jax.ops.kv_cache import KVCache, empty_cache
 
 SMALLEST_BUCKET = 16
-"""The smallest cache length that is compiled for. The others are powers of two."""
+"""The smallest compiled cache length. Longer ones are powers of two, up to the model's positions."""
 
 PREFILL_CHUNK = 256
 """Longer prompts run in chunks of this many tokens. One compilation serves any number of chunks."""
@@ -74,9 +74,10 @@ class _State(NamedTuple):
 class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
     """Generation from one model and its parameters, in one compiled loop per bucket of lengths.
 
-    The decoding loop is compiled once for each number of rows, power of two of the length, and set of logits
-    processors. Prefill is also compiled for each power of two of the prompts' length, up to `PREFILL_CHUNK`. Sharded
-    parameters (over a mesh with Auto axes) stay sharded, and the compiler distributes the computation over the mesh.
+    The decoding loop is compiled once for each combination of the number of rows, the cache length (see `bucket`) and
+    the set of logits processors. Prefill is also compiled for each bucket of prompt lengths, up to `PREFILL_CHUNK`.
+    Sharded parameters (over a mesh with Auto axes) stay sharded, and the compiler distributes the computation over the
+    mesh.
 
     Args:
         params: the model's parameters. Stacked layers are unstacked here, once; the loop over tokens would copy them
@@ -156,9 +157,9 @@ class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
         return _prefill_chunks(self.model, chunk, self.params, ids_BS, num_padding, length)
 
 
-def bucket(length: int, most: int) -> int:
-    """Return the length that is compiled for `length`: a power of two from `SMALLEST_BUCKET` on, but at most `most`."""
-    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), most)
+def bucket(length: int, limit: int) -> int:
+    """Return `length` rounded up to a power of two, at least `SMALLEST_BUCKET` and at most `limit`."""
+    return min(max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()), limit)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

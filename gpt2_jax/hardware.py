@@ -49,7 +49,7 @@ _3D = {1: "1x1x1", 4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8"}
 # - Link bandwidth: the measured rather than the signalling rate, from "How to Scale Your Model" (Austin et al. 2025),
 #   part 2.
 # - Network bandwidth: the same documentation, for a pod (v5e 6.4 Tbit/s and v6e 25.6 Tbit/s over 256 chips) or a chip
-#   (v5p 50 Gbit/s). The book gives v4 the figure of v5p.
+#   (v5p 50 Gbit/s). For v4, the book gives the same figure as for v5p.
 _TPU_CHIPS = (
     TpuChip("v4", ("TPU v4",), 275e12, 32 * GIB, int(30.75 * GIB), 1228e9, 45e9, 6, 6.25e9, _3D),
     TpuChip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, int(15.75 * GIB), 819e9, 45e9, 4, 3.125e9, _2D),

@@ -16,14 +16,14 @@ def lazy_names(
 
     Args:
         package: the package's `__name__`.
-        modules: from the name of a module to the names that the package takes from it.
+        modules: module -> the names that the package takes from it.
     """
     module_of = {name: module for module, names in modules.items() for name in names}
 
     def get(name: str) -> Any:
         if name in module_of:
             value = getattr(import_module(module_of[name]), name)
-            setattr(sys.modules[package], name, value)  # the next access is an ordinary one
+            setattr(sys.modules[package], name, value)  # later accesses do not call this function
             return value
         if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             return import_module(f"{package}.{name}")

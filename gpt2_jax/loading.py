@@ -143,7 +143,7 @@ def _abstract_array(layers: Sequence[_Stored], dtype: DTypeLike | None) -> jax.S
 
 def _shard(layers: Sequence[_Stored], whole: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Array:
     """Return one parameter on this process's devices. Stacked parameters come from one tensor per layer."""
-    buffers: dict[str, tuple[Part, np.ndarray]] = {}  # by text: slices have no hash before 3.12
+    buffers: dict[str, tuple[Part, np.ndarray]] = {}  # keyed by str(index): slices are not hashable before Python 3.12
     devices: Mapping[Any, Any] = sharding.addressable_devices_indices_map(whole.shape)
     for index in devices.values():
         part = tuple(slice(*axis.indices(size)) for axis, size in zip(index, whole.shape, strict=True))
@@ -171,7 +171,7 @@ def to_device(array: np.ndarray, dtype: DTypeLike | None = None) -> jax.Array:
     """Return the array on the default device.
 
     On CPU, JAX takes over the memory of a writable array, such as a tensor read from a file. A read-only array
-    (`LazyTensor.of`) belongs to someone else and is copied.
+    (`LazyTensor.of`) belongs to the caller and is copied.
     """
     if dtype is not None:
         array = array.astype(jnp.dtype(dtype), copy=False)

@@ -185,7 +185,7 @@ class MultiHeadAttention(nn.Module):
         *,
         layer_index: int = 0,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "N K S"], Float[Array, "N S K"]]:
-        """Self-attention of T more tokens. Returns also the cache with their keys and values after `length`."""
+        """Self-attention of T more tokens. Also returns the cache, with their keys and values after `length`."""
         q_BTHK, k_BTHK, v_BTHK = self.c_attn(x, x, x)
         keys_NKS, values_NSK = kv_cache.append(keys_NKS, values_NSK, k_BTHK, v_BTHK, length)
         context_BTHK = cached_attention(q_BTHK, keys_NKS, values_NSK, mask, scale=self._scale(layer_index))
@@ -348,8 +348,8 @@ class GPT2(nn.Module):
     def decode(self, input_ids: Int[Array, "B T"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
         """Run T more tokens of each row, and add their keys and values to the cache.
 
-        One method serves for prefill, with the tokens of the prompt, and for decoding, with one token after
-        another. Dropout is not applied. Requires `scan=False`.
+        Use it for prefill, with the tokens of the prompt, and for decoding, with one token at a time.
+        Dropout is not applied. Requires `scan=False`.
 
         Returns the last hidden states, which `head` maps to the logits, and the updated cache. The states are
         finite at padding and have no meaning there.
@@ -358,9 +358,7 @@ class GPT2(nn.Module):
             cache: needs T free positions. No row may have more than `n_positions` tokens. Neither is checked.
         """
         if self.scan:
-            raise ValueError(
-                "decoding needs one set of parameters per layer; use `bridge.unstack_layers` or a Decoder, which does"
-            )
+            raise ValueError("decoding needs one set of parameters per layer; use `bridge.unstack_layers` or a Decoder")
         index_T = cache.length + jnp.arange(input_ids.shape[1])
         index_S = jnp.arange(cache.max_length)
         padding_B1 = cache.num_padding[:, None]

@@ -36,7 +36,7 @@ class Case:
 
     @property
     def unit(self) -> str:
-        """What the times refer to."""
+        """The reported times are per this unit."""
         return {"train": "step", "forward": "pass", "decode": "token"}.get(self.task, "run")
 
     @property

@@ -58,7 +58,7 @@ def write_checkpoint(path: Path, config: GPT2Config) -> Path:
 
 
 def _values(shape: tuple[int, ...], number: int) -> np.ndarray:
-    """`number` everywhere except at every thousandth element, so that transposed or swapped tensors are detected."""
+    """An array of `number`, with a counter at every thousandth element, so that transposed tensors are detected."""
     values = np.full(math.prod(shape), number, np.float32)
     values[::1000] = np.arange(len(values[::1000]))
     return values.reshape(shape)

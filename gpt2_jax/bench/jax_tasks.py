@@ -18,7 +18,7 @@ from gpt2_jax.training.config import TrainConfig, from_flat
 from gpt2_jax.training.state import initial_state, make_model
 
 DECODE_VOCAB_MULTIPLE = 64
-"""Decoding pads the vocabulary at least to a multiple of this, which is faster on CPU."""
+"""Decoding pads the vocabulary to a multiple of this and of `vocab_multiple`, which is faster on CPU."""
 
 Action = Callable[[], Any]
 

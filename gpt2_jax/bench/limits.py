@@ -1,6 +1,6 @@
 """Lower bounds of the time of a task: the FLOPs and bytes that it needs, and the device's rates.
 
-A worker process of its own measures the rates between the rounds of the benchmark, so that they reflect changes in the
+A separate worker process measures the rates between the rounds of the benchmark, so that they reflect changes in the
 machine's speed.
 """
 
@@ -37,7 +37,7 @@ def min_flops(task: str, config: GPT2Config, batch_size: int, seq_len: int) -> f
 
 
 def min_bytes(config: GPT2Config, dtype: str) -> int:
-    """Minimum number of bytes that decoding reads per token: all weights, but one row of the position embedding."""
+    """Minimum number of bytes that decoding reads per token: all weights, with one row of the position embedding."""
     weights = bridge.num_parameters(config) - (config.n_positions - 1) * config.n_embd
     return weights * (2 if dtype == "bfloat16" else 4)
 
@@ -45,7 +45,8 @@ def min_bytes(config: GPT2Config, dtype: str) -> int:
 def matmul_rate(dtype: str) -> tuple[float, str]:
     """Rate of matrix products in FLOP/s, and the source of the figure.
 
-    The data sheet's figure for bfloat16 on known GPUs and TPUs; otherwise measured with 2048 x 2048 matrices.
+    The figure comes from the data sheet for bfloat16 on known GPUs and TPUs. Otherwise, the rate is measured with
+    2048 x 2048 matrices.
     """
     from gpt2_jax import hardware
 

@@ -88,7 +88,7 @@ class DeviceRates:
 
 
 def compare(case: Case, implementations: Sequence[str], rounds: int, rates: DeviceRates, say: Say) -> Comparison:
-    """Start the implementations, warm them up, and time them alternately. One that fails is left out from then on."""
+    """Start the implementations, warm them up, and time them alternately. One that fails is not run again."""
     comparison = Comparison([Measurement(name) for name in implementations])
     with ExitStack() as stack:
         running: list[_Running] = []
@@ -146,8 +146,8 @@ def _warm_up(measurement: Measurement, worker: Worker) -> None:
 def _time_round(case: Case, worker: Worker, iterations: int) -> float:
     """Time one round. Returns seconds per unit.
 
-    Training and forward passes run once before the clock starts. Some systems reclaim unused memory from a process that
-    waits, and in a real training run no step would pay for getting it back.
+    Training and forward passes run once before the clock starts. Some systems reclaim memory from an idle process, and
+    the first run pays to get it back. A real training run is never idle, so this cost is excluded.
     """
     if case.task in ("train", "forward"):
         worker.request("run", iterations=1)

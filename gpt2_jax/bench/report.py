@@ -31,7 +31,7 @@ NOT_MEASURED = (
     "several devices",
     "a second start: the compilation caches of JAX and torch.compile are off, so the first run compiles everything",
     "files outside the page cache: loading reads a file that was just written",
-    "other machines, and other load on this one: alternating rounds cancel drift, and the ranges show what remains",
+    "other machines and other load: alternating rounds cancel slow drift, and the ranges show the remaining variation",
 )
 
 
@@ -145,7 +145,7 @@ def _table(result: Result) -> Table:
 
 
 def _time_unit(result: Result) -> tuple[str, float]:
-    """The unit of the table's times, and how many of it make a second."""
+    """The unit of the table's times, and the number of units in a second."""
     medians = [row.median for row in result.summaries if row.median is not None]
     return ("s", 1.0) if medians and min(medians) >= 10 else ("ms", 1e3)
 

@@ -20,11 +20,11 @@ def main(args: list[str] | None = None) -> None:
     """Run one verb. Bad input exits with status 2 and a message, never with a traceback.
 
     Args:
-        args: the words after `gpt2`. Without them, the command owns its process and takes them from `sys.argv`.
+        args: the words after `gpt2`. By default they are those of `sys.argv`, and the command owns its process.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without ✓ gets ?, not a traceback
+            stream.reconfigure(errors="replace")  # print ? for a character that the terminal cannot encode, such as ✓
     words = sys.argv[1:] if args is None else args
     if words == ["--version"]:
         from bridge import __version__
@@ -65,9 +65,9 @@ def _failure(error: Exception) -> tuple[int, str]:
     from bridge.errors import quoted
     from gpt2_jax.console.terminal import print_error
 
-    if isinstance(error, BrokenPipeError):  # as `head` closes its input
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails again when it flushes
-        return 128 + signal.SIGPIPE, "its output was closed"
+    if isinstance(error, BrokenPipeError):  # for example, `head` has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit raises again
+        return 128 + signal.SIGPIPE, "its standard output was closed"
     if isinstance(error, OSError):  # a full disk, a name that is too long, no permission
         where = f"{quoted(error.filename)}: " if error.filename else ""
         why = f"{where}{error.strerror or error}"
@@ -108,7 +108,7 @@ def _exit(code: int, why: str, *, own_process: bool) -> NoReturn:
     distributed = _distributed()
     if code and own_process and (distributed is None or not distributed.are_several()):
         end_now = exit_now if distributed is None else distributed.end_now
-        end_now(code)  # without waiting for what may still be compiled or written
+        end_now(code)  # without waiting for pending compilations or writes
     if distributed is not None:
         distributed.end(code, why)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Raise an error for flags that have no effect. Each verb has a table of rules that say when a flag has none.
+"""Raise an error for flags that have no effect. Each verb has rules that state when a flag has no effect.
 
 A flag counts as given if its value differs from the default.
 """
@@ -28,7 +28,7 @@ class Rule:
 
 
 OVERWRITE = Rule(("overwrite",), lambda values: values["json"] is None, "without --json")
-"""For verbs in which `--overwrite` is for the report alone."""
+"""For verbs in which `--overwrite` affects only the report."""
 
 
 def require_effect(values: Values, defaults: Values, rules: Iterable[Rule]) -> None:

@@ -25,14 +25,17 @@ def sizes_asked_for(config: TrainConfig, default: TrainConfig | None) -> dict[st
     """Return the sizes of the model, by name, that differ from the default."""
     if default is None:
         return {}
-    given, usual = vars(config.model), vars(default.model)
-    return {name: value for name, value in given.items() if value != usual[name] and name not in DROPOUT_RATES}
+    sizes, defaults = vars(config.model), vars(default.model)
+    return {name: value for name, value in sizes.items() if value != defaults[name] and name not in DROPOUT_RATES}
 
 
-def require_sizes(asked: Mapping[str, Any], model: GPT2Config, whose: str) -> None:
-    """Raise `BridgeError` for requested sizes that the model does not have."""
+def require_sizes(asked: Mapping[str, Any], model: GPT2Config, origin: str) -> None:
+    """Raise `BridgeError` for requested sizes that the model does not have.
+
+    `origin`: what sets the sizes, for the message, such as "--init-from sets".
+    """
     lines = [
-        f"{flag(name)} {quoted(value)}: has no effect, because {whose}, {getattr(model, name)}; leave it out"
+        f"{flag(name)} {quoted(value)}: has no effect, because {origin} it to {getattr(model, name)}; leave it out"
         for name, value in asked.items()
         if value != getattr(model, name)
     ]
@@ -58,7 +61,7 @@ def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, resumed: Id
     is_default = config.tokenizer == (TOKENIZER_OF_INIT_FROM if resumed is None else resumed.config.tokenizer)
     if own is None:
         has_none = resumed is not None and resumed.tokenizer is None
-        return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _fitting(named, source)
+        return None if has_none or named in (None, TOKENIZER_OF_INIT_FROM) else _checked_tokenizer(named, source)
     if not is_default and not _is_same(named, own):
         raise BridgeError(
             f"--tokenizer {quoted(config.tokenizer)}: is not the tokenizer of {quoted(source.path)}, with which "
@@ -76,7 +79,7 @@ def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
     return bridge.tokenizer_fingerprint(make_tokenizer(named)) == bridge.tokenizer_fingerprint(own)
 
 
-def _fitting(named: str, source: Checkpoint) -> Any:
+def _checked_tokenizer(named: str, source: Checkpoint) -> Any:
     """Return the named tokenizer. A tokenizer that `open_data` trains on the data is checked later."""
     if named in MADE_FROM_TEXT:
         return named

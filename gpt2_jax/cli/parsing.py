@@ -1,4 +1,4 @@
-"""How flags are parsed and how their help reads."""
+"""Parsing of flags, and layout of their help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tyro.constructors import (
 from bridge.errors import escaped
 
 NONE = "none"
-"""How a flag without a value is written on the command line and in the help. `None` is accepted too."""
+"""The spelling of the value None on the command line and in the help. `None` is accepted too."""
 
 REGISTRY = ConstructorRegistry()
 

@@ -39,9 +39,10 @@ def train_and_report(
     json: Path | None,
     overwrite: bool,
 ) -> int:
-    """Train as the flags of `gpt2 train` say, write the report, and return the exit code.
+    """Train with the flags of `gpt2 train`, write the report, and return the exit code.
 
-    With several processes, only the first one writes the report. A run that a signal stopped ends the process.
+    With several processes, only the first one writes the report. If a signal stopped the run, this function ends the
+    process.
     """
     inputs = (config.data, config.validation_data, config.init_from)
     write_json = json_writer(json if is_first() else None, overwrite, inputs)
@@ -98,13 +99,13 @@ def run_training(
     init_from = None if config.init_from is None else source
     asked = sizes_asked_for(config, default)
     if init_from is not None:
-        require_sizes(asked, init_from.config, "it is that of --init-from")
+        require_sizes(asked, init_from.config, "--init-from sets")
     with first_alone("opening the data"):  # the first process tokenises text for all processes
         tokenizer = chosen_tokenizer(config, source, stored_identity(out) if resumes else None)
         data = _open_data(config, tokenizer, source, cache)
     config = resolve_config(config, data, init_from)
     if config.tokenizer != "bpe":  # BPE may have fewer tokens if the text is short
-        require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "it is the tokenizer's")
+        require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "the tokenizer sets")
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.seq_len:,} tokens a step")
     outcome = train(

@@ -27,9 +27,9 @@ def restart_with_huge_pages() -> None:
     """Restart this command with glibc's malloc configured to request huge pages. Linux only.
 
     XLA on CPU allocates the temporaries of every step anew, and the kernel zeroes each page on first access. With pages
-    of 4 KiB, that is 255,000 page faults and a tenth of a step at 124M (1 x 512 tokens), and a fifth at nanoGPT's CPU
-    size; with pages of 2 MiB, the cost is not measurable. Keeping the memory (mallopt) is as fast, but fragments it:
-    the peak was 6.8 GiB instead of 4.7 (4 x 1024 tokens). glibc reads its tunables only at process start.
+    of 4 KiB, these page faults take a tenth of a step at 124M (255,000 faults for 1 x 512 tokens) and a fifth at
+    nanoGPT's CPU size. With pages of 2 MiB, their cost is not measurable. Keeping the memory (mallopt) is as fast, but
+    fragments it: the peak was 6.8 GiB instead of 4.7 (4 x 1024 tokens). glibc reads its tunables only at process start.
     """
     environment = with_huge_pages(os.environ)
     # A separate variable marks the restart, because the system may remove glibc's variable from privileged processes.
@@ -131,7 +131,7 @@ def _excepthook(error: Any) -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Flush the output and end the process. Exit handlers do not run: they may wait for others or for a compilation."""
+    """Flush the output and end the process. Skip exit handlers, which may wait for a peer or a compilation."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

@@ -54,7 +54,7 @@ def require_report_path(path: Path, *, overwrite: bool, inputs: Iterable[str | P
 
 
 def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) -> None:
-    """As `require_report_path`, for a plot, whose name must end in one of `PLOT_FORMATS`.
+    """Like `require_report_path`, for a plot. Its name must end in one of `PLOT_FORMATS`.
 
     `json`: the report of the same command, which must be another file.
     """
@@ -68,16 +68,16 @@ def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) 
 def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write `value` as JSON with its generator. NaN and infinity, which JSON lacks, are written as strings."""
     content = {"generator": f"{GENERATOR} {__version__}", **value}
-    text = json.dumps(_strict(content), indent=2, allow_nan=False) + "\n"
-    with new_file(path, overwrite=lambda: overwrite and is_report(path)) as beside:
-        beside.write_text(text, encoding="utf-8")
+    text = json.dumps(_json_compatible(content), indent=2, allow_nan=False) + "\n"
+    with new_file(path, overwrite=lambda: overwrite and is_report(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_plot(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int = 150) -> None:
     """Write a figure in the format of the path's suffix, with its generator in the metadata."""
-    with new_file(path, overwrite=lambda: overwrite and is_report(path)) as beside:
+    with new_file(path, overwrite=lambda: overwrite and is_report(path)) as temporary:
         metadata = {_METADATA_FIELD[path.suffix]: GENERATOR}
-        figure.savefig(beside, format=path.suffix.removeprefix("."), dpi=dpi, metadata=metadata)
+        figure.savefig(temporary, format=path.suffix.removeprefix("."), dpi=dpi, metadata=metadata)
 
 
 def is_report(path: Path) -> bool:
@@ -95,9 +95,9 @@ def is_report(path: Path) -> bool:
         return False
 
 
-def _strict(value: Any) -> Any:
+def _json_compatible(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _strict(inner) for name, inner in value.items()}
+        return {name: _json_compatible(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
+        return [_json_compatible(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

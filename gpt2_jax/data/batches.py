@@ -30,8 +30,9 @@ READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 ALL_ROWS = slice(None)
 
 _MAX_STORED_ORDER = 2**16
-"""The order of an epoch with more examples is not stored but computed by grain's index_shuffle. With fewer examples,
-index_shuffle is slow, because it draws from 2**16 numbers until one is in range: 10 ms per example for two examples."""
+"""For epochs with more examples than this, the order is not stored but computed by grain's index_shuffle. With fewer
+examples, index_shuffle is slow, because it draws from 2**16 numbers until one is in range: 10 ms per example for two
+examples."""
 
 
 def training_batches(
@@ -122,7 +123,7 @@ class _Windows:
         if self.seed is not None:
             epoch, k = divmod(number, self.count)
             room = len(self.stream) - self.count * self.seq_len
-            start = _shuffled(k, self.count, self.seed, epoch) * self.seq_len + _drawn(self.seed, epoch)[1] % room
+            start = _shuffled(k, self.count, self.seed, epoch) * self.seq_len + _epoch_seeds(self.seed, epoch)[1] % room
         return start, start + self.seq_len + 1
 
 
@@ -215,10 +216,11 @@ def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
     """Return the k-th example of an epoch."""
     if count <= _MAX_STORED_ORDER:
         return int(_order(count, seed, epoch)[k])
-    # If the largest index is a power of four, grain 0.2.18 returns another index twice and this one never. Therefore
-    # shuffle one index more, and shuffle again what falls on it: that is a permutation of the others.
+    # If the largest index is a power of four, grain 0.2.18 never returns it, and returns another index twice. Therefore
+    # shuffle one more index, and shuffle again whenever the result is that index. The
+    # remaining indices are then permuted.
     largest = count - 1 if (count - 1) & (count - 2) else count
-    while (k := index_shuffle(k, max_index=largest, seed=_drawn(seed, epoch)[0], rounds=4)) >= count:
+    while (k := index_shuffle(k, max_index=largest, seed=_epoch_seeds(seed, epoch)[0], rounds=4)) >= count:
         pass
     return k
 
@@ -226,11 +228,11 @@ def _shuffled(k: int, count: int, seed: int, epoch: int) -> int:
 @lru_cache(maxsize=4)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     # numpy guarantees that the raw output of a bit generator never changes, but not the result of a shuffle.
-    return np.argsort(np.random.PCG64(_drawn(seed, epoch)[0]).random_raw(count), kind="stable")
+    return np.argsort(np.random.PCG64(_epoch_seeds(seed, epoch)[0]).random_raw(count), kind="stable")
 
 
 @lru_cache(maxsize=16)
-def _drawn(seed: int, epoch: int) -> tuple[int, int]:
+def _epoch_seeds(seed: int, epoch: int) -> tuple[int, int]:
     """Return two random numbers below 2**32 for an epoch: the seed of its order, and the offset of its windows."""
     order, offset = np.random.SeedSequence([seed, epoch]).generate_state(2).tolist()
     return order, offset

@@ -1,4 +1,4 @@
-"""The training and validation data of a run, opened from what `--data` names."""
+"""The training and validation data of a run, opened from the source that `--data` names."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def open_data(
         tokenizer: a tokenizer, or an argument for `make_tokenizer`. Token files need none.
         vocab_size: the vocabulary size that BPE is trained to. Reading an id that the tokenizer does not have is an
             error; without a tokenizer, so is an id of vocab_size or more.
-        validation: another source for validation. By default, the files named val, if token files are named train and
-            val; otherwise the last `validation_fraction` of the tokens: whole documents if there are several, and for a
-            single text file nanoGPT's split.
+        validation: another source for validation. The default is the token files with val in their names, if there are
+            others too; otherwise, the last `validation_fraction` of the tokens. That split is at a document boundary if
+            one is near; a single text file is split as in nanoGPT.
         cache: a directory for encoded text; default `cache_directory()`.
 
     Raises `DataError` if a source is missing, damaged or empty.
     """
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
-    found = [_found(s) for s in (source, validation) if s is not None]
+    found = [_locate(s) for s in (source, validation) if s is not None]
     encoding = _tokenizer(tokenizer, found, source, vocab_size, cache, progress)
     limit = vocab_size if encoding is None else encoding.max_token_value + 1
-    opened = [_opened(f, encoding, limit, cache, progress) for f in found]
+    opened = [_open(f, encoding, limit, cache, progress) for f in found]
 
     train, held_out = opened[0].train, opened[0].validation
     if validation is not None:
@@ -101,14 +101,14 @@ class _Opened:
     skipped: int = 0
 
 
-def _found(source: str | Path) -> Documents | Path:
+def _locate(source: str | Path) -> Documents | Path:
     """Return the documents of a text source, or the path or glob of token files."""
     if is_token_source(source):
         return Path(source).absolute()
     return find_documents(source)
 
 
-def _opened(
+def _open(
     found: Documents | Path,
     encoding: tiktoken.Encoding | None,
     vocab_size: int | None,
@@ -161,9 +161,8 @@ def _description(
     if validation is not None:
         parts.append(f"{len(validation):,} for validation")
     if skipped:
-        parts.append(
-            f"{skipped:,} file{'s' * (skipped > 1)} left out that {'are' if skipped > 1 else 'is'} no UTF-8 text"
-        )
+        files = "1 file was" if skipped == 1 else f"{skipped:,} files were"
+        parts.append(f"{files} skipped: not UTF-8 text")
     return ", ".join(parts)
 
 

@@ -20,10 +20,10 @@ STDLIB = "stdlib"
 """The name of the source that every machine has: the running interpreter's standard library."""
 
 BLOCK_BYTES = 2**18
-"""Text is read and encoded in blocks of about this size, large enough to be worth a task for a thread."""
+"""Text is read and encoded in blocks of about this size, which is enough work for one task of a thread pool."""
 
 MAX_BLOCK_BYTES = 16 * BLOCK_BYTES
-"""Text of this size without a safe place to split is split anywhere. No natural language has such words."""
+"""Text of this size without a safe place to split is split anywhere. No natural language has words of this length."""
 
 _NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -149,7 +149,7 @@ def _hash(name: str) -> bytes:
 
 def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Yield every file below `root`, except hidden files, files of runs, and directories named in `without`."""
-    for directory, subdirectories, names in os.walk(root, onerror=_refuse):
+    for directory, subdirectories, names in os.walk(root, onerror=_raise_unreadable):
         if RUN in names:  # a run's output must not become its data, which would change on resume
             subdirectories.clear()
             continue
@@ -158,7 +158,7 @@ def _walk(root: Path, without: frozenset[str] = frozenset()) -> Iterator[Path]:
         yield from (path for path in paths if path.is_file())
 
 
-def _refuse(error: OSError) -> None:
+def _raise_unreadable(error: OSError) -> None:
     raise DataError(f"cannot read {quoted(Path(error.filename))}: {error.strerror}") from error
 
 

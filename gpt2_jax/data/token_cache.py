@@ -70,8 +70,8 @@ def cached_text(
     text = open_cached(directory, progress)
     if text is None:
         try:
-            with new_directory(directory, replaceable=_FILES.__contains__) as beside:
-                _write(beside, documents, encoding, progress)
+            with new_directory(directory, replaceable=_FILES.__contains__) as temporary:
+                _write(temporary, documents, encoding, progress)
         except BridgeError:
             # Another process may have written the same directory in the meantime; its content is equal.
             if (text := open_cached(directory)) is None:
@@ -83,7 +83,7 @@ def cached_text(
 
 
 def cache_key(documents: Documents, made_by: str) -> str:
-    """Return the cache key of these files, in their current state, and a tokenizer."""
+    """Return the cache key of a tokenizer and the current state of these files."""
     files = [(d.name, os.fsdecode(d.path), d.size, d.modified) for d in documents.files]
     return hashlib.sha256(json.dumps([_FORMAT, made_by, files]).encode()).hexdigest()[:32]
 
@@ -141,15 +141,15 @@ def _are_ends(path: Path, count: int) -> bool:
 
 
 def _sha256(path: Path, progress: TaskProgress | None) -> str:
-    seen, done, size = hashlib.sha256(), 0, path.stat().st_size
+    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
     buffer = memoryview(bytearray(2**20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            seen.update(buffer[:count])
+            digest.update(buffer[:count])
             done += count
             if progress:
                 progress("verifying tokens", done, size)
-    return seen.hexdigest()
+    return digest.hexdigest()
 
 
 def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, progress: TaskProgress | None) -> None:
@@ -170,31 +170,31 @@ def _encode(
     documents: Documents,
     encoding: tiktoken.Encoding,
     dtype: np.dtype,
-    into: tuple[BinaryIO, BinaryIO],
+    outputs: tuple[BinaryIO, BinaryIO],
     progress: TaskProgress | None,
 ) -> dict[str, Any]:
     """Write the ids of every document to the first file and its end to the second. Returns the counts."""
-    tokens, ends = into
+    tokens, ends = outputs
     has_end = END_OF_TEXT in encoding.special_tokens_set
     end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)] if has_end else [], dtype)
     count = Counter(tokens=0, documents=0, skipped=len(documents.files), bytes=0, characters=0)
-    seen, seen_ends = hashlib.sha256(), hashlib.sha256()
+    digest, ends_digest = hashlib.sha256(), hashlib.sha256()
     with closing(_blocks_encoded(documents, encoding, dtype)) as blocks:
         for block in blocks:
             ids = end_of_text if block is None else block.ids
-            seen.update(ids.data)
+            digest.update(ids.data)
             tokens.write(ids.data)
             count["tokens"] += len(ids)
             if block is None:
                 end = count["tokens"].to_bytes(8, "little")
                 ends.write(end)
-                seen_ends.update(end)
+                ends_digest.update(end)
                 count.update(documents=1, skipped=-1)
             else:
                 count.update(bytes=block.bytes, characters=block.characters)
                 if progress:
                     progress("tokenising", count["bytes"], documents.size)
-    return {**count, "sha256": seen.hexdigest(), "document_ends_sha256": seen_ends.hexdigest()}
+    return {**count, "sha256": digest.hexdigest(), "document_ends_sha256": ends_digest.hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def _blocks_encoded(
     """Yield the blocks of all documents in order, with None after each document. Blocks are read lazily."""
 
     def encoded(text: str) -> _Block:
-        # The same ids as encode_ordinary, without building a Python list, for which threads would wait on the GIL.
+        # The same ids as encode_ordinary, which would hold the GIL while it builds a Python list.
         ids = encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype)
         return _Block(ids, len(text.encode()), len(text))
 

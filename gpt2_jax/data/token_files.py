@@ -18,7 +18,7 @@ from bridge.storage.regular_file import open_regular_file
 from gpt2_jax.data.errors import DataError
 
 SIDECAR = "tokens.json"
-"""The file by which a directory of the token cache is recognized."""
+"""The file that identifies a directory of the token cache."""
 
 # llm.c, dev/data/data_common.py: the header has 256 int32. The first three are the magic number, the version and the
 # number of tokens.
@@ -54,9 +54,9 @@ class TokenFile:
         return int(limits.min), int(limits.max)
 
     def fetch(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Ask the system to prefetch these (start, stop) from the disk in parallel, without waiting."""
+        """Ask the system to prefetch these (start, stop) spans from the disk in parallel, without waiting."""
         if hasattr(os, "posix_fadvise"):  # on Linux
-            with self._opened() as file:
+            with self._open() as file:
                 for start, stop in spans:
                     position, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
                     os.posix_fadvise(file.fileno(), position, size, os.POSIX_FADV_WILLNEED)
@@ -64,7 +64,7 @@ class TokenFile:
     def read(self, spans: Iterable[tuple[int, int]]) -> list[np.ndarray]:
         """Return ids start ... stop - 1 of each (start, stop), in the dtype of the file."""
         arrays = []
-        with self._opened() as file:
+        with self._open() as file:
             for start, stop in spans:
                 ids = np.empty(stop - start, self.dtype)
                 file.seek(self.offset + start * self.dtype.itemsize)
@@ -77,7 +77,7 @@ class TokenFile:
         return arrays
 
     @contextmanager
-    def _opened(self) -> Iterator[FileIO]:
+    def _open(self) -> Iterator[FileIO]:
         try:
             with self.path.open("rb", buffering=0) as file:
                 yield file
@@ -134,8 +134,8 @@ def _nanogpt(path: Path, size: int) -> TokenFile:
         raise DataError(f"{quoted(path)} is not a token file (llm.c's shards, .npy, or nanoGPT's .bin)")
     if size % 2:
         raise DataError(
-            f"{quoted(path)} has {size} bytes, an odd number, and no header: not the uint16 tokens of nanoGPT; "
-            "it is truncated, or another kind of file"
+            f"{quoted(path)} has {size} bytes, an odd number, so it does not hold nanoGPT's uint16 tokens; it is "
+            "truncated, or another kind of file"
         )
     return TokenFile(path, np.dtype("<u2"), 0, size // 2)
 
@@ -145,7 +145,7 @@ def _npy(path: Path, size: int) -> TokenFile:
     header, offset = _npy_header(path)
     match = _NPY_HEADER.fullmatch(header)
     if match is None:
-        raise _not_npy(path, "its header does not describe a plain array")
+        raise _npy_error(path, "its header does not describe a plain array")
     dtype, shape_text = match.group("dtype", "shape")
     shape = [int(axis) for axis in re.findall(r"\d+", shape_text)]
     if len(shape) != 1 or dtype not in _NPY_DTYPES:
@@ -154,8 +154,9 @@ def _npy(path: Path, size: int) -> TokenFile:
             "uint16, int32, uint32 or int64"
         )
     file = TokenFile(path, np.dtype(dtype), offset, shape[0])
-    if size != offset + file.count * file.dtype.itemsize:
-        raise _not_npy(path, f"it has {size} bytes and its header describes {offset + shape[0] * file.dtype.itemsize}")
+    expected = offset + file.count * file.dtype.itemsize
+    if size != expected:
+        raise _npy_error(path, f"it has {size} bytes and its header describes {expected}")
     return file
 
 
@@ -164,18 +165,18 @@ def _npy_header(path: Path) -> tuple[str, int]:
     with path.open("rb") as file:
         version = file.read(8)[6:]
         if version not in _NPY_LENGTH_BYTES:
-            raise _not_npy(path, f"its version is {quoted(version.hex())}")
+            raise _npy_error(path, f"its version is {quoted(version.hex())}")
         length_bytes = file.read(_NPY_LENGTH_BYTES[version])
         length = int.from_bytes(length_bytes, "little")
         if length > _MAX_NPY_HEADER:
-            raise _not_npy(path, f"its header would have {length} bytes")
+            raise _npy_error(path, f"its header would have {length} bytes")
         header = file.read(length)
     if len(header) < length or not header.isascii():
-        raise _not_npy(path, "its header is truncated or not ASCII")
+        raise _npy_error(path, "its header is truncated or not ASCII")
     return header.decode("ascii"), 8 + len(length_bytes) + length
 
 
-def _not_npy(path: Path, reason: str) -> DataError:
+def _npy_error(path: Path, reason: str) -> DataError:
     return DataError(f"{quoted(path)} cannot be read as .npy: {reason}; copy or write it again")
 
 

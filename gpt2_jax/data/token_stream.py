@@ -39,7 +39,7 @@ class TokenStream:
     start: int
     stop: int
     vocab_size: int | None = None
-    """The vocabulary size. Reading a larger id is an error."""
+    """The vocabulary size. Reading an id outside the vocabulary is an error."""
     all_document_ends: Int[np.ndarray, " N"] | None = field(default=None, compare=False)
     """For the concatenated files: the position one past each document's last token."""
     content: str | None = None
@@ -121,16 +121,16 @@ class TokenStream:
         The sample consists of the lengths of all files and `FINGERPRINT_BLOCKS` evenly spaced blocks of
         `FINGERPRINT_TOKENS` ids. It excludes the names of the files, so that they may be moved.
         """
-        content = self.content or self._sampled()
+        content = self.content or self._sample_hash()
         return hashlib.sha256(f"{content} {self.start} {self.stop}".encode()).hexdigest()
 
-    def _sampled(self) -> str:
+    def _sample_hash(self) -> str:
         whole = replace(self, start=0, stop=self._ends[-1])
-        seen = hashlib.sha256(np.array([file.count for file in self.files], "<i8").tobytes())
+        digest = hashlib.sha256(np.array([file.count for file in self.files], "<i8").tobytes())
         starts = np.linspace(0, max(0, len(whole) - FINGERPRINT_TOKENS), FINGERPRINT_BLOCKS).astype(int).tolist()
         for ids in whole.read_spans((start, min(len(whole), start + FINGERPRINT_TOKENS)) for start in starts):
-            seen.update(ids.astype("<i4").data)
-        return seen.hexdigest()
+            digest.update(ids.astype("<i4").data)
+        return digest.hexdigest()
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -147,8 +147,8 @@ class TokenStream:
             at = int(np.flatnonzero((ids >= self._limit) | (ids < 0))[0])
             raise DataError(
                 f"{quoted(self.files[index].path)} has the id {ids[at]} at token {position + at}, and the vocabulary "
-                f"has {self._limit}; train with the vocabulary of the tokenizer that made the file: its --tokenizer, "
-                "or --vocab-size"
+                f"has {self._limit}; train with the --tokenizer that made the file, or with its "
+                "--vocab-size"
             )
         return ids
 

@@ -57,7 +57,7 @@ def make_tokenizer(
     if spec == "bytes":
         return byte_tokenizer()
     if spec not in MADE_FROM_TEXT:
-        return _loaded(Path(spec))
+        return _load(Path(spec))
     if documents is None:
         raise DataError(
             f"the tokenizer {quoted(spec)} is made from text, but the data is token files; give the tokenizer that "
@@ -67,15 +67,15 @@ def make_tokenizer(
         raise DataError("a BPE tokenizer is trained to a size; give vocab_size")
     made_by = f"bpe {vocab_size}" if spec == "bpe" else spec
     directory = cache_directory(cache) / f"tokenizer-{cache_key(documents, made_by)}"
-    encoding = _cached(directory)
+    encoding = _load_cached(directory)
     if encoding is None:
-        encoding = _made(documents, vocab_size if spec == "bpe" else None, progress)
+        encoding = _make_from_text(documents, vocab_size if spec == "bpe" else None, progress)
         _store(encoding, directory)
     encoding.name = spec
     return encoding
 
 
-def _made(documents: Documents, vocab_size: int | None, progress: TaskProgress | None) -> tiktoken.Encoding:
+def _make_from_text(documents: Documents, vocab_size: int | None, progress: TaskProgress | None) -> tiktoken.Encoding:
     if vocab_size is not None:
         return train_bpe(_texts(documents, progress, "training BPE"), vocab_size)
     characters: set[str] = set()
@@ -93,7 +93,7 @@ def _texts(documents: Documents, progress: TaskProgress | None, doing: str) -> I
             progress(doing, done, documents.size)
 
 
-def _loaded(path: Path) -> tiktoken.Encoding:
+def _load(path: Path) -> tiktoken.Encoding:
     if not path.is_dir():
         raise DataError(
             f"the tokenizer {quoted(str(path))} must be gpt2, bytes, characters, bpe, or a directory that has one"
@@ -101,7 +101,7 @@ def _loaded(path: Path) -> tiktoken.Encoding:
     return bridge.load(path).tokenizer() if (path / "config.json").exists() else load_tokenizer(path, NO_LIMIT)
 
 
-def _cached(directory: Path) -> tiktoken.Encoding | None:
+def _load_cached(directory: Path) -> tiktoken.Encoding | None:
     try:
         manifest.verify(directory)
         return load_tokenizer(directory, NO_LIMIT)
@@ -111,10 +111,10 @@ def _cached(directory: Path) -> tiktoken.Encoding | None:
 
 def _store(encoding: tiktoken.Encoding, directory: Path) -> None:
     try:
-        with new_directory(directory, replaceable={*TOKENIZER_FILES, manifest.MANIFEST}.__contains__) as beside:
-            save_tokenizer(encoding, beside)
-            manifest.commit(beside, {"tokenizer": encoding.name})
+        with new_directory(directory, replaceable={*TOKENIZER_FILES, manifest.MANIFEST}.__contains__) as temporary:
+            save_tokenizer(encoding, temporary)
+            manifest.commit(temporary, {"tokenizer": encoding.name})
     except BridgeError:
         # Another process may have stored the same tokenizer in the meantime.
-        if _cached(directory) is None:
+        if _load_cached(directory) is None:
             raise

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), as x sigmoid(2 u) (Hendrycks and Gimpel 2016).
 
-    The gradient takes one exponential, where the derived gradient takes two tanh. Only the slope is saved for it.
+    The gradient takes one exponential; the one that JAX derives takes two tanh. Only the slope is saved for it.
     """
     return x * jax.nn.sigmoid(_twice_u(x))
 

@@ -44,7 +44,8 @@ def attention(
         is_causal: also mask every key after the query. Requires T == S.
         dropout_key: required if `dropout_rate` is above 0.
         implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `xla` with a
-            mask, with dropout, without queries, or if nothing is faster. A name allows compilation for another device.
+            mask, with dropout, without queries, or if nothing is faster. An explicit name also allows compilation for
+            another device.
 
     Raises `ValueError` for arguments that the named implementation does not support.
     """
@@ -92,12 +93,12 @@ def require_device(implementation: Implementation) -> None:
     """Raise `ValueError` if this process's devices do not support the implementation."""
     platform, needed = _platform(), {"cudnn": "gpu", "splash": "tpu"}.get(implementation)
     if needed not in (None, platform):
-        described = "an NVIDIA GPU from Ampere on" if needed == "gpu" else "a TPU"
+        described = "an NVIDIA GPU of the Ampere generation or later" if needed == "gpu" else "a TPU"
         raise ValueError(f"attention={implementation!r} needs {described}; JAX computes on {platform} here. Use 'auto'")
 
 
 def _scaled(q: Array, scale: float | Array) -> Array:
-    """Return q scale, rounded once, because bfloat16 may not represent the scale."""
+    """Return `q * scale`, rounded once, because bfloat16 may not represent the scale."""
     return (q.astype(wide_dtype(q)) * scale).astype(q.dtype)
 
 

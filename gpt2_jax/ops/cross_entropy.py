@@ -42,7 +42,7 @@ def summed_cross_entropy(
     vocab_size: int | None = None,
     chunk_bytes: int | None = None,
 ) -> Float[Array, ""]:
-    """Return the sum of `cross_entropy` over all positions, for the logits hidden embedding^T.
+    """Return the sum of `cross_entropy` over all positions, for the logits `hidden @ embedding.T`.
 
     The logits are computed in chunks of some positions of every row. Each chunk's gradient is computed together with
     its logits, so nothing of size V is saved per token, and none of the three products is computed twice (as in Hsu et
@@ -59,9 +59,9 @@ def summed_cross_entropy(
     parts = batch_parts(axes)
     if parts > 1 and hidden.shape[0] % parts == 0:
         hidden, labels = (x.reshape(parts, -1, *x.shape[1:]) for x in (hidden, labels))
-        own = functools.partial(_own_sum, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
-        spread = tuple(axis for axis in BATCH_AXES if axis in axes)
-        return jax.vmap(own, (0, None, 0), spmd_axis_name=spread)(hidden, embedding, labels).sum()
+        device_sum = functools.partial(_own_sum, vocab_size=vocab_size, chunk_bytes=chunk_bytes)
+        batch_axes = tuple(axis for axis in BATCH_AXES if axis in axes)
+        return jax.vmap(device_sum, (0, None, 0), spmd_axis_name=batch_axes)(hidden, embedding, labels).sum()
     return _own_sum(hidden, embedding, labels, vocab_size, chunk_bytes)
 
 
@@ -82,8 +82,8 @@ def _own_sum(
 def default_chunk_bytes() -> int:
     """Return the default size of a chunk's logits: 1/64 of an accelerator's memory, at least 256 MiB; 256 MiB on CPU.
 
-    Larger chunks add to the embedding's gradient less often, which is measurable below 64 MiB. The size is a power of
-    two, because the memory of equal devices differs slightly, and all must run the same program.
+    Larger chunks add to the embedding's gradient less often; below 64 MiB, the difference is measurable. The size is a
+    power of two, because the memory of equal devices differs slightly, and all must run the same program.
     """
     memory = jax.local_devices()[0].memory_stats() or {}
     return max(2 ** ((memory.get("bytes_limit", 0) // 64).bit_length() - 1), 2**28)
@@ -145,7 +145,7 @@ def _chunk_losses(x: Array, labels: Array, kernel: Array, vocab_size: int) -> tu
 
 
 def _chunks(hidden: Array, labels: Array, length: int) -> tuple[Array, Array]:
-    """Split both into chunks along a new first axis. The last chunk is padded with positions that are ignored."""
+    """Split `hidden` and `labels` into chunks along a new first axis. Ignored positions pad the last chunk."""
     B, T, D = hidden.shape
     fill = -T % length
     hidden = jnp.pad(hidden, ((0, 0), (0, fill), (0, 0)))

@@ -1,4 +1,4 @@
-"""Several processes as one program, on one or many machines: joining, agreeing, and ending together.
+"""Run several processes as one program, on one or many machines: join them, agree on values, and end together.
 
 Built on `jax.distributed`. Process 0 runs JAX's coordination service, through which the processes find each other,
 detect lost processes, and learn of a preemption. With a single process, all functions return at once.
@@ -31,8 +31,8 @@ _FAILURE_KEY, _HEARTBEATS_KEY = "gpt2_bridge/ended", "gpt2_bridge/heartbeats"
 _POLL_INTERVAL = 0.5
 """Seconds between two heartbeats of a process, and between its checks for a failure of another."""
 _SILENCE_LIMIT = 10
-"""Seconds without a heartbeat after which a process is considered the cause of another's error. Compilation may delay a
-heartbeat by some seconds."""
+"""Seconds without a heartbeat after which a process is considered lost, and thus the cause of an error in another one.
+Compilation may delay a heartbeat by some seconds."""
 _FIRST = "process 0"
 _HOW_TO_CONTINUE = "saved checkpoints are valid; continue with --resume in all processes"
 _monitor: _PeerMonitor | None = None
@@ -65,8 +65,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT)
     except (ValueError, RuntimeError) as error:
         raise ProcessesError(
-            f"--distributed: {quoted(error, 400)}; on TPU pods and under SLURM and Open MPI the processes find each "
-            "other, elsewhere give each --coordinator HOST:PORT, --processes N and --process I"
+            f"--distributed: {quoted(error, 400)}; on TPU pods and under SLURM and Open MPI, the processes find each "
+            "other; on other systems, give each process --coordinator HOST:PORT, --processes N and --process I"
         ) from error
     finally:
         exit_message.cancel()
@@ -99,7 +99,7 @@ def end_now(code: int) -> None:
 
 
 def exit_if_peer_failed(error: Exception) -> None:
-    """End this process if another one is missing, because then `error` is a consequence of that."""
+    """End this process if another one was lost, because `error` is then a consequence of the loss."""
     if _monitor is not None and (missing := _monitor.missing_peers()):
         why = f"{' and '.join(missing)} was lost: no heartbeat, and {type(error).__name__}: {quoted(error, 400)}"
         print_error(f"{why}; {_HOW_TO_CONTINUE}")
@@ -144,7 +144,7 @@ def require_agreement(arguments: Mapping[str, Any]) -> None:
         lines = [
             f"{name} is {quoted(mine.get(name))} here, but {quoted(first.get(name))} in process 0" for name in differing
         ]
-        raise ProcessesError("this process was started with other arguments than process 0:\n" + bullet_list(lines))
+        raise ProcessesError("this process and process 0 were started with different arguments:\n" + bullet_list(lines))
 
 
 @contextmanager
@@ -219,7 +219,7 @@ class _PeerMonitor:
             except Exception:  # no failure is reported; if the service is gone, JAX itself ends this process
                 continue
             if not self._stopped.is_set():
-                print_error(f"ended with {why}")
+                print_error(f"ended because of a failure in {why}")
                 end_now(1)
 
 

@@ -41,8 +41,8 @@ RULES = (
     (r"(attn|mlp)/c_proj/bias", PartitionSpec(None)),  # D
     (r"ln_[12f]/(scale|bias)", PartitionSpec(None)),  # D
 )
-"""(end of a parameter's path, mesh axes of its axes), for one layer. Stacked layers have one more first axis, which is
-never sharded. Small parameters are replicated.
+"""(pattern for the end of a parameter's path, mesh axes of each of its axes), for one layer. Stacked layers have one
+more first axis, which is never sharded. Small parameters are replicated.
 
 fsdp shards the embeddings by vocabulary, not by width. Sharded by width, the gradients of the look-up and of the head
 would be all-reduced in full for every microbatch; sharded by vocabulary, they are reduced to each device's shard. For
@@ -59,7 +59,7 @@ def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> 
     Args:
         wanted: the size of each axis. Omitted axes have size 1. One axis may be -1, for all remaining devices.
         devices: the devices to use; by default, as many of `jax.devices()` as needed. Several processes must use all
-            devices. Of several TPU slices, each has its own part of the `data` axis.
+            devices. With several TPU slices, each slice has its own part of the `data` axis.
 
     Raises `MeshError` if the devices cannot form the mesh.
     """
@@ -143,15 +143,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     ]
     if problems:
         raise MeshError("the mesh does not divide the model:\n" + bullet_list(dict.fromkeys(problems)))
-    return jax.tree.map(lambda spec: NamedSharding(mesh, _over(spec, mesh.shape)), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, _normalized(spec, mesh.shape)), specs, is_leaf=_is_spec)
 
 
 def constrain_tree(tree: Any) -> Any:
-    """Constrain every leaf to its sharding in the table, inside `jit`. Without such a mesh, return it unchanged."""
+    """Constrain every leaf to its sharding in the table, inside `jit`. Without a mesh, return the tree unchanged."""
     axes = axes_of_mesh()
     if not axes:
         return tree
-    specs = jax.tree.map(lambda spec: _over(spec, axes), _specs(tree), is_leaf=_is_spec)
+    specs = jax.tree.map(lambda spec: _normalized(spec, axes), _specs(tree), is_leaf=_is_spec)
     return jax.lax.with_sharding_constraint(tree, specs)
 
 
@@ -180,7 +180,7 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 def gathered(embedding: jax.Array, rows_axis: str | None = TENSOR) -> jax.Array:
     """Return an embedding that is sharded by `rows_axis` only, all-gathered over fsdp.
 
-    Its gradient is constrained to the sharding in the table. The derived gradient would be all-gathered, too.
+    Its gradient is constrained to the sharding in the table. The gradient that JAX derives would be all-gathered too.
     """
     return constrain(embedding, rows_axis, None)
 
@@ -195,7 +195,8 @@ gathered.defvjp(lambda embedding, rows_axis: (gathered(embedding, rows_axis), No
 def axes_of_mesh() -> dict[str, int]:
     """Return the sizes of this module's axes in the mesh of `jax.set_mesh`, empty if all sizes are 1.
 
-    Only Auto axes count. Over the others, such as those of a `shard_map`, the caller has sharded the arrays.
+    Only Auto axes are included. Along other axes, such as those of a `shard_map`, the caller has already sharded the
+    arrays.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -218,10 +219,10 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _over(spec: PartitionSpec, axes: Mapping[str, int]) -> PartitionSpec:
-    """Return `spec` without axes of size 1 and without trailing None, as the compiler writes it in its results.
+def _normalized(spec: PartitionSpec, axes: Mapping[str, int]) -> PartitionSpec:
+    """Return `spec` without axes of size 1 and without trailing None, as the compiler normalizes it in its results.
 
-    An equal spelling avoids recompilation when a result is passed in again.
+    Equal specs avoid recompilation when a result is passed in again.
     """
     split = [tuple(name for name in _names(axis) if axes.get(name, 1) > 1) for axis in spec]
     while split and not split[-1]:
@@ -236,8 +237,8 @@ def _problems(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
         if size % parts:
             product = " x ".join(f"{name}={count}" for name, count in sizes.items())
             is_vocabulary = TENSOR in _names(axis) and "embedding" in name
-            cure = f"; pad the vocabulary, with --vocab-multiple {parts} or a multiple of it" if is_vocabulary else ""
-            yield f"{name} has shape {tuple(shape)}, and {product} does not divide {size}{cure}"
+            hint = f"; pad the vocabulary, with --vocab-multiple {parts} or a multiple of it" if is_vocabulary else ""
+            yield f"{name} has shape {tuple(shape)}, and {product} does not divide {size}{hint}"
 
 
 def _names(axis: str | tuple[str, ...] | None) -> tuple[str, ...]:

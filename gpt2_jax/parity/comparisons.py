@@ -19,11 +19,11 @@ from gpt2_jax.parity.report import Measurement
 SHORT_NAMES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
 
 Gradients = Callable[[Checkpoint, np.ndarray, str], dict[str, np.ndarray]]
-"""A side's `gradients` function."""
+"""The function `gradients` of `torch_side` or `transformers_side`."""
 
 
 def compare_logits(dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> list[Measurement]:
-    """Differences of logits [B, T, V]. In bfloat16 they have no tolerance; `compare_errors` judges it instead."""
+    """Differences of logits [B, T, V]. In bfloat16 they have no tolerance; `compare_errors` tests bfloat16 instead."""
     largest = float(np.abs(expected).max())
     # Tolerances of the maximum difference, the KL divergence, and the fraction of tokens with a different top-1.
     limits: dict[str, tuple[float | None, float | None, float | None]] = {

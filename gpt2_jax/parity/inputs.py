@@ -39,7 +39,7 @@ MAX_SHORT_LENGTH = 64
 
 @dataclass(frozen=True)
 class AdamW:
-    """Hyperparameters of AdamW (Loshchilov and Hutter 2019). Every parameter decays, so that all of them test it."""
+    """Hyperparameters of AdamW (Loshchilov and Hutter 2019). Weight decay applies to every parameter, to test it."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -50,15 +50,15 @@ class AdamW:
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """What all checks run on."""
+    """The inputs of all checks."""
 
     checkpoint: Checkpoint
     ids: np.ndarray
     """[B, T] token ids."""
     is_text: bool
-    """The ids are text, encoded with the checkpoint's tokenizer, so a trained model predicts them."""
+    """Whether the ids are text, encoded with the checkpoint's tokenizer, which a trained model can predict."""
     untrained: bool = False
-    """The weights are known to be random, so a high loss is not a failure."""
+    """Whether the weights are known to be random, so that a high loss is not a failure."""
 
     @property
     def n_layer(self) -> int:
@@ -76,7 +76,7 @@ class CheckInputs:
         return np.stack([np.resize(np.roll(stream, -offset), shape) for offset in offsets])
 
     def rows_of_different_lengths(self) -> list[np.ndarray]:
-        """Four rows of 1/4, 2/4, 3/4 and all of the short length."""
+        """Four rows, whose lengths are 1/4, 2/4, 3/4 and all of `short_length`."""
         lengths = [max(1, self.short_length * (i + 1) // 4) for i in range(4)]
         return [self.ids[i % len(self.ids), :length] for i, length in enumerate(lengths)]
 
@@ -118,7 +118,7 @@ def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, in
         text = _encodable(BUILT_IN_TEXT, tokenizer)
         if len(text) < MIN_TEXT_COVERAGE * len(BUILT_IN_TEXT):
             ids = rng.choice(sorted(tokenizer._mergeable_ranks.values()), shape)
-            return Tokens(ids, f"random characters of its tokenizer from seed {seed}", is_text=False)
+            return Tokens(ids, f"random characters of the tokenizer from seed {seed}", is_text=False)
         if len(text) < len(BUILT_IN_TEXT):
             origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
     if seed:
@@ -130,7 +130,7 @@ def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, in
 
 
 def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:
-    """Remove the characters that a tokenizer of characters lacks. Other tokenizers can encode every text."""
+    """Remove the characters that a character tokenizer lacks. Other tokenizers can encode every text."""
     from bridge.tokenizers.characters import CharacterEncoding  # imports tiktoken
 
     if not isinstance(tokenizer, CharacterEncoding):

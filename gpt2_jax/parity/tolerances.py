@@ -19,7 +19,7 @@ GRADIENT_FP32 = 1e-5
 added in different orders, through a backward pass."""
 
 KL_FP64 = 1e-12
-"""Nats per token. The exact value is 0; rounding gives 2^-52 times a logit of 100, times a factor of some tens."""
+"""Nats per token. The exact value is 0. Rounding gives about 2^-52 x 100, for a logit of 100, times a few tens."""
 
 KL_FP32 = 1e-9
 """Nats per token. Logits that differ by d change a distribution by about d^2 / 2, and 1e-5 gives 5e-11."""
@@ -37,7 +37,7 @@ ERROR_FLOOR_BF16 = 2.0**-9
 is meaningless."""
 
 TRAIN_LOSS = 1e-5
-"""Nats. Maximum difference of the losses of ten steps in float32: about 10 times its rounding."""
+"""Nats. Maximum difference of the losses of ten steps in float32: about 10 times float32 rounding."""
 
 TRAIN_LOSS_FP64 = 1e-11
 """The same in float64."""
@@ -58,7 +58,7 @@ PREDICTION = 1.0
 
 
 def logits_fp32(largest_logit: float, n_layer: int) -> float:
-    """Maximum absolute difference of float32 logits that rounding explains.
+    """The largest absolute difference of float32 logits that rounding alone can explain.
 
     1e-5 for logits up to 10 and 12 layers, which is ten times float32 rounding. It grows with the logits, because their
     spacing grows, and with the square root of the depth, because independent errors add.

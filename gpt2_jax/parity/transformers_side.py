@@ -35,8 +35,8 @@ def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, 
 def _model(checkpoint: Checkpoint, dtype: str) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    # Eager attention, because the fused implementations ignore reorder_and_upcast_attn. In float64 the switch is off,
-    # because transformers' "upcast" converts to float32.
+    # Eager attention, because the fused implementations ignore reorder_and_upcast_attn. In float64 this option is
+    # off, because transformers' "upcast" converts to float32.
     fields = {**checkpoint.config.to_hf(), "attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None}
     if dtype == "float64":
         fields["reorder_and_upcast_attn"] = False

@@ -30,10 +30,10 @@ def verify(
 
     Args:
         source: the name of the checkpoint in the report.
-        text: the text to run it on. By default a built-in text, without the characters that a tokenizer of characters
-            lacks. If it lacks more than a tenth of the text, the tokens are random characters of the tokenizer. Without
-            a tokenizer, they are random ids. Both are drawn from `seed`, and the check of predictions is skipped,
-            because no model predicts random tokens.
+        text: the text to run the model on. The default is a built-in text, without characters that a character
+            tokenizer lacks. If the tokenizer lacks more than a tenth of the text, the tokens are random characters of
+            the tokenizer. Without a tokenizer, the tokens are random ids. Random tokens are drawn from `seed`, and the
+            check of predictions is skipped for them, because no model predicts them.
         batch_size: number of sequences.
         seq_len: tokens per sequence; at most `n_positions` are used.
         seed: the seed of random tokens.
@@ -43,12 +43,16 @@ def verify(
 
     Raises:
         TokenizerError: the checkpoint's tokenizer is damaged, or is missing although `text` is given.
-        BridgeError: a sequence has fewer than two tokens, or `seed` is given but not used.
+        BridgeError: there is no sequence or fewer than two tokens per sequence, or `seed` is negative, or it is given
+            but not used.
     """
     config = checkpoint.config
     shape = (batch_size, min(seq_len, config.n_positions))
     if shape[0] < 1 or shape[1] < 2 or seed < 0:
-        raise BridgeError(f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: a prediction needs two tokens")
+        raise BridgeError(
+            f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: give at least one sequence of two tokens, and a "
+            "seed of 0 or more"
+        )
     tokens = choose_tokens(checkpoint, text, shape, seed)
     inputs = CheckInputs(checkpoint, tokens.ids, is_text=tokens.is_text, untrained=untrained)
     details: dict[str, Any] = {

@@ -57,9 +57,9 @@ class Program:
     peak_bytes: int | None = None
     """The compiler's figure for the peak; None if it reports none, as on CPU."""
     required_bytes: int | None = None
-    """If the program does not fit: the memory that it needs, ..."""
+    """The memory that the program needs, if it does not fit."""
     limit_bytes: int | None = None
-    """... and the memory that is available."""
+    """The memory that is available, if the program does not fit."""
 
 
 def describe_step(config: TrainConfig, mesh: Mesh) -> AbstractStep:

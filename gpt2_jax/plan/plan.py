@@ -32,7 +32,7 @@ class Plan:
     program: Program
     peak: Peak
     collectives: Collectives | None
-    """None if the program does not fit, because it was not compiled then."""
+    """None if the program does not fit, because the compiler then returns no program."""
     roofline: Roofline | None
     """None if there is no program, or for CPU devices."""
     suggestion: Suggestion | None
@@ -134,9 +134,9 @@ def weak_scaling(config: TrainConfig, topology: Topology, say: Say = lambda _: N
 
 
 def _require_plannable(config: TrainConfig) -> None:
-    """Reject values that `gpt2 train` would adapt to its files, which a plan does not open."""
+    """Reject values that `gpt2 train` would change after it has opened its files. A plan opens no files."""
     positions = config.model.n_positions
     if config.seq_len > positions:
-        raise PlanError(f"--seq-len {config.seq_len}: the model has n_positions={positions}; choose no more")
+        raise PlanError(f"--seq-len {config.seq_len}: the model has n_positions={positions}; choose that or less")
     if config.init_from is not None:
         raise PlanError("--init-from: a plan opens no weights; give the sizes with --preset or their own flags")

@@ -197,7 +197,7 @@ def _remarks(plan: Plan) -> list[str]:
             f"({seconds:.4g} s serial, {memory:.1f} GiB)"
         )
     elif plan.topology.chip is not None:
-        lines.append("by estimate, no mesh of these devices fits; use more devices or --remat full")
+        lines.append("no mesh of these devices is estimated to fit; use more devices or --remat full")
     return lines
 
 

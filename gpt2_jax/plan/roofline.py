@@ -14,7 +14,7 @@ RING_LINKS = 2
 """Links of a chip that a collective uses. In a ring, data travels in both directions, to two neighbours."""
 
 ASSUMPTIONS = (
-    "matrix products run at the data sheet's peak, and nothing waits, so no step is faster",
+    "matrix products run at the data sheet's peak and never wait, so the time is a lower bound",
     "FLOPs are 6 N + 12 L D T per token, N without the position embedding; causality is not subtracted (PaLM, appendix "
     "B), although the splash kernel skips half of the scores; MFU refers to these FLOPs, without those of remat",
     "HBM: each microbatch reads the layers' weights twice, writes and reads saved activations once, and adds to "

@@ -54,8 +54,8 @@ class Suggestion:
 def suggest(config: TrainConfig, state: TrainState, topology: Topology) -> Suggestion | None:
     """The suggestion with the lowest serial time that fits. Ties go to the fewest microbatches.
 
-    The batch size is the configured one if it divides over all devices, otherwise the nearest that does. Returns None
-    if nothing fits, or for CPU devices.
+    The batch size is the configured one if a mesh divides it, and otherwise the nearest multiple of the number of
+    devices. Returns None if nothing fits, or for CPU devices.
     """
     chip, devices = topology.chip, len(topology.devices)
     if chip is None:
@@ -95,7 +95,7 @@ def _abstract(mesh: Mapping[str, int]) -> Any:
 
 
 def state_bytes_on(config: TrainConfig, state: TrainState, mesh: Mapping[str, int]) -> StateBytes:
-    """Exact sizes on one device of this mesh, for a state that is described on any mesh."""
+    """Exact sizes on one device of this mesh. `state` may be sharded over another mesh."""
 
     def place(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -113,7 +113,7 @@ def state_bytes_on(config: TrainConfig, state: TrainState, mesh: Mapping[str, in
 def _candidates(
     config: TrainConfig, mesh: dict[str, int], state: TrainState, topology: Topology, chip: TpuChip
 ) -> Iterator[Suggestion]:
-    """All numbers of microbatches with which this mesh fits."""
+    """One suggestion for each number of microbatches with which this mesh fits."""
     sizes = state_bytes_on(config, state, mesh)
     for num_microbatches in _microbatch_counts(config.batch_size, mesh["data"] * mesh["fsdp"]):
         split = replace(config, num_microbatches=num_microbatches)
@@ -175,5 +175,5 @@ def _divisors(number: int) -> list[int]:
 
 
 def _microbatch_counts(batch_size: int, devices: int) -> list[int]:
-    """Numbers of microbatches that divide the batch so that each microbatch divides over the devices."""
+    """Numbers of microbatches that divide the batch, such that the devices divide each microbatch."""
     return [] if batch_size % devices else _divisors(batch_size // devices)

@@ -17,8 +17,8 @@ from bridge.errors import install_command
 from gpt2_jax.hardware import TPU_CHIPS, TpuChip
 from gpt2_jax.plan.errors import PlanError
 
-# libtpu queries its host for the kind of TPU. These variables answer for a machine without one, and silence its log.
-# Several processes may load libtpu at once, because none of them uses a device.
+# libtpu queries its host for the kind of TPU. These variables give the answer on a machine without one, and silence the
+# log. Several processes may load libtpu at once, because none of them uses a device.
 _LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

@@ -1,4 +1,4 @@
-"""Training in JAX: `gpt2 train`, and the parts that a training loop of one's own can use.
+"""Training in JAX: `gpt2 train`, and its parts, for use in custom training loops.
 
 Modules are imported when a name is first used.
 """

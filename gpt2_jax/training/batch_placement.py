@@ -64,17 +64,17 @@ def _require_divisible(config: TrainConfig, mesh: Mesh) -> None:
     rows, shards = config.batch_size // config.num_microbatches, batch_parts(mesh.shape)
     if rows % shards:
         raise TrainingError(
-            f"batch_size={config.batch_size} in num_microbatches={config.num_microbatches} is {rows} rows at a time, "
-            f"which the mesh's data x fsdp = {shards} does not divide; "
-            f"{_fitting_flag(config.batch_size, config.num_microbatches, shards)}, or another --mesh "
+            f"batch_size={config.batch_size} in num_microbatches={config.num_microbatches} gives {rows} rows per "
+            f"microbatch, which the mesh's data x fsdp = {shards} does not divide; "
+            f"{_suggested_flag(config.batch_size, config.num_microbatches, shards)}, or another --mesh "
             f"(data={math.gcd(rows, shards)} takes fewer devices)"
         )
 
 
-def _fitting_flag(batch_size: int, num_microbatches: int, shards: int) -> str:
+def _suggested_flag(batch_size: int, num_microbatches: int, shards: int) -> str:
     """Return the flag with the valid value nearest to the given one."""
-    fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n % shards == 0]
-    if fitting:
-        return f"choose --num-microbatches {min(fitting, key=lambda n: abs(n - num_microbatches))}"
+    valid = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n % shards == 0]
+    if valid:
+        return f"choose --num-microbatches {min(valid, key=lambda n: abs(n - num_microbatches))}"
     step = shards * num_microbatches
     return f"choose --batch-size {-(-batch_size // step) * step}"

@@ -25,13 +25,13 @@ class OptimizerConfig:
     """The update rule and its learning rate schedule. Steps are counted from 0."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon for the layers' projections, with AdamW for all other parameters."""
+    """adamw for all parameters; or muon for the layers' projections, with AdamW for all other parameters."""
     learning_rate: float = 6e-4
     """The highest learning rate, reached after the warm-up."""
     min_learning_rate: float = 6e-5
     """The learning rate at the end of the cosine or linear decay."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warm-up: cosine, as in nanoGPT; wsd, constant and then a linear decay; or constant."""
+    """The schedule after the warm-up: cosine (as in nanoGPT), wsd (constant, then a linear decay) or constant."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
     decay_steps: int | None = None
@@ -80,7 +80,7 @@ class TrainConfig:
     token files, whose ids must be below --vocab-size. With --init-from SRC the default is init-from, SRC's tokenizer.
     If SRC has none, another may be given."""
     examples: Literal["stream", "documents"] = "stream"
-    """stream: windows of one long text; documents: each document one padded, masked example."""
+    """stream: windows of one long text; documents: each document is one padded, masked example."""
     init_from: str | None = None
     """Start from the weights of this checkpoint: any source that `gpt2 inspect` reads."""
     source_activation: str | None = None
@@ -106,10 +106,10 @@ class TrainConfig:
     scan: bool = True
     """Compile one layer and loop over it; --no-scan unrolls all of them."""
     remat: Remat = "dots"
-    """Activations that are computed again in the backward pass, to save memory. none keeps all; dots keeps the outputs
+    """The activations that are recomputed in the backward pass, to save memory. none keeps all; dots keeps the outputs
     of matrix products and attention; full keeps only each layer's input."""
     attention: Implementation = "auto"
-    """The implementation of attention; auto takes the fastest for the device, dtype and sequence length."""
+    """The implementation of attention; auto selects the fastest for the device, dtype and sequence length."""
     vocab_multiple: int = 1
     """Pad the vocabulary's rows to a multiple of this; 128 suits GPUs and TPUs."""
     ema_decay: float | None = None

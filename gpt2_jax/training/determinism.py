@@ -1,9 +1,9 @@
 """Bitwise reproducible runs: settings that JAX reads before it initializes its backends.
 
 Two runs with equal arguments may differ in their last bits for two reasons. On GPU, some kernels add with atomics, and
-matrix products are chosen by timing; `--xla_gpu_deterministic_ops` excludes both, and cuDNN's attention honours it. On
-CPU, the order in which threads add depends on timing (jax issue 39741). XLA's CPU client takes the number of threads
-from NPROC.
+kernels for matrix products are selected by timing; `--xla_gpu_deterministic_ops` prevents both, also in cuDNN's
+attention. On CPU, the order in which threads add depends on timing (jax issue 39741). XLA's CPU client takes the number
+of threads from NPROC.
 """
 
 from __future__ import annotations

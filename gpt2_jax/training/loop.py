@@ -58,14 +58,14 @@ def train(
         resume: continue from the newest checkpoint in `run`, if there is one.
         accept_changes: resume although the configuration or the data changed.
         console: where to print; None is standard output.
-        preemption: the signal handler. By default, a second signal has its previous effect.
+        preemption: the signal handler. By default, a second signal runs the handler that was installed before.
 
     Raises:
         TrainingError: the run cannot be trained or resumed.
         NonFiniteLoss: the loss is NaN or infinite; the message names the step. Earlier checkpoints stay. A subclass of
             `TrainingError`.
     """
-    setup = Setup.of(config, data)  # before a run is created that cannot be trained
+    setup = Setup.of(config, data)  # first, so that an invalid configuration creates no run
     is_resumed, is_new = _prepare_directory(run, config, data, resume, accept_changes)
     about = description(config, data)
     console = console or Console(quiet=not is_first())
@@ -78,7 +78,7 @@ def train(
                 state = initial_state(config, setup.model, setup.tx, init_from, setup.mesh)
             else:
                 state = _restored_state(setup, run, checkpoints)
-            if is_resumed and is_first():  # now that the state fits the configuration
+            if is_resumed and is_first():  # only after the stored state was found to fit the configuration
                 directory.write_description(run, config, data)
             schedule = learning_rate_schedule(config.optimizer, config.max_steps)
             with Report(console, run, config, int(state.step), schedule, setup.mesh.size) as report:
@@ -131,7 +131,7 @@ def _prepare_directory(
         directory.require_run(run)
         if not accept_changes:
             directory.require_unchanged(run, config, data)
-    # Without a checkpoint, there is nothing to resume, so its tokenizer may differ.
+    # Without a checkpoint, there is nothing to resume, so the tokenizer of the run may differ.
     is_new = broadcast_from_first(not (is_resumed and bool(steps(run))))
     if is_first():
         directory.require_replaceable_export(run)
@@ -269,7 +269,7 @@ class Loop:
         return validation_loss(self.eval_step, self.config, setup.data, self.state, setup.mesh, self.preemption.check)
 
     def save(self) -> None:
-        if int(self.state.step) > 0:  # before the first step, the weights are the initial ones
+        if int(self.state.step) > 0:  # at step 0, there is no update to check
             require_finite(self.state)
         self.report.flush()  # even after a system crash, no checkpoint may be newer than the log
         self.checkpoints.save(self.state, self.val_loss)

@@ -49,20 +49,21 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTra
 
 
 def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> Callable[[Any], Any]:
-    """Return a function from the step, counted from 0, to the learning rate. Source of warm-up and cosine: nanoGPT's
-    `get_lr`.
+    """Return a function from the step, counted from 0, to the learning rate.
+
+    The warm-up and the cosine are those of nanoGPT's `get_lr`.
     """
     peak, floor, warmup = config.learning_rate, config.min_learning_rate, config.warmup_steps
-    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
     if config.schedule == "constant":
-        fall, begins = optax.constant_schedule(peak), warmup
+        decay, decay_start = optax.constant_schedule(peak), warmup
     elif config.schedule == "cosine":
         length = max(1, (config.decay_steps or max_steps) - warmup)
-        fall, begins = optax.cosine_decay_schedule(peak, length, alpha=floor / peak), warmup
+        decay, decay_start = optax.cosine_decay_schedule(peak, length, alpha=floor / peak), warmup
     else:
-        begins = max(warmup, max_steps - round(config.decay_fraction * max_steps))
-        fall = optax.linear_schedule(peak, floor, max(1, max_steps - begins))
-    schedule = optax.join_schedules([rise, fall], [begins])
+        decay_start = max(warmup, max_steps - round(config.decay_fraction * max_steps))
+        decay = optax.linear_schedule(peak, floor, max(1, max_steps - decay_start))
+    schedule = optax.join_schedules([ramp, decay], [decay_start])
     # Given an integer step, optax would compute in float32 even if the run uses float64.
     return lambda step: schedule(jnp.asarray(step, float))
 

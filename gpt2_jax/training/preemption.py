@@ -1,7 +1,7 @@
-"""Ends a run on SIGINT or SIGTERM where it can save: between two steps, in an evaluation, or while a step is compiled.
+"""End a run on SIGINT or SIGTERM where it can save: between two steps, in an evaluation, or while a step is compiled.
 
-With several processes, JAX handles SIGTERM from the time they are joined, and also receives preemption notices of the
-cloud. Its sync manager makes all processes stop at the same call of `PreemptionHandler.check`.
+With several processes, JAX handles SIGTERM from the time they are joined, and also receives the cloud's preemption
+notices. Its sync manager makes all processes stop at the same call of `PreemptionHandler.check`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Preempted(Exception):
 class PreemptionHandler:
     """A context manager that records the first SIGINT or SIGTERM, for `check` to report.
 
-    With several processes, the first SIGTERM that a process receives after all have agreed to stop is ignored, because
-    the signal may reach the processes one after the other; unless the process received Ctrl-C before.
+    With several processes, a signal may reach the processes one after the other. After all processes have agreed to
+    stop, each therefore ignores the first SIGTERM that it receives, unless it received Ctrl-C before.
 
     Args:
         second: the handler for a second signal; by default the handler that was installed before. Python runs handlers
-            only between bytecode instructions, so a second signal may have to wait. A program of its own should pass
-            signal.SIG_DFL: the second signal then ends the process immediately.
+            only between bytecode instructions, so a second signal may have to wait. A command that owns its process
+            should pass signal.SIG_DFL: the second signal then ends the process immediately.
     """
 
     def __init__(self, second: signal.Handlers | None = None) -> None:
@@ -58,7 +58,7 @@ class PreemptionHandler:
         return self
 
     def check(self) -> None:
-        """Raise `Preempted` if a signal was received. All processes must call this equally often."""
+        """Raise `Preempted` if a signal was received. All processes must call this the same number of times."""
         self._checks += 1
         if are_several() and self.received is None and multihost_utils.reached_preemption_sync_point(self._checks):
             self.received = signal.SIGTERM
@@ -71,7 +71,7 @@ class PreemptionHandler:
         """Return a jitted function whose first call raises `Preempted` if a signal is received during compilation.
 
         Compilation takes minutes, but a preempted machine has seconds to save. The compiler cannot be stopped, so it
-        continues in a thread that nobody waits for. Tracing, which takes seconds, is not interrupted: it is Python and
+        continues in a background thread. Tracing, which takes seconds, is not interrupted: it is Python and
         would compete with saving for the interpreter. With several processes, nothing is interrupted, because they
         must stop together.
         """

@@ -47,7 +47,7 @@ def make_train_step(
         model: the model, whose loss is `gpt2_jax.loss.summed_loss`.
         tx: any optax transformation. Gradients are already clipped when it receives them.
         seed: the seed of dropout. Step s uses `fold_in(key(seed), s)`.
-        num_microbatches: split the batch into so many parts, which run one after the other, to save memory. It must
+        num_microbatches: split the batch into this many parts, which run one after the other, to save memory. It must
             divide the number of rows.
         max_grad_norm: clip gradients to this global norm; None disables clipping.
         ema_decay: update the moving average of the parameters, which the state must have (`init_state(..., ema=True)`).

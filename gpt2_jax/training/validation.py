@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from bridge.errors import quoted
 
-_TYPE_NAMES = {int: "a whole number of 64 bits", float: "a number", bool: "true or false", NoneType: "none"}
+_TYPE_NAMES = {int: "a 64-bit integer", float: "a number", bool: "true or false", NoneType: "none"}
 
 
 @dataclass(frozen=True)

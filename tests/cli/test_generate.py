@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.commands import CONFIG, needs_torch, run
 
-from gpt2_jax.cli.verbs.generate import _asked
+from gpt2_jax.cli.verbs.generate import _read_prompt
 
 BACKENDS = ("jax", "torch")
 
@@ -98,7 +98,7 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(
     (tmp_path / "lines").write_bytes(marked)
     assert completions("--lines", tmp_path / "lines")[0]["prompt"] == "We"
     monkeypatch.setattr("builtins.input", lambda _: marked.decode().strip())
-    assert _asked() == "We"
+    assert _read_prompt() == "We"
 
 
 def test_a_prompt_that_is_not_text_is_refused(

@@ -305,11 +305,11 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     },
     "size that the tokenizer decides": (
         ("--out", "{out}", "--data", "{text}", "--tokenizer", "bytes", "--vocab-size", "300"),
-        "--vocab-size '300': has no effect, because it is the tokenizer's, 257",
+        "--vocab-size '300': has no effect, because the tokenizer sets it to 257",
     ),
     "size that the checkpoint decides": (
         ("--out", "{out}", "--data", "{text}", "--init-from", "bundled", "--n-layer", "7"),
-        "--n-layer '7': has no effect, because it is that of --init-from, 5",
+        "--n-layer '7': has no effect, because --init-from sets it to 5",
     ),
     "tokenizer beside the checkpoint's": (
         ("--out", "{out}", "--data", "{text}", "--init-from", "bundled", "--tokenizer", "bytes"),

@@ -193,7 +193,7 @@ def test_the_description_says_what_was_left_out(folder: Path, tmp_path: Path) ->
     assert data.validation is not None and data.train.document_ends is not None
     assert data.description == (
         f"{folder}: {len(data.train):,} tokens (bytes) in {len(data.train.document_ends)} documents, "
-        f"{len(data.validation):,} for validation, 2 files left out that are no UTF-8 text"
+        f"{len(data.validation):,} for validation, 2 files were skipped: not UTF-8 text"
     )
 
 
@@ -225,7 +225,7 @@ def test_a_tokenizer_made_from_text_is_made_once(
     options = {"vocab_size": 300, "cache": tmp_path / "cache"}
     made = make_tokenizer(spec, documents, progress=lambda *about: seen.append(about), **options)  # type: ignore[arg-type]
     assert seen[-1][1:] == (documents.size, documents.size)
-    monkeypatch.setattr(tokenizers, "_made", None)
+    monkeypatch.setattr(tokenizers, "_make_from_text", None)
     kept = make_tokenizer(spec, documents, **options)  # type: ignore[arg-type]
     assert tokenizer_fingerprint(kept) == tokenizer_fingerprint(made)
     assert kept.name == made.name == spec

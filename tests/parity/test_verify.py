@@ -169,7 +169,7 @@ def test_a_tokenizer_of_other_characters_runs_on_random_characters(tmp_path: Pat
         of_characters(tmp_path / "model", characters), checks=("hidden-states", "prediction"), seq_len=9, seed=3
     )
     assert report.passed
-    assert report.details["tokens"] == "2 x 9, random characters of its tokenizer from seed 3"
+    assert report.details["tokens"] == "2 x 9, random characters of the tokenizer from seed 3"
     assert report.checks[1].skipped
     assert "--text" in report.checks[1].note
 

@@ -193,7 +193,7 @@ def test_rows_that_the_mesh_does_not_divide_are_refused_with_what_to_choose(
     rows: Any, batch_size: int, cure: str
 ) -> None:
     config = recipe(batch_size=batch_size, num_microbatches=4 if batch_size == 24 else 2)
-    with pytest.raises(TrainingError, match=rf"rows at a time.* = 4 does not divide; choose {cure}, or another"):
+    with pytest.raises(TrainingError, match=rf"rows per microbatch.* = 4 does not divide; choose {cure}, or another"):
         rows(config, FakeMesh(data=2, fsdp=2))
 
 

@@ -107,7 +107,7 @@ def test_an_error_in_one_process_ends_all_with_its_message(directory: Path) -> N
     one, other = train(2, 1, arguments(directory, "wrong"), p1=["--data", directory / "missing.txt"])
     assert (one.code, other.code) == (1, 2), (one, other)
     assert "missing.txt" in other.err
-    assert "gpt2: ended with process 1:" in one.err
+    assert "gpt2: ended because of a failure in process 1:" in one.err
     assert "missing.txt" in one.err
 
 
@@ -122,7 +122,7 @@ def test_an_error_of_the_first_process_after_training_is_reported_as_its_own(dir
     assert (one.code, other.code) == (2, 1), (one, other)
     assert "result.json' exists; choose another name" in one.err
     assert "lost" not in one.err
-    assert "gpt2: ended with process 0: " in other.err and "result.json' exists" in other.err
+    assert "gpt2: ended because of a failure in process 0: " in other.err and "result.json' exists" in other.err
     assert report.read_text() == "theirs"
 
 

@@ -211,7 +211,7 @@ def test_a_run_that_is_trained_by_another_process_is_refused(copy: Path) -> None
     with subprocess.Popen([sys.executable, "-c", code, str(copy / "run")], text=True, **pipes) as other:  # type: ignore[call-overload]
         assert other.stdout.readline() == "in\n"
         before = files(copy / "run")
-        with pytest.raises(TrainingError, match="another process trains in"):
+        with pytest.raises(TrainingError, match="another process is training in"):
             run_in(copy, RECIPE, resume=True)
         assert files(copy / "run") == before
     assert run_in(copy, RECIPE, resume=True).step == 6

@@ -20,9 +20,9 @@ class Verb:
     takes_config: bool = False
     """`function` takes a `TrainConfig`, the defaults of the flags, and returns the verb."""
     compiles: bool = False
-    """Compiled programs are cached. `bench` does not, because it measures compilation; `train` does it itself."""
+    """Enable the compilation cache first. `train` does so itself. `bench` does not, because it measures compilation."""
     trains: bool = False
-    """Huge pages speed it up. `train` asks for them itself, once its flags are known."""
+    """Restart with huge pages first. `train` does so itself, after its flags are parsed."""
 
 
 VERBS: Mapping[str, Verb] = {
@@ -37,7 +37,7 @@ VERBS: Mapping[str, Verb] = {
     "demo": Verb("demo", "demo", "Convert, verify, fine-tune and export a small model.", compiles=True, trains=True),
 }
 
-DESCRIPTION = """GPT-2 in PyTorch and JAX, and the bridge between.
+DESCRIPTION = """GPT-2 in PyTorch and JAX, and a bridge between them.
 
 Run `gpt2 VERB --help` for the flags of a verb, and `gpt2 --version` for the version.
 
@@ -92,7 +92,7 @@ def top_level(words: Sequence[str]) -> None:
 
 
 def _placeholder(summary: str) -> Callable[[], None]:
-    """Return a function that gives `gpt2 --help` its line."""
+    """Return a function whose docstring is the line of a verb in `gpt2 --help`."""
 
     def verb() -> None: ...
 

@@ -56,10 +56,11 @@ def bench(
             tokens after a prompt of 16; load: read a Hugging Face directory to the device; convert: convert it,
             compared with `cp`.
         peers: torch, torch-compiled, transformers, transformers-compiled, or all. The compiled ones take a minute each
-            to start on CPU. The default is all installed peers that need no compilation; without a name, only JAX runs.
+            to start on CPU. The default is all installed peers that need no compilation; --peers with no name runs JAX
+            alone.
         batch_size: sequences per step; several values are measured one after the other.
         seq_len: tokens per sequence; one or several values.
-        rounds: how often each implementation runs, alternating with JAX.
+        rounds: number of timed rounds; in each, JAX and the peer run one after the other.
         dtype: the dtype of the computation. In training, weights and optimizer state stay float32.
         remat: what JAX recomputes in the backward pass, as in `gpt2 train`.
         scan: JAX compiles one layer and loops over it.

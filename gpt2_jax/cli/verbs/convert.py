@@ -37,7 +37,7 @@ def convert(
 
     Args:
         source: a checkpoint in any format, or a Hugging Face id.
-        target: the directory to write. For nanogpt, llmc and gguf, a name with the suffix .pt, .bin or .gguf is a file.
+        target: the directory to write; or, for nanogpt, llmc and gguf, a file with the suffix .pt, .bin or .gguf.
         to: the format to write.
         max_shard_bytes: for huggingface and flax_msgpack: the maximum size of a file.
         zero_biases: add zero biases to a model without biases, because Hugging Face's GPT-2 requires them.
@@ -49,7 +49,7 @@ def convert(
     """
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     if options and to not in IN_SHARDS:
-        raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; {to} is one file")
+        raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; --to {to} writes one file")
     write_json = json_writer(json, overwrite, (source, target))
     opened = bridge.load(source, activation=source_activation)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)

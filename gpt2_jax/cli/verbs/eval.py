@@ -67,8 +67,8 @@ def evaluate(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
-        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some are named train and others
-            val, the val files are used.
+        data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some token files are named val
+            and others are not, those named val are used.
         backend: the implementation to run.
         context: tokens per window.
         stride: tokens from one window to the next. A shorter stride is slower and gives each
@@ -108,17 +108,17 @@ def _task(bar: Bar, name: str) -> Progress:
     return lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _read(data: str, checkpoint: bridge.Checkpoint, most: int, advance: Progress) -> Text:
-    """Return the first `most` tokens of a source."""
+def _read(data: str, checkpoint: bridge.Checkpoint, max_tokens: int, advance: Progress) -> Text:
+    """Return the first `max_tokens` tokens of a source."""
     if data == STDLIB or not (is_token_source(data) or (Path(data) / SIDECAR).is_file()):
-        return _encode(find_documents(data), checkpoint.tokenizer(), most, advance)
+        return _encode(find_documents(data), checkpoint.tokenizer(), max_tokens, advance)
     opened = open_data(data, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
     stream = opened.train if opened.validation is None else opened.validation
-    return Text(stream.read(0, min(most, len(stream))))
+    return Text(stream.read(0, min(max_tokens, len(stream))))
 
 
-def _encode(documents: Documents, tokenizer: tiktoken.Encoding, most: int, advance: Progress) -> Text:
-    pieces, words, size, room = [np.empty(0, np.int32)], 0, 0, most
+def _encode(documents: Documents, tokenizer: tiktoken.Encoding, max_tokens: int, advance: Progress) -> Text:
+    pieces, words, size, room = [np.empty(0, np.int32)], 0, 0, max_tokens
     for ids, text in _pieces(documents, tokenizer):
         if len(ids) <= room:
             raw = text.encode()
@@ -159,7 +159,7 @@ def _with_jax(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) ->
 
 
 def _figures(found: Evaluation, text: Text) -> dict[str, Any]:
-    """Return the report as JSON values. None: the text is unknown, has no words, or the value overflows a float."""
+    """Return the report as JSON values. None: the value overflows, or the text is unknown or has no words."""
     figures = {
         "loss": found.loss,
         "perplexity": found.perplexity,
@@ -188,7 +188,7 @@ def _show(report: dict[str, Any]) -> None:
     row("loss", "loss", "nats per token")
     row("perplexity", "perplexity", "per token")
     row("", "perplexity_per_word", "per word")
-    row("", "transformers_perplexity", "per token, by the weights of transformers' recipe")
+    row("", "transformers_perplexity", "per token, with the window weights of transformers' recipe")
     row("bits", "bits_per_byte", "per byte of UTF-8")
     for key in ("predicted_tokens", "tokens", "words", "bytes", "windows", "context", "stride"):
         table.add_row(key.replace("_", " "), "not available" if report[key] is None else f"{report[key]:,}")

@@ -1,4 +1,4 @@
-"""`gpt2 generate`: text from the reference or the port."""
+"""`gpt2 generate`: generate text with PyTorch or JAX."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def generate(
     eos_token_ids = end_of_text_ids(tokenizer) if stop_at_end else ()
 
     def config_for(texts: list[str]) -> GenerationConfig:
-        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest text."""
+        """Return the configuration. By default, the new tokens fit into the positions after the longest text."""
         new = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
         room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
         if max_new_tokens is None and not decoding.slide and room > 0:
@@ -116,7 +116,7 @@ def generate(
             return stream_text(decoder, tokenizer, text, config_for([text]), stop)
 
         if interactive:
-            _converse(stream)
+            _interactive_loop(stream)
         elif json is None and len(prompts) == 1 and not several:
             _print_pieces(prompts[0], stream(prompts[0]))
         else:
@@ -129,7 +129,7 @@ def generate(
 def open_decoder(
     backend: Backend, checkpoint: Checkpoint, dtype: Float32OrBfloat16 | None = None
 ) -> Iterator[Decoder[Any, Any]]:
-    """Return the checkpoint's decoder, in the given dtype; by default float32, or float64 if that is stored."""
+    """Yield the checkpoint's decoder, in the given dtype; by default float32, or float64 if that is stored."""
     if backend == "torch":
         require_torch("--backend torch")
         import torch
@@ -156,7 +156,7 @@ def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, config
 
 def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[str]:
     if [prompt is not None, lines is not None, interactive].count(True) > 1:
-        raise BridgeError("PROMPT, --lines and --interactive exclude each other; give one of them")
+        raise BridgeError("PROMPT, --lines and --interactive are mutually exclusive; give one of them")
     if interactive:
         return []
     if lines is not None:
@@ -164,7 +164,7 @@ def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[
             return found
         raise BridgeError(f"{lines} has no line with a prompt; give one prompt per line")
     if prompt == "-":
-        return [_read("-").removesuffix("\n")]  # `echo` adds it
+        return [_read("-").removesuffix("\n")]  # `echo` appends a line break
     return ["\n" if prompt is None else prompt]
 
 
@@ -184,15 +184,15 @@ def _print_pieces(prompt: str, pieces: Iterator[str]) -> None:
     print()
 
 
-def _converse(stream: Callable[[str], Iterator[str]]) -> None:
-    while prompt := _asked():
+def _interactive_loop(stream: Callable[[str], Iterator[str]]) -> None:
+    while prompt := _read_prompt():
         try:
             _print_pieces(prompt, stream(prompt))
         except BridgeError as error:
             print_error(str(error))
 
 
-def _asked() -> str:
+def _read_prompt() -> str:
     try:
         return input("> ").removeprefix("\ufeff")  # removes a byte-order mark, which a redirected file may have
     except EOFError:

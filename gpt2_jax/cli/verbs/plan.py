@@ -51,7 +51,7 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
             scaling: weak scaling: the same rows per chip, from 1 chip to 256, with --mesh data=-1 or fsdp=-1. Takes a
                 minute for each of five sizes.
             json: also write the report to this file.
-            plot_file: with --scaling, also draw it to this file (.png, .svg or .pdf).
+            plot_file: with --scaling, also draw the results to this file (.png, .svg or .pdf).
             overwrite: replace the report and the plot of an earlier command.
         """
         write_json = json_writer(json, overwrite)
@@ -71,11 +71,11 @@ def plan_command(default: TrainConfig) -> Callable[..., int]:
         chosen = _topology(topology, devices)
         with status_bar() as say:
             points = weak_scaling(train_config, chosen, say) if scaling else []
-            made = None if scaling else make_plan(train_config, chosen, say)
-        if made is not None:
-            write_json(to_json(made))
-            show(made, console())
-            return 0 if made.fits else DOES_NOT_FIT
+            step_plan = None if scaling else make_plan(train_config, chosen, say)
+        if step_plan is not None:
+            write_json(to_json(step_plan))
+            show(step_plan, console())
+            return 0 if step_plan.fits else DOES_NOT_FIT
         write_json({"scaling": scaling_to_json(points)})
         show_scaling(points, console())
         if plot_file is not None:

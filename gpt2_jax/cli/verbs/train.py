@@ -84,7 +84,7 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
         if distributed:
             _join(coordinator, processes, process)
         elif (coordinator, processes, process) != (None, None, None):
-            raise BridgeError("--coordinator, --processes and --process go with --distributed")
+            raise BridgeError("--coordinator, --processes and --process require --distributed")
         options = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
         _check_flags(values, options, flat(default), cache)
         if own_process and not distributed:

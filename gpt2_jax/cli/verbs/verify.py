@@ -68,7 +68,7 @@ def verify(
     if not checks:
         raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
     if text is not None and text_file is not None:
-        raise bridge.BridgeError("--text and --text-file exclude each other; give one")
+        raise bridge.BridgeError("--text and --text-file are mutually exclusive; give one")
     if text_file is not None:
         text = _read_text(text_file)
     checkpoint = bridge.load(source, activation=source_activation)

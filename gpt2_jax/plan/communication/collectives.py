@@ -111,7 +111,7 @@ class _Walk:
         """Visit a computation that runs `count` times per step.
 
         Args:
-            seen_channels: channels of the collectives already found that several fusions share.
+            seen_channels: channels of collectives that have copies in several fusions and were already found.
         """
         computation = self.program.computations.get(name, {})
         for instruction in computation.values():
@@ -159,7 +159,7 @@ class _Walk:
 
 
 def _is_repeated(instruction: Instruction, seen_channels: set[str]) -> bool:
-    """Whether another fusion has a copy of this collective that was already found."""
+    """Whether a copy of this collective was already found in another fusion."""
     channel = _CHANNEL.search(instruction.attributes)
     if channel is None or _CHAIN.search(instruction.attributes) is None:
         return False

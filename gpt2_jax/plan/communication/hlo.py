@@ -35,7 +35,7 @@ class Instruction:
     operands: tuple[str, ...]
     """Names of the instructions whose results it takes."""
     arguments: str
-    """What stands between the parentheses."""
+    """The text between the parentheses."""
     attributes: str
     is_root: bool
 
@@ -132,8 +132,8 @@ def _bytes_of(dtype: str, count: int) -> int:
 def trip_count(program: Program, loop: Instruction, computation: Computation) -> int | None:
     """Number of iterations of a `while` instruction in `computation`, or None if it is unknown.
 
-    XLA states it for some loops. For others it follows from a condition `counter < constant`, a constant start and a
-    constant increment. Loops around a matrix product in a ring have an increment of 2.
+    XLA annotates some loops with it. For others, it is derived from a condition `counter < constant`, a constant start
+    and a constant increment. Loops around a matrix product in a ring have an increment of 2.
     """
     if (known := _TRIP_COUNT.search(loop.attributes)) is not None:
         return int(known[1])
@@ -167,10 +167,10 @@ def _increment(body: Computation, counter: Instruction | None) -> int | None:
 
 
 def _tuple_element(computation: Computation, name: str, index: int) -> Instruction | None:
-    made = _resolve(computation, name)
-    if made is None or made.operation != "tuple" or index >= len(made.operands):
+    parent = _resolve(computation, name)
+    if parent is None or parent.operation != "tuple" or index >= len(parent.operands):
         return None
-    return _resolve(computation, made.operands[index])
+    return _resolve(computation, parent.operands[index])
 
 
 def _resolve(computation: Computation, name: str) -> Instruction | None:

@@ -66,8 +66,8 @@ class Checkpoints:
         if is_first():
             self._folder.mkdir(parents=True, exist_ok=True)
             flush_to_disk(self._folder.parent)
-            for left in [path for path in self._folder.iterdir() if _LEFTOVER.fullmatch(path.name)]:
-                self._remove(left)
+            for leftover in [path for path in self._folder.iterdir() if _LEFTOVER.fullmatch(path.name)]:
+                self._remove(leftover)
         wait_for_all("the folder of checkpoints")
 
     def latest(self) -> int | None:
@@ -117,10 +117,11 @@ class Checkpoints:
                 saving[1].result()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Return the state saved at `step`, with the shapes, dtypes and devices of `like`, arrays or their structs.
+        """Return the state saved at `step`, placed on the devices of `like`, a tree of arrays or `ShapeDtypeStruct`s.
 
-        Waits for a pending save. Raises as `wait`, and `TrainingError` for a checkpoint that is damaged or has other
-        shapes. Does not use Orbax, which trusts its input and whose error messages are pages long.
+        Waits for a pending save. Raises as `wait`, and `TrainingError` for a checkpoint that is damaged or whose
+        shapes or dtypes differ from those of `like`. Does not use Orbax, which trusts its input and whose error
+        messages are pages long.
         """
         self.wait()
         with _with_message(f"the checkpoint of step {step} could not be read; is it damaged?"):
@@ -153,9 +154,9 @@ class Checkpoints:
     def add_loss(self, step: int, val_loss: float) -> None:
         """Record the validation loss of a checkpoint that was saved before its evaluation."""
         if is_first():
-            beside = self._folder / PARTIAL.format(step)
+            temporary = self._folder / PARTIAL.format(step)
             with _with_message(f"the loss of the checkpoint of step {step} could not be written"):
-                manifest.amend(self._folder / str(step), {"val_loss": val_loss}, beside)
+                manifest.amend(self._folder / str(step), {"val_loss": val_loss}, temporary)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -179,9 +180,9 @@ class Checkpoints:
                 flush_to_disk(self._folder)
         except BaseException:
             if is_first():
-                for left in self._folder.iterdir():
-                    if (match := _LEFTOVER.fullmatch(left.name)) and int(match[1]) == about["step"]:
-                        shutil.rmtree(left, ignore_errors=True)
+                for leftover in self._folder.iterdir():
+                    if (match := _LEFTOVER.fullmatch(leftover.name)) and int(match[1]) == about["step"]:
+                        shutil.rmtree(leftover, ignore_errors=True)
             raise
         if is_first():
             self._prune()

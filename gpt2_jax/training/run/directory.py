@@ -39,7 +39,7 @@ VISIBILITY_TIMEOUT = 90
 """Seconds. With default settings, NFS may cache for this long that a file does not exist."""
 _FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *TOKENIZER_FILES)
 _FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD)
-"""The names that training writes into the directory of a run."""
+"""The names of the files and directories that training writes into the directory of a run."""
 
 
 def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) -> None:
@@ -49,7 +49,8 @@ def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) 
     and no other file changes.
 
     Raises:
-        TrainingError: the directory exists and is not empty. With `resume`: it is not a run without checkpoints.
+        TrainingError: the directory exists and is not empty. With `resume`: it is not a run, or the run has
+        checkpoints.
     """
     require_available(run, resume=resume)
     if _is_vacant(run):
@@ -58,10 +59,10 @@ def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) 
         return
     with locked(run):
         if steps(run):
-            raise _is_a_run(run)
-        with TemporaryDirectory() as beside:
-            _write_new(Path(beside), config, data)
-            files = {path.name: path.read_text(encoding="utf-8") for path in Path(beside).iterdir()}
+            raise _run_exists_error(run)
+        with TemporaryDirectory() as temporary:
+            _write_new(Path(temporary), config, data)
+            files = {path.name: path.read_text(encoding="utf-8") for path in Path(temporary).iterdir()}
         replace_files(run, files, remove=TOKENIZER_FILES)
 
 
@@ -70,14 +71,14 @@ def require_available(run: Path, *, resume: bool) -> None:
     if not _is_vacant(run):
         require_run(run)
         if not resume:
-            raise _is_a_run(run)
+            raise _run_exists_error(run)
 
 
 def _is_vacant(run: Path) -> bool:
     return not os.path.lexists(run) or (run.is_dir() and not any(run.iterdir()))
 
 
-def _is_a_run(run: Path) -> TrainingError:
+def _run_exists_error(run: Path) -> TrainingError:
     return TrainingError(f"{quoted(run)} is a run; continue it with --resume, or choose another --out")
 
 
@@ -139,14 +140,14 @@ def locked(run: Path) -> Iterator[None]:
     """Hold the run's lock for the duration of a block. Raises `TrainingError` if another process holds it."""
     with exclusive_lock(run / LOCK, is_file=True) as held:
         if held is False:  # None, for a file system without locks, is accepted
-            raise _is_locked(run)
+            raise _run_locked_error(run)
         yield
 
 
 def require_created_by(run: Path, config: TrainConfig, data: Data) -> None:
     """Raise `TrainingError` if another process created a run in this directory before this one locked it."""
     if stored_identity(run) != Identity.of(config, data):
-        raise _is_locked(run)
+        raise _run_locked_error(run)
 
 
 def wait_until_visible(run: Path) -> None:
@@ -164,8 +165,8 @@ def wait_until_visible(run: Path) -> None:
     )
 
 
-def _is_locked(run: Path) -> TrainingError:
-    return TrainingError(f"another process trains in {quoted(run)}; wait for it, or choose another --out")
+def _run_locked_error(run: Path) -> TrainingError:
+    return TrainingError(f"another process is training in {quoted(run)}; wait for it, or choose another --out")
 
 
 def require_unchanged(run: Path, config: TrainConfig, data: Data) -> None:
@@ -197,10 +198,10 @@ def _write_new(directory: Path, config: TrainConfig, data: Data) -> None:
 
 def write_description(run: Path, config: TrainConfig, data: Data) -> None:
     """Write config.json and run.json. Each write is atomic."""
-    with new_file(run / CONFIG, overwrite=True) as beside:
-        write_config(beside, config.model, _end_of_text(data))
-    with new_file(run / RUN, overwrite=True) as beside:
-        write_json(beside, description(config, data))
+    with new_file(run / CONFIG, overwrite=True) as temporary:
+        write_config(temporary, config.model, _end_of_text(data))
+    with new_file(run / RUN, overwrite=True) as temporary:
+        write_json(temporary, description(config, data))
 
 
 def _end_of_text(data: Data) -> dict[str, int | None]:

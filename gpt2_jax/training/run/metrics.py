@@ -35,18 +35,18 @@ class Metrics:
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
         self._wandb = _wandb(run, config, start_step) if config.wandb else None
         self._file = run / METRICS
-        _forget_after(self._file, start_step)
-        with _named(self._file):
+        _drop_records_after(self._file, start_step)
+        with _naming(self._file):
             self._lines = self._file.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write one record: `step`, and every value that is not None."""
         record = {name: value for name, value in values.items() if value is not None}
-        with _named(self._file):
+        with _naming(self._file):
             self._lines.write(json.dumps({"step": step, **record}) + "\n")
             self._lines.flush()
         if self._tensorboard is not None:
-            with _named(self._file.with_name(TENSORBOARD)):
+            with _naming(self._file.with_name(TENSORBOARD)):
                 for name, value in record.items():
                     self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -54,14 +54,14 @@ class Metrics:
 
     def flush(self) -> None:
         """Wait until the records are on the disk."""
-        with _named(self._file):
+        with _naming(self._file):
             os.fsync(self._lines.fileno())
 
     def close(self) -> None:
-        with _named(self._file):  # it retries a failed write
+        with _naming(self._file):  # closing retries a failed write, which may raise
             self._lines.close()
         if self._tensorboard is not None:
-            with _named(self._file.with_name(TENSORBOARD)):
+            with _naming(self._file.with_name(TENSORBOARD)):
                 self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -129,15 +129,15 @@ def plot_losses(run: Path) -> Path:
     return run / PLOT
 
 
-def _forget_after(file: Path, step: int) -> None:
+def _drop_records_after(file: Path, step: int) -> None:
     """Remove records after the checkpoint that a run resumes from, because those steps are repeated."""
     kept = [record for record in read_metrics(file.parent) if record["step"] <= step] if step else []
-    with new_file(file, overwrite=True) as beside:
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    with new_file(file, overwrite=True) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 @contextmanager
-def _named(file: Path) -> Iterator[None]:
+def _naming(file: Path) -> Iterator[None]:
     """Convert an `OSError` from writing, which does not name the file, to a `TrainingError` that does."""
     try:
         yield
@@ -146,12 +146,12 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def _tensorboard(run: Path) -> Any:
-    with _named(run / TENSORBOARD):
-        return _optional("tensorboard.summary", "tensorboard").Writer(str(run / TENSORBOARD))
+    with _naming(run / TENSORBOARD):
+        return _import_optional("tensorboard.summary", "tensorboard").Writer(str(run / TENSORBOARD))
 
 
 def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
-    wandb = _optional("wandb", "wandb")
+    wandb = _import_optional("wandb", "wandb")
     file = run / WANDB_ID  # a resumed run keeps the same id
     if not (start_step and file.exists()):
         file.write_text(secrets.token_hex(8))
@@ -168,12 +168,12 @@ def _wandb(run: Path, config: TrainConfig, start_step: int) -> Any:
 def require_packages(config: TrainConfig) -> None:
     """Raise `TrainingError` if `--tensorboard` or `--wandb` needs a package that is not installed."""
     if config.tensorboard:
-        _optional("tensorboard.summary", "tensorboard")
+        _import_optional("tensorboard.summary", "tensorboard")
     if config.wandb:
-        _optional("wandb", "wandb")
+        _import_optional("wandb", "wandb")
 
 
-def _optional(module: str, extra: str) -> Any:
+def _import_optional(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:

@@ -85,9 +85,8 @@ class Report:
         values = {
             "train_loss": None if was_skipped else loss,
             "grad_norm": None if was_skipped else norm,
-            "learning_rate": float(
-                self._schedule(max(0, step - skipped - 1))
-            ),  # skipped steps do not advance the schedule
+            # Skipped steps do not advance the schedule.
+            "learning_rate": float(self._schedule(max(0, step - skipped - 1))),
             "skipped": skipped if self._config.non_finite == "skip" else None,
             "tokens_per_second": speed and speed * self._config.batch_size * self._config.seq_len,
             "mfu": speed and speed * self._flops_per_step / self._peak,
