@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from support.compilations import KEEP_ALL, kept_compilations
 
 MEMORY_DISK = Path("/dev/shm")
 MEMORY_DISK_BYTES = 4 * 2**30
@@ -33,11 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
-    """Keep temporary files in memory, because every write of this project waits for the disk (fsync).
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs in pytest's cache directory, and temporary files in memory.
 
-    `--basetemp`, `TMPDIR` and `PYTEST_DEBUG_TEMPROOT` choose another place.
+    `pytest --cache-clear` removes the programs. Every write of this project waits for the disk (fsync), so temporary
+    files are written to memory unless `--basetemp`, `TMPDIR` or `PYTEST_DEBUG_TEMPROOT` chooses another place.
     """
+    programs = config.cache.mkdir("compilations") / os.environ.get("PYTEST_XDIST_WORKER", "main")
+    stack = ExitStack()
+    stack.enter_context(kept_compilations(programs))
+    config.add_cleanup(stack.close)
     if "TMPDIR" not in os.environ and os.access(MEMORY_DISK, os.W_OK):
         if shutil.disk_usage(MEMORY_DISK).free >= MEMORY_DISK_BYTES:
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest asks when it first needs it
@@ -110,32 +115,29 @@ def x64() -> Iterator[None]:
         yield
 
 
-QUICK_COMPILATION = {
-    "jax_disable_most_optimizations": True,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
 @pytest.fixture(scope="session")
 def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], AbstractContextManager[None]]:
-    """For tests that compile training steps: optimise little, and keep what is compiled, for child processes too."""
-    settings = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations"))}
+    """For tests that compile training steps: optimise little, and let child processes share what they compile."""
+    optimise_little = {"jax_disable_most_optimizations": True}
+    of_children = {
+        **optimise_little,
+        **KEEP_ALL,
+        "jax_compilation_cache_dir": tmp_path_factory.mktemp("compilations"),  # not kept: tests kill child processes
+    }
 
     @contextmanager
     def quickly() -> Iterator[None]:
-        before = {name: jax.config.values[name] for name in settings}
+        before = {name: jax.config.values[name] for name in optimise_little}
         with pytest.MonkeyPatch.context() as environment:
+            for name, value in of_children.items():
+                environment.setenv(name.upper(), str(value))
             try:
-                for name, value in settings.items():
+                for name, value in optimise_little.items():
                     jax.config.update(name, value)
-                    environment.setenv(name.upper(), str(value))
-                reset_cache()  # JAX asks only once whether there is one
                 yield
             finally:
                 for name, value in before.items():
                     jax.config.update(name, value)
-                reset_cache()
 
     return quickly
 
