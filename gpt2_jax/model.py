@@ -423,7 +423,7 @@ def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | N
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask is {attention_mask.shape}, input_ids {input_ids.shape}")
+        raise ValueError(f"attention_mask has shape {attention_mask.shape}, but input_ids has {input_ids.shape}")
     if isinstance(input_ids, jax.core.Tracer) or not input_ids.size:
         return
     if getattr(input_ids, "is_fully_addressable", True):  # ids sharded over hosts cannot be read either

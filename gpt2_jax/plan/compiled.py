@@ -86,6 +86,7 @@ def compile_step(step: AbstractStep) -> Program:
         num_microbatches=config.num_microbatches,
         max_grad_norm=config.optimizer.max_grad_norm,
         ema_decay=config.ema_decay,
+        skip_non_finite=config.non_finite == "skip",
     )
     began = time.perf_counter()
     try:

@@ -8,7 +8,7 @@ import pytest
 
 from bridge import GPT2Config, num_parameters
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.plan.compiled import Program, describe_step, parse_out_of_memory
+from gpt2_jax.plan.compiled import Program, compile_step, describe_step, parse_out_of_memory
 from gpt2_jax.plan.errors import PlanError
 from gpt2_jax.plan.memory import (
     layer_parameters,
@@ -119,3 +119,15 @@ def test_required_and_available_bytes_are_parsed_from_out_of_memory_messages(mes
 def test_other_compiler_errors_are_reported() -> None:
     with pytest.raises(PlanError, match="rejects this step: INVALID_ARGUMENT: no such thing"):
         parse_out_of_memory("INVALID_ARGUMENT: no such thing\nand more")
+
+
+def test_the_compiled_step_skips_non_finite_updates_if_the_configuration_does() -> None:
+    model = GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    config = TrainConfig(model=model, batch_size=2, seq_len=16, num_microbatches=1)
+    stop, skip = (
+        compile_step(describe_step(replace(config, non_finite=choice), make_mesh("data=1")))
+        for choice in ("stop", "skip")
+    )
+    assert stop.text is not None and skip.text is not None
+    assert skip.text.count(" is-finite(") > stop.text.count(" is-finite(")  # of every gradient, not of the loss alone
+    assert skip.temp_bytes > stop.temp_bytes  # the old parameters are kept until the new ones are known to be finite
