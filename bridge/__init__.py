@@ -16,7 +16,7 @@ from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizers.saving import save_tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 """The version of all three packages, which are released as one. pyproject.toml takes it from here."""
 
 __all__ = [
