@@ -39,10 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     `pytest --cache-clear` removes the programs. Every write of this project waits for the disk (fsync), so temporary
     files are written to memory unless `--basetemp`, `TMPDIR` or `PYTEST_DEBUG_TEMPROOT` chooses another place.
     """
-    programs = config.cache.mkdir("compilations") / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    stack = ExitStack()
-    stack.enter_context(kept_compilations(programs))
-    config.add_cleanup(stack.close)
+    if (cache := getattr(config, "cache", None)) is not None:  # None with `-p no:cacheprovider`
+        stack = ExitStack()
+        stack.enter_context(
+            kept_compilations(cache.mkdir("compilations") / os.environ.get("PYTEST_XDIST_WORKER", "main"))
+        )
+        config.add_cleanup(stack.close)
     if "TMPDIR" not in os.environ and os.access(MEMORY_DISK, os.W_OK):
         if shutil.disk_usage(MEMORY_DISK).free >= MEMORY_DISK_BYTES:
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest asks when it first needs it
