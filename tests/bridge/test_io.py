@@ -42,14 +42,14 @@ def test_an_unknown_path_object_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_file_is_refused(tmp_path: Path) -> None:
-    for content, says in {
+    for content, expected in {
         b"": "it is empty",
         b"weights!": "its first bytes match no supported format",
         b"version https://git-lfs.github.com/spec/v1\noid": "a git-LFS pointer, not the weights",
         b"<!DOCTYPE html><html>": "an HTML page, not weights",
     }.items():
         (tmp_path / "model.bin").write_bytes(content)
-        assert says in message(tmp_path / "model.bin")
+        assert expected in message(tmp_path / "model.bin")
 
 
 def test_the_weights_file_loads_like_its_directory(tmp_path: Path) -> None:

@@ -105,15 +105,15 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
 }
 
 
-@pytest.mark.parametrize(("change", "says", "error"), MEANINGLESS.values(), ids=MEANINGLESS)
+@pytest.mark.parametrize(("change", "message", "error"), MEANINGLESS.values(), ids=MEANINGLESS)
 def test_invalid_content_is_refused_by_name(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     change: Callable[[State, Fields], object],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
-    assert_refused(written(tmp_path / "model", change), says, capsys, error)
+    assert_refused(written(tmp_path / "model", change), message, capsys, error)
 
 
 # Which every reader owes beside this; the format's own tests are elsewhere.

@@ -48,7 +48,7 @@ def open_and_read(source: Path) -> str:
 
 
 def assert_refused(
-    source: Path, says: str, capsys: pytest.CaptureFixture[str], error: type[BridgeError] = BridgeError
+    source: Path, expected: str, capsys: pytest.CaptureFixture[str], error: type[BridgeError] = BridgeError
 ) -> None:
     """Opening or reading `source` raises `error` with `says` and the source's name in its message, within the
     budget; `gpt2 convert` ends with exit code 2, says the same, and leaves nothing."""
@@ -57,7 +57,7 @@ def assert_refused(
         open_and_read(source)
     seconds = time.process_time() - started
     message = str(caught.value)
-    assert says in message
+    assert expected in message
     assert source.name in message, "the message names the file"
     assert message.replace("\n", "").isprintable(), "control characters are escaped"
     assert len(message) < 4000 + len(str(source)), "untrusted text is cut"
@@ -77,5 +77,5 @@ def assert_refused(
     printed = capsys.readouterr()
     assert printed.err.startswith("gpt2: ")
     assert "Traceback" not in printed.err
-    assert says in printed.err
+    assert expected in printed.err
     assert sorted(source.parent.iterdir()) == there, "nothing is left behind"

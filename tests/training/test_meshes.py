@@ -145,7 +145,7 @@ def test_a_parameter_without_a_rule_is_an_error(path: str, ndim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "says"),
+    ("wanted", "message"),
     [
         ("model=2", "write data="),
         ("data", "write data="),
@@ -157,8 +157,8 @@ def test_a_parameter_without_a_rule_is_an_error(path: str, ndim: int) -> None:
         ("data=-1,tensor=3", "3 does not divide the 1 devices"),
     ],
 )
-def test_invalid_meshes_are_refused(wanted: str, says: str) -> None:
-    with pytest.raises(MeshError, match=re.escape(says)) as refused:
+def test_invalid_meshes_are_refused(wanted: str, message: str) -> None:
+    with pytest.raises(MeshError, match=re.escape(message)) as refused:
         make_mesh(wanted, jax.devices()[:1])
     assert isinstance(refused.value, BridgeError)
     assert f"--mesh {wanted}" in str(refused.value)

@@ -347,12 +347,12 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "says"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     (tmp_path / "damaged.gguf").write_bytes(content)
-    assert_refused(tmp_path / "damaged.gguf", says, capsys, CheckpointError)
+    assert_refused(tmp_path / "damaged.gguf", message, capsys, CheckpointError)
 
 
 def test_the_good_file_of_these_tests_is_good(tmp_path: Path) -> None:

@@ -374,15 +374,15 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "says"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     directory = tmp_path / "damaged"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(SMALLEST.to_hf()))
     (directory / "flax_model.msgpack").write_bytes(content)
-    assert_refused(directory, says, capsys, CheckpointError)
+    assert_refused(directory, message, capsys, CheckpointError)
     with pytest.raises(CheckpointError, match=re.escape(str(directory / "flax_model.msgpack"))):
         read_file(directory / "flax_model.msgpack")
 

@@ -314,11 +314,11 @@ MALFORMED: dict[str, tuple[bytes, str, type[BridgeError]]] = {
 }
 
 
-@pytest.mark.parametrize(("index", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("index", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_index_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], index: bytes, says: str, error: type[BridgeError]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], index: bytes, message: str, error: type[BridgeError]
 ) -> None:
-    assert_refused(written(tmp_path / "damaged", index, bytes(8)), says, capsys, error)
+    assert_refused(written(tmp_path / "damaged", index, bytes(8)), message, capsys, error)
 
 
 def test_the_good_table_of_these_tests_is_good(tmp_path: Path) -> None:

@@ -148,12 +148,12 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "says"), BOMBS.values(), ids=BOMBS)
-def test_a_bomb_is_refused_soon_and_in_little_memory(make: Callable[[], bytes], says: str) -> None:
+@pytest.mark.parametrize(("make", "message"), BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused_soon_and_in_little_memory(make: Callable[[], bytes], message: str) -> None:
     content = make()
     assert len(content) <= pickles.MOST_BYTES, "it is its content that is refused"
     began = time.process_time()
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         read(content)
     assert time.process_time() - began < MOST_SECONDS
     tracemalloc.start()
@@ -178,7 +178,7 @@ def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"\x80\x02" + text("x" * 65_537) + b".", "a string of 65537 bytes; the limit is 65536"),
         (b"\x80\x02]r\x00\x00\x08\x00.", "under the number 524288; the largest is 524287"),
@@ -192,8 +192,8 @@ def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
     ],
     ids=["string", "memo", "depth", "number", "negative", "bool", "none", "tuple", "bytes"],
 )
-def test_one_more_than_the_budget_is_refused(content: bytes, says: str) -> None:
-    with pytest.raises(CheckpointError, match=says):
+def test_one_more_than_the_budget_is_refused(content: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         read(content)
 
 

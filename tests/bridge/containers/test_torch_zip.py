@@ -292,15 +292,15 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "says"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("make", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_hostile_file_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[], bytes], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[], bytes], message: str
 ) -> None:
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(SMALLEST.to_hf()))
     (directory / "pytorch_model.bin").write_bytes(make())
-    assert_refused(directory, says, capsys, CheckpointError)
+    assert_refused(directory, message, capsys, CheckpointError)
 
 
 def test_a_record_whose_checksum_is_wrong_is_refused_when_it_is_read(tmp_path: Path) -> None:

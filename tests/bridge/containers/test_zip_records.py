@@ -189,9 +189,9 @@ CONTRADICTING: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "says"), CONTRADICTING.values(), ids=CONTRADICTING)
-def test_what_contradicts_itself_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
-    with pytest.raises(CheckpointError, match=says) as caught:
+@pytest.mark.parametrize(("content", "message"), CONTRADICTING.values(), ids=CONTRADICTING)
+def test_what_contradicts_itself_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
         opened(tmp_path / "the file", content)
     assert "the file" in str(caught.value)
 

@@ -315,15 +315,15 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "says"), OTHER_TREES.values(), ids=OTHER_TREES)
+@pytest.mark.parametrize(("change", "message"), OTHER_TREES.values(), ids=OTHER_TREES)
 def test_another_tree_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], message: str
 ) -> None:
-    assert_refused(flaxs(tmp_path / "other", change(random_leaves(tmp_path))), says, capsys, ConversionError)
+    assert_refused(flaxs(tmp_path / "other", change(random_leaves(tmp_path))), message, capsys, ConversionError)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (without("lm_head/kernel"), "lm_head/kernel is missing (shape (8, 11))"),
         (changed("lm_head/kernel", np.transpose), "lm_head/kernel has shape (11, 8), the configuration says (8, 11)"),
@@ -331,10 +331,10 @@ def test_another_tree_is_refused_by_name(
     ids=["no head", "a head not transposed"],
 )
 def test_an_untied_head_must_be_stored_transposed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], message: str
 ) -> None:
     source = flaxs(tmp_path / "other", change(random_leaves(tmp_path, UNTIED)), UNTIED)
-    assert_refused(source, says, capsys, ConversionError)
+    assert_refused(source, message, capsys, ConversionError)
 
 
 def test_a_stored_tied_head_is_left_out_and_reported(tmp_path: Path) -> None:
@@ -348,8 +348,8 @@ def test_all_differences_are_in_one_error(tmp_path: Path) -> None:
     leaves = without(WTE)(changed(C_ATTN, np.transpose)(random_leaves(tmp_path))) | {"extra/kernel": np.zeros(1)}
     with pytest.raises(ConversionError) as caught:
         bridge.load(flaxs(tmp_path / "out", leaves))
-    for says in (f"{WTE} is missing", f"{C_ATTN} has shape", "'extra/kernel' is not"):
-        assert says in str(caught.value)
+    for message in (f"{WTE} is missing", f"{C_ATTN} has shape", "'extra/kernel' is not"):
+        assert message in str(caught.value)
 
 
 # Damaged and hostile shards
@@ -404,11 +404,11 @@ BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "says"), BAD_INDICES.values(), ids=BAD_INDICES)
+@pytest.mark.parametrize(("change", "message"), BAD_INDICES.values(), ids=BAD_INDICES)
 def test_a_bad_index_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    assert_refused(in_shards(tmp_path / "shards", change), says, capsys, CheckpointError)
+    assert_refused(in_shards(tmp_path / "shards", change), message, capsys, CheckpointError)
 
 
 def a_shard_that_leads_out(directory: Path) -> None:
@@ -436,12 +436,12 @@ BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "says"), BAD_SHARDS.values(), ids=BAD_SHARDS)
+@pytest.mark.parametrize(("damage", "message"), BAD_SHARDS.values(), ids=BAD_SHARDS)
 def test_a_bad_shard_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
 ) -> None:
     damage(in_shards(tmp_path / "shards"))
-    assert_refused(tmp_path / "shards", says, capsys, BridgeError)
+    assert_refused(tmp_path / "shards", message, capsys, BridgeError)
 
 
 def test_shards_respect_the_size_limit_and_the_index_lists_them(tmp_path: Path) -> None:

@@ -424,12 +424,12 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "error", "says"), NOT_GPT2.values(), ids=NOT_GPT2)
+@pytest.mark.parametrize(("content", "error", "message"), NOT_GPT2.values(), ids=NOT_GPT2)
 def test_a_file_that_is_not_llama_cpps_gpt2_is_refused_by_field(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, error: type[BridgeError], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, error: type[BridgeError], message: str
 ) -> None:
     (tmp_path / "other.gguf").write_bytes(content)
-    assert_refused(tmp_path / "other.gguf", says, capsys, error)
+    assert_refused(tmp_path / "other.gguf", message, capsys, error)
 
 
 def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path) -> None:
@@ -478,8 +478,8 @@ def test_a_config_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.Captu
     path = saved(tmp_path / "d", random_checkpoint(SMALLEST))
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**fields, "activation_function": "relu"}))
-    says = "activation_function is 'relu' in config.json, 'gelu_new' in 'model.gguf'"
-    assert_refused(path, says, capsys, ConfigError)
+    message = "activation_function is 'relu' in config.json, 'gelu_new' in 'model.gguf'"
+    assert_refused(path, message, capsys, ConfigError)
 
 
 # Tokenizers
@@ -654,20 +654,20 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("pairs", "says"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
-def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, says: str) -> None:
+@pytest.mark.parametrize(("pairs", "message"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
+def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, message: str) -> None:
     (tmp_path / "m.gguf").write_bytes(gpt2([*gpt2_pairs(BYTES), *pairs], gguf_tensors(BYTES)))
     loaded = bridge.load(tmp_path / "m.gguf")
     assert_same(loaded, random_checkpoint(BYTES))
     with pytest.raises(TokenizerError) as caught:
         loaded.tokenizer()
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "m.gguf" in str(caught.value)
 
 
 @pytest.mark.parametrize("type", [1, 3, 4], ids=["normal", "control", "user defined"])
 @pytest.mark.parametrize(
-    ("added", "says"),
+    ("added", "message"),
     [
         ([""], "a special token is empty"),
         (["x" * 10**6], "has 1000000 bytes; the limit is 512"),
@@ -675,13 +675,13 @@ def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, sa
     ],
     ids=["empty", "long", "many"],
 )
-def test_special_tokens_are_limited(tmp_path: Path, added: list[str], says: str, type: int) -> None:
+def test_special_tokens_are_limited(tmp_path: Path, added: list[str], message: str, type: int) -> None:
     """A normal token that no merge produces is special too."""
     config = replace(SMALLEST, vocab_size=256 + len(added))
     types = int32s([1] * 256 + [type] * len(added))
     pairs = [*gpt2_pairs(config), *tokenizer_pairs(tokens=texts(byte_tokens() + added), token_type=types)]
     (tmp_path / "m.gguf").write_bytes(gpt2(pairs, gguf_tensors(config)))
-    with pytest.raises(TokenizerError, match=says):
+    with pytest.raises(TokenizerError, match=message):
         bridge.load(tmp_path / "m.gguf").tokenizer()
 
 

@@ -164,15 +164,15 @@ NO_STATE_DICTS: dict[str, tuple[Callable[[], object], str, type[bridge.BridgeErr
 }
 
 
-@pytest.mark.parametrize(("make", "says", "error"), NO_STATE_DICTS.values(), ids=NO_STATE_DICTS)
+@pytest.mark.parametrize(("make", "message", "error"), NO_STATE_DICTS.values(), ids=NO_STATE_DICTS)
 def test_an_object_that_is_not_a_state_dict_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     make: Callable[[], object],
-    says: str,
+    message: str,
     error: type[bridge.BridgeError],
 ) -> None:
-    assert_refused(saved(tmp_path / "model", make()), says, capsys, error)
+    assert_refused(saved(tmp_path / "model", make()), message, capsys, error)
 
 
 def test_safetensors_take_precedence(tmp_path: Path) -> None:

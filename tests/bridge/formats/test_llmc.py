@@ -186,18 +186,18 @@ MALFORMED: dict[str, tuple[Callable[[bytes], bytes], str, type[BridgeError]]] = 
 }
 
 
-@pytest.mark.parametrize(("damage", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("damage", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[bytes], bytes],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
     file = tmp_path / "damaged.bin"
     bridge.save(random_checkpoint(CONFIG), file, format="llmc")
     file.write_bytes(damage(file.read_bytes()))
-    assert_refused(file, says, capsys, error)
+    assert_refused(file, message, capsys, error)
 
 
 def test_a_link_to_an_endless_device_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

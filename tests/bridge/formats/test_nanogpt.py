@@ -435,10 +435,10 @@ NOT_NANOGPTS = {
 }
 
 
-@pytest.mark.parametrize(("field", "value", "says"), [(f, *v) for f, v in NOT_NANOGPTS.items()], ids=NOT_NANOGPTS)
-def test_unsupported_settings_are_refused_by_field(tmp_path: Path, field: str, value: Any, says: str) -> None:
+@pytest.mark.parametrize(("field", "value", "message"), [(f, *v) for f, v in NOT_NANOGPTS.items()], ids=NOT_NANOGPTS)
+def test_unsupported_settings_are_refused_by_field(tmp_path: Path, field: str, value: Any, message: str) -> None:
     ckpt = random_checkpoint(replace(CONFIG, **{field: value}))
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         bridge.save(ckpt, tmp_path / "ckpt.pt", format="nanogpt")
     assert not list(tmp_path.iterdir())
 
@@ -632,19 +632,19 @@ def copied(value: Any) -> Any:
     return [copied(part) for part in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(("change", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("change", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_file_that_is_not_nanogpts_is_refused_by_name(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     good: Saved,
     change: Callable[[Saved], object],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
     saved = copied(good)
     change(saved)
     torch.save(saved, tmp_path / "ckpt.pt")
-    assert_refused(tmp_path / "ckpt.pt", says, capsys, error)
+    assert_refused(tmp_path / "ckpt.pt", message, capsys, error)
 
 
 def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path, good: Saved) -> None:

@@ -164,16 +164,16 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
 }
 
 
-@pytest.mark.parametrize(("damage", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("damage", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_directory_is_refused(
     plain: Path,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[Path], object],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
     damage(plain)
-    assert_refused(plain, says, capsys, error)
+    assert_refused(plain, message, capsys, error)
 
 
 def test_a_directory_without_a_valid_index_is_not_recognised(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:

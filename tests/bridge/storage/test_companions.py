@@ -31,13 +31,13 @@ def checkpoint_directory(path: Path, format: str = "huggingface") -> Path:
     return path
 
 
-def assert_not_exported(source: Path, name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_not_exported(source: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Assert that `bridge.save` and `gpt2 convert` reject `source`, name the companion, and stay within the budget."""
     target = source.parent / "exported"
     started = time.process_time()
     tracemalloc.start()
     try:
-        with pytest.raises(BridgeError, match=says) as caught:
+        with pytest.raises(BridgeError, match=message) as caught:
             bridge.save(bridge.load(source), target, format="flax")
         assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     finally:

@@ -52,8 +52,8 @@ def test_a_directory_created_during_the_write_is_not_replaced(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_created_during_the_write_is_not_replaced(tmp_path: Path, exchange: bool, overwrite: bool) -> None:
-    says = "was changed by another program" if overwrite else "exists; choose another name"
-    with pytest.raises(CheckpointError, match=says), new_file(tmp_path / "out", overwrite=overwrite) as file:
+    message = "was changed by another program" if overwrite else "exists; choose another name"
+    with pytest.raises(CheckpointError, match=message), new_file(tmp_path / "out", overwrite=overwrite) as file:
         file.write_text("new")
         (tmp_path / "out").write_text("theirs")
     assert tree(tmp_path) == {"out": b"theirs"}

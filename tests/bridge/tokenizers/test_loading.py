@@ -221,7 +221,7 @@ def test_a_file_of_another_layout_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("edit", "expected"),
     [
         (lambda v, m: v.update(the="7"), "the id of 'the' is '7', not an integer"),
         (lambda v, m: v.update(the=True), "the id of 'the' is 'True'"),
@@ -247,14 +247,14 @@ def test_a_vocabulary_and_merges_that_do_not_fit_are_refused(
     trained: tuple[tokenizers.Tokenizer, Path],
     tmp_path: Path,
     edit: Callable[[dict[str, Any], list[str]], object],
-    says: str,
+    expected: str,
 ) -> None:
     vocab = json.loads((trained[1] / "vocab.json").read_text())
     merges = (trained[1] / "merges.txt").read_text().splitlines()[1:]
     edit(vocab, merges)
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    with pytest.raises(TokenizerError, match=says):
+    with pytest.raises(TokenizerError, match=expected):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
@@ -341,14 +341,14 @@ BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
 }
 
 
-@pytest.mark.parametrize(("added", "says"), BAD_ADDED_TOKENS.values(), ids=BAD_ADDED_TOKENS)
+@pytest.mark.parametrize(("added", "expected"), BAD_ADDED_TOKENS.values(), ids=BAD_ADDED_TOKENS)
 @pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer.json"])
 def test_added_tokens_that_do_not_fit_are_refused(
     trained: tuple[tokenizers.Tokenizer, Path],
     tmp_path: Path,
     place: str,
     added: dict[str, int],
-    says: str,
+    expected: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     if place == "tokenizer.json":
@@ -356,7 +356,7 @@ def test_added_tokens_that_do_not_fit_are_refused(
         edited(trained[1], tmp_path, lambda t: t.update(added_tokens=listed))
     else:
         write_vocabulary(trained[1], tmp_path, lambda v, a: a.update(added))
-    assert says in assert_refused_in_budget(tmp_path, capfd)
+    assert expected in assert_refused_in_budget(tmp_path, capfd)
 
 
 LARGE_SPECIAL: dict[str, list[str]] = {

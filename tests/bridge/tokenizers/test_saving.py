@@ -205,7 +205,7 @@ def refused(**changes: Any) -> tiktoken.Encoding:
 
 
 @pytest.mark.parametrize(
-    ("odd", "says"),
+    ("odd", "message"),
     [
         (refused(pat_str=r"\S+|\s+"), r"'odd' splits text into words by the pattern '\\S\+\|\\s\+', not by GPT-2's"),
         (refused(mergeable_ranks={**SINGLE_BYTES, b"abc": 256}), "the token 'b'abc'' is not a merge of two tokens"),
@@ -216,9 +216,9 @@ def refused(**changes: Any) -> tiktoken.Encoding:
     ],
 )
 def test_a_tokenizer_that_the_files_cannot_represent_is_refused(
-    odd: tiktoken.Encoding, says: str, tmp_path: Path
+    odd: tiktoken.Encoding, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(TokenizerError, match=says):
+    with pytest.raises(TokenizerError, match=message):
         bridge.save_tokenizer(odd, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
