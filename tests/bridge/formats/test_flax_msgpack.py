@@ -61,12 +61,12 @@ def random_leaves(tmp_path: Path, config: GPT2Config = SMALLEST) -> Leaves:
     return leaves_of(tmp_path / "leaves")
 
 
-# What transformers wrote
+# Files of transformers
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_transformers_are_read(name: str) -> None:
-    """Names and layouts are written out here. flax reads the file."""
+    """The test states names and layouts itself, and flax reads the file."""
     ckpt = bridge.load(WRITTEN_BY_TRANSFORMERS / name)
     assert ckpt.format == "flax_msgpack"
     assert ckpt.config.tie_word_embeddings is (name != "untied")
@@ -94,13 +94,13 @@ def leaves_under(leaves: Leaves, modules: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_backends_compute_the_logits_that_transformers_computed(name: str) -> None:
+def test_both_backends_compute_the_logits_of_transformers(name: str) -> None:
     import torch
 
     import gpt2_torch
 
     ids, expected = np.load(WRITTEN_BY_TRANSFORMERS / "ids.npy"), np.load(WRITTEN_BY_TRANSFORMERS / name / "logits.npy")
-    assert abs(expected).max() > 0.5, "logits that say something"
+    assert abs(expected).max() > 0.5, "logits large enough to compare"
     reference = gpt2_torch.model_from_checkpoint(bridge.load(WRITTEN_BY_TRANSFORMERS / name)).float().eval()
     with torch.no_grad():
         np.testing.assert_allclose(reference(torch.from_numpy(ids)).numpy(), expected, rtol=0, atol=SAME_FP32)
@@ -125,7 +125,7 @@ def test_files_of_transformers_are_written_again_with_the_same_arrays(tmp_path: 
         json.loads((directory / "config.json").read_text())
         for directory in (WRITTEN_BY_TRANSFORMERS / name, tmp_path / "again")
     )
-    del before_json["architectures"]  # without_head gets one
+    del before_json["architectures"]  # without_head is written with a head
     assert before_json.items() <= after_json.items()
 
 
@@ -212,7 +212,7 @@ def test_no_tensor_is_read_to_open_a_checkpoint(tmp_path: Path, monkeypatch: pyt
         assert max(counts) <= 4096 and sum(counts) < sum(entry.nbytes for entry in ckpt.tensors.entries.values()) / 2
 
 
-# What the format cannot say
+# Models that the format cannot store
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
         lambda leaves: leaves | {"wte/embedding": leaves[WTE]},
         "'wte/embedding' is not a parameter of this model",
     ),
-    "an array where a module is": (
+    "an array in place of a module": (
         lambda leaves: without(WTE)(leaves) | {"transformer/wte": leaves[WTE]},
         "'transformer/wte' is not a parameter",
     ),
@@ -304,7 +304,7 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
         lambda leaves: leaves | {"lm_head/kernel": leaves[WTE].T + 1},
         "lm_head.weight differs from wte.weight although the configuration ties them",
     ),
-    "a tied head the wrong way round": (
+    "a tied head not transposed": (
         lambda leaves: leaves | {"lm_head/kernel": leaves[WTE]},
         "lm_head/kernel has shape (11, 8), the configuration says (8, 11)",
     ),
@@ -316,7 +316,7 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
 
 
 @pytest.mark.parametrize(("change", "message"), OTHER_TREES.values(), ids=OTHER_TREES)
-def test_another_tree_is_refused_by_name(
+def test_a_tree_of_another_model_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], message: str
 ) -> None:
     assert_refused(flaxs(tmp_path / "other", change(random_leaves(tmp_path))), message, capsys, ConversionError)
@@ -377,7 +377,7 @@ FIRST, LAST = (f"flax_model-0000{number}-of-00003.msgpack" for number in (1, 3))
 
 BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "absolute": (mapped("/etc/passwd"), "'/etc/passwd' is not a plain file name"),
-    "climbing": (mapped(f"../{FIRST}"), "is not a plain file name"),
+    "with ..": (mapped(f"../{FIRST}"), "is not a plain file name"),
     "in a folder": (mapped(f"shards/{FIRST}"), "is not a plain file name"),
     "with backslashes": (mapped(f"..\\{FIRST}"), "is not a plain file name"),
     "a URL": (mapped("https://example.org/flax_model.msgpack"), "is not a plain file name"),
@@ -394,7 +394,7 @@ BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a list": (lambda index: index.update(weight_map=[FIRST]), "weight_map must map tensor names"),
     "no weight_map": (lambda index: index.pop("weight_map"), "weight_map must map tensor names"),
     "an empty weight_map": (lambda index: index.update(weight_map={}), "total_size is"),
-    "a name that is not there": (
+    "a name that its shard lacks": (
         lambda index: index["weight_map"].update({"transformer/more": FIRST}),
         f"'transformer/more' should be in '{FIRST}' but is not",
     ),
@@ -411,7 +411,7 @@ def test_a_bad_index_is_refused_by_name(
     assert_refused(in_shards(tmp_path / "shards", change), message, capsys, CheckpointError)
 
 
-def a_shard_that_leads_out(directory: Path) -> None:
+def a_linked_shard(directory: Path) -> None:
     (directory / FIRST).rename(directory.parent / "elsewhere")
     (directory / FIRST).symlink_to(directory.parent / "elsewhere")
 
@@ -426,13 +426,13 @@ def a_name_in_two_shards(directory: Path) -> None:
 
 
 BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a link that leads out": (a_shard_that_leads_out, f"'{FIRST}' is a link out of the directory"),
+    "a link out of the directory": (a_linked_shard, f"'{FIRST}' is a link out of the directory"),
     "gone": (lambda directory: (directory / LAST).unlink(), f"'{LAST}' is missing"),
     "empty": (lambda directory: (directory / LAST).write_bytes(b""), LAST),
     "truncated": (lambda directory: (directory / LAST).write_bytes((directory / LAST).read_bytes()[:-1]), "truncated"),
     "swapped": (lambda directory: shutil.copy(directory / FIRST, directory / LAST), "should be in"),
-    "with a name of another": (a_name_in_two_shards, f"'{WTE}' is in '{LAST}'; the index says in '{FIRST}'"),
-    "no tree": (lambda directory: (directory / LAST).write_bytes(b"\x80"), f"should be in '{LAST}' but is not"),
+    "with a tensor of another shard": (a_name_in_two_shards, f"'{WTE}' is in '{LAST}'; the index says in '{FIRST}'"),
+    "an empty tree": (lambda directory: (directory / LAST).write_bytes(b"\x80"), f"should be in '{LAST}' but is not"),
 }
 
 

@@ -48,20 +48,20 @@ class Canned(Decoder[np.ndarray, Any]):
         copies: int,
     ) -> np.ndarray:
         assert len(noise) == len(ids) * copies == len(self.rows)
-        said = np.full(noise.shape, ENDED)
-        for row, canned in zip(said, self.rows, strict=True):
+        ids_of_rows = np.full(noise.shape, ENDED)
+        for row, canned in zip(ids_of_rows, self.rows, strict=True):
             stops = [i for i, token in enumerate(canned) if token in config.eos_token_ids]
             length = min([len(row), *(i + 1 for i in stops)])
             row[:length] = canned[:length]
         self.made = 1
-        return said
+        return ids_of_rows
 
     def _decode(self, state: np.ndarray, steps: int) -> np.ndarray:
         self.made += steps
         return state
 
     def _chunk(self, state: np.ndarray, first: int, number: int) -> Chunk:
-        assert first + number == self.made  # reads all new tokens and no others
+        assert first + number == self.made  # the caller reads each new token exactly once
         logprobs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
         return Chunk(state[:, first : first + number], logprobs)
 
@@ -134,11 +134,11 @@ def test_a_stop_string_ends_the_text_before_it(
     assert output_of(ids, pieces, stop) == TextOutput(text, ids[:read], None, True)
 
 
-def test_of_two_stop_strings_with_one_prefix_the_shorter_wins(pieces: tiktoken.Encoding) -> None:
+def test_the_shorter_of_two_stop_strings_with_one_prefix_wins(pieces: tiktoken.Encoding) -> None:
     for stop in itertools.permutations(["abcd", "ab", "abc"]):
         assert output_of(spelled("xabcdy"), pieces, stop).ids == spelled("xab")
-        for said in (["xabcdy"], ["x", "abc", "d"]):
-            assert output_of(spelled(*said), pieces, stop).text == "x"
+        for parts in (["xabcdy"], ["x", "abc", "d"]):
+            assert output_of(spelled(*parts), pieces, stop).text == "x"
 
 
 def test_the_first_stop_string_within_a_token_wins(pieces: tiktoken.Encoding) -> None:
@@ -147,7 +147,7 @@ def test_the_first_stop_string_within_a_token_wins(pieces: tiktoken.Encoding) ->
 
 
 def test_the_stop_string_that_is_complete_first_wins(pieces: tiktoken.Encoding) -> None:
-    """For every division of the text into tokens: it need not wait for a longer string that starts earlier."""
+    """This holds for every division into tokens, even if a longer stop string starts earlier."""
     for stop in (["abcd", "bc"], ["bc", "abcd"]):
         assert output_of(spelled("xabcd"), pieces, stop) == TextOutput("xa", spelled("xabc"), None, True)
         assert output_of(spelled("xabcd", "y"), pieces, stop).text == "xa"
@@ -159,22 +159,22 @@ def test_an_empty_stop_string_is_refused(pieces: tiktoken.Encoding) -> None:
 
 
 @pytest.mark.parametrize("said", ["x stoSTO", "ST", "x S"])
-def test_a_prefix_of_a_stop_string_at_the_end_is_text(said: str) -> None:
+def test_a_partial_stop_string_at_the_end_is_text(said: str) -> None:
     assert output_of(spelled(said), BYTES, ["STOP", "TO."]) == TextOutput(said, spelled(said), None, False)
 
 
-def test_a_prefix_of_a_stop_string_before_the_end_of_sequence_is_text() -> None:
+def test_a_partial_stop_string_before_the_end_of_sequence_is_text() -> None:
     ids = spelled("x STO", END, "P")
     assert output_of(ids, BYTES, ["STOP"], eos_token_id=(END,)) == TextOutput("x STO", ids[:6], None, True)
 
 
-def test_a_stop_string_in_the_prompt_does_not_count() -> None:
+def test_a_stop_string_in_the_prompt_is_ignored() -> None:
     config = GenerationConfig(3)
     ((done,),) = generate_text(Canned(spelled("OPx")), BYTES, ["STOP and ST"], config, ["STOP"])
     assert done == TextOutput("OPx", spelled("OPx"), None, False)
 
 
-def test_stop_strings_end_random_text_where_a_search_of_the_whole_text_does(pieces: tiktoken.Encoding) -> None:
+def test_stop_strings_end_random_text_as_a_search_of_the_whole_text(pieces: tiktoken.Encoding) -> None:
     rng = random.Random(0)
     tokens = [*b"abc", *spelled("ab", "abc")]
     stopped = 0
@@ -235,7 +235,7 @@ def test_an_id_without_a_token_does_not_split_a_character() -> None:
 # End-of-sequence tokens, ids and log-probabilities
 
 
-def test_the_end_of_sequence_is_in_the_ids_and_not_in_the_text() -> None:
+def test_the_end_of_sequence_is_in_the_ids_but_not_in_the_text() -> None:
     ids = spelled("uvw", END, "xyz")
     assert output_of(ids, BYTES, eos_token_id=(END,)) == TextOutput("uvw", ids[:4], None, True)
     assert output_of(ids, BYTES, eos_token_id=(ord("w"), ord("u"))) == TextOutput("", ids[:1], None, True)
@@ -248,7 +248,7 @@ def test_the_first_of_stop_string_and_end_of_sequence_ends_the_text() -> None:
     assert output_of(ids, BYTES, [","], eos_token_id=(END,)) == TextOutput("a.", ids[:3], None, True)
 
 
-def test_a_text_that_the_last_token_ends_is_stopped() -> None:
+def test_a_text_that_ends_with_the_last_token_is_stopped() -> None:
     assert output_of(spelled("ab."), BYTES, ["."]).stopped
     assert output_of(spelled("ab", END), BYTES, eos_token_id=(END,)).stopped
     assert not output_of(spelled("ab"), BYTES, ["."], eos_token_id=(END,)).stopped
@@ -307,7 +307,7 @@ def test_decoding_ends_when_all_rows_have_stopped() -> None:
     assert decoder.made < 10
 
 
-def test_text_is_streamed_without_what_may_be_a_stop_string() -> None:
+def test_text_that_may_be_a_stop_string_is_not_streamed() -> None:
     said = "0123456789 ST no STOP"
     decoder = Canned(spelled(said))
     shown = ""
