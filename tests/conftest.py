@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported. Several threads wait for each other longer than one computes a small model, ten times as
-# long where another worker has the cores.
+# Set before torch is imported. For small models, several threads spend more time on synchronization than one thread
+# takes to compute, and ten times as much if another worker uses the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 MEMORY_DISK = Path("/dev/shm")
 MEMORY_DISK_BYTES = 4 * 2**30
-"""Free space that the temporary files of a whole run need, with room."""
+"""Free space required for the temporary files of a complete run, with a margin."""
 
 LENGTHY_FOLDERS = {"faults", "fuzz", "overwriting"}
 
@@ -40,11 +40,11 @@ def pytest_configure() -> None:
     """
     if "TMPDIR" not in os.environ and os.access(MEMORY_DISK, os.W_OK):
         if shutil.disk_usage(MEMORY_DISK).free >= MEMORY_DISK_BYTES:
-            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest asks when it first needs it
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest reads it on first use
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--fast`, keep the first case of each test that is not lengthy."""
+    """With `--fast`, keep only the first case of each test, and no lengthy tests."""
     if not config.getoption("--fast"):
         return
     kept: dict[str, pytest.Item] = {}
@@ -105,7 +105,7 @@ def pytest_runtest_call() -> Generator[None, Any, Any]:
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """float64 in JAX for one test; everywhere else JAX keeps its default of float32."""
+    """Enable float64 in JAX for one test. Other tests use the default of float32."""
     with jax.enable_x64(True):
         yield
 
@@ -119,7 +119,7 @@ QUICK_COMPILATION = {
 
 @pytest.fixture(scope="session")
 def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], AbstractContextManager[None]]:
-    """For tests that compile training steps: optimise little, and keep what is compiled, for child processes too."""
+    """Return a context for compiling training steps: few optimizations, and a cache shared with child processes."""
     settings = {**QUICK_COMPILATION, "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilations"))}
 
     @contextmanager
@@ -130,7 +130,7 @@ def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], 
                 for name, value in settings.items():
                     jax.config.update(name, value)
                     environment.setenv(name.upper(), str(value))
-                reset_cache()  # JAX asks only once whether there is one
+                reset_cache()  # JAX otherwise keeps its decision on whether there is a cache
                 yield
             finally:
                 for name, value in before.items():
@@ -142,6 +142,6 @@ def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], 
 
 @pytest.fixture(scope="module")
 def quick_compilation(compiling_quickly: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """All of a module's tests, and its fixtures that ask for this one, compile quickly."""
+    """Compile quickly in all tests of a module, and in fixtures that request this one."""
     with compiling_quickly():
         yield
