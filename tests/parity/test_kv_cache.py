@@ -69,7 +69,7 @@ class TorchSide:
 
 
 class JaxSide:
-    """Decodes with the model and the parameters of a `Decoder`, which unstacks stacked layers."""
+    """Decodes with the model and the parameters of a `Decoder`, which unstacks layers."""
 
     def __init__(self, checkpoint: Checkpoint, **form: Any) -> None:
         self.logits = functools.partial(jax_logits, **form)
