@@ -1,4 +1,4 @@
-"""Packages run without the other framework, as child processes show, and modules import only lower layers."""
+"""Packages run without the other framework, as child processes show, and modules import no higher layers."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
     python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch-size 1] [--seq-len 512] [--max-steps 6]
 
 Each round times the same number of training steps after no save, after `orbax.save_async` alone, and after
-`Checkpoints.save`. The order alternates, and each measurement starts with an idle disk. It prints medians and
-ranges of the time relative to the steps without a save in the same round, the seconds until the checkpoint is complete,
-and the times of the disk and of SHA-256 alone. It needs three times the state's size on disk.
+`Checkpoints.save`. The order alternates, and each measurement starts with an idle disk. The benchmark prints the
+time relative to the steps without a save in the same round (median and range), the seconds until the checkpoint is
+complete, and the times of the disk and of SHA-256 alone. It needs three times the state's size on disk.
 """
 
 from __future__ import annotations

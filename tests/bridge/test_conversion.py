@@ -34,7 +34,7 @@ def assert_same_tensors(found: Mapping[str, Any], expected: Mapping[str, Any]) -
         assert np.array_equal(bits(found[name]), bits(array)), name
 
 
-def with_odd_bits(state: State) -> State:
+def with_special_values(state: State) -> State:
     """Return tensors that start with three different NaNs, both zeros, an infinity and a subnormal."""
     for array in state.values():
         size = array.dtype.itemsize
@@ -59,13 +59,13 @@ def spelled(problems: pytest.ExceptionInfo[ConversionError]) -> list[str]:
 @pytest.mark.parametrize("vocab_multiple", [1, 64, 128])
 @pytest.mark.parametrize("config", [TINY, UNTIED, NO_BIAS], ids=["tied", "untied", "no-bias"])
 def test_the_round_trip_keeps_every_bit(dtype: type, stacked: bool, vocab_multiple: int, config: GPT2Config) -> None:
-    state = with_odd_bits(random_state(config, dtype))
+    state = with_special_values(random_state(config, dtype))
     tree = bridge.to_flax(state, config, stacked=stacked, vocab_multiple=vocab_multiple)
     assert_same_tensors(bridge.to_torch(tree, config, vocab_multiple=vocab_multiple), state)
 
 
-def test_the_odd_bits_are_odd() -> None:
-    values = with_odd_bits(random_state(TINY, np.float32))["wte.weight"].reshape(-1)
+def test_the_special_values_are_present() -> None:
+    values = with_special_values(random_state(TINY, np.float32))["wte.weight"].reshape(-1)
     assert np.isnan(values[:3]).all() and len({*values[:3].view(np.uint32)}) == 3
     assert np.signbit(values[4]) and values[4] == 0 and np.isinf(values[5]) and 0 < values[6] < 1e-40
 
@@ -278,7 +278,7 @@ def test_control_characters_of_a_name_are_escaped() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_a_tied_head_that_equals_the_embedding_is_dropped(dtype: type) -> None:
-    state = with_odd_bits(random_state(TINY, dtype))
+    state = with_special_values(random_state(TINY, dtype))
     assert_same_tensors(bridge.canonicalize({**state, "lm_head.weight": state["wte.weight"].copy()}, TINY), state)
 
 
@@ -321,7 +321,7 @@ def test_biases_of_a_model_without_them_are_extra_tensors() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_stacking_and_unstacking_are_inverse(dtype: type) -> None:
-    state = with_odd_bits(random_state(UNTIED, dtype))
+    state = with_special_values(random_state(UNTIED, dtype))
     per_layer, stacked = (bridge.to_flax(state, UNTIED, stacked=form) for form in (False, True))
     assert_same_tensors(flatten(sort(bridge.stack_layers(per_layer))), flatten(sort(stacked)))
     assert_same_tensors(flatten(sort(bridge.unstack_layers(stacked))), flatten(sort(per_layer)))
@@ -358,7 +358,7 @@ def test_different_dtypes_within_a_layer_are_stacked_and_kept() -> None:
     assert_same_tensors(bridge.to_torch(tree, TINY), state)
 
 
-def test_layers_that_are_not_alike_are_not_stacked_and_all_are_named() -> None:
+def test_different_layers_are_not_stacked_and_all_are_named() -> None:
     tree = bridge.to_flax(random_state(TINY), TINY)
     del tree["h_0"]["ln_1"]["bias"], tree["h_3"]["ln_2"]["bias"]
     tree["h_4"]["mlp"]["c_fc"]["bias"] = np.ones(7, np.float32)

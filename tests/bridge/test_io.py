@@ -240,7 +240,7 @@ def test_arrays_in_memory_keep_tokenizer_and_harmless_fields(tmp_path: Path) -> 
     assert bridge.load(tmp_path / "trained").tokenizer().encode("We") == [87, 101]
 
 
-def test_links_in_a_circle_and_an_empty_source_are_refused(tmp_path: Path) -> None:
+def test_cyclic_links_and_an_empty_source_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(BridgeError):
         bridge.save(random_checkpoint(), tmp_path / "loop", format="flax")

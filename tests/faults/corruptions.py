@@ -201,22 +201,24 @@ def assert_skipped(undamaged: Undamaged, run: Path, damaged: dict[int, str]) -> 
             raise AssertionError(f"the damaged step {step} was read")
         except BridgeError as error:
             assert what in str(error), str(error)
-    said: list[str] = []
-    with Checkpoints(run, say=said.append) as checkpoints:
+    messages: list[str] = []
+    with Checkpoints(run, say=messages.append) as checkpoints:
         newest = checkpoints.latest()
         assert newest == good[-1]
         assert hash_of_state(checkpoints.restore(newest, undamaged.like)) == undamaged.states[newest]
-    assert_named(damaged, said)
+    assert_named(damaged, messages)
     assert all((run / CHECKPOINTS / f"{step}.damaged").is_dir() for step in damaged)
 
 
-def assert_named(damaged: dict[int, str], said: tuple[str, ...] | list[str]) -> None:
+def assert_named(damaged: dict[int, str], messages: tuple[str, ...] | list[str]) -> None:
     """Assert that the messages name exactly these steps, each with its damage."""
     lines = {
-        int(found[1]): line for line in said if (found := re.match(r"the checkpoint of step (\d+) is damaged", line))
+        int(found[1]): line
+        for line in messages
+        if (found := re.match(r"the checkpoint of step (\d+) is damaged", line))
     }
-    assert lines.keys() == damaged.keys(), f"{damaged} was damaged; messages: {said}"
-    assert all(what in lines[step] for step, what in damaged.items()), f"{damaged} was damaged; messages: {said}"
+    assert lines.keys() == damaged.keys(), f"{damaged} was damaged; messages: {messages}"
+    assert all(what in lines[step] for step, what in damaged.items()), f"{damaged} was damaged; messages: {messages}"
 
 
 def assert_resumed(undamaged: Undamaged, run: Path, damaged: dict[int, str], expected: str) -> None:

@@ -64,7 +64,7 @@ class Case(Protocol):
     def act(self, directory: Path) -> None: ...
 
     def found(self, directory: Path, before: Path, whole: Path) -> str:
-        """Return a short description of the state after a kill, and repeat the operation. Raises `AssertionError`.
+        """Return a description of the state after a kill, and repeat the operation. Raises `AssertionError` on failure.
 
         before, whole: directories as before the operation, and as after a complete one.
         """

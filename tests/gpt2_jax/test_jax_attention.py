@@ -120,7 +120,7 @@ def test_scores_of_thousands_do_not_overflow(length: int, x64: None) -> None:
 
 @pytest.mark.parametrize("larger", [1.0, 1e3])
 def test_blockwise_supports_vmap_and_second_derivatives(larger: float, x64: None) -> None:
-    """The written gradients support vmap and second derivatives."""
+    """The hand-written gradients support vmap and second derivatives."""
     q, k, v, _ = heads(5, np.float64)
 
     def slope(function: Attention) -> Any:

@@ -376,7 +376,7 @@ def test_the_last_tensor_need_not_be_padded(tmp_path: Path) -> None:
         GGUFFile.open(tmp_path / "less").tensors()
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
     for length in [*range(0, len(GOOD) - 32, 7), *range(2_000)]:
         (tmp_path / "f").write_bytes(GOOD[:length])
         with pytest.raises(CheckpointError):

@@ -387,7 +387,7 @@ def test_a_malformed_file_is_refused_by_name(
         read_file(directory / "flax_model.msgpack")
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
     whole = write(tmp_path / "f", {"a/w": np.ones(3, np.float32), "b": np.ones((2, 3), np.int8)}).read_bytes()
     for length in range(len(whole)):
         (tmp_path / "f").write_bytes(whole[:length])

@@ -141,7 +141,9 @@ def test_a_checkpoint_without_a_head_is_reported() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("options", [{}, {"max_shard_bytes": 50_000}], ids=["whole", "shards"])
-def test_weights_and_configuration_come_back(tmp_path: Path, tied: bool, dtype: type, options: dict[str, int]) -> None:
+def test_weights_and_configuration_are_read_back(
+    tmp_path: Path, tied: bool, dtype: type, options: dict[str, int]
+) -> None:
     config = replace(TINY, tie_word_embeddings=tied, activation_function="quick_gelu", layer_norm_epsilon=1e-3)
     ckpt = ours(tmp_path / "out", config, dtype, **options)
     found = bridge.load(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints, compared with a copy of its model and optimizer in torch 2.13."""
+"""nanoGPT's checkpoints, compared with a reimplementation of its model and optimizer in torch 2.13."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_state_file_with_windows_line_ends_is_read(plain: Path) -> None:
     assert bridge.load(plain).config == CONFIG
 
 
-def test_the_state_file_chooses_and_its_directories_do_not_matter(plain: Path) -> None:
+def test_the_state_file_selects_the_index_and_its_directories_are_ignored(plain: Path) -> None:
     for part in ("index", "data-00000-of-00001"):
         shutil.copy(plain / f"model.ckpt.{part}", plain / f"model-900.{part}")
     (plain / "checkpoint").write_text('model_checkpoint_path: "/home/me/models/model-900"\n')

@@ -90,7 +90,7 @@ def test_unrecognised_files_are_ignored(tmp_path: Path) -> None:
     assert (found.format, found.diagnostics) == ("huggingface", ())
 
 
-def test_transformers_files_are_forms_of_one_model_in_its_order(tmp_path: Path) -> None:
+def test_files_of_transformers_are_forms_of_one_model_in_its_order(tmp_path: Path) -> None:
     import torch
 
     path = huggingface_directory(tmp_path / "model")

@@ -499,7 +499,7 @@ def test_a_vocabulary_of_262144_tokens_loads_for_a_model_with_as_many_rows(tmp_p
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"])
-def test_a_link_that_leads_outside_is_not_read(
+def test_a_link_out_of_the_directory_is_not_read(
     trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, name: str
 ) -> None:
     directory = tmp_path / "model"
