@@ -147,8 +147,8 @@ def test_a_checkpoint_that_another_process_saves_meanwhile_is_kept(
     @contextmanager
     def late(path: Path, **options: bool) -> Iterator[bool | None]:
         (run / "checkpoints" / "3").mkdir(parents=True)
-        with lock(path, **options) as held:
-            yield held
+        with lock(path, **options) as locked:
+            yield locked
 
     monkeypatch.setattr(runs, "exclusive_lock", late)
     with pytest.raises(TrainingError, match="is a run; continue it with --resume"):

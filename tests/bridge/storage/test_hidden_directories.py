@@ -157,10 +157,10 @@ def test_a_hidden_directory_removed_before_it_is_locked_is_created_again(
         places.append(path)
         if len(places) == 1:  # removed before it is opened
             shutil.rmtree(path)
-        with lock(path) as held:
+        with lock(path) as locked:
             if len(places) == 2:  # removed after it is opened
                 shutil.rmtree(path)
-            yield held if len(places) != 3 else False  # locked by another process
+            yield locked if len(places) != 3 else False  # locked by another process
 
     monkeypatch.setattr(hidden_directories, "exclusive_lock", late)
     fill(tmp_path / "out")
