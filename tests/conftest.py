@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported. Several threads wait for each other longer than one computes a small model, ten times as
-# long where another worker has the cores.
+# Set before torch is imported. For small models, several threads spend more time on synchronization than one thread
+# takes to compute, and ten times as much if another worker uses the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
@@ -20,7 +20,7 @@ from support.compilations import KEEP_ALL, kept_compilations
 
 MEMORY_DISK = Path("/dev/shm")
 MEMORY_DISK_BYTES = 4 * 2**30
-"""Free space that the temporary files of a whole run need, with room."""
+"""Free space required for the temporary files of a complete run, with a margin."""
 
 LENGTHY_FOLDERS = {"faults", "fuzz", "overwriting"}
 
@@ -47,11 +47,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(stack.close)
     if "TMPDIR" not in os.environ and os.access(MEMORY_DISK, os.W_OK):
         if shutil.disk_usage(MEMORY_DISK).free >= MEMORY_DISK_BYTES:
-            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest asks when it first needs it
+            os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest reads it on first use
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--fast`, keep the first case of each test that is not lengthy."""
+    """With `--fast`, keep only the first case of each test, and no lengthy tests."""
     if not config.getoption("--fast"):
         return
     kept: dict[str, pytest.Item] = {}
@@ -112,29 +112,29 @@ def pytest_runtest_call() -> Generator[None, Any, Any]:
 
 @pytest.fixture
 def x64() -> Iterator[None]:
-    """float64 in JAX for one test; everywhere else JAX keeps its default of float32."""
+    """Enable float64 in JAX for one test. Other tests use the default of float32."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture(scope="session")
 def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], AbstractContextManager[None]]:
-    """For tests that compile training steps: optimise little, and let child processes share what they compile."""
-    optimise_little = {"jax_disable_most_optimizations": True}
+    """Return a context for compiling training steps: few optimizations, and a cache that child processes share."""
+    few_optimizations = {"jax_disable_most_optimizations": True}
     of_children = {
-        **optimise_little,
+        **few_optimizations,
         **KEEP_ALL,
         "jax_compilation_cache_dir": tmp_path_factory.mktemp("compilations"),  # not kept: tests kill child processes
     }
 
     @contextmanager
     def quickly() -> Iterator[None]:
-        before = {name: jax.config.values[name] for name in optimise_little}
+        before = {name: jax.config.values[name] for name in few_optimizations}
         with pytest.MonkeyPatch.context() as environment:
             for name, value in of_children.items():
                 environment.setenv(name.upper(), str(value))
             try:
-                for name, value in optimise_little.items():
+                for name, value in few_optimizations.items():
                     jax.config.update(name, value)
                 yield
             finally:
@@ -146,6 +146,6 @@ def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], 
 
 @pytest.fixture(scope="module")
 def quick_compilation(compiling_quickly: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """All of a module's tests, and its fixtures that ask for this one, compile quickly."""
+    """Compile quickly in all tests of a module, and in fixtures that request this one."""
     with compiling_quickly():
         yield

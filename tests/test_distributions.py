@@ -1,4 +1,4 @@
-"""The source distribution and the wheel: what they hold, and that their version is stated once."""
+"""The contents, metadata and version of the source distribution and the wheel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build(source: Path, kind: str, target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools writes beside the sources, and would add what an earlier build left there."""
+    """Built from a copy, because setuptools writes beside the sources and would include files of an earlier build."""
     folder = tmp_path_factory.mktemp("sdist")
     shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(*NOT_SOURCE))
     archive = build(folder / "copy", "sdist", folder)
@@ -55,7 +55,7 @@ def files(folder: Path) -> set[str]:
     return {path.as_posix() for path in found if "__pycache__" not in path.parts}
 
 
-def test_the_source_distribution_holds_the_packages_the_tests_and_the_set_up(sdist: Path) -> None:
+def test_the_source_distribution_has_the_packages_the_tests_and_the_setup(sdist: Path) -> None:
     found = files(sdist)
     for folder in (*PACKAGES, "tests"):
         expected = {f"{folder}/{name}" for name in files(ROOT / folder)}
@@ -64,12 +64,12 @@ def test_the_source_distribution_holds_the_packages_the_tests_and_the_set_up(sdi
     assert {*BESIDE, *SETUP} <= found
 
 
-def test_the_wheel_holds_the_packages_alone(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_has_only_the_packages(wheel: zipfile.ZipFile) -> None:
     found = {name for name in wheel.namelist() if not PurePosixPath(name).parts[0].endswith(".dist-info")}
     assert found == {f"{package}/{name}" for package in PACKAGES for name in files(ROOT / package)}
 
 
-def test_the_metadata_says_what_the_project_is(wheel: zipfile.ZipFile) -> None:
+def test_the_metadata_describes_the_project(wheel: zipfile.ZipFile) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = email.message_from_bytes(wheel.read(name))
     assert (metadata["Name"], metadata["Version"]) == ("gpt2-bridge", bridge.__version__)

@@ -1,4 +1,4 @@
-"""Which packages run without which framework, proved in child processes, and the order of the modules inside them."""
+"""Packages run without the other framework, as child processes show, and modules import no higher layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.commands import needs_torch
-from support.import_graph import ALLOWED_IN_BRIDGE, circles, import_graph, other_packages, upward_imports
+from support.import_graph import ALLOWED_IN_BRIDGE, cycles, import_graph, other_packages, upward_imports
 from support.models import huggingface_directory
 
 ROOT = Path(__file__).parents[1]
@@ -144,7 +144,7 @@ run("convert", sys.argv[2], sys.argv[3], "--to", "flax")
         "def later():\n    import torch\nlater()",
     ],
 )
-def test_the_check_fails_where_a_blocked_package_is_imported(imports: str) -> None:
+def test_the_check_fails_if_a_blocked_package_is_imported(imports: str) -> None:
     done = run_without(TORCH, f"import bridge\n{imports}\nprint('reached the end')")
     assert done.returncode == 1
     assert "torch is blocked here" in done.stderr
@@ -153,12 +153,12 @@ def test_the_check_fails_where_a_blocked_package_is_imported(imports: str) -> No
         assert_runs_without(TORCH, imports)
 
 
-def test_the_check_fails_where_the_upper_floor_needs_the_blocked_package() -> None:
+def test_the_check_fails_if_a_higher_layer_needs_the_blocked_package() -> None:
     assert "torch is blocked here" in run_without(TORCH, "import gpt2_torch").stderr
     assert "jax is blocked here" in run_without(JAX, "import gpt2_jax; gpt2_jax.GPT2").stderr
 
 
-def test_an_import_that_is_blocked_and_caught_can_fall_back() -> None:
+def test_a_caught_import_of_a_blocked_package_can_fall_back() -> None:
     """Optional imports see the ordinary ModuleNotFoundError, with the name that is missing."""
     code = "try:\n    import torch\nexcept ModuleNotFoundError as error:\n    assert error.name == 'torch'"
     assert_runs_without(TORCH, code)
@@ -167,15 +167,15 @@ def test_an_import_that_is_blocked_and_caught_can_fall_back() -> None:
 def test_no_module_imports_a_higher_one_and_none_are_circular() -> None:
     graph = import_graph()
     assert len(graph) > 100
-    assert circles(graph) == []
+    assert cycles(graph) == []
     assert upward_imports(graph) == []
 
 
-def test_bridge_imports_no_package_that_is_not_named() -> None:
+def test_bridge_imports_only_allowed_packages() -> None:
     assert other_packages() == ALLOWED_IN_BRIDGE
 
 
-def test_an_import_of_an_unnamed_package_is_found_inside_a_function(tmp_path: Path) -> None:
+def test_an_import_of_another_package_is_found_inside_a_function(tmp_path: Path) -> None:
     source = "import os\nimport numpy as np\nfrom bridge import x\ndef later():\n    from requests.adapters import y"
     assert other_packages(write_modules(tmp_path, bridge__a=source)) == {"numpy", "requests"}
 
@@ -203,14 +203,14 @@ def write_modules(root: Path, **sources: str) -> Path:
         "class A:\n    def later(self):\n        if True:\n            import bridge.io as files",
     ],
 )
-def test_an_upward_import_is_found_wherever_it_stands(tmp_path: Path, statement: str) -> None:
+def test_an_upward_import_is_found_anywhere_in_a_module(tmp_path: Path, statement: str) -> None:
     root = write_modules(tmp_path, bridge__storage__manifest=statement, bridge__io="load = None")
     assert upward_imports(import_graph(root, ["bridge"])) == [
         "bridge.storage.manifest imports bridge.io, which is above it"
     ]
 
 
-def test_an_import_for_type_checking_alone_does_not_count(tmp_path: Path) -> None:
+def test_an_import_only_for_type_checking_does_not_count(tmp_path: Path) -> None:
     source = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from bridge import io"
     root = write_modules(tmp_path, bridge__storage__manifest=source, bridge__io="")
     assert upward_imports(import_graph(root, ["bridge"])) == []
@@ -234,7 +234,7 @@ def test_an_import_at_run_time_counts_beside_one_for_type_checking_and_in_a_lazy
     ]
 
 
-def test_a_circle_is_found_through_other_modules_and_inside_functions(tmp_path: Path) -> None:
+def test_a_cycle_is_found_through_other_modules_and_inside_functions(tmp_path: Path) -> None:
     root = write_modules(
         tmp_path,
         bridge__formats__a="from bridge.formats import b",
@@ -242,7 +242,7 @@ def test_a_circle_is_found_through_other_modules_and_inside_functions(tmp_path: 
         bridge__formats__c="def later():\n    from bridge.formats.a import x",
         bridge__formats__d="import bridge.formats.a",
     )
-    assert circles(import_graph(root, ["bridge"])) == [["bridge.formats.a", "bridge.formats.b", "bridge.formats.c"]]
+    assert cycles(import_graph(root, ["bridge"])) == [["bridge.formats.a", "bridge.formats.b", "bridge.formats.c"]]
 
 
 def test_a_module_without_a_layer_and_an_import_of_the_other_backend_are_found(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Spellings that stay: verbs, flags, presets and the Python API that other people's scripts use.
+"""The names that do not change: verbs, flags, presets and the Python API that other people's scripts use.
 
 Everything else may be renamed between versions. A test that fails here means that scripts break.
 """

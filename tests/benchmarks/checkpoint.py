@@ -3,9 +3,9 @@
     python -m tests.benchmarks.checkpoint [rounds] [--preset gpt2] [--batch-size 1] [--seq-len 512] [--max-steps 6]
 
 Each round times the same number of training steps after no save, after `orbax.save_async` alone, and after
-`Checkpoints.save`. The order alternates, and each starts with an idle disk. The benchmark prints medians and ranges of
-the time relative to the steps without a save in the same round, the seconds until the checkpoint is complete, and the
-times of the disk and of SHA-256 alone. It needs three times the state's size on disk.
+`Checkpoints.save`. The order alternates, and each measurement starts with an idle disk. The benchmark prints the
+time relative to the steps without a save in the same round (median and range), the seconds until the checkpoint is
+complete, and the times of the disk and of SHA-256 alone. It needs three times the state's size on disk.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def _compare(
     for name, times in stepping.items():
         ratios = sorted(mine / alone for mine, alone in zip(times, stepping["none"], strict=True))
         print(
-            f"{name}: {num_steps} steps in {statistics.median(times):.2f} s, {statistics.median(ratios):.3f} "
-            f"({ratios[0]:.3f} to {ratios[-1]:.3f}) times; all done after {statistics.median(complete[name]):.2f} s"
+            f"{name}: {num_steps} steps in {statistics.median(times):.2f} s, ratio {statistics.median(ratios):.3f} "
+            f"({ratios[0]:.3f} to {ratios[-1]:.3f}); complete after {statistics.median(complete[name]):.2f} s"
         )
 
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.data [directory with 3 GB of room]
 
 Memory is the growth of a child process's peak while it reads every window of 1 GB of tokens once, from one file and
-from 50 shards. For comparison, the same with memory maps that stay open. Encoding of the standard library is compared
-with tiktoken on one thread, on the entire text at once, in alternating pairs.
+from 50 shards. For comparison, it is also measured with memory maps that stay open. Encoding of the standard library is
+compared with tiktoken on one thread, on the entire text at once, in alternating pairs.
 """
 
 from __future__ import annotations

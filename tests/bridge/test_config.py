@@ -24,7 +24,7 @@ PUBLISHED_COUNTS = {
     "gpt2-xl": 1_557_611_200,
 }
 
-# Nothing in it equals a default, so that a field which is not carried shows.
+# No field equals its default, so that a field which is not converted is detected.
 UNUSUAL = GPT2Config(
     vocab_size=301,
     n_positions=33,
@@ -62,7 +62,7 @@ def test_derived_sizes_follow_from_the_fields() -> None:
     assert UNUSUAL.feed_forward_size == 54
 
 
-def test_a_configuration_cannot_be_changed_and_can_be_a_key() -> None:
+def test_a_configuration_is_immutable_and_hashable() -> None:
     with pytest.raises(AttributeError):
         TINY.n_layer = 2  # type: ignore[misc]
     assert {TINY: 1}[replace(TINY)] == 1
@@ -71,7 +71,7 @@ def test_a_configuration_cannot_be_changed_and_can_be_a_key() -> None:
 # Validation
 
 
-HUGE = 10**400  # JSON can say it, a float cannot
+HUGE = 10**400  # valid in JSON, but too large for a float
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ HUGE = 10**400  # JSON can say it, a float cannot
     ],
     ids=lambda value: "huge" if value == HUGE else None,
 )
-def test_a_bad_field_is_refused_by_name(field: str, value: object) -> None:
+def test_an_invalid_field_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"(?m)^  - {field}=") as caught:
         replace(TINY, **{field: value})  # type: ignore[arg-type]
     assert str(caught.value).count("\n") == 1, "one problem, one line"
@@ -127,7 +127,7 @@ def test_a_width_that_the_heads_do_not_divide_is_refused() -> None:
         replace(TINY, n_embd=50)
 
 
-def test_every_bad_field_is_named_in_one_error() -> None:
+def test_every_invalid_field_is_named_in_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
         GPT2Config(vocab_size=0, n_layer=-1, n_embd=50, n_head=3, activation_function="no", layer_norm_epsilon=math.nan)
     message = str(caught.value)
@@ -159,7 +159,7 @@ def test_the_round_trip_through_config_json_is_exact(config: GPT2Config) -> None
     assert GPT2Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
 
 
-def test_the_unusual_configuration_differs_from_the_defaults_everywhere() -> None:
+def test_every_field_of_the_unusual_configuration_differs_from_the_default() -> None:
     defaults = asdict(GPT2Config())
     same = [name for name, value in asdict(UNUSUAL).items() if value == defaults[name]]
     assert same == ["bias"], "these fields would not be tested by a round trip"
@@ -187,7 +187,7 @@ def test_configurations_of_transformers_load_with_every_switch(activation: str, 
     theirs = transformers.GPT2Config(activation_function=activation, n_inner=100, **switches)
     expected = replace(GPT2Config.from_hf({"model_type": "gpt2"}), activation_function=activation, n_inner=100)
     for form in (theirs.to_dict(), theirs.to_diff_dict(), json.loads(theirs.to_json_string())):
-        # A diff leaves out what equals the defaults, model_type excepted.
+        # to_diff_dict omits fields that equal their defaults, except model_type.
         assert GPT2Config.from_hf(form) == replace(expected, **switches)
 
 
@@ -204,11 +204,11 @@ def test_absent_fields_take_the_defaults_of_transformers() -> None:
     assert ours == {name: getattr(theirs, name) for name in ours}
 
 
-def test_an_architecture_stands_in_for_a_missing_model_type() -> None:
+def test_an_architecture_replaces_a_missing_model_type() -> None:
     assert GPT2Config.from_hf({"architectures": ["GPT2LMHeadModel"], "n_layer": 3}).n_layer == 3
 
 
-def test_the_generic_names_of_transformers_are_understood() -> None:
+def test_the_generic_names_of_transformers_are_read() -> None:
     generic = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 5, "max_position_embeddings": 40}
     ours = GPT2Config.from_hf({"model_type": "gpt2", **generic})
     assert (ours.n_embd, ours.n_head, ours.n_layer, ours.n_positions) == (48, 3, 5, 40)
@@ -317,7 +317,7 @@ HARMLESS = "transformers_version terms platform finetuning_task temperature toke
 
 
 @pytest.mark.parametrize("name", SUSPICIOUS.split())
-def test_unknown_fields_that_sound_like_mathematics_are_refused(name: str) -> None:
+def test_unknown_fields_with_mathematical_names_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         GPT2Config.from_hf({**TINY.to_hf(), name: 2})
 
@@ -326,7 +326,7 @@ def test_unknown_fields_that_sound_like_mathematics_are_refused(name: str) -> No
     "name",
     ["transformers_version", "terms", "platform", "finetuning_task", "temperature", "tokenizer_class", "my_run_name"],
 )
-def test_unknown_fields_that_do_not_are_kept(name: str) -> None:
+def test_other_unknown_fields_are_kept(name: str) -> None:
     assert GPT2Config.from_hf({**TINY.to_hf(), name: 2}) == TINY
     assert harmless_fields({**TINY.to_hf(), name: 2}) == {name: 2}
 
@@ -339,8 +339,8 @@ def test_control_characters_of_a_config_are_escaped_in_the_message() -> None:
 
 
 @pytest.mark.parametrize("depth", [900, 950, 990])
-def test_a_deeply_nested_value_is_refused_and_not_a_crash(tmp_path: Path, depth: int) -> None:
-    """Nested just below the depth at which the JSON parser raises an error."""
+def test_a_deeply_nested_value_is_refused(tmp_path: Path, depth: int) -> None:
+    """The value is nested just below the depth at which the JSON parser raises an error."""
     path = huggingface_directory(tmp_path / "model")
     config = (path / "config.json").read_text().rstrip().removesuffix("}")
     (path / "config.json").write_text(f'{config}, "rope": {"[" * depth}{"]" * depth}}}')
@@ -390,8 +390,8 @@ def test_an_arbitrary_value_of_any_field_is_accepted_unchanged_or_refused(value:
 
 
 @pytest.mark.parametrize("name", [7, None, ("n_layer",), "_a" * 500_000, "d" * 257, ""], ids=lambda name: str(name)[:9])
-def test_names_of_fields_are_short_texts(name: Any) -> None:
-    """Matching the long name against the patterns would take minutes."""
+def test_names_of_fields_that_are_not_short_texts_are_refused(name: Any) -> None:
+    """Matching a long name against the patterns would take minutes."""
     started = time.process_time()
     fields = {**TINY.to_hf(), name: 1}
     if name == "":
@@ -413,14 +413,14 @@ def test_names_of_fields_are_short_texts(name: Any) -> None:
     ids=["many fields", "a long text", "many lists", "many lists in lists"],
 )
 def test_extra_fields_that_are_too_many_or_too_large_are_refused(tmp_path: Path, extra: dict[str, Any]) -> None:
-    """Every export would contain them."""
+    """They are refused because every export would contain them."""
     path = huggingface_directory(tmp_path / "model")
     (path / "config.json").write_text(json.dumps({**TINY.to_hf(), **extra}))
     with pytest.raises(bridge.CheckpointError, match=r"config\.json' (is larger than 1048576 bytes|holds more than)"):
         bridge.load(path)
 
 
-def test_harmless_fields_that_sound_mathematical_are_let_through() -> None:
+def test_harmless_fields_with_mathematical_names_are_accepted() -> None:
     fields = {
         "summary_first_dropout": 0.1,
         "output_attentions": True,
@@ -455,7 +455,7 @@ def test_extra_fields_do_not_override_the_configuration() -> None:
     assert (written["n_layer"], written["model_type"], written["note"]) == (TINY.n_layer, "gpt2", "kept")
 
 
-def test_harmless_fields_are_those_that_the_configuration_does_not_hold() -> None:
+def test_harmless_fields_are_those_outside_the_configuration() -> None:
     assert harmless_fields({**TINY.to_hf(), "n_ctx": 40, "hidden_size": 48, "note": 1}) == {"note": 1}
 
 

@@ -34,7 +34,7 @@ def assert_same_tensors(found: Mapping[str, Any], expected: Mapping[str, Any]) -
         assert np.array_equal(bits(found[name]), bits(array)), name
 
 
-def with_odd_bits(state: State) -> State:
+def with_special_values(state: State) -> State:
     """Return tensors that start with three different NaNs, both zeros, an infinity and a subnormal."""
     for array in state.values():
         size = array.dtype.itemsize
@@ -59,13 +59,13 @@ def spelled(problems: pytest.ExceptionInfo[ConversionError]) -> list[str]:
 @pytest.mark.parametrize("vocab_multiple", [1, 64, 128])
 @pytest.mark.parametrize("config", [TINY, UNTIED, NO_BIAS], ids=["tied", "untied", "no-bias"])
 def test_the_round_trip_keeps_every_bit(dtype: type, stacked: bool, vocab_multiple: int, config: GPT2Config) -> None:
-    state = with_odd_bits(random_state(config, dtype))
+    state = with_special_values(random_state(config, dtype))
     tree = bridge.to_flax(state, config, stacked=stacked, vocab_multiple=vocab_multiple)
     assert_same_tensors(bridge.to_torch(tree, config, vocab_multiple=vocab_multiple), state)
 
 
-def test_the_odd_bits_are_odd() -> None:
-    values = with_odd_bits(random_state(TINY, np.float32))["wte.weight"].reshape(-1)
+def test_the_special_values_are_present() -> None:
+    values = with_special_values(random_state(TINY, np.float32))["wte.weight"].reshape(-1)
     assert np.isnan(values[:3]).all() and len({*values[:3].view(np.uint32)}) == 3
     assert np.signbit(values[4]) and values[4] == 0 and np.isinf(values[5]) and 0 < values[6] < 1e-40
 
@@ -86,7 +86,7 @@ def test_the_stacked_tree_has_one_h_with_a_leading_layer_axis() -> None:
 
 
 def test_the_query_key_and_value_of_a_head_are_where_attention_looks_for_them() -> None:
-    config = replace(TINY, n_head=4)  # three of them could not be told from query, key and value
+    config = replace(TINY, n_head=4)  # three heads could be confused with query, key and value
     state = random_state(config)
     layer = bridge.to_flax(state, config)["h_2"]["attn"]
     value_of_head_1 = slice(2 * 48 + 1 * 12, 2 * 48 + 2 * 12)
@@ -117,7 +117,7 @@ def test_leaves_are_views_unless_stacked_or_padded() -> None:
         assert np.shares_memory(back[p.torch_name], state[p.torch_name]), p.torch_name
 
 
-def test_stacked_leaves_come_back_as_views() -> None:
+def test_stacked_leaves_are_unstacked_as_views() -> None:
     tree = bridge.to_flax(random_state(TINY), TINY, stacked=True, vocab_multiple=64)
     back = bridge.to_torch(tree, TINY, vocab_multiple=64)
     assert np.shares_memory(back["h.4.mlp.c_fc.weight"], tree["h"]["mlp"]["c_fc"]["kernel"])
@@ -130,7 +130,7 @@ def test_stacked_and_padded_arrays_are_aligned_for_jax() -> None:
     assert all(leaf.ctypes.data % 64 == 0 for leaf in allocated)
 
 
-def test_the_arguments_are_left_as_they_were() -> None:
+def test_the_arguments_are_not_changed() -> None:
     state = random_state(TINY)
     untouched = {name: array.copy() for name, array in state.items()}
     tree = bridge.to_flax(state, TINY, stacked=True)
@@ -141,7 +141,7 @@ def test_the_arguments_are_left_as_they_were() -> None:
     assert_same_tensors(state, untouched)
 
 
-def test_jax_leaves_are_taken_too() -> None:
+def test_jax_arrays_are_accepted() -> None:
     jax = pytest.importorskip("jax")
     state = random_state(TINY, ml_dtypes.bfloat16)
     for stacked in (False, True):
@@ -159,13 +159,13 @@ def test_jax_leaves_are_taken_too() -> None:
         *("_orig_mod.module._orig_mod.module.", "transformer.module._orig_mod."),
     ],
 )
-def test_prefixes_of_wrappers_are_taken_off(prefix: str) -> None:
+def test_prefixes_of_wrappers_are_removed(prefix: str) -> None:
     state = random_state(UNTIED)
     wrapped = {prefix + name: array for name, array in state.items()}
     assert_same_tensors(bridge.canonicalize(wrapped, UNTIED), state)
 
 
-def test_wrappers_inside_a_name_are_taken_off() -> None:
+def test_wrappers_inside_a_name_are_removed() -> None:
     names = ["transformer.h.0._orig_mod.attn.module.c_attn.weight", "module.lm_head._orig_mod.weight"]
     assert bridge.canonical_names(names) == {"h.0.attn.c_attn.weight": names[0], "lm_head.weight": names[1]}
 
@@ -246,7 +246,7 @@ def test_all_problems_of_a_tree_are_listed_in_one_error() -> None:
     ]
 
 
-def test_hundreds_of_problems_are_counted_and_not_all_spelled_out() -> None:
+def test_hundreds_of_problems_are_counted_but_not_all_listed() -> None:
     with pytest.raises(ConversionError, match=r"\.\.\. and 24 more") as caught:
         bridge.to_flax({}, TINY)
     assert len(spelled(caught)) == 41
@@ -278,7 +278,7 @@ def test_control_characters_of_a_name_are_escaped() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_a_tied_head_that_equals_the_embedding_is_dropped(dtype: type) -> None:
-    state = with_odd_bits(random_state(TINY, dtype))
+    state = with_special_values(random_state(TINY, dtype))
     assert_same_tensors(bridge.canonicalize({**state, "lm_head.weight": state["wte.weight"].copy()}, TINY), state)
 
 
@@ -321,7 +321,7 @@ def test_biases_of_a_model_without_them_are_extra_tensors() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 def test_stacking_and_unstacking_are_inverse(dtype: type) -> None:
-    state = with_odd_bits(random_state(UNTIED, dtype))
+    state = with_special_values(random_state(UNTIED, dtype))
     per_layer, stacked = (bridge.to_flax(state, UNTIED, stacked=form) for form in (False, True))
     assert_same_tensors(flatten(sort(bridge.stack_layers(per_layer))), flatten(sort(stacked)))
     assert_same_tensors(flatten(sort(bridge.unstack_layers(stacked))), flatten(sort(per_layer)))
@@ -358,7 +358,7 @@ def test_different_dtypes_within_a_layer_are_stacked_and_kept() -> None:
     assert_same_tensors(bridge.to_torch(tree, TINY), state)
 
 
-def test_layers_that_are_not_alike_are_not_stacked_and_all_are_named() -> None:
+def test_different_layers_are_not_stacked_and_all_are_named() -> None:
     tree = bridge.to_flax(random_state(TINY), TINY)
     del tree["h_0"]["ln_1"]["bias"], tree["h_3"]["ln_2"]["bias"]
     tree["h_4"]["mlp"]["c_fc"]["bias"] = np.ones(7, np.float32)
@@ -406,7 +406,7 @@ def test_a_stack_of_another_number_of_layers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_variables_in_place_of_params_get_the_helpful_message(stacked: bool) -> None:
+def test_variables_in_place_of_params_get_a_helpful_message(stacked: bool) -> None:
     variables = {"params": bridge.to_flax(random_state(TINY), TINY, stacked=stacked)}
     with pytest.raises(ConversionError, match=r'variables\["params"\], not variables'):
         bridge.to_torch(variables, TINY)
@@ -433,7 +433,7 @@ def test_arrays_of_a_checkpoint_are_read_only() -> None:
     state = random_state(TINY)
     with pytest.raises(ValueError, match="read-only"):
         Checkpoint.of(state, TINY).tensors["wte.weight"][0, 0] = 1.0
-    state["wte.weight"][0, 0] = 1.0  # the owner's own array is as it was
+    state["wte.weight"][0, 0] = 1.0  # the caller's array is unchanged
 
 
 def test_a_membership_test_reads_no_tensor() -> None:
@@ -448,7 +448,7 @@ def test_a_membership_test_reads_no_tensor() -> None:
     assert repr(tensors) == "<1 tensors, 24 bytes, read on demand>"
 
 
-def test_torch_tensors_that_are_no_arrays_are_refused_with_the_way_out() -> None:
+def test_torch_tensors_that_are_not_arrays_are_refused_with_a_remedy() -> None:
     import torch
 
     state = {name: torch.from_numpy(array) for name, array in random_state(TINY).items()}

@@ -24,7 +24,7 @@ def windows_over(n: int, context: int, stride: int, batch_size: int = 3) -> Slid
 
 
 def predictions(windows: SlidingWindows) -> list[tuple[int, int]]:
-    """(position, how many tokens before it are seen) of everything that a label asks for."""
+    """Return (position, number of visible tokens before it) for every label."""
     found = []
     for input_ids, labels in windows.batches():
         for row_ids, row_labels in zip(input_ids, labels, strict=True):
@@ -104,13 +104,13 @@ def test_invalid_arguments_are_refused(arguments: dict, message: str) -> None:
         SlidingWindows.of(CONFIG, ids, **{k: v for k, v in arguments.items() if k != "ids"})
 
 
-def test_everything_wrong_is_named_at_once() -> None:
+def test_all_invalid_arguments_are_named_in_one_error() -> None:
     with pytest.raises(bridge.BridgeError, match=r"no token.*context=99.*batch_size=-1"):
         SlidingWindows.of(CONFIG, np.array([]), context=99, batch_size=-1)
 
 
 def test_losses_are_summed_in_float64() -> None:
-    """float32 would lose the eighths."""
+    """float32 would round the eighths away."""
     windows = windows_over(31, 8, 3, batch_size=2)
 
     def losses() -> list[np.ndarray]:
@@ -121,7 +121,7 @@ def test_losses_are_summed_in_float64() -> None:
     assert windows.evaluation(losses()).nats == 30 * (2**20 + 0.125)
 
 
-def test_the_figures_follow_from_the_sum() -> None:
+def test_all_figures_are_computed_from_the_sum() -> None:
     found = Evaluation(60.0, 24, tokens=25, windows=3, context=12, stride=6, transformers_loss=2.4)
     assert found.loss == 2.5
     assert found.perplexity == pytest.approx(math.exp(2.5))

@@ -1,4 +1,4 @@
-"""Damaged checkpoints and companions of every kind. `tests/fuzz/driver.py` tests more of them."""
+"""Damaged checkpoints and companions of every kind. `tests/fuzz/driver.py` tests many more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MUTANTS_OF_COMPANIONS = 500
 
 
 @pytest.mark.parametrize("format", [*FORMATS, *COMPANIONS])
-def test_a_damaged_checkpoint_is_refused_or_read_as_its_bytes(tmp_path: Path, format: str) -> None:
+def test_a_damaged_checkpoint_is_refused_or_read_correctly(tmp_path: Path, format: str) -> None:
     mutants = MUTANTS if format in FORMATS else MUTANTS_OF_COMPANIONS
     outcome = fuzz(format, mutants, tmp_path)
     print(format, dict(outcome.counts), f"slowest {1000 * outcome.slowest:.0f} ms")

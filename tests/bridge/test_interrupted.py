@@ -38,7 +38,7 @@ def checkpoint_that_calls(before_each: Callable[[], object], format: str) -> bri
 
 @pytest.mark.parametrize("as_file", [False, True], ids=["directory", "file"])
 @pytest.mark.parametrize("format", WRITABLE)
-def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool) -> None:
+def test_no_partial_output_loads(tmp_path: Path, format: str, as_file: bool) -> None:
     if as_file and FORMATS[format].file_name is None:
         pytest.skip(f"{format} is a directory")
     target = tmp_path / ("out" + (FORMATS[format].suffixes[0] if as_file else ""))
@@ -55,7 +55,7 @@ def test_no_half_written_state_loads(tmp_path: Path, format: str, as_file: bool)
     bridge.save(checkpoint_that_calls(copy_what_is_there, format), target, format=format)
     assert bridge.load(target).format == format
     tensors = len(bridge.parameters(SMALLEST))
-    assert len(list(states.iterdir())) >= tensors - 1, "a state for nearly every tensor"
+    assert len(list(states.iterdir())) >= tensors - 1, "a copy before nearly every tensor"
     for state in states.iterdir():
         with pytest.raises(BridgeError):
             bridge.fingerprint(bridge.load(state).tensors)

@@ -42,14 +42,14 @@ def test_an_unknown_path_object_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_file_is_refused(tmp_path: Path) -> None:
-    for content, says in {
+    for content, expected in {
         b"": "it is empty",
         b"weights!": "its first bytes match no supported format",
         b"version https://git-lfs.github.com/spec/v1\noid": "a git-LFS pointer, not the weights",
         b"<!DOCTYPE html><html>": "an HTML page, not weights",
     }.items():
         (tmp_path / "model.bin").write_bytes(content)
-        assert says in message(tmp_path / "model.bin")
+        assert expected in message(tmp_path / "model.bin")
 
 
 def test_the_weights_file_loads_like_its_directory(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_every_format_recognises_its_own_files(tmp_path: Path, format: str) -> N
     assert bridge.load(str(tmp_path / "out")).path == tmp_path / "out"
 
 
-def test_no_find_raises_for_any_path(tmp_path: Path) -> None:
+def test_no_format_raises_while_recognising_a_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path, tmp_path / "gone", tmp_path / "file", Path("/dev/null"), Path("a\0b")):
         assert not any(format.find(path) for format in FORMATS.values())
@@ -176,14 +176,14 @@ def test_a_local_directory_takes_precedence_over_the_hub(tmp_path: Path, monkeyp
 # Saving
 
 
-def test_an_unknown_format_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_an_unknown_format_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"format 'onnx' is not one of {', '.join(WRITABLE)}"):
         bridge.save(random_checkpoint(), tmp_path / "out", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("format", WRITABLE)
-def test_tokenizer_and_generation_files_travel(tmp_path: Path, format: str) -> None:
+def test_tokenizer_and_generation_files_are_copied(tmp_path: Path, format: str) -> None:
     source = huggingface_directory(tmp_path / "source", config_for(format))
     carried = ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     carried += ["added_tokens.json", "generation_config.json"]
@@ -206,7 +206,7 @@ def test_every_error_is_a_bridge_error_and_a_value_error() -> None:
         assert issubclass(error, BridgeError) and issubclass(error, ValueError)
 
 
-def test_tensors_are_still_read_after_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_read_after_a_change_of_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     huggingface_directory(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     checkpoint = bridge.load("model")
@@ -231,7 +231,7 @@ def test_the_tokenizer_is_found_after_a_change_of_directory(tmp_path: Path, monk
     assert (tmp_path / "copy" / "vocab.json").exists()
 
 
-def test_arrays_in_memory_take_tokenizer_and_harmless_fields_along(tmp_path: Path) -> None:
+def test_arrays_in_memory_keep_tokenizer_and_harmless_fields(tmp_path: Path) -> None:
     write_byte_tokenizer(huggingface_directory(tmp_path / "model"))
     loaded = replace(bridge.load(tmp_path / "model"), extra={"my_run": 7})
     trained = bridge.Checkpoint.of(dict(loaded.tensors), loaded.config, like=loaded)
@@ -240,7 +240,7 @@ def test_arrays_in_memory_take_tokenizer_and_harmless_fields_along(tmp_path: Pat
     assert bridge.load(tmp_path / "trained").tokenizer().encode("We") == [87, 101]
 
 
-def test_links_in_a_circle_and_an_empty_source_are_refused(tmp_path: Path) -> None:
+def test_cyclic_links_and_an_empty_source_are_refused(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(BridgeError):
         bridge.save(random_checkpoint(), tmp_path / "loop", format="flax")

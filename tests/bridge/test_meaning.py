@@ -67,7 +67,7 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
     "a layer too many": (field("n_layer", 1), "'h.1.ln_1.weight' is not a parameter", ConversionError),
     "a tensor is missing": (lambda s, _: s.pop("transformer.ln_f.bias"), "ln_f.bias is missing", ConversionError),
     "an unknown name": (renamed(C_FC, "transformer.h.0.mlp.gate.weight"), "'h.0.mlp.gate.weight'", ConversionError),
-    "a name that climbs": (renamed(C_FC, "transformer.../../x"), "is not a parameter", ConversionError),
+    "a name with ..": (renamed(C_FC, "transformer.../../x"), "is not a parameter", ConversionError),
     "a name of escape codes": (renamed(C_FC, "\x1b[31m\0\n"), "\\x1b[31m\\x00\\n", ConversionError),
     "one tensor under two prefixes": (
         lambda s, _: s.update({"module.wpe.weight": s["transformer.wpe.weight"]}),
@@ -95,28 +95,28 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
     "no layer": (field("n_layer", 0), "n_layer='0'", ConfigError),
     "-1 layers": (field("n_layer", -1), "n_layer='-1'", ConfigError),
     "10^9 layers": (field("n_layer", 10**9), "n_layer='1000000000'", ConfigError),
-    "layers in words": (field("n_layer", "12"), "n_layer='12': must be int", ConfigError),
-    "true layers": (field("n_layer", True), "n_layer='True': must be int", ConfigError),
+    "layers a text": (field("n_layer", "12"), "n_layer='12': must be int", ConfigError),
+    "layers true": (field("n_layer", True), "n_layer='True': must be int", ConfigError),
     "an unknown activation": (field("activation_function", "mish"), "activation_function='mish'", ConfigError),
     "an activation with escape codes": (field("activation_function", "\x1b[2J"), "\\x1b[2J", ConfigError),
     "code": (field("auto_map", {"AutoModel": "evil.Model"}), "auto_map=", ConfigError),
     "another model": (field("model_type", "llama"), "model_type='llama'", ConfigError),
-    "an unknown switch of attention": (field("attn_sink", 1), "'attn_sink'", ConfigError),
+    "an unknown attention setting": (field("attn_sink", 1), "'attn_sink'", ConfigError),
 }
 
 
-@pytest.mark.parametrize(("change", "says", "error"), MEANINGLESS.values(), ids=MEANINGLESS)
+@pytest.mark.parametrize(("change", "message", "error"), MEANINGLESS.values(), ids=MEANINGLESS)
 def test_invalid_content_is_refused_by_name(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     change: Callable[[State, Fields], object],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
-    assert_refused(written(tmp_path / "model", change), says, capsys, error)
+    assert_refused(written(tmp_path / "model", change), message, capsys, error)
 
 
-# Which every reader owes beside this; the format's own tests are elsewhere.
+# The tests of each format are in tests/bridge/formats.
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_wide_and_mixed_dtypes_are_reported_and_kept(tmp_path: Path) -> None:
     assert bridge.fingerprint(bridge.load(tmp_path / "kept").tensors) == bridge.fingerprint(checkpoint.tensors)
 
 
-def test_a_padded_vocabulary_is_reported_and_is_cut_on_request(tmp_path: Path) -> None:
+def test_a_padded_vocabulary_is_reported_and_reduced_on_request(tmp_path: Path) -> None:
     padded = replace(SMALLEST, vocab_size=50304, n_layer=1, tie_word_embeddings=False)
     checkpoint = random_checkpoint(padded)
     assert any("is OpenAI's 50257 with padding" in diagnostic for diagnostic in bridge.find_diagnostics(checkpoint))
@@ -191,7 +191,7 @@ def test_another_activation_is_used_on_request(tmp_path: Path) -> None:
     assert run("convert", tmp_path / "a", tmp_path / "c", "--to", "huggingface", "--activation", "mish") == 2
 
 
-def test_a_configuration_that_only_python_reads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_configuration_with_nan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Python reads and writes NaN in JSON, but other programs do not, and every export would contain it."""
     path = written(tmp_path / "model", field("task_specific_params", {"a": float("nan")}))
     assert run("inspect", path) == 2

@@ -35,8 +35,8 @@ MOST_TO_REFUSE = 64 * MIB
 """Limit for rejecting a file that is not a checkpoint."""
 
 SEEN = 0.95
-"""Share of the memory that must be held which the measurement must at least show. The peak of the idle child varies
-by a MiB or two."""
+"""The measured growth must be at least this fraction of the allocated memory. The peak of the idle child varies by
+a MiB or two."""
 
 # A child inherits the peak of its parent on exec. The measured process is therefore started by `sh`, which is small,
 # and not by the test's own process.
@@ -75,7 +75,7 @@ def huggingface(folder: Path) -> Path:
     return folder / "huggingface"
 
 
-def test_a_child_that_holds_memory_is_seen_to_hold_it(idle: int) -> None:
+def test_the_measurement_shows_the_memory_of_the_child(idle: int) -> None:
     """Test of the measurement: 200 MiB in the child are counted, memory of the parent is not."""
     held_here = np.ones(400 * MIB, np.uint8)
     used = peak_bytes("held = numpy.ones(200 * 2**20, numpy.uint8)") - idle
@@ -83,7 +83,7 @@ def test_a_child_that_holds_memory_is_seen_to_hold_it(idle: int) -> None:
     assert held_here.all()
 
 
-def test_loading_as_flax_takes_the_tensors_once(huggingface: Path, idle: int) -> None:
+def test_loading_as_flax_holds_the_tensors_once(huggingface: Path, idle: int) -> None:
     code = """
 checkpoint = bridge.load(sys.argv[1])
 params = bridge.to_flax(checkpoint.tensors, checkpoint.config)

@@ -63,7 +63,7 @@ def entry_of(state: StateDict, name: str, config: GPT2Config = CONFIG) -> dict[s
 
 
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
-def test_torchs_state_arrives_under_canonical_names(config: GPT2Config) -> None:
+def test_torchs_state_is_read_under_canonical_names(config: GPT2Config) -> None:
     state, names, _ = torch_state(config)
     adamw = optimizer_state.from_torch(state, names, config)
     assert adamw.step == STEPS
@@ -93,12 +93,12 @@ def test_a_saved_state_with_any_prefix_and_numpy_arrays_is_the_same() -> None:
         assert_equal(other, expected)
 
 
-def test_names_that_the_state_brings_are_used() -> None:
+def test_names_in_the_state_are_used() -> None:
     state, names, _ = torch_state(named=True, prefix="transformer.")
     expected = optimizer_state.from_torch(torch_state()[0], decay_order(CONFIG), CONFIG)
     assert_equal(optimizer_state.from_torch(state, None, CONFIG), expected)
     assert_equal(optimizer_state.from_torch(state, decay_order(CONFIG), CONFIG), expected)
-    by_name = {  # as torch.distributed.checkpoint.state_dict.get_optimizer_state_dict writes it
+    by_name = {  # like the output of torch.distributed.checkpoint.state_dict.get_optimizer_state_dict
         "state": {names[i]: entry for i, entry in state["state"].items()},
         "param_groups": [
             {**{k: v for k, v in g.items() if k != "param_names"}, "params": [names[i] for i in g["params"]]}
@@ -108,7 +108,7 @@ def test_names_that_the_state_brings_are_used() -> None:
     assert_equal(optimizer_state.from_torch(by_name, None, CONFIG), expected)
 
 
-def test_stored_moments_are_read_when_they_are_looked_up() -> None:
+def test_stored_moments_are_read_on_access() -> None:
     state, names, _ = torch_state()
     reads = []
 
@@ -121,7 +121,7 @@ def test_stored_moments_are_read_when_they_are_looked_up() -> None:
 
     stored = {i: {what: entry(value) for what, value in e.items()} for i, e in state["state"].items()}
     adamw = optimizer_state.from_torch({**state, "state": stored}, names, CONFIG)
-    assert set(reads) == {()}, "the steps, and no moment"
+    assert set(reads) == {()}, "only the steps are read, no moment"
     assert_equal(adamw, optimizer_state.from_torch(state, names, CONFIG))
 
 
@@ -152,7 +152,7 @@ def test_an_optimizer_that_was_never_stepped_is_step_zero_with_zeros() -> None:
         assert not any(array.any() for array in moments.values())
 
 
-def test_torch_takes_its_state_back_bit_for_bit() -> None:
+def test_torch_loads_its_state_back_bit_for_bit() -> None:
     state, names, parameters = torch_state()
     adamw = optimizer_state.from_torch(state, names, CONFIG)
     back = optimizer_state.to_torch(adamw, names, state["param_groups"])
@@ -206,7 +206,7 @@ def test_a_moment_has_the_layout_of_its_weight() -> None:
         np.testing.assert_array_equal(flatten(nu)[path], weight**2)
 
 
-# What is wrong with a torch state, and what the error must say.
+# Faults of a torch state, and a part of the error message.
 
 
 def drop_entry(state: StateDict) -> None:
@@ -342,7 +342,7 @@ def test_the_state_of_another_model_is_refused(config: GPT2Config, message: str)
     assert "exp_avg: " in str(error.value) and "exp_avg_sq: " in str(error.value)
 
 
-def test_names_must_say_which_parameter_is_which() -> None:
+def test_names_must_identify_the_parameters() -> None:
     state, names, _ = torch_state()
     for given, message in (
         (None, "the state has no names"),

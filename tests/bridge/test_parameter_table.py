@@ -42,7 +42,7 @@ def test_every_flax_path_is_used_once_and_splits_only_the_heads() -> None:
 
 
 def test_the_split_shapes_are_query_key_value_heads_and_head_size() -> None:
-    four_heads = replace(TINY, n_head=4)  # three of them could not be told from query, key and value
+    four_heads = replace(TINY, n_head=4)  # three heads could be confused with query, key and value
     shapes = {"/".join(p.flax_path): p.flax_shape for p in bridge.parameters(four_heads)}
     assert shapes["h_4/attn/c_attn/kernel"] == (48, 3, 4, 12)
     assert shapes["h_4/attn/c_attn/bias"] == (3, 4, 12)
@@ -73,7 +73,7 @@ def test_a_multiple_below_one_is_refused(multiple: int) -> None:
         bridge.padded_vocab_size(257, multiple)
 
 
-def test_weight_decay_acts_on_projections_and_embeddings_alone() -> None:
+def test_weight_decay_acts_only_on_projections_and_embeddings() -> None:
     decays = {p.torch_name: p.decays for p in bridge.parameters(replace(TINY, tie_word_embeddings=False))}
     assert len(decays) == 5 + 12 * TINY.n_layer
     assert sum(decays.values()) == 3 + 4 * TINY.n_layer

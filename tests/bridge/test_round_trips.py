@@ -17,7 +17,7 @@ import bridge
 from bridge import ConfigError, ConversionError, GPT2Config
 from bridge.formats import WRITABLE
 
-# Four heads, which an order of q, k and v by head would show; wide enough apart to see a wrong turn.
+# Four heads detect an order of q, k and v by head, and sizes that differ widely detect a transpose.
 PLAIN = replace(TINY, n_head=4, n_inner=None, n_layer=2)
 MODELS: dict[str, GPT2Config] = {
     "plain": PLAIN,
@@ -102,24 +102,24 @@ def test_every_pair_of_formats_carries_the_model(
     ("format", "model", "field"),
     [(f, model, field) for f, refused in REFUSED_FOR.items() for model, field in refused.items()],
 )
-def test_a_format_names_the_field_that_it_has_no_place_for(tmp_path: Path, format: str, model: str, field: str) -> None:
+def test_a_format_names_the_field_that_it_cannot_store(tmp_path: Path, format: str, model: str, field: str) -> None:
     with pytest.raises(ConfigError, match=f"{field}="):
         bridge.save(random_checkpoint(MODELS[model]), tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("format", "dtype"), NOT_HELD)
-def test_a_format_names_the_dtype_that_it_has_no_place_for(tmp_path: Path, format: str, dtype: str) -> None:
+def test_a_format_names_the_dtype_that_it_cannot_store(tmp_path: Path, format: str, dtype: str) -> None:
     with pytest.raises(ConversionError, match=f"holds {dtype}"):
         bridge.save(random_checkpoint(PLAIN, DTYPES[dtype]), tmp_path / "out", format=format)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_fingerprint_sees_every_bit_name_dtype_and_shape() -> None:
+def test_the_fingerprint_depends_on_every_bit_name_dtype_and_shape() -> None:
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(2, np.float32)}
     fingerprint = bridge.fingerprint(tensors)
-    assert bridge.fingerprint(dict(reversed(tensors.items()))) == fingerprint, "not the order"
-    assert bridge.fingerprint({**tensors, "a": np.asfortranarray(tensors["a"])}) == fingerprint, "nor the strides"
+    assert bridge.fingerprint(dict(reversed(tensors.items()))) == fingerprint, "order"
+    assert bridge.fingerprint({**tensors, "a": np.asfortranarray(tensors["a"])}) == fingerprint, "strides"
     others = [
         {**tensors, "b": -tensors["b"]},
         {**tensors, "b": np.zeros(2, np.int32)},

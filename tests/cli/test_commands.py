@@ -63,23 +63,23 @@ BAD = {
     "no such path": ("inspect", "{tmp}/nowhere"),
     "not a checkpoint": ("inspect", "{tmp}"),
     "unknown format": ("convert", "{model}", "{tmp}/out", "--to", "onnx"),
-    "target in the way": ("convert", "{model}", "{model}", "--to", "flax"),
+    "existing target": ("convert", "{model}", "{model}", "--to", "flax"),
     "prompt empty": ("generate", "{model}", ""),
     "too many tokens": ("generate", "{model}", "We", "--max-new-tokens", "39"),
     "negative temperature": ("generate", "{model}", "We", "--temperature", "-1"),
-    "no tokens to rank": ("generate", "{model}", "We", "--top-k", "0"),
-    "no probability": ("generate", "{model}", "We", "--top-p", "0"),
+    "top-k of zero": ("generate", "{model}", "We", "--top-k", "0"),
+    "top-p of zero": ("generate", "{model}", "We", "--top-p", "0"),
     "two kinds of prompt": ("generate", "{model}", "We", "--interactive"),
-    "lines that are not there": ("generate", "{model}", "--lines", "{tmp}/nowhere.txt"),
+    "missing file of prompts": ("generate", "{model}", "--lines", "{tmp}/nowhere.txt"),
     "sampled beams": ("generate", "{model}", "We", "--num-beams", "2", "--temperature", "1"),
-    "several at a time, interactively": ("generate", "{model}", "--interactive", "--num-return-sequences", "2"),
+    "several sequences in interactive mode": ("generate", "{model}", "--interactive", "--num-return-sequences", "2"),
     "seed without sampling": ("generate", "{model}", "We", "--seed", "1"),
-    "seed of beams": ("generate", "{model}", "We", "--num-beams", "2", "--seed", "1"),
+    "seed with beams": ("generate", "{model}", "We", "--num-beams", "2", "--seed", "1"),
     "length penalty without beams": ("generate", "{model}", "We", "--length-penalty", "2"),
-    "seed beside a text": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
+    "seed without an effect": ("verify", "{model}", "--seed", "1", "--checks", "round-trip"),
     "untrained and no prediction": ("verify", "{model}", "--untrained", "--checks", "round-trip"),
     "no sequence": ("verify", "{model}", "--batch-size", "0"),
-    "text that is not there": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
+    "missing text file": ("verify", "{model}", "--text-file", "{tmp}/nowhere.txt"),
     "unwritable json": ("convert", "{model}", "{tmp}/out", "--to", "flax", "--json", "{tmp}/nowhere/facts.json"),
     "no source": ("inspect", ""),
     "name in brackets": ("inspect", "{tmp}/br[/x]"),
@@ -87,7 +87,7 @@ BAD = {
     "seed too large": ("generate", "{model}", "We", "--seed", "99999999999999999999"),
     "two texts": ("verify", "{model}", "--text", "a", "--text-file", "{model}/config.json"),
     "no checks": ("verify", "{model}", "--checks"),
-    "overwriting something else": ("convert", "{model}", "{tmp}", "--to", "flax", "--overwrite"),
+    "overwriting a foreign directory": ("convert", "{model}", "{tmp}", "--to", "flax", "--overwrite"),
     "unknown verb": ("transmogrify",),
     "missing argument": ("convert", "{model}"),
     "name that is too long": ("train", "--data", "a" * 300, "--out", "{tmp}/run"),
@@ -150,7 +150,7 @@ def test_the_help_of_the_command_has_one_line_per_verb(
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_default_in_the_help_reads_as_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_defaults_in_the_help_are_not_python_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for noise in ("{None}", "(default: None)", "(default: )", "PosixPath", "MISSING"):

@@ -149,7 +149,7 @@ BAD = {
     "stride beyond the context": ("eval", "{model}", "--data", "{tmp}/text.txt", "--context", "8", "--stride", "9"),
     "context beyond the model": ("eval", "{model}", "--data", "{tmp}/text.txt", "--context", "41"),
     "no batch": ("eval", "{model}", "--data", "{tmp}/text.txt", "--batch-size", "0"),
-    "one token asked": ("eval", "{model}", "--data", "{tmp}/text.txt", "--max-tokens", "1"),
+    "a limit of one token": ("eval", "{model}", "--data", "{tmp}/text.txt", "--max-tokens", "1"),
     "unwritable json": ("eval", "{model}", "--data", "{tmp}/text.txt", "--json", "{tmp}/nowhere/f.json"),
     "unknown backend": ("eval", "{model}", "--data", "{tmp}/text.txt", "--backend", "flax"),
     "no tokenizer": ("eval", "{bare}", "--data", "{tmp}/text.txt"),

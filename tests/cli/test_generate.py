@@ -53,7 +53,7 @@ def test_a_seed_gives_the_same_sample_and_another_seed_another(completions: Any)
     assert first == same != other
 
 
-def test_what_is_streamed_is_what_is_written(model: Path, completions: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_streamed_text_is_the_final_text(model: Path, completions: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("We", "--temperature", 1.0, "--max-new-tokens", 20)
     completions(*arguments)
     whole = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_byte_order_mark_is_not_part_of_a_prompt(
     assert _read_prompt() == "We"
 
 
-def test_a_prompt_that_is_not_text_is_refused(
+def test_a_prompt_that_is_not_utf8_is_refused(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
@@ -124,7 +124,7 @@ def test_beams_are_in_order_best_first(completions: Any) -> None:
 
 
 @needs_torch
-def test_bfloat16_is_a_choice(completions: Any) -> None:
+def test_bfloat16_can_be_selected(completions: Any) -> None:
     for backend in BACKENDS:
         assert len(completions("We", "--backend", backend, "--dtype", "bfloat16", "--max-new-tokens", 4)[0]["ids"]) == 4
 
@@ -148,7 +148,7 @@ def test_a_refused_prompt_prints_nothing(model: Path, capsys: pytest.CaptureFixt
 
 
 def test_text_appears_before_the_last_token(model: Path) -> None:
-    """Run in a process: when its first text arrives, it has not written everything."""
+    """The test runs a process: when its first text arrives, the process has not written everything."""
     command = "import sys; from gpt2_jax.cli import main; main(sys.argv[1:])"
     arguments = ["generate", str(model), "We", "--max-new-tokens", "38", "--no-stop-at-end"]
     with subprocess.Popen([sys.executable, "-c", command, *arguments], stdout=subprocess.PIPE) as process:

@@ -50,7 +50,7 @@ def saved(to: str, path: Path, seed: int = 3) -> Path:
 
 
 def refuses(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message of a command that ends with exit code 2."""
+    """Assert that a command exits with 2, and return its message."""
     capsys.readouterr()
     assert run(*arguments) == 2
     printed = capsys.readouterr().err
@@ -181,7 +181,7 @@ def test_a_target_with_the_suffix_of_another_format_is_refused(
     assert contents(tmp_path) == before
 
 
-# What happens while a conversion runs
+# Changes during a conversion
 
 
 def acting_at_tenth_tensor(checkpoint: bridge.Checkpoint, act: Callable[[], object]) -> bridge.Checkpoint:

@@ -96,12 +96,12 @@ VERBS = {
     "generate": ("generate", "{named}", NAME, "--max-new-tokens", 2),
     "generate to a file": ("generate", "{named}", NAME, "--max-new-tokens", 2, "--json", "{named}.json"),
     "eval": ("eval", "{named}", "--data", "{text}", "--max-tokens", 20, "--context", 8),
-    "a source that is not there": ("inspect", "{named}/nowhere"),
-    "a target that is there": ("convert", "{named}", "{named}", "--to", "flax"),
-    "a text that is not there": ("verify", "{named}", "--text-file", "{named}/nowhere"),
-    "lines that are not there": ("generate", "{named}", "--lines", "{named}/nowhere"),
-    "data that is not there": ("train", "--data", "{named}/nowhere", "--out", "{named}/run"),
-    "a preset that does not exist": ("train", "--preset", NAME, "--out", "{named}/run"),
+    "a missing source": ("inspect", "{named}/nowhere"),
+    "an existing target": ("convert", "{named}", "{named}", "--to", "flax"),
+    "a missing text file": ("verify", "{named}", "--text-file", "{named}/nowhere"),
+    "a missing file of prompts": ("generate", "{named}", "--lines", "{named}/nowhere"),
+    "missing data": ("train", "--data", "{named}/nowhere", "--out", "{named}/run"),
+    "an unknown preset": ("train", "--preset", NAME, "--out", "{named}/run"),
 }
 
 

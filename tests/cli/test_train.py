@@ -274,21 +274,24 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "no directory": ((), "--out"),
     "unknown preset": (("--out", "{out}", "--preset", "tiny"), "--preset tiny: must be one of nano"),
     "out of range": (("--out", "{out}", "--max-steps", "0", "--beta1", "2"), "max_steps=0"),
-    "a model that cannot be": (("--out", "{out}", "--n-head", "5"), "n_head"),
-    "a choice that is none": (("--out", "{out}", "--optimizer", "sgd"), "sgd"),
-    "no number": (("--out", "{out}", "--max-steps", "many"), "many"),
+    "an invalid model": (("--out", "{out}", "--n-head", "5"), "n_head"),
+    "an unknown optimizer": (("--out", "{out}", "--optimizer", "sgd"), "sgd"),
+    "not a number": (("--out", "{out}", "--max-steps", "many"), "many"),
     "unknown flag": (("--out", "{out}", "--lr", "1"), "--lr"),
     "data without a name": (("--out", "{out}", "--data", ""), "empty name"),
-    "data that is not there": (("--out", "{out}", "--data", "{tmp}/nowhere"), "nowhere"),
-    "tokenizer that is none": (("--out", "{out}", "--data", "{text}", "--tokenizer", "words"), "words"),
-    "source that is not there": (("--out", "{out}", "--init-from", "{tmp}/nowhere"), "nowhere"),
+    "missing data": (("--out", "{out}", "--data", "{tmp}/nowhere"), "nowhere"),
+    "unknown tokenizer": (("--out", "{out}", "--data", "{text}", "--tokenizer", "words"), "words"),
+    "missing checkpoint": (("--out", "{out}", "--init-from", "{tmp}/nowhere"), "nowhere"),
     "more tokens than positions": (
         ("--out", "{out}", "--data", "{text}", "--seq-len", "999", "--tokenizer", "bytes"),
         "seq_len=999",
     ),
-    "something else in the way": (("--out", "{text}", "--data", "{text}", "--tokenizer", "bytes"), "is not a run"),
+    "existing file": (("--out", "{text}", "--data", "{text}", "--tokenizer", "bytes"), "is not a run"),
     "unwritable json": (("--out", "{out}", "--json", "{tmp}/nowhere/x.json"), "cannot write"),
-    "tokenizer of no checkpoint": (("--out", "{out}", "--tokenizer", "init-from"), "init_from, which is not given"),
+    "init-from without a checkpoint": (
+        ("--out", "{out}", "--tokenizer", "init-from"),
+        "init_from, which is not given",
+    ),
     **{
         f"no effect of {flags[0]}": (("--out", "{out}", "--data", "{text}", *flags), f"{flags[0]}: has no effect")
         for flags in (
@@ -303,19 +306,19 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
             ("--sample-prompt", "x", "--sample-tokens", "0"),
         )
     },
-    "size that the tokenizer decides": (
+    "size determined by the tokenizer": (
         ("--out", "{out}", "--data", "{text}", "--tokenizer", "bytes", "--vocab-size", "300"),
         "--vocab-size '300': has no effect, because the tokenizer sets it to 257",
     ),
-    "size that the checkpoint decides": (
+    "size determined by the checkpoint": (
         ("--out", "{out}", "--data", "{text}", "--init-from", "bundled", "--n-layer", "7"),
         "--n-layer '7': has no effect, because --init-from sets it to 5",
     ),
-    "tokenizer beside the checkpoint's": (
+    "tokenizer other than the checkpoint's": (
         ("--out", "{out}", "--data", "{text}", "--init-from", "bundled", "--tokenizer", "bytes"),
         "--tokenizer 'bytes': is not the tokenizer of",
     ),
-    "prompt without a character": (
+    "prompt with an unknown character": (
         ("--out", "{out}", "--data", "{text}", "--tokenizer", "characters", "--sample-prompt", "é"),
         "sample_prompt",
     ),

@@ -86,7 +86,7 @@ def test_an_epoch_reads_every_window_once_without_overlap(stream: TokenStream) -
         assert sorted(starts) == list(range(min(starts), min(starts) + WINDOWS * LENGTH, LENGTH))
 
 
-def test_an_epoch_is_shuffled_anew_and_its_borders_move(stream: TokenStream) -> None:
+def test_each_epoch_has_another_order_and_other_window_borders(stream: TokenStream) -> None:
     read = epochs(stream, 40)
     assert all(starts != sorted(starts) for starts in read)
     ranks = {tuple(np.argsort(starts).tolist()) for starts in read}
@@ -135,7 +135,7 @@ def test_the_order_does_not_change_between_versions() -> None:
 
 
 @pytest.mark.parametrize("processes", [2, 5])
-def test_rows_of_a_batch_can_be_read_apart(stream: TokenStream, documents: TokenStream, processes: int) -> None:
+def test_rows_of_a_batch_can_be_read_separately(stream: TokenStream, documents: TokenStream, processes: int) -> None:
     size = 10 // processes
     rows = [slice(p * size, (p + 1) * size) for p in range(processes)]
     joined = ("input_ids", "labels")

@@ -25,7 +25,7 @@ ALL_TEXTS = [*TEXTS, *TRAINING, *random_texts(500)]
 
 
 @pytest.mark.parametrize("vocab_size", [258, 300, 1000])
-def test_ids_are_those_of_the_library_that_trained_it(vocab_size: int, tmp_path: Path) -> None:
+def test_ids_are_those_of_the_tokenizers_library(vocab_size: int, tmp_path: Path) -> None:
     ours = train_bpe(TRAINING, vocab_size)
     assert ours.n_vocab == vocab_size
     bridge.save_tokenizer(ours, tmp_path)
@@ -44,7 +44,7 @@ def test_merges_are_those_that_the_library_learns() -> None:
         assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
 
 
-def test_its_layout_is_gpt2s() -> None:
+def test_the_layout_is_that_of_gpt2() -> None:
     ours = train_bpe(TRAINING, 600)
     tokens = [ours.decode_single_token_bytes(i) for i in range(600)]
     assert tokens[0] == b"!" and tokens[93] == b"~", "GPT-2 counts the printable bytes first"
@@ -109,7 +109,7 @@ def test_a_round_trip_keeps_the_fingerprint(tmp_path: Path) -> None:
     assert bridge.tokenizer_fingerprint(load_tokenizer(tmp_path, 900)) == bridge.tokenizer_fingerprint(ours)
 
 
-def test_texts_are_taken_one_by_one() -> None:
+def test_texts_are_read_one_by_one() -> None:
     def texts() -> Iterator[str]:
         yield from TRAINING
 
@@ -135,7 +135,7 @@ def test_a_vocabulary_of_bytes_alone_has_no_merges() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [256, 1, 0, -5])
-def test_a_vocabulary_without_room_for_the_bytes_is_refused(vocab_size: int) -> None:
+def test_a_vocabulary_too_small_for_the_bytes_is_refused(vocab_size: int) -> None:
     with pytest.raises(TokenizerError, match=f"a BPE vocabulary of {vocab_size} has no room.*ask for 257 or more"):
         train_bpe(TRAINING, vocab_size)
 

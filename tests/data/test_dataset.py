@@ -137,7 +137,7 @@ def test_no_tokenizer_is_made_from_the_validation_text(text_file: Path, tmp_path
         )
 
 
-def test_a_validation_source_with_a_validation_part_gives_that(text_file: Path, tmp_path: Path) -> None:
+def test_the_validation_part_of_a_validation_source_is_used(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     nanogpt(tmp_path / "tokens" / "train.bin", IDS[:900])
     nanogpt(tmp_path / "tokens" / "val.bin", IDS[900:])
@@ -145,7 +145,7 @@ def test_a_validation_source_with_a_validation_part_gives_that(text_file: Path, 
     assert data.validation is not None and (len(data.train), len(data.validation)) == (1000, 100)
 
 
-def test_characters_are_those_of_both_sources(text_file: Path, tmp_path: Path) -> None:
+def test_characters_of_both_sources_are_used(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("ä" + TEXT)
     data = opened(text_file, tmp_path / "cache", tokenizer="characters", validation=tmp_path / "other.txt")
     assert data.tokenizer is not None and data.tokenizer.n_vocab == len(set(TEXT)) + 1
@@ -160,7 +160,7 @@ def test_a_vocabulary_that_is_too_small_is_found_before_training(tmp_path: Path)
         _ = open_data(tmp_path / "a.bin", tokenizer=character_tokenizer("ab"), vocab_size=300).fingerprint
 
 
-def test_a_tokenizer_may_be_larger_than_the_vocabulary_that_was_planned(text_file: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_may_be_larger_than_the_planned_vocabulary(text_file: Path, tmp_path: Path) -> None:
     data = opened(text_file, tmp_path / "cache", tokenizer="characters", vocab_size=2)
     assert data.train.read(0, len(data.train)).max() > 2
 
@@ -186,7 +186,7 @@ def test_the_standard_library_is_a_source(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(data.train) + len(data.validation) == 2 * (len(TEXT) + 1)
 
 
-def test_the_description_says_what_was_left_out(folder: Path, tmp_path: Path) -> None:
+def test_the_description_states_the_number_of_skipped_files(folder: Path, tmp_path: Path) -> None:
     (folder / "binary").write_bytes(b"\xff")
     (folder / "zeros").write_bytes(b"\0")
     data = opened(folder, tmp_path / "cache")
@@ -197,7 +197,7 @@ def test_the_description_says_what_was_left_out(folder: Path, tmp_path: Path) ->
     )
 
 
-def test_a_fingerprint_is_of_the_tokens_of_both_streams(text_file: Path, tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_the_tokens_of_both_streams(text_file: Path, tmp_path: Path) -> None:
     first = opened(text_file, tmp_path / "cache").fingerprint
     assert first == opened(text_file, tmp_path / "another cache").fingerprint
     text_file.rename(tmp_path / "renamed.txt")
@@ -236,7 +236,7 @@ def test_a_tokenizer_made_from_text_is_made_once(
     assert tokenizer_fingerprint(make_tokenizer(spec, documents, **options)) == tokenizer_fingerprint(made)  # type: ignore[arg-type]
 
 
-def test_a_tokenizer_comes_from_a_directory(tmp_path: Path) -> None:
+def test_a_tokenizer_is_loaded_from_a_directory(tmp_path: Path) -> None:
     save_tokenizer(character_tokenizer("abc"), tmp_path / "saved")
     assert make_tokenizer(str(tmp_path / "saved")).encode_ordinary("cab") == [2, 0, 1]
     assert make_tokenizer("bytes").encode_ordinary("a") == [97]

@@ -60,7 +60,7 @@ def test_blocks_give_the_tokens_of_the_whole(small_blocks: None, tmp_path: Path,
         assert [i for block in blocks for i in encoding.encode_to_numpy(block)] == encoding.encode_ordinary(whole)
 
 
-def test_a_text_without_a_safe_place_is_split_anyway(small_blocks: None, tmp_path: Path) -> None:
+def test_a_text_without_a_safe_position_is_split_anyway(small_blocks: None, tmp_path: Path) -> None:
     whole = "é" * 1000
     (document,) = find_documents(write(tmp_path / "text.txt", whole)).files
     blocks = list(document.blocks())
@@ -68,7 +68,7 @@ def test_a_text_without_a_safe_place_is_split_anyway(small_blocks: None, tmp_pat
     assert max(map(len, blocks)) <= 256 + 16
 
 
-def test_line_ends_and_marks_inside_stay_as_they_are(tmp_path: Path) -> None:
+def test_line_ends_and_byte_order_marks_inside_a_text_are_kept(tmp_path: Path) -> None:
     whole = "one\r\n\ufefftwo\rthree\n"
     (document,) = find_documents(write(tmp_path / "text.txt", whole)).files
     assert "".join(document.blocks()) == whole
@@ -107,7 +107,7 @@ def test_a_directory_skips_the_runs_in_it(tmp_path: Path) -> None:
     assert find_documents(tmp_path) == before
 
 
-def test_documents_come_in_the_order_of_a_hash_of_their_names(tmp_path: Path) -> None:
+def test_documents_are_ordered_by_a_hash_of_their_names(tmp_path: Path) -> None:
     names = [f"{i}.txt" for i in range(20)]
     for name in names:
         write(tmp_path / name, name)
@@ -116,7 +116,7 @@ def test_documents_come_in_the_order_of_a_hash_of_their_names(tmp_path: Path) ->
     assert ordered != sorted(names)
 
 
-def test_a_glob_names_documents_from_where_it_begins_to_vary(tmp_path: Path) -> None:
+def test_documents_of_a_glob_are_named_relative_to_its_fixed_part(tmp_path: Path) -> None:
     for name in ("src/a/x.py", "src/b/y.py", "src/b/y.txt", "src/z.py"):
         write(tmp_path / name, name)
     assert {d.name for d in find_documents(tmp_path / "src/**/*.py").files} == {"a/x.py", "b/y.py", "z.py"}
@@ -138,7 +138,7 @@ def test_a_glob_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(by_glob.blocks()) == list(by_name.blocks()) == ["a"]
 
 
-def test_the_standard_library_is_the_interpreters_own() -> None:
+def test_the_standard_library_is_that_of_the_interpreter() -> None:
     found = find_documents("stdlib")
     names = {d.name for d in found.files}
     assert {"argparse.py", "json/decoder.py"} <= names
@@ -162,13 +162,13 @@ def argparse_file() -> str:
         ("empty.txt", "no text"),
     ],
 )
-def test_no_document_is_an_error(tmp_path: Path, source: str, message: str) -> None:
+def test_a_source_without_documents_is_an_error(tmp_path: Path, source: str, message: str) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(DataError, match=message):
         find_documents(tmp_path / source)
 
 
-def test_an_empty_name_is_not_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.txt", "a")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="empty name"):

@@ -133,7 +133,7 @@ class Counting:
         return self.encoding.encode_to_numpy(text, **options)
 
 
-def test_text_is_encoded_once_and_again_when_it_has_changed(folder: Path) -> None:
+def test_text_is_encoded_once_and_again_after_a_change(folder: Path) -> None:
     counting = Counting()
     first = encoded(folder, counting)  # type: ignore[arg-type]
     once = counting.calls
@@ -176,7 +176,7 @@ def flip(name: str, at: int) -> Callable[[Path], None]:
 
 
 def reseal(name: str, ends: list[int]) -> Callable[[Path], None]:
-    """Document ends of an attacker, with valid hashes."""
+    """Replace the document ends and update the hashes, as an attacker can."""
 
     def change(directory: Path) -> None:
         content = np.array(ends, "<i8").tobytes()
@@ -215,10 +215,10 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "an end flipped": flip("document_ends.bin", 0),
     "no ends": replace_file("document_ends.bin", b""),
     "ends of zeros": replace_file("document_ends.bin", bytes(24)),
-    "ends go down": reseal("document_ends.bin", [20_000, 10_000, 24_000]),
-    "ends begin below zero": reseal("document_ends.bin", [-1, 10_000, 24_000]),
-    "ends pass the last token": reseal("document_ends.bin", [1, 2, 2**62]),
-    "ends stop before the last token": reseal("document_ends.bin", [1, 2, 3]),
+    "ends decrease": reseal("document_ends.bin", [20_000, 10_000, 24_000]),
+    "ends start below zero": reseal("document_ends.bin", [-1, 10_000, 24_000]),
+    "ends beyond the last token": reseal("document_ends.bin", [1, 2, 2**62]),
+    "ends before the last token": reseal("document_ends.bin", [1, 2, 3]),
     "one end": reseal("document_ends.bin", [3]),
     "sidecar missing": lambda directory: (directory / "tokens.json").unlink(),
     "sidecar empty": replace_file("tokens.json", b"{}"),
@@ -292,7 +292,7 @@ def test_an_interrupted_encoding_leaves_nothing_and_ends_its_threads(folder: Pat
 
 
 def test_two_processes_may_write_the_same_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process finishes while this one writes. The second one uses what is there."""
+    """Another process finishes while this one writes. This one then uses the existing files."""
     write = token_cache._write
     streams = []
 
@@ -360,7 +360,7 @@ def test_a_cache_may_be_moved(folder: Path) -> None:
     assert len(list(moved.iterdir())) == 1
 
 
-def test_documents_of_one_file_and_no_text_say_which(tmp_path: Path) -> None:
+def test_a_file_without_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"text.txt' is not UTF-8"):
         encoded(tmp_path / "text.txt")

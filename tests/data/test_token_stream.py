@@ -190,7 +190,7 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("name", BAD_HEADERS)
-def test_hostile_headers_are_refused_at_once(tmp_path: Path, name: str) -> None:
+def test_hostile_headers_are_refused_quickly(tmp_path: Path, name: str) -> None:
     (tmp_path / "array.npy").write_bytes(BAD_HEADERS[name])
     with within_budget(), pytest.raises(DataError, match=r"array\.npy") as error:
         token_file(tmp_path / "array.npy")
@@ -210,7 +210,7 @@ def test_every_array_that_numpy_writes_is_read(tmp_path: Path, dtype: str, versi
 
 @pytest.mark.parametrize("header", ["(5L,)", "(5,)"])
 @pytest.mark.parametrize("order", ["True", "False"])
-def test_the_order_of_axes_does_not_matter_for_one(tmp_path: Path, header: str, order: str) -> None:
+def test_the_order_of_axes_does_not_matter_for_one_axis(tmp_path: Path, header: str, order: str) -> None:
     (tmp_path / "array.npy").write_bytes(npy_bytes(header, order=order))
     assert token_file(tmp_path / "array.npy").count == 5
 
@@ -236,7 +236,7 @@ def test_a_truncated_array_is_refused(tmp_path: Path) -> None:
         ("<i8", 2**31 - 1, None, False),
     ],
 )
-def test_ids_outside_the_vocabulary_are_refused_where_they_are_read(
+def test_ids_outside_the_vocabulary_are_refused_when_they_are_read(
     tmp_path: Path, dtype: str, bad: int, vocab_size: int | None, refused: bool
 ) -> None:
     npy(tmp_path / "a.npy", np.zeros(5), dtype)
@@ -280,7 +280,7 @@ def test_a_file_that_shrinks_raises_an_error(tmp_path: Path) -> None:
         stream.read(0, 10)
 
 
-def test_a_fingerprint_is_of_the_tokens_and_not_of_the_names(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_the_tokens_but_not_on_the_names(tmp_path: Path) -> None:
     def fingerprint(name: str, ids: np.ndarray, at: slice = slice(None)) -> str:
         stream = open_tokens(nanogpt(tmp_path / name, ids))[0]
         return stream.part(*at.indices(len(stream))[:2]).fingerprint

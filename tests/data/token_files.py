@@ -1,4 +1,4 @@
-"""Token files of every kind, written as by their authors' programs."""
+"""Token files of every kind, like those of their authors' programs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 def nanogpt(path: Path, ids: Sequence[int] | np.ndarray) -> Path:
-    """data/*/prepare.py of nanoGPT: the bytes of the array."""
+    """Write the bytes of the array, as nanoGPT's data/*/prepare.py does."""
     np.asarray(ids, "<u2").tofile(path)
     return path
 
 
 def llmc(path: Path, ids: Sequence[int] | np.ndarray, magic: int = 20240520, version: int = 1) -> Path:
-    """dev/data/data_common.py of llm.c: 256 int32, then the ids."""
+    """Write 256 int32 and the ids, as llm.c's dev/data/data_common.py does."""
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids)
     dtype = "<u4" if magic == 20240801 else "<u2"

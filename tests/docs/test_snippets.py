@@ -1,8 +1,8 @@
-"""Every Python snippet and every `gpt2` line of the README and the manual works as it stands there.
+"""Every Python snippet and every `gpt2` line of the README and the manual works as printed.
 
-Snippets of one page run one after the other, in a directory with the files that the pages name. What this machine
-cannot run is parsed by the command's own parser, and `ONLY_PARSED` has the reason. The cells of the tutorials are
-executed by `make docs`; here their commands are parsed.
+Snippets of one page run in order, in a directory with the files that the pages name. Lines that this machine cannot
+run are only parsed by the command's own parser; `ONLY_PARSED` has the reasons. `make docs` executes the cells of the
+tutorials; here their commands are only parsed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("convert gpt2 ", HUB),
     ("--init-from gpt2 ", HUB),
     ("--distributed", CLOUD),
-    ("plan --devices", "it needs eight devices before JAX starts; tests/plan runs it in a process of its own"),
+    ("plan --devices", "it needs eight devices before JAX starts; tests/plan runs it in a separate process"),
     ("--mesh fsdp", DEVICES),
     ("--preset gpt2", LARGE),
     ("--topology", TPU),
@@ -46,7 +46,7 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("bench", LONG),
     ("demo", LONG),
 )
-"""(part of a line, why it is only parsed)."""
+"""(part of a line, the reason for only parsing it)."""
 
 SMALLER = {
     "train": "--n-layer 1 --n-embd 32 --n-head 2 --n-positions 32 --seq-len 16 --batch-size 2 --num-microbatches 1 "
@@ -57,12 +57,12 @@ SMALLER = {
     "verify": "--batch-size 1 --seq-len 16",
     "generate": "--max-new-tokens 4",
 }
-"""Flags appended to a line so that it runs in seconds; the line's own flags are parsed all the same."""
+"""Flags appended to a line so that it runs in seconds. The flags of the line itself are parsed too."""
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
-    """What the pages name: a model, a nanoGPT file, texts, prompts, and a run."""
+    """Write the files that the pages name: a model, a nanoGPT file, texts, prompts, and a run."""
     root = tmp_path_factory.mktemp("pages")
     bundled = bridge.load("bundled")
     bridge.save(bundled, root / "my-gpt2", format="huggingface")
@@ -82,7 +82,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> 
 
 @pytest.fixture
 def place(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the files as the working directory."""
+    """Copy the files, and make the copy the working directory."""
     shutil.copytree(files, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"

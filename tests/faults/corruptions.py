@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python -m faults.corruptions --corruptions 500 --resumed 10 --seed 0
 
-Prints the number of each kind. Exits with 1 if one of them failed.
+Prints the number of corruptions of each kind. Exits with 1 if any failed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from gpt2_jax.training.run.identity import stored_identity
 from gpt2_jax.training.state import abstract_state, make_model
 
 FLAGS = ("--n-embd", 24, "--learning-rate", 1e-3, "--eval-every", 3, "--keep-last", 4)
-"""A run whose loss falls until the end, so that the newest checkpoint is also the best. Four checkpoints are kept."""
+"""The loss falls until the end, so that the newest checkpoint is also the best. The run keeps four checkpoints."""
 
 Damage = Callable[[Path, random.Random], dict[Path, Path]]
-"""Corrupts a checkpoint. Returns what the message must name for each changed checkpoint."""
+"""Corrupts a checkpoint. Returns changed checkpoint -> the path that the message must name."""
 
 
 def flip(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
@@ -78,8 +78,10 @@ def delete_directory(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
 
 
 def swap(checkpoint: Path, rng: random.Random) -> dict[Path, Path]:
-    """Exchange two files of two steps. They have the same name, the same position (because the files of a database have
-    random names), or the same size."""
+    """Exchange a file of this step and one of another.
+
+    They have the same name, the same position (because files of a database have random names), or the same size.
+    """
     file, data = _contents(checkpoint, rng)
     other = checkpoint.with_name(rng.choice([name for name in _names(checkpoint) if name != checkpoint.name]))
     like = file.relative_to(checkpoint)
@@ -112,7 +114,7 @@ KINDS: tuple[Damage, ...] = (flip, truncate, append, zero, delete, delete_direct
 
 
 def _contents(checkpoint: Path, rng: random.Random) -> tuple[Path, bytearray]:
-    """Choose one of its files: half of the time uniformly, half of the time by size, as a disk fault would."""
+    """Read a random file, chosen uniformly or, like a disk fault, in proportion to its size."""
     files = _files(checkpoint)
     by_size = rng.choices(files, [path.stat().st_size for path in files])[0]
     file = rng.choice([rng.choice(files), by_size])
@@ -127,7 +129,7 @@ def _written(checkpoint: Path, file: Path, data: bytes) -> dict[Path, Path]:
 
 
 def _named(checkpoint: Path, file: Path) -> dict[Path, Path]:
-    """Without its manifest, nothing is known about the files."""
+    """Return what the message must name: the file, or the checkpoint if the file is its manifest."""
     return {checkpoint: checkpoint if file.name == MANIFEST else file}
 
 
@@ -140,8 +142,8 @@ def _names(checkpoint: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Sound:
-    """The run before the corruption, and the contents of its checkpoints."""
+class Undamaged:
+    """The run before the corruption, and hashes of its checkpoints."""
 
     run: Path
     like: TrainState
@@ -149,7 +151,7 @@ class Sound:
     weights: dict[int, str]
 
     @classmethod
-    def of(cls, run: Path) -> Sound:
+    def of(cls, run: Path) -> Undamaged:
         config = stored_identity(run).config
         tx = make_optimizer(config.optimizer, config.max_steps)
         like = abstract_state(config, make_model(config), tx, make_mesh(config.mesh))
@@ -161,7 +163,7 @@ class Sound:
         return cls(run, like, states, weights)
 
     def copy(self, to: Path) -> Path:
-        """A copy of the run without its export."""
+        """Copy the run without its export."""
         return Path(shutil.copytree(self.run, to, ignore=shutil.ignore_patterns("export", "*.png")))
 
 
@@ -174,7 +176,7 @@ def hash_of_state(state: TrainState) -> str:
 
 
 def corrupt(run: Path, kind: Damage, rng: random.Random) -> dict[int, str]:
-    """Damage the newest checkpoint. Returns the damaged steps, and what the message must name for each."""
+    """Damage the newest checkpoint. Returns damaged step -> the path that the message must name."""
     newest = run / CHECKPOINTS / str(steps(run)[-1])
     changed: dict[Path, Path] = {}
     while not changed:
@@ -182,12 +184,12 @@ def corrupt(run: Path, kind: Damage, rng: random.Random) -> dict[int, str]:
     return {int(checkpoint.name): str(path) for checkpoint, path in changed.items()}
 
 
-def assert_passed_over(sound: Sound, run: Path, damaged: dict[int, str]) -> None:
-    """Check the run as read by `bridge.load`, and resumed."""
-    good = [step for step in steps(sound.run) if step not in damaged]
-    best = min(good, key=lambda step: validation_loss(sound.run, step) or float("inf"))
+def assert_skipped(undamaged: Undamaged, run: Path, damaged: dict[int, str]) -> None:
+    """Assert that `bridge.load` and a resumed run skip and name the damaged steps."""
+    good = [step for step in steps(undamaged.run) if step not in damaged]
+    best = min(good, key=lambda step: validation_loss(undamaged.run, step) or float("inf"))
     loaded = bridge.load(run)
-    assert bridge.fingerprint(loaded.tensors) == sound.weights[best]
+    assert bridge.fingerprint(loaded.tensors) == undamaged.weights[best]
     assert loaded.diagnostics[0] == f"read from {CHECKPOINTS}/{best}"
     unknown = {step for step, what in damaged.items() if what == str(run / CHECKPOINTS / str(step))}
     assert_named(
@@ -199,28 +201,28 @@ def assert_passed_over(sound: Sound, run: Path, damaged: dict[int, str]) -> None
             raise AssertionError(f"the damaged step {step} was read")
         except BridgeError as error:
             assert what in str(error), str(error)
-    said: list[str] = []
-    with Checkpoints(run, say=said.append) as checkpoints:
+    messages: list[str] = []
+    with Checkpoints(run, say=messages.append) as checkpoints:
         newest = checkpoints.latest()
         assert newest == good[-1]
-        assert hash_of_state(checkpoints.restore(newest, sound.like)) == sound.states[newest]
-    assert_named(damaged, said)
+        assert hash_of_state(checkpoints.restore(newest, undamaged.like)) == undamaged.states[newest]
+    assert_named(damaged, messages)
     assert all((run / CHECKPOINTS / f"{step}.damaged").is_dir() for step in damaged)
 
 
-def assert_named(damaged: dict[int, str], said: tuple[str, ...] | list[str]) -> None:
-    """The messages name these steps and no others, each with its damage."""
-    told = {
-        int(found[1]): line for line in said if (found := re.match(r"the checkpoint of step (\d+) is damaged", line))
+def assert_named(damaged: dict[int, str], messages: tuple[str, ...] | list[str]) -> None:
+    """Assert that the messages name exactly these steps, each with its damage."""
+    lines = {
+        int(found[1]): line
+        for line in messages
+        if (found := re.match(r"the checkpoint of step (\d+) is damaged", line))
     }
-    assert told.keys() == damaged.keys(), f"{damaged} was damaged, and this was said: {said}"
-    assert all(what in told[step] for step, what in damaged.items()), (
-        f"{damaged} was damaged, and this was said: {said}"
-    )
+    assert lines.keys() == damaged.keys(), f"{damaged} was damaged; messages: {messages}"
+    assert all(what in lines[step] for step, what in damaged.items()), f"{damaged} was damaged; messages: {messages}"
 
 
-def assert_resumed(sound: Sound, run: Path, damaged: dict[int, str], expected: str) -> None:
-    """Resume with the command; the result must equal that of the undamaged run."""
+def assert_resumed(undamaged: Undamaged, run: Path, damaged: dict[int, str], expected: str) -> None:
+    """Resume with the command, and assert that the result equals that of the undamaged run."""
     before = {step: _bytes(run / CHECKPOINTS / str(step)) for step in damaged}
     process = runs.start(run.parent, run.name, *FLAGS)
     output, errors = process.communicate(timeout=300)
@@ -234,11 +236,11 @@ def _bytes(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in _files(directory)}
 
 
-def corruptions(sound: Sound, rng: random.Random, beside: Path) -> Iterator[tuple[str, Path, dict[int, str]]]:
+def corruptions(undamaged: Undamaged, rng: random.Random, beside: Path) -> Iterator[tuple[str, Path, dict[int, str]]]:
     """Yield the corruptions in turn, each on a fresh copy of the run at the same path."""
     while True:
         for kind in KINDS:
-            run = sound.copy(beside)
+            run = undamaged.copy(beside)
             yield kind.__name__.replace("_", " "), run, corrupt(run, kind, rng)
             shutil.rmtree(run)
 
@@ -246,7 +248,7 @@ def corruptions(sound: Sound, rng: random.Random, beside: Path) -> Iterator[tupl
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corruptions", type=int, default=500)
-    parser.add_argument("--resumed", type=int, default=10, help="how many of them through the whole command")
+    parser.add_argument("--resumed", type=int, default=10, help="number of these that resume with the command")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, seen, wrong = random.Random(options.seed), Counter[str](), 0
@@ -255,21 +257,21 @@ def main() -> int:
         runs.write_text(directory)
         errors = runs.start(directory, "whole", *FLAGS).communicate(timeout=300)[1]
         assert not errors, errors
-        sound, expected = Sound.of(directory / "whole"), runs.outcome(directory / "whole")
-        cases = corruptions(sound, rng, directory / "run")
+        undamaged, expected = Undamaged.of(directory / "whole"), runs.outcome(directory / "whole")
+        cases = corruptions(undamaged, rng, directory / "run")
         for number, (kind, run, damaged) in enumerate(islice(cases, options.corruptions)):
             try:
                 if number < options.resumed:
-                    assert_resumed(sound, run, damaged, expected)
-                    seen["resumed by the whole command"] += 1
+                    assert_resumed(undamaged, run, damaged, expected)
+                    seen["resumed with the command"] += 1
                 else:
-                    assert_passed_over(sound, run, damaged)
+                    assert_skipped(undamaged, run, damaged)
             except AssertionError as error:
-                print(f"OTHERWISE: {kind} of {damaged}: {error}", flush=True)
+                print(f"FAILED: {kind} of {damaged}: {error}", flush=True)
                 wrong += 1
             seen[kind] += 1
             if (number + 1) % 50 == 0 or number + 1 == options.corruptions:
-                print(f"{number + 1} corruptions: {dict(seen)}, otherwise {wrong}", flush=True)
+                print(f"{number + 1} corruptions: {dict(seen)}, {wrong} failed", flush=True)
     return int(wrong > 0)
 
 

@@ -17,16 +17,16 @@ from pathlib import Path
 PAGE = 4096
 """Files on a tmpfs take multiples of this."""
 INSIDE = "GPT2_FAULTS_NAMESPACE"
-"""The environment variable that marks a process started by `namespace`."""
+"""The environment variable of a process started with `namespace`."""
 
 
 @dataclass(frozen=True)
 class Fault:
     name: str
     lasting: Callable[[], AbstractContextManager[None]]
-    """Apply the fault for the duration of the block."""
+    """A context manager that applies the fault."""
     why: str
-    """The message of the system."""
+    """The error message of the system."""
 
     @classmethod
     def full(cls, disk: Path, leave: int) -> Fault:
@@ -49,7 +49,7 @@ class Fault:
 
 @contextmanager
 def small_disk(place: Path, size: int) -> Iterator[Path]:
-    """A file system of this size in bytes."""
+    """Mount a tmpfs of this size in bytes."""
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", place], check=True)
     try:
@@ -59,7 +59,7 @@ def small_disk(place: Path, size: int) -> Iterator[Path]:
 
 
 def taken(path: Path) -> int:
-    """Bytes that a file, or all files of a directory, take on a tmpfs."""
+    """Return the bytes that a file, or all files of a directory, take on a tmpfs."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return PAGE * sum(math.ceil(file.stat().st_size / PAGE) for file in files)
 
@@ -75,7 +75,7 @@ def namespace() -> list[str]:
             mount = [*command, "mount", "-t", "tmpfs", "none", place]
             if subprocess.run(mount, capture_output=True).returncode == 0:
                 return command
-    raise OSError("nothing can be mounted here: it takes util-linux, and root or the right to user namespaces")
+    raise OSError("cannot mount file systems here: needs util-linux, and root or user namespaces")
 
 
 def enter_namespace() -> None:

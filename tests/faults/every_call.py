@@ -2,11 +2,11 @@
 
     PYTHONPATH=.:tests python -m faults.every_call
 
-Each case is traced once, which gives its K calls (`faults.syscalls`). It is then run K times in a process that is
-killed before the first call, before the second, and so on. Each kill must leave either the complete old or the complete
-new result, wherever something loads; and a repetition must succeed and leave nothing else behind. The trace also shows
-that all data is on the disk before it is renamed, and the new name before anything else is done.
-Prints what was found after how many kills. Exits with 1 if anything is wrong. Linux on x86-64 only.
+Each case is traced once, which gives its K calls (`faults.syscalls`). It then runs K times in a process that is killed
+before the first call, before the second, and so on. After each kill, every path that loads must have the complete old
+or the complete new result, and a repetition must succeed and leave nothing else behind. The trace also shows that all
+data is flushed before it is renamed, and that the new name is flushed before the next change.
+Prints the number of kills for each result. Exits with 1 if anything is wrong. Runs only on Linux on x86-64.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import matplotlib.backends.backend_agg  # noqa: F401  # here, so that not every forked process has to
+import matplotlib.backends.backend_agg  # noqa: F401  # imported before the forks, to save time
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from support.models import TINY, config_for, random_checkpoint, random_state
@@ -46,7 +46,7 @@ from gpt2_jax.training.run.directory import EXPORT
 from gpt2_jax.training.run.metrics import METRICS, PLOT
 from gpt2_jax.training.state import TrainState
 
-WRONG = "OTHERWISE"
+WRONG = "FAILED"
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Case(Protocol):
 
     @property
     def result(self) -> str:
-        """The names of its results."""
+        """The path of the result, relative to the directory."""
 
     def prepare(self, directory: Path) -> None:
         """Create the initial contents."""
@@ -64,9 +64,9 @@ class Case(Protocol):
     def act(self, directory: Path) -> None: ...
 
     def found(self, directory: Path, before: Path, whole: Path) -> str:
-        """Say in a few words what a kill left, and repeat the operation. Raises `AssertionError` if anything is wrong.
+        """Return a description of the state after a kill, and repeat the operation. Raises `AssertionError` on failure.
 
-        before, whole: the directory before the operation, and after one that is not killed.
+        before, whole: directories as before the operation, and as after a complete one.
         """
 
 
@@ -98,7 +98,7 @@ class Conversion:
         state = _which(directory, before, whole, self.result)
         _require_whole_where_it_loads(directory, before, whole)
         self._convert(directory, self.overwrite or is_there)
-        assert tree(directory) == tree(whole), "done again it is the same, and nothing is left beside it"
+        assert tree(directory) == tree(whole), "the repetition gives the same files and no others"
         return state
 
     def _convert(self, directory: Path, overwrite: bool) -> None:
@@ -107,7 +107,7 @@ class Conversion:
 
 
 class InPlace(Conversion):
-    """A wrong conversion, which shows that the check detects it."""
+    """A conversion that writes in place. The check must detect it."""
 
     def act(self, directory: Path) -> None:
         (directory / self.result).mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ class InPlace(Conversion):
 
 @dataclass(frozen=True)
 class Save:
-    """Saving the checkpoint of step 9 beside those of 3 and 6, with keep_last=2."""
+    """Save the checkpoint of step 9 beside those of 3 and 6, with keep_last=2."""
 
     result = f"{CHECKPOINTS}/9"
 
@@ -139,7 +139,7 @@ class Save:
         _require_whole_where_it_loads(directory, before, whole)
         assert bridge.fingerprint(bridge.load(directory).tensors) == _fingerprint(there[-1])
         with Checkpoints(directory, keep_last=2) as checkpoints:
-            assert _names(directory) == {*map(str, there)}, "nothing is left beside them"
+            assert _names(directory) == {*map(str, there)}, "no other files remain"
             assert checkpoints.latest() == there[-1]
             for step in there:
                 _require_restored(checkpoints, step)
@@ -150,7 +150,7 @@ class Save:
 
 @dataclass(frozen=True)
 class LaterLoss:
-    """Adding the validation loss to a checkpoint that was saved before its evaluation."""
+    """Add the validation loss to a checkpoint that was saved before its evaluation."""
 
     result = f"{CHECKPOINTS}/6/{manifest.MANIFEST}"
 
@@ -171,13 +171,13 @@ class LaterLoss:
             assert checkpoints.latest() == 6
             _require_restored(checkpoints, 6)
         self.act(directory)
-        assert tree(directory) == tree(whole), "done again it is the same, and nothing is left beside it"
+        assert tree(directory) == tree(whole), "the repetition gives the same files and no others"
         return state
 
 
 @dataclass(frozen=True)
 class End:
-    """Writing the export and the plot of a run, with or without earlier ones."""
+    """Write the export and the plot of a run, with or without earlier ones."""
 
     overwrite: bool = False
     result = EXPORT
@@ -201,7 +201,7 @@ class End:
         if (directory / EXPORT).exists():
             manifest.verify(directory / EXPORT)
         self.act(directory)
-        assert tree(directory) == tree(whole), "done again it is the same, and nothing is left beside it"
+        assert tree(directory) == tree(whole), "the repetition gives the same files and no others"
         return f"export {states[0]}, plot {states[1]}"
 
 
@@ -215,22 +215,22 @@ def cases() -> Iterator[Case]:
 
 
 def kill_at_each(case: Case, home: Path, only: int | None = None) -> tuple[list[Call], Counter[str], Counter[str]]:
-    """Return the calls of `case`, what was found after each kill, and the names of the calls that the kills prevented.
+    """Return the calls of `case`, the states after the kills, and the names of the calls that the kills prevented.
 
-    only: this many kills, evenly spaced, instead of one before each call.
+    only: the number of kills, evenly spaced. By default, one before each call.
     """
     before, whole, directory = (home / state / "run" for state in ("before", "whole", "killed"))
     calls = traced(case, before, whole)
     found, at = Counter[str](), Counter[str]()
     if late := named_early(calls, whole, case.result):
-        print(f"{case}: not on the disk before it has its name: {late}", file=sys.stderr)
+        print(f"{case}: renamed before it was flushed: {late}", file=sys.stderr)
         found[WRONG] += 1
     every = range(1, len(calls) + 1)
     for number in every if only is None else sorted({round(n) for n in np.linspace(1, len(calls), only)}):
         shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(before, directory)
         made, code = trace(lambda: case.act(directory), directory, kill_at=number)
-        if code == 0:  # the order of threads varies, and the number of their retries
+        if code == 0:  # the order of threads and the number of their retries vary
             found["ended before its kill"] += 1
             continue
         assert code == -signal.SIGKILL, f"{case} fails"
@@ -238,13 +238,13 @@ def kill_at_each(case: Case, home: Path, only: int | None = None) -> tuple[list[
         try:
             found[in_child(lambda: case.found(directory, before, whole))] += 1
         except EOFError:
-            print(f"{case}: killed at call {number}, {made[-1]}, it left this ^", file=sys.stderr)
+            print(f"{case}: killed at call {number}, {made[-1]}, which left the state above", file=sys.stderr)
             found[WRONG] += 1
     return calls, found, at
 
 
 def traced(case: Case, before: Path, whole: Path) -> list[Call]:
-    """Return the calls of `case` without a kill. Creates both directories: as before and as after the operation."""
+    """Return the calls of `case` without a kill. Creates the directories `before` and `whole`."""
     before.mkdir(parents=True)
     in_child(lambda: case.prepare(before))
     shutil.copytree(before, whole)
@@ -254,10 +254,10 @@ def traced(case: Case, before: Path, whole: Path) -> list[Call]:
 
 
 def named_early(calls: list[Call], directory: Path, result: str) -> list[str]:
-    """Return what of the result is renamed before it is on the disk, and its new name if that is not flushed next."""
+    """Return the files of the result that are renamed before they are flushed, and its parent if not flushed next."""
     named = [n for n, call in enumerate(calls) if call.name.startswith("rename") and call.to == result]
     if not named:
-        return [result]  # which had its name from the beginning
+        return [result]  # it was written under its final name
     at, on_disk, parent = named[-1], flushed(calls[: named[-1]]), str(Path(result).parent)
     there = [Path(), *(path.relative_to(directory / result) for path in (directory / result).rglob("*"))]
     late = [name for name in (str(calls[at].path / path) for path in there) if name not in on_disk]
@@ -265,7 +265,7 @@ def named_early(calls: list[Call], directory: Path, result: str) -> list[str]:
 
 
 def save_by_orbax_alone(home: Path) -> tuple[list[Call], set[str]]:
-    """The calls, and the files and directories that remain."""
+    """Return the calls of a save by Orbax, and the files and directories that it creates."""
     home.mkdir()
     calls, code = trace(lambda: ocp.save(home / "3", _state(3)), home)
     assert code == 0
@@ -277,9 +277,10 @@ def use_the_cpu() -> None:
 
 
 def in_child(work: Callable[[], T]) -> T:
-    """Return the result of `work` in a forked process. JAX's backend never starts in this one: a fork has no threads.
+    """Return the result of `work` in a forked process.
 
-    Raises `EOFError` if it fails; the child prints the reason.
+    A forked process has no other threads, so JAX's backend must never start in the parent. Raises `EOFError` on
+    failure, for which the child prints the reason.
     """
     receive, send = multiprocessing.Pipe(duplex=False)
     child = os.fork()
@@ -294,7 +295,7 @@ def in_child(work: Callable[[], T]) -> T:
 
 
 def tree(path: Path) -> dict[str, str | None] | None:
-    """Return all files, hidden ones too: name -> SHA-256, None for a directory; or None if the path does not exist."""
+    """Return name -> SHA-256 of all files, or None for a directory. Returns None if the path does not exist."""
     if not path.exists():
         return None
     return {
@@ -305,18 +306,18 @@ def tree(path: Path) -> dict[str, str | None] | None:
 
 def _which(directory: Path, before: Path, whole: Path, name: str) -> str:
     now, old, new = (tree(place / name) for place in (directory, before, whole))
-    assert now in (old, new), f"{name} is neither as it was nor as it will be"
+    assert now in (old, new), f"{name} is neither the old one nor the new one"
     return "new" if now == new else "none" if old is None else "old"
 
 
 def _require_whole_where_it_loads(directory: Path, *wholes: Path) -> None:
-    """Every path is either refused or loads the weights of a complete checkpoint."""
+    """Assert that every path is refused or loads the weights of a complete checkpoint."""
     known = {found for whole in wholes for found in _loadable(whole)}
-    assert _loadable(directory) <= known, "something loads that is not whole"
+    assert _loadable(directory) <= known, "an incomplete checkpoint loads"
 
 
 def _loadable(directory: Path) -> set[str]:
-    """Fingerprints of everything that loads from a directory or below it."""
+    """Return the fingerprints of everything that loads from a directory or below it."""
     found = set()
     for path in (directory, *directory.rglob("*")):
         try:
@@ -327,7 +328,7 @@ def _loadable(directory: Path) -> set[str]:
 
 
 def _begin_run(directory: Path, *saved: int) -> None:
-    """Create a run with these checkpoints, or add them to one, with one line of the log for each."""
+    """Create a run with these checkpoints, or add them to a run. Each has a line in the log."""
     write_config(directory / CONFIG, TINY)
     write_json(directory / RUN, {})
     for step in saved:
@@ -367,7 +368,7 @@ def _names(run: Path) -> set[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=int, metavar="N", help="N kills in each case, spread evenly, and not all")
+    parser.add_argument("--only", type=int, metavar="N", help="only N evenly spaced kills in each case")
     options = parser.parse_args()
     if why := why_not():
         parser.error(why)

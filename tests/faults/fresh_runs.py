@@ -22,11 +22,11 @@ from faults import runs
 from gpt2_jax.training.run.metrics import read_metrics
 
 LARGER = ("--batch-size", 16, "--n-positions", 64, "--seq-len", 64, "--attn-pdrop", 0.1)
-"""Larger than the other fault tests: on CPU, XLA processes small arrays with one thread."""
+"""Larger than in the other fault tests, because XLA on CPU processes small arrays with one thread."""
 
 
 def train(directory: Path, name: str, *flags: object) -> Path:
-    """A run in a separate process, on all processors, with the environment of this one."""
+    """Train in a separate process on all processors, with the environment of this one."""
     places = ["--data", directory / "text.txt", "--cache", directory / "cache", "--out", directory / name]
     command = [sys.executable, "-c", "from gpt2_jax.cli import main; main()", "train"]
     command += map(str, (*places, *runs.FLAGS, *LARGER, *flags))
@@ -41,13 +41,13 @@ def weights(run: Path) -> np.ndarray:
 
 
 def spread(found: list[Path]) -> str:
-    """Print the number of different results, and the largest difference."""
+    """Return a sentence with the number of different results and the largest difference."""
     ends = {runs.outcome(run) for run in found}
     apart = max(np.abs(weights(a) - weights(b)).max() for a, b in combinations(found, 2))
     losses = [read_metrics(run)[-1]["val_loss"] for run in found]
     return (
-        f"{len(found)} runs, {len(ends)} different ends; weights at most {apart:.2g} apart, where the largest is "
-        f"{np.abs(weights(found[0])).max():.2g}; last validation losses {max(losses) - min(losses):.2g} nats"
+        f"{len(found)} runs, {len(ends)} different results; weights differ by at most {apart:.2g}, the largest is "
+        f"{np.abs(weights(found[0])).max():.2g}; last validation losses differ by {max(losses) - min(losses):.2g} nats"
     )
 
 

@@ -1,10 +1,10 @@
-"""Full disks, file size limits and read-only directories: the command ends with one message, existing files are
-unchanged, and once there is space, the resumed run gives the result of an undisturbed one.
+"""Full disks, file size limits and read-only directories: the command prints one error and leaves existing files
+unchanged. When it can write again, the resumed run gives the result of an undisturbed one.
 
     PYTHONPATH=.:tests python -m faults.full_disks --levels 50 --limits 10
 
-Mounts a file system of a few MB in its own namespace: needs util-linux, and root or user namespaces. Prints how often
-which write failed. Exits with 1 if anything is wrong.
+Mounts a file system of a few MB in its own namespace, which needs util-linux, and root or user namespaces. Prints how
+often each write failed. Exits with 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from gpt2_jax.cli import main as gpt2
 
 FLAGS = ("--n-embd", 24)
 SIZE = 8 * 2**20
-NOT_BEGUN, ON_ITS_WAY, AT_ITS_END, WHOLE = "not begun", "on its way", "at its end", "whole"
-"""States of a run. At its end, it has its last checkpoint, but neither the export nor the plot."""
+NOT_STARTED, HALFWAY, TRAINED, WHOLE = "not started", "halfway", "trained", "whole"
+"""States of a run. A trained one has its last checkpoint, but neither the export nor the plot."""
 LIMITS = (
-    (ON_ITS_WAY, 400_000),
-    (NOT_BEGUN, 0),
-    (NOT_BEGUN, 1_000),
-    (NOT_BEGUN, 10_000),
-    (NOT_BEGUN, 10**6),
-    (ON_ITS_WAY, 0),
-    (ON_ITS_WAY, 15_000),
-    (ON_ITS_WAY, 10**6),
-    (AT_ITS_END, 5_000),
-    (AT_ITS_END, 30_000),
-    (AT_ITS_END, 100_000),
-    (AT_ITS_END, 10**6),
+    (HALFWAY, 400_000),
+    (NOT_STARTED, 0),
+    (NOT_STARTED, 1_000),
+    (NOT_STARTED, 10_000),
+    (NOT_STARTED, 10**6),
+    (HALFWAY, 0),
+    (HALFWAY, 15_000),
+    (HALFWAY, 10**6),
+    (TRAINED, 5_000),
+    (TRAINED, 30_000),
+    (TRAINED, 100_000),
+    (TRAINED, 10**6),
 )
 NOTHING = "nothing"
 
 Case = tuple[str, Fault, Callable[[Fault], str]]
-"""An operation under a fault. It returns what could not be written."""
+"""The name of an operation, the fault, and a function that checks it and returns what could not be written."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A directory with the started runs, and a small disk."""
+    """A directory with runs in all states, and a small disk."""
 
     directory: Path
     disk: Path
@@ -72,89 +72,89 @@ class Bench:
     def set_up(cls, directory: Path, disk: Path) -> Bench:
         runs.write_text(directory)
         (directory / "elsewhere").mkdir()
-        process = runs.start(directory, ON_ITS_WAY, *FLAGS)
-        while len(steps(directory / ON_ITS_WAY)) < 2 and process.poll() is None:
+        process = runs.start(directory, HALFWAY, *FLAGS)
+        while len(steps(directory / HALFWAY)) < 2 and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         code, errors = train(directory, WHOLE)
         assert (code, errors) == (0, ""), errors
         ends = shutil.ignore_patterns("export", "loss.png")
-        shutil.copytree(directory / WHOLE, directory / AT_ITS_END, ignore=ends)
+        shutil.copytree(directory / WHOLE, directory / TRAINED, ignore=ends)
         for to in WRITABLE:
             huggingface_directory(directory / f"for {to}", config_for(to))
         return cls(directory, disk, runs.outcome(directory / WHOLE))
 
-    def lay(self, begun: str, place: Path) -> Path:
-        """Put a run in this state into `place`."""
+    def copy_run(self, state: str, place: Path) -> Path:
+        """Copy a run in this state to `place`."""
         clear(place)
-        if begun != NOT_BEGUN:
-            shutil.copytree(self.directory / begun, place / "run", ignore=shutil.ignore_patterns(".*"))
+        if state != NOT_STARTED:
+            shutil.copytree(self.directory / state, place / "run", ignore=shutil.ignore_patterns(".*"))
         return place / "run"
 
     def levels(self, count: int) -> list[tuple[str, int]]:
-        """Yield states and numbers of free bytes: page by page where files end, up to more than the run needs."""
-        checkpoint = taken(newest(self.directory / ON_ITS_WAY)) // PAGE
+        """Return (state, free bytes). The sizes are dense around the ends of files, and exceed the needs of the run."""
+        checkpoint = taken(newest(self.directory / HALFWAY)) // PAGE
         export, plot = (taken(self.directory / WHOLE / name) // PAGE for name in ("export", "loss.png"))
         pages = {
-            NOT_BEGUN: [*range(12), checkpoint // 2, checkpoint + 12, 4 * checkpoint],
-            ON_ITS_WAY: [
+            NOT_STARTED: [*range(12), checkpoint // 2, checkpoint + 12, 4 * checkpoint],
+            HALFWAY: [
                 *range(5),
                 *range(12, checkpoint - 4, 18),
                 *range(checkpoint - 4, checkpoint + 3),
                 *(checkpoint * quarters // 4 for quarters in (5, 6, 7, 8, 10, 12)),
             ],
-            AT_ITS_END: [
+            TRAINED: [
                 *(0, 1, 2, export // 2, export - 1, export, export + 1),
                 *(export + plot // 2, export + plot - 1, export + plot, export + plot + 4),
             ],
         }
-        every = [(begun, number * PAGE) for begun, numbers in pages.items() for number in numbers]
+        every = [(state, number * PAGE) for state, numbers in pages.items() for number in numbers]
         return [every[round(i * (len(every) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def of_runs(bench: Bench, levels: int, cached: int, limits: int, read_only: int) -> Iterator[tuple[str, list[Case]]]:
-    """Yield this many cases of each fault."""
+    """Yield the name and the cases of each kind of fault, in the given numbers."""
 
-    def case(begun: str, place: Path, fault: Fault, *more: object) -> Case:
-        return f"a run {begun}", fault, lambda fault: withstands(bench, begun, place, fault, *more)
+    def case(state: str, place: Path, fault: Fault, *more: object) -> Case:
+        return f"a run {state}", fault, lambda fault: check_run(bench, state, place, fault, *more)
 
     disk, inside = bench.disk, ("--cache", bench.disk / "cache")
-    yield "full disks", [case(begun, disk, Fault.full(disk, leave)) for begun, leave in bench.levels(levels)]
-    small = [(begun, number * PAGE) for begun in (NOT_BEGUN, ON_ITS_WAY) for number in (0, 4, 10)][:cached]
-    yield "full disks with the cache", [case(begun, disk, Fault.full(disk, leave), *inside) for begun, leave in small]
+    yield "full disks", [case(state, disk, Fault.full(disk, leave)) for state, leave in bench.levels(levels)]
+    small = [(state, number * PAGE) for state in (NOT_STARTED, HALFWAY) for number in (0, 4, 10)][:cached]
+    yield "full disks with the cache", [case(state, disk, Fault.full(disk, leave), *inside) for state, leave in small]
     elsewhere = bench.directory / "elsewhere"
-    yield "limited files", [case(begun, elsewhere, Fault.limit(size)) for begun, size in LIMITS[:limits]]
-    states = (ON_ITS_WAY, NOT_BEGUN, AT_ITS_END)[:read_only]
-    yield "read-only disks", [case(begun, disk, Fault.read_only(disk)) for begun in states]
-    yield "no permission", [case(begun, disk, Fault.forbidden(disk)) for begun in states]
+    yield "limited files", [case(state, elsewhere, Fault.limit(size)) for state, size in LIMITS[:limits]]
+    states = (HALFWAY, NOT_STARTED, TRAINED)[:read_only]
+    yield "read-only disks", [case(state, disk, Fault.read_only(disk)) for state in states]
+    yield "no permission", [case(state, disk, Fault.forbidden(disk)) for state in states]
 
 
 def of_conversions(bench: Bench) -> Iterator[tuple[str, list[Case]]]:
     disk = bench.disk
     for to in WRITABLE:
-        converts(bench, to, disk, False, None)
+        check_conversion(bench, to, disk, False, None)
         size = taken(disk / "converted")
         faults = [Fault.full(disk, leave) for leave in (0, PAGE, size // 2, size - PAGE, size + 4 * PAGE)]
         faults += [Fault.limit(limit) for limit in (0, 100, size // 4, 2 * size)]
         faults += [Fault.read_only(disk), Fault.forbidden(disk)]
-        for overwrite, how in ((False, "anew"), (True, "over another")):
-            meet = partial(converts, bench, to, disk, overwrite)
-            yield f"conversions to {to}, {how}", [(how, fault, meet) for fault in faults]
+        for overwrite, how in ((False, "new"), (True, "overwritten")):
+            check = partial(check_conversion, bench, to, disk, overwrite)
+            yield f"conversions to {to}, {how}", [(how, fault, check) for fault in faults]
 
 
-def withstands(bench: Bench, begun: str, place: Path, fault: Fault, *more: object) -> str:
-    """Resume a run under a fault, then without it."""
-    run = bench.lay(begun, place)
+def check_run(bench: Bench, state: str, place: Path, fault: Fault, *more: object) -> str:
+    """Resume a run under a fault, then without it. Returns what could not be written."""
+    run = bench.copy_run(state, place)
     name = str(run.relative_to(bench.directory))
     with fault.lasting():
         code, errors = train(bench.directory, name, *more)
     failed = what_failed(code, errors, fault, run)
-    assert_readable(run, begun)
+    assert_readable(run, state)
     if failed != NOTHING:
         code, errors = train(bench.directory, name, *more)
-        assert (code, errors) == (0, ""), f"it does not continue: {errors}"
-    assert runs.outcome(run) == bench.expected, "it came to another end"
+        assert (code, errors) == (0, ""), f"it does not resume: {errors}"
+    assert runs.outcome(run) == bench.expected, "the result differs"
     wrong = names(run) ^ names(bench.directory / WHOLE)
     assert not wrong, f"left behind, or missing: {wrong}"
     there = {path.name for path in place.iterdir()} - {"cache"}
@@ -163,7 +163,7 @@ def withstands(bench: Bench, begun: str, place: Path, fault: Fault, *more: objec
 
 
 def train(directory: Path, name: str, *more: object) -> tuple[int, str]:
-    """Exit code and standard error of `gpt2 train --resume`."""
+    """Return the exit code and standard error of `gpt2 train --resume`."""
     process = runs.start(directory, name, *FLAGS, *more)
     try:
         _, errors = process.communicate(timeout=120)
@@ -174,7 +174,7 @@ def train(directory: Path, name: str, *more: object) -> tuple[int, str]:
 
 
 def what_failed(code: int, errors: str, fault: Fault, target: Path) -> str:
-    """The one message names the failed write."""
+    """Return what could not be written, according to the error message."""
     if (code, errors) == (0, ""):
         return NOTHING
     assert code == 2, f"exit code {code}: {errors}"
@@ -189,9 +189,9 @@ def what_failed(code: int, errors: str, fault: Fault, target: Path) -> str:
     return re.sub(r"^\.(.*)\.[0-9a-f]{8}\.partial$", r"\1", name)
 
 
-def assert_readable(run: Path, begun: str) -> None:
-    """Check its newest checkpoint, and the run."""
-    assert steps(run) or begun == NOT_BEGUN, "its checkpoints are gone"
+def assert_readable(run: Path, state: str) -> None:
+    """Assert that the run and its newest checkpoint can be read."""
+    assert steps(run) or state == NOT_STARTED, "its checkpoints are missing"
     if steps(run):
         verified(run, steps(run)[-1])
         for source in (run, newest(run)):
@@ -205,12 +205,15 @@ def newest(run: Path) -> Path:
 
 
 def names(run: Path) -> set[str]:
-    """Hashes of all files. The files of Orbax's databases have random names."""
+    """Return the paths of all files. Random names of the files in Orbax's databases are replaced."""
     return {re.sub(r"/[0-9a-f]{32}$", "/*", str(path.relative_to(run))) for path in run.rglob("*")}
 
 
-def converts(bench: Bench, to: str, place: Path, overwrite: bool, fault: Fault | None) -> str:
-    """The directory holds either the complete new result or the unchanged old one."""
+def check_conversion(bench: Bench, to: str, place: Path, overwrite: bool, fault: Fault | None) -> str:
+    """Convert under a fault, and assert that the complete new result or the unchanged old one is there.
+
+    Returns what could not be written.
+    """
     clear(place)
     source, target = bench.directory / f"for {to}", place / "converted"
     if overwrite:
@@ -223,20 +226,20 @@ def converts(bench: Bench, to: str, place: Path, overwrite: bool, fault: Fault |
     if failed == NOTHING:
         assert bridge.fingerprint(bridge.load(target).tensors) == bridge.fingerprint(bridge.load(source).tensors)
     else:
-        assert contents(target) == before, "what was there is not as it was"
+        assert contents(target) == before, "an existing file changed"
     assert there == ({target.name} if overwrite or failed == NOTHING else set()), there
     return failed
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    """Exit code and standard error of `gpt2 ARGUMENTS`, in this process."""
+    """Return the exit code and standard error of `gpt2 ARGUMENTS`, run in this process."""
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
         try:
             gpt2([str(argument) for argument in arguments])
         except SystemExit as ended:
             return int(ended.code or 0), errors.getvalue()
-    raise AssertionError("it did not end")
+    raise AssertionError("the command did not exit")
 
 
 def contents(directory: Path) -> dict[str, str]:
@@ -252,22 +255,22 @@ def clear(place: Path) -> None:
 def count(name: str, cases: list[Case]) -> int:
     """Run the cases and print their results. Returns the number of failures."""
     failed, wrong = Counter[str](), 0
-    for who, fault, meet in cases:
+    for who, fault, check in cases:
         try:
-            failed[meet(fault)] += 1
+            failed[check(fault)] += 1
         except AssertionError as error:
-            print(f"OTHERWISE: {who}, {fault.name}: {error}", flush=True)
+            print(f"FAILED: {who}, {fault.name}: {error}", flush=True)
             wrong += 1
-    print(f"{name}: {len(cases)}; what could not be written: {dict(failed)}; otherwise {wrong}", flush=True)
+    print(f"{name}: {len(cases)}; what could not be written: {dict(failed)}; {wrong} failed", flush=True)
     return wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levels", type=int, default=50, help="of bytes that are free")
-    parser.add_argument("--cached", type=int, default=6, help="with the tokeniser's cache on the disk too")
-    parser.add_argument("--limits", type=int, default=12, help="of how large a file may get")
-    parser.add_argument("--read-only", type=int, default=3, help="states of a run that cannot be written to")
+    parser.add_argument("--levels", type=int, default=50, help="number of sizes of free space")
+    parser.add_argument("--cached", type=int, default=6, help="number of these with the token cache on the disk too")
+    parser.add_argument("--limits", type=int, default=12, help="number of file size limits")
+    parser.add_argument("--read-only", type=int, default=3, help="number of states with a read-only directory")
     parser.add_argument("--conversions", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     enter_namespace()

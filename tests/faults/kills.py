@@ -39,14 +39,14 @@ def kill_until_done(directory: Path, name: str, kills: int, rng: random.Random, 
 
 
 def _saves(run: Path, began: float) -> bool:
-    """Whether a checkpoint is being written. Partial ones of the last kill or under removal do not count."""
+    """Return whether a checkpoint is being written, other than partial ones of the last kill or under removal."""
     newest = (steps(run) or [0])[-1]
     partial = {path: int(path.name.split(".")[1]) for path in (run / "checkpoints").glob(".*.partial*")}
     return any(step > newest and path.stat().st_mtime > began for path, step in partial.items())
 
 
 def _moment(run: Path, process: subprocess.Popen[str], rng: random.Random) -> float:
-    """One kill in eight falls into the start of the process, the others within 0.4 s after the start of a save."""
+    """Return the seconds to wait: one kill in eight is at the start of the process, others within 0.4 s of a save."""
     if rng.random() < 1 / 8:
         return rng.uniform(0, 3)
     known = _files(run)
@@ -80,9 +80,9 @@ def main() -> int:
             same = kill_until_done(directory, f"run {seen['runs']}", kills, rng, seen) == expected
             seen["runs"] += 1
             seen["runs of three or more"] += seen["kills"] - before >= 3
-            ends["the same" if same else "OTHERWISE"] += 1
+            ends["same" if same else "different"] += 1
             print(dict(seen), dict(ends), flush=True)
-    return int(ends["OTHERWISE"] > 0)
+    return int(ends["different"] > 0)
 
 
 if __name__ == "__main__":

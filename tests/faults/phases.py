@@ -1,6 +1,6 @@
-"""The phases of a run for faults: in a chosen phase, the process creates a file, and waits until the file is removed.
+"""Phases of a run for faults. In a chosen phase, the process creates a file and waits until the file is removed.
 
-It also records the steps that it saves, because each process writes its own part of a checkpoint.
+The process also records the steps that it saves, because each process writes its own part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAST = -1
 
 
 class Phase(NamedTuple):
-    """One of the calls of a function."""
+    """The call of a function at which the process waits."""
 
     owner: Any
     function: str
@@ -43,7 +43,7 @@ PHASES = {
     "the first evaluation": Phase(loop.Loop, "validate"),
     "compiling the step": Phase(loop.Loop, "train_step"),
     "training": Phase(loop.Loop, "train_step", 10),
-    "evaluating": Phase(loop.Loop, "eval_step", 4),  # the second batch of the second one, after step 8
+    "evaluating": Phase(loop.Loop, "eval_step", 4),  # the second batch of the second evaluation, after step 8
     "sampling": Phase(loop, "sample"),
     "saving": Phase(Checkpoints, "save", 3),
     "writing": Phase(Checkpoints, "_commit", 4),  # Orbax writes while the training continues
@@ -86,7 +86,7 @@ def note_saves(file: Path) -> None:
 
 
 def _once_made(phase: Phase, file: Path) -> None:
-    """The compiled steps are attributes of the loop, not of its class."""
+    """Wrap a compiled step, which is an attribute of the loop and not of its class."""
     make = loop.Loop.__init__
 
     def made(self: loop.Loop, *arguments: Any, **named: Any) -> None:

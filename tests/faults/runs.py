@@ -52,7 +52,7 @@ def start(directory: Path, name: str, *more: object, variables: Mapping[str, str
 
 
 def finish(directory: Path, name: str, *more: object) -> str:
-    """Run to the end. Returns the hash of the result."""
+    """Resume the run until it is complete. Returns the hash of the result."""
     process = start(directory, name, *more)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -60,8 +60,11 @@ def finish(directory: Path, name: str, *more: object) -> str:
 
 
 def outcome(run: Path, last: int = STEPS) -> str:
-    """SHA-256 of every array of the last checkpoint (parameters, moving average, optimizer state), the export, and
-    the log, which has the loss of every step."""
+    """Return the SHA-256 of the result of a run.
+
+    It covers every array of the last checkpoint (parameters, moving average, optimizer state), the export, and the log
+    with the loss of every step.
+    """
     assert steps(run)[-1] == last
     verified(run, last)
     seen = hashlib.sha256()

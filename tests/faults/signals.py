@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tests python -m faults.signals
 
-Then a second signal in the phases after the first: the run ends at once, and its files are valid. And a signal while
-XLA compiles a model for a long time. Exits with 1 if anything is wrong.
+Also tests a second signal in the phases after the first, which must end the run at once and leave valid files, and a
+signal during a long compilation. Exits with 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ AT_ONCE = 1.0
 """Seconds within which a second signal must have ended it."""
 SAMPLES = ("--sample-tokens", 3)
 OUTSIDE = {"opening the data", "leaving"}
-"""Phases in which there is nothing to save: a signal acts as in any Python program."""
+"""Phases in which there is nothing to save. A signal acts as in any Python program."""
 DONE = {"the last save", "exporting"}
-"""Phases in which everything is evaluated and saved: the run finishes."""
+"""Phases in which everything is evaluated and saved. The run finishes."""
 LONG = ("--no-scan", "--n-layer", 12, "--remat", "none")
 """Flags of a model that XLA compiles for a long time."""
 
@@ -75,19 +75,19 @@ def examine(directory: Path, fault: Fault, expected: str) -> tuple[float, list[s
             wrong.append("the second signal did not end it at once")
     elif fault.at[0] in OUTSIDE:
         if process.returncode != (stopped if fault.number == signal.SIGINT else killed):
-            wrong.append("it did not end as any program does")
+            wrong.append("it did not end like any Python program")
     elif fault.at[0] in DONE:
         if process.returncode != 0:
-            wrong.append("it did not end as one that is done")
+            wrong.append("it did not end like a complete run")
     elif process.returncode != stopped or f"saved at step {steps(run)[-1]}" not in out:
-        wrong.append("it did not say that it saved")
+        wrong.append("it did not report a save")
     if seconds > GRACE or "Traceback" in errors:
         wrong.append(f"{seconds:.1f} seconds, {errors}")
     for step in steps(run):
         verified(run, step)  # raises
     if runs.finish(directory, name, *SAMPLES) != expected:
-        wrong.append("the run that went on ended otherwise")
-    print(f"{fault}: {process.returncode} after {seconds:.2f} s, {wrong or 'as it must'}", flush=True)
+        wrong.append("the resumed run has another result")
+    print(f"{fault}: {process.returncode} after {seconds:.2f} s, {wrong or 'ok'}", flush=True)
     shutil.rmtree(run)
     return seconds, wrong
 
@@ -125,7 +125,7 @@ def while_compiling(directory: Path, number: signal.Signals) -> tuple[float, lis
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", choices=[*phases.PHASES], help="one phase alone")
+    parser.add_argument("--phase", choices=[*phases.PHASES], help="only this phase")
     chosen = parser.parse_args().phase
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
@@ -138,9 +138,9 @@ def main() -> int:
     second = [seconds for fault, (seconds, _) in ends.items() if len(fault.at) == 2]
     wrong = [*(line for _, lines in (*ends.values(), *compiling) for line in lines)]
     print(
-        f"{len(first)} signals, the longest {max(first):.2f} s; {len(second)} second ones, "
-        f"{max(second, default=0):.2f} s; {len(compiling)} while compiling, {max(compiling)[0]:.2f} s; "
-        f"{wrong or 'all as they must'}"
+        f"{len(first)} signals, at most {max(first):.2f} s; {len(second)} second signals, at most "
+        f"{max(second, default=0):.2f} s; {len(compiling)} while compiling, at most {max(compiling)[0]:.2f} s; "
+        f"{wrong or 'all ok'}"
     )
     return int(bool(wrong))
 

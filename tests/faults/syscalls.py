@@ -1,7 +1,7 @@
 """Trace the system calls with which a process and its threads change a directory, and kill it before one of them.
 
-A tracer like strace (ptrace(2)). strace itself counts the calls of each thread separately, so it cannot kill a process
-with many threads before each call in turn. Changes through mapped memory are not system calls and are not seen.
+This is a tracer like strace (ptrace(2)). strace counts the calls of each thread separately, so it cannot kill a process
+with many threads before each call in turn. Changes through mapped memory are not system calls and are not detected.
 """
 
 from __future__ import annotations
@@ -48,8 +48,11 @@ CALLS = {
     326: ("copy_file_range", "..f"),
     328: ("pwritev2", "f"),
 }
-"""System calls of x86-64 by number: the name, and the kinds of the arguments: a file descriptor, a path, the directory
-of the next path, the flags of open (only those that create or truncate a file matter), or something else."""
+"""System calls of x86-64: number -> (name, kinds of arguments).
+
+The kinds are f, a file descriptor; p, a path; d, the directory of the next path; o, the flags of open, of which only
+those that create or truncate a file matter; and ., anything else.
+"""
 
 _SYSCALL, _SEIZE, _INTERRUPT, _GET_SYSCALL_INFO = 24, 0x4206, 0x4207, 0x420E  # of PTRACE_
 _OPTIONS = 0x1 | 0x2 | 0x4 | 0x8 | 0x100000  # of PTRACE_O_: TRACESYSGOOD, TRACEFORK, TRACEVFORK, TRACECLONE, EXITKILL
@@ -59,7 +62,7 @@ _ENTRY, _WALL, _FROM_HERE = 1, 0x40000000, 0xFFFFFF9C  # PTRACE_SYSCALL_INFO_ENT
 
 @dataclass(frozen=True)
 class Call:
-    """One change. Paths below the directory are relative to it."""
+    """A system call that changes a file. Paths below the directory are relative to it."""
 
     name: str
     path: str
@@ -81,7 +84,7 @@ class _SyscallInfo(ctypes.Structure):
 def why_not() -> str | None:
     """Return why tracing is impossible here, or None."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        return "system calls are known by the numbers that Linux gives them on x86-64"
+        return "tracing uses the system call numbers of Linux on x86-64"
     try:
         trace(lambda: None, Path("/"))
     except OSError as error:
@@ -105,8 +108,8 @@ def trace(work: Callable[[], object], below: Path, kill_at: int | None = None) -
                 return calls, os.waitstatus_to_exitcode(status)
             continue
         stopped_by = os.WSTOPSIG(status)
-        is_signal = stopped_by != _AT_SYSCALL and not status >> 16  # and not an event of tracing
-        with suppress(ProcessLookupError, FileNotFoundError):  # the process ends, and this thread is gone already
+        is_signal = stopped_by != _AT_SYSCALL and not status >> 16  # not an event of tracing
+        with suppress(ProcessLookupError, FileNotFoundError):  # the thread has already ended
             if stopped_by == _AT_SYSCALL and len(calls) != kill_at:
                 calls += _change(thread, below)
                 if len(calls) == kill_at:
@@ -115,7 +118,7 @@ def trace(work: Callable[[], object], below: Path, kill_at: int | None = None) -
 
 
 def flushed(calls: Iterable[Call]) -> set[str]:
-    """Return the files, and the directories as lists of names, that are on the disk after these calls."""
+    """Return the files and directories that are flushed after these calls. A directory is flushed with its names."""
     there: set[str] = set()
     for call in calls:
         if call.name in ("fsync", "fdatasync"):
@@ -136,7 +139,7 @@ def _renamed(path: str, old: str, new: str) -> str:
 
 
 def _forked_and_seized(work: Callable[[], object]) -> int:
-    """The leader of a new process group. It starts when it is traced."""
+    """Fork the leader of a new process group, which runs `work` when it is traced."""
     wait, go = os.pipe()
     child = os.fork()
     if child == 0:
@@ -146,7 +149,7 @@ def _forked_and_seized(work: Callable[[], object]) -> int:
     os.setpgid(child, child)
     try:
         _ptrace(_SEIZE, child, None, _OPTIONS)
-        _ptrace(_INTERRUPT, child, None, None)  # from here on, it stops at every call
+        _ptrace(_INTERRUPT, child, None, None)  # from now on, it stops at every call
     except OSError:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -196,7 +199,7 @@ def _target(link: Path) -> str:
     try:
         return os.readlink(link)
     except FileNotFoundError:
-        return ""  # not a descriptor of this process; the call will fail
+        return ""  # an invalid descriptor; the call will fail
 
 
 def _text(process: Path, address: int) -> str:

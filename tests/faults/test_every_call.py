@@ -1,4 +1,4 @@
-"""The short version of `faults.every_call`: kills before some calls; and data is on the disk before it is renamed."""
+"""The short version of `faults.every_call`: kills before some calls, and the order of flushes and renames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from faults.syscalls import Call
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[Executor]:
-    """A process in which JAX's backend was never started, so that it can fork."""
+    """A process that can fork, because JAX's backend has not started in it."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, initializer=every_call.use_the_cpu) as process:
         if why := process.submit(syscalls.why_not).result():
@@ -37,18 +37,16 @@ def fresh() -> Iterator[Executor]:
     ],
     ids=["conversion", "save", "end"],
 )
-def test_after_a_kill_it_is_the_old_one_or_the_new_one(
-    fresh: Executor, tmp_path: Path, case: Case, states: set[str]
-) -> None:
+def test_a_kill_leaves_the_old_or_the_new_result(fresh: Executor, tmp_path: Path, case: Case, states: set[str]) -> None:
     _, found, at = fresh.submit(every_call.kill_at_each, case, tmp_path, only=8).result()
     assert {*found} <= {*states, "ended before its kill"}
     assert at.total() >= 6
 
 
-def test_a_conversion_in_place_would_be_noticed(fresh: Executor, tmp_path: Path) -> None:
+def test_a_conversion_in_place_is_detected(fresh: Executor, tmp_path: Path) -> None:
     _, found, at = fresh.submit(every_call.kill_at_each, InPlace("huggingface"), tmp_path, only=4).result()
     assert at.total() == 4
-    assert found == {"none": 1, WRONG: 4}, "three of the kills, and its name, which it has too early"
+    assert found == {"none": 1, WRONG: 4}, "three of the kills and the early name fail"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +58,7 @@ def test_a_conversion_in_place_would_be_noticed(fresh: Executor, tmp_path: Path)
     ],
     ids=str,
 )
-def test_what_gets_a_name_is_on_the_disk(fresh: Executor, tmp_path: Path, case: Case, file: str) -> None:
+def test_data_is_flushed_before_it_is_renamed(fresh: Executor, tmp_path: Path, case: Case, file: str) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
     calls = fresh.submit(every_call.traced, case, before, after).result()
     assert every_call.named_early(calls, after, case.result) == []
@@ -69,13 +67,11 @@ def test_what_gets_a_name_is_on_the_disk(fresh: Executor, tmp_path: Path, case: 
     assert late.endswith(f"/{file}")
 
 
-def test_orbax_alone_flushes_arrays_and_neither_what_describes_them_nor_the_name(
-    fresh: Executor, tmp_path: Path
-) -> None:
-    """Why `Checkpoints` flushes everything. If this fails, Orbax has changed, and that may be unnecessary."""
+def test_orbax_alone_flushes_arrays_but_not_metadata_or_the_name(fresh: Executor, tmp_path: Path) -> None:
+    """This is why `Checkpoints` flushes everything. If it fails, Orbax has changed, and flushing may be redundant."""
     calls, there = fresh.submit(every_call.save_by_orbax_alone, tmp_path / "run").result()
     late = {*there, "."} - syscalls.flushed(calls)
-    assert not [name for name in late if Path(name).parent.name == "d"], "the arrays"
+    assert not [name for name in late if Path(name).parent.name == "d"], "arrays are flushed"
     assert late >= {
         ".",
         "3",
@@ -86,7 +82,7 @@ def test_orbax_alone_flushes_arrays_and_neither_what_describes_them_nor_the_name
     }
 
 
-def test_what_is_on_the_disk() -> None:
+def test_flushed_files_follow_from_the_calls() -> None:
     calls = [Call("mkdir", "a"), Call("openat", "a/b"), Call("write", "a/b"), Call("fsync", "a/b"), Call("fsync", "a")]
     assert syscalls.flushed(calls) == {"a", "a/b"}
     assert syscalls.flushed([*calls, Call("write", "a/b")]) == {"a"}

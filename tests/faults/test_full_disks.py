@@ -12,10 +12,10 @@ import pytest
 from faults.disks import INSIDE, namespace
 from faults.runs import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # inherited by its processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # also in child processes
 
 
-def test_a_run_that_cannot_write_says_so_and_goes_on_once_it_can(tmp_path: Path) -> None:
+def test_a_run_that_cannot_write_names_the_file_and_can_be_resumed(tmp_path: Path) -> None:
     try:
         start = namespace()
     except OSError as error:

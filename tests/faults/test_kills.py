@@ -1,4 +1,4 @@
-"""The short version of `make faults`."""
+"""The short version of `faults.kills`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from faults import kills, runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # inherited by its processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # also in child processes
 
 
-def test_a_run_that_is_killed_ends_as_the_one_that_is_not(tmp_path: Path) -> None:
+def test_a_killed_run_gives_the_same_result(tmp_path: Path) -> None:
     runs.write_text(tmp_path)
     expected, seen = runs.finish(tmp_path, "whole"), Counter[str]()
     assert kills.kill_until_done(tmp_path, "killed", 2, random.Random(3), seen) == expected

@@ -10,10 +10,10 @@ import pytest
 from faults import runs
 from faults.signals import SAMPLES, Fault, examine
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # inherited by its processes
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]  # also in child processes
 
 
-def test_a_second_signal_ends_a_run_that_goes_on_to_the_same_end(tmp_path: Path) -> None:
+def test_a_run_ended_by_a_second_signal_resumes_to_the_same_result(tmp_path: Path) -> None:
     runs.write_text(tmp_path)
     _, wrong = examine(
         tmp_path, Fault(("training", "writing"), signal.SIGINT), runs.finish(tmp_path, "whole", *SAMPLES)

@@ -26,5 +26,5 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
 
 
 @pytest.mark.parametrize("fault", SOME, ids=str)
-def test_the_other_process_ends_and_the_run_goes_on(fault: Fault, trial: Trial) -> None:
+def test_the_other_process_ends_and_the_run_can_be_resumed(fault: Fault, trial: Trial) -> None:
     assert examine(trial, fault, Counter()) == []

@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests python -m faults.two_processes
 
-SIGTERM in every phase: both save the same step within the grace period, also if the other process is signalled later,
-while they save or export. A second SIGTERM to one process is treated as such a late one, and a third ends it at once.
-kill -9, and a hanging machine (SIGSTOP): the other process ends by itself, with a message. After each fault, the run
-is resumed, and must give the result of an undisturbed one. Prints each fault and the longest times. Exits with 1 if
+After SIGTERM in any phase, both processes must save the same step within the grace period, even if the other process is
+signalled later, while they save or export. A second SIGTERM to one process counts as such a late signal, and a third
+ends it at once. After kill -9 or a hang (SIGSTOP) of one process, the other must exit with a message. After each fault,
+the resumed run must give the result of an undisturbed one. Prints each fault and the longest times. Exits with 1 if
 anything is wrong. `--only KIND` selects one kind of fault.
 """
 
@@ -34,18 +34,18 @@ from gpt2_jax.parallel.distributed import HEARTBEAT_TIMEOUT
 GRACE = 30
 """Seconds from a SIGTERM within which both processes must have ended."""
 ALONE = HEARTBEAT_TIMEOUT + 10
-"""Seconds within which a process that has lost the other must have ended."""
+"""Seconds within which a process must have ended after the loss of the other."""
 AT_ONCE = 1.0
-"""Seconds."""
-NOTICED = 2.0
+"""Seconds within which a third signal must have ended the process."""
+POLLED = 2.0
 """Seconds that a process stays in its phase after a SIGTERM, because JAX polls for it every second."""
 MESHES = ("fsdp=2", "data=2")
 STEPS = 24
 FLAGS = shlex.split(f"""
     --max-steps {STEPS} --eval-every 8 --eval-batches 2 --num-microbatches 1 --n-layer 1 --n-embd 48 --sample-tokens 2
 """)
-HEARD = 0.1
-"""Seconds after which Python has run the handler of a signal."""
+HANDLED = 0.1
+"""Seconds within which Python runs the handler of a signal."""
 TO_SAVE = {"SIGTERM", "SIGTERM to both"}
 STOPPED, COMPLETE = 128 + signal.SIGTERM, 0
 LATE = {"the last step", "the last save", "exporting", "leaving"}
@@ -61,22 +61,22 @@ Process = subprocess.Popen[str]
 @dataclass(frozen=True)
 class Fault:
     kind: str
-    told: int
-    """The process."""
+    process: int
+    """The process that receives the signals."""
     at: tuple[str, ...]
     """The phases in which it receives the signal, once in each."""
     mesh: str
 
     def __str__(self) -> str:
-        return f"{self.kind} to process {self.told}, {' and '.join(self.at)}, {self.mesh}"
+        return f"{self.kind} to process {self.process}, {' and '.join(self.at)}, {self.mesh}"
 
 
 @dataclass(frozen=True)
 class Ended:
     code: int | None
-    """None if it had to be killed."""
+    """None if the test had to kill it."""
     seconds: float
-    """After the last signal."""
+    """From the last signal to the end."""
     out: str
     err: str
 
@@ -93,20 +93,20 @@ SIGNALS = {
 def all_faults() -> Iterator[Fault]:
     meshes = itertools.cycle(MESHES)
     for phase in phases.PHASES:
-        if phase != "leaving":  # its work is done, and it ignores the signal
-            for told in (0, 1):
-                yield Fault("SIGTERM", told, (phase,), next(meshes))
-        next(meshes)  # so that each process is signalled with both
-    for told in (0, 1):
+        if phase != "leaving":  # a finished process ignores the signal
+            for process in (0, 1):
+                yield Fault("SIGTERM", process, (phase,), next(meshes))
+        next(meshes)  # in the next phase, each process has the other mesh
+    for process in (0, 1):
         for late in ("the last save", "exporting"):
-            yield Fault("SIGTERM to both", told, ("training", late), next(meshes))
-        yield Fault("third SIGTERM", told, ("training", "the last save"), next(meshes))
+            yield Fault("SIGTERM to both", process, ("training", late), next(meshes))
+        yield Fault("third SIGTERM", process, ("training", "the last save"), next(meshes))
     for phase in KILLED_IN:
-        for told in (0, 1):
-            yield Fault("kill -9", told, (phase,), next(meshes))
+        for process in (0, 1):
+            yield Fault("kill -9", process, (phase,), next(meshes))
         next(meshes)
-    for told in (0, 1):
-        yield Fault("hang", told, ("training",), next(meshes))
+    for process in (0, 1):
+        yield Fault("hang", process, ("training",), next(meshes))
 
 
 class Trial:
@@ -135,35 +135,35 @@ class Trial:
             file.unlink()
         return half
 
-    def strike(self, fault: Fault) -> list[Ended]:
+    def inject(self, fault: Fault) -> list[Ended]:
         """Start the run and send the signals. Returns how both processes end."""
         run = self.directory / str(fault)
         if "restoring" in fault.at:
             shutil.copytree(self.half(fault.mesh), run)
         files = {phase: self.directory / f"{fault} {phase}" for phase in fault.at}
-        stays = 0 if phases.PHASES[fault.at[-1]].first_process_alone else fault.told
-        started = self.start(run.name, fault.mesh, stays, files)
+        waiting = 0 if phases.PHASES[fault.at[-1]].first_process_alone else fault.process
+        started = self.start(run.name, fault.mesh, waiting, files)
         for file in files.values():
             phases.wait_for(file, *started)
             is_last = file == [*files.values()][-1]
-            told = 1 - fault.told if fault.kind == "SIGTERM to both" and is_last else fault.told
+            receiver = 1 - fault.process if fault.kind == "SIGTERM to both" and is_last else fault.process
             if fault.kind == "third SIGTERM" and is_last:
-                started[told].send_signal(signal.SIGTERM)  # the second
-                time.sleep(HEARD)
-                assert started[told].poll() is None, "it was taken for a late one"
-            started[told].send_signal(SIGNALS[fault.kind])
+                started[receiver].send_signal(signal.SIGTERM)  # the second
+                time.sleep(HANDLED)
+                assert started[receiver].poll() is None, "the second signal ended it"
+            started[receiver].send_signal(SIGNALS[fault.kind])
             sent = time.monotonic()
             if fault.kind in TO_SAVE or not is_last:
-                time.sleep(NOTICED)
+                time.sleep(POLLED)
             file.unlink(missing_ok=True)
         if fault.kind == "hang":
-            [ended] = _ends([started[1 - fault.told]], sent, 2 * ALONE)
-            started[fault.told].kill()
-            return [*_ends([started[fault.told]], sent, 1), ended][:: -1 if fault.told else 1]
+            [ended] = _ends([started[1 - fault.process]], sent, 2 * ALONE)
+            started[fault.process].kill()
+            return [*_ends([started[fault.process]], sent, 1), ended][:: -1 if fault.process else 1]
         return _ends(started, sent, 2 * ALONE)
 
-    def start(self, run: str, mesh: str, stays: int = 0, files: dict[str, Path] | None = None) -> list[Process]:
-        """Start or resume the run; the process `stays` waits in the phases of `files`."""
+    def start(self, run: str, mesh: str, waiting: int = 0, files: dict[str, Path] | None = None) -> list[Process]:
+        """Start or resume the run; process `waiting` waits in the phases of `files`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -174,13 +174,13 @@ class Trial:
                 run,
                 *(*FLAGS, "--mesh", mesh, "--distributed", "--processes", 2, "--process", process),
                 *("--coordinator", f"127.0.0.1:{port}"),
-                variables={phases.SAVED: f"{self._saves(run, process)}", **(places if process == stays else {})},
+                variables={phases.SAVED: f"{self._saves(run, process)}", **(places if process == waiting else {})},
             )
             for process in (0, 1)
         ]
 
     def saved(self, run: str, process: int) -> list[int]:
-        """The steps that this process saved; none if it resumed from the step at which it stopped."""
+        """Return the steps that this process saved. There are none if it resumed from the step at which it stopped."""
         file = self._saves(run, process)
         return [int(line) for line in file.read_text().split()] if file.exists() else []
 
@@ -188,14 +188,14 @@ class Trial:
         return self.directory / f"saved by {process} of {run}"
 
     def finish(self, run: str, mesh: str) -> str:
-        """Run to the end. Returns the hash of the result."""
+        """Resume the run until it is complete. Returns the hash of the result."""
         ended = _ends(self.start(run, mesh), time.monotonic(), 300)
         assert [e.code for e in ended] == [0, 0], ended
         return runs.outcome(self.directory / run, STEPS)
 
 
 def _ends(started: Sequence[Process], since: float, limit: float) -> list[Ended]:
-    """Return how each process ends by itself, or that it does not end within this many seconds."""
+    """Return how each process ends within `limit` seconds. Kills those that do not."""
     seconds: dict[int, float] = {}
     while len(seconds) < len(started) and time.monotonic() < since + limit:
         for number, process in enumerate(started):
@@ -211,28 +211,28 @@ def _ends(started: Sequence[Process], since: float, limit: float) -> list[Ended]
     ]
 
 
-def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
+def problems_of(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
     """Return what is wrong after the fault."""
     wrong, run = [], trial.directory / str(fault)
-    told, other = ended[fault.told], ended[1 - fault.told]
+    signalled, other = ended[fault.process], ended[1 - fault.process]
     if fault.kind in TO_SAVE:
         codes = [e.code for e in ended]
         if codes != [STOPPED] * 2 and not (fault.at[0] in LATE and codes == [COMPLETE] * 2):
-            wrong.append(f"they ended with {codes}")
+            wrong.append(f"the exit codes are {codes}")
         if max(e.seconds for e in ended) > GRACE:
-            wrong.append(f"they took {[e.seconds for e in ended]} seconds")
+            wrong.append(f"the processes took {[e.seconds for e in ended]} seconds")
         saved = [trial.saved(run.name, process) for process in (0, 1)]
         if saved[0] != saved[1] or saved[0][-1:] not in ([], steps(run)[-1:]):
-            wrong.append(f"they saved {saved}, and the last checkpoint is {steps(run)[-1:]}")
+            wrong.append(f"the processes saved {saved}, but the last checkpoint is {steps(run)[-1:]}")
         if codes == [STOPPED] * 2 and f"saved at step {steps(run)[-1]}" not in ended[0].out:
-            wrong.append("the last checkpoint is not of the step that it said")
+            wrong.append("the last checkpoint is not that of the reported step")
     else:
         if other.code is None or other.seconds > ALONE:
-            wrong.append("the other did not end by itself in time")
+            wrong.append("the other process did not end in time")
         if not other.err.rstrip().rpartition("\n")[2].startswith("gpt2: ") or "--resume" not in other.err:
-            wrong.append("the other ended without saying what to do")
-        if fault.kind == "third SIGTERM" and (told.code != -signal.SIGTERM or told.seconds > AT_ONCE):
-            wrong.append(f"the third signal ended it after {told.seconds:.1f} s with {told.code}")
+            wrong.append("the other process ended without instructions to resume")
+        if fault.kind == "third SIGTERM" and (signalled.code != -signal.SIGTERM or signalled.seconds > AT_ONCE):
+            wrong.append(f"the third signal ended it after {signalled.seconds:.1f} s with {signalled.code}")
     for step in steps(run):
         verified(run, step)  # raises
     return wrong
@@ -240,8 +240,8 @@ def complaints(trial: Trial, fault: Fault, ended: Sequence[Ended]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=[*SIGNALS], help="one kind of fault")
-    parser.add_argument("--phase", help="one phase")
+    parser.add_argument("--only", choices=[*SIGNALS], help="only this kind of fault")
+    parser.add_argument("--phase", help="only this phase")
     options = parser.parse_args()
     chosen = [
         fault
@@ -253,25 +253,25 @@ def main() -> int:
         trial = Trial(Path(temporary))
         for fault in chosen:
             wrong = examine(trial, fault, longest)
-            count["as they must"] += not wrong
-            count["OTHERWISE"] += bool(wrong)
+            count["ok"] += not wrong
+            count["failed"] += bool(wrong)
     print({**count, "longest": {kind: f"{seconds:.1f} s" for kind, seconds in longest.items()}})
-    return int(count["OTHERWISE"] > 0)
+    return int(count["failed"] > 0)
 
 
 def examine(trial: Trial, fault: Fault, longest: Counter[str]) -> list[str]:
     """Cause one fault and resume the run. Returns what was wrong."""
     expected, run = trial.expected(fault.mesh), trial.directory / str(fault)
-    ended = trial.strike(fault)
+    ended = trial.inject(fault)
     at = steps(run)[-1:]
-    wrong = complaints(trial, fault, ended)
-    heeds = ended if fault.kind in TO_SAVE else [ended[1 - fault.told]]
-    seconds = max(e.seconds for e in heeds)
+    wrong = problems_of(trial, fault, ended)
+    ending = ended if fault.kind in TO_SAVE else [ended[1 - fault.process]]
+    seconds = max(e.seconds for e in ending)
     longest[fault.kind] = max(longest[fault.kind], seconds)
     if trial.finish(run.name, fault.mesh) != expected:
-        wrong.append("the run that went on ended otherwise")
+        wrong.append("the resumed run has another result")
     shutil.rmtree(run)
-    print(f"{fault}: codes {[e.code for e in ended]}, {seconds:.1f} s, went on from {at}: {wrong or 'as it must'}")
+    print(f"{fault}: codes {[e.code for e in ended]}, {seconds:.1f} s, resumed from {at}: {wrong or 'ok'}")
     for line in wrong and [f"{i} {text}" for i, e in enumerate(ended) for text in (e.out + e.err).splitlines()]:
         print(f"    {line}")
     sys.stdout.flush()

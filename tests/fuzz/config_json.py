@@ -1,4 +1,4 @@
-"""`config.json`, read by transformers; the fields that are carried along survive an export."""
+"""`config.json`, read by transformers. Harmless extra fields survive an export."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
 
 
 def judge(source: Path) -> str:
-    """What loads is what transformers reads, and is the same once it was written."""
+    """A file that loads must have the values that transformers reads, and survive a round trip."""
     try:
         fields = read_json(source / "config.json")
         config = GPT2Config.from_hf(fields)
@@ -49,8 +49,8 @@ def judge(source: Path) -> str:
     assert harmless_fields(again) == carried
     try:
         theirs = transformers.GPT2Config.from_dict(json.loads((source / "config.json").read_bytes()))
-    except Exception:  # whatever its validation raises
+    except Exception:  # its validation raises any exception
         return "only we load it"
-    unlike = [name for name in COMPARED if getattr(config, name) != getattr(theirs, name)]
-    assert not unlike, f"transformers reads {unlike} as {[getattr(theirs, name) for name in unlike]}"
+    different = [name for name in COMPARED if getattr(config, name) != getattr(theirs, name)]
+    assert not different, f"transformers reads {different} as {[getattr(theirs, name) for name in different]}"
     return "loaded"

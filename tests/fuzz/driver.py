@@ -1,16 +1,16 @@
-"""Damaged checkpoints by the thousand: each is refused with a `BridgeError`, or is what its bytes say.
+"""Thousands of damaged checkpoints: each is refused with a `BridgeError`, or read as another library reads it.
 
     PYTHONPATH=.:tests python -m fuzz.driver --mutants 100000 [--formats llmc gguf] [--seed 1] [--state FILE]
 
-With `--state` the driver can be stopped at any time (Ctrl-C) and continues after the last mutant that it finished.
+With `--state`, the driver can be stopped at any time (Ctrl-C) and later continues after the last finished mutant.
 
-Each format has a module here with `samples` (small valid checkpoints), `mutable` (the files of one that are damaged)
-and `oracle` (the arrays of one under canonical names, read by another library). A mutant that loads must have the
-fingerprint of what the oracle reads. A mutant that loads but that the oracle rejects is only counted.
+Each format has a module here with `samples` (small valid checkpoints), `mutable` (the files of a checkpoint to damage)
+and `oracle` (its arrays under canonical names, read by another library). A mutant that loads must have the fingerprint
+of the oracle's arrays. A mutant that loads although the oracle rejects it is only counted.
 
 A companion of the weights (`tokenizer.json`, `config.json` ...) has a module with `judge` instead of `oracle`: it reads
-a mutant, compares it with what another library reads, and returns the outcome. A module may also have `repair` (updates
-checksums) and `damage` (changes the structure of a file, because changed bytes alone are rejected early).
+a mutant, compares the result with that of another library, and returns the outcome. A module may also have `repair`,
+which updates checksums, and `damage`, which changes the structure of a file, because random bytes are rejected early.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COMPANIONS = ("tokenizer_json", "vocab_and_merges", "config_json", "settings", "
 DATA = ("npy_file", "token_cache", "run_json", "manifest_json", "metrics_lines", "run_arrays")
 MOST_SECONDS = 2.0
 MOST_GROWTH = 64 * 2**20
-"""Bytes by which the process may grow for one mutant."""
+"""Limit on the growth of the process for one mutant, in bytes."""
 
 _TELLING = (0, 1, 2, 3, 7, 8, 0x20, 0x2E, 0x5B, 0x7B, 0x7F, 0x80, 0x92, 0xC0, 0xC9, 0xDF, 0xFE, 0xFF)
 _WIDE = (0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
@@ -48,14 +48,14 @@ _WIDE = (0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 
 
 @dataclass
 class Outcome:
-    """What became of the mutants of one format."""
+    """Results for the mutants of one format."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    """Of "refused", "loaded" (as the oracle reads it) and "only we load it"."""
+    """Numbers of "refused", "loaded" (as the oracle reads it) and "only we load it"."""
     slowest: float = 0.0
-    """Seconds."""
+    """Seconds for one mutant."""
     growth: int = 0
-    """Bytes by which a mutant made the process larger, the most of all."""
+    """Largest growth of the process by one mutant, in bytes."""
 
 
 def fuzz(
@@ -66,17 +66,17 @@ def fuzz(
     outcome: Outcome | None = None,
     finished: Callable[[Outcome], object] = lambda _: None,
 ) -> Outcome:
-    """Damage samples of one format `mutants` times; raises `AssertionError`, with how to repeat it, on a failure.
+    """Damage samples of one format `mutants` times. A failure raises `AssertionError` with the seed to repeat it.
 
     Args:
-        outcome: of the first mutants, where an earlier call was stopped; it is continued.
+        outcome: the results of an earlier call that was stopped. The call continues after its mutants.
         finished: called after each mutant.
     """
     module = importlib.import_module(f"fuzz.{format}")
     sources = module.samples(folder)
     originals = {file: file.read_bytes() for source in sources for file in module.mutable(source)}
     for source in sources:
-        assert _judged(module, source) == "loaded", f"{source.name} does not load before it is damaged"
+        assert _judged(module, source) == "loaded", f"{source.name} does not load without damage"
     outcome = outcome or Outcome()
     for number in range(outcome.counts.total(), mutants):
         rng = random.Random(f"{seed} {number}")
@@ -84,7 +84,7 @@ def fuzz(
         file = rng.choice(module.mutable(source))
         file.write_bytes(_mutant(module, file, originals[file], rng))
         if hasattr(module, "repair") and rng.random() < 0.7:
-            module.repair(source)  # checksums made right again, so that what they protect is reached
+            module.repair(source)  # with valid checksums, damage reaches the code behind them
         size, began = _reset_peak(), time.process_time()
         try:
             result = _judged(module, source)
@@ -121,9 +121,9 @@ def _judged(module: ModuleType, source: Path) -> str:
         return "refused"
     try:
         theirs = _fingerprint_of_oracle(module, source)
-    except Exception:  # whatever a peer raises for a file that it does not take
+    except Exception:  # other libraries raise any exception for invalid files
         return "only we load it"
-    assert ours == theirs, "it loads, and not as what its bytes say"
+    assert ours == theirs, "it loads, but differs from what the oracle reads"
     return "loaded"
 
 
@@ -138,7 +138,7 @@ def _fingerprint_of_oracle(module: ModuleType, source: Path) -> str:
 
 
 def _damaged(content: bytes, rng: random.Random) -> bytes:
-    """`content` with one to four changes, each near the beginning or near the end or anywhere."""
+    """Return `content` with one to four changes, each near the beginning, near the end or anywhere."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         at = _place(len(changed), rng)
@@ -178,7 +178,7 @@ def _place(length: int, rng: random.Random) -> int:
 
 
 def _reset_peak() -> int:
-    """The peak from now on: the size of the process, in bytes; where Linux's /proc is not there, the peak up to now."""
+    """Reset the peak memory and return it in bytes. Without Linux's /proc, it cannot be reset."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _peak()
@@ -192,7 +192,7 @@ def _peak() -> int:
 
 
 class _State:
-    """The outcomes of a run of the driver, kept in a file between its processes."""
+    """The outcomes of the driver, stored in a file so that another process can continue."""
 
     def __init__(self, file: Path | None, seed: int) -> None:
         self._file, self._seed, self._saved_at = file, seed, time.monotonic()
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=100_000, help="of each format")
     parser.add_argument("--formats", nargs="+", choices=formats, default=formats)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--state", type=Path, help="keep what is done in this file, and continue from it")
+    parser.add_argument("--state", type=Path, help="store the progress in this file, and continue from it")
     chosen = parser.parse_args()
     state = _State(chosen.state, chosen.seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""This project's Flax directory, read by the `safetensors` package and taken apart by hand."""
+"""This project's Flax directory, read by the `safetensors` package and converted here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def oracle(source: Path) -> dict[str, np.ndarray]:
     arrays = {}
     for path, array in load_file(source / "flax_model.safetensors").items():
         *modules, kind = path.split("/")
-        if "c_attn" in modules:  # [D, 3, H, K] and [3, H, K], joined as torch has them
+        if "c_attn" in modules:  # [D, 3, H, K] or [3, H, K]; torch has one axis for 3, H and K
             array = array.reshape(*array.shape[:-3], -1)
         elif kind == "kernel" and array.ndim == 3:  # [H, K, D]
             array = array.reshape(-1, array.shape[-1])

@@ -39,7 +39,7 @@ def mutable(source: Path) -> list[Path]:
 
 
 def oracle(source: Path) -> dict[str, np.ndarray]:
-    """Under canonical names; a head that equals the embedding is tied, and what was widened is narrowed."""
+    """Read the arrays. Widened vectors are narrowed, and a head that equals the embedding is tied."""
     reader = GGUFReader(source)
     stored = {tensor.name: _values(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     for key, dtype in WIDENED.items():

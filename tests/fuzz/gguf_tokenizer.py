@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, read by the `gguf` package and made by the `tokenizers` library."""
+"""The tokenizer in a GGUF file, read by the `gguf` package and built with the `tokenizers` library."""
 
 from __future__ import annotations
 

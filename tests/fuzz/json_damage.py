@@ -1,4 +1,4 @@
-"""Damage to the structure of JSON: values that readers do not expect, names dropped, doubled and swapped."""
+"""Damage to the structure of JSON: unexpected values, and names that are dropped, duplicated or swapped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Raw:
-    """JSON text as it is: what `json.dumps` does not write."""
+    """JSON text that `json.dumps` does not write."""
 
     text: str
 
@@ -37,7 +37,7 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def damaged_json(content: bytes, rng: random.Random) -> bytes:
-    """One to three changes; `content` as it is where it holds no object or list."""
+    """Return `content` with one to three changes."""
     value = _mutable(json.loads(content))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         _change(value, rng)
@@ -45,7 +45,7 @@ def damaged_json(content: bytes, rng: random.Random) -> bytes:
 
 
 def _change(value: Any, rng: random.Random) -> None:
-    """Change one entry of `value` or of a list or object in it; objects are lists of pairs here."""
+    """Change one entry of a container, or of a container in it."""
     while True:
         entries = value.entries
         if not entries:
@@ -76,7 +76,7 @@ def _change(value: Any, rng: random.Random) -> None:
 
 
 def _near(old: Any, rng: random.Random) -> Any:
-    """A value that differs from `old` a little, or in its type alone."""
+    """Return a value that differs slightly from `old`, or only in its type."""
     if isinstance(old, bool) or old is None:
         return rng.choice((True, False, 0, 1, None))
     if isinstance(old, int | float):

@@ -1,4 +1,4 @@
-"""llm.c's files, read with numpy from the layout that its train_gpt2.py writes."""
+"""llm.c's files, read with numpy according to its train_gpt2.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def mutable(source: Path) -> list[Path]:
 
 
 def oracle(source: Path) -> dict[str, np.ndarray]:
-    """The arrays one after the other, as `write_tensors` in train_gpt2.py lists them."""
+    """Read the arrays in the order of `write_tensors` in train_gpt2.py."""
     header = np.fromfile(source, "<i4", 256).tolist()
     version, positions, vocabulary, layers, _, width, rows = header[1:8]
     numbers = np.fromfile(source, {3: np.float32, 5: ml_dtypes.bfloat16}[version], offset=1024)

@@ -1,4 +1,4 @@
-"""`manifest.json` of a checkpoint, with a seal that is right or wrong."""
+"""`manifest.json` of a checkpoint, with a valid or an invalid seal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
 
 
 def repair(source: Path) -> None:
-    """As an attacker does, who can hash."""
+    """Update the hashes, as an attacker can."""
     path = source / manifest.MANIFEST
     with suppress(ValueError, RecursionError):
         content = json.loads(path.read_bytes())

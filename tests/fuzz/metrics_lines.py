@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: lines that are no records are left out."""
+"""`metrics.jsonl`: lines that are not records are skipped."""
 
 from __future__ import annotations
 

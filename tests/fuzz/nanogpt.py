@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints as torch and as this project write them, read by `torch.load`."""
+"""nanoGPT's checkpoints, written by torch and by this project, and read by `torch.load`."""
 
 from __future__ import annotations
 

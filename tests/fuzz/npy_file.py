@@ -27,7 +27,7 @@ def mutable(source: Path) -> list[Path]:
 
 
 def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
-    """Pieces of the header replaced by others, under a length that is right."""
+    """Replace pieces of the header. The length field stays correct."""
     header = content[10:128].decode().strip()
     for _ in range(rng.choice((1, 1, 2, 3))):
         old, new = rng.choice([part for part in PARTS if part in header] or [header]), rng.choice(PIECES)

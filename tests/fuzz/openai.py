@@ -1,6 +1,6 @@
-"""OpenAI's directories: files that TensorFlow wrote, read by a plain reader of its index that checks nothing.
+"""OpenAI's directories, written by TensorFlow and read by a simple reader that checks nothing.
 
-Nearly every damage is found by a checksum, so most mutants get the checksums of their index made right again.
+Checksums detect nearly all damage, so most mutants get valid checksums in their index.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def entries(index: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def index_handle(index: bytes) -> tuple[int, int]:
-    """Offset and size of the block of blocks, from the last 48 bytes."""
+    """Return the offset and size of the index block, from the last 48 bytes."""
     numbers, at = [], len(index) - 48
     for _ in range(4):
         number, at = varint(index, at)
@@ -102,7 +102,7 @@ def varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def repair(source: Path) -> None:
-    """Give the blocks of the index the checksums of what they hold now, as far as they can be found."""
+    """Update the checksums of all blocks that can be found."""
     file = source / "model.ckpt.index"
     content = bytearray(file.read_bytes())
     try:

@@ -1,4 +1,4 @@
-"""The arrays of a run, with checksums and manifests that are right or wrong; read by tensorstore alone."""
+"""The arrays of a run, with valid or invalid checksums and manifests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PIECES = (*TELLING, *b"gzip [1099511627776] -1 99999999999 true null 1e999 {} ..
 
 
 def samples(folder: Path) -> list[Path]:
-    """A run as it is written, one that is compressed, and one whose tree is not, of which more mutants get through."""
+    """Write an ordinary run, a compressed one, and one whose uncompressed B-tree lets more mutants through."""
     params = {"params": bridge.to_flax(random_state(SMALLEST), SMALLEST, stacked=True)}
     sources = [folder / name / "checkpoints" / "7" for name in ("plain", "compressed", "by_hand")]
     for source in sources:
@@ -74,7 +74,7 @@ def mutable(source: Path) -> list[Path]:
 
 
 def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
-    """A piece of text replaced by another, at its length where lengths matter."""
+    """Replace a piece of text, usually by one of the same length."""
     found = [piece for piece in TELLING if piece in content] or [content[:1]]
     old, new = rng.choice(found), rng.choice(PIECES)
     places = [at for at in range(len(content)) if content.startswith(old, at)]
@@ -84,7 +84,7 @@ def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
 
 
 def repair(source: Path) -> None:
-    """As an attacker does, who can compute checksums."""
+    """Update the checksums, as an attacker can."""
     for file in mutable(source)[1:]:
         content = bytearray(file.read_bytes())
         starts = [at for at in range(len(content)) if content.startswith(NODE, at)]

@@ -1,4 +1,4 @@
-"""JSON files that an export copies: generation settings and those of a tokenizer."""
+"""JSON files that an export copies: settings of generation and of a tokenizer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
 
 
 def judge(source: Path) -> str:
-    """What is copied is the same bytes, and an object to any JSON reader."""
+    """A copied file must have the same bytes, and be an object for any JSON reader."""
     copy = source.parent / "copy"
     try:
         carry_files(replace(random_checkpoint(SMALLEST), path=source), copy)

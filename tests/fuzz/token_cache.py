@@ -1,4 +1,4 @@
-"""A directory of the token cache, with hashes that are right or wrong."""
+"""A directory of the token cache, with valid or invalid hashes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def damage(content: bytes, file: Path, rng: random.Random) -> bytes:
 
 
 def repair(source: Path) -> None:
-    """As an attacker does, who can hash."""
+    """Update the hashes, as an attacker can."""
     with suppress(ValueError, RecursionError, TypeError):
         about = json.loads((source / "tokens.json").read_bytes())
         for field, name in HASHES.items():

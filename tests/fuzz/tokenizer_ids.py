@@ -1,4 +1,4 @@
-"""What a mutant's tokenizer is judged by: the ids that the `tokenizers` library gives for the same files."""
+"""Comparison of a mutant's tokenizer with that of the `tokenizers` library for the same files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DIFFICULT = [text for text in TEXTS if len(text) < 400] + CORPUS[:3]
 
 @cache
 def small_bpe() -> tokenizers.Tokenizer:
-    """A byte-level BPE of the bytes, 30 merges and one special token: small, so that changes reach all of it."""
+    """Return a byte-level BPE of 256 bytes, 30 merges and one special token. Damage reaches all of it."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
@@ -31,7 +31,7 @@ def small_bpe() -> tokenizers.Tokenizer:
 
 
 def judged(load: Callable[[], tiktoken.Encoding], theirs: Callable[[], tokenizers.Tokenizer]) -> str:
-    """ "refused", or "loaded" where both give the same ids, or "only we load it" where `theirs` raises."""
+    """Return "refused", "loaded" if both give the same ids, or "only we load it" if `theirs` raises."""
     try:
         ours = load()
     except bridge.BridgeError:
@@ -43,7 +43,7 @@ def judged(load: Callable[[], tiktoken.Encoding], theirs: Callable[[], tokenizer
         tokenizer.no_padding()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # its panics are not Exceptions
+    except BaseException:  # panics in Rust are not Exceptions
         return "only we load it"
     for text in _without(tokenizer.get_added_tokens_decoder().values(), ids):
         if ids[text] is not None:
@@ -53,7 +53,7 @@ def judged(load: Callable[[], tiktoken.Encoding], theirs: Callable[[], tokenizer
 
 
 def _ids(ours: tiktoken.Encoding, text: str) -> list[int] | None:
-    """None for a text with characters that a tokenizer of characters does not have."""
+    """Return the ids of a text, or None if a character tokenizer lacks one of its characters."""
     try:
         ids = ours.encode_ordinary(text)
         assert ours.decode(ids) == text
@@ -65,6 +65,6 @@ def _ids(ours: tiktoken.Encoding, text: str) -> list[int] | None:
 
 
 def _without(added: Iterable[tokenizers.AddedToken], texts: Iterable[str]) -> list[str]:
-    """The texts in which no added token occurs: tiktoken recognises those only where it is asked to."""
+    """Return the texts without added tokens, which tiktoken recognises only on request."""
     contents = [token.content for token in added]
     return [text for text in texts if not any(content in text for content in contents)]

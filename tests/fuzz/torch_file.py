@@ -29,7 +29,7 @@ def samples(folder: Path) -> list[Path]:
             state["h.0.mlp.c_fc.weight"] = state["h.0.mlp.c_fc.weight"].T.contiguous().T  # a view with strides
             state["h.0.attn.bias"] = torch.ones(1, 1, P, P, dtype=torch.bool).tril()
             state = OrderedDict(state)
-            state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined] # as a module's state_dict() has it
+            state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined] # like the state_dict() of a module
         else:
             state = {n: torch.nn.Parameter(tensor) for n, tensor in state.items()}
         torch.save(state, folder / name / "pytorch_model.bin")

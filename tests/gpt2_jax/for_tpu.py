@@ -1,8 +1,8 @@
-"""Compile attention for four TPUs without having any. test_jax_attention.py runs this in a separate process.
+"""Compile attention for four TPUs on a machine without TPUs. test_jax_attention.py runs it in a separate process.
 
     python for_tpu.py splash|dots|full|plain LENGTH FILE
 
-Writes the program of value and gradients to FILE. `dots` and `full` are the splash kernel with that `remat`.
+Writes the compiled program for value and gradients to FILE. `dots` and `full` are the splash kernel with that `remat`.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_scores_of_thousands_do_not_overflow(length: int, x64: None) -> None:
 
 @pytest.mark.parametrize("larger", [1.0, 1e3])
 def test_blockwise_supports_vmap_and_second_derivatives(larger: float, x64: None) -> None:
-    """The written gradients support vmap and second derivatives."""
+    """The hand-written gradients support vmap and second derivatives."""
     q, k, v, _ = heads(5, np.float64)
 
     def slope(function: Attention) -> Any:
@@ -308,7 +308,7 @@ def test_cudnn_equals_xla(length: int, dtype: Any, rounding: float) -> None:
 def test_the_tpu_kernel_compiles_for_a_mesh_of_tpus(tmp_path: Path) -> None:
     """Compiled by the TPU's compiler, which needs no TPU. The program has the kernels and no array of all scores."""
     if find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: `make test-tpu` puts it beside the environment")
+        pytest.skip("libtpu is not installed: `make test-tpu` installs it")
     length = 1024
     quiet = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -29,7 +29,7 @@ each_form = pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
 
 
 def random_key(seed: int) -> jax.Array:
-    """A key of the generator that compiles in half the time of JAX's default."""
+    """Return a key of the generator that compiles in half the time of JAX's default."""
     return jax.random.key(seed, impl="rbg")
 
 

@@ -225,7 +225,7 @@ def test_the_loop_over_tokens_copies_no_cache():
     assert copies_of(size, program) == []
 
 
-def test_a_copy_in_a_loop_would_be_found():
+def test_the_check_detects_a_copy_in_a_loop():
     def exchanged(a: Any, b: Any) -> Any:
         return jax.lax.fori_loop(0, 3, lambda _, pair: (pair[1] + 1, pair[0]), (a, b))
 

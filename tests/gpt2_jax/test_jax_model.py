@@ -29,7 +29,7 @@ each_form = pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
 
 
 def random_key(seed: int) -> jax.Array:
-    """Of the generator that compiles in half the time of JAX's default."""
+    """Return a key of the generator that compiles in half the time of JAX's default."""
     return jax.random.key(seed, impl="rbg")
 
 
@@ -80,7 +80,7 @@ def test_scanned_layers_are_initialised_differently():
 
 
 @each_form
-def test_a_call_returns_logits_and_touches_nothing_else(scan: bool):
+def test_a_call_returns_logits_and_changes_nothing_else(scan: bool):
     config = replace(SMALL, attn_pdrop=0.1, embd_pdrop=0.1, resid_pdrop=0.1)
     model = GPT2(config, scan=scan)
     rngs = {"params": random_key(0), "dropout": random_key(1)}

@@ -1,4 +1,4 @@
-"""Written derivatives against those that JAX derives from the definitions, in float64."""
+"""Hand-written derivatives, compared with those that JAX derives from the definitions, in float64."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def assert_same_bits(found: dict[str, Any], expected: dict[str, np.ndarray]) -> 
 
 @each_form
 @each_stored_dtype
-def test_a_directory_goes_in_and_out_bit_for_bit(dtype: type, form: dict[str, Any], tmp_path: Path):
+def test_a_directory_survives_a_round_trip_bit_for_bit(dtype: type, form: dict[str, Any], tmp_path: Path):
     first = huggingface_directory(tmp_path / "first", UNTIED, dtype=dtype)
     model, params = gpt2_jax.from_pretrained(first, **form)
     assert model.param_dtype == dtype
@@ -70,7 +70,7 @@ def test_param_dtype_casts(wanted: type, dtype: type, tmp_path: Path):
     assert_same_bits(flatten(params), flatten(expected))
 
 
-def test_compute_dtype_is_float32_unless_asked(tmp_path: Path):
+def test_the_default_compute_dtype_is_float32(tmp_path: Path):
     directory = huggingface_directory(tmp_path / "model", dtype=ml_dtypes.bfloat16)
     for kwargs, dtype in (({}, jnp.float32), ({"dtype": jnp.bfloat16}, jnp.bfloat16)):
         model, params = gpt2_jax.from_pretrained(directory, **kwargs)
@@ -84,7 +84,7 @@ def test_models_from_the_same_source_are_equal_so_jit_compiles_once(tmp_path: Pa
     assert hash(first) == hash(second)
 
 
-def test_something_that_is_no_checkpoint_is_a_bridge_error(tmp_path: Path):
+def test_a_source_that_is_not_a_checkpoint_is_a_bridge_error(tmp_path: Path):
     with pytest.raises(bridge.BridgeError):
         gpt2_jax.from_pretrained(tmp_path)
 

@@ -89,8 +89,8 @@ def test_each_policy_saves_fewer_bytes_than_the_one_before(scan: bool, attention
 
 
 @each_attention
-def test_and_the_program_takes_fewer_bytes(attention: str) -> None:
-    """Only with a loop: XLA on CPU merges the recomputation of unrolled layers with the first computation."""
+def test_each_policy_gives_a_program_that_needs_fewer_bytes(attention: str) -> None:
+    """This holds only with a loop, because XLA on CPU merges recomputations of unrolled layers with the first ones."""
     none, dots, full = (compiled(remat, attention).memory_analysis().temp_size_in_bytes for remat in POLICIES)
     assert none > dots > full
 

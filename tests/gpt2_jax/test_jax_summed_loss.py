@@ -1,4 +1,4 @@
-"""The chunked loss and its written gradients, against `cross_entropy` of all logits."""
+"""The chunked loss and its hand-written gradients, compared with `cross_entropy` of all logits."""
 
 from __future__ import annotations
 

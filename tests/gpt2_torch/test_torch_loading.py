@@ -29,19 +29,19 @@ def assert_loads(given: dict[str, torch.Tensor], config: bridge.GPT2Config = TIN
     model = GPT2(config)
     before = list(given)
     model.load_state_dict(given)
-    assert list(given) == before, "the caller's dictionary is left as it was"
+    assert list(given) == before, "the caller's dictionary is unchanged"
     for name, tensor in tensors(config).items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
-def test_a_language_model_of_transformers_loads_as_it_is(config: bridge.GPT2Config):
+def test_a_language_model_of_transformers_loads_directly(config: bridge.GPT2Config):
     given = transformers_model(random_checkpoint(config)).state_dict()
     assert {"transformer.wte.weight", "lm_head.weight"} <= set(given)
     assert_loads(given, config)
 
 
-def test_a_headless_model_of_transformers_loads_as_it_is():
+def test_a_headless_model_of_transformers_loads_directly():
     given = transformers_model(random_checkpoint()).transformer.state_dict()
     assert "wte.weight" in given
     assert_loads(given)
@@ -95,7 +95,7 @@ def test_the_same_parameter_twice_is_refused():
         GPT2(TINY).load_state_dict(given)
 
 
-def test_it_loads_as_a_part_of_another_module():
+def test_it_loads_as_a_submodule():
     class Outer(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -108,7 +108,7 @@ def test_it_loads_as_a_part_of_another_module():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda t: np.dtype(t).name)
-def test_a_directory_goes_in_and_out_bit_for_bit(dtype: type, tmp_path: Path):
+def test_a_directory_survives_a_round_trip_bit_for_bit(dtype: type, tmp_path: Path):
     first = huggingface_directory(tmp_path / "first", UNTIED, dtype=dtype)
     model = GPT2.from_pretrained(first)
     assert not model.training

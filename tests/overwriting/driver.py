@@ -1,4 +1,4 @@
-"""Random trees of checkpoints, runs, reports and foreign files; random writers on them; nothing foreign changes.
+"""Random writers on random trees of checkpoints, runs, reports and foreign files: no foreign file changes.
 
     PYTHONPATH=.:tests python -m overwriting.driver --cases 10000 [--seed 1]
 
@@ -77,13 +77,13 @@ class Tree:
 
     root: Path
     owners: dict[Path, str] = field(default_factory=dict)
-    """Of a file: "checkpoint", "tokenizer", "run", "begun", "recorded" (by a manifest), "report" or "foreign"."""
+    """File -> "checkpoint", "tokenizer", "run", "begun", "recorded" (by a manifest), "report" or "foreign"."""
     homes: dict[Path, Path] = field(default_factory=dict)
-    """Of such a file: the directory that was copied, with which it came."""
+    """File -> the directory of the copied template that it belongs to."""
     places: list[Path] = field(default_factory=list)
-    """Directories and files that a writer may be pointed at."""
+    """Directories and files that may become the target of a writer."""
     kinds: dict[Path, str] = field(default_factory=dict)
-    """Of a place: the template that it is a copy of."""
+    """Place -> the template of which it is a copy."""
 
     def add(self, template: Path, to: Path, owner: str) -> None:
         if template.is_dir():
@@ -109,7 +109,7 @@ class Tree:
                 self.places.append(path)
 
     def contents(self) -> dict[Path, bytes | None]:
-        """Every file, link and directory: a link by where it leads, a directory as None."""
+        """Return path -> content of every file, the target of a link, or None for a directory."""
         found: dict[Path, bytes | None] = {}
         for path in self.root.rglob("*"):
             if path.is_symlink():
@@ -119,7 +119,10 @@ class Tree:
         return found
 
     def below(self, directory: Path, home: Path | None = None) -> dict[Path, str]:
-        """The files below a directory and their owners; what did not come with `home` (the directory) is foreign."""
+        """Return the files below a directory and their owners. Files that do not belong to `home` are foreign.
+
+        home: by default, the directory itself.
+        """
         return {
             path: owner if self.homes.get(path) == (home or directory) else "foreign"
             for path, owner in self.owners.items()
@@ -129,18 +132,18 @@ class Tree:
 
 @dataclass(frozen=True)
 class Writing:
-    """One write: what does it, and which of the files that are there it may change."""
+    """One write: a description, the action, and the existing files that it may change."""
 
     what: str
     act: Callable[[], int]
     """Returns the exit code."""
     may_change: Callable[[Path], bool]
     target: Path
-    """Where new files may appear."""
+    """New files may appear only here."""
 
 
 def templates(home: Path) -> dict[str, Path]:
-    """One of everything, made once."""
+    """Create one template of each kind."""
     made = {}
     for to in WRITABLE:
         checkpoint = random_checkpoint(config_for(to, SMALLEST), seed=1)
@@ -189,7 +192,7 @@ def build(root: Path, made: dict[str, Path], rng: random.Random) -> Tree:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a writer is pointed at."""
+    """The tree, the templates and the target of a writer."""
 
     tree: Tree
     made: dict[str, Path]
@@ -214,7 +217,7 @@ class Chosen:
 
 
 def choose(tree: Tree, made: dict[str, Path], rng: random.Random) -> Writing:
-    """One writer, pointed at something that is there in two of three cases."""
+    """Choose a writer and its target, which usually exists."""
     here = rng.choice([*tree.places, tree.root])
     target = here if rng.random() < 0.8 else here.parent / "fresh" if here.is_file() else here / "fresh"
     chosen = Chosen(tree, made, rng, target, overwrite=rng.random() < 0.6)
@@ -339,7 +342,7 @@ def remove(c: Chosen) -> Writing:
 
 
 def _replaced_by(tree: Tree, target: Path, to: str, path: Path) -> bool:
-    """Whether a checkpoint of format `to` at `target` may replace `path`."""
+    """Return whether a checkpoint of format `to` at `target` may replace `path`."""
     if path == target:
         return tree.owners.get(path) == "checkpoint" and path.suffix in FORMATS[to].suffixes
     if target not in path.parents:
@@ -363,11 +366,11 @@ def run(*arguments: object) -> int:
         gpt2([str(argument) for argument in arguments])
     except SystemExit as ended:
         return int(ended.code or 0)
-    raise AssertionError("the command did not end")
+    raise AssertionError("the command did not exit")
 
 
 def silently(act: Callable[[], object]) -> tuple[int, str]:
-    """Exit code and output. A `BridgeError` of the Python API is 2, as for the command."""
+    """Return exit code and output. A `BridgeError` of the Python API counts as exit code 2."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
@@ -380,7 +383,7 @@ def silently(act: Callable[[], object]) -> tuple[int, str]:
 
 
 def check(number: int, seed: int, made: dict[str, Path], scratch: Path) -> str:
-    """One case. Returns "refused", "written" or "overwritten"; raises `AssertionError` with the way to repeat it."""
+    """Run one case. Returns "refused", "written" or "overwritten". A failure raises `AssertionError` with its seed."""
     rng = random.Random(f"{seed} {number}")
     root = scratch / "tree"
     root.mkdir()
@@ -390,13 +393,13 @@ def check(number: int, seed: int, made: dict[str, Path], scratch: Path) -> str:
     with contextlib.chdir(rng.choice([root, *(place for place in tree.places if place.is_dir())])):
         code, printed = silently(writing.act)
         case = f"case {number} of seed {seed}: {writing.what}: exit {code}: {printed}"
-        assert os.path.exists("."), f"{case}: the working directory is gone"
+        assert os.path.exists("."), f"{case}: the working directory is missing"
     after = tree.contents()
     assert code in (0, 2), case
     assert "Traceback" not in printed, case
     if code == 2:
         changed = {path for path in {*before, *after} if before.get(path, b"gone") != after.get(path, b"gone")}
-        assert not changed, f"{case}: refused, and changed {changed}"
+        assert not changed, f"{case}: refused, but changed {changed}"
     for path, content in before.items():
         if after.get(path, b"gone") != content and content is not None:
             assert writing.may_change(path), f"{case}: {path} changed"
@@ -409,7 +412,7 @@ def check(number: int, seed: int, made: dict[str, Path], scratch: Path) -> str:
 
 
 def cases(count: int, seed: int, made: dict[str, Path], scratch: Path) -> Iterator[str]:
-    """What came of each case; `made`: the templates, which are sources too and must not change."""
+    """Yield the result of each case. `made`: the templates, which are also sources and must not change."""
     original = {path: path.read_bytes() for path in made["home"].rglob("*") if path.is_file()}
     for number in range(count):
         yield check(number, seed, made, scratch)

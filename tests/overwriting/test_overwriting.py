@@ -1,4 +1,4 @@
-"""Two hundred random trees and writers; `tests/overwriting/driver.py` makes more."""
+"""Two hundred random trees and writers. `tests/overwriting/driver.py` tests many more."""
 
 from __future__ import annotations
 

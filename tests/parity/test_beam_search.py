@@ -75,7 +75,9 @@ def test_all_implementations_find_the_same_texts(stops: bool, length_penalty: fl
     ended = [row for rows in expected for row in rows if row[-1] in generation_config.eos_token_ids]
     assert bool(ended) == stops
     greedy = small["gpt2_torch"].generate(PROMPTS, GenerationConfig(NEW_TOKENS))
-    assert any(rows[0] != only.ids for rows, [only] in zip(expected, greedy, strict=True)), "a search that finds more"
+    assert any(rows[0] != only.ids for rows, [only] in zip(expected, greedy, strict=True)), (
+        "greedy search finds other texts"
+    )
 
 
 def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
@@ -91,7 +93,7 @@ def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 def test_the_search_ends_when_it_does_in_transformers(length_penalty: float) -> None:
-    """With few tokens, every search ends by the stopping rule, which has edge cases. Only torch, to save time."""
+    """With few tokens, every search ends by the stopping rule, which has edge cases. Tests only torch, to save time."""
     for seed in range(13):
         checkpoint = random_checkpoint(FEW_TOKENS, seed=seed)
         decoder, peer = TorchDecoder(torch_model(checkpoint)), transformers_model(checkpoint)
@@ -122,7 +124,7 @@ def best_of_all(
 def test_beams_that_cover_all_first_tokens_find_the_best_of_all_texts(
     eos_token_ids: tuple[int, ...], length_penalty: float, backend: str
 ) -> None:
-    """V beams keep every first token of texts of two tokens."""
+    """With V beams and texts of two tokens, every first token is kept."""
     config = replace(FEW_TOKENS, vocab_size=7)
     checkpoint = random_checkpoint(config, seed=4)
     beams = config.vocab_size - len(eos_token_ids)

@@ -67,7 +67,7 @@ def test_its_validation_loss_is_the_one_that_training_reported(
     assert abs(reference_nats / labels.size - reported) < SAME_LOSS
 
 
-@pytest.mark.slow  # the test of the demo runs it too
+@pytest.mark.slow  # the test of the demo also verifies it
 def test_verify_passes_on_trained_weights(checkpoint: Checkpoint) -> None:
     report = verify(checkpoint, seq_len=64)
     assert report.passed, report.to_json()
@@ -100,7 +100,7 @@ def test_its_samples_look_like_the_text_it_learned(checkpoint: Checkpoint) -> No
     written = words(text)
     assert len(written) > 200
     assert sum(word in learned for word in written) / len(written) >= LIKE_ITS_TEXT, text
-    assert re.search(r"^[A-Z][A-Za-z ]+:$", text, re.MULTILINE), "nobody speaks"
+    assert re.search(r"^[A-Z][A-Za-z ]+:$", text, re.MULTILINE), "a sample must have the name of a speaker"
 
 
 def test_it_predicts_unseen_text_better_than_chance(checkpoint: Checkpoint, validation_ids: np.ndarray) -> None:

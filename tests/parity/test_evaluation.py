@@ -57,7 +57,7 @@ def recipe(checkpoint: Checkpoint, ids: np.ndarray, context: int, stride: int) -
             mean = float(model(window, labels=labels).loss)
         valid = int((labels != -100).sum())
         weighted_sum, weights = weighted_sum + mean * (valid - 1), weights + valid - 1
-        shifted = int((labels[:, 1:] != -100).sum())  # the tokens of the mean inside the model
+        shifted = int((labels[:, 1:] != -100).sum())  # the tokens over which the model averages
         nats, predicted = nats + mean * shifted, predicted + shifted
         previous_end = end
         if end == text.shape[1]:
@@ -74,7 +74,8 @@ def test_the_results_equal_those_of_transformers(evaluate: Evaluate, n: int, con
     assert found.predicted_tokens == predicted
     assert found.nats == pytest.approx(nats, rel=FP32)
     assert found.transformers_loss == pytest.approx(average, rel=FP32)
-    assert found.perplexity == pytest.approx(math.exp(nats / predicted), rel=10 * FP32)  # exp: times the loss, about 8
+    # exp multiplies the relative error by the loss, about 8
+    assert found.perplexity == pytest.approx(math.exp(nats / predicted), rel=10 * FP32)
     if stride == context or n <= context:
         assert found.loss == pytest.approx(found.transformers_loss, rel=FP64)
 

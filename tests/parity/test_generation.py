@@ -63,7 +63,7 @@ def prompts(bundled: Checkpoint) -> list[list[int]]:
     return [ids[2000 * i : 2000 * i + 1 + 2 * i] for i in range(20)]
 
 
-def test_all_implementations_write_the_same_greedy_text(
+def test_all_implementations_generate_the_same_greedy_text(
     bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
 ) -> None:
     tokenizer, peer, generation_config = bundled.tokenizer(), transformers_model(bundled), GenerationConfig(24)
@@ -73,16 +73,16 @@ def test_all_implementations_write_the_same_greedy_text(
         for name, decoder in trained.items():
             assert tokenizer.decode(decoder.generate([prompt], generation_config)[0][0].ids) == expected, (name, prompt)
         written.add(expected)
-    assert len(written) > len(prompts) / 2, "texts that hardly depend on the prompt prove little"
+    assert len(written) > len(prompts) / 2, "texts must depend on the prompt"
 
 
 @pytest.mark.slow
 def test_all_implementations_generate_the_same_greedy_tokens_at_124m() -> None:
-    """Weights are normal with a standard deviation of 0.06, three times GPT-2's, norm scales around 1, and one seed.
+    """Weights are normal with a standard deviation of 0.06, three times GPT-2's. Scales of norms are around 1.
 
     With initial weights, a tied model repeats its last token; with these weights, the layers have an effect. The two
     largest of 50257 normal logits are 0.2 standard deviations apart on average, so about one token in 10^4 has a gap
-    within the rounding of float32, 1e-5. No token here has.
+    within the rounding of float32, 1e-5. No such token occurs here.
     """
     config, rng, state = GPT2Config(), np.random.default_rng(0), {}
     for p in bridge.parameters(config):
@@ -93,7 +93,7 @@ def test_all_implementations_generate_the_same_greedy_tokens_at_124m() -> None:
     prompts = [rng.integers(0, config.vocab_size, length).tolist() for length in (2, 9, 5)]
     peer = transformers_model(checkpoint)
     expected = [greedy_ids_of_transformers(peer, prompt, 12) for prompt in prompts]
-    assert len({token for row in expected for token in row}) > 12, "repetitions prove little"
+    assert len({token for row in expected for token in row}) > 12, "the tokens must vary"
     for name, decoder in decoders_of(checkpoint).items():
         assert [row[0].ids for row in decoder.generate(prompts, GenerationConfig(12))] == expected, name
 
@@ -165,7 +165,7 @@ def test_a_row_ends_with_its_first_end_of_sequence_token(backend: str, small: De
         assert ended.ids == whole.ids[: min([*stops, generation_config.max_new_tokens])]
         lengths.add(len(ended.ids))
     assert min(lengths) < generation_config.max_new_tokens
-    assert len(lengths) > 1, "rows that end together prove little"
+    assert len(lengths) > 1, "rows must end at different tokens"
 
 
 @each_backend
@@ -179,7 +179,7 @@ def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> 
             with torch.no_grad():
                 logprobs = model(ids[None])[0].log_softmax(-1)[len(prompt) - 1 : -1]
             expected = logprobs.gather(1, ids[len(prompt) :, None])[:, 0].numpy()
-            assert expected.min() < np.log(0.1), "tokens that are all but certain prove little"
+            assert expected.min() < np.log(0.1), "the tokens must be uncertain"
             np.testing.assert_allclose(continuation.logprobs, expected, rtol=0, atol=LOGPROB_ROUNDING)
 
 

@@ -31,7 +31,7 @@ A_MISTAKE = 1e-2
 
 CONFIG = replace(TINY, n_layer=2)  # enough for layers to differ; each length of a piece is compiled for each variant
 LENGTH = 13
-MAX_LENGTH = LENGTH + 3  # positions that nothing is written to must have no effect
+MAX_LENGTH = LENGTH + 3  # unwritten positions must have no effect
 PADDING = {"rows of one length": (0, 0, 0), "left padding": (0, 8, 4)}
 PIECES = {"all at once": (13,), "one by one": (1,) * 13, "odd pieces": (3, 1, 3, 3, 3)}
 
@@ -69,7 +69,7 @@ class TorchSide:
 
 
 class JaxSide:
-    """Decodes with the model and the parameters of a `Decoder`, which unstacks stacked layers."""
+    """Decodes with the model and the parameters of a `Decoder`, which unstacks layers."""
 
     def __init__(self, checkpoint: Checkpoint, **form: Any) -> None:
         self.logits = functools.partial(jax_logits, **form)

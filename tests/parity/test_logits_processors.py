@@ -123,7 +123,7 @@ each_value = pytest.mark.parametrize(
 
 @functools.cache
 def distinct_rows(V: int, seed: int = 0) -> np.ndarray:
-    """Rows with many distributions and without ties, because transformers may keep only some of tied tokens."""
+    """Return rows with many distributions and no ties, of which transformers may keep only some tokens."""
     rng = np.random.default_rng(seed)
     u, v, w, x, y, z = ((rng.permutation(V) + 0.5) / V for _ in range(6))
     logistic = [np.log(q / (1 - q)) for q in (u, v, w, x)]
@@ -131,7 +131,7 @@ def distinct_rows(V: int, seed: int = 0) -> np.ndarray:
     rows = [
         0.3 * logistic[0],
         2 * logistic[1],
-        1.5 * logistic[2] - 100,  # like GPT-2's
+        1.5 * logistic[2] - 100,  # like the logits of GPT-2
         logistic[3],  # one outlier
         10 * y,
         y + 8 * (y > 0.7),  # two groups
@@ -146,7 +146,7 @@ def distinct_rows(V: int, seed: int = 0) -> np.ndarray:
 
 
 def rows_with_ties(V: int) -> np.ndarray:
-    """Ties, and the largest and smallest float32 numbers."""
+    """Return rows with ties, and with the largest and smallest float32 numbers."""
     rng = np.random.default_rng(1)
     coarse = np.round(2 * rng.normal(size=V)) / 2 + 0.25
     rows = [
@@ -159,7 +159,7 @@ def rows_with_ties(V: int) -> np.ndarray:
         1e30 * coarse,
         1e-30 * coarse,
         3e38 * np.sign(coarse),
-        np.where(rng.random(V) < 0.7, -np.inf, coarse),  # as another processor leaves them
+        np.where(rng.random(V) < 0.7, -np.inf, coarse),  # -inf from another processor
     ]
     return np.stack(rows).astype(np.float32)
 
@@ -170,7 +170,7 @@ def peer(name: str, value: float, logits: np.ndarray, ids: np.ndarray | None = N
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax in float64."""
+    """Return the softmax in float64."""
     exact = logits.astype(np.float64)
     weights = np.exp(exact - exact.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
@@ -201,10 +201,10 @@ def likelier_than(logits: np.ndarray, p: np.ndarray) -> np.ndarray:
 def assert_keeps(found: np.ndarray, logits: np.ndarray, kept: np.ndarray, undecided: np.ndarray) -> None:
     """Check that `found` has the logits of these tokens, and minus infinity for the others."""
     assert found.dtype == np.float32
-    stays = found == logits
-    assert (stays | (found == -np.inf)).all()
+    unchanged = found == logits
+    assert (unchanged | (found == -np.inf)).all()
     forbidden = logits == -np.inf
-    wrong = (stays != kept) & ~undecided & ~forbidden
+    wrong = (unchanged != kept) & ~undecided & ~forbidden
     assert not wrong.any(), f"{wrong.sum(-1)} tokens of each row"
 
 
@@ -310,7 +310,7 @@ def filtered_by_transformers(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits after all processors, and which rows have a token at a threshold."""
     undecided = np.zeros(len(logits), bool)
-    for name, value in values.items():  # which are in the order of `PEERS`
+    for name, value in values.items():  # in the order of `PEERS`
         if name in ("top_p", "min_p"):
             undecided |= (by_definition(name, value, logits)[1] & (logits > -np.inf)).any(-1)
         logits = peer(name, value, logits, ids)
@@ -420,7 +420,7 @@ def chi_square_p_value(counts: np.ndarray, expected: np.ndarray) -> float:
     return torch.special.gammaincc(*halves).item()
 
 
-def test_the_chi_square_test_finds_a_small_bias() -> None:
+def test_the_chi_square_test_detects_a_small_bias() -> None:
     """Every seventh time, one of twenty tokens is sampled instead of another."""
     p = np.linspace(1, 3, 20) / 40
     biased = p.copy()

@@ -208,7 +208,7 @@ def another_epsilon_in_one_norm(patch: Patch) -> None:
 
 
 def with_layer(call: Callable[..., Any]) -> Callable[[Patch], None]:
-    """A layer with correct sub-modules that are connected wrongly."""
+    """Connect the correct submodules of a layer incorrectly."""
     call.__name__ = "__call__"  # Linen takes the method's name from the function
     wrong = type("GPT2Layer", (jax_model.GPT2Layer,), {"__call__": call})
     return lambda patch: patch.setattr(jax_model, "GPT2Layer", wrong)
@@ -295,7 +295,7 @@ def with_optimizer(**changed: Any) -> Callable[[Patch], None]:
 
 
 def no_decay_of_biases(patch: Patch) -> None:
-    """As for a model that is too large to train in float64."""
+    """Break training as in a model that is too large to train in float64."""
     patch.setattr(checks, "FP64_TRAIN_BYTES", 0)
 
     def mask(params: Any) -> Any:
@@ -313,7 +313,7 @@ def adam_epsilon_inside_the_root(patch: Patch) -> None:
     patch.setattr(optax, "adamw", adamw)
 
 
-def with_way_back(change: Callable[[dict[str, Any]], None]) -> Callable[[Patch], None]:
+def in_tensors(change: Callable[[dict[str, Any]], None]) -> Callable[[Patch], None]:
     right = bridge.to_torch
 
     def wrong(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -392,9 +392,9 @@ MISTAKES = [
     Mistake("Nesterov momentum", with_optimizer(nesterov=True), "training", "fp64 losses"),
     Mistake("Adam's epsilon inside the root", adam_epsilon_inside_the_root, "training", "fp64 losses"),
     Mistake("biases not decayed", no_decay_of_biases, "training", "fp32 weight updates"),
-    Mistake("rounded on the way back", with_way_back(cut_to_bfloat16), "round trip", "h.1.mlp.c_fc.weight"),
-    Mistake("transposed on the way back", with_way_back(transpose_on_the_way_back), "round trip", "h.2.attn.c_proj"),
-    Mistake("a sign lost on the way back", with_way_back(lose_the_sign_of_zero), "round trip", "h.0.ln_1.bias"),
+    Mistake("rounded on the way back", in_tensors(cut_to_bfloat16), "round trip", "h.1.mlp.c_fc.weight"),
+    Mistake("transposed on the way back", in_tensors(transpose_on_the_way_back), "round trip", "h.2.attn.c_proj"),
+    Mistake("a sign lost on the way back", in_tensors(lose_the_sign_of_zero), "round trip", "h.0.ln_1.bias"),
 ]
 
 

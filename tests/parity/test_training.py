@@ -1,6 +1,6 @@
-"""Both backends train on the same batches and stay together, and a run may change its backend half way.
+"""Both backends train alike on the same batches, and a run may change its backend halfway.
 
-The last tests plant mistakes, one at a time, and demand that the checks used by the others find each.
+The last tests introduce one mistake at a time, which the checks of the other tests must detect.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ CONFIG = replace(TINY, vocab_size=67, n_positions=17, n_embd=24, n_layer=3, n_he
 OPTIMIZER = OptimizerConfig(
     learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=7, decay_steps=45, weight_decay=0.1, max_grad_norm=1.2
 )
-"""Warm-up, cosine and the constant end all fall into the steps; the norm is above `max_grad_norm` in some of them."""
+"""The steps include warm-up, cosine and the constant end. The norm exceeds `max_grad_norm` in some of them."""
 
 LOSS = {"float64": 1e-9, "float32": 1e-4}
-"""Nats, in every step. Two correct programs are some 1e-15 and 1e-6 apart here; a constant that is rounded to
-float32 somewhere in a float64 run shows as 1e-8."""
+"""Nats, in every step. Two correct programs differ by about 1e-15 and 1e-6. In float64, a constant that is rounded to
+float32 causes a difference of 1e-8."""
 
 UPDATE = {"float64": 1e-9, "float32": 1e-4}
-"""Relative L2 distance of what training changed, per parameter. Some 1e-14 and 1e-5: weights near 1 are rounded by
-1e-7 at each of 50 steps of about 1e-3."""
+"""Relative L2 distance of the change of each parameter. Two correct programs differ by about 1e-14 and 1e-5, because
+weights near 1 are rounded by 1e-7 at each of 50 steps of about 1e-3."""
 
 RATE_FP64 = 1e-12
-"""Relative; both compute a dozen operations on numbers of one size."""
+"""Relative error of a dozen operations on numbers of similar size."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A model in both backends: what the port unrolls or scans, pads and ties."""
+    """A configuration, and the form of its layers and vocabulary in the port."""
 
     scan: bool
     vocab_multiple: int
@@ -68,7 +68,7 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Between two steps: all that crosses the bridge."""
+    """The state between two steps that the bridge converts."""
 
     weights: Mapping[str, np.ndarray]
     adamw: AdamWState
@@ -79,13 +79,16 @@ class Run:
     losses: list[float]
     norms: list[float]
     snapshots: dict[int, Snapshot]
-    """By the number of steps made."""
+    """Number of completed steps -> snapshot."""
 
 
 @functools.cache
 def batches() -> list[dict[str, np.ndarray]]:
-    """Numbers that rise by a stride, which can be learned. Half of the batches are ragged, padded right or left,
-    with a row that is all padding and labels that do not count, so that the two parts of a batch weigh unequally."""
+    """Return batches of numbers that increase by a stride, which is easy to learn.
+
+    Half of the batches have padding on the right or left, a row of padding only, and ignored labels, so that the two
+    microbatches have different numbers of labels.
+    """
     rng = np.random.default_rng(1)
     result = []
     for step in range(STEPS):
@@ -181,18 +184,18 @@ def jax_run(form: str, start: Snapshot, end: int = STEPS) -> Run:
 
 
 @functools.cache
-def straight(run: Callable[[str, Snapshot], Run], form: str, dtype: str) -> Run:
-    """All steps in one backend."""
+def full_run(run: Callable[[str, Snapshot], Run], form: str, dtype: str) -> Run:
+    """Train all steps in one backend."""
     return run(form, beginning(form, dtype))
 
 
 def check_losses(run: Run, other: Run, dtype: str, first: int = 0) -> None:
-    """`run`, which may have begun at step `first`, has the losses of `other`."""
+    """Assert that `run`, which started at step `first`, has the losses of `other`."""
     np.testing.assert_allclose(run.losses, other.losses[first:][: len(run.losses)], atol=LOSS[dtype], rtol=0)
 
 
 def check_weights(run: Run, other: Run, form: str, dtype: str, after: int) -> None:
-    """Both changed each weight alike, and count the same steps."""
+    """Assert that both runs changed each weight alike, and have the same step count."""
     a, b = run.snapshots[after], other.snapshots[after]
     assert a.adamw.step == b.adamw.step == after
     begun = beginning(form, dtype).weights
@@ -201,7 +204,7 @@ def check_weights(run: Run, other: Run, form: str, dtype: str, after: int) -> No
 
 
 def _moving(name: str, array: np.ndarray) -> np.ndarray:
-    """Without the keys' bias: it changes no softmax, so its gradient is rounding, which Adam makes large."""
+    """Remove the key bias. Softmax cancels it, so its gradient is only rounding, which Adam amplifies."""
     if not name.endswith("c_attn.bias"):
         return array
     query, _, value = np.split(array, 3)
@@ -210,7 +213,7 @@ def _moving(name: str, array: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from more, and where others use the cores torch's threads wait in a spin."""
+    """Use one thread. Small matrices need no more, and torch's threads spin if other processes use the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -224,7 +227,7 @@ each_form_and_dtype = pytest.mark.parametrize(
 
 @each_form_and_dtype
 def test_the_backends_train_alike(form: str, dtype: str) -> None:
-    ours, reference = straight(jax_run, form, dtype), straight(torch_run, form, dtype)
+    ours, reference = full_run(jax_run, form, dtype), full_run(torch_run, form, dtype)
     check_losses(ours, reference, dtype)
     np.testing.assert_allclose(ours.norms, reference.norms, rtol=LOSS[dtype])
     check_weights(ours, reference, form, dtype, STEPS)
@@ -233,24 +236,24 @@ def test_the_backends_train_alike(form: str, dtype: str) -> None:
 
 @each_form_and_dtype
 def test_clipping_acts_in_some_steps_and_not_in_others(form: str, dtype: str) -> None:
-    clipped = np.array(straight(torch_run, form, dtype).norms) > OPTIMIZER.max_grad_norm
+    clipped = np.array(full_run(torch_run, form, dtype).norms) > OPTIMIZER.max_grad_norm
     assert 10 < clipped.sum() < STEPS - 10
 
 
 @each_form_and_dtype
-def test_twenty_steps_in_torch_and_twenty_in_jax_are_forty_in_either(form: str, dtype: str) -> None:
-    crossed = jax_run(form, straight(torch_run, form, dtype).snapshots[CROSSING], AFTER_CROSSING)
+def test_twenty_steps_in_torch_and_twenty_in_jax_equal_forty_in_either(form: str, dtype: str) -> None:
+    crossed = jax_run(form, full_run(torch_run, form, dtype).snapshots[CROSSING], AFTER_CROSSING)
     for backend in (torch_run, jax_run):
-        check_losses(crossed, straight(backend, form, dtype), dtype, CROSSING)
-        check_weights(crossed, straight(backend, form, dtype), form, dtype, AFTER_CROSSING)
+        check_losses(crossed, full_run(backend, form, dtype), dtype, CROSSING)
+        check_weights(crossed, full_run(backend, form, dtype), form, dtype, AFTER_CROSSING)
 
 
 @each_form_and_dtype
-def test_twenty_steps_in_jax_and_twenty_in_torch_are_forty_in_either(form: str, dtype: str) -> None:
-    crossed = torch_run(form, straight(jax_run, form, dtype).snapshots[CROSSING], AFTER_CROSSING)
+def test_twenty_steps_in_jax_and_twenty_in_torch_equal_forty_in_either(form: str, dtype: str) -> None:
+    crossed = torch_run(form, full_run(jax_run, form, dtype).snapshots[CROSSING], AFTER_CROSSING)
     for backend in (torch_run, jax_run):
-        check_losses(crossed, straight(backend, form, dtype), dtype, CROSSING)
-        check_weights(crossed, straight(backend, form, dtype), form, dtype, AFTER_CROSSING)
+        check_losses(crossed, full_run(backend, form, dtype), dtype, CROSSING)
+        check_weights(crossed, full_run(backend, form, dtype), form, dtype, AFTER_CROSSING)
 
 
 SCHEDULES = [
@@ -273,7 +276,7 @@ def check_schedule(rate: Callable[[int], float], optimizer: OptimizerConfig) -> 
     np.testing.assert_allclose(ours, [rate(int(step)) for step in steps], rtol=RATE_FP64)
 
 
-# Mistakes, each planted in the reference, where it costs no compilation: what parts the two is the same.
+# Mistakes in the reference. The difference would be the same in the port, but the reference needs no compilation.
 
 Patch = pytest.MonkeyPatch
 
@@ -287,7 +290,7 @@ def begin_the_schedule_at_one(patch: Patch) -> None:
     patch.setattr(torch_train, "learning_rate_at", lambda step, **fields: right(step + 1, **fields))
 
 
-def clip_without_the_millionth(patch: Patch) -> None:
+def clip_without_epsilon(patch: Patch) -> None:
     def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
         grads = [parameter.grad for parameter in parameters]
         norm = torch.sqrt(sum((grad**2).sum() for grad in grads))
@@ -298,8 +301,8 @@ def clip_without_the_millionth(patch: Patch) -> None:
     patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
 
 
-def average_the_parts(patch: Patch) -> None:
-    """The loss of a batch is the mean of its parts' means."""
+def average_the_microbatches(patch: Patch) -> None:
+    """Make the loss of a batch the mean of its microbatches' means."""
     right_step, right_loss = torch_train.train_step, torch_train.summed_loss
 
     def step(model: Any, optimizer: Any, batch: Any, **kwargs: Any) -> Any:
@@ -315,20 +318,20 @@ def average_the_parts(patch: Patch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "shows_in"),
+    ("introduce", "shows_in"),
     [
         (decay_biases, ("float64", "float32")),
         (begin_the_schedule_at_one, ("float64", "float32")),
-        (clip_without_the_millionth, ("float64",)),  # moves losses by 1e-7, which float32 cannot tell from rounding
-        (average_the_parts, ("float64", "float32")),
+        (clip_without_epsilon, ("float64",)),  # changes losses by 1e-7, which is within the rounding of float32
+        (average_the_microbatches, ("float64", "float32")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_mistake_in_training_is_found(
-    plant: Callable[[Patch], None], shows_in: tuple[str, ...], monkeypatch: Patch
+def test_a_mistake_in_training_is_detected(
+    introduce: Callable[[Patch], None], shows_in: tuple[str, ...], monkeypatch: Patch
 ) -> None:
-    ours = {dtype: straight(jax_run, "scanned", dtype) for dtype in shows_in}
-    plant(monkeypatch)
+    ours = {dtype: full_run(jax_run, "scanned", dtype) for dtype in shows_in}
+    introduce(monkeypatch)
     for dtype in shows_in:
         wrong = torch_run("scanned", beginning("scanned", dtype))
         with pytest.raises(AssertionError):
@@ -337,7 +340,7 @@ def test_a_mistake_in_training_is_found(
             check_weights(ours[dtype], wrong, "scanned", dtype, STEPS)
 
 
-def test_a_schedule_off_by_one_is_found(x64: None) -> None:
+def test_a_schedule_off_by_one_is_detected(x64: None) -> None:
     with pytest.raises(AssertionError):
         check_schedule(lambda step: torch_rate(step + 1), OPTIMIZER)
 
@@ -356,12 +359,12 @@ def lose_the_moments(state: AdamWState) -> AdamWState:
 
 
 def lose_one_moment(state: AdamWState) -> AdamWState:
-    """Of the smallest parameter there is, in one layer."""
+    """Zero the first moment of one of the smallest parameters, in one layer."""
     return replace(state, exp_avg={**state.exp_avg, "h.2.ln_2.bias": np.zeros_like(state.exp_avg["h.2.ln_2.bias"])})
 
 
 def swap_query_and_value(state: AdamWState) -> AdamWState:
-    """What a wrong turn of one kernel does to its moments, the weights being right."""
+    """Permute the moments of one kernel like a wrong conversion, with correct weights."""
     name = "h.1.attn.c_attn.weight"
     query, key, value = np.split(state.exp_avg_sq[name], 3, axis=1)
     return replace(state, exp_avg_sq={**state.exp_avg_sq, name: np.concatenate([value, key, query], axis=1)})
@@ -371,23 +374,23 @@ def swap_query_and_value(state: AdamWState) -> AdamWState:
 @pytest.mark.parametrize(
     "spoil", [lose_the_count, count_one_too_many, lose_the_moments, lose_one_moment, swap_query_and_value]
 )
-def test_a_mistake_in_the_crossing_is_found(
+def test_a_mistake_in_the_conversion_of_the_state_is_detected(
     run: Callable[..., Run], spoil: Callable[[AdamWState], AdamWState], monkeypatch: Patch
 ) -> None:
-    start = straight(torch_run, "scanned", "float64").snapshots[CROSSING]
-    check_losses(run("scanned", start, AFTER_CROSSING), straight(jax_run, "scanned", "float64"), "float64", CROSSING)
+    start = full_run(torch_run, "scanned", "float64").snapshots[CROSSING]
+    check_losses(run("scanned", start, AFTER_CROSSING), full_run(jax_run, "scanned", "float64"), "float64", CROSSING)
     to_torch, to_jax = torch_train.load_adamw_state, jax_optimizer_state.with_adamw_state
     monkeypatch.setattr(torch_train, "load_adamw_state", lambda o, state, model: to_torch(o, spoil(state), model))
     monkeypatch.setattr(jax_optimizer_state, "with_adamw_state", lambda o, state, model: to_jax(o, spoil(state), model))
     wrong = run("scanned", start, AFTER_CROSSING)
     with pytest.raises(AssertionError):
-        check_losses(wrong, straight(jax_run, "scanned", "float64"), "float64", CROSSING)
+        check_losses(wrong, full_run(jax_run, "scanned", "float64"), "float64", CROSSING)
     with pytest.raises(AssertionError):
-        check_weights(wrong, straight(jax_run, "scanned", "float64"), "scanned", "float64", AFTER_CROSSING)
+        check_weights(wrong, full_run(jax_run, "scanned", "float64"), "scanned", "float64", AFTER_CROSSING)
 
 
-def test_a_schedule_that_begins_again_after_the_crossing_is_found(monkeypatch: Patch) -> None:
-    """optax counts twice: for the bias corrections and for the schedule."""
+def test_a_schedule_that_restarts_after_the_conversion_is_detected(monkeypatch: Patch) -> None:
+    """optax has two step counts: for the bias correction and for the schedule."""
     right = jax_optimizer_state.with_adamw_state
 
     def wrong(opt_state: Any, state: AdamWState, model: gpt2_jax.GPT2) -> Any:
@@ -398,9 +401,9 @@ def test_a_schedule_that_begins_again_after_the_crossing_is_found(monkeypatch: P
             is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState),
         )
 
-    start = straight(torch_run, "scanned", "float64").snapshots[CROSSING]
+    start = full_run(torch_run, "scanned", "float64").snapshots[CROSSING]
     monkeypatch.setattr(jax_optimizer_state, "with_adamw_state", wrong)
     crossed = jax_run("scanned", start, AFTER_CROSSING)
     assert crossed.snapshots[AFTER_CROSSING].adamw.step == AFTER_CROSSING
     with pytest.raises(AssertionError):
-        check_losses(crossed, straight(jax_run, "scanned", "float64"), "float64", CROSSING)
+        check_losses(crossed, full_run(jax_run, "scanned", "float64"), "float64", CROSSING)

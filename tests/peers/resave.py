@@ -1,4 +1,4 @@
-"""Runs in the environment of transformers 4: opens a checkpoint, computes its logits, and saves it anew.
+"""Load a checkpoint with transformers 4, compute its logits, and save it again. Runs in a separate environment.
 
 python resave.py SOURCE IDS.npy LOGITS.npy TARGET [MAX_SHARD_SIZE]
 """

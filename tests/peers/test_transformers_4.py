@@ -1,7 +1,7 @@
-"""What is written as `flax_msgpack`, opened and saved anew by transformers 4.57.6 in an environment of its own.
+"""Files in the format `flax_msgpack`, read and written again by transformers 4.57.6 in a separate environment.
 
-transformers 5 has no Flax, so that the two cannot be installed together; `make test-peers` makes the environment and
-names its interpreter in PEERS_PYTHON.
+transformers 5 does not support Flax, and two versions cannot be installed together. `make test-peers` creates the
+environment and sets PEERS_PYTHON to its interpreter.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from bridge import GPT2Config
 pytestmark = pytest.mark.peers
 
 SAME_FP32 = 2e-5
-"""Logits of size 1 to 10, by another order of the same float32 sums."""
+"""Tolerance for logits of size 1 to 10: the order of the float32 sums differs."""
 
 VARIANTS: dict[str, GPT2Config] = {
     "tied": TINY,
     "untied": replace(TINY, tie_word_embeddings=False),
     "epsilon": replace(TINY, layer_norm_epsilon=0.05),
-    "n_inner left out": replace(TINY, n_inner=None),
+    "default n_inner": replace(TINY, n_inner=None),
     **{
         name: replace(TINY, activation_function=name)
         for name in ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu", "swish", "tanh")
@@ -43,12 +43,12 @@ VARIANTS: dict[str, GPT2Config] = {
 @pytest.fixture(scope="module")
 def python() -> str:
     if "PEERS_PYTHON" not in os.environ:
-        pytest.skip("PEERS_PYTHON names no interpreter that has transformers 4; make test-peers sets it")
+        pytest.skip("PEERS_PYTHON is not set to an interpreter with transformers 4; run make test-peers")
     return os.environ["PEERS_PYTHON"]
 
 
 def by_transformers(python: str, source: Path, ids: np.ndarray, target: Path, *options: str) -> np.ndarray:
-    """The logits that transformers computes from `source`, which it saves anew as `target`."""
+    """Return the logits of transformers for `source`, and let it save the model again as `target`."""
     np.save(source.parent / "ids.npy", ids)
     arguments = [source, source.parent / "ids.npy", source.parent / "logits.npy", target, *options]
     ended = subprocess.run(
@@ -77,7 +77,7 @@ def assert_same_function_and_bytes(
     our_shards: int = 10**9,
     theirs: str = "1GB",
 ) -> None:
-    """transformers computes the reference's logits from what is written, and saves what it loaded bit for bit."""
+    """Assert that transformers computes the reference's logits from a written file, and saves identical arrays."""
     ckpt = random_checkpoint(config, dtype)
     bridge.save(ckpt, folder / "ours", format="flax_msgpack", max_shard_bytes=our_shards)
     ids = random_ids(config)
@@ -96,15 +96,15 @@ def assert_same_function_and_bytes(
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_transformers_4_computes_and_saves_what_is_written(python: str, tmp_path: Path, name: str) -> None:
+def test_transformers_4_computes_and_saves_the_same(python: str, tmp_path: Path, name: str) -> None:
     assert_same_function_and_bytes(python, tmp_path, VARIANTS[name])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=lambda d: d.__name__)
-def test_half_precision_stays_bit_for_bit(python: str, tmp_path: Path, dtype: type) -> None:
+def test_half_precision_is_kept_bit_for_bit(python: str, tmp_path: Path, dtype: type) -> None:
     assert_same_function_and_bytes(python, tmp_path, VARIANTS["untied"], dtype)
 
 
 @pytest.mark.parametrize(("our_shards", "theirs"), [(100_000, "1GB"), (10**9, "100KB"), (1, "1KB")])
-def test_shards_of_either(python: str, tmp_path: Path, our_shards: int, theirs: str) -> None:
+def test_shards_of_either_program_are_read(python: str, tmp_path: Path, our_shards: int, theirs: str) -> None:
     assert_same_function_and_bytes(python, tmp_path, TINY, our_shards=our_shards, theirs=theirs)

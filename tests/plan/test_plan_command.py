@@ -73,7 +73,7 @@ def test_a_plan_for_virtual_cpu_devices(tmp_path: Path) -> None:
     forward = [one for one in gathered if "transpose" not in one["op_name"]]
     assert [one["count"] for one in forward] == [2 * L]  # for every microbatch and layer
     [gather] = forward
-    assert gather["sent_bytes"] == 2 * L * 4 * D * F / 4  # the other half of the shard that tensor leaves
+    assert gather["sent_bytes"] == 2 * L * 4 * D * F / 4  # gathers half of c_fc, of which a device has half
 
 
 BAD = {

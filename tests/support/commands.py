@@ -11,14 +11,14 @@ from support.models import TINY
 from gpt2_jax.cli import main
 
 CONFIG = replace(TINY, vocab_size=256, n_layer=2)
-"""Its ids are the bytes, as those of `write_byte_tokenizer` are."""
+"""A model for the byte ids of `write_byte_tokenizer`."""
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch, which is not installed")
-"""For a test of a command that exits with an error where torch is not installed."""
+"""For tests of commands that exit with an error if torch is not installed."""
 
 
 def run(*arguments: object) -> int:
-    """The exit code of `gpt2 ARGUMENTS`."""
+    """Run `gpt2 ARGUMENTS` and return the exit code."""
     with pytest.raises(SystemExit) as ended:
         main([str(a) for a in arguments])
     assert isinstance(ended.value.code, int)

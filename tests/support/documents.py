@@ -32,7 +32,7 @@ def name_of(page: Path) -> str:
 
 
 def python_of(page: Path) -> str:
-    """The snippets of a page, one after the other, with the line numbers of the page."""
+    """Return the snippets of a page as one program with the line numbers of the page."""
     text = page.read_text(encoding="utf-8")
     lines = [""] * text.count("\n")
     for block in _BLOCK.finditer(text):
@@ -44,7 +44,7 @@ def python_of(page: Path) -> str:
 
 
 def commands_of(page: Path, *, notebook_cells: bool = False) -> Iterator[Line]:
-    """The `gpt2` lines in the shell blocks of a page, or in the cells of a notebook, which the build executes."""
+    """Yield the `gpt2` lines in the shell blocks of a page, or in the cells of a notebook, which the build executes."""
     for block in _BLOCK.finditer(page.read_text(encoding="utf-8")):
         is_cell = block["info"].startswith("{code-cell}")
         if is_cell if notebook_cells else block["info"] == "sh":
@@ -54,7 +54,7 @@ def commands_of(page: Path, *, notebook_cells: bool = False) -> Iterator[Line]:
 
 
 def _words_after_gpt2(line: str) -> tuple[str, ...]:
-    """The words of a command, which may stand behind variables, behind another command, or in one of its arguments."""
+    """Return the arguments of `gpt2`, which may follow variables or another command, or be inside an argument."""
     if not re.search(r"\bgpt2 \w", line.partition("#")[0]) or re.match(r"\s*(import|from)\b", line):
         return ()
     words = shlex.split(line, comments=True)

@@ -1,4 +1,4 @@
-"""What needs more than one device, in a process that makes eight of its CPU.
+"""Computations on several devices, in a process with eight simulated CPU devices.
 
 python eight_devices.py NAME FILE.npz
 """
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(name: str, directory: Path) -> dict[str, np.ndarray]:
-    """The arrays that the function of this name gives there."""
+    """Return the results of the function `name` of this file, run in such a process."""
     file = directory / f"{name}.npz"
     environment = {
         **os.environ,
@@ -45,8 +45,10 @@ def make_mesh() -> jax.sharding.Mesh:
 
 
 def spread_attention() -> dict[str, Any]:
-    """Value and gradients of three implementations: the plain one on one device, the others on a mesh; and there what
-    devices exchange, and the size of their parts."""
+    """Return values and gradients of `xla` attention on one device, and of the other implementations on a mesh.
+
+    For the latter, also returns the collectives in the program and the shape of a device's shard.
+    """
     rng = np.random.default_rng(0)
     q, k, v, d = (jnp.asarray(rng.normal(size=(4, 128, 4, 8)), jnp.float32) for _ in range(4))
     functions = {
@@ -76,7 +78,7 @@ def spread_attention() -> dict[str, Any]:
 
 
 def spread_loss() -> dict[str, Any]:
-    """Loss and gradients of a batch on one device, and with its rows on eight."""
+    """Return loss and gradients of a batch on one device, and with its rows sharded over eight."""
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(16, 7, 12)), jnp.float32)
     embedding = jnp.asarray(rng.normal(size=(29, 12)), jnp.float32)

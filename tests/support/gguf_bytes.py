@@ -1,6 +1,6 @@
-"""GGUF files put together byte by byte from the documented layout, so that any part can be made wrong.
+"""GGUF files built byte by byte from the documented layout, so that tests can corrupt any part.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. None of it is the code that is tested.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. This module shares no code with the reader.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Tensors = list[tuple[bytes, bytes, bytes]]
 
 
 def sized(text: bytes | str, length: int | None = None) -> bytes:
-    """A string; `length` is what it claims to have."""
+    """Return an encoded string. `length`: the length in its header, if not the true one."""
     encoded = text.encode() if isinstance(text, str) else text
     return struct.pack("<Q", len(encoded) if length is None else length) + encoded
 
@@ -61,7 +61,7 @@ def int32s(values: Sequence[int]) -> bytes:
 
 
 def described(name: bytes | str, ne: Sequence[int], offset: int = 0, type: int = 0, rank: int | None = None) -> bytes:
-    """What the header says of a tensor; `ne` counts axes from the innermost."""
+    """Return the description of a tensor. `ne`: its sizes, from the innermost axis to the outermost."""
     rank = len(ne) if rank is None else rank
     return sized(name) + struct.pack(f"<I{len(ne)}QIQ", rank, *ne, type, offset)
 
@@ -86,7 +86,7 @@ def file_of(
 
 
 def gpt2_pairs(config: GPT2Config = SMALLEST, **changed: bytes | None) -> Pairs:
-    """The keys of a GPT-2; `changed` by the last part of a key, None to leave one out, others are put behind."""
+    """Return the metadata of a GPT-2. `changed`: last part of a key -> value, or None to omit it."""
     pairs = {
         "general.architecture": text("gpt2"),
         "gpt2.context_length": number(config.n_positions),
@@ -115,7 +115,7 @@ PROJECTIONS = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_do
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name for a canonical one."""
+    """Return llama.cpp's name of a parameter."""
     module, kind = name.rsplit(".", 1)
     if not name.startswith("h."):
         return f"{OUTSIDE[module]}.{kind}"
@@ -124,13 +124,13 @@ def gguf_name(name: str) -> str:
 
 
 def gguf_tensors(config: GPT2Config = SMALLEST, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """The random model of `config` as llama.cpp has it: its names, projections `[out, in]`."""
+    """Return the random model of `config` with the names of llama.cpp and projections `[out, in]`."""
     state = {gguf_name(name): values for name, values in random_state(config, dtype).items()}
     return {name: np.ascontiguousarray(v.T) if name.endswith(PROJECTIONS) else v for name, v in state.items()}
 
 
 def laid_out(tensors: dict[str, np.ndarray], alignment: int = 32) -> tuple[list[bytes], bytes]:
-    """Descriptions and data of float32 tensors."""
+    """Return the descriptions and the data of float32 tensors."""
     descriptions, data = [], b""
     for name, values in tensors.items():
         descriptions.append(described(name, values.shape[::-1], len(data)))
@@ -139,7 +139,7 @@ def laid_out(tensors: dict[str, np.ndarray], alignment: int = 32) -> tuple[list[
 
 
 def gpt2(pairs: Pairs | None = None, tensors: dict[str, np.ndarray] | None = None, **options: Any) -> bytes:
-    """A whole file; what is not given is the random model of `SMALLEST`."""
+    """Return a complete file, by default of the random model of `SMALLEST`."""
     alignment = options.get("alignment", 32)
     descriptions, data = laid_out(gguf_tensors() if tensors is None else tensors, alignment)
     return file_of(gpt2_pairs() if pairs is None else pairs, descriptions, data, **options)

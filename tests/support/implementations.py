@@ -1,4 +1,4 @@
-"""The implementations of GPT-2 that must agree, each built from one checkpoint, all answering in numpy."""
+"""The implementations of GPT-2 that must agree. Each is built from a checkpoint and returns numpy arrays."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import gpt2_jax
 from bridge import Checkpoint
 from bridge.generation.decoder import Decoder
 
-if TYPE_CHECKING:  # imported where they are used: tests of the JAX model run where torch is not installed
+if TYPE_CHECKING:  # functions import them, so that tests of the JAX model run without torch
     import torch
     import transformers
 
@@ -29,14 +29,14 @@ def torch_model(checkpoint: Checkpoint) -> gpt2_torch.GPT2:
 
 
 def jax_model(checkpoint: Checkpoint, **kwargs: Any) -> tuple[gpt2_jax.GPT2, dict[str, Any]]:
-    """Computes in the dtype that the checkpoint is stored in."""
+    """Return a model that computes in the dtype of the checkpoint."""
     return gpt2_jax.model_from_checkpoint(checkpoint, dtype=checkpoint.tensors["wte.weight"].dtype, **kwargs)
 
 
 def transformers_model(checkpoint: Checkpoint) -> transformers.GPT2LMHeadModel:
-    """`eager` is the one attention of transformers that obeys `reorder_and_upcast_attn`.
+    """Return a model with `eager` attention, the only one of transformers that supports `reorder_and_upcast_attn`.
 
-    In float64 that switch is left off: there transformers' "upcast" cuts to float32.
+    In float64 the setting is off, because transformers would round scores to float32.
     """
     import torch
     import transformers
@@ -64,7 +64,7 @@ def torch_logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | Non
 def jax_logits(
     checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None = None, *, jit: bool = False, **kwargs: Any
 ) -> np.ndarray:
-    """Under jit only if asked: call by call costs less where many models take ids of one shape."""
+    """Compute logits, by default without jit, because compiling each of many small models takes longer."""
     model, params = jax_model(checkpoint, **kwargs)
     apply = jax.jit(model.apply) if jit else model.apply
     return np.asarray(apply({"params": params}, ids, mask))
@@ -78,7 +78,7 @@ def transformers_logits(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
 
 
 def torch_gradients(model: torch.nn.Module, logits: torch.Tensor, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Of the mean cross-entropy of the next token, under canonical names; a tied weight is there once."""
+    """Return gradients of the mean cross-entropy of the next token, by canonical name. A tied weight occurs once."""
     import torch
 
     targets = torch.from_numpy(ids)[:, 1:].flatten()
@@ -88,7 +88,7 @@ def torch_gradients(model: torch.nn.Module, logits: torch.Tensor, ids: np.ndarra
 
 
 def jax_gradients(checkpoint: Checkpoint, ids: np.ndarray, **kwargs: Any) -> dict[str, np.ndarray]:
-    """Of the mean cross-entropy of the next token, under canonical names."""
+    """Return gradients of the mean cross-entropy of the next token, by canonical name."""
     model, params = jax_model(checkpoint, **kwargs)
 
     def loss(params: dict[str, Any]) -> jax.Array:
@@ -99,7 +99,7 @@ def jax_gradients(checkpoint: Checkpoint, ids: np.ndarray, **kwargs: Any) -> dic
 
 
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
-    """Largest difference over the largest magnitude."""
+    """Return the largest difference, relative to the largest magnitude in `b`."""
     assert a.shape == b.shape
     return float(np.abs(a - b).max() / np.abs(b).max())
 
@@ -110,7 +110,7 @@ def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def largest_divergence(logits_a: np.ndarray, logits_b: np.ndarray) -> float:
-    """KL(a || b) in nats at the position where it is largest, computed in float64."""
+    """Return the largest KL(a || b) of any position in nats, computed in float64."""
     log_a, log_b = (_log_softmax(logits.astype(np.float64)) for logits in (logits_a, logits_b))
     return float((np.exp(log_a) * (log_a - log_b)).sum(axis=-1).max())
 

@@ -1,9 +1,9 @@
-"""The imports between the modules of the three packages, and the rules that they obey.
+"""The imports between modules of the three packages, and the rules for them.
 
     python -m support.import_graph
 
-prints every circle and every upward import, and exits with 1 if there is one. Imports inside functions count, because
-a circle that is hidden there is still a circle. Imports for type checking alone do not count.
+prints every import cycle and every upward import, and exits with 1 if there is any. Imports inside functions count,
+because they can form cycles too. Imports only for type checking do not count.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gpt2_jax.parity", "gpt2_jax.plan", "gpt2_jax.bench"),
     ("gpt2_jax.cli",),
 )
-"""From the lowest layer to the highest. A package stands for its modules; one that has layers of its own stands for its
-`__init__` alone. A module imports modules of its own layer and of lower ones."""
+"""From the lowest layer to the highest. A package represents all its modules; the three top packages represent only
+their `__init__`. A module may import modules of its own layer and of lower ones."""
 
 MAY_IMPORT_TORCH_SIDE = ("gpt2_jax.parity", "gpt2_jax.bench", "gpt2_jax.cli")
 """The parts of `gpt2_jax` that may import `gpt2_torch`."""
@@ -63,7 +63,7 @@ ALLOWED_IN_BRIDGE = frozenset(
     {
         *("numpy", "ml_dtypes", "jaxtyping"),  # arrays and their types
         *("safetensors", "google_crc32c", "tensorstore"),  # files: safetensors, TensorFlow, runs
-        *("tiktoken", "huggingface_hub"),  # imported when a tokenizer or the hub is asked for
+        *("tiktoken", "huggingface_hub"),  # imported on first use of a tokenizer or the hub
     }
 )
 """The packages that `bridge` may import: none of them is a framework."""
@@ -75,7 +75,7 @@ def import_graph(root: Path = ROOT, packages: Sequence[str] = PACKAGES) -> Graph
     return {name: frozenset(_imported(path, name, modules)) - {name} for name, path in sorted(modules.items())}
 
 
-def circles(graph: Graph) -> list[list[str]]:
+def cycles(graph: Graph) -> list[list[str]]:
     """Return the groups of modules that import each other, directly or through others."""
     reached = {name: _reachable(graph, name) for name in graph}
     groups = {frozenset({other for other in reached[name] if name in reached[other]}) for name in graph}
@@ -165,7 +165,7 @@ def _reachable(graph: Graph, name: str) -> set[str]:
 
 
 def _layer(name: str, order: Mapping[str, int]) -> int | None:
-    """The layer of the longest prefix; a top package stands for its `__init__` alone."""
+    """Return the layer of the longest prefix. A top package represents only its `__init__`."""
     parts = name.split(".")
     if len(parts) == 1:
         return order.get(name)
@@ -175,6 +175,6 @@ def _layer(name: str, order: Mapping[str, int]) -> int | None:
 
 if __name__ == "__main__":
     graph = import_graph()
-    problems = [f"a circle: {', '.join(circle)}" for circle in circles(graph)] + upward_imports(graph)
-    print("\n".join(problems) or f"{len(graph)} modules: no circles, no upward imports")
+    problems = [f"a cycle: {', '.join(cycle)}" for cycle in cycles(graph)] + upward_imports(graph)
+    print("\n".join(problems) or f"{len(graph)} modules: no cycles, no upward imports")
     sys.exit(bool(problems))

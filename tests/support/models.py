@@ -1,6 +1,6 @@
-"""Small random models for tests: sizes pairwise different, every parameter random.
+"""Small models for tests. Their sizes are pairwise different, and all parameters are random.
 
-A zero bias or a LayerNorm scale of one would hide a wrong row, and equal sizes a wrong turn.
+Biases of zero and LayerNorm scales of one would hide permuted rows, and equal sizes would hide a transpose.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from bridge import Checkpoint, GPT2Config
 TINY = GPT2Config(vocab_size=257, n_positions=40, n_embd=48, n_layer=5, n_head=3, n_inner=100)
 
 SMALLEST = GPT2Config(vocab_size=11, n_positions=5, n_embd=8, n_layer=2, n_head=2, n_inner=12)
-"""So small that most of its file is structure."""
+"""Small enough that a checkpoint file consists mainly of headers."""
 
 
 def config_for(format: str, config: GPT2Config = TINY) -> GPT2Config:
-    """The nearest configuration that a format can hold."""
+    """Return the most similar configuration that a format can store."""
     if format in ("nanogpt", "llmc"):
         config = replace(config, n_inner=None)
     return replace(config, activation_function="gelu") if format == "nanogpt" else config
 
 
 def random_state(config: GPT2Config, dtype: np.dtype | type = np.float32, seed: int = 0) -> dict[str, np.ndarray]:
-    """A canonical state_dict with weights large enough that every mistake shows in the logits."""
+    """Return a canonical state_dict. Weights are large enough that any mistake changes the logits noticeably."""
     rng = np.random.default_rng(seed)
     state = {}
     for p in bridge.parameters(config):
@@ -42,7 +42,7 @@ def random_checkpoint(config: GPT2Config = TINY, dtype: np.dtype | type = np.flo
 
 
 def huggingface_directory(path: Path, config: GPT2Config = TINY, **kwargs: object) -> Path:
-    """A random model of this configuration, written to `path` by this project."""
+    """Write a random model of this configuration to `path` with this project."""
     bridge.save(random_checkpoint(config, **kwargs), path, format="huggingface")  # type: ignore[arg-type]
     return path
 

@@ -1,7 +1,7 @@
-"""A GPT with nanoGPT's parameters, function and optimizer, to write and load its checkpoints with torch itself.
+"""A reimplementation of nanoGPT's model and optimizer, which writes and loads its checkpoints with torch.
 
-After https://github.com/karpathy/nanoGPT, which is no package: names and layouts from its model.py, groups and the
-keys of a checkpoint from its train.py.
+Source: https://github.com/karpathy/nanoGPT, which is not a package. Names, layouts and groups are those of model.py,
+and the keys of a checkpoint are those of train.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class NanoGPT(nn.Module):
-    """Called with ids [B, T], gives logits [B, T, V]."""
+    """Map ids [B, T] to logits [B, T, V]."""
 
     def __init__(
         self, n_layer: int, n_head: int, n_embd: int, block_size: int, bias: bool, vocab_size: int, dropout: float
@@ -47,7 +47,7 @@ class Layer(nn.Module):
         super().__init__()
         self.heads = heads
         linear: Callable[[int, int], nn.Module] = lambda i, o: nn.Linear(i, o, bias=bias)  # noqa: E731
-        # In this order: the optimizer numbers parameters as they are made.
+        # The order matters: the optimizer numbers parameters in the order of their creation.
         self.ln_1 = nn.LayerNorm(width, bias=bias)
         self.attn = nn.ModuleDict({"c_attn": linear(width, 3 * width), "c_proj": linear(width, width)})
         self.ln_2 = nn.LayerNorm(width, bias=bias)
@@ -62,7 +62,7 @@ class Layer(nn.Module):
 
 
 def random_model(**model_args: Any) -> NanoGPT:
-    """Biases and LayerNorm scales are random too: zeros and ones would hide a wrong row."""
+    """Return a model with random parameters. Biases of zero and LayerNorm scales of one would hide permuted rows."""
     torch.manual_seed(0)
     model = NanoGPT(**model_args)
     for name, parameter in model.named_parameters():
@@ -72,13 +72,13 @@ def random_model(**model_args: Any) -> NanoGPT:
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """Two groups by the number of axes, each in the order of `named_parameters()`."""
+    """Return AdamW with two groups, by the number of axes, each in the order of `named_parameters()`."""
     parameters = list(model.parameters())
     return grouped([p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2])
 
 
 def adamw_before_june_2023(model: nn.Module) -> torch.optim.AdamW:
-    """Two groups by the kind of module, embeddings among what does not decay, each sorted by name."""
+    """Return AdamW with two groups, by the kind of module, each sorted by name. Embeddings do not decay."""
     parameters = dict(sorted(model.named_parameters()))
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     decaying = {name: p for name, p in parameters.items() if name in linear}
@@ -91,7 +91,7 @@ def grouped(decaying: list[nn.Parameter], others: list[nn.Parameter]) -> torch.o
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
-    """One update on ids [B, T + 1]."""
+    """Update the model on ids [B, T + 1]."""
     logits = model(ids[:, :-1])
     optimizer.zero_grad()
     F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -99,7 +99,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> Non
 
 
 def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer | None, model_args: dict[str, Any]) -> dict[str, Any]:
-    """What train.py saves, under its keys."""
+    """Return a checkpoint like that of train.py."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict() if optimizer else None,
@@ -111,7 +111,7 @@ def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer | None, model_
 
 
 def resumed(path: Path) -> tuple[NanoGPT, torch.optim.AdamW]:
-    """As train.py takes a checkpoint up again, in the dtype of its weights."""
+    """Resume from a checkpoint as train.py does, in the dtype of the weights."""
     saved = torch.load(path, weights_only=True)
     model = NanoGPT(**saved["model_args"]).to(saved["model"]["lm_head.weight"].dtype)
     model.load_state_dict({name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()})

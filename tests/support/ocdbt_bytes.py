@@ -1,4 +1,4 @@
-"""OCDBT databases, byte by byte, as somebody may write one who knows the format.
+"""OCDBT databases built byte by byte, as an attacker who knows the format may write them.
 
 Source: TensorStore's documentation, "OCDBT storage format".
 """
@@ -16,7 +16,7 @@ DATA_FILE = "d/data"
 ZSTD = b"\x28\xb5\x2f\xfd"
 
 Location = tuple[int, int, int]
-"""The index of a data file, an offset and a length."""
+"""Index of the data file, offset, and length."""
 
 
 def varint(value: int) -> bytes:
@@ -32,7 +32,7 @@ def varints(values: Sequence[int]) -> bytes:
 
 
 def framed(magic: int, content: bytes, compression: int = 0) -> bytes:
-    """A node or a manifest with its header and its checksum."""
+    """Return a node or a manifest with its header and checksum."""
     size = 4 + 8 + 2 + len(content) + 4
     whole = struct.pack(">I", magic) + struct.pack("<Q", size) + bytes([0, compression]) + content
     return whole + struct.pack("<I", google_crc32c.value(whole))
@@ -58,7 +58,7 @@ def manifest(
 
 
 def leaf(values: dict[str, bytes | Location], files: Sequence[str] = (DATA_FILE,)) -> bytes:
-    """A node of keys with their values, or the places where these lie."""
+    """Return a leaf node. Values are stored inline, or as a location."""
     keys = sorted(values)
     ordered = [values[key] for key in keys]
     places = [value for value in ordered if isinstance(value, tuple)]
@@ -76,7 +76,7 @@ def leaf(values: dict[str, bytes | Location], files: Sequence[str] = (DATA_FILE,
 
 
 def interior(height: int, children: dict[str, Location], files: Sequence[str] = (DATA_FILE,)) -> bytes:
-    """A node of other nodes, by the first key below each."""
+    """Return a node of child nodes, by the first key below each."""
     keys = sorted(children)
     places = [children[key] for key in keys]
     columns = ([place[column] for place in places] for column in range(3))
@@ -97,7 +97,7 @@ def keys_of(keys: Sequence[str], with_subtrees: bool = False) -> bytes:
 
 
 def write(state: Path, nodes: Sequence[bytes], height: int = 0, files: Sequence[str] = (DATA_FILE,)) -> Path:
-    """A database whose last node is its root; `files[0]` holds all of them, one after the other."""
+    """Write a database. Its last node is the root, and `files[0]` has all nodes in order."""
     (state / files[0]).parent.mkdir(parents=True, exist_ok=True)
     (state / files[0]).write_bytes(b"".join(nodes))
     root = (0, sum(map(len, nodes[:-1])), len(nodes[-1]))
@@ -106,7 +106,7 @@ def write(state: Path, nodes: Sequence[bytes], height: int = 0, files: Sequence[
 
 
 def zstd_zeros(count: int, declared: int | None = None) -> bytes:
-    """A frame of at least `count` zeros: one byte repeated, in blocks of 128 KiB of which each takes four bytes."""
+    """Return a frame of at least `count` zeros, run-length encoded in blocks of 128 KiB that take four bytes each."""
     blocks = -(-count // 2**17)
     header = ZSTD + (b"\xe0" + struct.pack("<Q", declared) if declared is not None else b"\x00\x38")
     return header + b"".join(

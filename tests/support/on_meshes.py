@@ -1,8 +1,8 @@
-"""What test_meshes.py runs in a process that makes eight devices of its CPU.
+"""Functions that test_meshes.py runs in a process with eight simulated CPU devices.
 
     python on_meshes.py NAME FILE.json ARGUMENT ...
 
-Every size of the model is another, so that a shape in a compiled program says what it is of.
+The sizes of the model are pairwise different, so that a shape in a compiled program identifies its array.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ CONFIG = TrainConfig(
 V, D, F, L, B, T = 72, MODEL.n_embd, MODEL.feed_forward_size, MODEL.n_layer, CONFIG.batch_size, CONFIG.seq_len
 
 SAME_CURVE = 1e-5
-"""Losses in float32, in nats, that differ by the order of sums over devices alone."""
+"""Nats. Float32 losses may differ by the order of sums over devices."""
 
 ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) <= 8]
 SOME = [(1, 8, 1), (2, 2, 2)]
 
 
 def curves(dtype: str, which: str, num_microbatches: str = "1") -> dict[str, Any]:
-    """For each mesh how far losses and gradients are from one device's, and whether all lies where it should."""
+    """Return, for each mesh, the difference to one device in losses and gradients, and arrays with a wrong sharding."""
     config = replace(
         CONFIG, num_microbatches=int(num_microbatches), optimizer=replace(CONFIG.optimizer, weight_decay=0.3)
     )
@@ -88,7 +88,7 @@ def _curve(
         for batch in own:
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-        assert step._cache_size() == 1, "what a step gives is taken by the same program"
+        assert step._cache_size() == 1, "the output state has the shardings of the input state"
         described = jax.tree_util.tree_leaves_with_path(abstract_state(config, model, tx, mesh))
     pairs = zip(described, jax.tree.leaves(state), strict=True)
     misplaced = [jax.tree_util.keystr(path) for (path, like), leaf in pairs if leaf.sharding != like.sharding]
@@ -96,7 +96,7 @@ def _curve(
 
 
 def _batches(config: TrainConfig) -> list[dict[str, np.ndarray]]:
-    """Counting up from a random id, which is learned soon; every row has another number of labels that count."""
+    """Return rows that count up from a random id, which is easy to learn. Rows have different numbers of labels."""
     rng, (steps, rows) = np.random.default_rng(1), (config.max_steps, config.batch_size)
     ids = (rng.integers(0, 71, (steps, rows, 1)) + np.arange(config.seq_len + 1, dtype=np.int32)) % MODEL.vocab_size
     hidden = rng.random(ids.shape) < np.linspace(0, 0.8, rows)[:, None]
@@ -105,7 +105,7 @@ def _batches(config: TrainConfig) -> list[dict[str, np.ndarray]]:
 
 
 def programs() -> dict[str, Any]:
-    """For each mesh the shapes of all results in the programs of the first state and of the step, and of gathers."""
+    """Return, for each mesh, the result shapes of the programs for initial state and step, and of all-gathers."""
     model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.max_steps)
     found = {}
     for sizes in ALL[1:]:
@@ -126,8 +126,10 @@ def programs() -> dict[str, Any]:
 
 
 def foreign_meshes() -> dict[str, Any]:
-    """Logits and the step on meshes that are not this project's: how far they are from one device's, and how many rows
-    of them a device has."""
+    """Return, for each mesh with other axis names, the difference to one device, and the rows on each device.
+
+    Compares the logits and the loss of a step.
+    """
     model, tx = make_model(CONFIG), make_optimizer(CONFIG.optimizer, CONFIG.max_steps)
     first = initial_state(CONFIG, model, tx, None, make_mesh("data=1", jax.devices()[:1]))
     state, batch = jax.tree.map(np.asarray, first), _batches(CONFIG)[0]
@@ -157,7 +159,7 @@ def foreign_meshes() -> dict[str, Any]:
 
 
 def loaded(directory: str) -> dict[str, Any]:
-    """For each checkpoint there, in each form: which parameters differ, and how many tensors were read again."""
+    """Return, for each checkpoint in both forms, the parameters that differ and the number of tensors read twice."""
     return {
         f"{path.name} {scan}": _loaded(path, scan)
         for path in sorted(Path(directory).iterdir())
@@ -186,7 +188,7 @@ def _loaded(path: Path, scan: bool) -> dict[str, Any]:
 
 
 def _results(program: str, operation: str = r"[\w-]+") -> list[list[int]]:
-    """The shapes of what the operations of this kind give, each once."""
+    """Return the distinct result shapes of operations of this kind."""
     lines = re.findall(rf"= (\(?[^=]*?) {operation}\(", program)
     shapes = {shape for line in lines for shape in re.findall(r"\w+\[([\d,]+)\]", line)}
     return sorted([int(size) for size in shape.split(",")] for shape in shapes)

@@ -1,6 +1,6 @@
-"""What every bad input gets: an error of this project's, soon, in little memory, and nothing left behind.
+"""Assert that invalid input raises an error of this project, within a budget of time and memory, and leaves no files.
 
-`assert_refused` is for each case of a reader's list of bad inputs: the same questions of every one.
+The tests of every reader call `assert_refused` for each invalid input.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import bridge
 from bridge import BridgeError
 
 MOST_BYTES = 64 * 2**20
-"""What refusing a checkpoint may take over the idle process."""
+"""Memory limit for rejecting a checkpoint, in addition to that of the idle process."""
 MOST_SECONDS = 2.0
-"""Of this process's processor time, which a busy machine does not stretch."""
+"""Limit of processor time, which does not depend on the load of the machine."""
 
 
 @contextmanager
@@ -43,24 +43,27 @@ def within_budget() -> Iterator[None]:
 
 
 def open_and_read(source: Path) -> str:
-    """Opens a checkpoint and reads all of it."""
+    """Open a checkpoint and read all of it."""
     return bridge.fingerprint(bridge.load(source).tensors)
 
 
 def assert_refused(
-    source: Path, says: str, capsys: pytest.CaptureFixture[str], error: type[BridgeError] = BridgeError
+    source: Path, expected: str, capsys: pytest.CaptureFixture[str], error: type[BridgeError] = BridgeError
 ) -> None:
-    """Opening or reading `source` raises `error` with `says` and the source's name in its message, within the
-    budget; `gpt2 convert` ends with exit code 2, says the same, and leaves nothing."""
+    """Assert that opening or reading `source` raises `error` within the budget.
+
+    The message must have `expected` and the name of the source. `gpt2 convert` must print it, exit with 2 and leave
+    no files.
+    """
     started = time.process_time()
     with pytest.raises(error) as caught:
         open_and_read(source)
     seconds = time.process_time() - started
     message = str(caught.value)
-    assert says in message
+    assert expected in message
     assert source.name in message, "the message names the file"
     assert message.replace("\n", "").isprintable(), "control characters are escaped"
-    assert len(message) < 4000 + len(str(source)), "untrusted text is cut"
+    assert len(message) < 4000 + len(str(source)), "untrusted text is truncated"
     assert seconds < MOST_SECONDS
 
     tracemalloc.start()
@@ -77,5 +80,5 @@ def assert_refused(
     printed = capsys.readouterr()
     assert printed.err.startswith("gpt2: ")
     assert "Traceback" not in printed.err
-    assert says in printed.err
+    assert expected in printed.err
     assert sorted(source.parent.iterdir()) == there, "nothing is left behind"

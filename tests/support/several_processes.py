@@ -1,4 +1,4 @@
-"""`gpt2 train --distributed` in several processes of this machine, each with some devices made of its CPU."""
+"""`gpt2 train --distributed` in several processes of this machine, each with simulated CPU devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 300
-"""Seconds."""
+"""Seconds to wait for a process."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ Process = subprocess.Popen[str]
 
 
 def start(processes: int, devices: int, arguments: Sequence[object], **of_one: Sequence[object]) -> list[Process]:
-    """Each with `devices`; `p1=[...]` are arguments of process 1 alone."""
+    """Start processes with `devices` devices each. `p1=[...]`: additional arguments of process 1 only."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,5 +74,5 @@ def train(processes: int, devices: int, arguments: Sequence[object], **of_one: S
 
 
 def _without_gloo(text: str) -> str:
-    """Without the lines of the library that carries messages between CPUs, which may run into each other."""
+    """Remove the messages of Gloo, the library for collectives on CPUs. They may be interleaved."""
     return re.sub(r"(\[Gloo\] Rank )*\d* ?is connected to .*?: \d+\n|\[Gloo\] Rank (\d+ )?", "", text)

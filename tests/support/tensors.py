@@ -9,7 +9,7 @@ import numpy as np
 
 
 def assert_same_tensors(found: Mapping[str, Any], expected: Mapping[str, np.ndarray]) -> None:
-    """Names, dtypes, shapes and bits are equal."""
+    """Assert that names, dtypes, shapes and bytes are equal."""
     assert set(found) == set(expected)
     for name, array in expected.items():
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name

@@ -1,4 +1,4 @@
-"""Tokenizers small enough to write by hand, and the texts that tokenizers are compared on."""
+"""Small hand-written tokenizers, and the texts on which tokenizers are compared."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ needs_openai_cache = pytest.mark.skipif(
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of words, numbers, all kinds of space and any code point of Unicode but surrogates."""
+    """Return random texts of words, numbers, white space and any Unicode code points except surrogates."""
     draw = random.Random(seed)
     pieces = [
         *" \n\t\r0123456789'.,;(){}=_-\u00a0\u2028",
@@ -65,7 +65,7 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def openai_files() -> tuple[Path, Path]:
-    """OpenAI's `encoder.json` and `vocab.bpe`, found in tiktoken's cache by how they begin."""
+    """Return OpenAI's `encoder.json` and `vocab.bpe`, which are found in tiktoken's cache by their first bytes."""
     beginnings = {path: path.read_bytes()[:8] for path in OPENAI_CACHE.iterdir()}
     encoder = [path for path, beginning in beginnings.items() if beginning.startswith(b"{")]
     merges = [path for path, beginning in beginnings.items() if beginning == b"#version"]
@@ -75,10 +75,10 @@ def openai_files() -> tuple[Path, Path]:
 
 
 def write_byte_tokenizer(directory: Path) -> None:
-    """A vocabulary of the 256 bytes, id = byte, as `vocab.json` and an empty `merges.txt`.
+    """Write `vocab.json` with the 256 bytes, where the id is the byte, and a `merges.txt` without merges.
 
-    The characters that stand for bytes are GPT-2's (gpt-2/src/encoder.py), restated here rather than
-    imported so that the reader is tested against something else than itself.
+    The characters that represent bytes are GPT-2's (gpt-2/src/encoder.py). They are restated here, so that the reader
+    is not tested against itself.
     """
     plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     moved = [b for b in range(256) if b not in plain]

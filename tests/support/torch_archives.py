@@ -1,4 +1,4 @@
-"""Archives as torch.save lays them out, with any pickle and any records inside."""
+"""Archives in the layout of torch.save, with any pickle and any records."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def archive(pickle: bytes, records: dict[str, bytes] | None = None, root: str = "archive") -> bytes:
-    """A stored zip with `data.pkl` and `records`; the standard library computes the checksums."""
+    """Return an uncompressed zip with `data.pkl` and `records`. The standard library computes the checksums."""
     members = {"data.pkl": pickle, "version": b"3\n", "byteorder": b"little", **(records or {})}
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as file:
@@ -42,7 +42,7 @@ def name(module: str, attribute: str) -> bytes:
 def tensor(
     key: str = "0", count: int = 4, offset: int = 0, shape: tuple[int, ...] = (4,), strides: tuple[int, ...] = (1,)
 ) -> bytes:
-    """A float32 tensor in the record `data/KEY`, as torch pickles it."""
+    """Return the pickle of a float32 tensor in the record `data/KEY`, as torch writes it."""
     storage = b"(" + text("storage") + name("torch", "FloatStorage") + text(key) + text("cpu") + integer(count) + b"tQ"
     sizes = [b"(" + b"".join(map(integer, values)) + b"t" for values in (shape, strides)]
     hooks = name("collections", "OrderedDict") + b")R"
@@ -51,5 +51,5 @@ def tensor(
 
 
 def pickled(value: bytes) -> bytes:
-    """A dictionary with `value` under the name `w`."""
+    """Return the pickle of a dictionary with `value` under the name `w`."""
     return b"\x80\x02}" + text("w") + value + b"s."

@@ -1,4 +1,4 @@
-"""Training runs small enough to make by the dozen."""
+"""Very small training runs."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ RECIPE = TrainConfig(
 
 
 def recipe(**changes: Any) -> TrainConfig:
-    """RECIPE with fields changed, each by the name of its flag."""
+    """Return RECIPE with changed fields. Keywords are names of flags."""
     return from_flat({**flat(RECIPE), **changes})
 
 
 def write_text(directory: Path, lines: int = 120) -> Path:
-    """A few kB that can be learned, and that no two lines of are the same."""
+    """Write a few kB of text that is easy to learn. Its lines are pairwise different."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "text.txt"
     path.write_text("".join(f"line {i} says that {i} times {i} is {i * i};\n" for i in range(lines)))
@@ -50,7 +50,7 @@ def write_text(directory: Path, lines: int = 120) -> Path:
 
 
 def data_for(config: TrainConfig, directory: Path) -> Data:
-    """What the configuration reads; where it names no file, a generated text in `directory`."""
+    """Return the data of the configuration. Without a file name, it is a generated text in `directory`."""
     text = directory / "text.txt"
     return open_data(
         config.data if config.data != "stdlib" else text if text.exists() else write_text(directory),
@@ -62,14 +62,14 @@ def data_for(config: TrainConfig, directory: Path) -> Data:
 
 
 def run_in(directory: Path, config: TrainConfig, name: str = "run", **options: Any) -> Outcome:
-    """Train as `gpt2 train` does, in silence, to `directory`/`name`."""
+    """Train as `gpt2 train` does, without output, in `directory`/`name`."""
     data = data_for(config, directory)
     config = resolve_config(config, data, options.get("init_from"))
     return train(config, directory / name, data, console=Console(file=io.StringIO()), **options)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """What the run logged, without speeds, which no two runs have in common."""
+    """Return the log of a run without speeds, which vary between runs."""
     return [{k: v for k, v in record.items() if k not in SPEEDS} for record in read_metrics(run)]
 
 
@@ -82,7 +82,7 @@ def all_weights(source: Path) -> dict[str, np.ndarray]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
-    """Do something while the batch of `step` is read."""
+    """Call `act` when the batch of `step` is read."""
     inner = loop.training_batches
 
     def batches(*args: Any, start_step: int, **options: Any) -> Iterator[Any]:

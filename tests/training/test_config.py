@@ -73,7 +73,7 @@ def test_the_edges_of_the_ranges_are_allowed() -> None:
     recipe(max_steps=2**31 - 1, decay_steps=2**31 - 1)
 
 
-def test_flags_have_names_of_their_own() -> None:
+def test_flags_have_unique_names() -> None:
     """The fields of the three dataclasses become flags of one namespace. Only `optimizer` occurs twice."""
     outer, model, optimizer = (
         {f.name for f in dataclasses.fields(c)} for c in (TrainConfig, GPT2Config, OptimizerConfig)
@@ -85,7 +85,7 @@ def test_flags_have_names_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_goes_through_json_and_back(name: str) -> None:
+def test_a_preset_survives_a_round_trip_through_json(name: str) -> None:
     config = PRESETS[name]
     assert config.preset == name
     assert from_flat(json.loads(json.dumps(flat(config)))) == config
@@ -102,7 +102,7 @@ def test_a_preset_goes_through_json_and_back(name: str) -> None:
     ],
     ids=["unknown", "missing", "list", "text", "nothing"],
 )
-def test_what_is_not_a_configuration_is_refused(stored: Any, message: str) -> None:
+def test_an_object_that_is_not_a_configuration_is_refused(stored: Any, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         from_flat(stored)
 
@@ -160,7 +160,7 @@ def test_an_int_is_a_float() -> None:
     assert from_flat({**flat(TrainConfig()), "max_grad_norm": 1}).optimizer.max_grad_norm == 1
 
 
-def test_fields_that_a_resumed_run_may_change_exist_and_touch_no_weight() -> None:
+def test_fields_that_a_resumed_run_may_change_exist_and_do_not_affect_weights() -> None:
     assert set(flat(TrainConfig())) >= CHANGEABLE_FIELDS
     assert not CHANGEABLE_FIELDS & {
         "max_steps",
@@ -219,14 +219,14 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_recipe_of_nanogpts_has_its_numbers(name: str) -> None:
+def test_a_preset_has_the_numbers_of_nanogpts_recipe(name: str) -> None:
     values = flat(PRESETS[name])
     assert {key: values[key] for key in PUBLISHED[name]} == PUBLISHED[name]
     assert values["decay_steps"] in (None, values["max_steps"])  # lr_decay_iters
     assert -(-values["vocab_size"] // values["vocab_multiple"]) * values["vocab_multiple"] in (65, 50304)
 
 
-def test_the_sizes_are_openais() -> None:
+def test_the_presets_have_openais_sizes() -> None:
     for name, size in GPT2_SIZES.items():
         assert PRESETS[name].model == size
         assert PRESETS[name].optimizer == PRESETS["gpt2"].optimizer

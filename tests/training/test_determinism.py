@@ -22,7 +22,7 @@ SHORT = "--tokenizer bytes --max-steps 2 --eval-batches 1 --sample-tokens 0 --ba
 TINY = "--n-layer 1 --n-embd 8 --n-head 1"
 
 
-def test_it_adds_to_the_flags_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_flags_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=false --other=1")
     monkeypatch.setenv("NPROC", "8")
     assert not is_deterministic(os.environ)
@@ -88,7 +88,7 @@ def test_the_command_sets_up_its_process_before_it_trains(
     assert RECIPE.deterministic is False
 
 
-def test_the_command_runs_on_one_thread_and_the_manifest_says_so(tmp_path: Path) -> None:
+def test_the_command_runs_on_one_thread_and_records_that_in_the_manifest(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -110,7 +110,7 @@ finally:
         tmp_path / "run",
     ]
     command = [sys.executable, "-c", code, "train", *map(str, places), *SHORT.split(), *TINY.split(), "--deterministic"]
-    # Without the restart for huge pages, which would leave this process and does not change results.
+    # Skip the restart for huge pages, which would replace this process and does not change results.
     environment = {**os.environ, "GPT2_BRIDGE_RESTARTED": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A few hundred damaged files of each kind of data and run; `tests/fuzz/driver.py` makes more."""
+"""A few hundred damaged files of each kind of data and run; `tests/fuzz/driver.py` tests many more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MUTANTS = 300
 
 
 @pytest.mark.parametrize("format", DATA)
-def test_a_damaged_file_is_refused_or_is_what_its_bytes_say(tmp_path: Path, format: str) -> None:
+def test_a_damaged_file_is_refused_or_read_correctly(tmp_path: Path, format: str) -> None:
     outcome = fuzz(format, MUTANTS, tmp_path)
     print(format, dict(outcome.counts), f"slowest {1000 * outcome.slowest:.0f} ms")
     assert outcome.counts.total() == MUTANTS

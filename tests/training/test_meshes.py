@@ -75,7 +75,7 @@ def test_losses_and_gradients_agree_on_every_mesh(dtype: str, num_microbatches: 
 
 
 @pytest.mark.mesh
-def test_arrays_are_sharded_as_the_table_says(tmp_path: Path) -> None:
+def test_arrays_are_sharded_as_in_the_table(tmp_path: Path) -> None:
     model = on_meshes.MODEL
     whole = {p.flax_path[1:]: [model.n_layer, *p.flax_shape] for p in parameters(model) if p.layer is not None}
     for text, shapes in on_eight_devices("programs", tmp_path).items():
@@ -128,7 +128,7 @@ def test_every_rule_matches_a_parameter_with_as_many_axes() -> None:
     assert used == {*range(len(RULES))}
 
 
-def test_stacked_layers_are_split_as_single_ones_are() -> None:
+def test_stacked_layers_are_sharded_like_single_ones() -> None:
     assert spec_of("h_3/mlp/c_fc/kernel", 2) == PartitionSpec("fsdp", "tensor")
     assert spec_of("h/mlp/c_fc/kernel", 3) == PartitionSpec(None, "fsdp", "tensor")
     assert spec_of("muon/h/mlp/c_fc/kernel", 3) == PartitionSpec(None, "fsdp", "tensor")
@@ -145,7 +145,7 @@ def test_a_parameter_without_a_rule_is_an_error(path: str, ndim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "says"),
+    ("wanted", "message"),
     [
         ("model=2", "write data="),
         ("data", "write data="),
@@ -157,8 +157,8 @@ def test_a_parameter_without_a_rule_is_an_error(path: str, ndim: int) -> None:
         ("data=-1,tensor=3", "3 does not divide the 1 devices"),
     ],
 )
-def test_invalid_meshes_are_refused(wanted: str, says: str) -> None:
-    with pytest.raises(MeshError, match=re.escape(says)) as refused:
+def test_invalid_meshes_are_refused(wanted: str, message: str) -> None:
+    with pytest.raises(MeshError, match=re.escape(message)) as refused:
         make_mesh(wanted, jax.devices()[:1])
     assert isinstance(refused.value, BridgeError)
     assert f"--mesh {wanted}" in str(refused.value)
@@ -189,9 +189,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_by_shape_and_axis() ->
 @pytest.mark.parametrize(
     ("batch_size", "cure"), [(4, "--num-microbatches 1"), (24, "--num-microbatches 3"), (6, "--batch-size 8")]
 )
-def test_rows_that_the_mesh_does_not_divide_are_refused_with_what_to_choose(
-    rows: Any, batch_size: int, cure: str
-) -> None:
+def test_rows_that_the_mesh_does_not_divide_are_refused_with_a_remedy(rows: Any, batch_size: int, cure: str) -> None:
     config = recipe(batch_size=batch_size, num_microbatches=4 if batch_size == 24 else 2)
     with pytest.raises(TrainingError, match=rf"rows per microbatch.* = 4 does not divide; choose {cure}, or another"):
         rows(config, FakeMesh(data=2, fsdp=2))
@@ -220,7 +218,7 @@ def test_tpu_slices_are_split_by_data_only() -> None:
 
 
 def test_a_part_of_a_checkpoint_is_read_by_its_rows(tmp_path: Path) -> None:
-    """Like a process that holds one of several devices: from its first row to its last."""
+    """The test reads like a process with one of several devices, from its first row to its last."""
     sources = tmp_path / "sources"
     config = replace(on_meshes.MODEL, vocab_size=70, activation_function="gelu_new")
     state = random_checkpoint(config).tensors

@@ -92,7 +92,7 @@ def test_its_weights_are_read_and_are_those_of_its_export(old: Path) -> None:
     assert all(np.array_equal(exported[name], array) for name, array in read.items())
 
 
-def test_it_is_resumed_trained_on_and_exported_again(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_can_be_resumed_and_exported_again(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, first_records, export = files(old), records(old), all_weights(old / "export")
     assert resume("--max-steps", 9) == 2
     assert "max_steps was '6', now '9'" in capsys.readouterr().err
@@ -109,7 +109,7 @@ def test_it_is_resumed_trained_on_and_exported_again(old: Path, capsys: pytest.C
     assert any(not np.array_equal(again[name], array) for name, array in export.items())
 
 
-def test_a_finished_one_is_resumed_without_a_change_of_its_weights(old: Path) -> None:
+def test_a_resume_of_a_finished_run_does_not_change_its_weights(old: Path) -> None:
     weights = all_weights(old)
     assert resume() == 0
     assert json.loads((old / "run.json").read_text())["version"] == 2

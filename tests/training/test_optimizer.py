@@ -135,7 +135,7 @@ def orthogonalized(gradient: np.ndarray) -> np.ndarray:
 
 @EITHER_FORM
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
-def test_adamw_is_its_formula_for_every_parameter(config: GPT2Config, stacked: bool) -> None:
+def test_adamw_equals_its_formula_for_every_parameter(config: GPT2Config, stacked: bool) -> None:
     settings = OptimizerConfig(warmup_steps=3, weight_decay=0.3)
     for name, update in first_update(config, settings, stacked).items():
         expected = adamw_first(name, config, settings, rate=6e-4 / 4)
@@ -197,7 +197,7 @@ def test_clipping_equals_torchs(scale: float, largest: float | None) -> None:
         np.testing.assert_allclose(clipped[name], parameter.grad.numpy(), rtol=FLOAT32, err_msg=name)
 
 
-def test_the_state_that_the_bridge_looks_for_is_there() -> None:
+def test_the_optimizer_has_the_state_that_the_bridge_reads() -> None:
     """`optimizer_state.py` reads AdamW's moments from it."""
     state = make_optimizer(OptimizerConfig(), 10).init(flax_arrays(SIZES, stacked=True))
     found = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))

@@ -1,4 +1,4 @@
-"""Damaged checkpoints that bare Orbax does not detect, and that this project does.
+"""Damage of checkpoints that Orbax by itself does not detect, but this project does.
 
 If the first half of a test fails, Orbax has changed its behaviour.
 """
@@ -25,7 +25,7 @@ from gpt2_jax.training.run.checkpointing import Checkpoints
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
-    # After the error of one array, Orbax abandons reading the others, and their errors are never retrieved.
+    # After an error in one array, Orbax abandons the other reads, whose errors are then never retrieved.
     pytest.mark.filterwarnings("ignore:.*_read_array_index_and_device_put:pytest.PytestUnraisableExceptionWarning"),
 ]
 
@@ -68,7 +68,7 @@ def numbers(state: TrainState) -> list[bytes]:
 
 
 def flip_a_bit(run: Path) -> None:
-    """A position in a large array. Small arrays are stored in the database's B-tree, which has checksums."""
+    """Flip a bit of a large array. Small arrays are in the database's B-tree, which has checksums."""
     number = np.asarray(state_of(2).params["wte"]["embedding"])[3].tobytes()
     [file] = [path for path in (run / "checkpoints" / "2").rglob("d/*") if number in path.read_bytes()]
     data = bytearray(file.read_bytes())
@@ -86,18 +86,18 @@ def array_store(run: Path) -> tensorstore.KvStore:
     return tensorstore.KvStore.open({"driver": "ocdbt", "base": base, "path": f"{NAME}/"}).result()
 
 
-def assert_passed_over(run: Path) -> None:
-    """Step 2, read by `bridge.load` and by a resumed run."""
+def assert_skipped(run: Path) -> None:
+    """Assert that `bridge.load` and a resumed run skip step 2."""
     with pytest.raises(CheckpointError, match="checkpoints/2"):
         bridge.load(run / "checkpoints" / "2")
     loaded = bridge.load(run)
     assert loaded.diagnostics[0] == "read from checkpoints/1"
     assert loaded.diagnostics[1].startswith("the checkpoint of step 2 is damaged and was skipped: ")
-    said: list[str] = []
-    with Checkpoints(run, say=said.append) as checkpoints:
+    messages: list[str] = []
+    with Checkpoints(run, say=messages.append) as checkpoints:
         assert checkpoints.latest() == 1
         assert numbers(checkpoints.restore(1, state_of(1))) == numbers(state_of(1))
-    assert said == list(loaded.diagnostics[1:])
+    assert messages == list(loaded.diagnostics[1:])
 
 
 def test_an_undamaged_checkpoint_is_read(run: Path) -> None:
@@ -109,7 +109,7 @@ def test_orbax_does_not_detect_a_flipped_bit(run: Path) -> None:
     flip_a_bit(run)
     pairs = zip(numbers(by_orbax(run, 2)), numbers(state_of(2)), strict=True)
     assert sum(found != saved for found, saved in pairs) == 1
-    assert_passed_over(run)
+    assert_skipped(run)
 
 
 def test_tensorstore_reads_a_missing_chunk_as_zeros(run: Path) -> None:
@@ -122,12 +122,12 @@ def test_tensorstore_reads_a_missing_chunk_as_zeros(run: Path) -> None:
     loading = ocp.options.ArrayOptions.Loading(raise_array_data_missing_error=False)
     with ocp.Context(array_options=ocp.options.ArrayOptions(loading=loading)):
         assert any(not any(number) for number in numbers(by_orbax(run, 2)))
-    assert_passed_over(run)
+    assert_skipped(run)
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["removed", "emptied"])
 @pytest.mark.parametrize("name", ["commit_success.txt", "state/_sharding", "state/ocdbt.process_0/manifest.ocdbt"])
-def test_orbax_may_not_miss_a_damaged_file(run: Path, name: str, damage: Callable[[Path], object]) -> None:
+def test_orbax_does_not_detect_a_damaged_metadata_file(run: Path, name: str, damage: Callable[[Path], object]) -> None:
     damage(run / "checkpoints" / "2" / name)
     assert numbers(by_orbax(run, 2)) == numbers(state_of(2))
-    assert_passed_over(run)
+    assert_skipped(run)

@@ -71,17 +71,17 @@ def assert_the_same_curve(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(("devices", "mesh"), [(2, "data=2,fsdp=2"), (2, "tensor=4"), (1, "fsdp=-1"), (2, "data=-1")])
-def test_two_train_as_one_does(devices: int, mesh: str, directory: Path, alone: Path) -> None:
+def test_two_processes_train_like_one(devices: int, mesh: str, directory: Path, alone: Path) -> None:
     name = f"two {devices} {mesh}"
     ended = train(2, devices, arguments(directory, name, "--mesh", mesh))
     assert [e.code for e in ended] == [0, 0], ended
     assert_the_same_curve(directory / name, alone)
     assert "exported the best step" in ended[0].out
-    assert ended[1].out == "", "the first process alone prints"
+    assert ended[1].out == "", "only process 0 prints"
     assert [e.err for e in ended] == ["", ""]
 
 
-def test_four_train_as_one_does(by_four: Path, alone: Path) -> None:
+def test_four_processes_train_like_one(by_four: Path, alone: Path) -> None:
     assert_the_same_curve(by_four, alone)
 
 
@@ -111,7 +111,7 @@ def test_an_error_in_one_process_ends_all_with_its_message(directory: Path) -> N
     assert "missing.txt" in one.err
 
 
-def test_an_error_of_the_first_process_after_training_is_reported_as_its_own(directory: Path) -> None:
+def test_an_error_of_process_0_after_training_is_reported_as_its_own(directory: Path) -> None:
     """The other process waits for it, and is not reported as lost. The report's file appears during the run."""
     report = directory / "result.json"
     started = start(2, 1, arguments(directory, "full"), p0=["--json", report])
@@ -130,11 +130,11 @@ def test_processes_with_different_arguments_refuse_to_start(directory: Path) -> 
     write_text(directory / "other", 150)
     other = ["--data", directory / "other" / "text.txt", "--cache", directory / "other" / "cache"]
     for name, given, field in (("seed", ["--seed", "5"], "seed is '5' here"), ("data", other, "data is")):
-        ended = train(2, 1, arguments(directory, f"told {name}"), p1=given)
+        ended = train(2, 1, arguments(directory, f"other {name}"), p1=given)
         assert [e.code != 0 for e in ended] == [True, True], ended
         assert field in ended[1].err
-        assert "started with other arguments than process 0" in ended[0].err, "it hears why"
-        assert not (directory / f"told {name}").exists()
+        assert "started with other arguments than process 0" in ended[0].err, "process 0 prints the reason"
+        assert not (directory / f"other {name}").exists()
 
 
 def test_two_processes_start_from_a_checkpoint(directory: Path) -> None:
@@ -148,7 +148,7 @@ def test_two_processes_start_from_a_checkpoint(directory: Path) -> None:
     assert_the_same_curve(directory / "from weights 2", directory / "from weights 1")
 
 
-def test_a_process_without_a_coordinator_says_which_flags_to_give(directory: Path) -> None:
+def test_a_process_without_a_coordinator_names_the_missing_flags(directory: Path) -> None:
     [ended] = train(1, 1, arguments(directory, "nobody", "--distributed"))
     assert ended.code == 2
     assert "--coordinator HOST:PORT, --processes N and --process I" in ended.err
@@ -180,13 +180,13 @@ def test_a_process_that_cannot_connect_names_the_coordinator(directory: Path) ->
     assert "gpt2: ended before all processes had connected (process 0 at 127.0.0.1:9)" in ended.stderr
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_a_signal_to_one_saves_and_stops_all_after_the_same_step(told: int, directory: Path, alone: Path) -> None:
-    run = directory / f"told {told}"
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(process: int, directory: Path, alone: Path) -> None:
+    run = directory / f"signal to {process}"
     long = ["--max-steps", 100_000, "--checkpoint-every", 100_000, "--eval-every", 100_000]
     started = start(2, 1, arguments(directory, run.name, *long))
     until(lambda: len(read_metrics(run)) > 5)
-    started[told].send_signal(signal.SIGTERM)
+    started[process].send_signal(signal.SIGTERM)
     ended = wait(started)
     assert [e.code for e in ended] == [128 + signal.SIGTERM] * 2, ended
     last = steps(run)[-1]

@@ -45,7 +45,7 @@ def stored(run: Path, step: int) -> dict[str, np.ndarray]:
     return dict(arrays(run, step))
 
 
-def test_weights_and_the_optimizers_state_are_the_same_bits(both: Path) -> None:
+def test_weights_and_optimizer_state_are_bitwise_equal(both: Path) -> None:
     last = steps(both / "whole")[-1]
     assert steps(both / "parts") == steps(both / "whole")
     whole, parts = stored(both / "whole", last), stored(both / "parts", last)

@@ -147,8 +147,8 @@ def test_a_checkpoint_that_another_process_saves_meanwhile_is_kept(
     @contextmanager
     def late(path: Path, **options: bool) -> Iterator[bool | None]:
         (run / "checkpoints" / "3").mkdir(parents=True)
-        with lock(path, **options) as held:
-            yield held
+        with lock(path, **options) as locked:
+            yield locked
 
     monkeypatch.setattr(runs, "exclusive_lock", late)
     with pytest.raises(TrainingError, match="is a run; continue it with --resume"):
@@ -186,7 +186,7 @@ def test_a_directory_that_is_not_visible_is_named(tmp_path: Path, monkeypatch: p
         runs.wait_until_visible(tmp_path / "elsewhere")
 
 
-def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tmp_path: Path) -> None:
+def test_a_checkpoint_determines_weights_sizes_and_tokenizer_but_not_dropout(tmp_path: Path) -> None:
     source = random_checkpoint(
         bridge.GPT2Config(vocab_size=300, n_positions=14, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.5)
     )
@@ -199,12 +199,12 @@ def test_a_checkpoint_gives_weights_sizes_and_tokenizer_and_the_flags_dropout(tm
     assert all(np.array_equal(found[name], array) for name, array in source.tensors.items())
 
 
-def test_without_one_the_vocabulary_is_the_tokenizers(tmp_path: Path) -> None:
+def test_without_a_checkpoint_the_vocabulary_is_that_of_the_tokenizer(tmp_path: Path) -> None:
     config = recipe(vocab_size=1000)
     assert resolve_config(config, data_for(config, tmp_path)).model.vocab_size == 257
 
 
-def test_a_length_that_the_model_has_no_positions_for_is_refused(tmp_path: Path) -> None:
+def test_a_length_beyond_the_positions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="seq_len=17: the model has n_positions=16; choose --seq-len 16 or less"):
         resolve_config(recipe(seq_len=17), data_for(RECIPE, tmp_path))
 

@@ -181,7 +181,7 @@ def test_files_are_verified_as_they_are_on_the_disk(tmp_path: Path, monkeypatch:
     assert named == written - {str(tmp_path / "checkpoints" / "3" / "manifest.json")}
 
 
-def test_the_log_is_on_the_disk_before_the_checkpoint_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_is_flushed_before_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed, save, flush = [], ocp.save_async, os.fsync
 
     def note(file: int) -> None:

@@ -105,7 +105,7 @@ def test_a_learning_rate_that_is_far_too_high_is_found(tmp_path: Path) -> None:
     assert steps(tmp_path / "run") == []
 
 
-def test_a_checkpoint_that_is_nan_already_is_found_before_the_first_step(tmp_path: Path) -> None:
+def test_a_checkpoint_with_nan_is_found_before_the_first_step(tmp_path: Path) -> None:
     good = random_checkpoint(RECIPE.model)
     weights = dict(good.tensors.items())
     weights["ln_f.weight"] = np.full_like(weights["ln_f.weight"], np.nan)

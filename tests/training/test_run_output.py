@@ -49,5 +49,5 @@ def test_the_records_of_the_log(finished: Outcome) -> None:
     assert kept[3]["val_loss"] < kept[0]["val_loss"]
 
 
-def test_the_last_and_the_best_checkpoints_stay(finished: Outcome) -> None:
+def test_the_last_and_the_best_checkpoints_are_kept(finished: Outcome) -> None:
     assert steps(finished.run) == [4, 6]  # 3, 4 and 6 were written; keep_last=2

@@ -133,7 +133,7 @@ def test_a_run_without_a_checkpoint_resumes_from_the_beginning(tmp_path: Path, f
     assert read_metrics(tmp_path / "run")[0]["val_loss"] == read_metrics(finished.run)[0]["val_loss"]
 
 
-def test_a_run_without_a_checkpoint_takes_over_another_tokenizer(tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_can_change_its_tokenizer(tmp_path: Path) -> None:
     first = recipe(tokenizer="characters", vocab_size=50)
     data = data_for(first, tmp_path)
     runs.create(tmp_path / "run", resolve_config(first, data), data)
@@ -233,9 +233,7 @@ def test_a_resume_creates_no_initial_state(copy: Path, monkeypatch: pytest.Monke
     assert run_in(copy, RECIPE, resume=True).step == 6
 
 
-def test_the_data_is_read_as_configured_from_the_step_that_the_run_is_at(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_data_continues_at_the_step_of_the_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(loop, "training_batches", lambda stream, **options: asked.append(options) or iter(()))
     run_in(copy, recipe(seed=3, seq_len=10, batch_size=2), resume=True, accept_changes=True)

@@ -38,7 +38,7 @@ def test_an_invalid_prompt_is_found_before_the_run_starts(
     )  # without samples, the prompt is not used
 
 
-def test_documents_with_masks_train_too_and_samples_are_shown(
+def test_a_run_on_documents_with_masks_learns_and_prints_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = tmp_path / "texts"

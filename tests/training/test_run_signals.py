@@ -44,7 +44,7 @@ def test_a_signal_ends_a_run_after_its_step(tmp_path: Path, monkeypatch: pytest.
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
-def test_a_signal_after_the_last_step_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_after_the_last_step_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Checkpoints.save
 
     def signal_in_the_last(self: Checkpoints, state: Any, loss: float | None) -> None:
@@ -242,28 +242,28 @@ with PreemptionHandler(second=signal.SIG_DFL):
 
 
 def test_the_run_is_locked_until_the_export_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inner, held = loop.finish, []
+    inner, locked = loop.finish, []
 
     def finish(run: Path, *arguments: Any) -> Outcome:
         with exclusive_lock(run / LOCK) as free:
-            held.append(not free)
+            locked.append(not free)
         return inner(run, *arguments)
 
     monkeypatch.setattr(loop, "finish", finish)
     run = run_in(tmp_path, RECIPE).run
-    assert held == [True]
+    assert locked == [True]
     with exclusive_lock(run / LOCK) as free:
         assert free
 
 
 @pytest.fixture
-def heard_by_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Simulates several processes: records what JAX's handler of SIGTERM receives."""
-    heard: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+def received_by_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Simulate several processes. The list has the signals that JAX's handler of SIGTERM receives."""
+    numbers: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: numbers.append(number))
     monkeypatch.setattr(preemption, "are_several", lambda: True)
     monkeypatch.setattr(preemption.multihost_utils, "reached_preemption_sync_point", lambda question: question == 3)
-    yield heard
+    yield numbers
     signal.signal(signal.SIGTERM, before)
 
 
@@ -274,31 +274,31 @@ def agree(stop: PreemptionHandler) -> None:
         stop.check()
 
 
-def test_a_late_signal_to_one_of_several_processes_does_not_interrupt_saving(heard_by_jax: list[int]) -> None:
+def test_a_late_signal_to_one_of_several_processes_does_not_interrupt_saving(received_by_jax: list[int]) -> None:
     """The system signals every process, and they agree to stop before the last one is signalled."""
     with PreemptionHandler() as stop:
         agree(stop)
         signal.raise_signal(signal.SIGTERM)
-        assert (heard_by_jax, stop.received) == ([], signal.SIGTERM)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the next ends it
+        assert (received_by_jax, stop.received) == ([], signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the next signal ends the process
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_ctrl_c_in_one_of_several_processes_stops_the_others(heard_by_jax: list[int]) -> None:
+def test_ctrl_c_in_one_of_several_processes_stops_the_others(received_by_jax: list[int]) -> None:
     with PreemptionHandler() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert (heard_by_jax, stop.received) == ([signal.SIGTERM], None)
+        assert (received_by_jax, stop.received) == ([signal.SIGTERM], None)
         agree(stop)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_late_ctrl_c_in_one_of_several_processes_is_ignored(heard_by_jax: list[int]) -> None:
+def test_a_late_ctrl_c_in_one_of_several_processes_is_ignored(received_by_jax: list[int]) -> None:
     with PreemptionHandler() as stop:
         agree(stop)
         signal.raise_signal(signal.SIGINT)
-        assert heard_by_jax == []
+        assert received_by_jax == []
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -34,8 +34,8 @@ def test_validation_data_without_a_label_is_an_error(tmp_path: Path) -> None:
         loop.validation_loss(lambda params, batch: (0.0, 0), RECIPE, data_for(RECIPE, tmp_path), state, make_mesh())
 
 
-def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(tmp_path: Path) -> None:
-    """It sees the same windows. A batch that is trained in 40 microbatches does not fit into a device at once."""
+def test_an_evaluation_batch_has_the_rows_of_a_microbatch(tmp_path: Path) -> None:
+    """A batch that is trained in 40 microbatches does not fit on a device at once. The windows stay the same."""
     seen = []
 
     def eval_step(params: Any, batch: Any) -> tuple[float, int]:

@@ -67,4 +67,4 @@ def test_a_process_holds_its_share_and_one_tensor(tmp_path: Path) -> None:
         [g >> 20 for g in grown],
     )
     assert max(grown) <= SHARE + LARGEST_TENSOR + SLACK
-    assert min(grown) >= 0.95 * SHARE, "what is held has to show, or nothing was measured"
+    assert min(grown) >= 0.95 * SHARE, "the measurement must show the shares"

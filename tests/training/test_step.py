@@ -116,7 +116,7 @@ def test_without_labels_the_gradient_is_zero_and_nothing_is_nan() -> None:
 
 @pytest.mark.parametrize("shift", [0, 2], ids=["right", "left"])
 def test_padding_on_either_side_changes_nothing(shift: int) -> None:
-    """For any ids of the padding: the mask hides them and the labels ignore them."""
+    """The ids of padding have no effect: the mask hides them and the labels ignore them."""
     plain = batch()
     padded = {name: np.full((BATCH, CONFIG.n_positions), fill, np.int32) for name, fill in PADDING.items()}
     for name, array in (*plain.items(), ("attention_mask", np.ones_like(plain["labels"]))):
@@ -134,7 +134,7 @@ def test_dropout_depends_on_seed_and_step_only() -> None:
     assert loss(0, 1) == losses[0, 1]
 
 
-def test_the_moving_average_is_its_formula() -> None:
+def test_the_moving_average_equals_its_formula() -> None:
     state = first_state(ema=True)
     expected = copied(state.params)
     assert_equal(state.ema_params, expected)

@@ -47,7 +47,7 @@ DTYPES = {
 
 
 def samples() -> dict[str, np.ndarray]:
-    """Tensors of random bytes in every type and rank, of sizes that need padding and of some that do not."""
+    """Return tensors of random bytes in every type and rank. Some sizes need padding, others do not."""
     rng = np.random.default_rng(0)
     return {
         f"{dtype} {shape}": rng.integers(0, 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
@@ -69,7 +69,7 @@ def assert_same(found: Any, expected: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 256])
-def test_what_the_package_writes_is_read(tmp_path: Path, alignment: int) -> None:
+def test_files_of_the_package_are_read(tmp_path: Path, alignment: int) -> None:
     writer = gguf.GGUFWriter(tmp_path / "f", "gpt2")
     writer.add_custom_alignment(alignment)
     writer.add_uint8("a.uint8", 200)
@@ -116,7 +116,7 @@ def test_what_the_package_writes_is_read(tmp_path: Path, alignment: int) -> None
     assert_same(file.tensors(), samples())
 
 
-def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
+def test_the_package_reads_written_files(tmp_path: Path) -> None:
     metadata = {
         "general.architecture": string_value("gpt2"),
         "a.uint32": uint32_value(2**32 - 1),
@@ -149,7 +149,7 @@ def test_the_package_reads_what_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "f").stat().st_size % 32 == 0
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_written_files_are_read_back(tmp_path: Path) -> None:
     write_file(tmp_path / "f", {"a.strings": strings_value(["x", "yz"])}, LazyTensorMap.of(samples()))
     file = GGUFFile.open(tmp_path / "f")
     assert_same(file.tensors(), samples())
@@ -170,13 +170,13 @@ def test_views_are_written_in_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32, np.complex64])
-def test_a_dtype_that_is_not_carried_is_refused_before_anything_is_written(tmp_path: Path, dtype: Any) -> None:
+def test_an_unsupported_dtype_is_refused_before_anything_is_written(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(CheckpointError, match=r"'odd': GGUF cannot hold"):
         write_file(tmp_path / "f", {}, LazyTensorMap.of({"odd": np.zeros(3, dtype)}))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+def test_a_file_beyond_the_limits_for_reading_is_not_written(tmp_path: Path) -> None:
     tensors = LazyTensorMap.of(dict.fromkeys(map(str, range(20_000)), np.zeros(1, np.float32)))
     with pytest.raises(CheckpointError, match="20000 tensors and a header of"):
         write_file(tmp_path / "f", {}, tensors)
@@ -198,12 +198,12 @@ def test_a_tensor_that_changes_while_it_is_written_is_an_error(tmp_path: Path) -
         write_file(tmp_path / "f", {}, LazyTensorMap({"w": entry}))
 
 
-def test_the_types_of_messages_are_the_packages() -> None:
+def test_type_names_in_messages_are_those_of_the_package() -> None:
     theirs = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
     assert theirs == {number: name for number, name in enumerate(_TENSOR_TYPES) if name != "-"}
 
 
-# Hostile and damaged files: each is a whole GPT-2 but for what is wrong with it.
+# Hostile and damaged files. Each is a complete GPT-2 with one fault.
 
 V3 = b"GGUF" + struct.pack("<I", 3)
 HUGE = 2**60
@@ -215,13 +215,13 @@ def with_pair(key: str | bytes, value: bytes) -> bytes:
 
 
 def with_first(description: bytes, data: bytes = b"") -> bytes:
-    """The first tensor described as it is here."""
+    """Return a file in which the first tensor has this description, and its data starts with `data`."""
     descriptions, rest = laid_out(gguf_tensors())
     return file_of(gpt2_pairs(), [description, *descriptions[1:]], data + rest)
 
 
 def moved(name: str, by: int) -> bytes:
-    """One tensor said to lie elsewhere, and the others where they are."""
+    """Return a file in which the offset of one tensor is wrong by this many bytes."""
     descriptions, data = laid_out(gguf_tensors())
     at = next(i for i, d in enumerate(descriptions) if name.encode() in d)
     offset = int.from_bytes(descriptions[at][-8:], "little") + by
@@ -230,7 +230,7 @@ def moved(name: str, by: int) -> bytes:
 
 
 def swapped() -> bytes:
-    """Two descriptions in the other order than the data."""
+    """Return a file whose last two descriptions are exchanged, but not their data."""
     descriptions, data = laid_out(gguf_tensors())
     return file_of(gpt2_pairs(), [*descriptions[:-2], descriptions[-1], descriptions[-2]], data)
 
@@ -249,7 +249,7 @@ EMBEDDING = ("token_embd.weight", (8, 11))
 GOOD = gpt2()
 LATER = "convert the original model again"
 
-# What the file holds, and what the message must say of it.
+# The content of the file, and a part of the error message.
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it is empty"),
     "3 bytes of the magic": (b"GGU", "its first bytes match no supported format"),
@@ -274,10 +274,10 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "2^60 tensors": (gpt2(tensor_count=HUGE), f"declares {HUGE} tensors; the limit is 16384"),
     "2^64-1 tensors": (gpt2(tensor_count=2**64 - 1), "declares 18446744073709551615 tensors"),
     "2^60 keys": (gpt2(key_count=HUGE), f"declares {HUGE} keys; the limit is 4096"),
-    "a key more than there are": (gpt2(key_count=8), "bytes from 341 exceed"),
-    "a key less": (gpt2(key_count=6), "tensor 'gpt2.attention.layer_norm_epsilon': has 6 dimensions"),
-    "a tensor more than there are": (gpt2(tensor_count=29), "tensor '': has 0 dimensions"),
-    "a tensor less": (gpt2(tensor_count=27), "bytes after the last tensor"),
+    "one key more than the file has": (gpt2(key_count=8), "bytes from 341 exceed"),
+    "one key less": (gpt2(key_count=6), "tensor 'gpt2.attention.layer_norm_epsilon': has 6 dimensions"),
+    "one tensor more than the file has": (gpt2(tensor_count=29), "tensor '': has 0 dimensions"),
+    "one tensor less": (gpt2(tensor_count=27), "bytes after the last tensor"),
     # Keys
     "key of 2^60 bytes": (gpt2(gpt2_pairs(), start=V3) [:24] + sized("", HUGE), f"'{HUGE}' bytes from 32 exceed"),
     "key of 2^64-1 bytes": (GOOD[:24] + sized("", 2**64 - 1), "exceed the file's"),
@@ -298,7 +298,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "array of 2^64-1 bytes": (with_pair("a.b", array(b"", 0, 2**64 - 1)), "exceed the file's"),
     "array of 2^60 strings": (with_pair("a.b", array(b"", 8, HUGE)), f"'a.b': '{8 * HUGE}' bytes from"),
     "array with a string too long": (with_pair("a.b", array(sized("a") + sized("", HUGE), 8, 2)), f"'{HUGE}' bytes"),
-    "array of strings too long for any": (with_pair("a.b", texts([b""] * (2**19 + 1))), "have 524289 strings"),
+    "array of too many strings": (with_pair("a.b", texts([b""] * (2**19 + 1))), "have 524289 strings"),
     "arrays of strings, too many": (
         gpt2([*gpt2_pairs(), (b"a.b", texts(["x"])), (b"a.c", texts([b""] * 2**19))]),
         "'a.c': arrays up to here have 524289 strings; the limit is 524288",
@@ -306,7 +306,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "array of arrays": (with_pair("a.b", array(int32s([1]), 9, 1)), "is an array of type 9; only arrays of"),
     "arrays nested 100,000 deep": (with_pair("a.b", array(NESTED * 100_000, 9, 1)), "of type 9"),
     "array of type 99": (with_pair("a.b", array(b"", 99, 0)), "is an array of type 99"),
-    "header larger than is read": (with_pair("a.b", text("x" * 2**24)), "larger than the limit of 16777216 bytes"),
+    "header beyond the limit": (with_pair("a.b", text("x" * 2**24)), "larger than the limit of 16777216 bytes"),
     # Alignment
     "alignment 0": (aligned_to(number(0)), "general.alignment is '0', not a power of two of at least 8"),
     "alignment 3": (aligned_to(number(3)), "general.alignment is '3'"),
@@ -318,7 +318,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "alignment a bool": (aligned_to(number(1, "bool")), "general.alignment is 'True'"),
     "alignment a string": (aligned_to(text("32")), "general.alignment is '32'"),
     "alignment an array": (aligned_to(int32s([32])), "general.alignment is an array of 1"),
-    "alignment other than the file's": (aligned_to(number(64)), NOT_NEXT),
+    "alignment that is not the file's": (aligned_to(number(64)), NOT_NEXT),
     # Tensors
     "name of 2^60 bytes": (with_first(sized("", HUGE)), f"tensor 1 of 28: '{HUGE}' bytes from"),
     "name of 64 bytes": (with_first(described("x" * 64, (8, 11))), "a name of 64 bytes; the limit is 63"),
@@ -331,31 +331,31 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "a dimension of 0": (with_first(described("token_embd.weight", (0, 11))), "': starts at byte 352"),
     "dimensions that overflow to 0": (with_first(described("token_embd.weight", (2**32, 2**32))), NOT_NEXT),
     "a dimension of 2^64-1": (with_first(described("token_embd.weight", (2**64 - 1, 1))), NOT_NEXT),
-    "a dimension more than there is": (with_first(described("token_embd.weight", (8, 12))), NOT_NEXT),
+    "one dimension more than described": (with_first(described("token_embd.weight", (8, 12))), NOT_NEXT),
     "offset of 2^64-1": (with_first(described(*EMBEDDING, offset=2**64 - 1)), "starts at byte 18446744073709551615"),
     "offset not aligned": (moved("output_norm.bias", 4), "tensor 'output_norm.bias': starts at byte"),
     "overlapping": (moved("position_embd.weight", -32), "'position_embd.weight': starts at byte 320"),
     "a hole": (moved("position_embd.weight", 32), "starts at byte 384 of the data instead of '352'"),
     "past the end": (moved("output_norm.bias", 2**40), "tensor 'output_norm.bias': starts at byte"),
     "in another order than the data": (swapped(), NOT_NEXT),
-    "quantised": (with_first(described(*EMBEDDING, type=2)), "'token_embd.weight': has the quantised type Q4_0"),
-    "quantised otherwise": (with_first(described(*EMBEDDING, type=14)), "has the quantised type Q6_K"),
+    "Q4_0": (with_first(described(*EMBEDDING, type=2)), "'token_embd.weight': has the quantised type Q4_0"),
+    "Q6_K": (with_first(described(*EMBEDDING, type=14)), "has the quantised type Q6_K"),
     "F64": (with_first(described(*EMBEDDING, type=28)), "holds F64; supported types are F32, F16, BF16"),
     "I32": (with_first(described(*EMBEDDING, type=26)), "holds I32; supported types are F32, F16, BF16"),
-    "a type of nothing": (with_first(described(*EMBEDDING, type=4)), "holds ggml's type 4; supported types are"),
+    "a removed type": (with_first(described(*EMBEDDING, type=4)), "holds ggml's type 4; supported types are"),
     "type 2^32-1": (with_first(described(*EMBEDDING, type=2**32 - 1)), "holds ggml's type 4294967295"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "says"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     (tmp_path / "damaged.gguf").write_bytes(content)
-    assert_refused(tmp_path / "damaged.gguf", says, capsys, CheckpointError)
+    assert_refused(tmp_path / "damaged.gguf", message, capsys, CheckpointError)
 
 
-def test_the_good_file_of_these_tests_is_good(tmp_path: Path) -> None:
+def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(GOOD)
     assert_same(GGUFFile.open(tmp_path / "f").tensors(), gguf_tensors())
 
@@ -376,7 +376,7 @@ def test_the_last_tensor_need_not_be_padded(tmp_path: Path) -> None:
         GGUFFile.open(tmp_path / "less").tensors()
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
     for length in [*range(0, len(GOOD) - 32, 7), *range(2_000)]:
         (tmp_path / "f").write_bytes(GOOD[:length])
         with pytest.raises(CheckpointError):
@@ -389,7 +389,7 @@ def test_a_file_without_tensors_or_keys_is_read(tmp_path: Path) -> None:
     assert dict(GGUFFile.open(tmp_path / "f").tensors()) == {}
 
 
-def test_strings_that_are_not_utf8_are_kept_as_they_are(tmp_path: Path) -> None:
+def test_strings_that_are_not_utf8_are_kept_unchanged(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(file_of([(b"a.b", text(b"\xff")), (b"a.c", texts([b"\xfe", b""]))]))
     metadata = GGUFFile.open(tmp_path / "f").metadata
     assert metadata["a.b"] == b"\xff"
@@ -415,14 +415,14 @@ def test_a_vocabulary_of_gpt2s_size_is_skipped_quickly(tmp_path: Path) -> None:
 
 
 def test_opening_does_not_read_the_data(tmp_path: Path) -> None:
-    """A sparse file of 1 TiB: its header is read, and no memory is asked for."""
+    """The file is sparse, with 1 TiB of data: only its header is read, and no memory is allocated for the data."""
     path = tmp_path / "f"
     path.write_bytes(file_of([], [described("w", (2**38,))]))
     os.truncate(path, path.stat().st_size + 2**40)
     assert GGUFFile.open(path).tensors().entries["w"].nbytes == 2**40
 
 
-def test_a_file_that_was_changed_is_not_read_on(tmp_path: Path) -> None:
+def test_a_file_that_changed_after_opening_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(GOOD)
     file = GGUFFile.open(tmp_path / "f")
     tensors = file.tensors()

@@ -27,11 +27,11 @@ from bridge.storage.dtypes import DTYPES
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 SHAPES = [(3, 5, 2), (7,), (), (0,), (3, 0, 2), (40, 9), (300, 70)]
-"""Bytes of one digit to more than 2^16, so that every width of a length occurs."""
+"""From a few bytes to more than 2^16, so that length fields of every width occur."""
 
 
 def samples(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """One array of random bytes for every dtype, in maps of different depth; NaN payloads and all."""
+    """Return one array of random bytes for every dtype, NaN payloads included, in maps of different depths."""
     rng = np.random.default_rng(0)
     arrays = {}
     for number, (name, dtype) in enumerate(DTYPES.items()):
@@ -55,7 +55,7 @@ def read(path: Path) -> LazyTensorMap:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flax and this project take arrays apart that are larger than 100 bytes, not 2^30."""
+    """Make Flax and this project split arrays into chunks from 100 bytes instead of 2^30."""
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", 100)
     monkeypatch.setattr(bridge.containers.msgpack, "MOST_CHUNK_BYTES", 100)
 
@@ -63,12 +63,12 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 # Against flax
 
 
-def test_the_chunks_are_of_flaxs_size() -> None:
+def test_the_chunk_size_is_that_of_flax() -> None:
     assert bridge.containers.msgpack.MOST_CHUNK_BYTES == flax.serialization.MAX_CHUNK_SIZE
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_flax_writes_is_read_and_written_again_in_the_same_bytes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_files_of_flax_are_read_and_written_again_with_the_same_bytes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     theirs = flax.serialization.to_bytes(nested(samples(shape)))
     (tmp_path / "theirs").write_bytes(theirs)
     assert_same_tensors(read(tmp_path / "theirs"), samples(shape))
@@ -78,7 +78,7 @@ def test_what_flax_writes_is_read_and_written_again_in_the_same_bytes(tmp_path: 
 @pytest.mark.parametrize("shape", [(3, 5, 2), (26,), (40, 9), (1, 101)], ids=str)
 @pytest.mark.usefixtures("small_chunks")
 def test_chunked_arrays_are_one_array(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """Chunks of whole numbers and one that is shorter, ten and more of them, where names sort as "10" before "2"."""
+    """There are arrays with a partial last chunk, and arrays with more than ten chunks, where "10" sorts before "2"."""
     theirs = flax.serialization.to_bytes(nested(samples(shape)))
     assert b"__msgpack_chunked_array__" in theirs
     (tmp_path / "theirs").write_bytes(theirs)
@@ -89,7 +89,7 @@ def test_chunked_arrays_are_one_array(tmp_path: Path, shape: tuple[int, ...]) ->
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_chunks_in_any_order_are_joined_in_that_of_their_numbers(tmp_path: Path) -> None:
+def test_chunks_are_joined_by_number_in_any_order_of_the_file(tmp_path: Path) -> None:
     array = np.arange(700, dtype=np.float32)
     chunked = {"w": flax.serialization._chunk(array)}
     chunked["w"]["chunks"] = dict(sorted(chunked["w"]["chunks"].items()))
@@ -97,14 +97,14 @@ def test_chunks_in_any_order_are_joined_in_that_of_their_numbers(tmp_path: Path)
     assert_same_tensors(read(tmp_path / "f"), {"w": array})
 
 
-def test_flax_restores_into_a_model_what_is_written(tmp_path: Path) -> None:
+def test_flax_restores_written_files_into_a_model(tmp_path: Path) -> None:
     target = nested({name: np.zeros_like(array) for name, array in samples((3, 5)).items()})
     content = write(tmp_path / "f", samples((3, 5))).read_bytes()
     restored = flax.serialization.from_bytes(target, content)
     assert_same_tensors(flax.traverse_util.flatten_dict(restored, sep="/"), samples((3, 5)))
 
 
-def test_jax_arrays_and_numpy_scalars_that_flax_writes_are_read(tmp_path: Path) -> None:
+def test_jax_arrays_and_numpy_scalars_written_by_flax_are_read(tmp_path: Path) -> None:
     tree = {"jax": jnp.ones((3, 2), jnp.bfloat16), "scalar": np.float32(2.5), "order": np.asfortranarray(np.eye(3, 2))}
     (tmp_path / "f").write_bytes(flax.serialization.msgpack_serialize(tree))
     assert_same_tensors(read(tmp_path / "f"), {name: np.asarray(leaf) for name, leaf in tree.items()})
@@ -112,7 +112,7 @@ def test_jax_arrays_and_numpy_scalars_that_flax_writes_are_read(tmp_path: Path) 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("chunks", [False, True], ids=["whole", "chunked"])
-def test_arrays_that_are_not_contiguous_are_written_right(
+def test_arrays_that_are_not_contiguous_are_written_correctly(
     tmp_path: Path, dtype: type, chunks: bool, request: pytest.FixtureRequest
 ) -> None:
     if chunks:
@@ -131,13 +131,13 @@ def test_arrays_that_are_not_contiguous_are_written_right(
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, ">f4", ml_dtypes.float8_e4m3fn, "U3"])
-def test_a_dtype_that_is_not_carried_is_refused_before_anything_is_written(tmp_path: Path, dtype: Any) -> None:
+def test_an_unsupported_dtype_is_refused_before_anything_is_written(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(CheckpointError, match=r"'odd': Flax's msgpack files cannot hold "):
         write(tmp_path / "f", {"odd": np.zeros(3, dtype)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tree_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+def test_a_tree_beyond_the_limits_for_reading_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="20000 tensors exceed the limit for reading"):
         write(tmp_path / "f", dict.fromkeys(map(str, range(20_000)), np.zeros(1, np.float32)))
     assert list(tmp_path.iterdir()) == []
@@ -166,7 +166,7 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_is_read_can_be_written_to_and_adopted_by_jax(tmp_path: Path) -> None:
+def test_arrays_are_writeable_and_aligned_for_jax(tmp_path: Path) -> None:
     for array in read(write(tmp_path / "f", samples((3, 5)))).values():
         assert array.flags.writeable and array.flags.c_contiguous
         assert array.ctypes.data % 64 == 0
@@ -186,7 +186,7 @@ def test_a_file_that_shrinks_after_opening_is_an_error_on_read(tmp_path: Path, s
 
 
 class Twice(dict):
-    """A map that has two values under one name when it is packed."""
+    """A map that is packed with several values under one name."""
 
     def __init__(self, name: Any, values: list[Any]) -> None:
         super().__init__(enumerate(values))
@@ -197,7 +197,7 @@ class Twice(dict):
 
 
 def packed(tree: Any) -> bytes:
-    """The tree by the msgpack package; arrays and the rest as Flax has them."""
+    """Pack the tree with the msgpack package. Arrays and other leaves are encoded as Flax encodes them."""
     return msgpack.packb(tree, default=flax.serialization._msgpack_ext_pack, strict_types=False)
 
 
@@ -225,7 +225,7 @@ GOOD = array()
 HALF = array((2,))
 CUT = "exceed the file's"
 
-# What the file holds, and what the message must say of it.
+# The content of the file, and a part of the error message.
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "1 bytes from 0 exceed the file's 0"),
     "all zeros": (bytes(1000), "not a tree of parameters"),
@@ -233,14 +233,14 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "an array alone": (packed(GOOD), "not a tree of parameters"),
     "nil": (packed(None), "this is nil, not an array"),
     "a list": (packed([{"w": GOOD}]), "this is a list, not an array"),
-    "no kind of msgpack's": (b"\xc1", "an invalid value"),
+    "no msgpack type": (b"\xc1", "an invalid value"),
     "JSON": (json.dumps({"w": 1}).encode(), "not a tree of parameters"),
-    "map of 2^32-1 and no more": (b"\xdf\xff\xff\xff\xff", CUT),
+    "map of 2^32-1 without entries": (b"\xdf\xff\xff\xff\xff", CUT),
     "map of 2^32-1 zeros": (
         b"\xdf\xff\xff\xff\xff" + bytes(1000),
         "a name in this map is a whole number, not a string",
     ),
-    "map one longer": (b"\x82" + tree_of(GOOD)[1:], CUT),
+    "map with a missing entry": (b"\x82" + tree_of(GOOD)[1:], CUT),
     "list of 2^32-1": (b"\x81\xa1w\xdd\xff\xff\xff\xff", "'w': this is a list, not an array"),
     "head truncated": (b"\xdf\xff", CUT),
     "name past the end": (b"\x81\xdb\xff\xff\xff\xff", "a name in this map has 4294967295 bytes; the limit is 256"),
@@ -258,7 +258,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "name with control characters": (packed({"\x1b[31m\n": 1.5}), r"'\x1b[31m\n': this is a float"),
     "name twice": (packed(Twice("w", [GOOD, GOOD])), "'w' appears twice"),
     "map and array of one name": (packed(Twice("w", [GOOD, {"w": GOOD}])), "'w' appears twice"),
-    "name twice, spelled otherwise": (b"\x82\xa1w" + packed(GOOD) + b"\xd9\x01w" + packed(GOOD), "'w' appears twice"),
+    "name twice in two encodings": (b"\x82\xa1w" + packed(GOOD) + b"\xd9\x01w" + packed(GOOD), "'w' appears twice"),
     "depth 17": (b"\x81\xa1w" * 17 + packed(GOOD), "nested more than 16 deep"),
     "depth 2,000": (b"\x81\xa1w" * 2_000 + packed(GOOD), "nested more than 16 deep"),
     "depth 1,000,000": (b"\x81\xa1w" * 1_000_000, "nested more than 16 deep"),
@@ -335,7 +335,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "chunk missing": (chunked(chunks={"0": HALF}), "does not fit the 2 elements"),
     "chunk too many": (chunked(chunks={"0": HALF, "1": HALF, "2": HALF}), "does not fit the 6 elements"),
     "first chunk missing": (chunked(chunks={"1": HALF, "2": HALF}), "numbered from 0"),
-    "chunk numbered otherwise": (chunked(chunks={"00": HALF, "1": HALF}), "numbered from 0"),
+    "chunk with another number": (chunked(chunks={"00": HALF, "1": HALF}), "numbered from 0"),
     "chunk twice": (chunked(chunks=Twice("0", [HALF, HALF])), "'0' appears twice"),
     "chunks of two dtypes": (chunked(chunks={"0": HALF, "1": array((2,), "int32")}), "flat chunks of one dtype"),
     "chunk not flat": (chunked(chunks={"0": array((2, 1)), "1": HALF}), "flat chunks of one dtype"),
@@ -362,7 +362,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "chunked shape too large": (chunked(shape={"0": 2**62, "1": 2**62}), "does not fit the 4 elements"),
     "chunked mark false": (chunked(mark=False), "a chunked array must have only"),
     "chunked mark a number": (chunked(mark=1), "a chunked array must have only"),
-    "chunked with more": (chunked(more=HALF), "a chunked array must have only"),
+    "chunked with another key": (chunked(more=HALF), "a chunked array must have only"),
     "the tree itself chunked": (
         packed({"__msgpack_chunked_array__": True, "shape": {"0": 2}, "chunks": {"0": HALF}}),
         "not a tree of parameters",
@@ -377,20 +377,20 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "says"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     directory = tmp_path / "damaged"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(SMALLEST.to_hf()))
     (directory / "flax_model.msgpack").write_bytes(content)
-    assert_refused(directory, says, capsys, CheckpointError)
+    assert_refused(directory, message, capsys, CheckpointError)
     with pytest.raises(CheckpointError, match=re.escape(str(directory / "flax_model.msgpack"))):
         read_file(directory / "flax_model.msgpack")
 
 
-def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
     whole = write(tmp_path / "f", {"a/w": np.ones(3, np.float32), "b": np.ones((2, 3), np.int8)}).read_bytes()
     for length in range(len(whole)):
         (tmp_path / "f").write_bytes(whole[:length])
@@ -398,15 +398,15 @@ def test_every_cut_of_a_file_is_refused(tmp_path: Path) -> None:
             read_file(tmp_path / "f")
 
 
-def test_the_good_arrays_of_these_tests_are_good(tmp_path: Path) -> None:
+def test_the_unedited_arrays_of_these_tests_are_valid(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(packed({"w": GOOD, "empty": array((0, 3), data=b""), "none": {}}))
     assert {name: entry.shape for name, entry in read_file(tmp_path / "f").items()} == {"w": (2,), "empty": (0, 3)}
     (tmp_path / "f").write_bytes(chunked())
     assert read(tmp_path / "f")["w"].shape == (2, 2)
 
 
-def test_values_spelled_longer_than_they_need_be_are_read(tmp_path: Path) -> None:
-    """Flax's own reader takes every spelling that msgpack allows."""
+def test_values_in_longer_encodings_than_necessary_are_read(tmp_path: Path) -> None:
+    """Flax's reader accepts every encoding that msgpack allows."""
     payload = (
         b"\xdd\0\0\0\x03" + b"\xdc\0\x01\xd3\0\0\0\0\0\0\0\x02" + b"\xda\0\x07float32" + b"\xc6\0\0\0\x08" + bytes(8)
     )
@@ -416,7 +416,7 @@ def test_values_spelled_longer_than_they_need_be_are_read(tmp_path: Path) -> Non
 
 
 def test_reading_the_tree_does_not_read_the_arrays(tmp_path: Path) -> None:
-    """Sparse arrays of 4 GiB: their heads are read, and no memory is asked for."""
+    """The arrays are sparse, 4 GiB each: only their headers are read, and no memory is allocated for the data."""
     path, count, nbytes = tmp_path / "large", 8, 2**32 - 64
     with open(path, "wb") as file:
         file.write(bytes([0x80 + count]))

@@ -1,4 +1,4 @@
-"""Databases of arrays as somebody may write them who knows the format: nothing aborts, hangs or takes memory."""
+"""Array databases crafted by an attacker who knows the format: reading never aborts, hangs or exhausts memory."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def description(shape: Any = (3,), chunk: Any = None, codecs: Any = (BYTES,), **
 def database(
     state: Path, zarr: bytes | ocdbt.Location | None = None, chunk: bytes | ocdbt.Location | None = None
 ) -> Path:
-    """One array of one chunk; both its description and its chunk may lie elsewhere."""
+    """Write an array with one chunk. The description and the chunk are given as bytes or as a location."""
     zarr, chunk = zarr or description(), chunk or VALUES.tobytes()
     return ocdbt.write(state, [ocdbt.leaf({"params.a/zarr.json": zarr, "params.a/c/0": chunk})])
 
@@ -87,7 +87,7 @@ def no_file(state: Path, name: str, make: Callable[[Path], object]) -> Path:
 
 
 def nodes_of_nodes(state: Path, height: int = 30) -> Path:
-    """2^30 ways through thirty nodes."""
+    """Write thirty nodes, each with two links to the next: there are 2^30 paths from the root to the leaf."""
     nodes, start = [ocdbt.leaf({"zz/zarr.json": description()})], 0
     for level in range(1, height + 1):
         below = (0, start, len(nodes[-1]))
@@ -103,14 +103,14 @@ def itself(state: Path) -> Path:
 
 
 def bomb_of_a_table(state: Path) -> Path:
-    """A table of 2^30 files without names, in 33 kB: TensorStore takes 3 GB for it."""
+    """Write a compressed table of 2^30 files without names in 33 kB, for which TensorStore allocates 3 GB."""
     head = bytes([0]) + ocdbt.varint(2**33)
     frame = ocdbt.ZSTD + b"\0\x38" + (len(head) << 3).to_bytes(3, "little") + head + ocdbt.zstd_zeros(2**30)[6:]
     return node(state, frame, 1)
 
 
 def overlong(state: Path) -> Path:
-    """The same, with the number of the version spelled in two bytes, behind which the kind of compression hides."""
+    """Like `bomb_of_a_table`, but the varint of the version takes two bytes, which shifts the compression field."""
     bomb_of_a_table(state)
     content = (state / ocdbt.DATA_FILE).read_bytes()[14:-4]
     whole = ocdbt.framed(ocdbt.NODE, b"\x01" + content)
@@ -139,7 +139,7 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
                            ("storage_transformers", [{"name": "x"}]), ("chunk_key_encoding", {"name": "v2"}),
                            ("chunk_grid", {"name": "irregular"}), ("chunk_grid", None), ("codecs", ...))},
     "a description that is deep": lambda state: database(state, b"[" * 500),
-    "a description that is no JSON": lambda state: database(state, b"{"),
+    "a description that is not JSON": lambda state: database(state, b"{"),
     "a description that is too long": lambda state: database(state, description() + b" " * 2**15),
     "a description beyond the file": lambda state: database(state, (0, 0, 2**60)),
     "a chunk beyond the file": lambda state: database(state, chunk=(0, 0, 2**60)),
@@ -147,21 +147,21 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "a chunk that is short": lambda state: database(state, chunk=bytes(11)),
     "a chunk that is long": lambda state: database(state, chunk=bytes(13)),
     "a chunk of two gigabytes": lambda state: compressed(state, ocdbt.zstd_zeros(2**31, 2**31)),
-    "a chunk that says it has 12 bytes": lambda state: compressed(state, ocdbt.zstd_zeros(2**31, 12)),
-    "a chunk that does not say its size": lambda state: compressed(state, ocdbt.zstd_zeros(2**31)),
+    "a chunk that claims 12 bytes": lambda state: compressed(state, ocdbt.zstd_zeros(2**31, 12)),
+    "a chunk without a size": lambda state: compressed(state, ocdbt.zstd_zeros(2**31)),
     "a chunk of a million blocks": lambda state: compressed(state, ocdbt.ZSTD + b"\0\x38" + bytes(3_000_000)),
     "a chunk that is no frame": lambda state: compressed(state, b"not zstd at all"),
     "two frames": lambda state: compressed(state, 2 * ocdbt.zstd_zeros(12, 12)),
     "a node of two gigabytes": lambda state: node(state, ocdbt.zstd_zeros(2**31), 1),
     "a table of a billion files": bomb_of_a_table,
-    "the same behind an overlong number": overlong,
-    "a table that says it has 2^40 files": lambda state: node(state, bytes([0]) + ocdbt.varint(2**40) + bytes(1000)),
+    "a table of a billion files behind an overlong number": overlong,
+    "a table that claims 2^40 files": lambda state: node(state, bytes([0]) + ocdbt.varint(2**40) + bytes(1000)),
     "a node that is no frame": lambda state: node(state, b"not zstd at all", 1),
     "another kind of compression": lambda state: node(state, bytes(100), 2),
     "a node that is empty": lambda state: node(state, b""),
-    "a file outside": lambda state: in_another_file(state, "../secret"),
-    "a file outside, by a longer way": lambda state: in_another_file(state, "d/../../secret"),
-    "a file by its absolute name": lambda state: in_another_file(state, str(state.parent / "secret")),
+    "a file outside the database": lambda state: in_another_file(state, "../secret"),
+    "a file outside the database, through a folder": lambda state: in_another_file(state, "d/../../secret"),
+    "a file with an absolute path": lambda state: in_another_file(state, str(state.parent / "secret")),
     "a file named with NUL": lambda state: in_another_file(state, "d/\0"),
     "a file that is missing": lambda state: in_another_file(state, "d/missing"),
     "a folder that is a link": linked,
@@ -178,10 +178,10 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
         lambda path: path.write_bytes(ocdbt.framed(ocdbt.MANIFEST, ocdbt.zstd_zeros(2**32), 1))),
     "a numbered manifest": lambda state: no_file(
         state, "manifest.ocdbt", lambda path: path.write_bytes(ocdbt.manifest((0, 0, 1), kind=1))),
-    "2^30 ways through the nodes": nodes_of_nodes,
+    "2^30 paths through the nodes": nodes_of_nodes,
     "a node that refers to itself": itself,
-    "a key that is no array's": lambda state: ocdbt.write(state, [ocdbt.leaf({"\x1b[31m": b"x"})]),
-    "a key that climbs": lambda state: ocdbt.write(state, [ocdbt.leaf({"../a/zarr.json": description()})]),
+    "a key that is not of an array": lambda state: ocdbt.write(state, [ocdbt.leaf({"\x1b[31m": b"x"})]),
+    "a key with ..": lambda state: ocdbt.write(state, [ocdbt.leaf({"../a/zarr.json": description()})]),
     "a long key": lambda state: ocdbt.write(state, [ocdbt.leaf({"a" * 5000 + "/zarr.json": description()})]),
     "an array without a description": lambda state: ocdbt.write(state, [ocdbt.leaf({"a/c/0": b"x"})]),
     "a chunk outside the array": lambda state: ocdbt.write(
@@ -226,8 +226,8 @@ def test_a_database_written_by_hand_is_read(tmp_path: Path, write: Callable[[Pat
 
 
 @pytest.mark.parametrize("use_compression", [True, False])
-def test_what_orbax_writes_is_read(tmp_path: Path, use_compression: bool) -> None:
-    """Runs of earlier versions are compressed; of zeros, normal numbers, and both, in one block or many."""
+def test_databases_of_orbax_are_read(tmp_path: Path, use_compression: bool) -> None:
+    """Earlier versions compressed runs. The arrays have zeros, normal numbers, or both, in one block or many."""
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(600, 512)).astype(np.float32)
     arrays = {

@@ -1,4 +1,4 @@
-"""No payload of a pickle runs: a child process reads each under an audit hook, which would see it."""
+"""No payload of a pickle is executed. A child process reads each one under an audit hook that would detect it."""
 
 from __future__ import annotations
 
@@ -134,19 +134,19 @@ OTHERS: dict[str, bytes] = {
         name("collections", "OrderedDict") + b")R}" + text("__reduce__") + OS_SYSTEM + b"sb"
     ),
     "a state with __class__": pickled(name("collections", "OrderedDict") + b")R}" + text("__class__") + b"Nsb"),
-    "an OrderedDict of a call": pickled(name("collections", "OrderedDict") + b"(" + OS_SYSTEM + b"tR"),
-    "a persistent id that is a name": pickled(OS_SYSTEM + b"Q"),
+    "an OrderedDict of a global": pickled(name("collections", "OrderedDict") + b"(" + OS_SYSTEM + b"tR"),
+    "a persistent id that is a global": pickled(OS_SYSTEM + b"Q"),
     "PERSID": pickled(b"Pcanary\n"),
     "buffers": b"\x80\x05\x97.",
-    "a parameter of a name": pickled(name("torch._utils", "_rebuild_parameter") + b"(" + OS_SYSTEM + b"\x89NtR"),
-    "a name as a value": pickled(name("torch", "FloatStorage")),
+    "a parameter of a global": pickled(name("torch._utils", "_rebuild_parameter") + b"(" + OS_SYSTEM + b"\x89NtR"),
+    "a global as a value": pickled(name("torch", "FloatStorage")),
     "a set": b"\x80\x04\x8f.",
     "a frozenset": b"\x80\x04(\x91.",
 }
 
 
 def shapes(module: str, attribute: str, arguments: bytes) -> dict[str, bytes]:
-    """The ways in which a pickle can ask for a call."""
+    """Return a pickle for each opcode that calls an object."""
     found = name(module, attribute)
     by_stack = text(module) + text(attribute) + b"\x93"
     return {
@@ -182,7 +182,7 @@ def outcomes(folder: Path, contents: dict[str, bytes], mode: str) -> dict[str, t
     return {what: (outcome, events) for what, (_, outcome, events) in zip(contents, found, strict=True)}
 
 
-def test_no_payload_runs_and_each_is_refused(tmp_path: Path) -> None:
+def test_every_payload_is_refused_and_none_runs(tmp_path: Path) -> None:
     every = {what: archive(content) for what, content in payloads().items()}
     assert len(every) >= 100
     found = outcomes(tmp_path / "payloads", every, "ours")
@@ -209,7 +209,7 @@ def test_no_payload_runs_and_each_is_refused(tmp_path: Path) -> None:
         "shutil.rmtree": "shutil.rmtree",
     }.items(),
 )
-def test_the_hook_would_have_seen_them(tmp_path: Path, call: str, event: str) -> None:
-    """Python's own unpickler runs the same payloads, those that do little harm."""
+def test_the_audit_hook_detects_payloads(tmp_path: Path, call: str, event: str) -> None:
+    """Python's own unpickler executes the less harmful ones of the same payloads, and the hook reports them."""
     found = outcomes(tmp_path / "payloads", {call: shapes(*CALLS[call])["REDUCE"]}, "pickle")
     assert event in found[call][1]

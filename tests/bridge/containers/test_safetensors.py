@@ -33,7 +33,7 @@ TORCH_DTYPES = [
 
 
 def samples(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """One tensor of random bytes for every dtype of the format; NaN payloads and all."""
+    """Return one tensor of random bytes for every dtype of the format, NaN payloads included."""
     rng = np.random.default_rng(0)
     size = int(np.prod(shape))
     tensors = {}
@@ -56,7 +56,7 @@ def torch_bytes(tensor: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 2), (7,), (), (0,), (3, 0, 2)], ids=str)
-def test_what_the_package_writes_from_numpy_is_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_files_of_the_package_from_numpy_are_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
     safetensors.numpy.save_file(samples(shape), tmp_path / "f.safetensors", {"format": "np", "näme": "å"})
     tensors, metadata = read_file(tmp_path / "f.safetensors")
     assert_same_tensors(tensors, samples(shape))
@@ -64,7 +64,7 @@ def test_what_the_package_writes_from_numpy_is_read(tmp_path: Path, shape: tuple
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 2), (), (0, 4)], ids=str)
-def test_what_the_package_writes_from_torch_is_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_files_of_the_package_from_torch_are_read(tmp_path: Path, shape: tuple[int, ...]) -> None:
     theirs = {str(dtype): (100 * torch.randn(shape)).to(dtype) for dtype in TORCH_DTYPES}
     safetensors.torch.save_file(theirs, tmp_path / "f.safetensors")
     tensors, metadata = read_file(tmp_path / "f.safetensors")
@@ -77,8 +77,8 @@ def test_what_the_package_writes_from_torch_is_read(tmp_path: Path, shape: tuple
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 2), (7,), (), (0,), (3, 0, 2)], ids=str)
-def test_the_package_reads_what_is_written(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    """Odd sizes in descending and ascending width, so that tensors start at odd addresses."""
+def test_the_package_reads_written_files(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Dtypes of descending and ascending width with odd sizes, so that tensors start at odd addresses."""
     for number, tensors in enumerate((samples(shape), dict(reversed(samples(shape).items())))):
         path = write(tmp_path / f"{number}.safetensors", tensors)
         assert_same_tensors(safetensors.numpy.load_file(path), tensors)
@@ -89,7 +89,7 @@ def test_the_package_reads_what_is_written(tmp_path: Path, shape: tuple[int, ...
             assert file.metadata() == {"format": "pt"}
 
 
-def test_what_is_written_is_read_back_in_its_order(tmp_path: Path) -> None:
+def test_written_files_are_read_back_in_their_order(tmp_path: Path) -> None:
     tensors = samples((3, 5))
     found, metadata = read_file(write(tmp_path / "f.safetensors", tensors))
     assert list(found) == list(tensors)
@@ -100,17 +100,17 @@ def test_what_is_written_is_read_back_in_its_order(tmp_path: Path) -> None:
 def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, samples((3,))).read_bytes() for name in ("a", "b"))
     assert first == second
-    assert int.from_bytes(first[:8], "little") % 8 == 0, "data starts on 8 bytes, as the format asks"
+    assert int.from_bytes(first[:8], "little") % 8 == 0, "data starts at a multiple of 8 bytes, as the format requires"
 
 
-def test_a_file_without_tensors_goes_both_ways(tmp_path: Path) -> None:
+def test_a_file_without_tensors_survives_a_round_trip(tmp_path: Path) -> None:
     path = write(tmp_path / "f.safetensors", {})
     assert safetensors.numpy.load_file(path) == {}
     assert dict(read_file(path)[0]) == {}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int8], ids=lambda d: np.dtype(d).name)
-def test_arrays_that_are_not_contiguous_are_written_right(tmp_path: Path, dtype: type) -> None:
+def test_arrays_that_are_not_contiguous_are_written_correctly(tmp_path: Path, dtype: type) -> None:
     """The package's own writer stores the wrong bytes for these (upstream issue 825)."""
     base = np.arange(2 * 6 * 8).reshape(2, 6, 8).astype(dtype)
     tensors = {
@@ -129,13 +129,13 @@ def test_arrays_that_are_not_contiguous_are_written_right(tmp_path: Path, dtype:
 
 
 @pytest.mark.parametrize("dtype", [np.complex64, ">f4", ml_dtypes.float8_e4m3fn, "U3"])
-def test_a_dtype_that_is_not_carried_is_refused_before_anything_is_written(tmp_path: Path, dtype: Any) -> None:
+def test_an_unsupported_dtype_is_refused_before_anything_is_written(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(CheckpointError, match=r"'odd': safetensors cannot hold"):
         write(tmp_path / "f.safetensors", {"odd": np.zeros(3, dtype)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_header_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+def test_a_header_beyond_the_limits_for_reading_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="20000 tensors need a header of"):
         write(tmp_path / "f.safetensors", dict.fromkeys(map(str, range(20_000)), np.zeros(1, np.float32)))
     assert list(tmp_path.iterdir()) == []
@@ -156,14 +156,14 @@ def test_a_tensor_that_changes_while_it_is_written_is_an_error(tmp_path: Path) -
         write_file(tmp_path / "f.safetensors", tensors, {})
 
 
-def test_what_is_read_can_be_written_to_and_adopted_by_jax(tmp_path: Path) -> None:
+def test_arrays_are_writeable_and_aligned_for_jax(tmp_path: Path) -> None:
     tensors, _ = read_file(write(tmp_path / "f.safetensors", samples((3, 5))))
     for array in tensors.values():
         assert array.flags.writeable and array.flags.c_contiguous
         assert array.ctypes.data % 64 == 0
 
 
-def test_every_look_up_reads_anew(tmp_path: Path) -> None:
+def test_every_access_reads_the_file_again(tmp_path: Path) -> None:
     tensors, _ = read_file(write(tmp_path / "f.safetensors", {"w": np.zeros(3, np.float32)}))
     tensors["w"][:] = 1
     assert not tensors["w"].any()
@@ -184,7 +184,7 @@ def tensor(shape: Any = (2,), begin: Any = 0, end: Any = 8, dtype: Any = "F32", 
 GOOD = tensor()
 ENTRY = json.dumps(GOOD).encode()
 
-# What the file holds, and what the message must say of it.
+# The content of the file, and a part of the error message.
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "only 0 bytes; the file is empty or truncated"),
     "7 bytes": (b"\x08\0\0\0\0\0\0", "only 7 bytes"),
@@ -262,29 +262,29 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "says"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
 ) -> None:
     directory = tmp_path / "damaged"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(SMALLEST.to_hf()))
     (directory / "model.safetensors").write_bytes(content)
-    assert_refused(directory, says, capsys, CheckpointError)
+    assert_refused(directory, message, capsys, CheckpointError)
     with pytest.raises(CheckpointError, match=re.escape(str(directory / "model.safetensors"))):
         read_file(directory / "model.safetensors")
 
 
 @pytest.mark.parametrize("depth", range(850, 1010, 10))
 def test_nesting_close_to_the_parsers_limit_is_refused(tmp_path: Path, depth: int) -> None:
-    """What is just shallow enough to be parsed must also be shallow enough to be put into the message."""
+    """A value that the parser just accepts must also be shallow enough to be formatted for the message."""
     nested = b"[" * depth + b"]" * depth
     (tmp_path / "f").write_bytes(file_of(b'{"w":{"dtype":"F32","data_offsets":[0,8],"shape":' + nested + b"}}"))
     with pytest.raises(CheckpointError):
         read_file(tmp_path / "f")
 
 
-def test_the_good_entry_of_these_tests_is_good(tmp_path: Path) -> None:
+def test_the_unedited_entry_of_these_tests_is_valid(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(file_of({"w": GOOD, "empty": tensor((0, 3), 8, 8)}, bytes(8)))
     assert {name: array.shape for name, array in read_file(tmp_path / "f")[0].items()} == {"w": (2,), "empty": (0, 3)}
 
@@ -304,7 +304,7 @@ def test_odd_names_are_data_and_their_control_characters_are_escaped(tmp_path: P
     assert list(read_file(tmp_path / "f")[0]) == [name]
 
 
-def test_a_long_path_is_named_to_its_end(tmp_path: Path) -> None:
+def test_the_message_has_the_end_of_a_long_path(tmp_path: Path) -> None:
     path = tmp_path / ("d" * 100) / "model.safetensors"
     path.parent.mkdir()
     path.write_bytes(b"")
@@ -349,7 +349,7 @@ def test_a_file_that_shrinks_after_opening_is_an_error_on_read(tmp_path: Path) -
         tensors["a"]
 
 
-def test_a_file_that_was_replaced_is_not_read_as_the_old_one(tmp_path: Path) -> None:
+def test_a_file_that_was_replaced_is_an_error_on_read(tmp_path: Path) -> None:
     path = write(tmp_path / "f.safetensors", {"a": np.ones(5, np.float32)})
     tensors, _ = read_file(path)
     write(tmp_path / "g.safetensors", {"a": np.zeros(5, np.float32)}).rename(path)
@@ -358,7 +358,7 @@ def test_a_file_that_was_replaced_is_not_read_as_the_old_one(tmp_path: Path) -> 
 
 
 def test_reading_the_header_does_not_read_the_data(tmp_path: Path) -> None:
-    """A sparse file of 1 TiB: its header is read, and no memory is asked for."""
+    """The file is sparse, with 1 TiB of data: only its header is read, and no memory is allocated for the data."""
     path = tmp_path / "large.safetensors"
     path.write_bytes(file_of({"w": tensor((2**38,), 0, 2**40)}))
     os.truncate(path, path.stat().st_size + 2**40)

@@ -1,4 +1,4 @@
-"""TensorFlow's checkpoint container: what TensorFlow wrote, and tables written here from LevelDB's description."""
+"""TensorFlow's checkpoint container: files of TensorFlow, and tables built here from LevelDB's specification."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Entry = tuple[bytes, bytes]
 
 
 def masked_crc32c(content: bytes) -> int:
-    """A bit at a time."""
+    """Compute the checksum bit by bit."""
     crc = 0xFFFFFFFF
     for byte in content:
         crc ^= byte
@@ -52,7 +52,7 @@ def varint(number: int) -> bytes:
 
 
 def field(number: int, value: int | bytes) -> bytes:
-    """One field of a protocol buffer."""
+    """Return one field of a protocol buffer."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     return varint(number << 3 | 2) + varint(len(value)) + value
@@ -67,7 +67,7 @@ def header(files: int = 1, more: bytes = b"") -> Entry:
 
 
 def entry(name: bytes = b"w", kind: int = 1, shape: bytes | None = None, crc: int = 0, **numbers: int) -> Entry:
-    """By default two float32 at the start of the only data file."""
+    """Return the entry of a tensor, by default two float32 at the start of the only data file."""
     places = {3: numbers.get("file", 0), 4: numbers.get("offset", 0), 5: numbers.get("size", 8)}
     value = field(1, kind) + field(2, shape_of(2) if shape is None else shape)
     value += b"".join(field(number, place) for number, place in places.items())
@@ -75,7 +75,7 @@ def entry(name: bytes = b"w", kind: int = 1, shape: bytes | None = None, crc: in
 
 
 def block(entries: Iterable[Entry], restart_every: int = 1) -> bytes:
-    """Entries whose names leave out what they share with the one before, except where they start again."""
+    """Return a block. A name omits the prefix that it shares with the previous name, except at restarts."""
     content, restarts, last = b"", [], b""
     for number, (name, value) in enumerate(entries):
         shared = 0
@@ -89,7 +89,7 @@ def block(entries: Iterable[Entry], restart_every: int = 1) -> bytes:
 
 
 def table(*blocks: bytes, kind: int = 0, handles: Iterable[bytes] | None = None) -> bytes:
-    """An index of these blocks; `handles`: where it says that they are."""
+    """Return an index of these blocks. `handles`: their locations, if not the true ones."""
     content, found = b"", []
 
     def put(block: bytes) -> bytes:
@@ -116,7 +116,7 @@ def written(path: Path, index: bytes, *files: bytes) -> Path:
     return path
 
 
-# What is there is read
+# Valid files
 
 
 @pytest.mark.parametrize("entries_in_a_block", [1, 3, 1000])
@@ -148,8 +148,8 @@ def test_every_dtype_and_shape_is_read_from_several_files(
         assert found[name].tobytes() == array.tobytes()
 
 
-def test_what_tensorflow_saved_for_training_is_read(tmp_path: Path) -> None:
-    """Of other types than the weights; written by TensorFlow 2.21.0."""
+def test_training_state_saved_by_tensorflow_is_read(tmp_path: Path) -> None:
+    """It has other dtypes than the weights. TensorFlow 2.21.0 wrote the file."""
     found = read_bundle(FILES / "adam" / "model.ckpt.index")
     assert (found["global_step"].dtype, found["global_step"].tolist()) == (np.int64, 3)
     assert found["beta1_power"] == np.float32(0.9)
@@ -157,14 +157,14 @@ def test_what_tensorflow_saved_for_training_is_read(tmp_path: Path) -> None:
     assert not found["model/h1/mlp/c_fc/w/Adam_1"].any()
 
 
-def test_a_gap_between_tensors_is_alignment(tmp_path: Path) -> None:
+def test_a_gap_between_tensors_is_accepted_as_alignment(tmp_path: Path) -> None:
     data = bytes(range(24))
     entries = [header(), entry(crc=masked_crc32c(data[:8])), entry(b"x", offset=16, crc=masked_crc32c(data[16:]))]
     found = read_bundle(written(tmp_path / "d", table(block(entries)), data) / "m.index")
     assert found["x"].tobytes() == data[16:]
 
 
-def test_every_look_up_is_held_against_the_checksum(tmp_path: Path) -> None:
+def test_every_access_verifies_the_checksum(tmp_path: Path) -> None:
     directory = written(tmp_path / "d", table(block([header(), entry(crc=masked_crc32c(bytes(7)))])), bytes(8))
     found = read_bundle(directory / "m.index")
     for _ in range(2):
@@ -183,7 +183,7 @@ def crc32c(content: bytes | memoryview) -> int:
 
 
 def test_the_checksum_is_crc32c() -> None:
-    """RFC 3720, B.4, and a bit at a time."""
+    """Expected values are those of RFC 3720, B.4, and of the bit-by-bit computation."""
     assert crc32c(b"123456789") == 0xE3069283
     assert crc32c(bytes(32)) == 0x8A9136AA
     assert crc32c(b"\xff" * 32) == 0x62A8AB43
@@ -200,10 +200,10 @@ CHECKSUMS = {
     2**22 + 1: 2820282405,
     2**23 + 1000: 1012202344,
 }
-"""Number of bytes -> their checksum."""
+"""Number of bytes -> checksum of that many bytes of the content below."""
 
 
-def test_the_checksum_of_several_chunks_is_that_of_the_whole() -> None:
+def test_the_checksum_does_not_depend_on_chunks() -> None:
     content = np.random.default_rng(0).integers(0, 256, 2**23 + 1000, np.uint8).data
     assert {length: crc32c(content[:length]) for length in CHECKSUMS} == CHECKSUMS
 
@@ -216,13 +216,13 @@ def of(*entries: Entry) -> bytes:
 
 
 def raw(content: bytes, restarts: int = 0) -> bytes:
-    """A table with one block whose entries are these bytes."""
+    """Return a table with one block whose entries are these bytes."""
     return table(content + restarts.to_bytes(4, "little"))
 
 
-FIRST = b"\0\0\2\x08\1"  # the header, as it lies in a block
-NEGATIVE = 2**64 - 1  # how a protocol buffer writes -1
-# The index, over a data file of 8 bytes, and what the message must say.
+FIRST = b"\0\0\2\x08\1"  # the header as encoded in a block
+NEGATIVE = 2**64 - 1  # -1 as encoded in a protocol buffer
+# The index for a data file of 8 bytes, and a part of the error message.
 MALFORMED: dict[str, tuple[bytes, str, type[BridgeError]]] = {
     "no header": (table(block([entry()])), "declares 0 data files", CheckpointError),
     "no entries": (table(block([])), "n_layer is 1, but there are 0 tensors", ConversionError),
@@ -318,24 +318,24 @@ MALFORMED: dict[str, tuple[bytes, str, type[BridgeError]]] = {
 }
 
 
-@pytest.mark.parametrize(("index", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("index", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_index_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], index: bytes, says: str, error: type[BridgeError]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], index: bytes, message: str, error: type[BridgeError]
 ) -> None:
-    assert_refused(written(tmp_path / "damaged", index, bytes(8)), says, capsys, error)
+    assert_refused(written(tmp_path / "damaged", index, bytes(8)), message, capsys, error)
 
 
-def test_the_good_table_of_these_tests_is_good(tmp_path: Path) -> None:
+def test_the_unedited_tables_of_these_tests_are_valid(tmp_path: Path) -> None:
     for index in (of(entry(crc=masked_crc32c(bytes(8)))), table(block([header()]), block([entry()]))):
         assert list(read_bundle(written(tmp_path / "d", index, bytes(8)) / "m.index")) == ["w"]
     assert list(read_bundle(written(tmp_path / "d", raw(FIRST, 0), b"") / "m.index")) == []
 
 
-def test_a_block_that_was_changed_is_refused_wherever(tmp_path: Path) -> None:
+def test_a_change_anywhere_in_a_block_is_refused(tmp_path: Path) -> None:
     entries = block([header(), entry(crc=masked_crc32c(bytes(8)))])
     index = table(entries)
     directory = written(tmp_path / "damaged", index, bytes(8))
-    metaindex = range(len(entries) + 5, len(entries) + 5 + 4 + 5)  # holds nothing and is not read
+    metaindex = range(len(entries) + 5, len(entries) + 5 + 4 + 5)  # empty, and not read
     for at in {*range(len(index) - 48)} - {*metaindex}:
         changed = bytearray(index)
         changed[at] ^= 0x10

@@ -27,7 +27,7 @@ def read(content: bytes) -> Any:
 
 
 class Forbidding(pickle.Unpickler):
-    """Python's unpickler, which finds nothing."""
+    """Python's unpickler, which refuses every global."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"{module}.{name}")
@@ -37,7 +37,7 @@ class Forbidding(pickle.Unpickler):
 
 
 def alike(found: Any, expected: Any) -> bool:
-    """Equal and of the same types all the way down; NaN is itself."""
+    """Return whether the values and their types are equal at every depth. NaN equals NaN."""
     if type(found) is not type(expected):
         return False
     if isinstance(found, dict):
@@ -55,23 +55,23 @@ def random_value(rng: random.Random, depth: int = 0) -> Any:
         return rng.choice(plain)
     inner = [random_value(rng, depth + 1) for _ in range(rng.choice((0, 1, 2, 3, 4, 7)))]
     if rng.random() < 0.3:
-        inner += inner  # shared, so that it is kept in the memo
+        inner += inner  # shared objects are stored in the memo
     keys = [f"key {i}" if rng.random() < 0.5 else i for i in range(len(inner))]
     return rng.choice((inner, tuple(inner), dict(zip(keys, inner, strict=True))))
 
 
-# Against Python's own
+# Compared with Python's unpickler
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("make", [pickle.dumps, pickle._dumps], ids=["C", "Python"])  # type: ignore[attr-defined]
-def test_plain_values_come_back(protocol: int, make: Callable[..., bytes]) -> None:
+def test_plain_values_survive_a_round_trip(protocol: int, make: Callable[..., bytes]) -> None:
     for seed in range(150):
         value = random_value(random.Random(seed))
         assert alike(read(make(value, protocol)), value), seed
 
 
-def test_every_way_to_cut_one_off_is_refused() -> None:
+def test_every_truncation_is_refused() -> None:
     for protocol in (2, 4):
         content = pickle.dumps({"a": [1, 2.5, "x", (None, True, 2**70)], "b": {3: ("y",) * 5}}, protocol)
         for length in range(len(content)):
@@ -79,7 +79,7 @@ def test_every_way_to_cut_one_off_is_refused() -> None:
                 read(content[:length])
 
 
-def test_what_is_damaged_is_refused_or_read_as_python_reads_it() -> None:
+def test_a_damaged_pickle_is_refused_or_read_as_python_reads_it() -> None:
     loaded = 0
     for seed in range(3_000):
         rng = random.Random(seed)
@@ -93,7 +93,7 @@ def test_what_is_damaged_is_refused_or_read_as_python_reads_it() -> None:
             continue
         try:
             expected = Forbidding(io.BytesIO(content)).load()
-        except pickle.UnpicklingError:  # a frame whose length is not that of what it holds, which is no matter here
+        except pickle.UnpicklingError:  # a frame of the wrong length, which our reader ignores
             continue
         assert alike(found, expected), seed
         loaded += 1
@@ -101,7 +101,7 @@ def test_what_is_damaged_is_refused_or_read_as_python_reads_it() -> None:
 
 
 @pytest.mark.parametrize("code", range(256))
-def test_every_opcode_without_anything_to_work_on_is_refused_or_harmless(code: int) -> None:
+def test_every_opcode_without_operands_is_refused_or_read_as_python_reads_it(code: int) -> None:
     for tail in (b"", b".", bytes(300) + b".", b"\n\n.", b"\xff" * 9 + b"."):
         for before in (b"", b"(", b"N", b"}", b")", b"(NN", b"]" * 3):
             content = b"\x80\x02" + before + bytes([code]) + tail
@@ -112,11 +112,11 @@ def test_every_opcode_without_anything_to_work_on_is_refused_or_harmless(code: i
             assert alike(found, Forbidding(io.BytesIO(content)).load())
 
 
-# What it may cost
+# Limits on time and memory
 
 
 def memo_of_lists(width: int, depth: int) -> bytes:
-    """Lists in which the one before stands `width` times: `width ** depth` values, were they written out."""
+    """Return nested lists, each with `width` references to the previous one: `width ** depth` values when expanded."""
     level = b"]q\1(" + b"h\0" * width + b"eq\0"
     return b"\x80\x02(]q\0" + level * depth + b"t."
 
@@ -131,7 +131,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a dict of itself": (lambda: b"\x80\x02}q\0" + text("a") + b"h\0s.", "nests its values deeper"),
     "dicts": (lambda: b"\x80\x02(" + b"}" * 600_000 + b"t.", "more than 524288 opcodes"),
-    "dicts kept": (lambda: b"\x80\x04(" + b"}\x94" * 260_000, "is truncated"),
+    "dicts in the memo": (lambda: b"\x80\x04(" + b"}\x94" * 260_000, "is truncated"),
     "dicts with a key": (lambda: b"\x80\x02(" + b"}K\0Ns" * 131_000, "is truncated"),
     "wide strings": (lambda: b"\x80\x04(" + b"\x8c\4\xf0\x9f\x98\x80" * 520_000, "is truncated"),
     "long numbers": (lambda: b"\x80\x02(" + (b"\x8a\xff" + b"\x7f" * 255) * 16_000, "is truncated"),
@@ -141,19 +141,19 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: b"\x80\x02}(" + b"".join(integer(k << 16) + b"N" for k in range(1, 30_000)) + b"u.",
         "as a key; keys are strings, or numbers below 65536",
     ),
-    "attributes again and again": (
+    "attributes set repeatedly": (
         lambda: b"\x80\x02}}(" + b"".join(text(str(k)) + b"N" for k in range(50_000)) + b"uq\0" + b"bh\0" * 50_000,
         "sets the attribute",
     ),
 }
 
 
-@pytest.mark.parametrize(("make", "says"), BOMBS.values(), ids=BOMBS)
-def test_a_bomb_is_refused_soon_and_in_little_memory(make: Callable[[], bytes], says: str) -> None:
+@pytest.mark.parametrize(("make", "message"), BOMBS.values(), ids=BOMBS)
+def test_a_bomb_is_refused_within_the_budget(make: Callable[[], bytes], message: str) -> None:
     content = make()
-    assert len(content) <= pickles.MOST_BYTES, "it is its content that is refused"
+    assert len(content) <= pickles.MOST_BYTES, "the content is refused, not the size"
     began = time.process_time()
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=message):
         read(content)
     assert time.process_time() - began < MOST_SECONDS
     tracemalloc.start()
@@ -165,8 +165,8 @@ def test_a_bomb_is_refused_soon_and_in_little_memory(make: Callable[[], bytes], 
         tracemalloc.stop()
 
 
-def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
-    """Names, shapes and AdamW's state of 580 parameters, with a number of opcodes that torch would need."""
+def test_the_largest_gpt2_needs_less_than_a_tenth_of_the_limit() -> None:
+    """The names, shapes and AdamW state of 580 parameters, with about as many opcodes as torch writes."""
     described = ("storage", "FloatStorage", "0", "cpu", 2_560_000, 0, (1600, 1600), (1600, 1), False, {})
     state = {
         "model": {f"transformer.h.{k}.attn.c_attn.weight": (*described, k) for k in range(580)},
@@ -178,7 +178,7 @@ def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"\x80\x02" + text("x" * 65_537) + b".", "a string of 65537 bytes; the limit is 65536"),
         (b"\x80\x02]r\x00\x00\x08\x00.", "uses the memo index 524288; the largest is 524287"),
@@ -192,12 +192,12 @@ def test_what_the_largest_gpt2_needs_is_a_tenth_of_what_may_be() -> None:
     ],
     ids=["string", "memo", "depth", "number", "negative", "bool", "none", "tuple", "bytes"],
 )
-def test_one_more_than_the_budget_is_refused(content: bytes, says: str) -> None:
-    with pytest.raises(CheckpointError, match=says):
+def test_one_more_than_a_limit_is_refused(content: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         read(content)
 
 
-def test_the_whole_budget_is_taken() -> None:
+def test_values_at_the_limits_are_read() -> None:
     assert read(b"\x80\x02" + text("x" * 65_536) + b".") == "x" * 65_536
     assert read(b"\x80\x02]r\xff\xff\x07\x00.") == []
     assert alike(read(b"\x80\x02" + b"]" * 32 + b"a" * 31 + b"."), eval("[" * 32 + "]" * 32))

@@ -34,11 +34,11 @@ def saved(path: Path, value: object, **options: Any) -> Path:
     return path
 
 
-# What torch writes (2.13)
+# Files of torch 2.13
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_value_of_a_training_state_comes_back(tmp_path: Path, protocol: int) -> None:
+def test_every_value_of_a_training_state_is_read(tmp_path: Path, protocol: int) -> None:
     plain = {"n": 3, "big": 2**40, "x": 0.5, "b": True, "none": None, "list": [1, [2]], "tuple": (1, "ä"), "0": {}}
     path = saved(tmp_path / "f", {**plain, "t": torch.ones(2, 3)}, pickle_protocol=protocol)
     found = read_file(path)
@@ -69,19 +69,19 @@ def test_every_type_and_every_view_is_read_bit_for_bit(tmp_path: Path, dtype: st
         assert array.tobytes() == array_from_tensor(view.detach().contiguous()).tobytes(), what
 
 
-def test_a_state_dict_with_its_versions_is_read(tmp_path: Path) -> None:
+def test_a_state_dict_with_metadata_is_read(tmp_path: Path) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     found = read_file(saved(tmp_path / "f", module.state_dict()))
     assert {n: e.read().tolist() for n, e in found.items()} == {n: t.tolist() for n, t in module.state_dict().items()}
 
 
-def test_a_checksum_of_zero_means_that_there_is_none(tmp_path: Path) -> None:
+def test_a_checksum_of_zero_is_not_verified(tmp_path: Path) -> None:
     path = tmp_path / "f"
     path.write_bytes(with_checksum(archive(pickled(tensor()), {"data/0": FOUR}), 0))
     assert read_file(path)["w"].read().tolist() == [0, 1, 2, 3]
 
 
-def test_what_torch_writes_without_checksums_is_read(tmp_path: Path) -> None:
+def test_files_of_torch_without_checksums_are_read(tmp_path: Path) -> None:
     torch.serialization.set_crc32_options(False)
     try:
         path = saved(tmp_path / "f", {"w": torch.ones(3)})
@@ -91,7 +91,7 @@ def test_what_torch_writes_without_checksums_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
-def test_types_without_a_storage_of_their_own_are_read(tmp_path: Path, dtype: str) -> None:
+def test_dtypes_without_a_typed_storage_are_read(tmp_path: Path, dtype: str) -> None:
     tensor = torch.arange(6).reshape(2, 3).to(getattr(torch, dtype))
     array = read_file(saved(tmp_path / "f", [tensor.T]))[0].read()
     assert (str(array.dtype), array.tolist()) == (dtype, [[0, 3], [1, 4], [2, 5]])
@@ -124,35 +124,35 @@ def test_the_device_does_not_matter(tmp_path: Path) -> None:
         (Path("x"), "pathlib."),
         (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
         (b"bytes", "_codecs.encode"),
-        ({1, 2}, "__builtin__.set"),  # as protocol 2 spells it
+        ({1, 2}, "__builtin__.set"),  # its name in protocol 2
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_plain_tensor_is_named(tmp_path: Path, value: object, named: str) -> None:
+def test_the_error_names_values_that_are_not_plain_tensors(tmp_path: Path, value: object, named: str) -> None:
     with pytest.raises(CheckpointError, match=f"refers to '{re.escape(named)}") as caught:
         read_file(saved(tmp_path / "f", {"w": value}))
     assert "f': data.pkl" in str(caught.value)
 
 
-def test_torch_is_not_needed(tmp_path: Path) -> None:
-    """The archive of these tests, which torch did not write, is read by torch too."""
+def test_torch_reads_the_archive_of_these_tests(tmp_path: Path) -> None:
+    """The archive is built here and not by torch. torch reads the same values from it."""
     path = tmp_path / "f"
     path.write_bytes(archive(pickled(tensor()), {"data/0": FOUR, "data/1": b""}))
     assert torch.load(path, weights_only=True)["w"].tolist() == read_file(path)["w"].read().tolist()
 
 
-# Hostile files, in the place of a Hugging Face directory's weights
+# Hostile files as the weights of a Hugging Face directory
 
 
 def with_checksum(content: bytes, crc: int) -> bytes:
-    """The checksum of the record `data/0`, in both places where it stands."""
+    """Set the checksum of the record `data/0` in both of its headers."""
     with zipfile.ZipFile(io.BytesIO(content)) as file:
         [member] = [i for i in file.infolist() if i.filename.endswith("data/0")]
     return content.replace(struct.pack("<I", member.CRC), struct.pack("<I", crc))
 
 
 def member(content: bytes, change: Callable[[bytearray, int], None], central: bool = True) -> bytes:
-    """`content` with the directory's entry of `data/0`, or its own header, changed."""
+    """Change the entry of `data/0` in the central directory, or its local header."""
     changed = bytearray(content)
     found = content.rfind(b"archive/data/0") - 46 if central else content.find(b"archive/data/0") - 30
     change(changed, found)
@@ -177,7 +177,7 @@ def compressed() -> bytes:
 def with_twice(record: str) -> bytes:
     out = io.BytesIO(GOOD)
     with zipfile.ZipFile(out, "a") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that appears twice
+        warnings.simplefilter("ignore")  # the warning about a duplicate name
         file.writestr(record, b"\x80\x02}.")
     return out.getvalue()
 
@@ -193,7 +193,7 @@ def big_endian() -> bytes:
 
 
 def aliased(times: int) -> bytes:
-    """A list of one tensor, described again and again with the same call of the same arguments."""
+    """Return the pickle of a list in which the same tensor is rebuilt this many times from the same arguments."""
     arguments, call = tensor().removesuffix(b"R"), name("torch._utils", "_rebuild_tensor_v2")
     kept = call + b"q\0" + arguments.removeprefix(call) + b"q\1R"
     return b"\x80\x02](" + kept + b"h\0h\1R" * (times - 1) + b"e."
@@ -292,18 +292,18 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "says"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("make", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_hostile_file_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[], bytes], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[], bytes], message: str
 ) -> None:
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(SMALLEST.to_hf()))
     (directory / "pytorch_model.bin").write_bytes(make())
-    assert_refused(directory, says, capsys, CheckpointError)
+    assert_refused(directory, message, capsys, CheckpointError)
 
 
-def test_a_record_whose_checksum_is_wrong_is_refused_when_it_is_read(tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_an_error_when_the_record_is_read(tmp_path: Path) -> None:
     state = {name: tensor_from_array(array) for name, array in random_state(SMALLEST).items()}
     path = saved(tmp_path / "f", state)
     content = bytearray(path.read_bytes())
@@ -316,7 +316,7 @@ def test_a_record_whose_checksum_is_wrong_is_refused_when_it_is_read(tmp_path: P
         found["wpe.weight"].read()
 
 
-def test_opening_a_large_file_reads_the_pickle_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_a_large_file_reads_only_the_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path / "f", {"w": torch.ones(1000, 1000)})
     sizes = []
     monkeypatch.setattr("bridge.storage.stored_file.aligned_empty", lambda s, d: sizes.append(s) or np.empty(s, d))

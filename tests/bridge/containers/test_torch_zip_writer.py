@@ -22,7 +22,7 @@ from gpt2_torch.arrays import array_from_tensor
 
 
 def random_entry(dtype: np.dtype, shape: tuple[int, ...] = (3, 5)) -> LazyTensor:
-    """Random bytes; NaN payloads and all."""
+    """Return a tensor of random bytes, NaN payloads included."""
     raw = np.random.default_rng(0).integers(0, 2 if dtype == np.bool_ else 256, (*shape, dtype.itemsize), np.uint8)
     return LazyTensor.of(np.asarray(raw.view(dtype).reshape(shape)))
 
@@ -61,28 +61,28 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("weights_only", [True, False])
-def test_torch_reads_plain_values_as_they_were(tmp_path: Path, weights_only: bool) -> None:
+def test_torch_reads_plain_values_unchanged(tmp_path: Path, weights_only: bool) -> None:
     write_file(tmp_path / "f.pt", PLAIN)
     found = torch.load(tmp_path / "f.pt", weights_only=weights_only)
-    assert repr(found) == repr(PLAIN), "types too, and the sign of zero"
+    assert repr(found) == repr(PLAIN), "repr also shows types and the sign of zero"
 
 
-def test_an_array_that_is_not_contiguous_is_written_as_what_it_says(tmp_path: Path) -> None:
+def test_an_array_that_is_not_contiguous_is_written_correctly(tmp_path: Path) -> None:
     entry = transposed(random_entry(np.dtype(np.int32)))
     [tensor] = loaded(tmp_path / "f.pt", [entry])
     assert_same(tensor, entry)
     assert tensor.is_contiguous()
 
 
-def test_an_entry_in_two_places_is_one_memory_and_equal_ones_are_not(tmp_path: Path) -> None:
+def test_only_a_repeated_entry_shares_its_storage(tmp_path: Path) -> None:
     one, equal = (random_entry(np.dtype(np.float32)) for _ in range(2))
     first, again, other = loaded(tmp_path / "f.pt", [one, one, equal])
     assert first.data_ptr() == again.data_ptr() != other.data_ptr()
     assert os.path.getsize(tmp_path / "f.pt") < 3000
 
 
-def test_it_is_a_zip_as_torch_writes_them(tmp_path: Path) -> None:
-    """Stored, with checksums, the pickle first, and every record on a multiple of 64 bytes, which can be mapped."""
+def test_the_archive_is_laid_out_as_torch_does(tmp_path: Path) -> None:
+    """Records are uncompressed, have checksums and start at multiples of 64 bytes, for mmap. The pickle is first."""
     entries = [random_entry(dtype, (k + 1,)) for k, dtype in enumerate(STORAGES)]
     write_file(tmp_path / "f.pt", entries)
     with zipfile.ZipFile(tmp_path / "f.pt") as archive:
@@ -102,7 +102,7 @@ def test_the_same_value_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_records_with_wide_sizes_are_aligned_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As those of a gigabyte and more have them."""
+    """Records of a gigabyte and more have 64-bit sizes."""
     monkeypatch.setattr(torch_writer, "_ZIP64_FROM", 0)
     entry = random_entry(np.dtype(np.float32), (300,))
     [tensor] = loaded(tmp_path / "f.pt", [entry])
@@ -112,7 +112,7 @@ def test_records_with_wide_sizes_are_aligned_and_read(tmp_path: Path, monkeypatc
     assert struct.pack("<HHQQ", 1, 16, 1200, 1200) in content, "the zip64 field of the record"
 
 
-def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
+def test_only_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     shape, nbytes = (1024, 1024), 4 * 2**20
     entries = [LazyTensor(np.dtype(np.float32), shape, lambda k=k: np.full(shape, k, np.float32)) for k in range(8)]
     tracemalloc.start()
@@ -128,7 +128,7 @@ def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
     [object(), np.float32(1), {"a": [b"bytes"]}, {1, 2}, 1 << 2040, np.zeros(3), {("a",): Path("x")}],
     ids=lambda value: type(value).__name__,
 )
-def test_what_torch_would_not_take_as_data_is_refused(tmp_path: Path, value: object) -> None:
+def test_values_that_torch_does_not_load_as_data_are_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(CheckpointError, match="cannot write a"):
         write_file(tmp_path / "f.pt", value)
     assert not (tmp_path / "f.pt").exists()

@@ -1,4 +1,4 @@
-"""Zip archives against the standard library's, and those whose parts contradict each other."""
+"""The zip reader: compared with the standard library, and archives whose headers contradict each other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ZIP64 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Member:
-    """One record, and what its two headers say of it."""
+    """One record, and the contents of its two headers. `own_*` are fields of the local header."""
 
     name: str = "a/data"
     content: bytes = b"weights"
@@ -68,7 +68,7 @@ def end(count: int, size: int, start: int, comment: bytes = b"") -> bytes:
 
 
 def zipped(*members: Member, ending: Callable[[int, int, int], bytes] = end) -> bytes:
-    """The file; `ending` makes its end from the number of records, the directory's bytes and where that starts."""
+    """Return the archive. `ending` takes the number of records, and the size and start of the directory."""
     content, directory = b"", b""
     for m in members:
         directory += directory_entry(m, len(content))
@@ -77,7 +77,7 @@ def zipped(*members: Member, ending: Callable[[int, int, int], bytes] = end) -> 
 
 
 def wide_end(**changed: int) -> Callable[[int, int, int], bytes]:
-    """An end in 64 bits before the usual one, as torch always writes it."""
+    """Return an `ending` with a zip64 end record before the usual one, as torch always writes it."""
 
     def ending(count: int, size: int, start: int) -> bytes:
         wide = {"length": 44, "disk": 0, "count": count, "size": size, "start": start, "at": start + size, **changed}
@@ -94,7 +94,7 @@ def opened(path: Path, content: bytes) -> Archive:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_what_the_standard_library_writes_is_read(tmp_path: Path, wide: bool) -> None:
+def test_archives_of_the_standard_library_are_read(tmp_path: Path, wide: bool) -> None:
     contents = {"a/ä": b"", "a/0": b"x", "a/data/1": os.urandom(3 * 2**20)}
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
@@ -106,7 +106,7 @@ def test_what_the_standard_library_writes_is_read(tmp_path: Path, wide: bool) ->
     assert archive.read_part("a/data/1", 5, 7).tobytes() == contents["a/data/1"][5:12]
 
 
-def test_what_is_built_here_is_a_zip_file(tmp_path: Path) -> None:
+def test_the_standard_library_reads_the_archives_of_these_tests(tmp_path: Path) -> None:
     for content in (zipped(Member()), zipped(Member(), Member("a/b", b""), ending=wide_end())):
         assert opened(tmp_path / "f", content).read("a/data") == b"weights"
         assert zipfile.ZipFile(io.BytesIO(content)).read("a/data") == b"weights"
@@ -126,7 +126,7 @@ VALID: dict[str, Member] = {
 
 
 @pytest.mark.parametrize("member", VALID.values(), ids=VALID)
-def test_every_way_to_say_the_same_is_read(tmp_path: Path, member: Member) -> None:
+def test_every_valid_form_of_the_headers_is_read(tmp_path: Path, member: Member) -> None:
     assert opened(tmp_path / "f", zipped(member)).read("a/data") == b"weights"
 
 
@@ -189,19 +189,19 @@ CONTRADICTING: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "says"), CONTRADICTING.values(), ids=CONTRADICTING)
-def test_what_contradicts_itself_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
-    with pytest.raises(CheckpointError, match=says) as caught:
+@pytest.mark.parametrize(("content", "message"), CONTRADICTING.values(), ids=CONTRADICTING)
+def test_contradicting_headers_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
         opened(tmp_path / "the file", content)
     assert "the file" in str(caught.value)
 
 
-def test_a_name_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not UTF-8"):
         opened(tmp_path / "f", zipped(GOOD).replace(b"a/data", b"a/\xff\xfeta"))
 
 
-def test_a_wrong_checksum_is_found_by_whichever_part_is_read_first(tmp_path: Path) -> None:
+def test_a_wrong_checksum_is_an_error_for_a_part_and_for_the_whole_record(tmp_path: Path) -> None:
     archive = opened(tmp_path / "f", zipped(replace(GOOD, crc=1), Member("a/good")))
     assert archive.read("a/good") == b"weights"
     for _ in range(2):
@@ -217,8 +217,8 @@ def test_a_part_outside_its_record_is_refused(tmp_path: Path, start: int, count:
         opened(tmp_path / "f", zipped(GOOD)).read_part("a/data", start, count)
 
 
-def test_a_record_of_more_than_4_gib_lies_where_64_bits_say(tmp_path: Path) -> None:
-    """A sparse file, laid out as torch does: sizes in the directory, the end in 64 bits."""
+def test_a_record_after_4_gib_is_found_by_its_64_bit_offset(tmp_path: Path) -> None:
+    """The file is sparse and laid out as torch does: 64-bit sizes in the directory, and a zip64 end record."""
     size, path = 5 * 2**30, tmp_path / "f"
     first = member_header(Member("a/0", b"", crc=0, own_sizes=(ZIP64, ZIP64)))
     second_at = len(first) + size
@@ -239,10 +239,10 @@ def test_a_record_of_more_than_4_gib_lies_where_64_bits_say(tmp_path: Path) -> N
         assert [(i.filename, i.file_size) for i in theirs.infolist()] == [("a/0", size), ("a/1", 7)]
 
 
-# What it may cost
+# Limits on time and size
 
 
-def test_as_many_records_as_may_be_open_soon_and_one_more_does_not(tmp_path: Path) -> None:
+def test_the_limit_on_records_is_exact(tmp_path: Path) -> None:
     members = [Member(f"a/data/{k}", b"x") for k in range(MOST_RECORDS + 1)]
     began = time.process_time()
     assert len(opened(tmp_path / "f", zipped(*members[1:])).records) == MOST_RECORDS
@@ -251,7 +251,7 @@ def test_as_many_records_as_may_be_open_soon_and_one_more_does_not(tmp_path: Pat
     assert time.process_time() - began < MOST_SECONDS
 
 
-def test_long_extra_fields_take_no_quadratic_time(tmp_path: Path) -> None:
+def test_long_extra_fields_do_not_take_quadratic_time(tmp_path: Path) -> None:
     fields = b"".join(struct.pack("<2H", kind, 0) for kind in range(2, 16_000))
     content = zipped(*(Member(f"a/{k}", extra=fields) for k in range(60)))
     began = time.process_time()

@@ -47,7 +47,7 @@ def test_the_round_trip_is_bit_for_bit(tmp_path: Path, config: GPT2Config, dtype
 
 @pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_hugging_face_to_flax_and_back_gives_the_same_files(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
+def test_a_round_trip_from_hugging_face_gives_the_same_files(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
     bridge.save(random_checkpoint(config, dtype), tmp_path / "hf", format="huggingface")
     bridge.save(bridge.load(tmp_path / "hf"), tmp_path / "flax", format="flax")
     bridge.save(bridge.load(tmp_path / "flax"), tmp_path / "back", format="huggingface")
@@ -59,7 +59,7 @@ def test_hugging_face_to_flax_and_back_gives_the_same_files(tmp_path: Path, conf
 
 @CONFIGS
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_safetensors_and_flax_alone_give_the_same_tree(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
+def test_safetensors_and_flax_by_themselves_give_the_same_tree(tmp_path: Path, config: GPT2Config, dtype: type) -> None:
     checkpoint = random_checkpoint(config, dtype)
     bridge.save(checkpoint, tmp_path / "out", format="flax")
     theirs = flax.traverse_util.unflatten_dict(safetensors.flax.load_file(tmp_path / "out" / WEIGHTS), sep="/")
@@ -76,7 +76,7 @@ def test_the_metadata_says_flax(tmp_path: Path) -> None:
     assert read_file(tmp_path / "out" / WEIGHTS)[1] == {"format": "flax"}
 
 
-def test_bias_is_in_config_json_only_where_it_is_false(tmp_path: Path) -> None:
+def test_bias_is_in_config_json_only_if_it_is_false(tmp_path: Path) -> None:
     for config in (TINY, NO_BIAS):
         bridge.save(random_checkpoint(config), tmp_path / "out", format="flax", overwrite=True)
         written = json.loads((tmp_path / "out" / "config.json").read_text())

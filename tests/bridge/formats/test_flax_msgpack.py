@@ -61,12 +61,12 @@ def random_leaves(tmp_path: Path, config: GPT2Config = SMALLEST) -> Leaves:
     return leaves_of(tmp_path / "leaves")
 
 
-# What transformers wrote
+# Files of transformers
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_of_transformers_are_read(name: str) -> None:
-    """Names and layouts are written out here. flax reads the file."""
+    """The test states names and layouts itself, and flax reads the file."""
     ckpt = bridge.load(WRITTEN_BY_TRANSFORMERS / name)
     assert ckpt.format == "flax_msgpack"
     assert ckpt.config.tie_word_embeddings is (name != "untied")
@@ -94,13 +94,13 @@ def leaves_under(leaves: Leaves, modules: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_backends_compute_the_logits_that_transformers_computed(name: str) -> None:
+def test_both_backends_compute_the_logits_of_transformers(name: str) -> None:
     import torch
 
     import gpt2_torch
 
     ids, expected = np.load(WRITTEN_BY_TRANSFORMERS / "ids.npy"), np.load(WRITTEN_BY_TRANSFORMERS / name / "logits.npy")
-    assert abs(expected).max() > 0.5, "logits that say something"
+    assert abs(expected).max() > 0.5, "logits large enough to compare"
     reference = gpt2_torch.model_from_checkpoint(bridge.load(WRITTEN_BY_TRANSFORMERS / name)).float().eval()
     with torch.no_grad():
         np.testing.assert_allclose(reference(torch.from_numpy(ids)).numpy(), expected, rtol=0, atol=SAME_FP32)
@@ -125,7 +125,7 @@ def test_files_of_transformers_are_written_again_with_the_same_arrays(tmp_path: 
         json.loads((directory / "config.json").read_text())
         for directory in (WRITTEN_BY_TRANSFORMERS / name, tmp_path / "again")
     )
-    del before_json["architectures"]  # without_head gets one
+    del before_json["architectures"]  # without_head is written with a head
     assert before_json.items() <= after_json.items()
 
 
@@ -141,7 +141,9 @@ def test_a_checkpoint_without_a_head_is_reported() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16, np.float64], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("options", [{}, {"max_shard_bytes": 50_000}], ids=["whole", "shards"])
-def test_weights_and_configuration_come_back(tmp_path: Path, tied: bool, dtype: type, options: dict[str, int]) -> None:
+def test_weights_and_configuration_are_read_back(
+    tmp_path: Path, tied: bool, dtype: type, options: dict[str, int]
+) -> None:
     config = replace(TINY, tie_word_embeddings=tied, activation_function="quick_gelu", layer_norm_epsilon=1e-3)
     ckpt = ours(tmp_path / "out", config, dtype, **options)
     found = bridge.load(tmp_path / "out")
@@ -212,7 +214,7 @@ def test_no_tensor_is_read_to_open_a_checkpoint(tmp_path: Path, monkeypatch: pyt
         assert max(counts) <= 4096 and sum(counts) < sum(entry.nbytes for entry in ckpt.tensors.entries.values()) / 2
 
 
-# What the format cannot say
+# Models that the format cannot store
 
 
 @pytest.mark.parametrize(
@@ -281,7 +283,7 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
         lambda leaves: leaves | {"wte/embedding": leaves[WTE]},
         "'wte/embedding' is not a parameter of this model",
     ),
-    "an array where a module is": (
+    "an array in place of a module": (
         lambda leaves: without(WTE)(leaves) | {"transformer/wte": leaves[WTE]},
         "'transformer/wte' is not a parameter",
     ),
@@ -304,7 +306,7 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
         lambda leaves: leaves | {"lm_head/kernel": leaves[WTE].T + 1},
         "lm_head.weight differs from wte.weight although the configuration ties them",
     ),
-    "a tied head the wrong way round": (
+    "a tied head not transposed": (
         lambda leaves: leaves | {"lm_head/kernel": leaves[WTE]},
         "lm_head/kernel has shape (11, 8); the configuration requires (8, 11)",
     ),
@@ -315,15 +317,15 @@ OTHER_TREES: dict[str, tuple[Callable[[Leaves], Leaves], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "says"), OTHER_TREES.values(), ids=OTHER_TREES)
-def test_another_tree_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], says: str
+@pytest.mark.parametrize(("change", "message"), OTHER_TREES.values(), ids=OTHER_TREES)
+def test_a_tree_of_another_model_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], message: str
 ) -> None:
-    assert_refused(flaxs(tmp_path / "other", change(random_leaves(tmp_path))), says, capsys, ConversionError)
+    assert_refused(flaxs(tmp_path / "other", change(random_leaves(tmp_path))), message, capsys, ConversionError)
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (without("lm_head/kernel"), "lm_head/kernel is missing (shape (8, 11))"),
         (
@@ -334,10 +336,10 @@ def test_another_tree_is_refused_by_name(
     ids=["no head", "a head not transposed"],
 )
 def test_an_untied_head_must_be_stored_transposed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Leaves], Leaves], message: str
 ) -> None:
     source = flaxs(tmp_path / "other", change(random_leaves(tmp_path, UNTIED)), UNTIED)
-    assert_refused(source, says, capsys, ConversionError)
+    assert_refused(source, message, capsys, ConversionError)
 
 
 def test_a_stored_tied_head_is_left_out_and_reported(tmp_path: Path) -> None:
@@ -351,8 +353,8 @@ def test_all_differences_are_in_one_error(tmp_path: Path) -> None:
     leaves = without(WTE)(changed(C_ATTN, np.transpose)(random_leaves(tmp_path))) | {"extra/kernel": np.zeros(1)}
     with pytest.raises(ConversionError) as caught:
         bridge.load(flaxs(tmp_path / "out", leaves))
-    for says in (f"{WTE} is missing", f"{C_ATTN} has shape", "'extra/kernel' is not"):
-        assert says in str(caught.value)
+    for message in (f"{WTE} is missing", f"{C_ATTN} has shape", "'extra/kernel' is not"):
+        assert message in str(caught.value)
 
 
 # Damaged and hostile shards
@@ -380,7 +382,7 @@ FIRST, LAST = (f"flax_model-0000{number}-of-00003.msgpack" for number in (1, 3))
 
 BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "absolute": (mapped("/etc/passwd"), "'/etc/passwd' is not a plain file name"),
-    "climbing": (mapped(f"../{FIRST}"), "is not a plain file name"),
+    "with ..": (mapped(f"../{FIRST}"), "is not a plain file name"),
     "in a folder": (mapped(f"shards/{FIRST}"), "is not a plain file name"),
     "with backslashes": (mapped(f"..\\{FIRST}"), "is not a plain file name"),
     "a URL": (mapped("https://example.org/flax_model.msgpack"), "is not a plain file name"),
@@ -397,7 +399,7 @@ BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a list": (lambda index: index.update(weight_map=[FIRST]), "weight_map must map tensor names"),
     "no weight_map": (lambda index: index.pop("weight_map"), "weight_map must map tensor names"),
     "an empty weight_map": (lambda index: index.update(weight_map={}), "total_size is"),
-    "a name that is not there": (
+    "a name that its shard lacks": (
         lambda index: index["weight_map"].update({"transformer/more": FIRST}),
         f"'transformer/more' should be in '{FIRST}' but is not",
     ),
@@ -407,14 +409,14 @@ BAD_INDICES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "says"), BAD_INDICES.values(), ids=BAD_INDICES)
+@pytest.mark.parametrize(("change", "message"), BAD_INDICES.values(), ids=BAD_INDICES)
 def test_a_bad_index_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    assert_refused(in_shards(tmp_path / "shards", change), says, capsys, CheckpointError)
+    assert_refused(in_shards(tmp_path / "shards", change), message, capsys, CheckpointError)
 
 
-def a_shard_that_leads_out(directory: Path) -> None:
+def a_linked_shard(directory: Path) -> None:
     (directory / FIRST).rename(directory.parent / "elsewhere")
     (directory / FIRST).symlink_to(directory.parent / "elsewhere")
 
@@ -429,22 +431,22 @@ def a_name_in_two_shards(directory: Path) -> None:
 
 
 BAD_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a link that leads out": (a_shard_that_leads_out, f"'{FIRST}' is a link out of the directory"),
+    "a link out of the directory": (a_linked_shard, f"'{FIRST}' is a link out of the directory"),
     "gone": (lambda directory: (directory / LAST).unlink(), f"'{LAST}' is missing"),
     "empty": (lambda directory: (directory / LAST).write_bytes(b""), LAST),
     "truncated": (lambda directory: (directory / LAST).write_bytes((directory / LAST).read_bytes()[:-1]), "truncated"),
     "swapped": (lambda directory: shutil.copy(directory / FIRST, directory / LAST), "should be in"),
-    "with a name of another": (a_name_in_two_shards, f"'{WTE}' is in '{LAST}', but the index names '{FIRST}'"),
-    "no tree": (lambda directory: (directory / LAST).write_bytes(b"\x80"), f"should be in '{LAST}' but is not"),
+    "with a tensor of another shard": (a_name_in_two_shards, f"'{WTE}' is in '{LAST}', but the index names '{FIRST}'"),
+    "an empty tree": (lambda directory: (directory / LAST).write_bytes(b"\x80"), f"should be in '{LAST}' but is not"),
 }
 
 
-@pytest.mark.parametrize(("damage", "says"), BAD_SHARDS.values(), ids=BAD_SHARDS)
+@pytest.mark.parametrize(("damage", "message"), BAD_SHARDS.values(), ids=BAD_SHARDS)
 def test_a_bad_shard_is_refused_by_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], message: str
 ) -> None:
     damage(in_shards(tmp_path / "shards"))
-    assert_refused(tmp_path / "shards", says, capsys, BridgeError)
+    assert_refused(tmp_path / "shards", message, capsys, BridgeError)
 
 
 def test_shards_respect_the_size_limit_and_the_index_lists_them(tmp_path: Path) -> None:

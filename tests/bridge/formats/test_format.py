@@ -12,7 +12,7 @@ from bridge.formats.format import Format
 
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_a_reader_takes_what_its_format_needs(format: Format) -> None:
+def test_a_reader_has_the_options_that_its_format_needs(format: Format) -> None:
     _, *options = inspect.signature(format.read).parameters
     expected = [] if format.file_name is None else ["config_json"]
     assert options == (expected if format.states_activation else [*expected, "activation"])

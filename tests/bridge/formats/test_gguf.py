@@ -165,7 +165,7 @@ def as_the_converter(path: Path, checkpoint: Checkpoint, matrices: gguf.GGMLQuan
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_files_like_those_of_llama_cpps_converter_are_read(tmp_path: Path, config: GPT2Config, kind: str) -> None:
     dtype = {"F32": np.float32, "F16": np.float16, "BF16": BF16}[kind]
-    exact = {  # the package rounds to bfloat16 otherwise than ml_dtypes does in a tie
+    exact = {  # the package rounds ties to bfloat16 differently from ml_dtypes
         name: values.astype(dtype).astype(np.float32) for name, values in random_state(config).items()
     }
     path = as_the_converter(tmp_path / "m.gguf", Checkpoint.of(exact, config), getattr(gguf.GGMLQuantizationType, kind))
@@ -205,10 +205,10 @@ def test_the_package_reads_written_files(tmp_path: Path, config: GPT2Config, dty
     }
 
 
-# What was widened for llama.cpp
+# Vectors widened for llama.cpp
 
 
-def test_vectors_are_in_float32_in_the_file_and_as_they_were_when_read(tmp_path: Path) -> None:
+def test_vectors_are_stored_in_float32_and_read_in_their_old_dtype(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.gguf", random_checkpoint(SMALLEST, BF16))
     named = fields_of(path)["gpt2_bridge.widened_from_bf16"]
     assert sorted(named) == sorted(t.name for t in gguf.GGUFReader(path).tensors if len(t.shape) == 1)
@@ -263,18 +263,18 @@ def test_an_untied_head_that_equals_the_embedding_is_not_written(tmp_path: Path)
 
 
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-6, 1e-12, 3e-5, 1.1e-5, 0.1, 1e-38])
-def test_an_epsilon_of_few_digits_comes_back(tmp_path: Path, epsilon: float) -> None:
+def test_an_epsilon_of_few_digits_survives_a_round_trip(tmp_path: Path, epsilon: float) -> None:
     checkpoint = random_checkpoint(replace(SMALLEST, layer_norm_epsilon=epsilon))
     assert bridge.load(saved(tmp_path / "m.gguf", checkpoint)).config.layer_norm_epsilon == epsilon
 
 
 @pytest.mark.parametrize("epsilon", [1.00000000001e-5, 1 / 3, 1e-300, 1e300, 1e-46])
-def test_an_epsilon_that_float32_does_not_hold_is_refused(tmp_path: Path, epsilon: float) -> None:
+def test_an_epsilon_that_float32_cannot_represent_is_refused(tmp_path: Path, epsilon: float) -> None:
     with pytest.raises(ConfigError, match=r"layer_norm_epsilon=.*GGUF stores it in float32"):
         saved(tmp_path / "m.gguf", random_checkpoint(replace(SMALLEST, layer_norm_epsilon=epsilon)))
 
 
-# What cannot be said
+# Models that the format cannot store
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_float64_is_not_written(tmp_path: Path) -> None:
         saved(tmp_path / "m.gguf", random_checkpoint(SMALLEST, np.float64))
 
 
-# Files that are not a GPT-2, or not only that
+# Files that are not exactly a GPT-2
 
 
 def without(name: str) -> bytes:
@@ -332,18 +332,18 @@ def vectors_widened(names: bytes) -> bytes:
 QKV = "blk.0.attn_qkv.weight"
 WRONG = [*gpt2_pairs(), (b"gpt2.vocab_size", number(10)), (b"gpt2.rope.freq_base", number(1e4, "float32"))]
 
-# What the file holds, the error, and what its message must say.
+# The content of the file, the error, and a part of its message.
 NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "no keys": (gpt2([]), ConfigError, "general.architecture is missing; only 'gpt2' is supported"),
-    "a text as long as is read": (
+    "a text of the maximum length": (
         file_of([(b"a.b", text("x" * (2**24 - 100)))]),
         ConfigError,
         "general.architecture is missing",
     ),
     "another architecture": (changed(architecture=text("llama")), ConfigError, "general.architecture is 'llama'"),
-    "an architecture that is no text": (changed(architecture=number(2)), ConfigError, "architecture is '2'"),
+    "an architecture that is not a text": (changed(architecture=number(2)), ConfigError, "architecture is '2'"),
     "an architecture not UTF-8": (changed(architecture=text(b"\xff\x1b")), ConfigError, "architecture is '\ufffd"),
-    "an architecture of arrays": (changed(architecture=texts(["gpt2"])), ConfigError, "is an array of 1"),
+    "an architecture that is an array": (changed(architecture=texts(["gpt2"])), ConfigError, "is an array of 1"),
     "one of several files": (with_pair("split.count", number(2, "uint16")), CheckpointError, "merge them first"),
     "several files, in an array": (with_pair("split.count", int32s([1])), CheckpointError, "split.count is an array"),
     # Sizes
@@ -383,7 +383,7 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "experts": (with_pair("gpt2.expert_count", number(8)), ConfigError, "'gpt2.expert_count' is '8': unknown, and"),
     "an unknown array": (with_pair("gpt2.x", int32s([1, 2])), ConfigError, "'gpt2.x' is an array of 2: unknown"),
     "an odd key": (with_pair("gpt2.\x1b[31m", number(1)), ConfigError, r"'gpt2.\x1b[31m' is '1': unknown"),
-    "several, all named": (gpt2(WRONG), ConfigError, "gpt2.vocab_size is '10'; this model has 11"),
+    "several faults, all named": (gpt2(WRONG), ConfigError, "gpt2.vocab_size is '10'; this model has 11"),
     # Tensors
     "no tensors": (file_of(gpt2_pairs()), ConversionError, "token_embd.weight is missing"),
     "no embedding": (without("token_embd.weight"), ConversionError, "token_embd.weight is missing"),
@@ -393,7 +393,7 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
     "an unknown tensor": (renamed(QKV, "blk.0.attn_q.weight"), ConversionError, "'blk.0.attn_q.weight' is not a"),
     "Hugging Face's names": (renamed("token_embd.weight", "wte.weight"), ConversionError, "token_embd.weight is missi"),
     "a canonical name beside it": (renamed(QKV, "h.0.attn.c_attn.weight"), ConversionError, f"{QKV} is missing"),
-    "a name that climbs": (renamed(QKV, "../../etc/passwd"), ConversionError, "'../../etc/passwd' is not a parameter"),
+    "a name with ..": (renamed(QKV, "../../etc/passwd"), ConversionError, "'../../etc/passwd' is not a parameter"),
     "a name with escape codes": (renamed(QKV, "\x1b[31m\n"), ConversionError, r"'\x1b[31m\n' is not a parameter"),
     "projections [in, out]": (transposed(), ConversionError, "has shape (8, 24); the configuration requires (24, 8)"),
     "a head of another size": (with_head(np.ones((12, 8), "f")), ConversionError, "output.weight has shape (12, 8)"),
@@ -412,7 +412,7 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
         ConfigError,
         "vocab_size='1099511627776'",
     ),
-    # What this project says of a file
+    # Metadata of this project
     "widened: a number": (vectors_widened(number(1)), CheckpointError, "widened_from_bf16 is '1', not a list of"),
     "widened: numbers": (vectors_widened(int32s([1])), CheckpointError, "is an array of 1, not a list of tensor names"),
     "widened: too many": (vectors_widened(texts(["x"] * 29)), CheckpointError, "is an array of 29, not a list"),
@@ -424,12 +424,12 @@ NOT_GPT2: dict[str, tuple[bytes, type[BridgeError], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("content", "error", "says"), NOT_GPT2.values(), ids=NOT_GPT2)
+@pytest.mark.parametrize(("content", "error", "message"), NOT_GPT2.values(), ids=NOT_GPT2)
 def test_a_file_that_is_not_llama_cpps_gpt2_is_refused_by_field(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, error: type[BridgeError], says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, error: type[BridgeError], message: str
 ) -> None:
     (tmp_path / "other.gguf").write_bytes(content)
-    assert_refused(tmp_path / "other.gguf", says, capsys, error)
+    assert_refused(tmp_path / "other.gguf", message, capsys, error)
 
 
 def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path) -> None:
@@ -478,8 +478,8 @@ def test_a_config_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.Captu
     path = saved(tmp_path / "d", random_checkpoint(SMALLEST))
     fields = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**fields, "activation_function": "relu"}))
-    says = "activation_function is 'relu' in config.json, but 'gelu_new' in 'model.gguf'"
-    assert_refused(path, says, capsys, ConfigError)
+    message = "activation_function is 'relu' in config.json, but 'gelu_new' in 'model.gguf'"
+    assert_refused(path, message, capsys, ConfigError)
 
 
 # Tokenizers
@@ -504,14 +504,14 @@ def assert_same_tokenizer(found: tiktoken.Encoding, expected: tiktoken.Encoding)
 
 @pytest.mark.parametrize("make", [small_bpe, bridge.byte_tokenizer], ids=["BPE", "bytes"])
 @pytest.mark.parametrize("name", ["m.gguf", "directory"])
-def test_the_tokenizer_comes_back(tmp_path: Path, make: Any, name: str) -> None:
+def test_the_tokenizer_survives_a_round_trip(tmp_path: Path, make: Any, name: str) -> None:
     back = bridge.load(saved(tmp_path / name, with_tokenizer(make())))
     assert back.own_tokenizer is not None
     assert back.diagnostics == ()
     assert_same_tokenizer(back.tokenizer(), make())
 
 
-def test_arrays_made_from_a_file_with_a_tokenizer_inside_keep_it(tmp_path: Path) -> None:
+def test_arrays_of_a_file_with_a_tokenizer_keep_it(tmp_path: Path) -> None:
     opened = bridge.load(saved(tmp_path / "m.gguf", with_tokenizer(small_bpe())))
     made = Checkpoint.of(dict(opened.tensors.items()), opened.config, like=opened)
     assert_same_tokenizer(made.tokenizer(), small_bpe())
@@ -569,7 +569,7 @@ def test_openais_vocabulary_is_not_needed(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @needs_openai_cache
-def test_openais_vocabulary_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_openais_vocabulary_survives_a_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
     config = replace(SMALLEST, vocab_size=50_257)
     bridge.save(random_checkpoint(config), tmp_path / "hf", format="huggingface")
@@ -577,7 +577,7 @@ def test_openais_vocabulary_comes_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert_same_tokenizer(bridge.load(path).tokenizer(), tiktoken.get_encoding("gpt2"))
 
 
-def test_a_tokenizer_that_the_vocabulary_does_not_hold_is_not_written(tmp_path: Path) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="'small' has ids up to 270, but the model's vocabulary has only 270"):
         saved(tmp_path / "m.gguf", with_tokenizer(small_bpe(), 270))
     clash = tiktoken.Encoding(
@@ -627,22 +627,22 @@ def tokenizer_pairs(**replaced: bytes | None) -> Pairs:
 
 BYTES = replace(SMALLEST, vocab_size=256)
 
-# The pairs of a tokenizer, and what the message must say.
+# The metadata of a tokenizer, and a part of the error message.
 BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
     "another kind": (tokenizer_pairs(model=text("llama")), "is 'llama' with the pre-tokenizer 'default'; only GPT-2's"),
-    "a kind that is no text": (tokenizer_pairs(model=number(3)), "the tokenizer is '3'"),
-    "other words": (tokenizer_pairs(pre=text("llama-bpe")), "with the pre-tokenizer 'llama-bpe'"),
-    "words of an array": (tokenizer_pairs(pre=texts(["gpt-2"])), "with the pre-tokenizer an array of 1"),
+    "a kind that is not a text": (tokenizer_pairs(model=number(3)), "the tokenizer is '3'"),
+    "another word pattern": (tokenizer_pairs(pre=text("llama-bpe")), "with the pre-tokenizer 'llama-bpe'"),
+    "a word pattern that is an array": (tokenizer_pairs(pre=texts(["gpt-2"])), "with the pre-tokenizer an array of 1"),
     "no tokens": (tokenizer_pairs(tokens=None), "tokenizer.ggml.tokens is missing"),
     "tokens of numbers": (tokenizer_pairs(tokens=int32s([1])), "tokenizer.ggml.tokens is not an array of strings"),
     "tokens not UTF-8": (tokenizer_pairs(tokens=texts([b"\xff"])), "tokens contains 'b'\\xff'', which is not UTF-8"),
-    "tokens for more than the rows": (tokenizer_pairs(tokens=texts(["a"] * 257)), "has 257 entries, but the model's"),
+    "more tokens than rows": (tokenizer_pairs(tokens=texts(["a"] * 257)), "has 257 entries, but the model's"),
     "a token twice": (tokenizer_pairs(tokens=texts(["a", "b", "a"])), "tokenizer.ggml.tokens has a token twice"),
     "bytes missing": (tokenizer_pairs(tokens=texts(["a"])), "some of the 256 bytes have no token"),
     "no merges": (tokenizer_pairs(merges=None), "tokenizer.ggml.merges is missing"),
     "merges of one": (tokenizer_pairs(merges=texts(["ab"])), "the merge '('ab',)' is not a pair of tokens"),
     "merges of three": (tokenizer_pairs(merges=texts(["a b c"])), "is not a pair of tokens"),
-    "merges of what is not there": (tokenizer_pairs(merges=texts(["a b"])), "the merge 'a b' uses 'ab', which has no"),
+    "merges of unknown tokens": (tokenizer_pairs(merges=texts(["a b"])), "the merge 'a b' uses 'ab', which has no"),
     "merges not UTF-8": (tokenizer_pairs(merges=texts([b"\xff \xfe"])), "tokenizer.ggml.merges contains"),
     "types too few": (tokenizer_pairs(token_type=int32s([1] * 255)), "token_type is not an array of 256 integers"),
     "types of strings": (tokenizer_pairs(token_type=texts(["1"] * 256)), "token_type is not an array of 256 integ"),
@@ -654,20 +654,20 @@ BAD_TOKENIZERS: dict[str, tuple[Pairs, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("pairs", "says"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
-def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, says: str) -> None:
+@pytest.mark.parametrize(("pairs", "message"), BAD_TOKENIZERS.values(), ids=BAD_TOKENIZERS)
+def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, message: str) -> None:
     (tmp_path / "m.gguf").write_bytes(gpt2([*gpt2_pairs(BYTES), *pairs], gguf_tensors(BYTES)))
     loaded = bridge.load(tmp_path / "m.gguf")
     assert_same(loaded, random_checkpoint(BYTES))
     with pytest.raises(TokenizerError) as caught:
         loaded.tokenizer()
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "m.gguf" in str(caught.value)
 
 
 @pytest.mark.parametrize("type", [1, 3, 4], ids=["normal", "control", "user defined"])
 @pytest.mark.parametrize(
-    ("added", "says"),
+    ("added", "message"),
     [
         ([""], "a special token is empty"),
         (["x" * 10**6], "has 1000000 bytes; the limit is 512"),
@@ -675,17 +675,17 @@ def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, sa
     ],
     ids=["empty", "long", "many"],
 )
-def test_special_tokens_are_limited(tmp_path: Path, added: list[str], says: str, type: int) -> None:
+def test_special_tokens_are_limited(tmp_path: Path, added: list[str], message: str, type: int) -> None:
     """A normal token that no merge produces is special too."""
     config = replace(SMALLEST, vocab_size=256 + len(added))
     types = int32s([1] * 256 + [type] * len(added))
     pairs = [*gpt2_pairs(config), *tokenizer_pairs(tokens=texts(byte_tokens() + added), token_type=types)]
     (tmp_path / "m.gguf").write_bytes(gpt2(pairs, gguf_tensors(config)))
-    with pytest.raises(TokenizerError, match=says):
+    with pytest.raises(TokenizerError, match=message):
         bridge.load(tmp_path / "m.gguf").tokenizer()
 
 
-def test_the_good_tokenizer_of_these_tests_is_good(tmp_path: Path) -> None:
+def test_the_unedited_tokenizer_of_these_tests_is_valid(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gpt2([*gpt2_pairs(BYTES), *tokenizer_pairs()], gguf_tensors(BYTES)))
     assert bridge.load(tmp_path / "m.gguf").tokenizer().encode("hé") == [104, 0xC3, 0xA9]
 
@@ -694,7 +694,7 @@ def test_the_good_tokenizer_of_these_tests_is_good(tmp_path: Path) -> None:
 
 
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
-    """GPT-2 XL in float32: a sparse file of 6 GB."""
+    """The file is sparse and has the size of GPT-2 XL in float32, 6 GB."""
     config = bridge.GPT2_SIZES["gpt2-xl"]
     shapes = {name: values.shape for name, values in gguf_tensors().items()}
     outside = {"token_embd.weight": (50_257, 1600), "position_embd.weight": (1024, 1600)}
@@ -738,7 +738,7 @@ def test_every_access_reads_again_in_the_canonical_layout(tmp_path: Path) -> Non
     assert loaded.tensors["h.0.attn.c_attn.weight"].any()
 
 
-def test_a_file_is_found_wherever_it_was_moved_to_with_its_directory(tmp_path: Path) -> None:
+def test_a_moved_directory_can_be_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "d", with_tokenizer(small_bpe()))
     shutil.move(path, tmp_path / "elsewhere")
     assert bridge.load(tmp_path / "elsewhere").path == tmp_path / "elsewhere"

@@ -57,7 +57,7 @@ def assert_tensors_of(tensors: Mapping[str, np.ndarray], model: Any) -> None:
         assert tensors[name].tobytes() == as_bytes(tensor), name
 
 
-# What transformers writes
+# Files of transformers
 
 
 @pytest.mark.parametrize("dtype", TORCH_DTYPES)
@@ -102,13 +102,13 @@ def test_cross_attention_is_refused_by_name(tmp_path: Path) -> None:
         bridge.load(tmp_path)
 
 
-# What transformers reads
+# transformers reads our files
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [TINY, UNTIED, UNUSUAL], ids=["tied", "untied", "unusual"])
 @pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 100_000], ids=["whole", "sharded"])
-def test_transformers_loads_ours_without_a_key_missing_and_computes_the_same(
+def test_transformers_loads_every_key_of_our_files_and_computes_the_same(
     tmp_path: Path, config: GPT2Config, dtype: type, max_shard_bytes: int
 ) -> None:
     checkpoint = random_checkpoint(config, dtype)
@@ -130,7 +130,7 @@ def test_transformers_loads_ours_without_a_key_missing_and_computes_the_same(
         assert torch.equal(loaded.eval()(ids).logits, expected(ids).logits)
 
 
-def test_there_and_back_through_transformers_is_bit_for_bit(tmp_path: Path) -> None:
+def test_a_round_trip_through_transformers_is_bit_for_bit(tmp_path: Path) -> None:
     checkpoint = random_checkpoint(UNTIED)
     bridge.save(checkpoint, tmp_path / "ours", format="huggingface")
     transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
@@ -149,16 +149,16 @@ def test_shards_obey_the_limit_and_the_index_describes_them(tmp_path: Path, limi
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert [f.name for f in files] == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
-    held = {}
+    weight_map = {}
     for file in files:
         tensors, metadata = read_file(file)
         assert metadata == {"format": "pt"}
         sizes = [entry.nbytes for entry in tensors.entries.values()]
         assert sum(sizes) <= limit or len(sizes) == 1
-        held |= dict.fromkeys(tensors, file.name)
-    assert index["weight_map"] == held
+        weight_map |= dict.fromkeys(tensors, file.name)
+    assert index["weight_map"] == weight_map
     assert index["metadata"]["total_size"] == sum(e.nbytes for e in checkpoint.tensors.entries.values())
-    assert set(held) == {n if n == "lm_head.weight" else f"transformer.{n}" for n in checkpoint.tensors}
+    assert set(weight_map) == {n if n == "lm_head.weight" else f"transformer.{n}" for n in checkpoint.tensors}
     assert_same(bridge.load(tmp_path / "out").tensors, checkpoint.tensors)
 
 
@@ -167,7 +167,7 @@ def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarr
     assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
 
 
-def test_small_models_are_one_file_with_transformers_metadata(tmp_path: Path) -> None:
+def test_small_models_are_one_file_with_the_metadata_of_transformers(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "out")
     assert sorted(f.name for f in path.iterdir()) == ["config.json", "model.safetensors"]
     assert read_file(path / "model.safetensors")[1] == {"format": "pt"}
@@ -221,7 +221,7 @@ def edit_index(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def test_a_shard_that_is_not_a_plain_file_name_is_refused(sharded: Path, file: str) -> None:
     for elsewhere in (sharded.parent / "outside", sharded / "sub"):
         elsewhere.mkdir()
-        shutil.copy(sharded / FIRST, elsewhere)  # it would be found if it were looked for
+        shutil.copy(sharded / FIRST, elsewhere)  # a reader that followed the path would find it
     edit_index(
         sharded,
         lambda index: index["weight_map"].update({n: file for n, f in index["weight_map"].items() if f == FIRST}),
@@ -297,7 +297,7 @@ def test_a_wrong_total_size_is_refused(sharded: Path, size: object) -> None:
 
 @pytest.mark.parametrize("metadata", [None, {}, {"total_size": 444368.0}, {"total_size": 444368, "more": 1}])
 def test_an_index_without_total_size_or_with_a_float_is_read(sharded: Path, metadata: object) -> None:
-    """transformers wrote it as a float for a while."""
+    """Some versions of transformers wrote a float."""
     edit_index(sharded, lambda index: index.update({"metadata": metadata}))
     assert_same(bridge.load(sharded).tensors, random_checkpoint().tensors)
 
@@ -331,7 +331,7 @@ def test_all_problems_of_an_index_are_listed_in_one_error(sharded: Path) -> None
     assert all(name in str(caught.value) for name in ("'../x'", "'gone.safetensors'", "'c'"))
 
 
-# Other layouts that are found
+# Other layouts
 
 
 @pytest.mark.parametrize("limit", [10**9, 200_000], ids=["whole", "sharded"])
@@ -349,7 +349,7 @@ def test_a_hugging_face_cache_with_linked_blobs_is_loaded(tmp_path: Path, limit:
     assert_same(bridge.load(tmp_path / "link").tensors, random_checkpoint().tensors)
 
 
-def test_old_files_with_buffers_and_a_stored_head_load_and_are_called_odd(tmp_path: Path) -> None:
+def test_old_files_with_buffers_and_a_stored_head_load_with_diagnostics(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "old")
     state = random_state(TINY)
     stored = {**state, "lm_head.weight": state["wte.weight"]}
@@ -367,7 +367,7 @@ def test_old_files_with_buffers_and_a_stored_head_load_and_are_called_odd(tmp_pa
     assert "lm_head.weight" in checkpoint.diagnostics[1]
 
 
-def test_mixed_dtypes_load_and_are_called_odd(tmp_path: Path) -> None:
+def test_mixed_dtypes_load_with_a_diagnostic(tmp_path: Path) -> None:
     state = random_state(TINY, ml_dtypes.bfloat16)
     state["ln_f.weight"] = state["ln_f.weight"].astype(np.float32)
     bridge.save(bridge.Checkpoint.of(state, TINY), tmp_path / "mixed", format="huggingface")

@@ -49,11 +49,11 @@ def with_mask_buffers(state: State) -> State:
 
 
 def with_head(state: State, name: str = "lm_head.weight") -> State:
-    return {**state, name: state["transformer.wte.weight"]}  # one storage, as the tied model has
+    return {**state, name: state["transformer.wte.weight"]}  # one storage, as in a tied model
 
 
 def as_before_transformers(state: State) -> State:
-    """pytorch-pretrained-bert's LayerNorms."""
+    """Use the names of LayerNorms in pytorch-pretrained-bert."""
     norms = (".ln_1.", ".ln_2.", ".ln_f.")
     old = {"weight": "gamma", "bias": "beta"}
     return {
@@ -70,7 +70,7 @@ GENERATIONS: dict[str, Callable[[], State]] = {
     "gamma and beta": lambda: as_before_transformers(state_dict()),
     "DDP": lambda: state_dict("module.transformer."),
     "compiled DDP": lambda: state_dict("_orig_mod.module.transformer."),
-    "compiled inside": lambda: state_dict("transformer._orig_mod."),
+    "a compiled submodule": lambda: state_dict("transformer._orig_mod."),
     "parameters": lambda: {name: torch.nn.Parameter(tensor) for name, tensor in state_dict().items()},
 }
 
@@ -87,9 +87,9 @@ def test_every_float_type_is_read_bit_for_bit(tmp_path: Path, dtype: type) -> No
     assert_is_the_model(saved(tmp_path / "model", state_dict(dtype=dtype)), dtype)
 
 
-def test_the_file_alone_is_enough_under_any_name(tmp_path: Path) -> None:
+def test_the_file_can_be_given_under_any_name(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", state_dict())
-    (path / "pytorch_model.bin").rename(path / "medium_ft.pkl")  # DialoGPT's own name for it
+    (path / "pytorch_model.bin").rename(path / "medium_ft.pkl")  # the name that DialoGPT uses
     assert_is_the_model(path / "medium_ft.pkl")
 
 
@@ -149,7 +149,7 @@ NO_STATE_DICTS: dict[str, tuple[Callable[[], object], str, type[bridge.BridgeErr
     "a list": (lambda: list(state_dict().values()), "holds list, not a state_dict", CheckpointError),
     "a tensor": (lambda: torch.ones(2), "holds LazyTensor, not a state_dict", CheckpointError),
     "a training state": (lambda: {"state_dict": state_dict(), "epoch": 1}, "'state_dict' is dict", CheckpointError),
-    "a number beside": (lambda: {**state_dict(), "step": 3}, "'step' is int, not a tensor", CheckpointError),
+    "a number beside tensors": (lambda: {**state_dict(), "step": 3}, "'step' is int, not a tensor", CheckpointError),
     "numbers as names": (
         lambda: dict(enumerate(state_dict().values())),
         "'0' is not a valid name of a tensor",
@@ -164,15 +164,15 @@ NO_STATE_DICTS: dict[str, tuple[Callable[[], object], str, type[bridge.BridgeErr
 }
 
 
-@pytest.mark.parametrize(("make", "says", "error"), NO_STATE_DICTS.values(), ids=NO_STATE_DICTS)
+@pytest.mark.parametrize(("make", "message", "error"), NO_STATE_DICTS.values(), ids=NO_STATE_DICTS)
 def test_an_object_that_is_not_a_state_dict_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     make: Callable[[], object],
-    says: str,
+    message: str,
     error: type[bridge.BridgeError],
 ) -> None:
-    assert_refused(saved(tmp_path / "model", make()), says, capsys, error)
+    assert_refused(saved(tmp_path / "model", make()), message, capsys, error)
 
 
 def test_safetensors_take_precedence(tmp_path: Path) -> None:

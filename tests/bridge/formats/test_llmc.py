@@ -88,7 +88,7 @@ def test_the_same_checkpoint_gives_the_bytes_that_torch_wrote(tmp_path: Path) ->
 
 
 def test_opening_reads_no_tensor(tmp_path: Path) -> None:
-    """A sparse file with the size of gpt2-xl."""
+    """The file is sparse and has the size of gpt2-xl."""
     config = bridge.GPT2_SIZES["gpt2-xl"]
     sizes = (1024, 50257, 48, 25, 1600, 50304)
     file = tmp_path / "xl.bin"
@@ -105,11 +105,11 @@ def test_training_settings_are_reported_or_stored_in_config_json(tmp_path: Path)
     assert bridge.save(checkpoint, tmp_path / "out", format="llmc") == ()
     found = bridge.load(tmp_path / "out")
     assert (found.config, found.extra["task_specific_params"]) == (config, {"a": 1})
-    [told] = bridge.save(checkpoint, tmp_path / "out.bin", format="llmc")
-    assert "embd_pdrop=0.1, initializer_range=0.01" in told
+    [note] = bridge.save(checkpoint, tmp_path / "out.bin", format="llmc")
+    assert "embd_pdrop=0.1, initializer_range=0.01" in note
 
 
-def test_a_config_beside_the_file_has_to_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_beside_the_file_must_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bridge.save(random_checkpoint(CONFIG), tmp_path / "out", format="llmc")
     config = tmp_path / "out" / "config.json"
     config.write_text(config.read_text().replace("gelu_new", "relu"))
@@ -118,7 +118,7 @@ def test_a_config_beside_the_file_has_to_agree(tmp_path: Path, capsys: pytest.Ca
     )
 
 
-def test_two_models_in_a_directory_have_to_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_of_two_models_in_a_directory_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.bin", "b.bin"):
         bridge.save(random_checkpoint(CONFIG), tmp_path / "two" / name, format="llmc")
     assert_refused(
@@ -127,7 +127,7 @@ def test_two_models_in_a_directory_have_to_be_named(tmp_path: Path, capsys: pyte
     assert bridge.load(tmp_path / "two" / "b.bin").config == CONFIG
 
 
-def test_llmcs_other_files_beside_the_model_are_passed_over(tmp_path: Path) -> None:
+def test_other_files_of_llmc_beside_the_model_are_ignored(tmp_path: Path) -> None:
     bridge.save(random_checkpoint(CONFIG), tmp_path / "out", format="llmc")
     (tmp_path / "out" / "gpt2_tokenizer.bin").write_bytes(struct.pack("<i", 20240328) + bytes(2000))
     assert bridge.load(tmp_path / "out").config == CONFIG
@@ -149,7 +149,7 @@ MALFORMED: dict[str, tuple[Callable[[bytes], bytes], str, type[BridgeError]]] = 
     "version 1": (header(1, 1), "version 1 of llm.c's model is not supported, only 3", CheckpointError),
     "version 2": (header(1, 2), "version 2", CheckpointError),
     "version -1": (header(1, -1), "version -1", CheckpointError),
-    "bfloat16 said, float32 there": (header(1, 5), "the sizes in its header need", CheckpointError),
+    "version of bfloat16, data of float32": (header(1, 5), "the sizes in its header need", CheckpointError),
     "debug state": (header(0, 20240327), "is not a model: it is llm.c's debug state", CheckpointError),
     "tokenizer": (header(0, 20240328), "is not a model: it is llm.c's tokenizer", CheckpointError),
     "token shard": (header(0, 20240520), "tokenized text, which is for `gpt2 train --data`", CheckpointError),
@@ -168,14 +168,14 @@ MALFORMED: dict[str, tuple[Callable[[bytes], bytes], str, type[BridgeError]]] = 
     "no layers": (header(4, 0), "n_layer='0'", ConfigError),
     "2^31-1 layers": (header(4, 2**31 - 1), "n_layer='2147483647'", ConfigError),
     "10,000 layers": (header(4, 10_000), "the sizes in its header need", CheckpointError),
-    "a layer more": (header(4, 4), "the sizes in its header need", CheckpointError),
+    "one layer too many": (header(4, 4), "the sizes in its header need", CheckpointError),
     "heads that do not divide": (header(5, 5), "n_embd='48' is not divisible by n_head='5'", ConfigError),
     "no heads": (header(5, 0), "n_head='0'", ConfigError),
     "negative width": (header(6, -48), "n_embd='-48'", ConfigError),
     "huge width": (header(6, 2**30), "the sizes in its header need", CheckpointError),
-    "less padding than words": (header(7, 256), "padded_vocab_size 256 is less than vocab_size 257", CheckpointError),
+    "too little padding": (header(7, 256), "padded_vocab_size 256 is less than vocab_size 257", CheckpointError),
     "negative padding": (header(7, -1), "padded_vocab_size -1 is less", CheckpointError),
-    "more padding than there is": (header(7, 2**31 - 1), "the sizes in its header need", CheckpointError),
+    "more padding than rows": (header(7, 2**31 - 1), "the sizes in its header need", CheckpointError),
     "unused header": (header(100, 7), "the unused part of llm.c's header is not zero", CheckpointError),
     "one byte less": (lambda c: c[:-1], "the sizes in its header need", CheckpointError),
     "one byte more": (lambda c: c + b"\0", "the sizes in its header need", CheckpointError),
@@ -188,18 +188,18 @@ MALFORMED: dict[str, tuple[Callable[[bytes], bytes], str, type[BridgeError]]] = 
 }
 
 
-@pytest.mark.parametrize(("damage", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("damage", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[bytes], bytes],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
     file = tmp_path / "damaged.bin"
     bridge.save(random_checkpoint(CONFIG), file, format="llmc")
     file.write_bytes(damage(file.read_bytes()))
-    assert_refused(file, says, capsys, error)
+    assert_refused(file, message, capsys, error)
 
 
 def test_a_link_to_an_endless_device_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

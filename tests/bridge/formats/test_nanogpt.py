@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoints, compared with a copy of its model and optimizer in torch 2.13."""
+"""nanoGPT's checkpoints, compared with a reimplementation of its model and optimizer in torch 2.13."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def assert_same_state(found: AdamWState, expected: AdamWState) -> None:
         assert bridge.fingerprint(a) == bridge.fingerprint(b)
 
 
-# Read
+# Reading
 
 
 def assumed(since: str) -> str:
@@ -141,7 +141,7 @@ def test_the_reference_computes_what_nanogpt_computes(tmp_path: Path, bias: bool
     np.testing.assert_allclose(ours, logits_of(model), rtol=0, atol=SAME_FP64)
 
 
-def test_moments_come_under_the_names_and_in_the_layout_of_their_weights(tmp_path: Path) -> None:
+def test_moments_have_the_names_and_the_layout_of_their_weights(tmp_path: Path) -> None:
     saved = nanogpts(tmp_path / "ckpt.pt")
     state = bridge.load(tmp_path).optimizer
     assert state is not None and state.step == FEW_STEPS
@@ -172,7 +172,7 @@ def test_the_optimizer_from_before_june_2023_is_recognised_by_its_groups(tmp_pat
     assert ckpt.optimizer.hyperparameters["h.0.mlp.c_fc.weight"].weight_decay == 0.1
 
 
-def test_model_args_of_before_the_switch_for_biases_mean_biases_and_the_tanh_gelu(tmp_path: Path) -> None:
+def test_old_model_args_without_bias_mean_biases_and_the_tanh_gelu(tmp_path: Path) -> None:
     def older(saved: Saved) -> None:
         del saved["model_args"]["bias"]
         for i in range(3):
@@ -228,7 +228,7 @@ def test_an_activation_for_a_format_that_states_it_is_refused(tmp_path: Path, fo
         bridge.load(tmp_path / "out", activation="gelu_new")
 
 
-def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
+def test_a_file_with_only_the_model_is_read(tmp_path: Path) -> None:
     def alone(saved: Saved) -> None:
         for name in ("optimizer", "iter_num", "best_val_loss", "config"):
             del saved[name]
@@ -243,7 +243,7 @@ def test_a_model_kept_alone_is_read(tmp_path: Path) -> None:
 
 
 def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Return the number of updates of each parameter, and the loss."""
+    """Only the step counts of the optimizer and the loss are read, in 4 bytes each."""
     nanogpts(tmp_path / "ckpt.pt")
     read: list[int] = []
     original = Archive.read_part
@@ -255,13 +255,13 @@ def test_opening_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(Archive, "read_part", watched)
     ckpt = bridge.load(tmp_path)
-    assert set(read) == {4}, "bytes"
+    assert set(read) == {4}, "only scalars"
     assert ckpt.optimizer is not None
     ckpt.optimizer.exp_avg["wpe.weight"]
     assert read[-1] == 4 * 13 * 24
 
 
-# Written
+# Writing
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_without_an_optimizer_nanogpt_resumes_with_a_new_one(tmp_path: Path) -> 
     assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "ckpt.pt").read_bytes()
 
 
-def test_everything_that_nanogpt_saved_comes_back(tmp_path: Path) -> None:
+def test_everything_that_nanogpt_saves_survives_a_round_trip(tmp_path: Path) -> None:
     nanogpts(tmp_path / "ckpt.pt")
     ckpt = bridge.load(tmp_path)
     assert bridge.save(ckpt, tmp_path / "back", format="nanogpt") == ()
@@ -341,8 +341,8 @@ def test_everything_that_nanogpt_saved_comes_back(tmp_path: Path) -> None:
             assert ours["optimizer"]["state"][i][what].dtype == tensor.dtype
 
 
-def test_counts_of_steps_do_not_share_memory(tmp_path: Path) -> None:
-    """torch's AdamW raises each in place."""
+def test_step_counts_do_not_share_memory(tmp_path: Path) -> None:
+    """torch's AdamW increments each count in place."""
     nanogpts(tmp_path / "ckpt.pt")
     bridge.save(bridge.load(tmp_path), tmp_path / "back.pt", format="nanogpt")
     state = torch.load(tmp_path / "back.pt", weights_only=True)["optimizer"]["state"]
@@ -369,9 +369,9 @@ def assert_moved_alike(found: Mapping[str, np.ndarray], model: NanoGPT, before: 
     for p in bridge.parameters(CONFIG):
         name = p.torch_name
         expected = stepped[name].T if p.is_projection else stepped[name]
-        moving = slice(None) if not name.endswith("c_attn.bias") else np.r_[:24, 48:72]  # a keys' bias changes nothing
+        moving = slice(None) if not name.endswith("c_attn.bias") else np.r_[:24, 48:72]  # the key bias has no effect
         np.testing.assert_allclose(found[name][moving], expected[moving], rtol=0, atol=SAME_FP64, err_msg=name)
-        assert np.abs(expected - before[name]).max() > 1e-4, "it moved"
+        assert np.abs(expected - before[name]).max() > 1e-4, "the step changed the parameter"
 
 
 def test_nanogpt_resumes_from_written_files(halfway: tuple[Path, NanoGPT], tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_jax_resumes_from_nanogpts_checkpoint(halfway: tuple[Path, NanoGPT]) -> 
     assert_moved_alike(found, uninterrupted, ckpt.tensors)
 
 
-# Refused on the way out
+# Models that the format cannot store
 
 NOT_NANOGPTS = {
     "activation_function": ("gelu_new", r"--activation gelu(.|\n)*activation_function='gelu_new'"),
@@ -435,15 +435,15 @@ NOT_NANOGPTS = {
 }
 
 
-@pytest.mark.parametrize(("field", "value", "says"), [(f, *v) for f, v in NOT_NANOGPTS.items()], ids=NOT_NANOGPTS)
-def test_unsupported_settings_are_refused_by_field(tmp_path: Path, field: str, value: Any, says: str) -> None:
+@pytest.mark.parametrize(("field", "value", "message"), [(f, *v) for f, v in NOT_NANOGPTS.items()], ids=NOT_NANOGPTS)
+def test_unsupported_settings_are_refused_by_field(tmp_path: Path, field: str, value: Any, message: str) -> None:
     ckpt = random_checkpoint(replace(CONFIG, **{field: value}))
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(ConfigError, match=message):
         bridge.save(ckpt, tmp_path / "ckpt.pt", format="nanogpt")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_remedy_for_the_activation_is_one(tmp_path: Path) -> None:
+def test_changing_the_activation_makes_a_model_writable(tmp_path: Path) -> None:
     ckpt = random_checkpoint(replace(CONFIG, activation_function="gelu_new"))
     bridge.save(ckpt.with_activation("gelu"), tmp_path / "ckpt.pt", format="nanogpt")
     assert bridge.load(tmp_path / "ckpt.pt").config == CONFIG
@@ -477,7 +477,7 @@ def test_the_moments_of_another_model_are_refused(tmp_path: Path) -> None:
         bridge.save(other, tmp_path / "back.pt", format="nanogpt")
 
 
-# Refused on the way in
+# Invalid files
 
 
 def args(**changed: Any) -> Callable[[Saved], object]:
@@ -494,7 +494,7 @@ def without(*path: Any) -> Callable[[Saved], object]:
 
 
 def put(value: Any, *path: Any) -> Callable[[Saved], object]:
-    """`value`, or what it makes of the value that is there."""
+    """Set this entry to `value`, or to `value(old)` if it is a function."""
 
     def change(saved: Saved) -> None:
         for name in path[:-1]:
@@ -530,11 +530,11 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
     "n_layer text": (args(n_layer="12"), "n_layer='12': must be int, not str", ConfigError),
     "n_layer true": (args(n_layer=True), "n_layer='True': must be int, not bool", ConfigError),
     "n_layer a tensor": (args(n_layer=torch.ones(1)), "must be int, not LazyTensor", ConfigError),
-    "n_layer one more": (args(n_layer=4), "groups of '[14, 26]' parameters; nanoGPT makes [18, 34]", ConversionError),
+    "n_layer 4 of 3": (args(n_layer=4), "groups of '[14, 26]' parameters; nanoGPT makes [18, 34]", ConversionError),
     "n_head 5": (args(n_head=5), "n_embd='24' is not divisible by n_head='5'", ConfigError),
     "block_size a float": (args(block_size=13.0), "n_positions='13.0': must be int", ConfigError),
-    "block_size of another": (args(block_size=14), "wpe.weight has shape (13, 24)", ConversionError),
-    "vocab_size of another": (args(vocab_size=64), "wte.weight has shape (61, 24)", ConversionError),
+    "block_size of another model": (args(block_size=14), "wpe.weight has shape (13, 24)", ConversionError),
+    "vocab_size of another model": (args(vocab_size=64), "wte.weight has shape (61, 24)", ConversionError),
     "bias a number": (args(bias=1), "bias='1': must be bool", ConfigError),
     "bias without biases": (args(bias=False), "groups of '[14, 26]'", ConversionError),
     "dropout text": (args(dropout="0.2"), "embd_pdrop='0.2': must be float", ConfigError),
@@ -556,7 +556,7 @@ MALFORMED: dict[str, tuple[Callable[[Saved], object], str, type[BridgeError]]] =
         ConversionError,
     ),
     "integers": (put(lambda w: w.to(torch.int32), "model", C_FC), "holds int32", ConversionError),
-    "a head of its own": (
+    "an untied head": (
         put(lambda w: w + 1, "model", "lm_head.weight"),
         "lm_head.weight differs from wte.weight",
         ConversionError,
@@ -632,19 +632,19 @@ def copied(value: Any) -> Any:
     return [copied(part) for part in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize(("change", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("change", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_file_that_is_not_nanogpts_is_refused_by_name(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     good: Saved,
     change: Callable[[Saved], object],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
     saved = copied(good)
     change(saved)
     torch.save(saved, tmp_path / "ckpt.pt")
-    assert_refused(tmp_path / "ckpt.pt", says, capsys, error)
+    assert_refused(tmp_path / "ckpt.pt", message, capsys, error)
 
 
 def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path, good: Saved) -> None:
@@ -652,7 +652,7 @@ def test_the_unedited_file_of_these_tests_is_valid(tmp_path: Path, good: Saved) 
     assert bridge.load(tmp_path / "ckpt.pt").config == CONFIG
 
 
-def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path: Path, good: Saved) -> None:
+def test_a_truncated_file_is_refused_by_name(tmp_path: Path, good: Saved) -> None:
     torch.save(good, tmp_path / "ckpt.pt")
     content = (tmp_path / "ckpt.pt").read_bytes()
     for kept in (4, 100, len(content) // 2, len(content) - 1):
@@ -661,7 +661,7 @@ def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path: Path, good: Saved) 
             bridge.load(tmp_path / "ckpt.pt")
 
 
-def test_two_checkpoints_in_a_directory_are_a_question(tmp_path: Path, good: Saved) -> None:
+def test_one_of_two_checkpoints_in_a_directory_must_be_named(tmp_path: Path, good: Saved) -> None:
     for name in ("ckpt.pt", "best.pt"):
         torch.save(good, tmp_path / name)
     with pytest.raises(
@@ -670,7 +670,7 @@ def test_two_checkpoints_in_a_directory_are_a_question(tmp_path: Path, good: Sav
         bridge.load(tmp_path)
 
 
-def test_a_config_beside_it_that_says_otherwise_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_beside_the_file_that_disagrees_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bridge.save(random_checkpoint(CONFIG), tmp_path / "saved", format="nanogpt")
     config = tmp_path / "saved" / "config.json"
     config.write_text(config.read_text().replace('"n_head": 4', '"n_head": 2'))

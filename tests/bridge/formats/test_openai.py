@@ -69,7 +69,7 @@ def test_a_state_file_with_windows_line_ends_is_read(plain: Path) -> None:
     assert bridge.load(plain).config == CONFIG
 
 
-def test_the_state_file_chooses_and_its_directories_do_not_matter(plain: Path) -> None:
+def test_the_state_file_selects_the_index_and_its_directories_are_ignored(plain: Path) -> None:
     for part in ("index", "data-00000-of-00001"):
         shutil.copy(plain / f"model.ckpt.{part}", plain / f"model-900.{part}")
     (plain / "checkpoint").write_text('model_checkpoint_path: "/home/me/models/model-900"\n')
@@ -151,7 +151,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
     "layers too many": (hparams(n_layer=1), "'model/h1/ln_1/g' is not a parameter", ConversionError),
     "10,000 layers": (hparams(n_layer=10_000), "n_layer is 10000, but there are 28 tensors", ConversionError),
     "10^9 layers": (hparams(n_layer=10**9), "n_layer='1000000000'", ConfigError),
-    "layers in words": (hparams(n_layer="2"), "n_layer='2': must be int", ConfigError),
+    "layers a text": (hparams(n_layer="2"), "n_layer='2': must be int", ConfigError),
     "heads that do not divide": (hparams(n_head=3), "not divisible by n_head='3'", ConfigError),
     "another width": (
         hparams(n_embd=16),
@@ -160,7 +160,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
     ),
     "a size missing": (hparams(n_ctx=...), "n_ctx is missing", ConfigError),
     "another setting": (hparams(rope=True), "'rope' is not one of", ConfigError),
-    "hparams no JSON": (file("hparams.json", lambda c: c[:-3]), "is not valid JSON", CheckpointError),
+    "hparams not JSON": (file("hparams.json", lambda c: c[:-3]), "is not valid JSON", CheckpointError),
     "hparams a list": (file("hparams.json", lambda c: b"[]"), "must hold an object", CheckpointError),
     "state elsewhere": (state('model_checkpoint_path: "../../secret"\n'), "'secret', which is not", CheckpointError),
     "state nowhere": (state('model_checkpoint_path: "x\x1b[2J"\n'), "'x\\x1b[2J'", CheckpointError),
@@ -168,16 +168,16 @@ MALFORMED: dict[str, tuple[Callable[[Path], object], str, type[BridgeError]]] = 
 }
 
 
-@pytest.mark.parametrize(("damage", "says", "error"), MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize(("damage", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_directory_is_refused(
     plain: Path,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[Path], object],
-    says: str,
+    message: str,
     error: type[BridgeError],
 ) -> None:
     damage(plain)
-    assert_refused(plain, says, capsys, error)
+    assert_refused(plain, message, capsys, error)
 
 
 def test_a_directory_without_a_valid_index_is_not_recognised(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,7 +193,7 @@ def test_two_checkpoints_and_no_state_file_are_refused(plain: Path, capsys: pyte
 
 
 def test_an_unknown_variable_is_named(tmp_path: Path) -> None:
-    """`adam` has slots that are left out by their names; one of another name is not."""
+    """Adam's slots are recognised by name and ignored. A variable of another name is an error."""
     path = Path(shutil.copytree(FILES / "adam", tmp_path / "adam"))
     content = (path / INDEX).read_bytes()
     (path / INDEX).write_bytes(content.replace(b"global_step", b"global_stop", 1))
@@ -211,7 +211,7 @@ def test_a_pipe_in_the_place_of_the_index_does_not_hang(plain: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "hparams.json"])
-def test_a_link_that_leads_outside_is_refused(plain: Path, name: str) -> None:
+def test_a_link_out_of_the_directory_is_refused(plain: Path, name: str) -> None:
     outside = plain.parent / "outside"
     (plain / name).rename(outside)
     (plain / name).symlink_to(outside)

@@ -90,7 +90,7 @@ def test_unrecognised_files_are_ignored(tmp_path: Path) -> None:
     assert (found.format, found.diagnostics) == ("huggingface", ())
 
 
-def test_transformers_files_are_forms_of_one_model_in_its_order(tmp_path: Path) -> None:
+def test_files_of_transformers_are_forms_of_one_model_in_its_order(tmp_path: Path) -> None:
     import torch
 
     path = huggingface_directory(tmp_path / "model")
@@ -123,7 +123,7 @@ def test_an_index_of_shards_is_read_by_its_name(tmp_path: Path, format: str, ind
     assert bridge.fingerprint(found.tensors) == bridge.fingerprint(random_checkpoint().tensors)
 
 
-def test_a_run_with_a_checkpoint_beside_it_is_two(tmp_path: Path) -> None:
+def test_a_run_with_a_checkpoint_beside_it_is_two_checkpoints(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "run")
     (path / "run.json").write_text('{"distance_km": 10}')
     assert [found.format.name for found in find_checkpoints(path)] == ["huggingface"], "another program's run.json"
@@ -145,8 +145,8 @@ def test_weights_that_are_a_link_out_of_the_directory_are_read_only_by_name(tmp_
     assert bridge.load(path / "model.safetensors").format == "huggingface"
 
 
-def test_a_config_that_may_be_another_checkpoints_is_not_read(tmp_path: Path) -> None:
-    """`config.json` says gelu_new; for nanoGPT's file alone it would resolve_config the activation."""
+def test_a_config_that_may_belong_to_another_checkpoint_is_not_read(tmp_path: Path) -> None:
+    """`config.json` has gelu_new. If nanoGPT's file were alone, that would determine its activation."""
     path = huggingface_directory(tmp_path / "both")
     add(path, "nanogpt")
     found = bridge.load(path / "ckpt.pt")
@@ -157,7 +157,7 @@ def test_a_config_that_may_be_another_checkpoints_is_not_read(tmp_path: Path) ->
     )
 
 
-def test_the_file_that_tensorflow_calls_checkpoint_chooses_and_the_others_are_named(tmp_path: Path) -> None:
+def test_tensorflows_state_file_selects_the_index_and_the_others_are_named(tmp_path: Path) -> None:
     add(tmp_path / "both", "openai")
     for part in ("index", "data-00000-of-00001"):
         shutil.copy(tmp_path / "both" / f"model.ckpt.{part}", tmp_path / "both" / f"older.{part}")

@@ -87,7 +87,7 @@ def test_the_moving_average_is_read(tmp_path: Path) -> None:
     assert_weights(tmp_path / "run", CONFIG, seed=107)
 
 
-def test_a_run_stands_for_its_best_checkpoint_and_each_can_be_named(tmp_path: Path) -> None:
+def test_a_run_is_read_as_its_best_checkpoint_and_each_can_be_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5, 10: 2.0, 11: None})
     assert run_format.steps(run) == [1, 2, 10, 11]
     assert_weights(run, CONFIG, seed=2)
@@ -96,11 +96,11 @@ def test_a_run_stands_for_its_best_checkpoint_and_each_can_be_named(tmp_path: Pa
     assert [run_format.validation_loss(run, step) for step in (1, 11)] == [3.0, None]
 
 
-def test_it_stands_for_its_newest_where_none_was_evaluated(tmp_path: Path) -> None:
+def test_without_an_evaluation_a_run_is_read_as_its_newest_checkpoint(tmp_path: Path) -> None:
     assert_weights(make_run(tmp_path / "run", losses={9: None, 10: None}), CONFIG, seed=10)
 
 
-def test_a_checkpoint_that_is_not_complete_is_none(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_not_listed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     shutil.copytree(run / "checkpoints" / "7", run / "checkpoints" / ".8.partial")
     shutil.copytree(run / "checkpoints" / "7", run / "checkpoints" / "9.damaged")
@@ -108,11 +108,11 @@ def test_a_checkpoint_that_is_not_complete_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a b", "a%20b", "a#b?c", "ü"])
-def test_a_path_is_not_expanded(tmp_path: Path, name: str) -> None:
+def test_special_characters_in_a_path_are_kept(tmp_path: Path, name: str) -> None:
     assert_weights(make_run(tmp_path / name), CONFIG, seed=7)
 
 
-def test_no_framework_is_needed(tmp_path: Path) -> None:
+def test_a_run_is_read_without_a_framework(tmp_path: Path) -> None:
     make_run(tmp_path / "run", NO_BIASES, losses={7: 1.0, 8: 2.0}, vocab_multiple=64, ema=True)
     code = """
 import bridge
@@ -129,7 +129,7 @@ bridge.save(bridge.load(run), f"{target}/flax", format="flax")
             np.testing.assert_array_equal(found.tensors[parameter], array)
 
 
-def test_convert_takes_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_reads_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", NO_BIASES)
 
     def convert(*options: str) -> int:
@@ -158,7 +158,7 @@ def test_a_run_is_not_overwritten_by_a_checkpoint(tmp_path: Path) -> None:
     assert tree(run) == before
 
 
-# What is damaged.
+# Damaged runs
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def test_a_checkpoint_that_is_damaged_is_passed_over_and_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5, 3: 2.0})
     damaged = next(p for p in sorted((run / "checkpoints" / "2" / "state").rglob("*")) if p.stat().st_size > 1000)
     data = bytearray(damaged.read_bytes())
@@ -184,7 +184,7 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_and_named(tmp_path: Path) -
     )
     with pytest.raises(CheckpointError, match="was changed after it was written"):
         bridge.load(run / "checkpoints" / "2")
-    assert damaged.read_bytes() == data, "it is left as it is"
+    assert damaged.read_bytes() == data, "the file is unchanged"
 
 
 def test_a_checkpoint_with_a_damaged_manifest_is_named_too(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_error_for_a_run_without_valid_checkpoints_names_each(tmp_path: Path
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_an_error_and_not_zeros(copy: Path) -> None:
-    """Training removes an older checkpoint meanwhile. Arrays of zeros are read correctly."""
+    """Training may remove an older checkpoint meanwhile. The next test shows that arrays of zeros are read."""
     tensors = bridge.load(copy).tensors
     assert tensors["wte.weight"].any()
     shutil.rmtree(copy / "checkpoints")
@@ -226,7 +226,7 @@ def test_weights_that_are_zero_are_read_as_zero(tmp_path: Path) -> None:
     assert not any(array.any() for array in bridge.load(run).tensors.values())
 
 
-def test_a_disk_that_fails_is_as_good_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_with_a_read_error_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
     inner = manifest._sha256
 
@@ -241,7 +241,7 @@ def test_a_disk_that_fails_is_as_good_as_damage(tmp_path: Path, monkeypatch: pyt
         bridge.load(run / "checkpoints" / "2")
 
 
-def test_a_checkpoint_under_another_number_is_none(tmp_path: Path) -> None:
+def test_a_checkpoint_under_another_number_is_skipped(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
     (run / "checkpoints" / "2").rename(run / "checkpoints" / "5")
     assert_weights(run, CONFIG, seed=1)
@@ -301,7 +301,7 @@ def test_a_run_without_a_checkpoint_says_so(copy: Path) -> None:
         bridge.load(copy / "checkpoints" / "7")
 
 
-def test_checkpoints_that_lie_elsewhere_are_refused(copy: Path) -> None:
+def test_linked_checkpoints_are_refused(copy: Path) -> None:
     (copy / "checkpoints").rename(copy / "elsewhere")
     (copy / "checkpoints").symlink_to("elsewhere")
     for source in (copy, copy / "checkpoints" / "7"):

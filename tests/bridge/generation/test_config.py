@@ -50,7 +50,7 @@ def test_an_empty_list_of_prompts_is_valid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         (
             {"temperature": 0.0, "top_k": None, "top_p": None, "min_p": None},
@@ -86,14 +86,14 @@ def test_an_empty_list_of_prompts_is_valid() -> None:
         ({"max_new_tokens": 38}, "41 tokens with the prompt; the model has n_positions=40: use fewer"),
     ],
 )
-def test_the_error_names_the_invalid_field(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(BridgeError, match=f"^{says}[^;]*$") as caught:
+def test_the_error_names_the_invalid_field(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(BridgeError, match=f"^{message}[^;]*$") as caught:
         replace(SAMPLED, **wrong).check(TINY, PROMPTS)
     assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("wrong", "message"),
     [
         ({"temperature": 0.8}, "temperature=0.8: beam search does not sample; use temperature=0 or num_beams=1"),
         ({"repetition_penalty": 1.3}, "repetition_penalty=1.3: beam search ranks by the model's own probabilities"),
@@ -105,8 +105,8 @@ def test_the_error_names_the_invalid_field(wrong: dict[str, Any], says: str) -> 
         ({"num_beams": 257}, "num_beams=257: the vocabulary of 257 has fewer tokens besides eos_token_id"),
     ],
 )
-def test_beam_search_rejects_fields_of_sampling(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(BridgeError, match=f"^{says}"):
+def test_beam_search_rejects_fields_of_sampling(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(BridgeError, match=f"^{message}"):
         replace(BEAMS, **wrong).check(TINY, PROMPTS)
 
 

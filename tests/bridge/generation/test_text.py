@@ -40,28 +40,28 @@ class Canned(Decoder[np.ndarray, Any]):
     def _prefill(
         self,
         ids: np.ndarray,
-        padding: np.ndarray,
-        slots: int,
-        config: GenerationConfig,
+        num_padding: np.ndarray,
+        max_length: int,
+        generation_config: GenerationConfig,
         noise: np.ndarray,
         ended: np.ndarray,
         copies: int,
     ) -> np.ndarray:
         assert len(noise) == len(ids) * copies == len(self.rows)
-        said = np.full(noise.shape, ENDED)
-        for row, canned in zip(said, self.rows, strict=True):
-            stops = [i for i, token in enumerate(canned) if token in config.eos_token_ids]
+        ids_of_rows = np.full(noise.shape, ENDED)
+        for row, canned in zip(ids_of_rows, self.rows, strict=True):
+            stops = [i for i, token in enumerate(canned) if token in generation_config.eos_token_ids]
             length = min([len(row), *(i + 1 for i in stops)])
             row[:length] = canned[:length]
         self.made = 1
-        return said
+        return ids_of_rows
 
     def _decode(self, state: np.ndarray, steps: int) -> np.ndarray:
         self.made += steps
         return state
 
     def _chunk(self, state: np.ndarray, first: int, number: int) -> Chunk:
-        assert first + number == self.made  # reads all new tokens and no others
+        assert first + number == self.made  # the caller reads each new token exactly once
         logprobs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
         return Chunk(state[:, first : first + number], logprobs)
 
@@ -110,14 +110,14 @@ def output_of(ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[s
 
 
 @pytest.mark.parametrize(
-    ("said", "stop", "text", "read"),
+    ("parts", "stop", "text", "read"),
     [
         (["one STOP two"], ["STOP"], "one ", 1),  # inside a token
         (["xST", "OP", "y"], ["STOP"], "x", 5),  # across tokens
         (["x", "ab", "c", "y"], ["abc"], "x", 3),
         (["x", "stop", "y"], ["op"], "xst", 2),  # begins inside a token
         (["x", "abc", "y"], ["xa", "bc"], "", 2),  # begins before a token
-        (["xaab", "y"], ["ab"], "xa", 4),  # starts like one twice
+        (["xaab", "y"], ["ab"], "xa", 4),  # the start of the stop string occurs twice
         (["ababab", "END"], ["ababEND"], "ab", 7),
         (["xabababc"], ["ababc"], "xab", 8),
         (["aé", "🙂", "é"], ["🙂é"], "aé", 5),
@@ -128,17 +128,17 @@ def output_of(ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[s
     ],
 )
 def test_a_stop_string_ends_the_text_before_it(
-    said: list[str], stop: list[str], text: str, read: int, pieces: tiktoken.Encoding
+    parts: list[str], stop: list[str], text: str, read: int, pieces: tiktoken.Encoding
 ) -> None:
-    ids = spelled(*said)
+    ids = spelled(*parts)
     assert output_of(ids, pieces, stop) == TextOutput(text, ids[:read], None, True)
 
 
-def test_of_two_stop_strings_with_one_prefix_the_shorter_wins(pieces: tiktoken.Encoding) -> None:
+def test_the_shorter_of_two_stop_strings_with_one_prefix_wins(pieces: tiktoken.Encoding) -> None:
     for stop in itertools.permutations(["abcd", "ab", "abc"]):
         assert output_of(spelled("xabcdy"), pieces, stop).ids == spelled("xab")
-        for said in (["xabcdy"], ["x", "abc", "d"]):
-            assert output_of(spelled(*said), pieces, stop).text == "x"
+        for parts in (["xabcdy"], ["x", "abc", "d"]):
+            assert output_of(spelled(*parts), pieces, stop).text == "x"
 
 
 def test_the_first_stop_string_within_a_token_wins(pieces: tiktoken.Encoding) -> None:
@@ -147,7 +147,7 @@ def test_the_first_stop_string_within_a_token_wins(pieces: tiktoken.Encoding) ->
 
 
 def test_the_stop_string_that_is_complete_first_wins(pieces: tiktoken.Encoding) -> None:
-    """For every division of the text into tokens: it need not wait for a longer string that starts earlier."""
+    """This holds for every division into tokens, even if a longer stop string starts earlier."""
     for stop in (["abcd", "bc"], ["bc", "abcd"]):
         assert output_of(spelled("xabcd"), pieces, stop) == TextOutput("xa", spelled("xabc"), None, True)
         assert output_of(spelled("xabcd", "y"), pieces, stop).text == "xa"
@@ -158,23 +158,23 @@ def test_an_empty_stop_string_is_refused(pieces: tiktoken.Encoding) -> None:
         output_of(spelled("x"), pieces, [""])
 
 
-@pytest.mark.parametrize("said", ["x stoSTO", "ST", "x S"])
-def test_a_prefix_of_a_stop_string_at_the_end_is_text(said: str) -> None:
-    assert output_of(spelled(said), BYTES, ["STOP", "TO."]) == TextOutput(said, spelled(said), None, False)
+@pytest.mark.parametrize("text", ["x stoSTO", "ST", "x S"])
+def test_a_partial_stop_string_at_the_end_is_text(text: str) -> None:
+    assert output_of(spelled(text), BYTES, ["STOP", "TO."]) == TextOutput(text, spelled(text), None, False)
 
 
-def test_a_prefix_of_a_stop_string_before_the_end_of_sequence_is_text() -> None:
+def test_a_partial_stop_string_before_the_end_of_sequence_is_text() -> None:
     ids = spelled("x STO", END, "P")
     assert output_of(ids, BYTES, ["STOP"], eos_token_id=(END,)) == TextOutput("x STO", ids[:6], None, True)
 
 
-def test_a_stop_string_in_the_prompt_does_not_count() -> None:
+def test_a_stop_string_in_the_prompt_is_ignored() -> None:
     config = GenerationConfig(3)
     ((done,),) = generate_text(Canned(spelled("OPx")), BYTES, ["STOP and ST"], config, ["STOP"])
     assert done == TextOutput("OPx", spelled("OPx"), None, False)
 
 
-def test_stop_strings_end_random_text_where_a_search_of_the_whole_text_does(pieces: tiktoken.Encoding) -> None:
+def test_stop_strings_end_random_text_as_a_search_of_the_whole_text(pieces: tiktoken.Encoding) -> None:
     rng = random.Random(0)
     tokens = [*b"abc", *spelled("ab", "abc")]
     stopped = 0
@@ -195,21 +195,21 @@ def test_stop_strings_end_random_text_where_a_search_of_the_whole_text_does(piec
 
 
 def test_characters_split_over_tokens_are_joined() -> None:
-    said = "a é € 🙂\u0301 日本語 — Ελ"
-    assert output_of([*said.encode()], BYTES).text == said
+    text = "a é € 🙂\u0301 日本語 — Ελ"
+    assert output_of([*text.encode()], BYTES).text == text
 
 
 def test_pieces_of_text_never_end_inside_a_character() -> None:
-    said = "🙂€é日本語🙂🙂🙂"
-    pieces = [*stream_text(Canned([*said.encode()]), BYTES, "p", GenerationConfig(len(said.encode())))]
-    assert "".join(pieces) == said and len(pieces) > 3
+    text = "🙂€é日本語🙂🙂🙂"
+    pieces = [*stream_text(Canned([*text.encode()]), BYTES, "p", GenerationConfig(len(text.encode())))]
+    assert "".join(pieces) == text and len(pieces) > 3
 
 
 def test_invalid_utf8_is_replaced() -> None:
     rng = random.Random(0)
     for _ in range(300):
-        said = bytes(rng.choices(b"a\x80\x9f\xc3\xa9\xe2\x82\xac\xf0\x9f\x99\x82\xff", k=rng.randint(1, 14)))
-        assert output_of([*said], BYTES).text == said.decode("utf-8", "replace")
+        text = bytes(rng.choices(b"a\x80\x9f\xc3\xa9\xe2\x82\xac\xf0\x9f\x99\x82\xff", k=rng.randint(1, 14)))
+        assert output_of([*text], BYTES).text == text.decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("end", [[], [END]])
@@ -235,7 +235,7 @@ def test_an_id_without_a_token_does_not_split_a_character() -> None:
 # End-of-sequence tokens, ids and log-probabilities
 
 
-def test_the_end_of_sequence_is_in_the_ids_and_not_in_the_text() -> None:
+def test_the_end_of_sequence_is_in_the_ids_but_not_in_the_text() -> None:
     ids = spelled("uvw", END, "xyz")
     assert output_of(ids, BYTES, eos_token_id=(END,)) == TextOutput("uvw", ids[:4], None, True)
     assert output_of(ids, BYTES, eos_token_id=(ord("w"), ord("u"))) == TextOutput("", ids[:1], None, True)
@@ -248,7 +248,7 @@ def test_the_first_of_stop_string_and_end_of_sequence_ends_the_text() -> None:
     assert output_of(ids, BYTES, [","], eos_token_id=(END,)) == TextOutput("a.", ids[:3], None, True)
 
 
-def test_a_text_that_the_last_token_ends_is_stopped() -> None:
+def test_a_text_that_ends_with_the_last_token_is_stopped() -> None:
     assert output_of(spelled("ab."), BYTES, ["."]).stopped
     assert output_of(spelled("ab", END), BYTES, eos_token_id=(END,)).stopped
     assert not output_of(spelled("ab"), BYTES, ["."], eos_token_id=(END,)).stopped
@@ -256,10 +256,10 @@ def test_a_text_that_the_last_token_ends_is_stopped() -> None:
 
 @pytest.mark.parametrize("stop", ["", "the end"])
 def test_log_probabilities_are_those_of_the_ids(stop: str) -> None:
-    said = "a text that is longer than is looked at in one go, the end and more"
-    ids = spelled(said, END, "unread")
+    text = "a text that is longer than is looked at in one go, the end and more"
+    ids = spelled(text, END, "unread")
     done = output_of(ids, BYTES, [stop] if stop else [], eos_token_id=(END,), logprobs=True)
-    length = said.index(stop) + len(stop) if stop else len(said) + 1
+    length = text.index(stop) + len(stop) if stop else len(text) + 1
     assert done.ids == ids[:length]
     assert done.logprobs == [-i / 8 for i in range(length)]
     assert output_of(ids, BYTES, eos_token_id=(END,)).logprobs is None
@@ -272,16 +272,16 @@ def test_no_tokens_or_no_prompts_give_no_text() -> None:
 
 
 def test_outputs_are_grouped_by_prompt_and_each_stops_by_itself() -> None:
-    said = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
+    texts = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
     config = GenerationConfig(8, temperature=1.0, num_return_sequences=2, eos_token_id=(ord(","),), logprobs=True)
-    found = generate_text(Canned(*map(spelled, said)), BYTES, ["one", "another prompt", "3"], config, ["."])
+    found = generate_text(Canned(*map(spelled, texts)), BYTES, ["one", "another prompt", "3"], config, ["."])
     assert [[done.text for done in samples] for samples in found] == [
         ["first", "second"],
         ["third", "fourth"],
         ["longer a", "sixth"],
     ]
     assert [done.stopped for samples in found for done in samples] == [True, True, True, True, False, True]
-    for done, ids in zip(itertools.chain(*found), map(spelled, said), strict=True):
+    for done, ids in zip(itertools.chain(*found), map(spelled, texts), strict=True):
         assert done.ids == ids[: len(done.text) + done.stopped]
         assert done.logprobs is not None and len(done.logprobs) == len(done.ids)
 
@@ -307,13 +307,13 @@ def test_decoding_ends_when_all_rows_have_stopped() -> None:
     assert decoder.made < 10
 
 
-def test_text_is_streamed_without_what_may_be_a_stop_string() -> None:
-    said = "0123456789 ST no STOP"
-    decoder = Canned(spelled(said))
+def test_text_that_may_be_a_stop_string_is_not_streamed() -> None:
+    text = "0123456789 ST no STOP"
+    decoder = Canned(spelled(text))
     shown = ""
-    for piece in stream_text(decoder, BYTES, "prompt", GenerationConfig(len(said)), ["STOP"]):
+    for piece in stream_text(decoder, BYTES, "prompt", GenerationConfig(len(text)), ["STOP"]):
         shown += piece
-        made = said[: decoder.made]
+        made = text[: decoder.made]
         assert shown == made.removesuffix(next(s for s in ("STOP", "STO", "ST", "S", "") if made.endswith(s)))
     assert shown == "0123456789 ST no "
 
@@ -332,7 +332,7 @@ def test_an_invalid_configuration_is_refused_before_the_first_text() -> None:
 # Other functions
 
 
-def test_the_end_of_text_id_is_the_tokenizers() -> None:
+def test_the_end_of_text_id_is_that_of_the_tokenizer() -> None:
     assert end_of_text_ids(BYTES) == (END,)
     assert end_of_text_ids(bridge.character_tokenizer("abc")) == ()
 

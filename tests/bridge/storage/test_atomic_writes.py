@@ -143,8 +143,8 @@ def test_a_full_disk_is_a_checkpoint_error_and_leaves_the_old_directory(tmp_path
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     before = tree(tmp_path)
-    says = r"cannot write .*out': No space left on device"
-    with pytest.raises(CheckpointError, match=says), new_directory(tmp_path / "out", replaceable=own):
+    message = r"cannot write .*out': No space left on device"
+    with pytest.raises(CheckpointError, match=message), new_directory(tmp_path / "out", replaceable=own):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert tree(tmp_path) == before
 

@@ -31,18 +31,18 @@ def checkpoint_directory(path: Path, format: str = "huggingface") -> Path:
     return path
 
 
-def assert_not_exported(source: Path, name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def assert_not_exported(source: Path, name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Assert that `bridge.save` and `gpt2 convert` reject `source`, name the companion, and stay within the budget."""
     target = source.parent / "exported"
     started = time.process_time()
     tracemalloc.start()
     try:
-        with pytest.raises(BridgeError, match=says) as caught:
+        with pytest.raises(BridgeError, match=message) as caught:
             bridge.save(bridge.load(source), target, format="flax")
         assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     finally:
         tracemalloc.stop()
-    assert time.process_time() - started < 2 * MOST_SECONDS, "tracing takes as long again"
+    assert time.process_time() - started < 2 * MOST_SECONDS, "tracing doubles the time"
     assert name in str(caught.value)
     assert str(caught.value).replace("\n", "").isprintable()
     there = sorted(source.parent.iterdir())
@@ -94,7 +94,7 @@ def test_every_format_refuses_links_out_of_the_directory(
 
 
 @pytest.mark.parametrize("target", ["/etc/passwd", "/dev/zero", "/proc/self/environ", "missing.json", "config.json"])
-def test_a_link_of_the_configuration_to_somewhere_else_is_refused(
+def test_a_link_of_the_configuration_out_of_the_directory_is_refused(
     tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last two are a broken link and a link to itself."""

@@ -90,7 +90,7 @@ def test_other_files_with_similar_names_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["thesis", "new", "old", "leaving", "replaced"])
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_directory_that_only_has_the_name_of_a_hidden_one_is_kept(tmp_path: Path, name: str, inside: bool) -> None:
+def test_a_foreign_directory_with_the_name_of_a_hidden_one_is_kept(tmp_path: Path, name: str, inside: bool) -> None:
     out = tmp_path / "out"
     place = (out if inside else tmp_path) / ".out.0123abcd.partial"
     (place / name).mkdir(parents=True)
@@ -157,10 +157,10 @@ def test_a_hidden_directory_removed_before_it_is_locked_is_created_again(
         places.append(path)
         if len(places) == 1:  # removed before it is opened
             shutil.rmtree(path)
-        with lock(path) as held:
+        with lock(path) as locked:
             if len(places) == 2:  # removed after it is opened
                 shutil.rmtree(path)
-            yield held if len(places) != 3 else False  # locked by another process
+            yield locked if len(places) != 3 else False  # locked by another process
 
     monkeypatch.setattr(hidden_directories, "exclusive_lock", late)
     fill(tmp_path / "out")

@@ -40,7 +40,7 @@ print(bridge.fingerprint(bridge.load(target).tensors))
 """
 
 
-def test_conversions_work_where_there_is_no_fcntl(tmp_path: Path) -> None:
+def test_conversions_work_without_fcntl(tmp_path: Path) -> None:
     source = huggingface_directory(tmp_path / "source", config_for("gguf"))
     arguments = [sys.executable, "-c", WITHOUT_FCNTL, str(source), str(tmp_path / "out")]
     done = subprocess.run(arguments, capture_output=True, text=True)

@@ -141,7 +141,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_large_manifest_is_refused_at_once(committed: Path, name: str) -> None:
+def test_a_large_manifest_is_refused_quickly(committed: Path, name: str) -> None:
     (committed / MANIFEST).write_bytes(LARGE[name])
     for read in (about, verify):
         with within_budget(), pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -149,7 +149,7 @@ def test_a_large_manifest_is_refused_at_once(committed: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("files", [{}, {"a": 1}, {"a": 1, 'b/\u00fc \n"files": {}': 2}])
-def test_a_manifest_is_rendered_as_json_renders_it(files: dict[str, int]) -> None:
+def test_a_manifest_is_rendered_like_json_dumps(files: dict[str, int]) -> None:
     content = {
         "about": {**ABOUT, "text": '"files": {}'},
         "files": {name: {"bytes": size, "sha256": "0" * 64} for name, size in files.items()},
@@ -157,7 +157,7 @@ def test_a_manifest_is_rendered_as_json_renders_it(files: dict[str, int]) -> Non
     assert _rendered(content) == as_json_renders(content)
 
 
-def test_a_manifest_of_ten_thousand_files_is_read_at_once(tmp_path: Path) -> None:
+def test_a_manifest_of_ten_thousand_files_is_read_quickly(tmp_path: Path) -> None:
     files = {
         f"state/ocdbt.process_{number}/d/{number:032x}": {"bytes": number, "sha256": f"{number:064x}"}
         for number in range(10_000)
@@ -192,7 +192,7 @@ def test_special_files_are_refused_and_not_opened(committed: Path, make: Callabl
             act(committed)
 
 
-def test_a_directory_that_leads_elsewhere_is_refused(committed: Path, tmp_path: Path) -> None:
+def test_a_linked_directory_is_refused(committed: Path, tmp_path: Path) -> None:
     shutil.move(committed / "b", tmp_path / "elsewhere")
     (committed / "b").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="is a link or a special file"):
@@ -214,7 +214,7 @@ def test_all_files_are_flushed_before_the_manifest_is_written(committed: Path, m
 
 
 @pytest.mark.parametrize("name", ["a/" * 40_000 + "f", "x" * 5000], ids=["folders", "characters"])
-def test_a_long_name_is_refused_soon(tmp_path: Path, name: str) -> None:
+def test_a_long_name_is_refused_quickly(tmp_path: Path, name: str) -> None:
     content = {"about": {}, "files": {name: {"bytes": 1, "sha256": "0" * 64}}}
     (tmp_path / MANIFEST).write_bytes(_rendered(content))
     with within_budget():

@@ -52,8 +52,8 @@ def test_a_directory_created_during_the_write_is_not_replaced(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_created_during_the_write_is_not_replaced(tmp_path: Path, exchange: bool, overwrite: bool) -> None:
-    says = "was changed by another program" if overwrite else "exists; choose another name"
-    with pytest.raises(CheckpointError, match=says), new_file(tmp_path / "out", overwrite=overwrite) as file:
+    message = "was changed by another program" if overwrite else "exists; choose another name"
+    with pytest.raises(CheckpointError, match=message), new_file(tmp_path / "out", overwrite=overwrite) as file:
         file.write_text("new")
         (tmp_path / "out").write_text("theirs")
     assert tree(tmp_path) == {"out": b"theirs"}
@@ -102,7 +102,7 @@ def test_a_file_that_changes_while_it_is_overwritten_is_kept(tmp_path: Path, exc
     assert tree(tmp_path) == {"out": b"theirs"}
 
 
-def test_a_file_that_appears_in_a_directory_while_that_is_overwritten_is_kept(tmp_path: Path, exchange: bool) -> None:
+def test_a_file_created_in_a_directory_during_its_overwrite_is_kept(tmp_path: Path, exchange: bool) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     with (
@@ -117,17 +117,17 @@ def test_a_file_that_appears_in_a_directory_while_that_is_overwritten_is_kept(tm
 def test_the_old_directory_exists_until_the_new_one_does(
     tmp_path: Path, exchange: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Inspected before every rename and flush. Without an exchange of names, the directory is missing for a moment."""
+    """The test inspects the directory before every rename and flush. Without an exchange, it is briefly missing."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     seen = []
     for owner, name in ((Path, "rename"), (os, "fsync")):
 
-        def looked(*arguments: object, inner: object = getattr(owner, name)) -> object:
+        def inspected(*arguments: object, inner: object = getattr(owner, name)) -> object:
             seen.append(tree(tmp_path / "out"))
             return inner(*arguments)  # type: ignore[operator]
 
-        monkeypatch.setattr(owner, name, looked)
+        monkeypatch.setattr(owner, name, inspected)
     fill(tmp_path / "out", own)
     old, new = {"old": b"old"}, {"new": b"new"}
     assert [state for n, state in enumerate(seen) if not n or state != seen[n - 1]] == (
@@ -153,7 +153,7 @@ def test_the_old_directory_is_restored_if_the_rename_fails(tmp_path: Path, monke
     assert tree(tmp_path) == before
 
 
-def test_an_interrupt_between_two_renames_brings_the_old_directory_back(
+def test_an_interrupt_between_two_renames_restores_the_old_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -358,7 +358,7 @@ subprocess.run(["umount", place / "file"], check=True)
 
 
 def test_a_mount_point_is_filled_and_stays_mounted(tmp_path: Path) -> None:
-    """Such as the volume of a container, also a bind mount of the same file system."""
+    """For example, the volume of a container, or a bind mount of the same file system."""
     try:
         command = namespace()
     except OSError as error:

@@ -221,7 +221,7 @@ def test_a_file_of_another_layout_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("edit", "says"),
+    ("edit", "expected"),
     [
         (lambda v, m: v.update(the="7"), "the id of 'the' is '7', not an integer"),
         (lambda v, m: v.update(the=True), "the id of 'the' is 'True'"),
@@ -243,18 +243,18 @@ def test_a_file_of_another_layout_is_refused(
         (lambda v, m: m.append(m[0]), "token ids do not follow the order of the merges"),
     ],
 )
-def test_a_vocabulary_and_merges_that_do_not_fit_are_refused(
+def test_a_vocabulary_that_contradicts_the_merges_is_refused(
     trained: tuple[tokenizers.Tokenizer, Path],
     tmp_path: Path,
     edit: Callable[[dict[str, Any], list[str]], object],
-    says: str,
+    expected: str,
 ) -> None:
     vocab = json.loads((trained[1] / "vocab.json").read_text())
     merges = (trained[1] / "merges.txt").read_text().splitlines()[1:]
     edit(vocab, merges)
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    with pytest.raises(TokenizerError, match=says):
+    with pytest.raises(TokenizerError, match=expected):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
 
@@ -337,18 +337,18 @@ BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
     "a token of a megabyte": ({"a" * 10**6: 1000}, "has 1000000 bytes; the limit is 512"),
     "hundreds of long tokens": ({f"<{i:03}>" * 100: 1000 + i for i in range(300)}, "bytes; the limit is 32768"),
     "thousands of tokens": ({f"<|{i}|>": 1000 + i for i in range(20_000)}, "bytes; the limit is 32768"),
-    "an id past the rows": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, but the model's vocabulary has only 400"),
+    "an id too large": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, but the model's vocabulary has only 400"),
 }
 
 
-@pytest.mark.parametrize(("added", "says"), BAD_ADDED_TOKENS.values(), ids=BAD_ADDED_TOKENS)
+@pytest.mark.parametrize(("added", "expected"), BAD_ADDED_TOKENS.values(), ids=BAD_ADDED_TOKENS)
 @pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer.json"])
-def test_added_tokens_that_do_not_fit_are_refused(
+def test_invalid_added_tokens_are_refused(
     trained: tuple[tokenizers.Tokenizer, Path],
     tmp_path: Path,
     place: str,
     added: dict[str, int],
-    says: str,
+    expected: str,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     if place == "tokenizer.json":
@@ -356,14 +356,14 @@ def test_added_tokens_that_do_not_fit_are_refused(
         edited(trained[1], tmp_path, lambda t: t.update(added_tokens=listed))
     else:
         write_vocabulary(trained[1], tmp_path, lambda v, a: a.update(added))
-    assert says in assert_refused_in_budget(tmp_path, capfd)
+    assert expected in assert_refused_in_budget(tmp_path, capfd)
 
 
 LARGE_SPECIAL: dict[str, list[str]] = {
     "long": ["x" * (LONGEST_SPECIAL - 2) + f"{i:02}" for i in range(63)],
     "short": [f"<{i:06}>" for i in range(4000)],
-    "of two bytes a letter": ["é" * 255 + f"{i:02}" for i in range(63)],
-    "of one letter": [chr(0x4E00 + i) for i in range(10_000)],
+    "of two-byte characters": ["é" * 255 + f"{i:02}" for i in range(63)],
+    "of one character": [chr(0x4E00 + i) for i in range(10_000)],
 }
 
 
@@ -482,8 +482,8 @@ def test_a_large_file_is_refused_in_little_time_and_memory(
         tracemalloc.stop()
 
 
-def test_a_vocabulary_of_a_quarter_of_a_million_tokens_loads_where_the_model_has_the_rows(tmp_path: Path) -> None:
-    """Pairs of a byte of one half and a byte of the other, and pairs of pairs, so that no merge crosses a border."""
+def test_a_vocabulary_of_262144_tokens_loads_for_a_model_with_as_many_rows(tmp_path: Path) -> None:
+    """Tokens are pairs of a low and a high byte, and pairs of these, so that no merge crosses a token's border."""
     rows = 2**18
     pairs = list(itertools.product(BYTE_NAMES[:128], BYTE_NAMES[128:]))
     words = ["".join(pair) for pair in pairs]
@@ -499,7 +499,7 @@ def test_a_vocabulary_of_a_quarter_of_a_million_tokens_loads_where_the_model_has
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"])
-def test_a_link_that_leads_outside_is_not_read(
+def test_a_link_out_of_the_directory_is_not_read(
     trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, name: str
 ) -> None:
     directory = tmp_path / "model"
@@ -648,7 +648,7 @@ def test_without_network_or_cache_the_error_has_a_remedy(tmp_path: Path, monkeyp
 
 
 @needs_openai_cache
-def test_a_vocabulary_of_openais_size_without_files_is_openais(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_files_a_vocabulary_of_openais_size_is_openais(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))
     ours = load_tokenizer(tmp_path, 50257)
     assert ours is tiktoken.get_encoding("gpt2")

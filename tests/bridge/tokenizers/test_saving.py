@@ -61,7 +61,7 @@ BYTE_LEVEL: dict[str, Callable[[], tiktoken.Encoding]] = {
     "bytes": bridge.byte_tokenizer,
     "bytes alone": lambda: tiktoken.Encoding("b", pat_str=WORDS, mergeable_ranks=SINGLE_BYTES, special_tokens={}),
     "BPE": lambda: trained({END: 400}),
-    "BPE with its end first and ids left out": lambda: trained({END: 0, "<|user|>": 407, "<|pad|>": 405}),
+    "BPE with END first and unused ids": lambda: trained({END: 0, "<|user|>": 407, "<|pad|>": 405}),
 }
 CHARACTERS: dict[str, Callable[[], tiktoken.Encoding]] = {
     "characters": lambda: bridge.character_tokenizer("".join(ALL_TEXTS)),
@@ -138,7 +138,7 @@ def test_a_saved_tokenizer_loads_unchanged(make: Callable[[], tiktoken.Encoding]
     ours = make()
     bridge.save_tokenizer(ours, tmp_path)
     saved = {file.name for file in tmp_path.iterdir()}
-    assert saved <= set(TOKENIZER_FILES), "all of it travels"
+    assert saved <= set(TOKENIZER_FILES), "conversions copy every saved file"
     back = load_tokenizer(tmp_path, ours.n_vocab)
     assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(ours)
     assert type(back) is type(ours) and back.n_vocab == ours.n_vocab
@@ -149,7 +149,7 @@ def test_a_saved_tokenizer_loads_unchanged(make: Callable[[], tiktoken.Encoding]
 
 
 @kinds(BYTE_LEVEL)
-def test_every_form_of_the_files_gives_one_fingerprint(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+def test_every_form_of_the_files_has_one_fingerprint(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
     ours = make()
     for form in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("tokenizer.json",)]:
         directory = tmp_path / form[0]
@@ -205,7 +205,7 @@ def refused(**changes: Any) -> tiktoken.Encoding:
 
 
 @pytest.mark.parametrize(
-    ("odd", "says"),
+    ("odd", "message"),
     [
         (
             refused(pat_str=r"\S+|\s+"),
@@ -219,9 +219,9 @@ def refused(**changes: Any) -> tiktoken.Encoding:
     ],
 )
 def test_a_tokenizer_that_the_files_cannot_represent_is_refused(
-    odd: tiktoken.Encoding, says: str, tmp_path: Path
+    odd: tiktoken.Encoding, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(TokenizerError, match=says):
+    with pytest.raises(TokenizerError, match=message):
         bridge.save_tokenizer(odd, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,11 +1,11 @@
-"""Writes the checkpoints beside it, with TensorFlow in an environment of its own:
+"""Write the checkpoints of this directory with TensorFlow, in a separate environment:
 
     pip install tensorflow-cpu==2.21.0
     python write.py .
 
-Variables as in OpenAI's src/model.py, every one random, saved by tf.compat.v1.train.Saver: `plain`, `adam` with Adam's
-slots and a step as fine-tuning scripts save them, and `sharded` in two data files. The weights are the same in all, and
-in `plain/weights.npz` as numpy saved them.
+The variables are those of OpenAI's src/model.py with random values, saved by tf.compat.v1.train.Saver. `plain` has only
+weights; `adam` also has Adam's slots and a step, like the checkpoints of fine-tuning scripts; `sharded` has two data
+files. The weights are the same in all, and `plain/weights.npz` has them too, saved by numpy.
 """
 
 from __future__ import annotations

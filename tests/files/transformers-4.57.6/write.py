@@ -1,4 +1,4 @@
-"""Writes the checkpoints of this directory; README.md says with what."""
+"""Write the checkpoints of this directory. README.md states the packages to install."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = {"vocab_size": 37, "n_positions": 11, "n_embd": 8, "n_layer": 2, "n_head
 
 
 def random_params(model: FlaxGPT2Model | FlaxGPT2LMHeadModel, seed: int) -> dict:
-    """Every parameter random, around 1 for the scales of LayerNorms."""
+    """Return random parameters. Scales of LayerNorms are around 1."""
     rng = np.random.default_rng(seed)
 
     def values(path: tuple, like: jax.Array) -> jax.Array:
