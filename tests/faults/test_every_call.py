@@ -28,12 +28,8 @@ def fresh() -> Iterator[Executor]:
     ("case", "states"),
     [
         (Conversion("huggingface", overwrite=True), {"old", "new"}),
-        pytest.param(Save(), {"steps 3, 6", "steps 6, 9"}, marks=pytest.mark.slow),
-        pytest.param(
-            End(overwrite=True),
-            {f"export {e}, plot {p}" for e, p in (("old", "old"), ("new", "old"), ("new", "new"))},
-            marks=pytest.mark.slow,
-        ),
+        (Save(), {"steps 3, 6", "steps 6, 9"}),
+        (End(overwrite=True), {f"export {e}, plot {p}" for e, p in (("old", "old"), ("new", "old"), ("new", "new"))}),
     ],
     ids=["conversion", "save", "end"],
 )

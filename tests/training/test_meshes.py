@@ -59,7 +59,6 @@ def assert_the_same(found: dict[str, Any], dtype: str) -> None:
         assert differences["learned"] > 0.1, "twenty steps that change nothing would agree on any mesh"
 
 
-@pytest.mark.mesh
 def test_losses_and_gradients_equal_those_of_one_device(tmp_path: Path) -> None:
     assert_the_same(on_eight_devices("curves", tmp_path, "float32", "some"), "float32")
 
@@ -247,7 +246,6 @@ def test_only_the_needed_rows_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(entry.rows(0, len(entry.read())), entry.read())
 
 
-@pytest.mark.mesh
 def test_foreign_meshes_are_not_used(tmp_path: Path) -> None:
     """Meshes with other axis names, with some of our names, and inside a `shard_map` over one of them."""
     found = on_eight_devices("foreign_meshes", tmp_path)
