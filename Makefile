@@ -20,7 +20,7 @@ test: $(INSTALLED)  ## all tests without a marker
 test-fast: $(INSTALLED)  ## a quick selection of tests from every package, for use while you edit
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
-test-slow: $(INSTALLED)  ## tests at 124M parameters, and of memory, kills, signals and full disks
+test-slow: $(INSTALLED)  ## tests at 124M parameters, and of memory
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
 
 test-peers: $(INSTALLED) $(PEERS)/.installed  ## comparisons with transformers 4's Flax, in a separate environment
@@ -77,7 +77,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 20
 
 clean:
-	rm -rf .venv $(PEERS) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output docs/_build docs/_generated
+	rm -rf .venv $(PEERS) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output docs/_build docs/_generated .pytest_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
