@@ -16,13 +16,18 @@ from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
-from bridge.formats.recognition import Found, SeveralCheckpointsError, choose_checkpoint, own_config
+from bridge.formats.recognition import (
+    Found,
+    SeveralCheckpointsError,
+    choose_checkpoint,
+    own_config,
+    why_unrecognised,
+)
 from bridge.formats.run import is_run
 from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
 from bridge.storage.dtypes import FLOAT_DTYPES
 from bridge.storage.manifest import recorded
-from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
 _SUFFIXES = frozenset(
@@ -64,7 +69,7 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
         path = hub.download(str(source))
     chosen = choose_checkpoint(path)
     if chosen is None:
-        raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_why_unrecognised(path)}")
+        raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {why_unrecognised(path)}")
     try:
         return replace(_read(*chosen, activation), source=chosen[0].path)
     except BridgeError as error:
@@ -251,15 +256,3 @@ def _format_of(path: Path) -> str | None:
         raise
     except BridgeError:
         return None
-
-
-def _why_unrecognised(path: Path) -> str:
-    if path.is_dir():
-        return (
-            "it has neither config.json with weights beside it (model.safetensors, pytorch_model.bin, "
-            "flax_model.safetensors, flax_model.msgpack), nor hparams.json with a TensorFlow checkpoint, nor a file "
-            "in another supported format (nanoGPT's .pt, llm.c's .bin, .gguf)"
-        )
-    if not StoredFile.open(path).size:  # raises if it is not a regular file
-        return "it is empty"
-    return "its first bytes match no supported format; the download may be damaged, or it is not a checkpoint"

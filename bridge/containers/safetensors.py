@@ -136,8 +136,13 @@ def _described(path: Path, name: str, described: Any, data_size: int) -> tuple[n
     shape, offsets = described["shape"], described["data_offsets"]
     if not are_sizes(shape, list):
         raise refuse(f"shape {quoted(shape)} is not a list of at most {MOST_RANK} sizes")
-    if not are_sizes(offsets, list) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_size:
-        raise refuse(f"data_offsets {quoted(offsets)} are not two positions in the file's {data_size} bytes of data")
+    if not are_sizes(offsets, list) or len(offsets) != 2 or not offsets[0] <= offsets[1]:
+        raise refuse(f"data_offsets {quoted(offsets)} are not two positions in ascending order")
+    if offsets[1] > data_size:
+        raise refuse(
+            f"ends at byte {quoted(offsets[1])} of the data, but the file has {data_size}: it is truncated; download "
+            "or copy it again"
+        )
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes != offsets[1] - offsets[0]:
         raise refuse(

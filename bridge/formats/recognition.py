@@ -8,6 +8,7 @@ transformers' order is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from bridge.errors import CheckpointError, bullet_list, quoted
@@ -15,6 +16,10 @@ from bridge.formats import FORMATS
 from bridge.formats.directory import CONFIG
 from bridge.formats.format import Format
 from bridge.storage.companions import has_companion, stays_inside
+from bridge.storage.stored_file import StoredFile
+
+_MOST_ENTRIES = 1000
+"""Entries of a directory that `why_unrecognised` looks at."""
 
 
 class SeveralCheckpointsError(CheckpointError):
@@ -75,3 +80,29 @@ def own_config(file: Path) -> Path | None:
     config = file.parent / CONFIG
     is_alone = has_companion(file.parent, CONFIG) and {f.path for f in find_checkpoints(file.parent)} <= {file}
     return config if is_alone else None
+
+
+def why_unrecognised(path: Path) -> str:
+    """Return why `choose_checkpoint` found nothing at `path`, and what to do."""
+    if not path.is_dir():
+        if not StoredFile.open(path).size:  # raises if it is not a regular file
+            return "it is empty"
+        return "its first bytes match no supported format; the download may be damaged, or it is not a checkpoint"
+    entries = [entry for entry in sorted(islice(path.iterdir(), _MOST_ENTRIES)) if find_checkpoints(entry)]
+    files, directories = ([p for p in entries if p.is_dir() is wanted] for wanted in (False, True))
+    if files and not has_companion(path, CONFIG):
+        return f"it has {_named(files)}, but no {CONFIG}; copy the model's {CONFIG} beside the weights"
+    if files:
+        return f"it has {_named(files)}, which are not names of weights; give a file, for example {quoted(files[0])}"
+    if directories:
+        return f"it holds the checkpoints {_named(directories)}; give one of them, for example {quoted(directories[0])}"
+    return (
+        "it has neither config.json with weights beside it (model.safetensors, pytorch_model.bin, "
+        "flax_model.safetensors, flax_model.msgpack), nor hparams.json with a TensorFlow checkpoint, nor a file "
+        "in another supported format (nanoGPT's .pt, llm.c's .bin, .gguf)"
+    )
+
+
+def _named(paths: list[Path]) -> str:
+    names = ", ".join(quoted(p.name) for p in paths[:5])
+    return names if len(paths) <= 5 else f"{names} and {len(paths) - 5} more"

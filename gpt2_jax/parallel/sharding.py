@@ -67,7 +67,10 @@ def make_mesh(wanted: str = "data=-1", devices: Sequence[Any] | None = None) -> 
     sizes = _sizes(wanted, len(found))
     count, slices = math.prod(sizes), _slices(found)
     if count > len(found) or (count < len(found) and len({device.process_index for device in found}) > 1):
-        raise MeshError(f"--mesh {wanted}: needs {count} devices, and there are {len(found)}")
+        raise MeshError(
+            f"--mesh {wanted}: needs {count} devices, and there are {len(found)}; give a --mesh for {len(found)}, or "
+            f"simulate devices on CPU with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
     if slices > 1:
         if sizes[0] % slices:  # links between slices are ten times slower
             raise MeshError(f"--mesh {wanted}: data={sizes[0]} must be a multiple of the number of slices, {slices}")

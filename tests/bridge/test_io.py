@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-from support.models import TINY, config_for, huggingface_directory, random_checkpoint
+from support.models import SMALLEST, TINY, config_for, huggingface_directory, random_checkpoint
 from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
@@ -64,7 +65,25 @@ def test_the_weights_file_loads_like_its_directory(tmp_path: Path) -> None:
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "model")
     (path / "config.json").unlink()
-    assert "it has neither config.json with weights beside it" in message(path)
+    assert message(path).endswith(
+        "it has 'model.safetensors', but no config.json; copy the model's config.json beside the weights"
+    )
+
+
+def test_weights_under_other_names_are_listed(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    shutil.copy(path / "model.safetensors", path / "b.safetensors")
+    (path / "model.safetensors").rename(path / "a.safetensors")
+    assert "it has 'a.safetensors', 'b.safetensors', which are not names of weights; give a file" in message(path)
+    assert bridge.load(path / "a.safetensors").config == TINY
+
+
+def test_a_directory_of_checkpoints_lists_them(tmp_path: Path) -> None:
+    for name in "abcdefg":
+        huggingface_directory(tmp_path / name, SMALLEST)
+    found = message(tmp_path)
+    assert "it holds the checkpoints 'a', 'b', 'c', 'd', 'e' and 2 more; give one of them" in found
+    assert str(tmp_path / "a") in found
 
 
 def test_a_directory_without_weights_lists_the_expected_files(tmp_path: Path) -> None:
