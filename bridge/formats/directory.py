@@ -55,7 +55,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, sort_keys=True)  # as transformers does, so that `diff` shows what changed
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:

@@ -20,7 +20,7 @@ SourceActivation = Annotated[
     arg(
         metavar="gelu|gelu_new",
         help="the activation of a nanoGPT file that does not state it; gelu_new for nanoGPT's code before June 14, "
-        "2023. An error for every other source. (default: gelu)",
+        "2023. An error for every other source. (default: none; such a file is read as gelu)",
         help_behavior_hint="",
     ),
 ]

@@ -106,6 +106,9 @@ def run_training(
     config = resolve_config(config, data, init_from)
     if config.tokenizer != "bpe":  # BPE may have fewer tokens if the text is short
         require_sizes({k: v for k, v in asked.items() if k == "vocab_size"}, config.model, "the tokenizer sets")
+    warmup = config.optimizer.warmup_steps
+    if warmup >= config.max_steps:
+        say(f"warning: --warmup-steps {warmup} is not below --max-steps, so the learning rate stays below its maximum")
     say(data.description, soft_wrap=True)
     say(f"{bridge.num_parameters(config.model):,} parameters, {config.batch_size * config.seq_len:,} tokens a step")
     outcome = train(

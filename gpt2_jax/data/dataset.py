@@ -159,6 +159,7 @@ def _description(
     if train.document_ends is not None:
         parts[0] += f" in {len(train.document_ends):,} document{'s' * (len(train.document_ends) > 1)}"
     if validation is not None:
+        parts[0] += " for training"
         parts.append(f"{len(validation):,} for validation")
     if skipped:
         files = "1 file was" if skipped == 1 else f"{skipped:,} files were"

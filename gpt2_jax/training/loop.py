@@ -254,7 +254,8 @@ class Loop:
                     self.save()
                 if evaluates and self.setup.prompt:
                     self.preemption.check()
-                    self.report.say(sample(c, setup.model, self.state, setup.data, setup.prompt))
+                    text = sample(c, setup.model, self.state, setup.data, setup.prompt)
+                    self.report.say(f"sample after step {step}:\n{text}\n")
         self.preemption.check()
 
     @property

@@ -146,6 +146,14 @@ def test_generate_and_convert_read_a_run(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == exported
 
 
+def test_a_warm_up_that_does_not_end_is_named(copy: Path, trained: Path) -> None:
+    again = ("--out", copy / "run", "--resume", "--accept-changes", "--max-steps", 7)
+    code, printed, _ = run("train", *again, "--warmup-steps", 7)
+    assert code == 0
+    assert "warning: --warmup-steps 7 is not below --max-steps, so the learning rate stays below its maximum" in printed
+    assert "--warmup-steps" not in (trained / "out.txt").read_text()
+
+
 def test_resume_uses_the_stored_configuration(copy: Path) -> None:
     before = stored_identity(copy / "run")
     metrics = read_metrics(copy / "run")

@@ -192,8 +192,8 @@ def test_the_description_states_the_number_of_skipped_files(folder: Path, tmp_pa
     data = opened(folder, tmp_path / "cache")
     assert data.validation is not None and data.train.document_ends is not None
     assert data.description == (
-        f"{folder}: {len(data.train):,} tokens (bytes) in {len(data.train.document_ends)} documents, "
-        f"{len(data.validation):,} for validation, 2 files were skipped: not UTF-8 text"
+        f"{folder}: {len(data.train):,} tokens (bytes) in {len(data.train.document_ends)} documents "
+        f"for training, {len(data.validation):,} for validation, 2 files were skipped: not UTF-8 text"
     )
 
 
