@@ -88,8 +88,12 @@ def why_unrecognised(path: Path) -> str:
         if not StoredFile.open(path).size:  # raises if it is not a regular file
             return "it is empty"
         return "its first bytes match no supported format; the download may be damaged, or it is not a checkpoint"
-    entries = [entry for entry in sorted(islice(path.iterdir(), _MOST_ENTRIES)) if find_checkpoints(entry)]
-    files, directories = ([p for p in entries if p.is_dir() is wanted] for wanted in (False, True))
+    found = {entry: find_checkpoints(entry) for entry in sorted(islice(path.iterdir(), _MOST_ENTRIES))}
+    directories = [entry for entry, inside in found.items() if inside and entry.is_dir()]
+    # Files whose format needs a config.json beside them. Others would have been recognised in the directory.
+    files = [
+        entry for entry, inside in found.items() if not entry.is_dir() and any(f.format.weight_files for f in inside)
+    ]
     if files and not has_companion(path, CONFIG):
         return f"it has {_named(files)}, but no {CONFIG}; copy the model's {CONFIG} beside the weights"
     if files:

@@ -137,7 +137,7 @@ def test_a_run_stored_before_the_flag_existed_is_read() -> None:
     assert from_flat(migrated(stored)) == PRESETS["nano"]
 
 
-@pytest.mark.parametrize("verb", ["inspect", "verify", "eval", "generate", "convert"])
+@pytest.mark.parametrize("verb", ["inspect", pytest.param("verify", marks=needs_torch), "eval", "generate", "convert"])
 def test_a_source_that_states_its_activation_is_refused(
     verb: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
