@@ -10,6 +10,7 @@ from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.evaluation import IGNORE_INDEX
 from bridge.generation.config import GenerationConfig
+from bridge.generation.defaults import GenerationDefaults, generation_defaults
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
@@ -31,6 +32,7 @@ __all__ = [
     "ConversionError",
     "GPT2Config",
     "GenerationConfig",
+    "GenerationDefaults",
     "NoTokenizerError",
     "TextOutput",
     "TokenizerError",
@@ -43,6 +45,7 @@ __all__ = [
     "find_diagnostics",
     "fingerprint",
     "generate_text",
+    "generation_defaults",
     "load",
     "num_parameters",
     "padded_vocab_size",

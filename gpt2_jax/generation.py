@@ -14,10 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 import bridge.generation.decoder
 from bridge.generation.config import GenerationConfig
-from bridge.generation.output import ENDED, INVALID, Chunk, concatenate
-from gpt2_jax.logits_processors import LogitsProcessors, sample_token
+from bridge.generation.output import ENDED, INVALID, Candidates, Chunk, concatenate
+from bridge.generation.processors import LogitsProcessors, padded_ids, seen_tokens
+from gpt2_jax.logits_processors import History, on_device, process_logits
 from gpt2_jax.model import GPT2, check_shape
 from gpt2_jax.ops.kv_cache import KVCache, empty_cache
+from gpt2_jax.sampling import select_token
 
 SMALLEST_BUCKET = 16
 """The smallest compiled cache length. Longer ones are powers of two, up to the model's positions."""
@@ -63,15 +65,31 @@ class _State(NamedTuple):
     """`ENDED` before a token is selected and after the end of a row; `INVALID` if no token could be selected."""
     logprobs_RN: Float[Array, "R N"] | None
     noise_RN: Float[Array, "R N"]
+    history_RS: Int[Array, "R S"] | None
+    """`ids_RS` of the `History`."""
     seen_RV: Bool[Array, "R V"] | None
-    """Which tokens each row contains. Only for the repetition penalty."""
+    """`seen_RV` of the `History`."""
     ended_R: Bool[Array, " R"]
     eos_token_ids: Int[Array, " eos"]
     processors: LogitsProcessors
     num_new: Int[Array, ""]
 
 
-class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
+class _Beams(NamedTuple):
+    """The state of beam search."""
+
+    cache: KVCache
+    history_RS: Int[Array, "R S"] | None
+    seen_RV: Bool[Array, "R V"] | None
+    processors: LogitsProcessors
+    num_new: Int[Array, ""]
+
+
+_Candidates = tuple[Int[Array, "R N"], Float[Array, "R N"], Float[Array, "R N"]]
+"""`bridge.generation.output.Candidates` on the device."""
+
+
+class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
     """Generation from one model and its parameters, in one compiled loop per bucket of lengths.
 
     The decoding loop is compiled once for each combination of the number of rows, the cache length (see `bucket`) and
@@ -107,20 +125,18 @@ class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
         if copies > 1:
             cache, logits_RV = _repeat_rows(copies, cache, logits_RV)
         R, S = noise.shape[0], cache.max_length
-        seen = None
-        if generation_config.repetition_penalty is not None:
-            seen = np.zeros((R, self.config.vocab_size), bool)
-            for r in range(R):
-                seen[r, ids[r // copies, num_padding[r // copies] :]] = True
+        processors = on_device(generation_config, self.config.vocab_size)
+        history, seen = self._history(processors, ids, num_padding, S, copies)
         state = _State(
             cache=cache,
             ids_RN=jnp.full((R, S), ENDED, jnp.int32),
             logprobs_RN=jnp.zeros((R, S), jnp.float32) if generation_config.logprobs else None,
             noise_RN=jnp.asarray(np.pad(noise, ((0, 0), (0, S - noise.shape[1])))),
-            seen_RV=None if seen is None else jnp.asarray(seen),
+            history_RS=history,
+            seen_RV=seen,
             ended_R=jnp.asarray(ended),
             eos_token_ids=jnp.asarray(generation_config.eos_token_ids, jnp.int32),
-            processors=LogitsProcessors.of(generation_config),
+            processors=processors,
             num_new=jnp.zeros((), jnp.int32),
         )
         return _first_token(state, logits_RV)
@@ -134,17 +150,28 @@ class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
         return Chunk(np.asarray(state.ids_RN)[:, new], logprobs)
 
     def prefill_beams(
-        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, num_beams: int, num_candidates: int
-    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        cache, logits_RV = _repeat_rows(num_beams, *self._prefill_cache(ids, num_padding, max_length))
-        logprobs_RN, ids_RN = _most_likely(num_candidates, logits_RV)
-        return cache, np.asarray(logprobs_RN), np.asarray(ids_RN)
+        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, config: GenerationConfig, num_candidates: int
+    ) -> tuple[_Beams, Candidates]:
+        cache, logits_RV = _repeat_rows(config.num_beams, *self._prefill_cache(ids, num_padding, max_length))
+        processors = on_device(config, self.config.vocab_size)
+        history, seen = self._history(processors, ids, num_padding, cache.max_length, config.num_beams)
+        beams = _Beams(cache, history, seen, processors, jnp.zeros((), jnp.int32))
+        return beams, _on_host(_most_likely(num_candidates, beams, logits_RV))
 
     def decode_beams(
-        self, cache: KVCache, parents: np.ndarray, tokens: np.ndarray, num_candidates: int
-    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        cache, logprobs_RN, ids_RN = _decode_beams(self.model, num_candidates, self.params, cache, parents, tokens)
-        return cache, np.asarray(logprobs_RN), np.asarray(ids_RN)
+        self, beams: _Beams, parents: np.ndarray, tokens: np.ndarray, num_candidates: int
+    ) -> tuple[_Beams, Candidates]:
+        beams, candidates = _decode_beams(self.model, num_candidates, self.params, beams, parents, tokens)
+        return beams, _on_host(candidates)
+
+    def _history(
+        self, processors: LogitsProcessors, ids: np.ndarray, num_padding: np.ndarray, max_length: int, copies: int
+    ) -> tuple[Array | None, Array | None]:
+        """Return what the processors need of the prompts' tokens: `ids_RS` and `seen_RV` of a `History`."""
+        history = padded_ids(ids, num_padding, max_length, copies)
+        needs_seen = processors.repetition_penalty is not None
+        seen = jnp.asarray(seen_tokens(history, self.config.vocab_size)) if needs_seen else None
+        return jnp.asarray(history) if processors.needs_ids else None, seen
 
     def _prefill_cache(
         self, ids: np.ndarray, num_padding: np.ndarray, max_length: int
@@ -224,21 +251,23 @@ def _decode_loop(model: GPT2, params: Mapping[str, Any], state: _State, steps: i
 def _add_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
     """Select one more token in each row that has not ended."""
     write, n = jax.lax.dynamic_update_slice_in_dim, state.num_new
-    token_R = sample_token(logits_RV, state.noise_RN[:, n], state.processors, state.seen_RV)
-    logprobs_RN, seen_RV = state.logprobs_RN, state.seen_RV
+    history = History(state.history_RS, state.seen_RV, state.cache.length, n)
+    processed_RV = process_logits(logits_RV, state.processors, history)
+    token_R = select_token(processed_RV, state.noise_RN[:, n], state.processors)
+    logprobs_RN = state.logprobs_RN
     if logprobs_RN is not None:
         logprobs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
         logprobs_RN = write(logprobs_RN, jnp.take_along_axis(logprobs_RV, token_R[:, None], axis=1), n, axis=1)
-    if seen_RV is not None:
-        seen_RV = seen_RV.at[jnp.arange(len(token_R)), token_R].set(True)
+    history = history.followed_by(token_R)
     invalid_R = _are_invalid(logits_RV) & ~state.ended_R
     new_R = jnp.where(state.ended_R, ENDED, jnp.where(invalid_R, INVALID, token_R))
     return state._replace(
         ids_RN=write(state.ids_RN, new_R[:, None], n, axis=1),
         logprobs_RN=logprobs_RN,
-        seen_RV=seen_RV,
+        history_RS=history.ids_RS,
+        seen_RV=history.seen_RV,
         ended_R=state.ended_R | (token_R[:, None] == state.eos_token_ids).any(-1) | invalid_R.any(),
-        num_new=n + 1,
+        num_new=history.num_new,
     )
 
 
@@ -259,20 +288,28 @@ def _decode_beams(
     model: GPT2,
     num_candidates: int,
     params: Mapping[str, Any],
-    cache: KVCache,
+    beams: _Beams,
     parents_R: Int[Array, " R"],
     tokens_R: Int[Array, " R"],
-) -> tuple[KVCache, Float[Array, "R N"], Int[Array, "R N"]]:
-    cache = cache.select_rows(parents_R)
-    x_RTD, cache = _apply_decode(model, params, tokens_R[:, None], cache)
-    return cache, *_most_likely(num_candidates, _apply_head(model, params, x_RTD[:, 0]))
+) -> tuple[_Beams, _Candidates]:
+    history = History(beams.history_RS, beams.seen_RV, beams.cache.length, beams.num_new)
+    history = history.select_rows(parents_R).followed_by(tokens_R)
+    x_RTD, cache = _apply_decode(model, params, tokens_R[:, None], beams.cache.select_rows(parents_R))
+    beams = _Beams(cache, history.ids_RS, history.seen_RV, beams.processors, history.num_new)
+    return beams, _most_likely(num_candidates, beams, _apply_head(model, params, x_RTD[:, 0]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _most_likely(count: int, logits_RV: Float[Array, "R V"]) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
-    """Return the log-probabilities and ids of the `count` most likely tokens of each row."""
-    logprobs_RN, ids_RN = jax.lax.top_k(jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1), count)
-    return logprobs_RN, ids_RN
+def _most_likely(count: int, beams: _Beams, logits_RV: Float[Array, "R V"]) -> _Candidates:
+    """Return the `count` best tokens of each row. Processors change the log-probabilities, as in transformers."""
+    logprobs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
+    history = History(beams.history_RS, beams.seen_RV, beams.cache.length, beams.num_new)
+    scores_RN, ids_RN = jax.lax.top_k(process_logits(logprobs_RV, beams.processors, history), count)
+    return ids_RN, scores_RN, jnp.take_along_axis(logprobs_RV, ids_RN, axis=1)
+
+
+def _on_host(candidates: _Candidates) -> Candidates:
+    return Candidates(*map(np.asarray, candidates))
 
 
 def _apply_decode(model: GPT2, params: Mapping[str, Any], ids: Array, cache: KVCache) -> tuple[Array, KVCache]:

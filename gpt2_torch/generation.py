@@ -14,10 +14,12 @@ from torch import Tensor
 
 import bridge.generation.decoder
 from bridge.generation.config import GenerationConfig
-from bridge.generation.output import ENDED, INVALID, Chunk, concatenate
-from gpt2_torch.logits_processors import sample_token
+from bridge.generation.output import ENDED, INVALID, Candidates, Chunk, concatenate
+from bridge.generation.processors import LogitsProcessors, padded_ids, seen_tokens
+from gpt2_torch.logits_processors import History, on_device, process_logits
 from gpt2_torch.model import GPT2, check_shape
 from gpt2_torch.ops.kv_cache import KVCache, empty_cache
+from gpt2_torch.sampling import select_token
 
 
 def generate(
@@ -56,15 +58,22 @@ class _State:
     """`ENDED` before a token is selected and after the end of a row; `INVALID` if no token could be selected."""
     logprobs_RN: Float[Tensor, "R N"] | None
     noise_RN: Float[Tensor, "R N"]
-    seen_RV: Bool[Tensor, "R V"] | None
-    """Which tokens each row contains. Only for the repetition penalty."""
+    history: History
     ended_R: Bool[Tensor, " R"]
     eos_token_ids: Int[Tensor, " eos"]
-    config: GenerationConfig
-    num_new: int = 0
+    processors: LogitsProcessors
 
 
-class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
+@dataclass
+class _Beams:
+    """The state of beam search."""
+
+    cache: KVCache
+    history: History
+    processors: LogitsProcessors
+
+
+class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
     """Generates with one model, on its device and in its dtype. Does not change the model's mode or gradients."""
 
     def __init__(self, model: GPT2) -> None:
@@ -82,20 +91,16 @@ class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
     ) -> _State:
         cache, logits_RV = self._prefill_cache(ids, num_padding, max_length, copies)
         (R, N), device = noise.shape, logits_RV.device
-        seen = None
-        if generation_config.repetition_penalty is not None:
-            seen = torch.zeros(R, self.config.vocab_size, dtype=torch.bool, device=device)
-            for r in range(R):
-                seen[r, ids[r // copies, num_padding[r // copies] :]] = True
+        processors = on_device(generation_config, self.config.vocab_size, device)
         state = _State(
             cache=cache,
             ids_RN=torch.full((R, N), ENDED, device=device),
             logprobs_RN=torch.zeros(R, N, device=device) if generation_config.logprobs else None,
             noise_RN=torch.from_numpy(noise).to(device),
-            seen_RV=seen,
+            history=self._history(processors, ids, num_padding, max_length, copies),
             ended_R=torch.from_numpy(ended).to(device),
             eos_token_ids=torch.tensor(generation_config.eos_token_ids, dtype=torch.int64, device=device),
-            config=generation_config,
+            processors=processors,
         )
         _add_token(state, logits_RV)
         return state
@@ -104,7 +109,7 @@ class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
         for _ in range(steps):
             if len(state.eos_token_ids) and state.ended_R.all():  # reading the values waits for a GPU
                 break
-            last_R1 = state.ids_RN[:, state.num_new - 1 : state.num_new].clamp(min=0)
+            last_R1 = state.ids_RN[:, state.history.num_new - 1 : state.history.num_new].clamp(min=0)
             _add_token(state, self._next_logits(last_R1, state.cache))
         return state
 
@@ -115,18 +120,32 @@ class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
         return Chunk(ids_RN, logprobs_RN)
 
     def prefill_beams(
-        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, num_beams: int, num_candidates: int
-    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        cache, logits_RV = self._prefill_cache(ids, num_padding, max_length, num_beams)
-        return cache, *_most_likely(num_candidates, logits_RV)
+        self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, config: GenerationConfig, num_candidates: int
+    ) -> tuple[_Beams, Candidates]:
+        cache, logits_RV = self._prefill_cache(ids, num_padding, max_length, config.num_beams)
+        processors = on_device(config, self.config.vocab_size, logits_RV.device)
+        history = self._history(processors, ids, num_padding, max_length, config.num_beams)
+        beams = _Beams(cache, history, processors)
+        return beams, _most_likely(num_candidates, beams, logits_RV)
 
     def decode_beams(
-        self, cache: KVCache, parents: np.ndarray, tokens: np.ndarray, num_candidates: int
-    ) -> tuple[KVCache, np.ndarray, np.ndarray]:
-        device = cache.num_padding.device
-        cache = cache.select_rows(torch.from_numpy(parents).to(device))
-        tokens_R1 = torch.from_numpy(tokens)[:, None].to(device)
-        return cache, *_most_likely(num_candidates, self._next_logits(tokens_R1, cache))
+        self, beams: _Beams, parents: np.ndarray, tokens: np.ndarray, num_candidates: int
+    ) -> tuple[_Beams, Candidates]:
+        device = beams.cache.num_padding.device
+        parents_R, tokens_R = torch.from_numpy(parents).to(device), torch.from_numpy(tokens).to(device).long()
+        beams = _Beams(beams.cache.select_rows(parents_R), beams.history.select_rows(parents_R), beams.processors)
+        beams.history.append(tokens_R)
+        return beams, _most_likely(num_candidates, beams, self._next_logits(tokens_R[:, None], beams.cache))
+
+    def _history(
+        self, processors: LogitsProcessors, ids: np.ndarray, num_padding: np.ndarray, max_length: int, copies: int
+    ) -> History:
+        """Return what the processors need of the prompts' tokens."""
+        history, device = padded_ids(ids, num_padding, max_length, copies), self.model.wte.weight.device
+        needs_seen = processors.repetition_penalty is not None
+        seen_RV = torch.from_numpy(seen_tokens(history, self.config.vocab_size)).to(device) if needs_seen else None
+        ids_RS = torch.from_numpy(history).long().to(device) if processors.needs_ids else None
+        return History(ids_RS, seen_RV, ids.shape[1])
 
     def _prefill_cache(
         self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, copies: int
@@ -149,22 +168,23 @@ class Decoder(bridge.generation.decoder.Decoder[_State, KVCache]):
 
 def _add_token(state: _State, logits_RV: Float[Tensor, "R V"]) -> None:
     """Select one more token in each row that has not ended."""
-    n = state.num_new
-    token_R = sample_token(logits_RV, state.noise_RN[:, n], state.config, state.seen_RV)
+    n = state.history.num_new
+    processed_RV = process_logits(logits_RV, state.processors, state.history)
+    token_R = select_token(processed_RV, state.noise_RN[:, n], state.processors)
     if state.logprobs_RN is not None:
         state.logprobs_RN[:, n] = logits_RV.float().log_softmax(-1).gather(1, token_R[:, None])[:, 0]
-    if state.seen_RV is not None:
-        state.seen_RV.scatter_(1, token_R[:, None], True)
+    state.history.append(token_R)
     invalid_R = ~logits_RV.amax(-1).isfinite() & ~state.ended_R  # the maximum is NaN if any element is
     state.ids_RN[:, n] = token_R.masked_fill(state.ended_R, ENDED).masked_fill(invalid_R, INVALID)
-    state.num_new = n + 1
     state.ended_R = state.ended_R | torch.isin(token_R, state.eos_token_ids) | invalid_R.any()
 
 
-def _most_likely(count: int, logits_RV: Float[Tensor, "R V"]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the log-probabilities and ids of the `count` most likely tokens of each row."""
-    found = logits_RV.float().log_softmax(-1).topk(count)
-    return found.values.cpu().numpy(), found.indices.cpu().numpy()
+def _most_likely(count: int, beams: _Beams, logits_RV: Float[Tensor, "R V"]) -> Candidates:
+    """Return the `count` best tokens of each row. Processors change the log-probabilities, as in transformers."""
+    logprobs_RV = logits_RV.float().log_softmax(-1)
+    scores_RN, ids_RN = process_logits(logprobs_RV, beams.processors, beams.history).topk(count)
+    logprobs_RN = logprobs_RV.gather(1, ids_RN)
+    return Candidates(*(x.cpu().numpy() for x in (ids_RN, scores_RN, logprobs_RN)))
 
 
 @contextmanager

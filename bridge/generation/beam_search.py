@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from bridge.config import GPT2Config
 from bridge.generation.config import GenerationConfig
-from bridge.generation.output import GenerationOutput, InvalidLogits
+from bridge.generation.output import Candidates, GenerationOutput, InvalidLogits
 from bridge.generation.prompts import Prompts, check_ids, left_padded
 
-Cache = TypeVar("Cache")
+Beams = TypeVar("Beams")
 
 
-class BeamDecoder(ABC, Generic[Cache]):
+class BeamDecoder(ABC, Generic[Beams]):
     """The methods of a backend that beam search calls.
 
     Axes: B prompts, R rows (`num_beams` for each prompt), N candidates.
@@ -31,18 +31,18 @@ class BeamDecoder(ABC, Generic[Cache]):
         ids: Int[np.ndarray, "B T"],
         num_padding: Int[np.ndarray, " B"],
         max_length: int,
-        num_beams: int,
+        config: GenerationConfig,
         num_candidates: int,
-    ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
+    ) -> tuple[Beams, Candidates]:
         """Run the prompts and make `num_beams` rows of each.
 
-        Returns the cache, and the log-probabilities and ids of each row's most likely next tokens.
+        Returns the state of the search, and the best next tokens of each row.
         """
 
     @abstractmethod
     def decode_beams(
-        self, cache: Cache, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], num_candidates: int
-    ) -> tuple[Cache, Float[np.ndarray, "R N"], Int[np.ndarray, "R N"]]:
+        self, beams: Beams, parents: Int[np.ndarray, " R"], tokens: Int[np.ndarray, " R"], num_candidates: int
+    ) -> tuple[Beams, Candidates]:
         """Make new rows: row r is a copy of row `parents[r]` with `tokens[r]` appended.
 
         Returns the same as `prefill_beams`, for the new rows.
@@ -54,10 +54,10 @@ class _Beam:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     total: float
-    """The sum of `logprobs`."""
+    """The sum of the scores. Without processors they are `logprobs`."""
 
-    def followed_by(self, token: int, logprob: float) -> _Beam:
-        return _Beam((*self.ids, token), (*self.logprobs, logprob), self.total + logprob)
+    def followed_by(self, token: int, score: float, logprob: float) -> _Beam:
+        return _Beam((*self.ids, token), (*self.logprobs, logprob), self.total + score)
 
 
 @dataclass
@@ -69,24 +69,32 @@ class _Search:
     ended: list[_Beam] = field(default_factory=list)
     done: bool = False
 
-    def rank(self, beam: _Beam) -> float:
-        return beam.total / len(beam.ids) ** self.config.length_penalty
+    def rank(self, beam: _Beam, length: int | None = None) -> float:
+        """Return the total divided by a power of the length, by default the beam's own."""
+        return beam.total / (length or len(beam.ids)) ** self.config.length_penalty
 
-    def step(self, logprobs: Float[np.ndarray, "beams N"], ids: Int[np.ndarray, "beams N"]) -> list[int]:
-        """Extend the beams by the most likely of all candidate tokens. Returns the parent of each new live beam."""
+    def step(self, rows: Candidates) -> list[int]:
+        """Extend the beams by the best of all candidate tokens. Returns the parent of each new live beam."""
         width = self.config.num_beams
         candidates = [
-            (beam.followed_by(int(token), float(logprob)), parent)
+            (beam.followed_by(int(token), float(score), float(logprob)), parent)
             for parent, beam in enumerate(self.live)
-            for token, logprob in zip(ids[parent], logprobs[parent], strict=True)
+            for token, score, logprob in zip(*(column[parent] for column in rows), strict=True)
         ]
         candidates.sort(key=lambda candidate: candidate[0].total, reverse=True)
         self.ended += [beam for beam, _ in candidates[:width] if self.has_ended(beam)]
         self.ended = sorted(self.ended, key=self.rank, reverse=True)[:width]
         live = [(beam, parent) for beam, parent in candidates if not self.has_ended(beam)][:width]
         self.live = [beam for beam, _ in live]
-        self.done = len(self.ended) == width and self.rank(self.ended[-1]) >= self.rank(self.live[0])
+        self.done = len(self.ended) == width and self.is_final()
         return [parent for _, parent in live]
+
+    def is_final(self) -> bool:
+        """Whether the search ends, given that `num_beams` beams have ended."""
+        stopping, longest = self.config.early_stopping, None
+        if stopping == "never" and self.config.length_penalty > 0:
+            longest = self.config.max_new_tokens
+        return stopping is True or self.rank(self.ended[-1]) >= self.rank(self.live[0], longest)
 
     def has_ended(self, beam: _Beam) -> bool:
         return beam.ids[-1] in self.config.eos_token_ids
@@ -99,13 +107,14 @@ class _Search:
 
 
 def beam_search(
-    decoder: BeamDecoder[Cache], prompts: Prompts, config: GenerationConfig
+    decoder: BeamDecoder[Beams], prompts: Prompts, config: GenerationConfig
 ) -> list[list[GenerationOutput]]:
     """Return the best continuations of each prompt, best first, for `config.num_beams` above 1.
 
     Each step keeps the `num_beams` most likely continuations and sets aside those that end with an end-of-sequence
-    token. The search ends when `num_beams` are set aside and no other beam ranks higher (Wu et al. 2016, section 7; as
-    in transformers with `early_stopping=False`).
+    token. The search ends when `num_beams` are set aside and, depending on `early_stopping`, no other beam ranks higher
+    (Wu et al. 2016, section 7). As in transformers, the processors change the log-probabilities, and beams are ranked
+    by the changed ones.
 
     Raises the same errors as `Decoder.generate`.
     """
@@ -115,19 +124,19 @@ def beam_search(
     if len(prompts) == 0 or not config.max_new_tokens:
         return [[GenerationOutput([], [] if config.logprobs else None)] * config.num_return_sequences for _ in prompts]
     num_candidates = width + len(set(config.eos_token_ids))  # at least `num_beams` of them do not end the row
-    cache, logprobs, ids = decoder.prefill_beams(*left_padded(prompts), max_length, width, num_candidates)
+    beams, found = decoder.prefill_beams(*left_padded(prompts), max_length, config, num_candidates)
     searches = [_Search(config, [_Beam((), (), 0.0)]) for _ in prompts]
     parents = np.zeros((len(prompts), width), np.int32)
     for step in range(config.max_new_tokens):
         for b, search in enumerate(searches):
             if not search.done:
-                rows = slice(b * width, b * width + len(search.live))
-                if np.isnan(logprobs[rows]).any():  # if and only if the logits are invalid
+                rows = Candidates(*(column[b * width : b * width + len(search.live)] for column in found))
+                if np.isnan(rows.logprobs).any():
                     raise InvalidLogits(b * config.num_return_sequences, step)
-                parents[b] = search.step(logprobs[rows], ids[rows])
+                parents[b] = search.step(rows)
         if step + 1 == config.max_new_tokens or all(search.done for search in searches):
             break
         first_rows = np.arange(len(prompts), dtype=np.int32)[:, None] * width
         last = np.array([[beam.ids[-1] for beam in search.live] for search in searches], np.int32)
-        cache, logprobs, ids = decoder.decode_beams(cache, (first_rows + parents).ravel(), last.ravel(), num_candidates)
+        beams, found = decoder.decode_beams(beams, (first_rows + parents).ravel(), last.ravel(), num_candidates)
     return [search.best() for search in searches]

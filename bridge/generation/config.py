@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from bridge.config import GPT2Config
 from bridge.errors import BridgeError
-
-LARGEST_SEED = 2**32 - 1
+from bridge.generation.checks import problems
 
 GREEDY_BELOW = 1e-6
 """Temperatures below this are treated as 0: the other tokens would have probability 0, and dividing by a much lower
 temperature would overflow float32."""
+
+NEUTRAL: Mapping[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Processors -> the value with which they keep everything. Like None, it disables them."""
+
+SAMPLING_FIELDS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Processors that only sampling uses. They never remove the most likely token."""
 
 
 @dataclass(frozen=True)
@@ -25,14 +39,35 @@ class GenerationConfig:
     """How many tokens to generate, and how each token is selected.
 
     The fields have the names and meanings of Hugging Face's `GenerationConfig` where it has them. The logits processors
-    apply in the order of the fields, as in Hugging Face's `generate`. None disables a processor.
+    apply in the order of the fields, as in Hugging Face's `generate`. None disables a processor, and so does its
+    neutral value, such as `top_k=0` or `top_p=1`.
     """
 
     max_new_tokens: int
     """Maximum number of new tokens. A row ends earlier at one of `eos_token_ids`."""
+    _: KW_ONLY
+    sequence_bias: Sequence[tuple[Sequence[int], float]] | None = None
+    """(token ids, bias) pairs: add the bias to the last token's logit where the other tokens precede it."""
     repetition_penalty: float | None = None
     """Divide positive logits of tokens that already occurred by this, and multiply negative ones (Keskar et al. 2019).
     Above 1, such tokens are less likely."""
+    no_repeat_ngram_size: int | None = None
+    """No sequence of this many tokens occurs twice, the prompt included (Paulus et al. 2017)."""
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    """Sequences of tokens that are never completed. Sequences of one end-of-sequence token are ignored."""
+    min_new_tokens: int | None = None
+    """No end-of-sequence token before this many new tokens."""
+    forced_bos_token_id: int | None = None
+    """The first new token after a prompt of one token."""
+    forced_eos_token_id: int | tuple[int, ...] | None = None
+    """The last new token, if `max_new_tokens` are generated: this token, or one of these."""
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    """(start, factor): after `start` new tokens, add |logit| * (factor^n - 1) to end-of-sequence tokens, where n is the
+    number of tokens since then."""
+    suppress_tokens: Sequence[int] | None = None
+    """Tokens that are never generated."""
+    begin_suppress_tokens: Sequence[int] | None = None
+    """Tokens that are not generated as the first new token, or not as the second after `forced_bos_token_id`."""
     temperature: float = 0.0
     """Divide the logits by this. 0 always takes the most likely token; 1 samples from the model's distribution."""
     top_k: int | None = None
@@ -43,6 +78,14 @@ class GenerationConfig:
     min_p: float | None = None
     """With a temperature: sample from tokens with at least this fraction of the most likely token's probability
     (Nguyen et al. 2024)."""
+    typical_p: float | None = None
+    """With a temperature: sample from the smallest set of tokens whose total probability reaches this, in the order of
+    how close their information is to the entropy of the distribution (Meister et al. 2022)."""
+    epsilon_cutoff: float | None = None
+    """With a temperature: sample from tokens with at least this probability (Hewitt et al. 2022)."""
+    eta_cutoff: float | None = None
+    """With a temperature: sample from tokens with at least the smaller of this probability and its square root times
+    exp(-entropy) (Hewitt et al. 2022)."""
     seed: int = 0
     """The same seed gives the same tokens. Backends differ only by rounding errors. A row does not depend on the other
     rows, so equal prompts in one call give equal texts."""
@@ -58,8 +101,11 @@ class GenerationConfig:
     num_beams: int = 1
     """Above 1: beam search with this many beams. The `num_return_sequences` best are returned."""
     length_penalty: float = 1.0
-    """With beams: rank them by total log-probability divided by the number of new tokens to this power. Values above 0
-    favour longer texts."""
+    """With beams: rank them by total score divided by the number of new tokens to this power. The score is the
+    log-probability after the processors. Values above 0 favour longer texts."""
+    early_stopping: bool | Literal["never"] = False
+    """With beams: end the search when `num_beams` texts have ended (True), when in addition no other beam ranks higher
+    at its present length (False), or when none can rank higher at any length (`never`)."""
 
     @classmethod
     def of(cls, config: GenerationConfig | None, overrides: Mapping[str, Any]) -> GenerationConfig:
@@ -75,10 +121,29 @@ class GenerationConfig:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    def active(self, name: str) -> Any:
+        """Return the value of a processor, or None if it is disabled by its neutral value."""
+        value = getattr(self, name)
+        return None if value is None or value == NEUTRAL.get(name) or np.size(value) == 0 else value
+
+    def after(self, new_tokens: int) -> GenerationConfig:
+        """Return the configuration for the tokens that follow the first `new_tokens`."""
+        if not new_tokens:
+            return self
+        minimum, decay = self.min_new_tokens, self.exponential_decay_length_penalty
+        return replace(
+            self,
+            max_new_tokens=self.max_new_tokens - new_tokens,
+            min_new_tokens=None if minimum is None else max(0, minimum - new_tokens),
+            exponential_decay_length_penalty=None if decay is None else (decay[0] - new_tokens, decay[1]),
+            forced_bos_token_id=None,
+            begin_suppress_tokens=None,
+        )
+
     def check(self, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> None:
         """Raise a `BridgeError`, which is a `ValueError`, that names every invalid field."""
-        if problems := [*_problems(self, config), *_problems_with_prompts(self, config, prompts)]:
-            raise BridgeError("; ".join(problems))
+        if found := problems(self, config, prompts):
+            raise BridgeError("; ".join(found))
 
 
 def uniform_noise(config: GenerationConfig) -> Float[np.ndarray, "num_return_sequences max_new_tokens"]:
@@ -90,61 +155,3 @@ def uniform_noise(config: GenerationConfig) -> Float[np.ndarray, "num_return_seq
     keys = [np.array([config.seed, output], np.uint64) for output in range(config.num_return_sequences)]
     raw = np.stack([np.random.Philox(key=key).random_raw(config.max_new_tokens) for key in keys])
     return (raw >> np.uint64(41)).astype(np.float32) * np.float32(2.0**-23)
-
-
-def _problems(g: GenerationConfig, config: GPT2Config) -> Iterator[str]:
-    if g.max_new_tokens < 0:
-        yield f"max_new_tokens={g.max_new_tokens}: must not be negative"
-    if not (math.isfinite(g.temperature) and g.temperature >= 0):
-        yield f"temperature={g.temperature}: must be 0, for the most likely token, or positive and finite"
-    for name in ("top_k", "num_return_sequences", "num_beams"):
-        if (count := getattr(g, name)) is not None and count < 1:
-            yield f"{name}={count}: must be at least 1"
-    if g.top_p is not None and not 0 < g.top_p <= 1:
-        yield f"top_p={g.top_p}: must be above 0 and at most 1"
-    if g.min_p is not None and not 0 <= g.min_p <= 1:
-        yield f"min_p={g.min_p}: must be between 0 and 1"
-    if g.repetition_penalty is not None and not (math.isfinite(g.repetition_penalty) and g.repetition_penalty > 0):
-        yield f"repetition_penalty={g.repetition_penalty}: must be positive and finite"
-    if not math.isfinite(g.length_penalty):
-        yield f"length_penalty={g.length_penalty}: must be finite"
-    if not 0 <= g.seed <= LARGEST_SEED:
-        yield f"seed={g.seed}: must be between 0 and {LARGEST_SEED}"
-    if unknown := [i for i in g.eos_token_ids if not 0 <= i < config.vocab_size]:
-        yield f"eos_token_id={unknown}: the vocabulary is 0 to {config.vocab_size - 1}"
-    if g.num_beams > 1:
-        yield from _problems_with_beams(g, config)
-    elif g.temperature >= 0 and g.greedy:
-        for name in ("top_k", "top_p", "min_p"):
-            if getattr(g, name) is not None:
-                yield f"{name}={getattr(g, name)}: has no effect without a temperature above 0"
-        if g.num_return_sequences > 1:
-            yield (
-                f"num_return_sequences={g.num_return_sequences}: the outputs would be equal without a temperature "
-                "above 0"
-            )
-
-
-def _problems_with_beams(g: GenerationConfig, config: GPT2Config) -> Iterator[str]:
-    if not g.greedy:
-        yield f"temperature={g.temperature}: beam search does not sample; use temperature=0 or num_beams=1"
-    for name in ("repetition_penalty", "top_k", "top_p", "min_p"):
-        if getattr(g, name) is not None:
-            yield f"{name}={getattr(g, name)}: beam search ranks by the model's own probabilities; leave it out"
-    if g.slide:
-        yield "slide: beam search stays within n_positions; leave it out"
-    if g.num_return_sequences > g.num_beams:
-        yield f"num_return_sequences={g.num_return_sequences}: must be at most num_beams={g.num_beams}"
-    if g.num_beams + len(set(g.eos_token_ids)) > config.vocab_size:
-        yield f"num_beams={g.num_beams}: the vocabulary of {config.vocab_size} has fewer tokens besides eos_token_id"
-
-
-def _problems_with_prompts(g: GenerationConfig, config: GPT2Config, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
-    if not all(len(prompt) for prompt in prompts):
-        yield "the prompt is empty; give at least one token"
-    total = max((len(prompt) for prompt in prompts), default=0) + max(g.max_new_tokens, 0)
-    if total > config.n_positions and not g.slide:
-        yield (
-            f"{total} tokens with the prompt; the model has n_positions={config.n_positions}: use fewer new tokens, a "
-            "shorter prompt, or slide"
-        )

@@ -19,10 +19,10 @@ from bridge.generation.output import ENDED, INVALID, Chunk, GenerationOutput, In
 from bridge.generation.prompts import Prompts, check_ids, left_padded
 
 State = TypeVar("State")
-Cache = TypeVar("Cache")
+Beams = TypeVar("Beams")
 
 
-class Decoder(BeamDecoder[Cache], Generic[State, Cache]):
+class Decoder(BeamDecoder[Beams], Generic[State, Beams]):
     """Generates from prompts of different lengths. A row does not depend on the other rows, except for rounding."""
 
     config: GPT2Config
@@ -75,7 +75,8 @@ class Decoder(BeamDecoder[Cache], Generic[State, Cache]):
                 rows = [row[-1:] if is_over else row for row, is_over in zip(rows, ended, strict=True)]
             longest = max(map(len, rows))
             last = min(config.max_new_tokens, done + self.config.n_positions - longest)
-            state = self._prefill(*left_padded(rows), longest + last - done, config, noise[:, done:last], ended, copies)
+            rest, max_length = config.after(done), longest + last - done
+            state = self._prefill(*left_padded(rows), max_length, rest, noise[:, done:last], ended, copies)
             rows, copies = [[*row] for row in rows for _ in range(copies)], 1
             first, n = done, 1
             while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -47,6 +48,16 @@ class Chunk:
     ids: Int[np.ndarray, "rows new"]
     """`ENDED` after a row's last token."""
     logprobs: Float[np.ndarray, "rows new"] | None
+
+
+class Candidates(NamedTuple):
+    """The best next tokens of each row in beam search, best first."""
+
+    ids: Int[np.ndarray, "R N"]
+    scores: Float[np.ndarray, "R N"]
+    """The log-probabilities after the processors."""
+    logprobs: Float[np.ndarray, "R N"]
+    """The log-probabilities from the logits before any processor. NaN if and only if the logits are invalid."""
 
 
 def concatenate(

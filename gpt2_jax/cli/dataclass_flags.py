@@ -16,11 +16,11 @@ def flags_of(part: type, names: Sequence[str], metavars: Mapping[str, str] | Non
 
     tyro reads field docstrings, too, but keeps their line breaks.
     """
-    types, docs, metavars = get_type_hints(part), _docs(part), metavars or {}
+    types, docs, metavars = get_type_hints(part), docs_of(part), metavars or {}
     return [(name, Annotated[types[name], arg(help=docs[name], metavar=metavars.get(name))]) for name in names]
 
 
-def _docs(part: type) -> dict[str, str]:
+def docs_of(part: type) -> dict[str, str]:
     """Return the docstring of each field of a dataclass, in one line."""
     [definition] = ast.parse(inspect.getsource(part)).body
     assert isinstance(definition, ast.ClassDef)

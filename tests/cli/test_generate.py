@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,3 +169,91 @@ def test_a_closed_pipe_is_not_an_error(model: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+# The checkpoint's settings
+
+
+@pytest.fixture
+def configured(model: Path, tmp_path: Path) -> Any:
+    """Return a function that copies the model with a `generation_config.json`, and runs the command on it."""
+
+    def made(settings: dict[str, Any], *arguments: object) -> list[dict[str, Any]]:
+        copy = tmp_path / "configured"
+        shutil.copytree(model, copy, dirs_exist_ok=True)
+        (copy / "generation_config.json").write_text(json.dumps(settings))
+        assert run("generate", copy, *arguments, "--json", tmp_path / "c.json", "--overwrite") == 0
+        return json.loads((tmp_path / "c.json").read_text())["completions"]
+
+    return made
+
+
+def test_the_settings_of_the_checkpoint_are_the_defaults(configured: Any, completions: Any) -> None:
+    settings = {"do_sample": True, "temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3, "max_new_tokens": 6}
+    flags = ("--temperature", 0.7, "--top-k", 5, "--repetition-penalty", 1.3, "--max-new-tokens", 6)
+    assert configured(settings, "We", "--seed", 2) == completions("We", *flags, "--seed", 2)
+    assert configured(settings, "We", "--temperature", 0) == completions("We", "--temperature", 0, *flags[4:])
+    assert configured({**settings, "num_beams": 2, "do_sample": False}, "We") == completions(
+        "We", "--num-beams", 2, *flags[4:]
+    )
+
+
+def test_max_length_includes_the_prompt(configured: Any) -> None:
+    [made] = configured({"max_length": 9}, "We", "--no-stop-at-end")
+    assert len(made["ids"]) == 9 - len("We")
+    [made] = configured({"max_length": 10**6}, "We", "--no-stop-at-end")
+    assert len(made["ids"]) == CONFIG.n_positions - len("We")
+
+
+def test_the_text_ends_at_the_tokens_of_the_checkpoint(configured: Any, completions: Any) -> None:
+    [whole] = completions("We", "--no-stop-at-end", "--max-new-tokens", 9)
+    end = whole["ids"][4]
+    expected = whole["ids"][: whole["ids"].index(end) + 1]
+    [made] = configured({"eos_token_id": [end, 1]}, "We", "--max-new-tokens", 9)
+    assert (made["ids"], made["stopped"]) == (expected, True)
+    [made] = configured({"eos_token_id": end}, "We", "--max-new-tokens", 9, "--no-stop-at-end")
+    assert made["ids"] == whole["ids"]
+
+
+def test_settings_that_are_not_applied_are_named(configured: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    configured({"guidance_scale": 2.0, "suppress_tokens": [10**6]}, "We", "--max-new-tokens", 2)
+    printed = capsys.readouterr().err
+    assert "generation_config.json: 'guidance_scale'='2.0': not supported" in printed
+    assert "suppress_tokens: 1 of its entries are outside the vocabulary" in printed
+
+
+def test_an_invalid_setting_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").write_text('{"top_k": "many"}')
+    assert run("generate", tmp_path / "m", "We") == 2
+    assert "top_k='many': must be an integer" in capsys.readouterr().err
+    assert run("inspect", tmp_path / "m") == 0
+    assert "top_k='many': must be an integer" in capsys.readouterr().out
+
+
+def test_inspect_shows_the_settings_and_the_end(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    settings = {"do_sample": True, "top_k": 5, "eos_token_id": [3, 4], "guidance_scale": 2.0}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
+    assert run("inspect", tmp_path / "m", "--json", tmp_path / "i.json") == 0
+    found = json.loads((tmp_path / "i.json").read_text())["generation"]
+    assert found["settings"] == {"do_sample": True, "top_k": 5}
+    assert (found["eos_token_ids"], found["eos_source"]) == ([3, 4], "generation_config.json")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "do_sample=True, top_k=5 (generation_config.json)" in shown
+    assert "ends at 3, 4 (generation_config.json)" in shown
+    assert "'guidance_scale'='2.0': not supported" in shown
+
+
+def test_flags_without_effect_are_refused_given_the_settings(
+    configured: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError):
+        configured({}, "We", "--seed", 3)
+    assert "--seed: has no effect without a --temperature" in capsys.readouterr().err
+    configured({"do_sample": True}, "We", "--seed", 3, "--max-new-tokens", 2)
+    with pytest.raises(AssertionError):
+        configured({}, "We", "--early-stopping", "never")
+    assert "--early-stopping: has no effect without --num-beams" in capsys.readouterr().err

@@ -15,7 +15,8 @@ import bridge
 from bridge import BUNDLED, Checkpoint, GPT2Config
 from bridge.generation.config import GenerationConfig, uniform_noise
 from bridge.generation.output import ENDED
-from gpt2_torch.logits_processors import sample_token
+from gpt2_torch.logits_processors import on_device
+from gpt2_torch.sampling import select_token
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -191,7 +192,8 @@ def plain_continuation(prompt: list[int], generation_config: GenerationConfig) -
             row = row[-(positions // 2) :]
         with torch.no_grad():
             logits = model(torch.tensor([row]))[:, -1]
-        new.append(int(sample_token(logits, torch.tensor([draw]), generation_config, None)))
+        processors = on_device(generation_config, SMALL.vocab_size, logits.device)
+        new.append(int(select_token(logits, torch.tensor([draw]), processors)))
         row.append(new[-1])
     return new
 

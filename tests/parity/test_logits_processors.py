@@ -17,18 +17,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
+from support.implementations import transformers_model
+from support.models import TINY, random_checkpoint
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 import gpt2_jax.logits_processors
+import gpt2_jax.sampling
 import gpt2_torch.logits_processors
+import gpt2_torch.sampling
 from bridge import GenerationConfig
-from bridge.generation.config import uniform_noise
+from bridge.generation.config import NEUTRAL, uniform_noise
+from bridge.generation.processors import LogitsProcessors, padded_ids, seen_tokens
 
 EPSILON = 2.0**-23
 
@@ -55,27 +73,28 @@ SampleToken = Callable[[np.ndarray, np.ndarray, GenerationConfig, np.ndarray | N
 Filter = Callable[[np.ndarray, Any], np.ndarray]
 """(logits, value of the processor) -> processed logits."""
 
-jit_sample_token = jax.jit(gpt2_jax.logits_processors.sample_token)
+
+@jax.jit
+def jit_sample_token(logits: jax.Array, noise: jax.Array, processors: LogitsProcessors, seen: Any) -> jax.Array:
+    history = gpt2_jax.logits_processors.History(None, seen, jnp.int32(0), jnp.int32(0))
+    processed = gpt2_jax.logits_processors.process_logits(logits, processors, history)
+    return gpt2_jax.sampling.select_token(processed, noise, processors)
 
 
 def torch_sample_token(
     logits: np.ndarray, noise: np.ndarray, config: GenerationConfig, seen: np.ndarray | None = None
 ) -> np.ndarray:
-    mask = None if seen is None else torch.from_numpy(seen)
-    return gpt2_torch.logits_processors.sample_token(
-        torch.tensor(logits), torch.from_numpy(noise), config, mask
-    ).numpy()
+    processors = gpt2_torch.logits_processors.on_device(config, logits.shape[1], torch.device("cpu"))
+    history = gpt2_torch.logits_processors.History(None, None if seen is None else torch.from_numpy(seen), 0)
+    processed = gpt2_torch.logits_processors.process_logits(torch.tensor(logits), processors, history)
+    return gpt2_torch.sampling.select_token(processed, torch.from_numpy(noise), processors).numpy()
 
 
 def jax_sample_token(
     logits: np.ndarray, noise: np.ndarray, config: GenerationConfig, seen: np.ndarray | None = None
 ) -> np.ndarray:
-    mask = None if seen is None else jnp.asarray(seen)
-    return np.asarray(
-        jit_sample_token(
-            jnp.asarray(logits), jnp.asarray(noise), gpt2_jax.logits_processors.LogitsProcessors.of(config), mask
-        )
-    )
+    processors = gpt2_jax.logits_processors.on_device(config, logits.shape[1])
+    return np.asarray(jit_sample_token(jnp.asarray(logits), jnp.asarray(noise), processors, seen))
 
 
 def torch_filter(function: Callable[..., torch.Tensor]) -> Filter:
@@ -89,14 +108,20 @@ def jax_filter(function: Callable[..., jax.Array], dtype: type = np.float32) -> 
 
 FILTERS: Mapping[str, Mapping[str, Filter]] = {
     "torch": {
-        "top_k": torch_filter(gpt2_torch.logits_processors.keep_top_k),
-        "top_p": torch_filter(gpt2_torch.logits_processors.keep_top_p),
-        "min_p": torch_filter(gpt2_torch.logits_processors.keep_min_p),
+        "top_k": torch_filter(gpt2_torch.sampling.keep_top_k),
+        "top_p": torch_filter(gpt2_torch.sampling.keep_top_p),
+        "min_p": torch_filter(gpt2_torch.sampling.keep_min_p),
+        "typical_p": torch_filter(gpt2_torch.sampling.keep_typical),
+        "epsilon_cutoff": torch_filter(gpt2_torch.sampling.keep_epsilon),
+        "eta_cutoff": torch_filter(gpt2_torch.sampling.keep_eta),
     },
     "jax": {
-        "top_k": jax_filter(gpt2_jax.logits_processors.keep_top_k, np.int32),
-        "top_p": jax_filter(gpt2_jax.logits_processors.keep_top_p),
-        "min_p": jax_filter(gpt2_jax.logits_processors.keep_min_p),
+        "top_k": jax_filter(gpt2_jax.sampling.keep_top_k, np.int32),
+        "top_p": jax_filter(gpt2_jax.sampling.keep_top_p),
+        "min_p": jax_filter(gpt2_jax.sampling.keep_min_p),
+        "typical_p": jax_filter(gpt2_jax.sampling.keep_typical),
+        "epsilon_cutoff": jax_filter(gpt2_jax.sampling.keep_epsilon),
+        "eta_cutoff": jax_filter(gpt2_jax.sampling.keep_eta),
     },
 }
 PEERS: Mapping[str, Callable[[Any], Any]] = {  # in the order in which transformers applies them
@@ -105,6 +130,12 @@ PEERS: Mapping[str, Callable[[Any], Any]] = {  # in the order in which transform
     "top_k": TopKLogitsWarper,
     "top_p": TopPLogitsWarper,
     "min_p": MinPLogitsWarper,
+}
+
+TRUNCATION_PEERS: Mapping[str, Callable[[Any], Any]] = {
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
 }
 
 each_backend = pytest.mark.parametrize("backend", FILTERS)
@@ -352,7 +383,9 @@ def test_greedy_takes_the_most_likely_token(sample_token: SampleToken, penalty: 
     expected = logits if penalty is None else peer("repetition_penalty", penalty, logits, ids)
     noise = np.full(len(logits), 0.7, np.float32)
     for temperature in (0.0, 1e-9):
-        config = GenerationConfig(1, penalty, temperature, top_k=40, top_p=0.5, min_p=0.5)
+        config = GenerationConfig(
+            1, repetition_penalty=penalty, temperature=temperature, top_k=40, top_p=0.5, min_p=0.5
+        )
         found = sample_token(logits, noise, config, seen_of(ids, 257))
         np.testing.assert_array_equal(found, expected.argmax(-1))
         assert np.issubdtype(found.dtype, np.integer)
@@ -432,3 +465,187 @@ def test_the_chi_square_test_detects_a_small_bias() -> None:
     shifted[0] += (shift := math.sqrt(30.144 / (1 / shifted[0] + 1 / shifted[1])))
     shifted[1] -= shift
     assert abs(chi_square_p_value(shifted, DRAWS * p) - 0.05) < 1e-4
+
+
+# Processors that depend on the tokens so far
+
+
+PROMPT_LENGTH, STEPS = 4, 9
+EOS = (5, 250)
+SEQUENCES = [((7,), 2.5), ((3, 4), -1.5), ((1, 2, 3), 4.0), ((9, 3, 4), 0.5), ((8, 8, 8, 8, 8, 8), 9.0)]
+BAD_WORDS = [[2], [5], [3, 4], [1, 2, 3], [6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6]]
+
+HISTORY_PEERS: Mapping[str, tuple[dict[str, Any], Callable[[int], Any]]] = {
+    "sequence_bias": (
+        {"sequence_bias": SEQUENCES},
+        lambda _: SequenceBiasLogitsProcessor([[[*ids], bias] for ids, bias in SEQUENCES]),
+    ),
+    **{
+        f"no_repeat_ngram_size {n}": ({"no_repeat_ngram_size": n}, lambda _, n=n: NoRepeatNGramLogitsProcessor(n))
+        for n in (1, 2, 3, 4, 20)
+    },
+    "bad_words_ids": (
+        {"bad_words_ids": BAD_WORDS, "eos_token_id": EOS},
+        lambda _: NoBadWordsLogitsProcessor(BAD_WORDS, [*EOS]),
+    ),
+    "min_new_tokens": (
+        {"min_new_tokens": 3, "eos_token_id": EOS},
+        lambda prompt: MinNewTokensLengthLogitsProcessor(prompt, 3, [*EOS]),
+    ),
+    "forced_bos_token_id": ({"forced_bos_token_id": 11}, lambda _: ForcedBOSTokenLogitsProcessor(11)),
+    "forced_eos_token_id": (
+        {"forced_eos_token_id": EOS},
+        lambda prompt: ForcedEOSTokenLogitsProcessor(prompt + STEPS, [*EOS]),
+    ),
+    "exponential_decay_length_penalty": (
+        {"exponential_decay_length_penalty": (2, 1.4), "eos_token_id": EOS},
+        lambda prompt: ExponentialDecayLengthPenalty((2, 1.4), [*EOS], prompt),
+    ),
+    "suppress_tokens": ({"suppress_tokens": [1, 8, 30]}, lambda _: SuppressTokensLogitsProcessor([1, 8, 30])),
+    "begin_suppress_tokens": (
+        {"begin_suppress_tokens": [1, 8, 30]},
+        lambda prompt: SuppressTokensAtBeginLogitsProcessor([1, 8, 30], prompt),
+    ),
+}
+
+jit_process_logits = jax.jit(gpt2_jax.logits_processors.process_logits)
+
+
+def processed(backend: str, config: GenerationConfig, logits: np.ndarray, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """Return the logits after the prompt, the first `prompt` of `ids`, and its new tokens, with two ids of padding."""
+    R, V = logits.shape
+    padding, new = np.full(R, 2), ids.shape[1] - prompt
+    history = padded_ids(np.pad(ids, ((0, 0), (2, 0))), padding, 40, 1)
+    seen = seen_tokens(history, V)
+    if backend == "torch":
+        tokens = torch.from_numpy(history).long()
+        processors = gpt2_torch.logits_processors.on_device(config, V, tokens.device)
+        state = gpt2_torch.logits_processors.History(tokens, torch.from_numpy(seen), ids.shape[1] + 2, new)
+        return gpt2_torch.logits_processors.process_logits(torch.tensor(logits), processors, state).numpy()
+    known = gpt2_jax.logits_processors.History(history, seen, jnp.int32(ids.shape[1] + 2), jnp.int32(new))
+    return np.asarray(jit_process_logits(logits, gpt2_jax.logits_processors.on_device(config, V), known))
+
+
+@each_backend
+@pytest.mark.parametrize("prompt", [1, PROMPT_LENGTH])
+@pytest.mark.parametrize("name", HISTORY_PEERS)
+def test_scores_are_those_of_transformers_at_every_step(name: str, prompt: int, backend: str) -> None:
+    """Few distinct tokens, so that sequences repeat and biased ones are completed."""
+    fields, make_peer = HISTORY_PEERS[name]
+    logits = distinct_rows(257)
+    ids = np.random.default_rng(8).integers(1, 6, (len(logits), prompt + STEPS))
+    ids[0, :3], ids[1, -3:], ids[2, -3:] = (1, 2, 1), (9, 3, 1), 6
+    config, changed = GenerationConfig(STEPS, **fields), 0
+    for length in range(prompt, prompt + STEPS):
+        expected = make_peer(prompt)(torch.from_numpy(ids[:, :length]), torch.tensor(logits)).numpy()
+        found = processed(backend, config, logits, ids[:, :length], prompt)
+        np.testing.assert_array_equal(found == -np.inf, expected == -np.inf)
+        np.testing.assert_allclose(found, expected, rtol=UNITS, atol=UNITS)
+        changed += (expected != logits).any()
+    assert changed or name in ("forced_bos_token_id", "no_repeat_ngram_size 20")
+
+
+ALL_FIELDS: dict[str, Any] = {
+    "sequence_bias": SEQUENCES,
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "bad_words_ids": BAD_WORDS,
+    "min_new_tokens": 3,
+    "forced_bos_token_id": 11,
+    "forced_eos_token_id": EOS,
+    "exponential_decay_length_penalty": (2, 1.4),
+    "suppress_tokens": [1, 8, 30],
+    "begin_suppress_tokens": [4, 9, 31],
+    "eos_token_id": EOS,
+}
+
+
+@each_backend
+@pytest.mark.parametrize("prompt", [1, PROMPT_LENGTH])
+def test_all_processors_together_apply_in_the_order_of_transformers(prompt: int, backend: str) -> None:
+    """The list of processors is the one that transformers' `generate` builds."""
+    model = transformers_model(random_checkpoint(TINY))
+    hf = transformers.GenerationConfig(
+        **{**ALL_FIELDS, "sequence_bias": [[[*ids], bias] for ids, bias in SEQUENCES], "eos_token_id": [*EOS]}
+    )
+    model._prepare_special_tokens(hf, True)
+    hf.max_length = prompt + STEPS
+    theirs = model._get_logits_processor(hf, input_ids_seq_length=prompt, device="cpu")
+    assert len(theirs) == len(ALL_FIELDS) - 1
+    logits = distinct_rows(TINY.vocab_size)
+    ids = np.random.default_rng(9).integers(1, 6, (len(logits), prompt + STEPS))
+    for length in range(prompt, prompt + STEPS):
+        expected = theirs(torch.from_numpy(ids[:, :length]), torch.tensor(logits)).numpy()
+        found = processed(backend, GenerationConfig(STEPS, **ALL_FIELDS), logits, ids[:, :length], prompt)
+        np.testing.assert_array_equal(found == -np.inf, expected == -np.inf)
+        np.testing.assert_allclose(found, expected, rtol=4 * UNITS, atol=4 * UNITS)
+
+
+@each_backend
+def test_processors_that_are_off_return_the_logits_unchanged(backend: str) -> None:
+    """Their values are neutral, so nothing is compiled for them."""
+    neutral = {**NEUTRAL, "suppress_tokens": [], "bad_words_ids": [[EOS[0]]], "eos_token_id": EOS}
+    config = GenerationConfig(9, temperature=1.0, **neutral)
+    on = {name for name, value in LogitsProcessors.of(config, 257)._asdict().items() if value is not None}
+    assert on == {"temperature"}
+    logits = distinct_rows(257).astype(np.float16)
+    found = processed(backend, config, logits, np.ones((len(logits), 3), int), 2)
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found, logits)
+
+
+# Typical, epsilon and eta sampling
+
+
+@each_backend
+@pytest.mark.parametrize("V", [7, 257, 50257])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("typical_p", p) for p in (1e-9, 0.2, 0.5, 0.9, 0.99)),
+        *(("epsilon_cutoff", p) for p in (1e-5, 3e-4, 0.02, 0.3)),
+        *(("eta_cutoff", p) for p in (1e-5, 3e-4, 0.02, 0.3)),
+    ],
+)
+def test_truncation_keeps_what_transformers_keeps(backend: str, name: str, value: float, V: int) -> None:
+    logits = distinct_rows(V)
+    theirs = TRUNCATION_PEERS[name](value)(None, torch.tensor(logits)).numpy()
+    found = FILTERS[backend][name](logits, value)
+    undecided = truncation_rounding(name, value, logits)
+    assert_keeps(theirs, logits, theirs > -np.inf, undecided)
+    assert_keeps(found, logits, theirs > -np.inf, undecided)
+    assert undecided.mean() < 0.02
+    assert (found > -np.inf).any(-1).all()
+
+
+def truncation_rounding(name: str, value: float, logits: np.ndarray) -> np.ndarray:
+    """Return for which tokens float32 rounding decides."""
+    p = probabilities(logits)
+    information = -np.log(p)
+    entropy = (p * information).sum(-1, keepdims=True)
+    if name != "typical_p":
+        cut = value if name == "epsilon_cutoff" else np.minimum(value, math.sqrt(value) * np.exp(-entropy))
+        return np.abs(p / cut - 1) < 64 * EPSILON * (1 + np.abs(logits).max(-1, keepdims=True))
+    distance = np.abs(information - entropy)
+    order = np.argsort(distance, axis=-1)
+    before = np.take_along_axis(p, order, -1).cumsum(-1) - np.take_along_axis(p, order, -1)
+    sum_before = np.empty_like(before)
+    np.put_along_axis(sum_before, order, before, -1)
+    threshold = np.where(sum_before < value, distance, -np.inf).max(-1, keepdims=True)
+    rounding = 64 * EPSILON * (1 + np.abs(logits).max(-1, keepdims=True) + entropy)
+    return (np.abs(sum_before - value) < 8 * SUM * (sum_before > 0)) | (np.abs(distance - threshold) < rounding)
+
+
+@each_sample_token
+@pytest.mark.parametrize("names", [("typical_p",), ("epsilon_cutoff",), ("eta_cutoff",), ("top_k", "typical_p")])
+def test_truncated_distributions_are_sampled(sample_token: SampleToken, names: tuple[str, ...]) -> None:
+    logits = np.random.default_rng(5).normal(scale=1.5, size=(1, 64)).astype(np.float32)
+    values = {name: {"top_k": 40, "typical_p": 0.7, "epsilon_cutoff": 0.02, "eta_cutoff": 0.02}[name] for name in names}
+    filtered = torch.tensor(logits)
+    for name, value in values.items():
+        filtered = ({"top_k": TopKLogitsWarper} | TRUNCATION_PEERS)[name](value)(None, filtered)  # type: ignore[arg-type]
+    p = probabilities(filtered.numpy())[0]
+    config = GenerationConfig(1, temperature=1.0, **values)  # type: ignore[arg-type]
+    counts = np.bincount(sample_token(np.tile(logits, (DRAWS, 1)), NUMPYS, config, None), minlength=64)
+    assert counts[p == 0].sum() == 0 and 1 < (p > 0).sum() < 64
+    assert chi_square_p_value(counts, DRAWS * p) > LEAST_P_VALUE

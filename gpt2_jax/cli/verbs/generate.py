@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, field, fields, make_dataclass
+from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,11 +13,11 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
 import bridge
 from bridge import BridgeError, Checkpoint
-from bridge.generation.config import GREEDY_BELOW, GenerationConfig
+from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import Decoder
-from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
+from bridge.generation.text import TextOutput, generate_text, printable, stream_text
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
-from gpt2_jax.cli.dataclass_flags import flags_of
+from gpt2_jax.cli.dataclass_flags import docs_of, flags_of
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, require_torch
@@ -25,32 +25,51 @@ from gpt2_jax.console.terminal import print_error
 
 DEFAULT_NEW_TOKENS = 50
 
+_OF_CHECKPOINT: Mapping[str, tuple[Any, str]] = {
+    "repetition_penalty": (float, "else 1"),
+    "no_repeat_ngram_size": (int, "else 0"),
+    "min_new_tokens": (int, "else 0"),
+    "temperature": (float, "else 1 if the checkpoint samples, else 0"),
+    "top_k": (int, "else 50 when sampling; 0 is off"),
+    "top_p": (float, "else 1 when sampling"),
+    "min_p": (float, "else 0 when sampling"),
+    "typical_p": (float, "else 1 when sampling"),
+    "epsilon_cutoff": (float, "else 0 when sampling"),
+    "eta_cutoff": (float, "else 0 when sampling"),
+    "num_return_sequences": (int, "else 1"),
+    "num_beams": (int, "else 1"),
+    "length_penalty": (float, "else 1"),
+    "early_stopping": (Literal["true", "false", "never"], "else false"),
+}
+"""Flags for fields of `GenerationConfig` whose default is the checkpoint's -> their type, and the default in words."""
+
+_OWN: Mapping[str, Any] = {"seed": 0, "slide": False}
+"""Other fields of `GenerationConfig` that are flags -> their defaults."""
+
 RULES = (
-    Rule(
-        ("seed",), lambda v: v["num_beams"] == 1 and v["temperature"] < GREEDY_BELOW, "without a --temperature above 0"
-    ),
-    Rule(("seed",), lambda v: v["num_beams"] > 1, "with --num-beams"),
-    Rule(("length_penalty",), lambda v: v["num_beams"] == 1, "without --num-beams above 1"),
-    OVERWRITE,
+    Rule(("seed",), lambda v: v["config"].greedy and v["config"].num_beams == 1, "without a --temperature above 0"),
+    Rule(("seed",), lambda v: v["config"].num_beams > 1, "with --num-beams"),
+    Rule(("length_penalty", "early_stopping"), lambda v: v["config"].num_beams == 1, "without --num-beams above 1"),
 )
 
 Backend = Literal["jax", "torch"]
 Float32OrBfloat16 = Literal["float32", "bfloat16"]
 
 
-_DEFAULTS = {
-    f.name: f.default for f in fields(GenerationConfig) if f.name not in ("max_new_tokens", "eos_token_id", "logprobs")
-}
-"""Fields of `GenerationConfig` that are flags -> their defaults. The others depend on several flags."""
+def _decoding_flags() -> list[tuple[str, Any, Any]]:
+    """Return the names, annotated types and defaults of the flags. None means the checkpoint's value."""
+    docs, flags = dict(docs_of(GenerationConfig)), []
+    for name, (kind, default) in _OF_CHECKPOINT.items():
+        hint = arg(help=docs[name], metavar=None, help_behavior_hint=f"(default: the checkpoint's, {default})")
+        flags.append((name, Annotated[kind | None, hint], field(default=None)))
+    own = flags_of(GenerationConfig, [*_OWN])
+    return [*flags, *((name, flag, field(default=_OWN[name])) for name, flag in own)]
+
 
 if TYPE_CHECKING:
     DecodingFlags = Any
 else:
-    DecodingFlags = make_dataclass(
-        "DecodingFlags",
-        [(name, flag, field(default=_DEFAULTS[name])) for name, flag in flags_of(GenerationConfig, [*_DEFAULTS])],
-        frozen=True,
-    )
+    DecodingFlags = make_dataclass("DecodingFlags", _decoding_flags(), frozen=True)
     DecodingFlags.__doc__ = "How each token is selected."
 
 
@@ -63,7 +82,9 @@ def generate(
     lines: Annotated[Path | None, arg(metavar="FILE")] = None,
     interactive: bool = False,
     backend: Backend = "jax",
-    max_new_tokens: Annotated[int | None, arg(metavar="INT")] = None,
+    max_new_tokens: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: the checkpoint's, else 50; at most what fits)")
+    ] = None,
     decoding: Annotated[DecodingFlags, OmitArgPrefixes] = DecodingFlags(),  # noqa: B008
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = (),
     stop_at_end: bool = True,
@@ -81,35 +102,45 @@ def generate(
         lines: continue each non-empty line of this file instead; - is standard input.
         interactive: ask for one prompt after another; an empty line exits.
         backend: the implementation to run.
-        max_new_tokens: maximum number of new tokens; default: 50, or fewer if the model has fewer positions left.
+        max_new_tokens: maximum number of new tokens.
         decoding: how each token is selected.
         stop: end the text before this string; may be given several times.
-        stop_at_end: end the text at the tokenizer's <|endoftext|>.
+        stop_at_end: end the text at the checkpoint's eos_token_id, else at the tokenizer's <|endoftext|>.
         dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
             TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.
         overwrite: replace the report of an earlier command.
     """
-    require_effect({**locals(), **vars(decoding)}, {**defaults_of(generate), **_DEFAULTS}, RULES)
+    require_effect(locals(), defaults_of(generate), (OVERWRITE,))
     write_json = json_writer(json, overwrite, (source, lines))
     checkpoint = bridge.load(source, activation=source_activation)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
-    several = decoding.num_return_sequences > 1 or decoding.num_beams > 1
-    if interactive and (several or json is not None):
-        raise BridgeError(
-            "--interactive generates one text at a time; remove --num-return-sequences, --num-beams and --json"
-        )
-    eos_token_ids = end_of_text_ids(tokenizer) if stop_at_end else ()
+    defaults = bridge.generation_defaults(checkpoint, tokenizer)
+    given = {name: value for name, value in _given(decoding).items() if value is not None}
+    if not stop_at_end:
+        given["eos_token_id"] = ()
 
     def config_for(texts: list[str]) -> GenerationConfig:
-        """Return the configuration. By default, the new tokens fit into the positions after the longest text."""
-        new = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
-        if max_new_tokens is None and not decoding.slide and room > 0:
-            new = min(new, room)
-        return GenerationConfig(new, **vars(decoding), eos_token_id=eos_token_ids, logprobs=json is not None)
+        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest text."""
+        length, new = max(len(tokenizer.encode_ordinary(text)) for text in texts), max_new_tokens
+        if new is None:
+            new = defaults.max_new_tokens(length) or DEFAULT_NEW_TOKENS
+            room = checkpoint.config.n_positions - length
+            if not decoding.slide and room > 0:
+                new = min(new, room)
+        return defaults.config(length, **given, max_new_tokens=new, logprobs=json is not None)
 
+    probe = defaults.config(max_new_tokens=1, **given)
+    require_effect({**vars(decoding), "config": probe}, {**dict.fromkeys(_OF_CHECKPOINT), **_OWN}, RULES)
+    several = probe.num_return_sequences > 1 or probe.num_beams > 1
+    if interactive and (several or json is not None):
+        raise BridgeError(
+            "--interactive generates one text at a time; remove --json, and set --num-return-sequences 1 and "
+            "--num-beams 1"
+        )
+    for note in defaults.notes:
+        print_error(f"{defaults.source}: {note}")
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
         def stream(text: str) -> Iterator[str]:
@@ -123,6 +154,12 @@ def generate(
             outputs = generate_text(decoder, tokenizer, prompts, config_for(prompts), stop)
             write_json({"source": source, "backend": backend, "completions": _as_json(prompts, outputs)})
             _print_all(prompts, outputs)
+
+
+def _given(decoding: DecodingFlags) -> dict[str, Any]:
+    """Return the values of the flags as fields of `GenerationConfig`. None is a flag that was not given."""
+    stopping = {"true": True, "false": False}.get(decoding.early_stopping, decoding.early_stopping)
+    return {**vars(decoding), "early_stopping": stopping}
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -10,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 import bridge
-from bridge import Checkpoint, GPT2Config
+from bridge import BridgeError, Checkpoint, GPT2Config
 from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, reading_bar
 from gpt2_jax.console.terminal import console
+
+MOST_SHOWN = 1000
+"""Characters of the generation settings that are shown. A list of forbidden words may be long."""
 
 
 def inspect(
@@ -26,7 +30,7 @@ def inspect(
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
-    """Show what a checkpoint is: format, configuration, tensors, dtypes, warnings.
+    """Show what a checkpoint is: format, configuration, tensors, dtypes, generation settings, warnings.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
 
@@ -60,8 +64,35 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "fingerprint": bridge.fingerprint(checkpoint.tensors),
         "optimizer_step": checkpoint.optimizer.step if checkpoint.optimizer else None,
         "progress": dict(checkpoint.progress),
+        "generation": _generation(checkpoint),
         "tensors": {name: {"dtype": str(e.dtype), "shape": list(e.shape)} for name, e in entries.items()},
     }
+
+
+def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the generation settings, where they are from, and what is wrong with them."""
+    try:
+        defaults = bridge.generation_defaults(checkpoint)
+    except BridgeError as error:
+        return {"error": str(error)}
+    settings = {"source": defaults.source, "settings": dict(defaults.settings), "notes": list(defaults.notes)}
+    return {**settings, "eos_token_ids": list(defaults.eos_token_ids), "eos_source": defaults.eos_source}
+
+
+def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the labels and texts that show `_generation`."""
+    if "error" in generation:
+        yield "generation", generation["error"]
+        return
+    settings = ", ".join(f"{name}={value}" for name, value in generation["settings"].items())
+    yield "generation", f"{settings or 'greedy'} ({generation['source'] or 'no settings'})"
+    ends = ", ".join(map(str, generation["eos_token_ids"])) or "never"
+    if generation["eos_source"] is None:
+        yield "ends at", "the tokenizer's <|endoftext|>, because no file has an eos_token_id"
+    else:
+        yield "ends at", f"{ends} ({generation['eos_source']})"
+    for note in generation["notes"]:
+        yield "", note
 
 
 def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: bool) -> None:
@@ -77,6 +108,8 @@ def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: 
         summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
+    for label, text in _generation_rows(facts["generation"]):
+        summary.add_row(label, text if len(text) < MOST_SHOWN else f"{text[:MOST_SHOWN]} ...")
     for k, diagnostic in enumerate(facts["diagnostics"] or ["none"]):
         summary.add_row("warnings" if k == 0 else "", diagnostic, style="yellow" if facts["diagnostics"] else "")
     summary.add_row("fingerprint", facts["fingerprint"])

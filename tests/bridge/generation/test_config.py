@@ -11,11 +11,21 @@ import pytest
 from support.models import TINY
 
 from bridge import BridgeError
-from bridge.generation.config import GREEDY_BELOW, LARGEST_SEED, GenerationConfig, uniform_noise
+from bridge.generation.checks import LARGEST_SEED
+from bridge.generation.config import GREEDY_BELOW, GenerationConfig, uniform_noise
 
 PROMPTS = [[5, 1, 256], [2]]
 SAMPLED = GenerationConfig(
-    4, 1.3, 0.8, 5, 0.9, 0.05, seed=1, num_return_sequences=3, eos_token_id=(0, 256), logprobs=True
+    4,
+    repetition_penalty=1.3,
+    temperature=0.8,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.05,
+    seed=1,
+    num_return_sequences=3,
+    eos_token_id=(0, 256),
+    logprobs=True,
 )
 BEAMS = GenerationConfig(4, num_beams=3, num_return_sequences=2, eos_token_id=(256,), length_penalty=0.6)
 
@@ -68,10 +78,28 @@ def test_an_empty_list_of_prompts_is_valid() -> None:
         ({"temperature": -1.0}, "temperature=-1.0: must be 0.*or positive"),
         ({"temperature": math.nan}, "temperature=nan: .*finite"),
         ({"temperature": math.inf}, "temperature=inf: .*finite"),
-        ({"top_k": 0}, "top_k=0: must be at least 1"),
-        ({"top_k": -3}, "top_k=-3: must be at least 1"),
-        ({"top_p": 0.0}, "top_p=0.0: must be above 0"),
-        ({"top_p": 1.01}, "top_p=1.01: must be .*at most 1"),
+        ({"top_k": -3}, "top_k=-3: must not be negative"),
+        ({"top_p": -0.1}, "top_p=-0.1: must be between 0 and 1"),
+        ({"top_p": 1.01}, "top_p=1.01: must be between 0 and 1"),
+        ({"typical_p": 0.0}, "typical_p=0.0: must be above 0"),
+        ({"typical_p": math.nan}, "typical_p=nan: must be between 0 and 1"),
+        ({"epsilon_cutoff": 1.5}, "epsilon_cutoff=1.5: must be between 0 and 1"),
+        ({"eta_cutoff": -1.0}, "eta_cutoff=-1.0: must be between 0 and 1"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1: must not be negative"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1: must not be negative"),
+        ({"suppress_tokens": [3, 257]}, r"suppress_tokens=\[257\]: the vocabulary is 0 to 256"),
+        ({"begin_suppress_tokens": [-1]}, r"begin_suppress_tokens=\[-1\]: the vocabulary"),
+        ({"suppress_tokens": range(257)}, "suppress_tokens: no token is left"),
+        ({"bad_words_ids": [[1, 300]]}, r"bad_words_ids=\[300\]: the vocabulary"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids: a sequence is empty"),
+        ({"bad_words_ids": [[1] * 2000] * 200}, "bad_words_ids: 200 sequences of up to 2000 tokens are too many"),
+        ({"sequence_bias": [((1, 2), math.inf)]}, "sequence_bias: a bias is not finite"),
+        ({"sequence_bias": [((1, 999), 2.0)]}, r"sequence_bias=\[999\]: the vocabulary"),
+        ({"forced_bos_token_id": 257}, r"forced_bos_token_id=\[257\]: the vocabulary"),
+        ({"forced_eos_token_id": (1, 257)}, r"forced_eos_token_id=\[257\]: the vocabulary"),
+        ({"forced_eos_token_id": 4, "suppress_tokens": (4,)}, r"forced_eos_token_id=\[4\]: also in suppress_tokens"),
+        ({"exponential_decay_length_penalty": (3, math.nan)}, "exponential_decay_length_penalty=.*finite factor"),
+        ({"early_stopping": "maybe"}, "early_stopping='maybe': must be False, True or 'never'"),
         ({"top_p": math.nan}, "top_p=nan"),
         ({"min_p": -0.1}, "min_p=-0.1: must be between 0 and 1"),
         ({"min_p": 1.5}, "min_p=1.5: must be between 0 and 1"),
@@ -96,10 +124,10 @@ def test_the_error_names_the_invalid_field(wrong: dict[str, Any], message: str) 
     ("wrong", "message"),
     [
         ({"temperature": 0.8}, "temperature=0.8: beam search does not sample; use temperature=0 or num_beams=1"),
-        ({"repetition_penalty": 1.3}, "repetition_penalty=1.3: beam search ranks by the model's own probabilities"),
-        ({"top_k": 5}, "top_k=5: beam search ranks"),
-        ({"top_p": 0.9}, "top_p=0.9: beam search ranks"),
-        ({"min_p": 0.1}, "min_p=0.1: beam search ranks"),
+        ({"top_k": 5}, "top_k=5: beam search does not sample; leave it out"),
+        ({"top_p": 0.9}, "top_p=0.9: beam search does not sample"),
+        ({"min_p": 0.1}, "min_p=0.1: beam search does not sample"),
+        ({"eta_cutoff": 0.1}, "eta_cutoff=0.1: beam search does not sample"),
         ({"slide": True}, "slide: beam search stays within n_positions"),
         ({"num_return_sequences": 4}, "num_return_sequences=4: must be at most num_beams=3"),
         ({"num_beams": 257}, "num_beams=257: the vocabulary of 257 has fewer tokens besides eos_token_id"),
@@ -112,12 +140,21 @@ def test_beam_search_rejects_fields_of_sampling(wrong: dict[str, Any], message: 
 
 def test_the_error_names_all_invalid_fields() -> None:
     wrong = GenerationConfig(
-        -1, 0.0, -1.0, 0, 2.0, -1.0, seed=-1, num_return_sequences=0, eos_token_id=(999,), length_penalty=math.nan
+        -1,
+        repetition_penalty=0.0,
+        temperature=-1.0,
+        top_k=-1,
+        top_p=2.0,
+        min_p=-1.0,
+        seed=-1,
+        num_return_sequences=0,
+        eos_token_id=(999,),
+        length_penalty=math.nan,
     )
     with pytest.raises(BridgeError) as caught:
         wrong.check(TINY, [[1] * 41, []])
     problems = str(caught.value)
-    named = ["max_new_tokens=-1", "repetition_penalty=0.0", "temperature=-1.0", "top_k=0", "top_p=2.0", "min_p=-1.0"]
+    named = ["max_new_tokens=-1", "repetition_penalty=0.0", "temperature=-1.0", "top_k=-1", "top_p=2.0", "min_p=-1.0"]
     named += [
         "seed=-1",
         "num_return_sequences=0",
