@@ -40,7 +40,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 """A small GPT-2 in Hugging Face format, trained on Shakespeare by this project. `load("bundled")` opens it."""
 
 
-def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
+def load(source: str | Path, *, activation: str | None = None, drop_extra_heads: bool = False) -> Checkpoint:
     """Open a checkpoint: a path, a Hugging Face id such as `gpt2`, or `bundled`.
 
     Only names, shapes and the configuration are read; each tensor is read on access.
@@ -49,6 +49,8 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
         source: a file, or a directory with one checkpoint. A directory with several is an error that lists them.
         activation: `gelu` or `gelu_new`, for a nanoGPT file that does not state its activation. Passing it for
             any other file is an error.
+        drop_extra_heads: leave out the tensors of heads for other tasks, such as classification, and read the language
+            model. A diagnostic names them. By default they are an error.
 
     Raises:
         BridgeError: the source cannot be read. The message names the problem and what to do.
@@ -66,15 +68,17 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
     if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {_why_unrecognised(path)}")
     try:
-        return replace(_read(*chosen, activation), source=chosen[0].path)
+        return replace(_read(*chosen, activation, drop_extra_heads), source=chosen[0].path)
     except BridgeError as error:
         if quoted(path)[1:-1] in str(error):
             raise
         raise type(error)(f"{quoted(path)}: {error}") from error
 
 
-def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Checkpoint:
+def _read(found: Found, notes: tuple[str, ...], activation: str | None, drop_extra_heads: bool) -> Checkpoint:
     options: dict[str, Any] = {}
+    if found.format.may_have_extra_heads:
+        options["drop_extra_heads"] = drop_extra_heads
     if found.format.file_name is not None:
         options["config_json"] = config_json = own_config(found.path)
         if config_json is None and has_companion(found.path.parent, CONFIG):

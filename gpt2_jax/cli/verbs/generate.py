@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
 
-import bridge
 from bridge import BridgeError, Checkpoint
 from bridge.generation.config import GREEDY_BELOW, GenerationConfig
 from bridge.generation.decoder import Decoder
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.dataclass_flags import flags_of
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
@@ -59,7 +58,7 @@ def generate(
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None,
     /,
     *,
-    source_activation: SourceActivation = None,
+    reading: Reading = READING,
     lines: Annotated[Path | None, arg(metavar="FILE")] = None,
     interactive: bool = False,
     backend: Backend = "jax",
@@ -77,6 +76,7 @@ def generate(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
+        reading: how SRC is read.
         prompt: the text to continue; default: a line break; - reads it from standard input.
         lines: continue each non-empty line of this file instead; - is standard input.
         interactive: ask for one prompt after another; an empty line exits.
@@ -92,7 +92,7 @@ def generate(
     """
     require_effect({**locals(), **vars(decoding)}, {**defaults_of(generate), **_DEFAULTS}, RULES)
     write_json = json_writer(json, overwrite, (source, lines))
-    checkpoint = bridge.load(source, activation=source_activation)
+    checkpoint = reading.load_with_warnings(source)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
     several = decoding.num_return_sequences > 1 or decoding.num_beams > 1

@@ -1,0 +1,106 @@
+"""`--drop-extra-heads`, on every verb that reads a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.commands import CONFIG, needs_torch, run
+from support.models import random_state
+from support.tokenizers_for_tests import write_byte_tokenizer
+
+import bridge
+from bridge import BridgeError, Checkpoint
+from bridge.containers.safetensors import write_file
+from bridge.storage.tensors import LazyTensorMap
+from gpt2_jax.cli import run_training as train_verb
+from gpt2_jax.training import TrainConfig
+
+LEFT_OUT = "tensors of heads for other tasks were left out: 'score.weight'"
+FLAG = "--drop-extra-heads"
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    """A checkpoint with a classification head, and a tokenizer."""
+    path = tmp_path / "classifier"
+    path.mkdir()
+    state = {**random_state(CONFIG), "score.weight": np.ones((2, CONFIG.n_embd), np.float32)}
+    (path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    write_file(path / "model.safetensors", LazyTensorMap.of(state), {"format": "pt"})
+    write_byte_tokenizer(path)
+    return path
+
+
+def facts(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "eval", "generate", "convert", "train"])
+def test_without_the_flag_the_error_names_the_tensor_and_the_flag(
+    verb: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: dict[str, tuple[object, ...]] = {
+        "convert": (classifier, tmp_path / "out", "--to", "flax"),
+        "train": ("--init-from", classifier, "--out", tmp_path / "out"),
+    }
+    before = sorted(tmp_path.rglob("*"))
+    assert run(verb, *arguments.get(verb, (classifier,))) == 2
+    shown = capsys.readouterr().err
+    assert "'score.weight' is not a parameter of this model" in shown and FLAG in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_inspect_and_convert_name_what_is_left_out(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", classifier, FLAG, "--json", tmp_path / "facts.json") == 0
+    assert LEFT_OUT in facts(tmp_path / "facts.json")["diagnostics"]
+    capsys.readouterr()
+    assert run("convert", classifier, tmp_path / "out", "--to", "huggingface", FLAG) == 0
+    assert f"warning: {LEFT_OUT}" in capsys.readouterr().out
+    converted = bridge.load(tmp_path / "out")
+    assert bridge.fingerprint(converted.tensors) == bridge.fingerprint(random_state(CONFIG))
+
+
+@needs_torch
+def test_verify_names_what_is_left_out(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", classifier, FLAG, "--checks", "round-trip", "--seq-len", 4) == 0
+    assert f"warning: {LEFT_OUT}" in capsys.readouterr().out
+
+
+def test_eval_and_generate_name_what_is_left_out_on_standard_error(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("We predict this text.")
+    assert run("eval", classifier, FLAG, "--data", tmp_path / "text.txt") == 0
+    assert capsys.readouterr().err == f"warning: {LEFT_OUT}\n"
+    assert run("generate", classifier, "We", FLAG, "--max-new-tokens", 2) == 0
+    assert capsys.readouterr().err == f"warning: {LEFT_OUT}\n"
+
+
+def test_train_starts_from_the_language_model(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[Checkpoint] = []
+
+    def stop(config: TrainConfig, out: Path, data: Any, *, init_from: Checkpoint, **_: Any) -> None:
+        assert config.drop_extra_heads
+        begun.append(init_from)
+        raise BridgeError("enough")
+
+    monkeypatch.setattr(train_verb, "train", stop)
+    (tmp_path / "text.txt").write_text("We train on this text.\n" * 200)
+    places = ("--data", tmp_path / "text.txt", "--cache", tmp_path / "cache", "--out", tmp_path / "run", "--seq-len", 8)
+    assert run("train", "--init-from", classifier, FLAG, *places) == 2
+    assert f"warning: {LEFT_OUT}" in capsys.readouterr().out
+    assert bridge.fingerprint(begun[0].tensors) == bridge.fingerprint(random_state(CONFIG))
+
+
+def test_train_without_a_checkpoint_refuses_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--out", tmp_path / "run", FLAG) == 2
+    assert "drop_extra_heads: is only for --init-from" in capsys.readouterr().err
