@@ -3,12 +3,14 @@
 It imports neither JAX nor PyTorch.
 """
 
+from bridge.adapters.lora import LoRA, merge_lora
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2_SIZES, GPT2Config
 from bridge.conversion import canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.evaluation import IGNORE_INDEX
+from bridge.formats.peft import save_lora
 from bridge.generation.config import GenerationConfig
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
@@ -33,6 +35,7 @@ __all__ = [
     "ConversionError",
     "GPT2Config",
     "GenerationConfig",
+    "LoRA",
     "NoTokenizerError",
     "TextOutput",
     "TokenizerError",
@@ -46,11 +49,13 @@ __all__ = [
     "fingerprint",
     "generate_text",
     "load",
+    "merge_lora",
     "num_parameters",
     "padded_vocab_size",
     "parameters",
     "resize_vocabulary",
     "save",
+    "save_lora",
     "save_tokenizer",
     "stack_layers",
     "stream_text",

@@ -15,7 +15,7 @@ import numpy as np
 
 from bridge.config import GPT2Config
 from bridge.errors import ConversionError, bullet_list, quoted
-from bridge.names import canonical_names, is_of_extra_head, unknown_prefix
+from bridge.names import canonical_names, is_of_extra_head, not_a_parameter, unknown_prefix
 from bridge.parameter_table import Parameter, padded_vocab_size, parameters
 from bridge.storage.dtypes import FLOAT_DTYPES
 from bridge.storage.tensors import LazyTensorMap, aligned_empty, same_bytes
@@ -26,10 +26,6 @@ FlaxTree = dict[str, Any]
 
 STACK = "h"
 """The Flax name of stacked layers. Single layers are `h_0`, `h_1`, ..."""
-
-_LEAVE_OUT = (
-    " but of a head for another task; --drop-extra-heads, or bridge.load(..., drop_extra_heads=True), leaves it out"
-)
 
 
 def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensorMap:
@@ -203,11 +199,7 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any
         for name, shape in expected.items()
         if name in found and tuple(found[name].shape) != shape
     ]
-    extra = [
-        f"{quoted(name)} is not a parameter of this model" + (_LEAVE_OUT if is_of_extra_head(name) else "")
-        for name in found
-        if name not in expected
-    ]
+    extra = [not_a_parameter(name, is_head=is_of_extra_head(name)) for name in found if name not in expected]
     allowed = ", ".join(map(str, FLOAT_DTYPES))
     unusable = [
         f"{quoted(name)} holds {array.dtype}; weights must be one of {allowed}"

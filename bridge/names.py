@@ -86,6 +86,18 @@ def is_of_extra_head(canonical: str) -> bool:
     return _OF_EXTRA_HEAD.fullmatch(canonical) is not None
 
 
+def not_a_parameter(name: str, *, is_head: bool) -> str:
+    """Return the error for a tensor that the language model does not have.
+
+    Args:
+        is_head: whether it belongs to a head for another task, which can be left out.
+    """
+    leave_out = (
+        " but of a head for another task; --drop-extra-heads, or bridge.load(..., drop_extra_heads=True), leaves it out"
+    )
+    return f"{quoted(name)} is not a parameter of this model" + (leave_out if is_head else "")
+
+
 def _prefix(name: str) -> str:
     """Return the leading parts of a name that belong to wrappers, each with its dot."""
     prefix = ""

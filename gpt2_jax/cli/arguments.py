@@ -26,6 +26,10 @@ _ACTIVATION_HELP = (
     "the activation of a nanoGPT file that does not state it; gelu_new for nanoGPT's code before June 14, 2023. An "
     "error for every other source. (default: gelu)"
 )
+_BASE_HELP = (
+    "for a LoRA adapter of PEFT: the model that it changes, in any format, or its Hugging Face id. The adapter is "
+    "merged into it. An error for every other source. (default: none)"
+)
 _HEADS_HELP = (
     "leave out the tensors of heads for other tasks, such as classification, and name them; by default they are an "
     "error"
@@ -39,11 +43,14 @@ class SourceFlags:
     source_activation: Annotated[
         str | None, arg(metavar="gelu|gelu_new", help=_ACTIVATION_HELP, help_behavior_hint="")
     ] = None
+    base: Annotated[str | None, arg(metavar="SRC", help=_BASE_HELP, help_behavior_hint="")] = None
     drop_extra_heads: Annotated[bool, arg(help=_HEADS_HELP)] = False
 
     def load(self, source: str) -> Checkpoint:
         """Open the checkpoint. See `bridge.load`."""
-        return bridge.load(source, activation=self.source_activation, drop_extra_heads=self.drop_extra_heads)
+        return bridge.load(
+            source, activation=self.source_activation, drop_extra_heads=self.drop_extra_heads, base=self.base
+        )
 
     def load_with_warnings(self, source: str) -> Checkpoint:
         """Open the checkpoint. If a flag of this class is given, print the reader's diagnostics on standard error."""

@@ -43,7 +43,7 @@ def train_and_report(
 
     With several processes, only the first one writes the report. A run that a signal stopped ends the process.
     """
-    inputs = (config.data, config.validation_data, config.init_from)
+    inputs = (config.data, config.validation_data, config.init_from, config.base)
     write_json = json_writer(json if is_first() else None, overwrite, inputs)
     try:
         outcome = run_training(config, out, default=default, resume=resume, accept_changes=accept_changes, cache=cache)
@@ -127,7 +127,12 @@ def run_training(
 def _initial_checkpoint(config: TrainConfig) -> Checkpoint | None:
     if config.init_from is None:
         return None
-    return bridge.load(config.init_from, activation=config.source_activation, drop_extra_heads=config.drop_extra_heads)
+    return bridge.load(
+        config.init_from,
+        activation=config.source_activation,
+        drop_extra_heads=config.drop_extra_heads,
+        base=config.base,
+    )
 
 
 def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, cache: Path | None) -> Data:

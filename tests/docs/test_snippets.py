@@ -65,7 +65,7 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
-    """What the pages name: a model, one with a head of another task, a nanoGPT file, texts, prompts, and a run."""
+    """What the pages name: models, one with a head of another task, an adapter, texts, prompts, and a run."""
     root = tmp_path_factory.mktemp("pages")
     bundled = bridge.load("bundled")
     bridge.save(bundled, root / "my-gpt2", format="huggingface")
@@ -74,6 +74,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> 
     head = LazyTensor.of(np.ones((2, bundled.config.n_embd), np.float32))
     weights.unlink()
     write_file(weights, LazyTensorMap({**bundled.tensors.entries, "score.weight": head}), {"format": "pt"})
+    factors = np.zeros((8, bundled.config.n_embd), np.float32), np.zeros((3 * bundled.config.n_embd, 8), np.float32)
+    bridge.save_lora(bridge.LoRA.of({"h.0.attn.c_attn": factors}, alpha=16), root / "my-adapter", base_model="my-gpt2")
     nanogpt = bundled.with_activation("gelu")
     bridge.save(nanogpt, root / "ckpt.pt", format="nanogpt")
     text = (bridge.BUNDLED / "validation.txt").read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ def convert(
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     if options and to not in IN_SHARDS:
         raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; {to} is one file")
-    write_json = json_writer(json, overwrite, (source, target))
+    write_json = json_writer(json, overwrite, (source, reading.base, target))
     opened = reading.load(source)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)
     with reading_bar(checkpoint, f"writing {to}") as watched:

@@ -80,7 +80,7 @@ def evaluate(
         overwrite: replace the report of an earlier command.
     """
     require_effect(locals(), defaults_of(evaluate), (OVERWRITE,))
-    write_json = json_writer(json, overwrite, (source, data))
+    write_json = json_writer(json, overwrite, (source, reading.base, data))
     data = str(bridge.BUNDLED / "validation.txt") if data is None else data
     if max_tokens is not None and max_tokens < 2:
         raise bridge.BridgeError(

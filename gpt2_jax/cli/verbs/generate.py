@@ -91,7 +91,7 @@ def generate(
         overwrite: replace the report of an earlier command.
     """
     require_effect({**locals(), **vars(decoding)}, {**defaults_of(generate), **_DEFAULTS}, RULES)
-    write_json = json_writer(json, overwrite, (source, lines))
+    write_json = json_writer(json, overwrite, (source, reading.base, lines))
     checkpoint = reading.load_with_warnings(source)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)

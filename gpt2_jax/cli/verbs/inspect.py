@@ -38,7 +38,7 @@ def inspect(
         overwrite: replace the report of an earlier command.
     """
     require_effect(locals(), defaults_of(inspect), (OVERWRITE,))
-    write_json = json_writer(json, overwrite, (source,))
+    write_json = json_writer(json, overwrite, (source, reading.base))
     checkpoint = reading.load(source)
     with reading_bar(checkpoint, "reading", times=2) as watched:
         facts = _facts(watched)

@@ -65,7 +65,7 @@ def verify(
     """
     require_effect(locals(), defaults_of(verify), RULES)
     require_torch("gpt2 verify")
-    write_json = json_writer(json, overwrite, (source, text_file))
+    write_json = json_writer(json, overwrite, (source, reading.base, text_file))
     if not checks:
         raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
     if text is not None and text_file is not None:
