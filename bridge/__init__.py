@@ -11,6 +11,7 @@ from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.evaluation import IGNORE_INDEX
 from bridge.formats.peft import save_lora
+from bridge.formats.sequence_classifier import SequenceClassifier, load_classifier, save_classifier
 from bridge.generation.config import GenerationConfig
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
@@ -37,6 +38,7 @@ __all__ = [
     "GenerationConfig",
     "LoRA",
     "NoTokenizerError",
+    "SequenceClassifier",
     "TextOutput",
     "TokenizerError",
     "__version__",
@@ -49,12 +51,14 @@ __all__ = [
     "fingerprint",
     "generate_text",
     "load",
+    "load_classifier",
     "merge_lora",
     "num_parameters",
     "padded_vocab_size",
     "parameters",
     "resize_vocabulary",
     "save",
+    "save_classifier",
     "save_lora",
     "save_tokenizer",
     "stack_layers",

@@ -47,7 +47,7 @@ def find(path: Path) -> list[Path]:
 
 
 def read(weights: Path, drop_extra_heads: bool = False) -> Checkpoint:
-    stored, notes = _stored(weights)
+    stored, notes = stored_tensors(weights)
     if drop_extra_heads and (dropped := extra_heads(stored)):
         stored = LazyTensorMap({name: entry for name, entry in stored.entries.items() if name not in {*dropped}})
         notes += (f"tensors of heads for other tasks were left out: {_listed(dropped)}",)
@@ -65,20 +65,26 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     """
     write_json(directory / CONFIG, checkpoint.config.to_hf(checkpoint.extra))
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
+    write_model(directory, entries, max_shard_bytes)
+    carry_files(checkpoint, directory)
+    return ()
+
+
+def write_model(directory: Path, entries: Mapping[str, LazyTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or shards and their index, with the names in `entries`."""
 
     def write_shard(file: Path, tensors: LazyTensorMap) -> None:
         write_file(file, tensors, {"format": "pt"})  # transformers rejects files without this entry
 
     write_shards(directory, "model", "safetensors", entries, max_shard_bytes, write_shard)
-    carry_files(checkpoint, directory)
-    return ()
 
 
 def _saved_name(canonical: str) -> str:
     return canonical if canonical == "lm_head.weight" else f"transformer.{canonical}"
 
 
-def _stored(weights: Path) -> tuple[LazyTensorMap, tuple[str, ...]]:
+def stored_tensors(weights: Path) -> tuple[LazyTensorMap, tuple[str, ...]]:
+    """Return the tensors of a file or of the shards in an index, and one sentence for each part that is not read."""
     if weights.suffix == ".json":
         return LazyTensorMap(read_shards(weights, lambda shard: tensors_of_file(shard)[0])), ()
     tensors, notes = tensors_of_file(weights)
