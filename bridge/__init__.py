@@ -3,19 +3,24 @@
 It imports neither JAX nor PyTorch.
 """
 
+from bridge.adapters.lora import LoRA, merge_lora
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2_SIZES, GPT2Config
-from bridge.conversion import canonical_names, canonicalize, stack_layers, to_flax, to_torch, unstack_layers
+from bridge.conversion import canonicalize, stack_layers, to_flax, to_torch, unstack_layers
 from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.evaluation import IGNORE_INDEX
+from bridge.formats.peft import save_lora
+from bridge.formats.sequence_classifier import SequenceClassifier, load_classifier, save_classifier
 from bridge.generation.config import GenerationConfig
 from bridge.generation.defaults import GenerationDefaults, generation_defaults
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
+from bridge.names import canonical_names
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizers.saving import save_tokenizer
+from bridge.vocabulary import resize_vocabulary
 
 __version__ = "0.2.0"
 """The version of all three packages, which are released as one. pyproject.toml takes it from here."""
@@ -33,7 +38,9 @@ __all__ = [
     "GPT2Config",
     "GenerationConfig",
     "GenerationDefaults",
+    "LoRA",
     "NoTokenizerError",
+    "SequenceClassifier",
     "TextOutput",
     "TokenizerError",
     "__version__",
@@ -47,10 +54,15 @@ __all__ = [
     "generate_text",
     "generation_defaults",
     "load",
+    "load_classifier",
+    "merge_lora",
     "num_parameters",
     "padded_vocab_size",
     "parameters",
+    "resize_vocabulary",
     "save",
+    "save_classifier",
+    "save_lora",
     "save_tokenizer",
     "stack_layers",
     "stream_text",

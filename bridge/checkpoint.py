@@ -44,6 +44,8 @@ class Checkpoint:
     """Returns the tokenizer that the file contains. None if the tokenizer is in files beside it."""
     source: Path | None = None
     """The file or directory that `bridge.load` opened. Tensors are read from it lazily, so no writer may replace it."""
+    base_source: Path | None = None
+    """The same for the base of an adapter, whose tensors are read lazily, too."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any], config: GPT2Config, like: Checkpoint | None = None) -> Checkpoint:

@@ -8,13 +8,14 @@ configuration: one `ConversionError` lists every missing, extra, duplicate or mi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from bridge.config import GPT2Config
 from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.names import canonical_names, is_of_extra_head, not_a_parameter, unknown_prefix
 from bridge.parameter_table import Parameter, padded_vocab_size, parameters
 from bridge.storage.dtypes import FLOAT_DTYPES
 from bridge.storage.tensors import LazyTensorMap, aligned_empty, same_bytes
@@ -25,44 +26,6 @@ FlaxTree = dict[str, Any]
 
 STACK = "h"
 """The Flax name of stacked layers. Single layers are `h_0`, `h_1`, ..."""
-
-# Name parts that wrappers insert at any depth: torch DDP and torch.compile.
-_WRAPPERS = {"module", "_orig_mod"}
-# Names of a LayerNorm's parameters in TensorFlow and pytorch-pretrained-bert, the predecessor of transformers.
-_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
-# Causal-mask buffers, which old versions of transformers saved with the weights.
-_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-
-
-def canonical_names(names: Iterable[str]) -> dict[str, str]:
-    """Return canonical name -> name in `names`, without prefixes of wrappers and without mask buffers.
-
-    `transformer.h.0.attn.c_attn.weight` and `module._orig_mod.h.0.attn.c_attn.weight` both become
-    `h.0.attn.c_attn.weight`. `gamma` and `beta` of LayerNorms become `weight` and `bias`, and DialoGPT's
-    `lm_head.decoder.weight` becomes `lm_head.weight`.
-
-    Raises `ConversionError` if two names have the same canonical name.
-    """
-    found: dict[str, list[str]] = {}
-    for name in names:
-        parts = [part for part in name.split(".") if part not in _WRAPPERS]
-        if parts[:1] == ["transformer"]:
-            parts = parts[1:]
-        if len(parts) > 1 and parts[-2].startswith("ln_"):
-            parts[-1] = _OLD_NAMES.get(parts[-1], parts[-1])
-        if parts == ["lm_head", "decoder", "weight"]:
-            parts = ["lm_head", "weight"]
-        canonical = ".".join(parts)
-        if not _BUFFER.fullmatch(canonical):
-            found.setdefault(canonical, []).append(name)
-    clashes = [
-        f"{quoted(canonical)} is the canonical name of {len(given)} tensors: {', '.join(map(quoted, given))}"
-        for canonical, given in found.items()
-        if len(given) > 1
-    ]
-    if clashes:
-        raise ConversionError("several tensors have the same canonical name:\n" + bullet_list(clashes))
-    return {canonical: given[0] for canonical, given in found.items()}
 
 
 def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyTensorMap:
@@ -76,6 +39,10 @@ def canonicalize(tensors: Mapping[str, np.ndarray], config: GPT2Config) -> LazyT
     entries = {canonical: stored.entries[name] for canonical, name in canonical_names(stored).items()}
     expected = parameters(config)
     problems = []
+    if prefix := unknown_prefix(stored):
+        problems.append(
+            f"names have the prefix {quoted(prefix)}, which no known wrapper adds; remove it from the names"
+        )
     head, embedding = entries.get("lm_head.weight"), entries.get("wte.weight")
     if config.tie_word_embeddings and head and embedding:
         del entries["lm_head.weight"]
@@ -131,6 +98,9 @@ def to_flax(
 def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: int = 1) -> dict[str, np.ndarray]:
     """Convert a Flax parameter tree to a PyTorch state_dict with canonical names.
 
+    The projections of attention may also have PyTorch's shapes, which other Flax GPT-2s use: `c_attn` with a kernel
+    `[D, 3 D]` and a bias `[3 D]`, `c_proj` with a kernel `[D, D]`. Kernels are `[in, out]`.
+
     Args:
         params: the tree, with single or stacked layers. Leaves are numpy or JAX arrays; JAX arrays are copied to the
             host one at a time.
@@ -144,17 +114,23 @@ def to_torch(params: Mapping[str, Any], config: GPT2Config, *, vocab_multiple: i
         raise ConversionError('pass the parameter tree itself: variables["params"], not variables')
     leaves = flatten(unstack_layers(params) if STACK in params else params)
     rows = padded_vocab_size(config.vocab_size, vocab_multiple)
-    expected = parameters(config)
-    shapes = {
-        "/".join(p.flax_path): (rows, *p.flax_shape[1:]) if p.has_vocabulary_rows else p.flax_shape for p in expected
-    }
+    paths = {"/".join(p.flax_path): p for p in parameters(config)}
+    shapes = {path: _shape_in_tree(p, leaves.get(path), rows) for path, p in paths.items()}
     if problems := differences(shapes, leaves):
         raise ConversionError("this is not the parameter tree of the configured GPT-2:\n" + bullet_list(problems))
     state = {}
-    for p in expected:
-        array = np.asarray(leaves["/".join(p.flax_path)])
+    for path, p in paths.items():
+        array = np.asarray(leaves[path])
         state[p.torch_name] = (array[: config.vocab_size] if p.has_vocabulary_rows else array).reshape(p.torch_shape)
     return state
+
+
+def _shape_in_tree(parameter: Parameter, leaf: Any, rows: int) -> tuple[int, ...]:
+    """Return the shape that a leaf must have: PyTorch's if it has as many axes, otherwise that of `to_flax`."""
+    if parameter.has_vocabulary_rows:
+        return (rows, *parameter.flax_shape[1:])
+    is_flat = leaf is not None and np.ndim(leaf) == len(parameter.torch_shape)
+    return parameter.torch_shape if is_flat else parameter.flax_shape
 
 
 def stack_layers(params: Mapping[str, Any]) -> FlaxTree:
@@ -223,7 +199,7 @@ def differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Any
         for name, shape in expected.items()
         if name in found and tuple(found[name].shape) != shape
     ]
-    extra = [f"{quoted(name)} is not a parameter of this model" for name in found if name not in expected]
+    extra = [not_a_parameter(name, is_head=is_of_extra_head(name)) for name in found if name not in expected]
     allowed = ", ".join(map(str, FLOAT_DTYPES))
     unusable = [
         f"{quoted(name)} holds {array.dtype}; weights must be one of {allowed}"

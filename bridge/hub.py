@@ -9,10 +9,10 @@ from bridge.errors import CheckpointError, install_command, quoted
 from bridge.formats.recognition import choose_checkpoint
 from bridge.tokenizers.loading import TOKENIZER_FILES
 
-_COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_COMPANIONS = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
 _WEIGHTS = (
     ("*.safetensors", "*.safetensors.index.json"),
-    ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
     ("flax_model*.msgpack", "flax_model.msgpack.index.json"),
 )
 """File patterns of each form of the weights, in order of preference. Each form is the whole model."""

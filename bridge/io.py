@@ -45,7 +45,13 @@ BUNDLED = Path(__file__).parent / "bundled"
 """A small GPT-2 in Hugging Face format, trained on Shakespeare by this project. `load("bundled")` opens it."""
 
 
-def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
+def load(
+    source: str | Path,
+    *,
+    activation: str | None = None,
+    drop_extra_heads: bool = False,
+    base: str | Path | None = None,
+) -> Checkpoint:
     """Open a checkpoint: a path, a Hugging Face id such as `gpt2`, or `bundled`.
 
     Only names, shapes and the configuration are read; each tensor is read on access.
@@ -54,6 +60,10 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
         source: a file, or a directory with one checkpoint. A directory with several is an error that lists them.
         activation: `gelu` or `gelu_new`, for a nanoGPT file that does not state its activation. Passing it for
             any other file is an error.
+        drop_extra_heads: leave out the tensors of heads for other tasks, such as classification, and read the language
+            model. A diagnostic names them. By default they are an error.
+        base: for a LoRA adapter of PEFT: the model that it changes, as a path or a Hugging Face id. The adapter is
+            merged into it, and the other arguments apply to both. Passing it for any other source is an error.
 
     Raises:
         BridgeError: the source cannot be read. The message names the problem and what to do.
@@ -71,15 +81,31 @@ def load(source: str | Path, *, activation: str | None = None) -> Checkpoint:
     if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {why_unrecognised(path)}")
     try:
-        return replace(_read(*chosen, activation), source=chosen[0].path)
+        return replace(_read(*chosen, activation, drop_extra_heads, base), source=chosen[0].path)
     except BridgeError as error:
         if quoted(path)[1:-1] in str(error):
             raise
         raise type(error)(f"{quoted(path)}: {error}") from error
 
 
-def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Checkpoint:
+def _read(
+    found: Found,
+    notes: tuple[str, ...],
+    activation: str | None,
+    drop_extra_heads: bool,
+    base: str | Path | None,
+) -> Checkpoint:
     options: dict[str, Any] = {}
+    if found.format.base_name is not None:
+        options["base"] = load(_base_of(found, base), activation=activation, drop_extra_heads=drop_extra_heads)
+        activation = None  # it is the base's
+    elif base is not None:
+        raise CheckpointError(
+            f"{quoted(found.path)}: base={quoted(base)} was given, but this is a model and not an adapter; leave the "
+            "argument (--base) out"
+        )
+    if found.format.may_have_extra_heads:
+        options["drop_extra_heads"] = drop_extra_heads
     if found.format.file_name is not None:
         options["config_json"] = config_json = own_config(found.path)
         if config_json is None and has_companion(found.path.parent, CONFIG):
@@ -94,6 +120,18 @@ def _read(found: Found, notes: tuple[str, ...], activation: str | None) -> Check
         )
     checkpoint = found.format.read(found.path, **options)
     return replace(checkpoint, diagnostics=(*checkpoint.diagnostics, *notes))
+
+
+def _base_of(found: Found, base: str | Path | None) -> str | Path:
+    """Return `base`, or raise a `CheckpointError` that names the base of the adapter if none was given."""
+    if base is not None:
+        return base
+    name = found.format.base_name(found.path) if found.format.base_name else None
+    made_for, given = (quoted(name), quoted(name)) if name else ("another model", "...")
+    raise CheckpointError(
+        f"{quoted(found.path)} is an adapter for {made_for} and not a model; give that model too: --base {given}, or "
+        f"bridge.load(..., base={given})"
+    )
 
 
 def save(
@@ -201,9 +239,9 @@ def _names_a_file(target: Path, format: str) -> bool:
 
 def _require_not_source(target: Path, checkpoint: Checkpoint) -> None:
     """Raise if `target` is or contains the source. Tensors are read from the source during the write."""
-    if checkpoint.source is None or not os.path.exists(target):
-        return
-    if any(os.path.samefile(target, place) for place in (checkpoint.source, *checkpoint.source.resolve().parents)):
+    sources = [source for source in (checkpoint.source, checkpoint.base_source) if source is not None]
+    places = [place for source in sources for place in (source, *source.resolve().parents)]
+    if os.path.exists(target) and any(os.path.samefile(target, place) for place in places):
         raise CheckpointError(
             f"{quoted(target)} is, or contains, the source checkpoint; choose another name for the target"
         )

@@ -19,8 +19,9 @@ import numpy as np
 
 from bridge import conversion
 from bridge.config import GPT2Config
-from bridge.conversion import FlaxTree, canonical_names, differences
+from bridge.conversion import FlaxTree, differences
 from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.names import canonical_names
 from bridge.parameter_table import parameters
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, transposed
 

@@ -6,6 +6,7 @@ from gpt2_jax.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from bridge import GPT2_SIZES, GenerationConfig, GPT2Config, __version__
+    from gpt2_jax.classification import GPT2ForSequenceClassification, classifier_from_params, model_from_classifier
     from gpt2_jax.evaluation import evaluate
     from gpt2_jax.generation import Decoder, generate
     from gpt2_jax.loading import checkpoint_from_params, from_pretrained, model_from_checkpoint, sharded_params
@@ -19,6 +20,11 @@ else:
         __name__,
         {
             "bridge": ("GPT2_SIZES", "GPT2Config", "GenerationConfig", "__version__"),
+            "gpt2_jax.classification": (
+                "GPT2ForSequenceClassification",
+                "classifier_from_params",
+                "model_from_classifier",
+            ),
             "gpt2_jax.evaluation": ("evaluate",),
             "gpt2_jax.generation": ("Decoder", "generate"),
             "gpt2_jax.loading": (
@@ -41,12 +47,14 @@ __all__ = [
     "Decoder",
     "FeedForward",
     "GPT2Config",
+    "GPT2ForSequenceClassification",
     "GPT2Layer",
     "GenerationConfig",
     "KVCache",
     "MultiHeadAttention",
     "__version__",
     "checkpoint_from_params",
+    "classifier_from_params",
     "cross_entropy",
     "empty_cache",
     "evaluate",
@@ -54,6 +62,7 @@ __all__ = [
     "generate",
     "make_mesh",
     "model_from_checkpoint",
+    "model_from_classifier",
     "next_token_loss",
     "sharded_params",
     "shardings",

@@ -1,6 +1,7 @@
 """GPT-2 in PyTorch: the reference implementation. Needs no JAX."""
 
 from bridge import GPT2_SIZES, GenerationConfig, GPT2Config, __version__
+from gpt2_torch.classification import GPT2ForSequenceClassification, classifier_from_model, model_from_classifier
 from gpt2_torch.evaluation import evaluate
 from gpt2_torch.generation import Decoder, generate
 from gpt2_torch.loading import checkpoint_from_model, from_pretrained, model_from_checkpoint
@@ -15,18 +16,21 @@ __all__ = [
     "Decoder",
     "FeedForward",
     "GPT2Config",
+    "GPT2ForSequenceClassification",
     "GPT2Layer",
     "GenerationConfig",
     "KVCache",
     "MultiHeadAttention",
     "__version__",
     "checkpoint_from_model",
+    "classifier_from_model",
     "cross_entropy",
     "empty_cache",
     "evaluate",
     "from_pretrained",
     "generate",
     "model_from_checkpoint",
+    "model_from_classifier",
     "next_token_loss",
     "summed_loss",
 ]

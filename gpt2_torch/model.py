@@ -213,8 +213,8 @@ class GPT2(nn.Module):
     """Token and position embeddings, L layers, a final norm, and the output head.
 
     `state_dict()` has exactly the canonical names of `bridge.parameters`; a tied head has no entry.
-    `load_state_dict` also takes names with the prefixes `transformer.`, `module.` and `_orig_mod.`,
-    causal-mask buffers, and a tied `lm_head.weight` that equals `wte.weight`.
+    `load_state_dict` also takes names with the prefixes that `bridge.canonical_names` removes, causal-mask buffers,
+    and a tied `lm_head.weight` that equals `wte.weight`.
     """
 
     def __init__(self, config: GPT2Config) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bridge.formats import flax_directory, flax_msgpack, gguf, huggingface, llmc, nanogpt, openai, run
+from bridge.formats import flax_directory, flax_msgpack, gguf, huggingface, llmc, nanogpt, openai, peft, run
 from bridge.formats.format import Format
 
 FORMATS: Mapping[str, Format] = {
@@ -12,6 +12,7 @@ FORMATS: Mapping[str, Format] = {
     for format in (
         run.FORMAT,
         flax_directory.FORMAT,
+        peft.FORMAT,  # before Hugging Face, which reads any other safetensors or torch file as a state_dict
         nanogpt.FORMAT,  # before Hugging Face, which reads any other torch file as a state_dict
         huggingface.FORMAT,
         flax_msgpack.FORMAT,

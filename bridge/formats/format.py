@@ -26,7 +26,8 @@ class Format:
     read: Callable[..., Checkpoint]
     """`read(path)` reads a checkpoint that `find` returned, as lazy tensors with canonical names and layout. For a
     single file, `read(path, config_json=...)` also gets the `config.json` that describes the file, or None. Unless the
-    format `states_activation`, it also gets `activation=...`, a name or None."""
+    format `states_activation`, it also gets `activation=...`, a name or None. If the format `may_have_extra_heads`, it
+    also gets `drop_extra_heads=...`. An adapter also gets `base=...`, the checkpoint that it changes."""
     write: Callable[..., tuple[str, ...]] | None = None
     """`write(checkpoint, target, **options)` fills an empty directory, or writes a new file. It returns one sentence
     for each thing that the format cannot store. The caller makes it atomic. None for a read-only format."""
@@ -41,6 +42,10 @@ class Format:
     """Whether the format stores `Checkpoint.optimizer` and `Checkpoint.progress`."""
     states_activation: bool = True
     """Whether a file of the format determines the activation."""
+    may_have_extra_heads: bool = False
+    """Whether files of the format may have heads for other tasks, such as classification, beside the language model."""
+    base_name: Callable[[Path], str | None] | None = None
+    """For an adapter, which changes a base: returns the name of the base in the file, or None. None for a model."""
     family: str | None = None
     """Files of one family in the same directory are alternative forms of one model, not several checkpoints."""
 

@@ -29,11 +29,12 @@ from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.containers.torch_zip import read_file
 from bridge.containers.torch_zip_writer import write_file
-from bridge.conversion import canonical_names, canonicalize, differences
+from bridge.conversion import canonicalize, differences
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import files_by_content, read_config
 from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_implied, with_sidecar
+from bridge.names import canonical_names
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.parameter_table import parameters
 from bridge.storage.dtypes import FLOAT_DTYPES

@@ -103,7 +103,8 @@ def why_unrecognised(path: Path) -> str:
     return (
         "it has neither config.json with weights beside it (model.safetensors, pytorch_model.bin, "
         "flax_model.safetensors, flax_model.msgpack), nor hparams.json with a TensorFlow checkpoint, nor a file "
-        "in another supported format (nanoGPT's .pt, llm.c's .bin, .gguf)"
+        "in another supported format (nanoGPT's .pt, llm.c's .bin, .gguf), nor adapter_config.json with "
+        "adapter_model.safetensors or adapter_model.bin"
     )
 
 

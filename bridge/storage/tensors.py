@@ -94,6 +94,11 @@ class LazyTensorMap(Mapping[str, np.ndarray]):
 
 
 def _as_array(name: str, array: Any) -> np.ndarray:
+    if isinstance(array, Mapping):
+        raise ConversionError(
+            f"{quoted(name)} is a dictionary, not an array; convert a Flax parameter tree first, with "
+            "bridge.to_torch(params, config)"
+        )
     try:
         return np.asarray(array)
     except (TypeError, RuntimeError) as error:  # torch: bfloat16, a tensor that requires grad or is on a GPU

@@ -20,7 +20,8 @@ from gpt2_jax.training.run.identity import has_run_json, stored_identity
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 
-_DATA = ("data", "validation_data", "validation_fraction", "tokenizer", "examples", "init_from", "source_activation")
+_SOURCE = ("init_from", "source_activation", "base", "drop_extra_heads")
+_DATA = ("data", "validation_data", "validation_fraction", "tokenizer", "examples", *_SOURCE)
 _DEVICE = ("mesh", "dtype", "scan", "remat", "attention", "vocab_multiple", "deterministic")
 _REPORT = (
     "eval_every",
@@ -36,7 +37,7 @@ _REPORT = (
 _IN_OTHER_GROUPS = {"preset", "model", "optimizer", *_DATA, *_DEVICE, *_REPORT}
 _TRAINING = tuple(f.name for f in fields(TrainConfig) if f.name not in _IN_OTHER_GROUPS)
 
-_METAVARS = {"init_from": "SRC", "wandb": "PROJECT", "mesh": "AXIS=N,..."}
+_METAVARS = {"init_from": "SRC", "base": "SRC", "wandb": "PROJECT", "mesh": "AXIS=N,..."}
 
 
 def _names(part: type) -> list[str]:

@@ -44,7 +44,7 @@ def train_and_report(
     With several processes, only the first one writes the report. If a signal stopped the run, this function ends the
     process.
     """
-    inputs = (config.data, config.validation_data, config.init_from)
+    inputs = (config.data, config.validation_data, config.init_from, config.base)
     write_json = json_writer(json if is_first() else None, overwrite, inputs)
     try:
         outcome = run_training(config, out, default=default, resume=resume, accept_changes=accept_changes, cache=cache)
@@ -91,8 +91,7 @@ def run_training(
         say(f"no run at {out}; starting a new one", soft_wrap=True)
     # A resumed run has its tokenizer and its sizes in RUN, and no longer needs the initial checkpoint.
     continues = broadcast_from_first(resumes and bool(steps(out)))
-    origin, activation = (out, None) if continues else (config.init_from, config.source_activation)
-    source = None if origin is None else bridge.load(origin, activation=activation)
+    source = bridge.load(out) if continues else _initial_checkpoint(config)
     if source is not None and not continues:
         for warning in source.diagnostics:
             say(f"warning: {warning}", soft_wrap=True)
@@ -127,6 +126,17 @@ def run_training(
     if outcome.stopped_by is not None:
         say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; continue with --resume")
     return outcome
+
+
+def _initial_checkpoint(config: TrainConfig) -> Checkpoint | None:
+    if config.init_from is None:
+        return None
+    return bridge.load(
+        config.init_from,
+        activation=config.source_activation,
+        drop_extra_heads=config.drop_extra_heads,
+        base=config.base,
+    )
 
 
 def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, cache: Path | None) -> Data:

@@ -86,6 +86,11 @@ class TrainConfig:
     source_activation: str | None = None
     """The activation of a nanoGPT file in --init-from that does not state it: gelu, or gelu_new if nanoGPT's code from
     before June 14, 2023, wrote the file."""
+    base: str | None = None
+    """For a LoRA adapter of PEFT in --init-from: the model that it changes. The adapter is merged into it."""
+    drop_extra_heads: bool = False
+    """Leave out the tensors of heads for other tasks in --init-from, such as classification. By default they are an
+    error."""
 
     max_steps: int = 2000
     """The number of optimizer steps of the whole run."""
@@ -145,7 +150,7 @@ class TrainConfig:
             raise TrainingError("the training configuration is invalid:\n" + bullet_list(problems))
 
 
-PATH_FIELDS = frozenset({"data", "validation_data", "init_from"})
+PATH_FIELDS = frozenset({"data", "validation_data", "init_from", "base"})
 """Fields that are paths. They may differ between the machines of one run."""
 
 CHANGEABLE_FIELDS = frozenset(
@@ -211,6 +216,10 @@ def _combination_problems(c: TrainConfig) -> Iterator[str]:
         yield f"num_microbatches={c.num_microbatches}: does not divide batch_size={c.batch_size}"
     if c.source_activation is not None and c.init_from is None:
         yield f"source_activation={quoted(c.source_activation)}: is only for --init-from"
+    if c.base is not None and c.init_from is None:
+        yield f"base={quoted(c.base)}: is only for --init-from"
+    if c.drop_extra_heads and c.init_from is None:
+        yield "drop_extra_heads: is only for --init-from"
     if c.tokenizer == TOKENIZER_OF_INIT_FROM and c.init_from is None:
         yield f"tokenizer={c.tokenizer}: needs init_from, which is not given"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:

@@ -14,7 +14,7 @@ from support.models import TINY, random_state
 
 import bridge
 from bridge import Checkpoint, ConversionError, GPT2Config
-from bridge.storage.trees import flatten
+from bridge.storage.trees import flatten, insert
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 UNTIED = replace(TINY, tie_word_embeddings=False)
@@ -149,6 +149,55 @@ def test_jax_arrays_are_accepted() -> None:
         assert_same_tensors(bridge.to_torch(tree, TINY), state)
 
 
+# Flat attention projections, as other Flax GPT-2s have them
+
+
+def with_flat_projections(tree: Mapping[str, Any], only: str = "") -> dict[str, Any]:
+    """Return a tree whose projections of attention have PyTorch's shapes, or only those whose path contains `only`."""
+    flat: dict[str, Any] = {}
+    shapes = {"/".join(p.flax_path): p.torch_shape for p in bridge.parameters(UNTIED)}
+    for path, leaf in flatten(tree).items():
+        insert(flat, path.split("/"), leaf.reshape(shapes[path]) if only in path else leaf)
+    return flat
+
+
+@pytest.mark.parametrize("only", ["", "c_attn/kernel", "c_attn/bias", "attn/c_proj", "h_3/"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_flat_projections_are_taken_too(stacked: bool, only: str) -> None:
+    state = random_state(UNTIED)
+    tree = with_flat_projections(bridge.to_flax(state, UNTIED), only)
+    if stacked and only != "h_3/":
+        tree = bridge.stack_layers(tree)
+    assert_same_tensors(bridge.to_torch(tree, UNTIED), state)
+
+
+def test_a_flat_projection_is_a_view() -> None:
+    tree = with_flat_projections(bridge.to_flax(random_state(TINY), TINY))
+    back = bridge.to_torch(tree, TINY)
+    assert np.shares_memory(back["h.4.attn.c_attn.weight"], tree["h_4"]["attn"]["c_attn"]["kernel"])
+
+
+WRONG_FLAT_SHAPES = {
+    "c_attn/kernel": [(144, 48), (48, 145), (48, 48), (47, 144)],
+    "c_attn/bias": [(143,), (48,), (145,)],
+    "c_proj/kernel": [(48, 49), (49, 48), (16, 48)],
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"), [(path, shape) for path, shapes in WRONG_FLAT_SHAPES.items() for shape in shapes], ids=str
+)
+def test_flat_projections_of_the_wrong_shape_are_refused_by_name(path: str, shape: tuple[int, ...]) -> None:
+    tree = with_flat_projections(bridge.to_flax(random_state(TINY), TINY))
+    insert(tree, ["h_2", "attn", *path.split("/")], np.ones(shape, np.float32))
+    required = {"c_attn/kernel": (48, 144), "c_attn/bias": (144,), "c_proj/kernel": (48, 48)}[path]
+    with pytest.raises(ConversionError) as caught:
+        bridge.to_torch(tree, TINY)
+    [line] = spelled(caught)
+    assert line.startswith(f"h_2/attn/{path} has shape {shape}; the configuration requires {required}")
+    assert ("it is transposed" in line) == (shape == required[::-1] and shape != required)
+
+
 # Names
 
 
@@ -157,6 +206,9 @@ def test_jax_arrays_are_accepted() -> None:
     [
         *("", "transformer.", "module.", "_orig_mod.", "module.transformer.", "module._orig_mod.transformer."),
         *("_orig_mod.module._orig_mod.module.", "transformer.module._orig_mod."),
+        *("model.", "model.transformer.", "pretrained_model.transformer.", "_module.transformer."),
+        *("base_model.model.transformer.", "_fsdp_wrapped_module.transformer.", "_forward_module.module.transformer."),
+        *("module._orig_mod.model.transformer.", "pretrained_model.base_model.model.transformer.", "model.model."),
     ],
 )
 def test_prefixes_of_wrappers_are_removed(prefix: str) -> None:
@@ -166,8 +218,41 @@ def test_prefixes_of_wrappers_are_removed(prefix: str) -> None:
 
 
 def test_wrappers_inside_a_name_are_removed() -> None:
-    names = ["transformer.h.0._orig_mod.attn.module.c_attn.weight", "module.lm_head._orig_mod.weight"]
+    names = ["transformer.h.0._orig_mod.attn.module.c_attn.weight", "lm_head._orig_mod.weight"]
     assert bridge.canonical_names(names) == {"h.0.attn.c_attn.weight": names[0], "lm_head.weight": names[1]}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.model.", "pretrained_model.transformer."])
+def test_prefixed_beside_unprefixed_names_are_an_error_that_names_both(prefix: str) -> None:
+    state = random_state(UNTIED)
+    mixed = {(name if name == "lm_head.weight" else prefix + name): array for name, array in state.items()}
+    with pytest.raises(ConversionError, match="different prefixes; save the state_dict of one model") as caught:
+        bridge.to_flax(mixed, UNTIED)
+    shown = prefix.removesuffix("transformer.")
+    assert spelled(caught) == [f"'{prefix}wte.weight' has '{shown}'", "'lm_head.weight' has no prefix"]
+
+
+def test_two_different_prefixes_are_an_error_that_names_both() -> None:
+    with pytest.raises(ConversionError) as caught:
+        bridge.canonical_names(["module.h.0.ln_1.weight", "model.ln_f.weight"])
+    assert spelled(caught) == ["'module.h.0.ln_1.weight' has 'module.'", "'model.ln_f.weight' has 'model.'"]
+
+
+@pytest.mark.parametrize("prefix", ["net.", "net.transformer.", "model.gpt.", "a\x1b[2J."])
+def test_an_unknown_prefix_is_named(prefix: str) -> None:
+    state = {prefix + name: array for name, array in random_state(TINY).items()}
+    with pytest.raises(ConversionError) as caught:
+        bridge.canonicalize(state, TINY)
+    shown = prefix.replace("\x1b", "\\x1b")
+    assert spelled(caught)[0] == (
+        f"names have the prefix '{shown}', which no known wrapper adds; remove it from the names"
+    )
+
+
+def test_a_tensor_of_another_head_has_no_part_in_the_prefix() -> None:
+    """TRL's models have a value head beside `pretrained_model`."""
+    names = ["pretrained_model.transformer.wte.weight", "v_head.summary.weight"]
+    assert bridge.canonical_names(names) == {"wte.weight": names[0], "v_head.summary.weight": names[1]}
 
 
 def test_mask_buffers_are_dropped_and_biases_are_kept() -> None:
@@ -190,7 +275,9 @@ def test_one_tensor_under_two_prefixes_is_an_error_that_names_both() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["", "module", "_orig_mod", "transformer", "module._orig_mod.transformer", "..."])
+@pytest.mark.parametrize(
+    "name", ["", "module", "_orig_mod", "model", "transformer", "module._orig_mod.transformer", "model.", "..."]
+)
 def test_a_name_that_is_only_a_prefix_is_an_extra_tensor(name: str) -> None:
     with pytest.raises(ConversionError, match="is not a parameter of this model"):
         bridge.to_flax({**random_state(TINY), name: np.zeros(3, np.float32)}, TINY)
@@ -233,14 +320,14 @@ def test_all_problems_of_a_tree_are_listed_in_one_error() -> None:
     tree = bridge.to_flax(random_state(TINY), TINY)
     del tree["h_3"]["ln_2"]
     tree["h_9"] = {"ln_1": {"scale": np.ones(48, np.float32)}}
-    tree["h_0"]["attn"]["c_attn"]["kernel"] = np.ones((48, 144), np.float32)
+    tree["h_0"]["attn"]["c_attn"]["kernel"] = np.ones((48, 3, 48), np.float32)
     tree["wpe"]["embedding"] = np.ones((40, 48), np.int8)
     with pytest.raises(ConversionError) as caught:
         bridge.to_torch(tree, TINY)
     assert spelled(caught) == [
         "h_3/ln_2/scale is missing (shape (48,))",
         "h_3/ln_2/bias is missing (shape (48,))",
-        "h_0/attn/c_attn/kernel has shape (48, 144); the configuration requires (48, 3, 3, 16)",
+        "h_0/attn/c_attn/kernel has shape (48, 3, 48); the configuration requires (48, 3, 3, 16)",
         "'h_9/ln_1/scale' is not a parameter of this model",
         "'wpe/embedding' holds int8; weights must be one of float32, float16, bfloat16, float64",
     ]
@@ -406,7 +493,16 @@ def test_a_stack_of_another_number_of_layers_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_variables_in_place_of_params_get_a_helpful_message(stacked: bool) -> None:
+def test_a_tree_in_place_of_a_state_dict_gets_the_helpful_message(stacked: bool) -> None:
+    tree = bridge.to_flax(random_state(TINY), TINY, stacked=stacked)
+    for given in (tree, {"params": tree}):
+        for take in (Checkpoint.of, bridge.to_flax, bridge.canonicalize):
+            with pytest.raises(ConversionError, match=r"' is a dictionary, .* with bridge\.to_torch\(params, config\)"):
+                take(given, TINY)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_variables_in_place_of_params_get_the_helpful_message(stacked: bool) -> None:
     variables = {"params": bridge.to_flax(random_state(TINY), TINY, stacked=stacked)}
     with pytest.raises(ConversionError, match=r'variables\["params"\], not variables'):
         bridge.to_torch(variables, TINY)

@@ -13,11 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.commands import run
 from support.documents import PAGES, Line, commands_of, name_of, python_of
 
 import bridge
+from bridge.containers.safetensors import write_file
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax import cli
 
 pytest.importorskip("torch")
@@ -62,10 +65,17 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> Path:
-    """Write the files that the pages name: a model, a nanoGPT file, texts, prompts, and a run."""
+    """Write the files that the pages name: models, one with another head, an adapter, texts, prompts, and a run."""
     root = tmp_path_factory.mktemp("pages")
     bundled = bridge.load("bundled")
     bridge.save(bundled, root / "my-gpt2", format="huggingface")
+    shutil.copytree(root / "my-gpt2", root / "my-classifier")
+    weights = root / "my-classifier" / "model.safetensors"
+    head = LazyTensor.of(np.ones((2, bundled.config.n_embd), np.float32))
+    weights.unlink()
+    write_file(weights, LazyTensorMap({**bundled.tensors.entries, "score.weight": head}), {"format": "pt"})
+    factors = np.zeros((8, bundled.config.n_embd), np.float32), np.zeros((3 * bundled.config.n_embd, 8), np.float32)
+    bridge.save_lora(bridge.LoRA.of({"h.0.attn.c_attn": factors}, alpha=16), root / "my-adapter", base_model="my-gpt2")
     nanogpt = bundled.with_activation("gelu")
     bridge.save(nanogpt, root / "ckpt.pt", format="nanogpt")
     text = (bridge.BUNDLED / "validation.txt").read_text(encoding="utf-8")

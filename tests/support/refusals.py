@@ -42,22 +42,29 @@ def within_budget() -> Iterator[None]:
     assert 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) < MOST_BYTES
 
 
-def open_and_read(source: Path) -> str:
+def open_and_read(source: Path, base: Path | None = None) -> str:
     """Open a checkpoint and read all of it."""
-    return bridge.fingerprint(bridge.load(source).tensors)
+    return bridge.fingerprint(bridge.load(source, base=base).tensors)
 
 
 def assert_refused(
-    source: Path, expected: str, capsys: pytest.CaptureFixture[str], error: type[BridgeError] = BridgeError
+    source: Path,
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    error: type[BridgeError] = BridgeError,
+    base: Path | None = None,
 ) -> None:
     """Assert that opening or reading `source` raises `error` within the budget.
 
     The message must have `expected` and the name of the source. `gpt2 convert` must print it, exit with 2 and leave
     no files.
+
+    Args:
+        base: for an adapter, the model that it changes.
     """
     started = time.process_time()
     with pytest.raises(error) as caught:
-        open_and_read(source)
+        open_and_read(source, base)
     seconds = time.process_time() - started
     message = str(caught.value)
     assert expected in message
@@ -69,14 +76,15 @@ def assert_refused(
     tracemalloc.start()
     try:
         with pytest.raises(error):
-            open_and_read(source)
+            open_and_read(source, base)
         assert tracemalloc.get_traced_memory()[1] < MOST_BYTES
     finally:
         tracemalloc.stop()
 
     there = sorted(source.parent.iterdir())
     capsys.readouterr()
-    assert run("convert", source, source.parent / "converted", "--to", "flax") == 2
+    flags = () if base is None else ("--base", base)
+    assert run("convert", source, source.parent / "converted", "--to", "flax", *flags) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("gpt2: ")
     assert "Traceback" not in printed.err

@@ -46,7 +46,7 @@ def test_its_configuration_has_the_new_names(old: Path) -> None:
     assert config["num_microbatches"] == written["config"]["accumulate"] == 2
     assert config["max_grad_norm"] == written["config"]["clip_norm"] == 0.5
     same = config.keys() & written["config"].keys()
-    assert len(same) == len(config) - 4
+    assert len(same) == len(config) - 4 - 2  # 4 were renamed; base and drop_extra_heads were added
     assert {name: config[name] for name in same} == {name: written["config"][name] for name in same}
 
 
@@ -61,6 +61,14 @@ def test_a_field_that_version_1_did_not_always_store_has_its_default(old: Path) 
     del stored["config"]["source_activation"]
     (old / "run.json").write_text(json.dumps(stored))
     assert stored_identity(old).config.source_activation is None
+
+
+def test_a_field_that_version_2_did_not_always_store_has_its_default(old: Path) -> None:
+    config = flat(stored_identity(old).config)
+    del config["drop_extra_heads"], config["base"]
+    stored = json.loads((old / "run.json").read_text())
+    (old / "run.json").write_text(json.dumps({**stored, "version": 2, "config": config}))
+    assert stored_identity(old).config.drop_extra_heads is False
 
 
 def test_new_names_are_unknown_in_version_1(old: Path) -> None:

@@ -9,7 +9,7 @@ from tyro.conf import Positional, arg
 
 import bridge
 from bridge import Checkpoint
-from gpt2_jax.cli.arguments import JsonFile, Source, SourceActivation
+from gpt2_jax.cli.arguments import READING, JsonFile, Reading, Source
 from gpt2_jax.console.output import json_writer, reading_bar
 from gpt2_jax.console.terminal import console
 
@@ -22,7 +22,7 @@ def convert(
     /,
     *,
     to: Literal["huggingface", "flax", "flax_msgpack", "nanogpt", "llmc", "gguf"],
-    source_activation: SourceActivation = None,
+    reading: Reading = READING,
     max_shard_bytes: Annotated[int | None, arg(metavar="BYTES")] = None,
     zero_biases: bool = False,
     activation: Annotated[str | None, arg(metavar="NAME")] = None,
@@ -37,6 +37,7 @@ def convert(
 
     Args:
         source: a checkpoint in any format, or a Hugging Face id.
+        reading: how SRC is read.
         target: the directory to write; or, for nanogpt, llmc and gguf, a file with the suffix .pt, .bin or .gguf.
         to: the format to write.
         max_shard_bytes: for huggingface and flax_msgpack: the maximum size of a file.
@@ -50,8 +51,8 @@ def convert(
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
     if options and to not in IN_SHARDS:
         raise bridge.BridgeError(f"--max-shard-bytes is for --to {' and '.join(IN_SHARDS)}; --to {to} writes one file")
-    write_json = json_writer(json, overwrite, (source, target))
-    opened = bridge.load(source, activation=source_activation)
+    write_json = json_writer(json, overwrite, (source, reading.base, target))
+    opened = reading.load(source)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)
     with reading_bar(checkpoint, f"writing {to}") as watched:
         left_out = bridge.save(

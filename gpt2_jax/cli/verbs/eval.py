@@ -19,7 +19,7 @@ import bridge
 from bridge.errors import quoted
 from bridge.evaluation import Evaluation, Progress, exp
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, progress, require_torch
@@ -48,7 +48,7 @@ def evaluate(
     source: SourceOrBundled = BUNDLED,
     /,
     *,
-    source_activation: SourceActivation = None,
+    reading: Reading = READING,
     data: Annotated[str | None, arg(help_behavior_hint=UNSEEN_SHAKESPEARE)] = None,
     backend: Literal["jax", "torch"] = "jax",
     context: Annotated[int | None, arg(help_behavior_hint="(default: all positions of the model)")] = None,
@@ -67,6 +67,7 @@ def evaluate(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
+        reading: how SRC is read.
         data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some token files are named val
             and others are not, those named val are used.
         backend: the implementation to run.
@@ -79,7 +80,7 @@ def evaluate(
         overwrite: replace the report of an earlier command.
     """
     require_effect(locals(), defaults_of(evaluate), (OVERWRITE,))
-    write_json = json_writer(json, overwrite, (source, data))
+    write_json = json_writer(json, overwrite, (source, reading.base, data))
     data = str(bridge.BUNDLED / "validation.txt") if data is None else data
     if max_tokens is not None and max_tokens < 2:
         raise bridge.BridgeError(
@@ -87,7 +88,7 @@ def evaluate(
         )
     if backend == "torch":
         require_torch("--backend torch")
-    checkpoint = bridge.load(source, activation=source_activation)
+    checkpoint = reading.load_with_warnings(source)
     run = _with_torch if backend == "torch" else _with_jax
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with progress(*columns) as bar:

@@ -16,7 +16,7 @@ from bridge import BridgeError, Checkpoint
 from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import Decoder
 from bridge.generation.text import TextOutput, generate_text, printable, stream_text
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.dataclass_flags import docs_of, flags_of
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
@@ -78,7 +78,7 @@ def generate(
     prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None,
     /,
     *,
-    source_activation: SourceActivation = None,
+    reading: Reading = READING,
     lines: Annotated[Path | None, arg(metavar="FILE")] = None,
     interactive: bool = False,
     backend: Backend = "jax",
@@ -98,6 +98,7 @@ def generate(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
+        reading: how SRC is read.
         prompt: the text to continue; default: a line break; - reads it from standard input.
         lines: continue each non-empty line of this file instead; - is standard input.
         interactive: ask for one prompt after another; an empty line exits.
@@ -112,8 +113,8 @@ def generate(
         overwrite: replace the report of an earlier command.
     """
     require_effect(locals(), defaults_of(generate), (OVERWRITE,))
-    write_json = json_writer(json, overwrite, (source, lines))
-    checkpoint = bridge.load(source, activation=source_activation)
+    write_json = json_writer(json, overwrite, (source, reading.base, lines))
+    checkpoint = reading.load_with_warnings(source)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
     defaults = bridge.generation_defaults(checkpoint, tokenizer)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, reading_bar
 from gpt2_jax.console.terminal import console
@@ -26,7 +26,7 @@ def inspect(
     /,
     *,
     tensors: bool = False,
-    source_activation: SourceActivation = None,
+    reading: Reading = READING,
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
@@ -36,13 +36,14 @@ def inspect(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
+        reading: how SRC is read.
         tensors: list every tensor too.
         json: also write the result to this file.
         overwrite: replace the report of an earlier command.
     """
     require_effect(locals(), defaults_of(inspect), (OVERWRITE,))
-    write_json = json_writer(json, overwrite, (source,))
-    checkpoint = bridge.load(source, activation=source_activation)
+    write_json = json_writer(json, overwrite, (source, reading.base))
+    checkpoint = reading.load(source)
     with reading_bar(checkpoint, "reading", times=2) as watched:
         facts = _facts(watched)
     write_json(facts)

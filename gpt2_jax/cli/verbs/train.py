@@ -118,7 +118,7 @@ def _check_flags(
     """Raise `BridgeError` for flags that have no effect together, and for a cache that is an input."""
     usual = {**defaults, **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
     require_effect({**values, **options}, usual, RULES)
-    _require_cache(cache, (values["data"], values["validation_data"], values["init_from"]))
+    _require_cache(cache, (values["data"], values["validation_data"], values["init_from"], values["base"]))
     _require_effect_on_tokens(values, usual, cache)
 
 

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from tyro.conf import arg
 
 import bridge
-from gpt2_jax.cli.arguments import BUNDLED, JsonFile, SourceActivation, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, progress, require_torch
 from gpt2_jax.console.terminal import console
@@ -34,7 +34,7 @@ def verify(
     source: SourceOrBundled = BUNDLED,
     /,
     *,
-    source_activation: SourceActivation = None,
+    reading: Reading = READING,
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
     text_file: Annotated[Path | None, arg(metavar="FILE")] = None,
     batch_size: int = 2,
@@ -51,6 +51,7 @@ def verify(
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
+        reading: how SRC is read.
         text: the text to run the models on, instead of the built-in text. If the tokenizer lacks more than a tenth of
             the built-in text's characters, the default is random characters, and predictions are not checked.
         text_file: a UTF-8 file with that text.
@@ -64,14 +65,14 @@ def verify(
     """
     require_effect(locals(), defaults_of(verify), RULES)
     require_torch("gpt2 verify")
-    write_json = json_writer(json, overwrite, (source, text_file))
+    write_json = json_writer(json, overwrite, (source, reading.base, text_file))
     if not checks:
         raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
     if text is not None and text_file is not None:
         raise bridge.BridgeError("--text and --text-file are mutually exclusive; give one")
     if text_file is not None:
         text = _read_text(text_file)
-    checkpoint = bridge.load(source, activation=source_activation)
+    checkpoint = reading.load(source)
     from gpt2_jax.parity import verify as run
 
     with progress_bar(checks) as begin:

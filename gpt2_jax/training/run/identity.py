@@ -32,8 +32,8 @@ RENAMED_SINCE_1 = {
 """Fields of the configuration in version 1 of run.json -> their names in version 2."""
 ATTENTION_RENAMED_SINCE_1 = {"plain": "xla", "blocks": "blockwise"}
 """Values of `attention` in version 1 of run.json -> their names in version 2."""
-ADDED_SINCE_1 = {"source_activation": None}
-"""Fields that some runs of version 1 did not store, with the value that these runs used."""
+ADDED_LATER = {"source_activation": None, "base": None, "drop_extra_heads": False}
+"""Fields that earlier runs of either version did not store, with the value that these runs used."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change the results of computations."""
@@ -118,6 +118,8 @@ def stored_identity(run: Path) -> Identity:
     try:
         if written == 1 and isinstance(config, dict):
             config = migrated(config)
+        if isinstance(config, dict):
+            config = {**ADDED_LATER, **config}
         return Identity(from_flat(config), data, tokenizer)
     except BridgeError as error:
         raise TrainingError(f"{quoted(path)}: {error}") from error
@@ -127,7 +129,7 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored configuration of version 1 with the names of version 2."""
     if unknown := RENAMED_SINCE_1.values() & config.keys():
         raise TrainingError(f"version 1 has no field {quoted(min(unknown))}")
-    values: dict[str, Any] = dict(ADDED_SINCE_1)
+    values: dict[str, Any] = dict(ADDED_LATER)
     for name, value in config.items():
         values[RENAMED_SINCE_1.get(name, name)] = value
     attention = values.get("attention")

@@ -14,8 +14,13 @@ from bridge.formats.format import Format
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def test_a_reader_has_the_options_that_its_format_needs(format: Format) -> None:
     _, *options = inspect.signature(format.read).parameters
-    expected = [] if format.file_name is None else ["config_json"]
-    assert options == (expected if format.states_activation else [*expected, "activation"])
+    needs = {
+        "config_json": format.file_name is not None,
+        "activation": not format.states_activation,
+        "base": format.base_name is not None,
+        "drop_extra_heads": format.may_have_extra_heads,
+    }
+    assert options == [name for name, needed in needs.items() if needed]
 
 
 @pytest.mark.parametrize("name", WRITABLE)

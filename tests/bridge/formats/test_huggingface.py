@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.models import TINY, huggingface_directory, random_checkpoint, random_ids, random_state
+from support.models import TINY, config_for, huggingface_directory, random_checkpoint, random_ids, random_state
+from support.refusals import assert_refused
 
 import bridge
 from bridge import CheckpointError, ConfigError, ConversionError, GPT2Config
-from bridge.containers.safetensors import read_file
+from bridge.containers.safetensors import read_file, write_file
+from bridge.formats import WRITABLE
+from bridge.storage.tensors import LazyTensorMap
 
 UNTIED = replace(TINY, tie_word_embeddings=False)
 UNUSUAL = replace(
@@ -89,10 +92,72 @@ def test_an_untied_model_saved_without_its_head_is_refused(tmp_path: Path) -> No
         bridge.load(tmp_path)
 
 
-def test_a_classifiers_head_is_refused_by_name(tmp_path: Path) -> None:
-    model_of_transformers(TINY, "GPT2ForSequenceClassification").save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match=r"'score\.weight' is not a parameter"):
-        bridge.load(tmp_path)
+HEADS = {
+    "GPT2ForSequenceClassification": ["score.weight"],
+    "GPT2ForTokenClassification": ["classifier.bias", "classifier.weight"],
+    "GPT2ForQuestionAnswering": ["qa_outputs.bias", "qa_outputs.weight"],
+    "GPT2DoubleHeadsModel": ["multiple_choice_head.summary.bias", "multiple_choice_head.summary.weight"],
+}
+"""Model of transformers -> the tensors of its head."""
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_head_of_another_task_is_refused_by_name_and_left_out_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model = model_of_transformers(TINY, kind)
+    model.save_pretrained(tmp_path / "model")
+    flag = "--drop-extra-heads, or bridge.load(..., drop_extra_heads=True), leaves it out"
+    for name in HEADS[kind]:
+        says = f"'{name}' is not a parameter of this model but of a head for another task; {flag}"
+        assert_refused(tmp_path / "model", says, capsys, ConversionError)
+    checkpoint = bridge.load(tmp_path / "model", drop_extra_heads=True)
+    left_out = ", ".join(f"'{name}'" for name in HEADS[kind])
+    assert checkpoint.diagnostics[0] == f"tensors of heads for other tasks were left out: {left_out}"
+    assert checkpoint.config == TINY
+    theirs = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    assert {*theirs} - {*checkpoint.tensors} == {*HEADS[kind]} | ({"lm_head.weight"} & {*theirs})
+    for name, array in checkpoint.tensors.items():
+        assert array.tobytes() == as_bytes(theirs[name]), name
+
+
+def test_value_heads_of_trl_are_left_out_on_request(tmp_path: Path) -> None:
+    """TRL names the tensors of its value head so, beside those of the language model or of its wrapper."""
+    for prefix in ("transformer.", "pretrained_model.transformer."):
+        path = tmp_path / prefix
+        state = {prefix + name: array for name, array in random_state(TINY).items()}
+        heads = {"v_head.summary.bias": np.ones(1, np.float32), "v_head.summary.weight": np.ones((1, 48), np.float32)}
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(TINY.to_hf()))
+        write_file(path / "model.safetensors", LazyTensorMap.of({**state, **heads}), {"format": "pt"})
+        with pytest.raises(
+            ConversionError, match=r"'v_head\.summary\.weight' is not a parameter .* --drop-extra-heads"
+        ):
+            bridge.load(path)
+        checkpoint = bridge.load(path, drop_extra_heads=True)
+        assert checkpoint.diagnostics[0].endswith("left out: 'v_head.summary.bias', 'v_head.summary.weight'")
+        assert_same(checkpoint.tensors, random_state(TINY))
+
+
+def test_other_tensors_are_refused_although_heads_are_left_out(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model")
+    extra = {
+        "scores.weight": np.ones(2, np.float32),
+        "score": np.ones(2, np.float32),
+        "v_head.": np.ones(2, np.float32),
+    }
+    (path / "model.safetensors").unlink()
+    write_file(path / "model.safetensors", LazyTensorMap.of({**random_state(TINY), **extra}), {"format": "pt"})
+    with pytest.raises(ConversionError, match=r"'scores\.weight' is not a parameter of this model\n") as caught:
+        bridge.load(path, drop_extra_heads=True)
+    assert "'score' is not" in str(caught.value) and "'v_head.' is not" in str(caught.value)
+
+
+def test_a_model_without_other_heads_is_read_with_the_request_too(tmp_path: Path) -> None:
+    for format in WRITABLE:
+        bridge.save(random_checkpoint(config_for(format)), tmp_path / format, format=format)
+        checkpoint = bridge.load(tmp_path / format, drop_extra_heads=True)
+        assert checkpoint.diagnostics == bridge.load(tmp_path / format).diagnostics
 
 
 def test_cross_attention_is_refused_by_name(tmp_path: Path) -> None:

@@ -71,6 +71,12 @@ GENERATIONS: dict[str, Callable[[], State]] = {
     "DDP": lambda: state_dict("module.transformer."),
     "compiled DDP": lambda: state_dict("_orig_mod.module.transformer."),
     "a compiled submodule": lambda: state_dict("transformer._orig_mod."),
+    "a module with the model as an attribute": lambda: state_dict("model.transformer."),
+    "TRL": lambda: state_dict("pretrained_model.transformer."),
+    "Opacus": lambda: state_dict("_module.transformer."),
+    "PEFT": lambda: state_dict("base_model.model.transformer."),
+    "FSDP": lambda: state_dict("_fsdp_wrapped_module.transformer."),
+    "several wrappers": lambda: state_dict("module._orig_mod.pretrained_model.base_model.model.transformer."),
     "parameters": lambda: {name: torch.nn.Parameter(tensor) for name, tensor in state_dict().items()},
 }
 
@@ -99,6 +105,54 @@ def test_unusual_properties_are_reported(tmp_path: Path) -> None:
     assert buffers.startswith("4 causal-mask buffers")
     assert "lm_head.weight is stored although the head is tied" in head
     assert "gamma and beta" in names
+
+
+def test_the_prefix_of_a_wrapper_is_reported(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", state_dict("module.model.transformer."))
+    [note] = bridge.load(path).diagnostics
+    assert note == "the names of the tensors have the prefix 'module.model.' of a wrapper, which was removed"
+
+
+def lightning_checkpoint(prefix: str = "model.transformer.") -> dict[str, object]:
+    """Return the entries of a `.ckpt` of Lightning 2.6, with AdamW's state."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    return {
+        "epoch": 0,
+        "global_step": 1,
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": state_dict(prefix),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(1.5), "dirpath": "runs"}},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"learning_rate": 1e-3},
+    }
+
+
+def test_a_checkpoint_of_lightning_is_read_and_the_rest_of_it_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", lightning_checkpoint())
+    (path / "pytorch_model.bin").rename(path / "last.ckpt")
+    assert_is_the_model(path / "last.ckpt")
+    rest, prefix = bridge.load(path / "last.ckpt").diagnostics
+    assert rest.startswith("read from 'state_dict'; the file also holds 'epoch', 'global_step', ")
+    assert all(repr(name) in rest for name in lightning_checkpoint() if name != "state_dict")
+    assert "'model.'" in prefix
+
+
+def test_a_checkpoint_of_only_a_state_dict_has_nothing_to_name(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", {"state_dict": state_dict()})
+    assert_is_the_model(path)
+    assert bridge.load(path).diagnostics == ()
+
+
+def test_hundreds_of_other_entries_are_counted(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", {"state_dict": state_dict(), **{f"entry {k}": k for k in range(500)}})
+    [note] = bridge.load(path).diagnostics
+    assert note.endswith(" and 460 more, which was not read") and len(note) < 1000
 
 
 def in_shards(path: Path, total: Callable[[State], float]) -> Path:
@@ -148,7 +202,24 @@ def test_a_missing_shard_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
 NO_STATE_DICTS: dict[str, tuple[Callable[[], object], str, type[bridge.BridgeError]]] = {
     "a list": (lambda: list(state_dict().values()), "holds list, not a state_dict", CheckpointError),
     "a tensor": (lambda: torch.ones(2), "holds LazyTensor, not a state_dict", CheckpointError),
-    "a training state": (lambda: {"state_dict": state_dict(), "epoch": 1}, "'state_dict' is dict", CheckpointError),
+    "a training state under another name": (
+        lambda: {"weights": state_dict(), "epoch": 1},
+        "'weights' is dict, not a tensor",
+        CheckpointError,
+    ),
+    "a state_dict with a number": (
+        lambda: {"state_dict": {**state_dict(), "step": 3}, "epoch": 1},
+        "'step' is int, not a tensor",
+        CheckpointError,
+    ),
+    "an empty state_dict": (lambda: {"state_dict": {}, "epoch": 1}, "wte.weight is missing", ConversionError),
+    "a state_dict that is a list": (lambda: {"state_dict": []}, "'state_dict' is list, not a tensor", CheckpointError),
+    "prefixes on some names": (
+        lambda: {**state_dict("model.transformer."), "lm_head.weight": state_dict()["transformer.wte.weight"]},
+        "'lm_head.weight' has no prefix",
+        ConversionError,
+    ),
+    "an unknown prefix": (lambda: state_dict("net.transformer."), "prefix 'net.transformer.'", ConversionError),
     "a number beside tensors": (lambda: {**state_dict(), "step": 3}, "'step' is int, not a tensor", CheckpointError),
     "numbers as names": (
         lambda: dict(enumerate(state_dict().values())),

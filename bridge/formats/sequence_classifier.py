@@ -1,0 +1,146 @@
+"""Sequence classifiers: transformers' `GPT2ForSequenceClassification`, read and written in Hugging Face format.
+
+The classifier is a GPT-2 without its head. A matrix `score` maps the last hidden state of the last token that is not
+padding to one logit per label.
+
+Source: https://github.com/huggingface/transformers, models/gpt2/modeling_gpt2.py (version 5.23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridge.checkpoint import Checkpoint
+from bridge.config import GPT2Config, harmless_fields
+from bridge.conversion import FlaxTree, canonicalize, to_flax, to_torch
+from bridge.errors import CheckpointError, ConversionError, quoted
+from bridge.formats.directory import CONFIG, carry_files, config_beside, read_json, write_json
+from bridge.formats.huggingface import NAME, stored_tensors, write_model
+from bridge.formats.recognition import choose_checkpoint
+from bridge.names import canonical_names
+from bridge.storage.atomic_writes import new_directory
+from bridge.storage.dtypes import FLOAT_DTYPES
+from bridge.storage.tensors import LazyTensor, LazyTensorMap
+
+_SCORE = "score.weight"
+_ARCHITECTURE = "GPT2ForSequenceClassification"
+
+
+@dataclass(frozen=True)
+class SequenceClassifier:
+    """A GPT-2 with a classification head, independent of the backend."""
+
+    checkpoint: Checkpoint
+    """The GPT-2. Its head is tied and has no part in the classification."""
+    score: LazyTensor
+    """`[C, D]`: one row per label, in PyTorch's layout."""
+
+    def __post_init__(self) -> None:
+        shape, width = self.score.shape, self.checkpoint.config.n_embd
+        if len(shape) != 2 or shape[0] < 1 or shape[1] != width or self.score.dtype not in FLOAT_DTYPES:
+            raise ConversionError(
+                f"{_SCORE} has shape {shape} and holds {self.score.dtype}; it must be a float matrix [labels, {width}]"
+            )
+
+    @property
+    def num_labels(self) -> int:
+        """C: the number of labels."""
+        return self.score.shape[0]
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id of padding in `config.json`, or None."""
+        value = self.checkpoint.extra.get("pad_token_id")
+        return value if type(value) is int else None
+
+    def to_flax(self) -> FlaxTree:
+        """Return the parameter tree of `gpt2_jax.GPT2ForSequenceClassification`, with numpy arrays as leaves."""
+        transformer = to_flax(self.checkpoint.tensors, self.checkpoint.config)
+        return {"transformer": transformer, "score": {"kernel": self.score.read().T}}
+
+    def with_flax(self, params: Mapping[str, Any]) -> SequenceClassifier:
+        """Return the classifier with the weights of a tree as `to_flax` returns it.
+
+        Raises `ConversionError` if the tree is not that of this model.
+        """
+        if {*params} != {"transformer", "score"} or {*params["score"]} != {"kernel"}:
+            raise ConversionError("the tree of a classifier has transformer and score/kernel, and nothing else")
+        state = to_torch(params["transformer"], self.checkpoint.config)
+        return self.with_torch({**state, _SCORE: np.asarray(params["score"]["kernel"]).T})
+
+    def with_torch(self, tensors: Mapping[str, Any]) -> SequenceClassifier:
+        """Return the classifier with the weights of a state_dict, in names that `bridge.canonicalize` accepts.
+
+        Raises `ConversionError` if the tensors are not those of this model.
+        """
+        return _classifier(LazyTensorMap.of(tensors), self.checkpoint)
+
+
+def load_classifier(source: str | Path) -> SequenceClassifier:
+    """Open transformers' `GPT2ForSequenceClassification` from its directory.
+
+    Only names, shapes and the configuration are read; each tensor is read on access.
+
+    Raises:
+        BridgeError: there is no such model. The message names the problem.
+    """
+    path = Path(source).absolute()
+    found, notes = choose_checkpoint(path) or (None, ())
+    if found is None or found.format.name != NAME:
+        raise CheckpointError(f"{quoted(path)} has no config.json with weights in Hugging Face format beside it")
+    weights = found.path
+    hf = read_json(config_beside(weights))
+    # A classifier has no language-model head that could be untied.
+    config = replace(GPT2Config.from_hf(hf), tie_word_embeddings=True)
+    stored, left_out = stored_tensors(weights)
+    notes = (*left_out, *notes)
+    like = Checkpoint(config, stored, NAME, weights.parent, harmless_fields(hf), notes, source=weights)
+    try:
+        return _classifier(stored, like)
+    except ConversionError as error:
+        raise ConversionError(f"{quoted(path)}: {error}") from error
+
+
+def save_classifier(classifier: SequenceClassifier, target: str | Path) -> None:
+    """Write a directory that transformers' `GPT2ForSequenceClassification.from_pretrained` reads. The write is atomic.
+
+    Args:
+        target: a path that does not exist, or an empty directory.
+
+    Raises:
+        CheckpointError: the target exists and is not empty, or cannot be written.
+        ConfigError: the model has no biases, which transformers' GPT-2 requires.
+    """
+    checkpoint = classifier.checkpoint
+    fields = {**checkpoint.config.to_hf(_labelled(classifier)), "architectures": [_ARCHITECTURE]}
+    entries = {f"transformer.{name}": entry for name, entry in checkpoint.tensors.entries.items()}
+    with new_directory(target) as directory:
+        write_json(directory / CONFIG, fields)
+        write_model(directory, {**entries, _SCORE: classifier.score})
+        carry_files(checkpoint, directory)
+
+
+def _classifier(stored: LazyTensorMap, like: Checkpoint) -> SequenceClassifier:
+    """Split tensors into those of the GPT-2 and the head."""
+    names = canonical_names(stored)
+    if _SCORE not in names:
+        raise ConversionError(f"{_SCORE} is missing; bridge.load reads a model without a classification head")
+    others = {name: entry for name, entry in stored.entries.items() if name != names[_SCORE]}
+    tensors = canonicalize(LazyTensorMap(others), like.config)
+    return SequenceClassifier(replace(like, tensors=tensors, optimizer=None), stored.entries[names[_SCORE]])
+
+
+def _labelled(classifier: SequenceClassifier) -> dict[str, Any]:
+    """Return the further fields of `config.json`. transformers takes the number of labels from `id2label`."""
+    extra, count = dict(classifier.checkpoint.extra), classifier.num_labels
+    names = extra.get("id2label")
+    if not isinstance(names, dict) or {*names} != {*map(str, range(count))}:
+        labels = [f"LABEL_{k}" for k in range(count)]
+        extra["id2label"] = {str(k): label for k, label in enumerate(labels)}
+        extra["label2id"] = {label: k for k, label in enumerate(labels)}
+    return extra

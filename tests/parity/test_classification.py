@@ -1,0 +1,155 @@
+"""Sequence classifiers in both backends, compared with transformers' `GPT2ForSequenceClassification`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from support.models import TINY, huggingface_directory, random_state
+
+import bridge
+import gpt2_jax
+import gpt2_torch
+from bridge import CheckpointError, ConversionError, SequenceClassifier
+from bridge.storage.tensors import LazyTensor
+
+ERROR = 1e-5  # of logits of about 1 in float32
+LABELS = ["negative", "neutral", "positive"]
+PAD = 256
+
+
+def theirs(directory: Path, **fields: Any) -> Any:
+    """Return a random classifier of transformers, which is saved in the directory."""
+    labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: k for k, label in enumerate(LABELS)}}
+    fields = {"pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": 0, **labels, **fields}
+    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**TINY.to_hf(fields)))
+    state = {f"transformer.{name}": torch.from_numpy(array) for name, array in random_state(TINY).items()}
+    torch.manual_seed(0)
+    model.load_state_dict({**state, "score.weight": torch.randn_like(model.score.weight) / 5})
+    model.eval().save_pretrained(directory)
+    return model
+
+
+def padded_ids() -> np.ndarray:
+    """Return rows of lengths 17, 1 and 9, padded on the right, and one of padding alone."""
+    ids = np.random.default_rng(0).integers(0, PAD, (4, 17))
+    for row, length in enumerate((17, 1, 9, 0)):
+        ids[row, length:] = PAD
+    return ids
+
+
+def logits_of_torch(classifier: SequenceClassifier, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return gpt2_torch.model_from_classifier(classifier)(torch.from_numpy(ids)).numpy()
+
+
+def logits_of_jax(classifier: SequenceClassifier, ids: np.ndarray) -> np.ndarray:
+    model, params = gpt2_jax.model_from_classifier(classifier)
+    return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(ids)))
+
+
+def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        logits: np.ndarray = model(torch.from_numpy(ids)).logits.numpy()
+    return logits
+
+
+BACKENDS = pytest.mark.parametrize("logits", [logits_of_torch, logits_of_jax], ids=["torch", "jax"])
+
+
+@BACKENDS
+@pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
+def test_the_logits_are_those_of_transformers(tmp_path: Path, logits: Any, untied: bool) -> None:
+    model = theirs(tmp_path, tie_word_embeddings=not untied)
+    classifier = bridge.load_classifier(tmp_path)
+    assert (classifier.num_labels, classifier.pad_token_id) == (3, PAD)
+    expected = logits_of(model, padded_ids())
+    assert expected.shape == (4, 3) and np.abs(expected).max() > 0.5
+    assert len({row.tobytes() for row in expected}) == 4
+    assert np.abs(logits(classifier, padded_ids()) - expected).max() < ERROR
+
+
+@BACKENDS
+def test_without_a_padding_id_one_row_is_classified_and_several_are_refused(tmp_path: Path, logits: Any) -> None:
+    model = theirs(tmp_path, pad_token_id=None)
+    classifier = bridge.load_classifier(tmp_path)
+    ids = padded_ids()
+    assert np.abs(logits(classifier, ids[:1]) - logits_of(model, ids[:1])).max() < ERROR
+    with pytest.raises(ValueError, match="several rows need a pad_token_id"):
+        logits(classifier, ids)
+
+
+def both_ways(classifier: SequenceClassifier, backend: str) -> SequenceClassifier:
+    if backend == "torch":
+        return gpt2_torch.classifier_from_model(gpt2_torch.model_from_classifier(classifier), classifier)
+    return gpt2_jax.classifier_from_params(gpt2_jax.model_from_classifier(classifier)[1], classifier)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_there_and_back_keeps_every_bit_and_transformers_reads_it(tmp_path: Path, backend: str, dtype: str) -> None:
+    model = theirs(tmp_path / "theirs").to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs")
+    before = bridge.load_classifier(tmp_path / "theirs")
+    after = both_ways(before, backend)
+    bridge.save_classifier(after, tmp_path / "ours")
+    again, info = transformers.GPT2ForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, dtype="auto"
+    )
+    assert {name: [*keys] for name, keys in info.items() if keys} == {}
+    assert again.config.id2label == dict(enumerate(LABELS)) and again.config.pad_token_id == PAD
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert before.score.dtype == {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
+
+
+def test_the_module_of_jax_initializes_the_tree_of_the_bridge(tmp_path: Path) -> None:
+    theirs(tmp_path)
+    model, params = gpt2_jax.model_from_classifier(bridge.load_classifier(tmp_path))
+    made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+
+
+def test_generated_labels_have_the_number_of_the_head(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs")
+    stored = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del stored["id2label"], stored["label2id"]
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(stored))
+    bridge.save_classifier(bridge.load_classifier(tmp_path / "theirs"), tmp_path / "ours")
+    model = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "ours")
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_what_is_not_a_classifier_is_refused(tmp_path: Path) -> None:
+    path = huggingface_directory(tmp_path / "model", TINY)
+    with pytest.raises(ConversionError, match=r"'.*model': score\.weight is missing; bridge\.load reads"):
+        bridge.load_classifier(path)
+    with pytest.raises(CheckpointError, match=r"has no config\.json with weights in Hugging Face format"):
+        bridge.load_classifier(tmp_path)
+    theirs(tmp_path / "theirs")
+    classifier = bridge.load_classifier(tmp_path / "theirs")
+    for shape, dtype in (((3,), "f4"), ((3, 47), "f4"), ((0, 48), "f4"), ((3, 48), "i4")):
+        with pytest.raises(ConversionError, match=r"it must be a float matrix \[labels, 48\]"):
+            SequenceClassifier(classifier.checkpoint, LazyTensor.of(np.zeros(shape, dtype)))
+    tree = classifier.to_flax()
+    for wrong in ({**tree, "more": {}}, {"transformer": tree["transformer"]}, tree["transformer"]):
+        with pytest.raises(ConversionError, match="the tree of a classifier has transformer and score/kernel"):
+            classifier.with_flax(wrong)
+
+
+def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "kept")
+    with pytest.raises(CheckpointError, match="exists"):
+        bridge.save_classifier(bridge.load_classifier(tmp_path / "theirs"), tmp_path / "kept")
+    same = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("theirs", "kept")]
+    assert same[0] == same[1]
