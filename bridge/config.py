@@ -24,6 +24,13 @@ ACTIVATIONS = (
     "silu",
     "swish",
     "tanh",
+    "gelu_python",
+    "gelu_accurate",
+    "mish",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "linear",
 )
 """Values of Hugging Face's `activation_function`. Each backend defines the formulas."""
 
