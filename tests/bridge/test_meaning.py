@@ -101,7 +101,7 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
     "an activation with escape codes": (field("activation_function", "\x1b[2J"), "\\x1b[2J", ConfigError),
     "code": (field("auto_map", {"AutoModel": "evil.Model"}), "auto_map=", ConfigError),
     "another model": (field("model_type", "llama"), "model_type='llama'", ConfigError),
-    "an unknown switch of attention": (field("attn_sink", 1), "'attn_sink'", ConfigError),
+    "an unknown switch of attention": (field("attn_sink", 1), "attn_sink='1'", ConfigError),
 }
 
 

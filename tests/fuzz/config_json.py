@@ -16,7 +16,7 @@ from bridge.config import GPT2Config, harmless_fields
 from bridge.formats.directory import read_json, write_json
 
 logging.getLogger("transformers").setLevel(logging.CRITICAL)
-COMPARED = tuple(name for name in GPT2Config().to_hf() if name not in ("architectures", "model_type"))
+COMPARED = tuple(name for name in GPT2Config().to_hf() if name not in ("architectures", "model_type", "n_ctx"))
 
 
 def samples(folder: Path) -> list[Path]:
