@@ -6,12 +6,12 @@ Both backends use `GPT2Config`. It describes only the model: it has no dtypes, d
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from bridge.config_fields import ALIASES, STATED, is_ignored, unsupported
 from bridge.errors import ConfigError, bullet_list, quoted
 
 ACTIVATIONS = (
@@ -24,6 +24,13 @@ ACTIVATIONS = (
     "silu",
     "swish",
     "tanh",
+    "gelu_python",
+    "gelu_accurate",
+    "mish",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "linear",
 )
 """Values of Hugging Face's `activation_function`. Each backend defines the formulas."""
 
@@ -109,8 +116,8 @@ class GPT2Config:
         Missing fields get the defaults of transformers, such as a dropout rate of 0.1.
 
         Raises:
-            ConfigError: a field requires a computation that is not implemented. Unknown fields raise it too if their
-                names suggest that they affect the model's output.
+            ConfigError: a field requires a computation that is not implemented (`bridge.config_fields`). Unknown
+                fields raise it too if their names suggest such a computation. `config_diagnostics` reports the others.
         """
         if not isinstance(hf, Mapping):
             raise ConfigError(f"config.json must hold an object, not {type(hf).__name__}")
@@ -121,24 +128,23 @@ class GPT2Config:
             )
         if foreign := _foreign_model(hf):  # do not report its fields: they may be valid for that model
             raise ConfigError("config.json describes another kind of model:\n" + bullet_list(foreign))
-        problems = _unsupported_fields(hf)
-        values: dict[str, Any] = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
-        for field in _HF_FIELDS:
-            given = {name: hf[name] for name in (field, *_HF_ALIASES.get(field, ())) if name in hf}
-            if any(value != next(iter(given.values())) for value in given.values()):
-                spelled = ", ".join(f"{name}={quoted(value)}" for name, value in given.items())
-                problems.append(f"{spelled}: these are aliases of one setting but have different values")
-            elif given:
-                values[field] = next(iter(given.values()))
+        values, problems = _own_fields(hf)
+        problems = [*_unsupported_fields(hf), *problems]
         if problems:
             raise ConfigError("config.json describes a model that is not supported:\n" + bullet_list(problems))
-        return cls(**values)
+        config = cls(**values)
+        if problems := _contradictions(hf, config):
+            raise ConfigError("config.json contradicts itself:\n" + bullet_list(problems))
+        return config
 
     def to_hf(self, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the fields of a `config.json` from which transformers builds the same model.
 
+        `n_ctx`, the former name of `n_positions`, is among them: llama.cpp's converter and TransformerLens read it.
+
         Args:
-            extra: further fields, from `harmless_fields`. Fields of this configuration take precedence.
+            extra: further fields, from `harmless_fields`. Fields of this configuration take precedence, also under the
+                names of other programs (`bridge.config_fields.STATED`).
 
         Raises:
             ConfigError: `bias=False`, which Hugging Face's GPT-2 does not support.
@@ -149,7 +155,11 @@ class GPT2Config:
                 "biases of zero (gpt2 convert --zero-biases)"
             )
         own = {name: getattr(self, name) for name in _HF_FIELDS}
-        return {**(extra or {}), "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **own}
+        extra = dict(extra or {})
+        stated = {name: getattr(self, STATED[name]) for name in extra.keys() & STATED if extra[name] is not None}
+        extra.update({name: value for name, value in stated.items() if extra[name] != value})
+        fixed = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}
+        return {**extra, **fixed, **own, "n_ctx": self.n_positions}
 
 
 def harmless_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,45 +169,39 @@ def harmless_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def config_diagnostics(hf: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return one sentence for each thing in a `config.json` that transformers' GPT-2 does not read.
+
+    Args:
+        hf: a `config.json` that `GPT2Config.from_hf` accepts.
+    """
+    notes = []
+    if "model_type" not in hf:
+        notes.append(f"{_CONFIG_JSON} has no model_type; it was read as a GPT-2")
+    positions = next((hf[name] for name in ("n_positions", *ALIASES["n_positions"]) if name in hf), None)
+    if positions is None and hf.get("n_ctx") is not None:
+        notes.append(f"{_CONFIG_JSON} has no n_positions, which transformers needs; n_ctx={hf['n_ctx']} was read")
+    elif hf.get("n_ctx") not in (None, positions):
+        notes.append(
+            f"n_ctx={quoted(hf['n_ctx'])} differs from n_positions={quoted(positions)}, which decides, as in "
+            "transformers; an export has n_ctx equal to n_positions"
+        )
+    ignored = [name for name in hf if name not in _KNOWN and is_ignored(name)]
+    if ignored:
+        shown = [f"{_shown(name)}={quoted(hf[name], limit=40)}" for name in ignored[:_MOST_SHOWN]]
+        more = f" and {len(ignored) - _MOST_SHOWN} more" if len(ignored) > _MOST_SHOWN else ""
+        notes.append(f"{_CONFIG_JSON} has fields that GPT-2 ignores, which are kept: {', '.join(shown)}{more}")
+    return tuple(notes)
+
+
+_CONFIG_JSON = "config.json"
+_MOST_SHOWN = 20  # fields in one sentence
+
 _HF_FIELDS = tuple(field.name for field in fields(GPT2Config) if field.name != "bias")
 
-# transformers also accepts generic names for these fields (GPT2Config.attribute_map). Until 2021, n_positions was also
-# called n_ctx.
-_HF_ALIASES = {
-    "n_positions": ("max_position_embeddings", "n_ctx"),
-    "n_embd": ("hidden_size",),
-    "n_head": ("num_attention_heads",),
-    "n_layer": ("num_hidden_layers",),
-}
+_KNOWN = {*_HF_FIELDS, *(alias for names in ALIASES.values() for alias in names), "n_ctx"}
 
-_KNOWN = {*_HF_FIELDS, *(alias for names in _HF_ALIASES.values() for alias in names)}
-
-# Fields of transformers (4.x or 5.x) that are not implemented here, with the value that does not affect the output.
-_MUST_BE: Mapping[str, Any] = {
-    "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
-    "pruned_heads": {},
-    "chunk_size_feed_forward": 0,
-    "is_encoder_decoder": False,
-    "tie_encoder_decoder": False,
-    "position_embedding_type": "absolute",
-    "quantization_config": None,
-    "auto_map": None,
-}
-
-# Fields that do not affect GPT-2's logits, although `_MATHEMATICAL` matches their names.
-_HARMLESS = re.compile(
-    r"summary_.*|_?(output_)?attn_implementation(_(internal|autoset))?|output_attentions"
-    r"|output_hidden_states|classifier_dropout|num_labels|tokenizer_.*|keys_to_ignore_at_inference"
-    r"|temperature|renormalize_logits|output_logits"
-)
-_MATHEMATICAL = re.compile(
-    r"attn|attention|norm|activation|positi|rotary|rope|alibi|emb|scal|bias|head|layer|expert"
-    r"|moe|quant|window|soft_?(cap|max)|residual|drop|hidden|inner|intermediate|ffn|feed_?forward|mlp"
-    r"|vocab|tied?_|kv|query|parallel|lora|adapter|prun|sparse|causal|direction|gate|multipl|logit"
-    r"|(^|_)(\w*glu|rms|ln|act|qk|temp|temperature|d)(_|$)",
-    re.IGNORECASE,
-)
+_SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
 
 def _foreign_model(hf: Mapping[str, Any]) -> list[str]:
@@ -211,26 +215,50 @@ def _foreign_model(hf: Mapping[str, Any]) -> list[str]:
         return [f"model_type={quoted(hf['model_type'])}: only 'gpt2' is supported"]
     if any(name.startswith("GPT2") for name in architectures):
         return []
+    if not architectures and all(name in hf or (name == "n_positions" and "n_ctx" in hf) for name in _SIZES):
+        return []
     return ['model_type is missing: add "model_type": "gpt2" if this is a GPT-2']
 
 
-def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:
+def _own_fields(hf: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the fields of `GPT2Config`, and an error for each setting whose names have different values."""
+    values: dict[str, Any] = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
     problems = []
-    for name, value in hf.items():
-        if name in _KNOWN or value is None:
-            continue
-        if name in _MUST_BE:
-            if value != _MUST_BE[name]:
-                problems.append(f"{name}={quoted(value)}: not supported; it must be {_MUST_BE[name]!r}")
-        elif _MATHEMATICAL.search(name) and not _HARMLESS.fullmatch(name) and value not in ({}, []):
-            problems.append(
-                f"{quoted(name)}={quoted(value)}: unknown, and its name suggests that it affects the model's output; "
-                "remove it from config.json if it does not"
-            )
-    return problems
+    for field in _HF_FIELDS:
+        given = {name: hf[name] for name in (field, *ALIASES.get(field, ())) if name in hf}
+        if any(value != next(iter(given.values())) for value in given.values()):
+            spelled = ", ".join(f"{name}={quoted(value)}" for name, value in given.items())
+            problems.append(f"{spelled}: these are aliases of one setting but have different values")
+        elif given:
+            values[field] = next(iter(given.values()))
+        elif field == "n_positions" and hf.get("n_ctx") is not None:
+            values[field] = hf["n_ctx"]
+    return values, problems
 
 
-_LONGEST_NAME = 256  # characters of a field name: matching `_MATHEMATICAL` takes quadratic time
+def _unsupported_fields(hf: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{_shown(name)}={quoted(value)}: {reason}"
+        for name, value in hf.items()
+        if name not in _KNOWN and (reason := unsupported(name, value))
+    ]
+
+
+def _shown(name: str) -> str:
+    return name if name.isascii() and name.isidentifier() else quoted(name)
+
+
+def _contradictions(hf: Mapping[str, Any], config: GPT2Config) -> list[str]:
+    """Return an error for each field that states a property of the model under another name, with another value."""
+    return [
+        f"{name}={quoted(hf[name])}, but {attribute} is {getattr(config, attribute)!r}; remove {name}, which "
+        "transformers' GPT-2 ignores, if it is wrong"
+        for name, attribute in STATED.items()
+        if hf.get(name) is not None and hf[name] != getattr(config, attribute)
+    ]
+
+
+_LONGEST_NAME = 256  # characters of a field name; longer ones would be slow to match and unreadable in a message
 _LARGEST_SIZE = 2**31 - 1  # token ids and positions are int32
 _MOST_LAYERS = 10_000  # ten times the deepest published transformer; limits the cost of a typo
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path.insert(0, str(HERE / "_ext"))
+sys.path[:0] = [str(HERE / "_ext"), str(ROOT / "tests")]  # the tests have the data of one table
 
 # Notebooks call `gpt2`, which is in the same directory as the interpreter. They run on CPU, so that a build does not
 # look for accelerators and gives the same output everywhere.

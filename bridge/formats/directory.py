@@ -77,10 +77,13 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
     """Return the configuration in a `config.json` of this project, and the Hugging Face fields of the file.
 
-    The file has Hugging Face's fields and `bias`, the one setting that Hugging Face's GPT-2 does not have.
+    The file has Hugging Face's fields, and `bias: false` for a model without biases, which Hugging Face's GPT-2 does
+    not have.
     """
     fields = read_json(path)
-    has_bias = fields.pop("bias", True)
+    has_bias = fields.get("bias") is not False
+    if not has_bias:
+        del fields["bias"]
     return replace(GPT2Config.from_hf(fields), bias=has_bias), fields
 
 

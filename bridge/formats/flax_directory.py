@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from bridge.checkpoint import Checkpoint
-from bridge.config import harmless_fields
+from bridge.config import config_diagnostics, harmless_fields
 from bridge.containers.safetensors import header_names, read_file, write_file
 from bridge.formats.directory import (
     CONFIG,
@@ -42,7 +42,7 @@ def find(path: Path) -> list[Path]:
 def read(weights: Path) -> Checkpoint:
     config, fields = read_config(config_beside(weights))
     tensors = tensors_of_tree(read_file(weights)[0].entries, config, weights)
-    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(fields))
+    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(fields), config_diagnostics(fields))
 
 
 def write(checkpoint: Checkpoint, directory: Path) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bridge.checkpoint import Checkpoint
-from bridge.config import ACTIVATIONS, GPT2Config, harmless_fields
+from bridge.config import GPT2Config, config_diagnostics, harmless_fields
 from bridge.containers.msgpack import is_msgpack, read_file, write_file
 from bridge.conversion import canonicalize, differences
 from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
@@ -33,7 +33,8 @@ _TRANSFORMER, _HEAD = "transformer/", "lm_head/kernel"
 
 # Settings that modeling_flax_gpt2.py ignores -> the behaviour that it hard-codes.
 _IGNORED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
-_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name != "gelu_fast")  # ACT2FN of its modeling_flax_utils.py
+# ACT2FN of its modeling_flax_utils.py.
+_ACTIVATIONS = ("gelu", "relu", "silu", "swish", "gelu_new", "quick_gelu", "gelu_pytorch_tanh", "tanh")
 
 
 def find(path: Path) -> list[Path]:
@@ -47,7 +48,8 @@ def read(weights: Path) -> Checkpoint:
     hf = read_json(config_beside(weights))
     config = GPT2Config.from_hf(hf)
     tensors = _canonical(stored, config, weights)
-    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), _diagnostics(stored, config))
+    notes = config_diagnostics(hf) + _diagnostics(stored, config)
+    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), notes)
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[str, ...]:

@@ -114,12 +114,12 @@ def read(file: Path, config_json: Path | None) -> Checkpoint:
         config = replace(config, tie_word_embeddings=True)
         del entries["lm_head.weight"]
         diagnostics.append(f"{_HEAD} is stored although it equals {_EMBEDDING}: the head is tied")
-    config, extra = with_sidecar(config, file, config_json)
+    config, extra, notes = with_sidecar(config, file, config_json)
     own_tokenizer = None
     if gguf.metadata.get(MODEL) not in (None, *NO_TOKENIZER):
         own_tokenizer = partial(tokenizer_of, gguf.metadata, config.vocab_size, quoted(file))
     tensors = LazyTensorMap(entries)
-    return Checkpoint(config, tensors, NAME, file.parent, extra, tuple(diagnostics), own_tokenizer=own_tokenizer)
+    return Checkpoint(config, tensors, NAME, file.parent, extra, (*diagnostics, *notes), own_tokenizer=own_tokenizer)
 
 
 def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.checkpoint import Checkpoint
-from bridge.config import GPT2Config, harmless_fields
+from bridge.config import GPT2Config, config_diagnostics, harmless_fields
 from bridge.containers.safetensors import is_safetensors, read_file, write_file
 from bridge.containers.torch_zip import is_torch_file
 from bridge.containers.torch_zip import read_file as read_torch_file
@@ -53,8 +53,9 @@ def read(weights: Path, drop_extra_heads: bool = False) -> Checkpoint:
         notes += (f"tensors of heads for other tasks were left out: {_listed(dropped)}",)
     hf = read_json(config_beside(weights))
     config = GPT2Config.from_hf(hf)
-    notes += _diagnostics(stored, config)
-    return Checkpoint(config, canonicalize(stored, config), NAME, weights.parent, harmless_fields(hf), notes)
+    tensors = canonicalize(stored, config)
+    notes += config_diagnostics(hf) + _diagnostics(stored, config)
+    return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), notes)
 
 
 def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[str, ...]:

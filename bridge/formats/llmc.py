@@ -66,9 +66,10 @@ def read(path: Path, config_json: Path | None) -> Checkpoint:
     config, dtype, rows = _header(file)
     entries = {p.torch_name: _entry(file, dtype, p, offset) for p, offset in _places(config, dtype, rows)}
     tensors = LazyTensorMap({p.torch_name: entries[p.torch_name] for p in parameters(config)})
-    config, extra = with_sidecar(config, file.path, config_json)
+    config, extra, notes = with_sidecar(config, file.path, config_json)
     padding = rows - config.vocab_size
-    notes = (f"{padding} rows of vocabulary padding were left out",) if padding else ()
+    if padding:
+        notes = (f"{padding} rows of vocabulary padding were left out", *notes)
     return Checkpoint(config, tensors, NAME, file.path.parent, extra, notes)
 
 

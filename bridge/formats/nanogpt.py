@@ -141,9 +141,9 @@ def _checkpoint(file: Path, saved: Any, config_json: Path | None, activation: st
         notes += ("the file was written before June 2023, when nanoGPT computed the tanh GELU (gelu_new)",)
     elif determined is None and activation is None:
         notes += (_assumption(has_optimizer=adamw is not None),)
-    config, extra = with_sidecar(config, file, config_json)
+    config, extra, config_notes = with_sidecar(config, file, config_json)
     tensors = canonicalize(_canonical_layout(stored, config), config)
-    return Checkpoint(config, tensors, NAME, file.parent, extra, notes, adamw, _progress(saved))
+    return Checkpoint(config, tensors, NAME, file.parent, extra, notes + config_notes, adamw, _progress(saved))
 
 
 def _determined_activation(is_old: bool, config_json: Path | None) -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.checkpoint import Checkpoint
-from bridge.config import GPT2Config, harmless_fields
+from bridge.config import GPT2Config, config_diagnostics, harmless_fields
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.conversion import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
@@ -54,9 +54,8 @@ def read(path: Path) -> Checkpoint:
         for name, entry in _unstacked(_weights(step / "state"), config).items()
     }
     tensors = tensors_of_tree(entries, config, step)
-    return Checkpoint(
-        config, tensors, NAME, run, harmless_fields(fields), (f"read from {CHECKPOINTS}/{step.name}", *skipped)
-    )
+    notes = (f"read from {CHECKPOINTS}/{step.name}", *skipped, *config_diagnostics(fields))
+    return Checkpoint(config, tensors, NAME, run, harmless_fields(fields), notes)
 
 
 def steps(run: Path) -> list[int]:

@@ -12,19 +12,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from bridge.config import TRAINING_ONLY, GPT2Config, harmless_fields
+from bridge.config import TRAINING_ONLY, GPT2Config, config_diagnostics, harmless_fields
 from bridge.errors import ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config
 from bridge.storage.tensors import LazyTensorMap
 
 
-def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tuple[GPT2Config, dict[str, Any]]:
-    """Merge the `config.json` of `file` into `config`. Returns the result and the harmless fields of `config.json`.
+def with_sidecar(
+    config: GPT2Config, file: Path, config_json: Path | None
+) -> tuple[GPT2Config, dict[str, Any], tuple[str, ...]]:
+    """Merge the `config.json` of `file` into `config`.
+
+    Returns the result, the harmless fields of `config.json`, and its diagnostics.
 
     Raises `ConfigError` if the two describe different models.
     """
     if config_json is None:
-        return config, {}
+        return config, {}, ()
     full, read = read_config(config_json)
     mismatched = [
         f"{name} is {getattr(full, name)!r} in {CONFIG}, but {getattr(config, name)!r} in {quoted(file.name)}"
@@ -36,7 +40,7 @@ def with_sidecar(config: GPT2Config, file: Path, config_json: Path | None) -> tu
             f"{quoted(file)} and the {CONFIG} beside it describe different models; if {CONFIG} belongs to another "
             "model, move the file to a directory of its own:\n" + bullet_list(mismatched)
         )
-    return full, harmless_fields(read)
+    return full, harmless_fields(read), config_diagnostics(read)
 
 
 def require_implied(config: GPT2Config, format: str, implied: Mapping[str, Any], remedy: str = "") -> None:

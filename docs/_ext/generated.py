@@ -10,8 +10,11 @@ from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
+from support.public_configurations import PUBLIC
 
 from bridge import GPT2Config
+from bridge.config import config_diagnostics
+from bridge.config_fields import MUST_BE, STATED, UNSUPPORTED
 from gpt2_jax.cli import main
 from gpt2_jax.cli.verbs import VERBS
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
@@ -66,6 +69,31 @@ def presets() -> str:
     return "\n".join(rows)
 
 
+def configuration_fields() -> str:
+    """Return the tables of the fields that must equal the model's, and of those that require another computation."""
+    stated: dict[str, list[str]] = {}
+    for name, attribute in STATED.items():
+        stated.setdefault(attribute, []).append(f"`{name}`")
+    rows = ["| property of `GPT2Config` | fields that must equal it |", "|---|---|"]
+    rows += [f"| `{attribute}` | {', '.join(names)} |" for attribute, names in stated.items()]
+    required = ", ".join(f"`{name}`" for name in MUST_BE)
+    rows += ["", f"These must be true if they are there: {required}.", ""]
+    accepted: dict[str, list[str]] = {}
+    for name, values in UNSUPPORTED.items():
+        accepted.setdefault(", ".join(f"`{value!r}`" for value in values), []).append(f"`{name}`")
+    rows += ["| fields that require another computation | also accepted |", "|---|---|"]
+    rows += [f"| {', '.join(names)} | {values} |" for values, names in accepted.items()]
+    return "\n".join(rows)
+
+
+def public_configurations() -> str:
+    """Return a table of the configurations that are tested, with what is reported about each."""
+    rows = ["| model | particular | warning |", "|---|---|---|"]
+    for name, (particular, fields) in PUBLIC.items():
+        rows.append(f"| {name} | {particular} | {_cell('; '.join(config_diagnostics(fields)))} |")
+    return "\n".join(rows)
+
+
 def _shown(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else str(value)
     return f"`{text}`"
@@ -78,6 +106,8 @@ def _cell(text: str) -> str:
 PARTS: Mapping[str, Callable[[], str]] = {
     "command-line": command_line,
     "configuration": configuration,
+    "configuration-fields": configuration_fields,
+    "public-configurations": public_configurations,
     "presets": presets,
 }
 

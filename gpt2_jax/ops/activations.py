@@ -36,9 +36,19 @@ def _gelu_backward(slope: Array, dy: Array) -> tuple[Array]:
 gelu_tanh.defvjp(_gelu_forward, _gelu_backward)
 
 
+def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return min(max(x, 0), 6). The gradient at 0 and at 6 is 0, as in PyTorch; that of `jax.nn.relu6` is 1/2."""
+    return jnp.where(x >= 6.0, jnp.asarray(6.0, x.dtype), jax.nn.relu(x))
+
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x Phi(x), with the error function (Hendrycks and Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu_new": gelu_tanh,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact form, with erf
+    "gelu": exact_gelu,
     "gelu_fast": lambda x: 0.5 * x * (1.0 + jnp.tanh(0.7978845608 * x * (1.0 + 0.044715 * x * x))),
     "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -46,4 +56,12 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
+    "gelu_python": exact_gelu,
+    "gelu_accurate": gelu_tanh,
+    "mish": jax.nn.mish,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "linear": lambda x: x,
 }
+"""Names and formulas are those of `ACT2FN` in transformers' activations.py."""

@@ -97,11 +97,11 @@ MEANINGLESS: dict[str, tuple[Callable[[State, Fields], object], str, type[Bridge
     "10^9 layers": (field("n_layer", 10**9), "n_layer='1000000000'", ConfigError),
     "layers a text": (field("n_layer", "12"), "n_layer='12': must be int", ConfigError),
     "layers true": (field("n_layer", True), "n_layer='True': must be int", ConfigError),
-    "an unknown activation": (field("activation_function", "mish"), "activation_function='mish'", ConfigError),
+    "an unknown activation": (field("activation_function", "prelu"), "activation_function='prelu'", ConfigError),
     "an activation with escape codes": (field("activation_function", "\x1b[2J"), "\\x1b[2J", ConfigError),
     "code": (field("auto_map", {"AutoModel": "evil.Model"}), "auto_map=", ConfigError),
     "another model": (field("model_type", "llama"), "model_type='llama'", ConfigError),
-    "an unknown attention setting": (field("attn_sink", 1), "'attn_sink'", ConfigError),
+    "an unknown attention setting": (field("attn_sink", 1), "attn_sink='1'", ConfigError),
 }
 
 
@@ -188,7 +188,7 @@ def test_another_activation_is_used_on_request(tmp_path: Path) -> None:
     bridge.save(random_checkpoint(SMALLEST), tmp_path / "a", format="huggingface")
     assert run("convert", tmp_path / "a", tmp_path / "b", "--to", "huggingface", "--activation", "gelu") == 0
     assert bridge.load(tmp_path / "b").config == replace(SMALLEST, activation_function="gelu")
-    assert run("convert", tmp_path / "a", tmp_path / "c", "--to", "huggingface", "--activation", "mish") == 2
+    assert run("convert", tmp_path / "a", tmp_path / "c", "--to", "huggingface", "--activation", "prelu") == 2
 
 
 def test_a_configuration_with_nan_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,18 @@ def test_a_format_names_the_field_that_it_cannot_store(tmp_path: Path, format: s
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("activation", ["gelu_python", "gelu_accurate", "mish", "relu2", "relu6", "sigmoid", "linear"])
+def test_only_formats_that_name_the_activation_hold_the_rarer_ones(tmp_path: Path, activation: str) -> None:
+    checkpoint = random_checkpoint(replace(PLAIN, activation_function=activation, n_layer=1))
+    for format in WRITABLE:
+        if format in ("huggingface", "flax"):
+            bridge.save(checkpoint, tmp_path / format, format=format)
+            assert bridge.load(tmp_path / format).config == checkpoint.config
+        else:
+            with pytest.raises(ConfigError, match=f"activation_function='{activation}'"):
+                bridge.save(checkpoint, tmp_path / format, format=format)
+
+
 @pytest.mark.parametrize(("format", "dtype"), NOT_HELD)
 def test_a_format_names_the_dtype_that_it_cannot_store(tmp_path: Path, format: str, dtype: str) -> None:
     with pytest.raises(ConversionError, match=f"holds {dtype}"):

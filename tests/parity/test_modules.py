@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.models import TINY, random_state
 
 import bridge
@@ -37,6 +39,13 @@ FORMULAS = {
     "silu": lambda x: x / (1 + np.exp(-x)),
     "swish": lambda x: x / (1 + np.exp(-x)),
     "tanh": np.tanh,
+    "gelu_python": lambda x: 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+    "gelu_accurate": lambda x: 0.5 * x * (1 + np.tanh(GELU_TANH * (x + 0.044715 * x**3))),
+    "mish": lambda x: x * np.tanh(np.logaddexp(x, 0)),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "linear": lambda x: x,
 }
 
 
@@ -212,6 +221,34 @@ def test_feed_forward_equals_its_formula(activation: str, x64: None):
             "jax": sides.jax("mlp", x),
         }
     )
+
+
+SPECIAL = [0.0, -0.0, 6.0, -6.0, 1e-30, -1e-30, 88.0, -88.0, 1e4, -1e4]  # kinks, and where exponentials overflow
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [(np.float64, 1e-12), (np.float32, 4e-6)], ids=["float64", "float32"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_their_gradients_equal_those_of_transformers(
+    activation: str, dtype: type, relative: float, x64: None
+):
+    points = np.concatenate([SPECIAL, np.linspace(-9, 9, 301)]).astype(dtype)
+    answers, gradients = {}, {}
+    torch_functions = {
+        "transformers": transformers.activations.ACT2FN[activation],
+        "torch": gpt2_torch.model.ACTIVATIONS[activation],
+    }
+    for name, function in torch_functions.items():
+        x = torch.from_numpy(points.copy()).requires_grad_()
+        y = function(x)
+        y.sum().backward()
+        answers[name], gradients[name] = y.detach().numpy(), x.grad.numpy()
+    function = gpt2_jax.model.ACTIVATIONS[activation]
+    answers["jax"] = np.asarray(function(points))
+    gradients["jax"] = np.asarray(jax.grad(lambda x: function(x).sum())(points))
+    for found in (answers, gradients):
+        assert all(array.dtype == dtype for array in found.values())
+        for name in ("torch", "jax"):
+            np.testing.assert_allclose(found[name], found["transformers"], rtol=relative, atol=relative)
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])

@@ -22,7 +22,7 @@ Graph = Mapping[str, frozenset[str]]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("bridge.errors",),
     ("bridge.storage",),
-    ("bridge.config", "bridge.parameter_table", "bridge.names", "bridge.finite"),
+    ("bridge.config", "bridge.config_fields", "bridge.parameter_table", "bridge.names", "bridge.finite"),
     ("bridge.containers",),
     ("bridge.conversion",),
     ("bridge.optimizer_state",),
