@@ -15,6 +15,7 @@ from bridge.io import BUNDLED, load, save
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizers.saving import save_tokenizer
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
 
 __version__ = "0.1.0"
 """The version of all three packages, which are released as one. pyproject.toml takes it from here."""
@@ -24,6 +25,7 @@ __all__ = [
     "GPT2_SIZES",
     "IGNORE_INDEX",
     "PARAMETERS",
+    "AddedToken",
     "BridgeError",
     "Checkpoint",
     "CheckpointError",
@@ -32,7 +34,9 @@ __all__ = [
     "GPT2Config",
     "GenerationConfig",
     "NoTokenizerError",
+    "SpecialTokens",
     "TextOutput",
+    "Tokenizer",
     "TokenizerError",
     "__version__",
     "byte_tokenizer",

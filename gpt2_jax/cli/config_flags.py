@@ -20,7 +20,10 @@ from gpt2_jax.training.run.identity import has_run_json, stored_identity
 
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 
-_DATA = ("data", "validation_data", "validation_fraction", "tokenizer", "examples", "init_from", "source_activation")
+_DATA = (
+    *("data", "validation_data", "validation_fraction", "tokenizer", "special_tokens", "examples"),
+    *("init_from", "source_activation"),
+)
 _DEVICE = ("mesh", "dtype", "scan", "remat", "attention", "vocab_multiple", "deterministic")
 _REPORT = (
     "eval_every",

@@ -63,7 +63,7 @@ ALLOWED_IN_BRIDGE = frozenset(
     {
         *("numpy", "ml_dtypes", "jaxtyping"),  # arrays and their types
         *("safetensors", "google_crc32c", "tensorstore"),  # files: safetensors, TensorFlow, runs
-        *("tiktoken", "huggingface_hub"),  # imported when a tokenizer or the hub is asked for
+        *("tiktoken", "tokenizers", "huggingface_hub"),  # imported when a tokenizer or the hub is asked for
     }
 )
 """The packages that `bridge` may import: none of them is a framework."""

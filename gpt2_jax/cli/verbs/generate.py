@@ -22,6 +22,7 @@ from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import print_error
+from gpt2_jax.data.special_tokens import SpecialTokensFlag, policy_of
 
 DEFAULT_NEW_TOKENS = 50
 
@@ -67,6 +68,7 @@ def generate(
     decoding: Annotated[DecodingFlags, OmitArgPrefixes] = DecodingFlags(),  # noqa: B008
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = (),
     stop_at_end: bool = True,
+    special_tokens: SpecialTokensFlag = "match",
     dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
     json: JsonFile = None,
     overwrite: bool = False,
@@ -84,7 +86,9 @@ def generate(
         max_new_tokens: maximum number of new tokens; default: 50, or fewer if the model has fewer positions left.
         decoding: how each token is selected.
         stop: end the text before this string; may be given several times.
-        stop_at_end: end the text at the tokenizer's <|endoftext|>.
+        stop_at_end: end the text at the tokenizer's end-of-sequence token.
+        special_tokens: an added token, such as <|endoftext|>, in a prompt is one token (match), text like any other
+            (as-text; for text of people you do not trust), or an error.
         dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
             TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.
@@ -100,12 +104,13 @@ def generate(
         raise BridgeError(
             "--interactive generates one text at a time; remove --num-return-sequences, --num-beams and --json"
         )
+    policy = policy_of(special_tokens)
     eos_token_ids = end_of_text_ids(tokenizer) if stop_at_end else ()
 
     def config_for(texts: list[str]) -> GenerationConfig:
         """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest text."""
         new = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        room = checkpoint.config.n_positions - max(len(tokenizer.encode_ordinary(text)) for text in texts)
+        room = checkpoint.config.n_positions - max(map(len, tokenizer.encode_batch(texts, special_tokens=policy)))
         if max_new_tokens is None and not decoding.slide and room > 0:
             new = min(new, room)
         return GenerationConfig(new, **vars(decoding), eos_token_id=eos_token_ids, logprobs=json is not None)
@@ -113,14 +118,14 @@ def generate(
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
         def stream(text: str) -> Iterator[str]:
-            return stream_text(decoder, tokenizer, text, config_for([text]), stop)
+            return stream_text(decoder, tokenizer, text, config_for([text]), stop, special_tokens=policy)
 
         if interactive:
             _converse(stream)
         elif json is None and len(prompts) == 1 and not several:
             _print_pieces(prompts[0], stream(prompts[0]))
         else:
-            outputs = generate_text(decoder, tokenizer, prompts, config_for(prompts), stop)
+            outputs = generate_text(decoder, tokenizer, prompts, config_for(prompts), stop, special_tokens=policy)
             write_json({"source": source, "backend": backend, "completions": _as_json(prompts, outputs)})
             _print_all(prompts, outputs)
 

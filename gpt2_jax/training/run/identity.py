@@ -34,6 +34,8 @@ ATTENTION_RENAMED_SINCE_1 = {"plain": "xla", "blocks": "blockwise"}
 """Values of `attention` in version 1 of run.json -> their names in version 2."""
 ADDED_SINCE_1 = {"source_activation": None}
 """Fields that some runs of version 1 did not store, with the value that these runs used."""
+ADDED_SINCE_2 = {"special_tokens": "as-text"}
+"""Fields that some runs of version 2 did not store, with the value that these runs used."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that change the results of computations."""
@@ -118,6 +120,8 @@ def stored_identity(run: Path) -> Identity:
     try:
         if written == 1 and isinstance(config, dict):
             config = migrated(config)
+        if isinstance(config, dict):
+            config = {**ADDED_SINCE_2, **config}
         return Identity(from_flat(config), data, tokenizer)
     except BridgeError as error:
         raise TrainingError(f"{quoted(path)}: {error}") from error
