@@ -20,6 +20,7 @@ from bridge.names import canonical_names
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
 from bridge.tokenizers.loading import byte_tokenizer, character_tokenizer, tokenizer_fingerprint
 from bridge.tokenizers.saving import save_tokenizer
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
 from bridge.vocabulary import resize_vocabulary
 
 __version__ = "0.2.0"
@@ -30,6 +31,7 @@ __all__ = [
     "GPT2_SIZES",
     "IGNORE_INDEX",
     "PARAMETERS",
+    "AddedToken",
     "BridgeError",
     "Checkpoint",
     "CheckpointError",
@@ -41,7 +43,9 @@ __all__ = [
     "LoRA",
     "NoTokenizerError",
     "SequenceClassifier",
+    "SpecialTokens",
     "TextOutput",
+    "Tokenizer",
     "TokenizerError",
     "__version__",
     "byte_tokenizer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,7 @@ from bridge.optimizer_state import AdamWState
 from bridge.parameter_table import VOCABULARY_ROWS, parameters
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, first_rows
 from bridge.tokenizers.loading import load_tokenizer
-
-if TYPE_CHECKING:
-    import tiktoken
+from bridge.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Checkpoint:
     """The state of AdamW, if the file has one. Like the tensors, it is read on access."""
     progress: Mapping[str, Any] = field(default_factory=dict)
     """Progress of the training, under the names in the file: nanoGPT's `iter_num`, `best_val_loss` and `config`."""
-    own_tokenizer: Callable[[], tiktoken.Encoding] | None = None
+    own_tokenizer: Callable[[], Tokenizer] | None = None
     """Returns the tokenizer that the file contains. None if the tokenizer is in files beside it."""
     source: Path | None = None
     """The file or directory that `bridge.load` opened. Tensors are read from it lazily, so no writer may replace it."""
@@ -96,12 +94,17 @@ class Checkpoint:
         config = replace(self.config, vocab_size=rows)
         return replace(self, config=config, tensors=LazyTensorMap({**self.tensors.entries, **cut}), optimizer=None)
 
-    def tokenizer(self) -> tiktoken.Encoding:
-        """Return the tokenizer that was saved with the weights. Raises `NoTokenizerError` if there is none."""
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer that was saved with the weights.
+
+        Raises:
+            NoTokenizerError: there is none.
+            TokenizerError: its files are damaged or of a kind that is not supported.
+        """
         if self.own_tokenizer is not None:
             return self.own_tokenizer()
         if self.path is None:
             raise NoTokenizerError(
                 "a checkpoint in memory has no tokenizer; load the checkpoint from a directory with tokenizer files"
             )
-        return load_tokenizer(self.path, self.config.vocab_size)
+        return load_tokenizer(self.path, self.config.vocab_size, self.extra.get("tokenizer_class"))

@@ -213,12 +213,16 @@ def write_file(path: str | Path, metadata: Mapping[str, bytes], tensors: LazyTen
 
 
 def uint32(value: int) -> bytes:
-    """Encode a value of the metadata, with its type in front. The next four functions do the same for other types."""
+    """Encode a value of the metadata, with its type in front. The next five functions do the same for other types."""
     return struct.pack("<II", 4, value)
 
 
 def float32(value: float) -> bytes:
     return struct.pack("<If", 6, value)
+
+
+def boolean(value: bool) -> bytes:
+    return struct.pack("<IB", _BOOL, value)
 
 
 def string(text: str) -> bytes:

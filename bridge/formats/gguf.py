@@ -49,7 +49,7 @@ from bridge.formats.format import Format
 from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
 from bridge.parameter_table import Parameter, parameters
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, same_bytes, transposed
-from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
+from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS, ByteLevelBPE
 from bridge.tokenizers.gguf import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
 
 NAME = "gguf"
@@ -290,14 +290,14 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...
     """Return the metadata of the checkpoint's tokenizer, and a sentence if GGUF cannot store its kind."""
     none = {MODEL: string("none")}
     try:
-        encoding = checkpoint.tokenizer()
+        tokenizer = checkpoint.tokenizer()
     except NoTokenizerError:
         return none, ()
     except TokenizerError as error:
         return none, (f"its tokenizer, which cannot be read: {error}",)
-    if encoding._pat_str not in SPELLINGS_OF_WORDS:
-        return none, (f"its tokenizer {quoted(encoding.name)}: it is not byte-level BPE with GPT-2's pre-tokenizer",)
-    return metadata_of(encoding, checkpoint.config.vocab_size), ()
+    if not isinstance(tokenizer, ByteLevelBPE) or tokenizer.pattern not in SPELLINGS_OF_WORDS:
+        return none, (f"its tokenizer {quoted(tokenizer.name)}: it is not byte-level BPE with GPT-2's pre-tokenizer",)
+    return metadata_of(tokenizer, checkpoint.config.vocab_size), ()
 
 
 def _file_type(tensors: LazyTensorMap) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
@@ -14,9 +14,7 @@ from bridge.generation.config import GREEDY_BELOW, SAMPLING_FIELDS, GenerationCo
 from bridge.generation.settings import ID_FIELDS, SETTINGS, unsupported, within_vocabulary
 from bridge.generation.text import end_of_text_ids
 from bridge.storage.companions import has_companion, read_json_companion
-
-if TYPE_CHECKING:
-    import tiktoken
+from bridge.tokenizers.tokenizer import Tokenizer
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -98,7 +96,7 @@ class GenerationDefaults:
         return bool(self.settings.get("do_sample", False)) and overrides.get("num_beams", 1) == 1
 
 
-def generation_defaults(checkpoint: Checkpoint, tokenizer: tiktoken.Encoding | None = None) -> GenerationDefaults:
+def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None) -> GenerationDefaults:
     """Return how a checkpoint generates by default.
 
     The settings are those of `generation_config.json` beside the weights or, without this file, of `config.json`, as in

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bridge.errors import BridgeError, TokenizerError
+from bridge.errors import BridgeError
 from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import Decoder
 from bridge.generation.output import ENDED, InvalidLogits
-from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
-
-if TYPE_CHECKING:
-    import tiktoken
+from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
 
 STREAM_CHUNK = 4
 """Tokens per piece of streamed text. With 124M parameters on CPU, a piece takes a tenth of a second."""
@@ -46,21 +41,24 @@ class TextOutput:
 
 def generate_text(
     decoder: Decoder[Any, Any],
-    tokenizer: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     generation_config: GenerationConfig,
     stop: Sequence[str] = (),
+    *,
+    special_tokens: SpecialTokenPolicy = "match",
 ) -> list[list[TextOutput]]:
     """Return `num_return_sequences` outputs for each prompt.
 
     Args:
         generation_config: with `eos_token_id=bridge.end_of_text_ids(tokenizer)`, outputs end at the end of a document.
         stop: outputs also end before any of these strings.
+        special_tokens: what to do where a prompt contains an added token; see `Tokenizer.encode`.
 
     Raises `BridgeError` for an invalid configuration, a text that the tokenizer cannot encode, and logits that are NaN
     or infinite.
     """
-    ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    ids = tokenizer.encode_batch(prompts, special_tokens=special_tokens)
     generation_config.check(decoder.config, ids)
     outputs = []
     for i in range(0, len(ids), PROMPTS_PER_BATCH):
@@ -73,13 +71,13 @@ def generate_text(
 
 def _generate_batch(
     decoder: Decoder[Any, Any],
-    tokenizer: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     ids: Sequence[Sequence[int]],
     config: GenerationConfig,
     stop: Sequence[str],
 ) -> list[list[TextOutput]]:
     n = config.num_return_sequences
-    rows = [_Row(tokenizer, config, stop) for _ in range(len(ids) * n)]
+    rows = [_Row(tokenizer, config, stop, ids[r // n]) for r in range(len(ids) * n)]
     if config.num_beams > 1:
         found = [output for outputs in decoder.generate(ids, config) for output in outputs]
         for row, output in zip(rows, found, strict=True):
@@ -96,14 +94,17 @@ def _generate_batch(
 
 def stream_text(
     decoder: Decoder[Any, Any],
-    tokenizer: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     prompt: str,
     generation_config: GenerationConfig,
     stop: Sequence[str] = (),
+    *,
+    special_tokens: SpecialTokenPolicy = "match",
 ) -> Iterator[str]:
     """Yield the text that continues one prompt, in pieces. No piece ends inside a character or a stop string."""
-    row = _Row(tokenizer, generation_config, stop)
-    for chunk in decoder.stream([tokenizer.encode_ordinary(prompt)], generation_config, STREAM_CHUNK):
+    ids = tokenizer.encode(prompt, special_tokens=special_tokens)
+    row = _Row(tokenizer, generation_config, stop, ids)
+    for chunk in decoder.stream([ids], generation_config, STREAM_CHUNK):
         if piece := row.read(chunk.ids[0].tolist()):
             yield piece
         if row.stopped:
@@ -112,10 +113,9 @@ def stream_text(
         yield piece
 
 
-def end_of_text_ids(tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
+def end_of_text_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Return the ids that end a document, for `GenerationConfig.eos_token_id`; empty if the tokenizer has none."""
-    found = tokenizer._special_tokens.get(END_OF_TEXT)
-    return () if found is None else (found,)
+    return tokenizer.eos_token_ids
 
 
 def printable(text: str) -> str:
@@ -129,9 +129,10 @@ def printable(text: str) -> str:
 class _Row:
     """The text of one output, decoded token by token."""
 
-    tokenizer: tiktoken.Encoding
+    tokenizer: Tokenizer
     config: GenerationConfig
     stop: Sequence[str]
+    prompt: Sequence[int] = ()
     text: str = ""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -144,7 +145,7 @@ class _Row:
             raise BridgeError(f"stop: {self.stop!r} is one string; give a list of strings")
         if "" in self.stop:
             raise BridgeError("stop: an empty string would end every text at its start; leave it out")
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.stream = self.tokenizer.stream(self.prompt)
 
     def read(self, ids: Sequence[int], logprobs: Sequence[float] | None = None) -> str:
         """Decode more tokens and return the new text. Tokens after the one that ends the text are ignored."""
@@ -159,14 +160,14 @@ class _Row:
                 self.flush()
                 self.stopped = True
             else:
-                self._add(self._bytes_of(token))
+                self._add(self.stream.add(token))
         return self.text[before:]
 
     def flush(self) -> str:
         """Append the pending text to `text` and return it. Empty after a stop string."""
         before = len(self.text)
         if not self.stopped:
-            self._add(b"", final=True)
+            self._add(self.stream.flush())
             if not self.stopped:
                 self.text, self.pending = self.text + self.pending, ""
         return self.text[before:]
@@ -175,8 +176,8 @@ class _Row:
         self.flush()
         return TextOutput(self.text, self.ids, self.logprobs if self.config.logprobs else None, self.stopped)
 
-    def _add(self, new: bytes, final: bool = False) -> None:
-        self.pending += self.decoder.decode(new, final)
+    def _add(self, new: str) -> None:
+        self.pending += new
         found = [(place + len(s), place) for s in self.stop if (place := self.pending.find(s)) >= 0]
         if found:
             self.stopped = True
@@ -184,12 +185,6 @@ class _Row:
         else:
             keep = len(self.pending) - max((_overlap(self.pending, s) for s in self.stop), default=0)
         self.text, self.pending = self.text + self.pending[:keep], self.pending[keep:]
-
-    def _bytes_of(self, token: int) -> bytes:
-        # A model with a padded vocabulary may sample ids that are not tokens.
-        with suppress(KeyError, OverflowError, TokenizerError):
-            return self.tokenizer.decode_single_token_bytes(token)
-        return b""
 
 
 def _overlap(text: str, stop: str) -> int:

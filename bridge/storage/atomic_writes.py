@@ -117,8 +117,8 @@ def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False
             flush_to_disk(path.parent)
 
 
-def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[str] = ()) -> None:
-    """Write `files`, name -> text, into `directory`, and remove the files named in `remove`. Other files stay.
+def replace_files(directory: Path, files: Mapping[str, str | bytes], remove: Iterable[str] = ()) -> None:
+    """Write `files`, name -> content, into `directory`, and remove the files named in `remove`. Other files stay.
 
     All old files are moved out before new files are moved in. A killed writer therefore leaves an incomplete set of
     files, never a mixture of old and new; the next writer completes it. Creates `directory` if it does not exist.
@@ -128,8 +128,8 @@ def replace_files(directory: Path, files: Mapping[str, str], remove: Iterable[st
     """
 
     def write(new: Path) -> None:
-        for name, text in files.items():
-            (new / name).write_bytes(text.encode())
+        for name, content in files.items():
+            (new / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
     def check(path: Path) -> None:
         if not path.is_dir():

@@ -1,1 +1,1 @@
-"""Tokenizers of checkpoints: loading, saving, and the vocabularies that GPT-2 models use."""
+"""Tokenizers of checkpoints: one interface, its kinds, loading and saving."""

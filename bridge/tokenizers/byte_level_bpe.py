@@ -1,13 +1,22 @@
-"""Byte-level BPE (Radford et al. 2019, section 2.2): conversion of vocabulary and merges to and from tiktoken."""
+"""Byte-level BPE (Radford et al. 2019, section 2.2), encoded by tiktoken."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from bridge.errors import TokenizerError, quoted
-from bridge.tokenizers.validation import pairs_of, require_distinct_ids, require_merges_reached, require_special_tokens
+from bridge.tokenizers.post_processors import around_template
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, StreamOfBytes, TextStream, Tokenizer, tokenizer_json
+from bridge.tokenizers.validation import require_merges_reached
 
 if TYPE_CHECKING:
     import tiktoken
@@ -25,43 +34,211 @@ SPELLINGS_OF_WORDS = (
 )
 """Patterns that split every text into the same words."""
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+"""GPT-2's pre-tokenizer and decoder in a `tokenizer.json`."""
 
-def byte_level_bpe(
-    name: str,
-    vocab: Mapping[str, int],
-    merges: Sequence[tuple[str, ...]],
-    special: Mapping[str, int],
-    where: str,
-) -> tiktoken.Encoding:
-    """Return the tokenizer of a vocabulary and merges that spell bytes as printable characters.
+_LONGEST_SPACE = 2**17
+"""tiktoken's regular expression overflows its stack in about a million white-space characters before a word."""
+_SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's White_Space
 
-    Tokens that are neither bytes nor merges are special tokens, like those in `special`.
 
-    Raises `TokenizerError`, with `where` as a prefix, for input that tiktoken would encode differently or panic on.
-    """
-    import tiktoken
+class ByteLevelBPE(Tokenizer):
+    """Byte-level BPE with GPT-2's pre-tokenizer, and added tokens that strip nothing."""
 
-    byte_of = printable_bytes()
-    pairs = pairs_of(merges, where)
-    require_distinct_ids(vocab, where)
-    require_distinct_ids({**vocab, **special}, where)
-    merged = ["".join(pair) for pair in pairs]
-    ordinary = set(merged) | set(byte_of)
-    for pair, token in zip(pairs, merged, strict=True):
-        if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
+    def __init__(
+        self,
+        name: str,
+        ranks: Mapping[bytes, int],
+        added: Iterable[AddedToken] = (),
+        special: SpecialTokens | None = None,
+        source: Path | None = None,
+        *,
+        unused: Mapping[str, int] | None = None,
+        around: tuple[Sequence[int], Sequence[int]] = ((), ()),
+        add_prefix_space: bool = False,
+        encoding: tiktoken.Encoding | None = None,
+    ) -> None:
+        """
+        Args:
+            ranks: bytes of an ordinary token -> id. tiktoken merges in the order of the ids.
+            added: the added tokens. None of them may have `lstrip`, `rstrip` or `single_word`.
+            unused: further tokens of the vocabulary, which no text contains.
+            around: the ids that `add_special_tokens` puts before and after every text.
+            add_prefix_space: insert a space before text that does not start with one.
+            encoding: a `tiktoken.Encoding` with these ranks, if there is one. Its pattern is used.
+        """
+        super().__init__(name, added, special, source)
+        self.kind = "byte-level BPE" if any(len(token) > 1 for token in ranks) else "bytes"
+        self.ranks, self.unused, self.around, self.add_prefix_space = ranks, unused or {}, around, add_prefix_space
+        self._given = encoding
+        self._passes = [
+            [token.content for token in self.added.values() if token.normalized is normalized]
+            for normalized in (False, True)
+        ]
+        self._patterns = [_any_of(contents) for contents in self._passes]
+
+    @classmethod
+    def from_tiktoken(cls, encoding: tiktoken.Encoding) -> ByteLevelBPE:
+        """Return the tokenizer of a `tiktoken.Encoding`. `<|endoftext|>`, if there is one, ends a sequence."""
+        added = [AddedToken(token, i) for token, i in encoding._special_tokens.items()]
+        end = END_OF_TEXT if END_OF_TEXT in encoding._special_tokens else None
+        special = SpecialTokens(end, end, additional=tuple(t for t in encoding._special_tokens if t != end))
+        return cls(encoding.name, encoding._mergeable_ranks, added, special, encoding=encoding)
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression of the words."""
+        return WORDS if self._given is None else self._given._pat_str
+
+    @cached_property
+    def max_token_id(self) -> int:
+        return max([*self.ranks.values(), *(t.id for t in self.added.values()), *self.unused.values()])
+
+    @property
+    def splits_between_words(self) -> bool:
+        contents = [content for each in self._passes for content in each]
+        return not self.add_prefix_space and not any(_SPACES.search(content) for content in contents)
+
+    def id_of(self, token: str) -> int | None:
+        if token in self.added:
+            return self.added[token].id
+        return self._ids_of_spellings.get(token)
+
+    def token_of(self, id: int) -> str | None:
+        return self._spellings.get(id)
+
+    def token_bytes(self, id: int) -> bytes:
+        if (found := self._bytes.get(id)) is None:
+            raise TokenizerError(f"the tokenizer {quoted(self.name)} has no token {id}")
+        return found
+
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        return StreamOfBytes(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Tokenizer.fingerprint`. The spelling of GPT-2's pattern does not matter either."""
+        pattern = WORDS if self.pattern in SPELLINGS_OF_WORDS else self.pattern
+        ranks = sorted((i, token.hex()) for token, i in self.ranks.items())
+        others = {token.content: token.id for token in self.added.values()} | dict(self.unused)
+        parts: list[Any] = [pattern, ranks, sorted((i, token) for token, i in others.items())]
+        more: dict[str, Any] = {}
+        if self.unused:
+            more["unused"] = sorted(self.unused.values())
+        if all(self._passes):
+            more["normalized"] = sorted(self._passes[1])
+        if any(self.around):
+            more["around"] = [list(ids) for ids in self.around]
+        if self.add_prefix_space:
+            more["add_prefix_space"] = True
+        return hashlib.sha256(json.dumps([*parts, more] if more else parts).encode()).hexdigest()
+
+    def pipeline(self) -> dict[str, Any]:
+        if self.pattern not in SPELLINGS_OF_WORDS:
             raise TokenizerError(
-                f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
-                "or does not consist of bytes or merges; only byte-level BPE is supported"
+                f"the tokenizer {quoted(self.name)} cannot be saved: it splits text into words by the pattern "
+                f"{quoted(self.pattern)}, not by GPT-2's, so transformers' GPT-2 tokenizer would produce other ids"
             )
-    # tiktoken ranks a merge by the id of the token that it produces.
+        vocab, merges = self.vocab_and_merges()
+        return tokenizer_json(
+            {"type": "BPE", "vocab": vocab, "merges": [f"{first} {second}" for first, second in merges]},
+            self.added.values(),
+            pre_tokenizer={**BYTE_LEVEL, "add_prefix_space": self.add_prefix_space},
+            post_processor=around_template(self.around, self._spellings),
+            decoder=BYTE_LEVEL,
+        )
+
+    def vocab_and_merges(self) -> tuple[dict[str, int], list[tuple[str, str]]]:
+        """Return the vocabulary, with the added tokens, and the merges, spelled as in `vocab.json` and `merges.txt`.
+
+        Raises `TokenizerError` if the files cannot represent the tokenizer.
+        """
+        named = f"the tokenizer {quoted(self.name)}"
+        require_all_bytes(self.ranks, named)
+        ordered = sorted(self.ranks, key=self.ranks.__getitem__)
+        spelled = {token: spelling_of(token) for token in ordered}
+        others = {**self.unused, **{token.content: token.id for token in self.added.values()}}
+        vocab = {spelled[token]: self.ranks[token] for token in ordered}
+        if clash := [token for token, i in others.items() if vocab.get(token, i) != i]:
+            raise TokenizerError(
+                f"{named} has a special token with the spelling of an ordinary one, {quoted(clash[0])}; vocab.json "
+                "cannot store both"
+            )
+        return vocab | others, [(spelled[first], spelled[second]) for first, second in merges_of(self.ranks)]
+
+    def _encode(self, text: str, match: bool, add_special_tokens: bool) -> np.ndarray:
+        before, after = self.around if add_special_tokens else ((), ())
+        parts = [np.asarray(before, np.uint32), np.asarray(after, np.uint32)]
+        pieces = self._pieces(text) if match and self.added else [text]
+        parts[1:1] = [
+            np.asarray([piece], np.uint32) if isinstance(piece, int) else self._encode_words(piece) for piece in pieces
+        ]
+        found = [part for part in parts if len(part)]
+        return found[0] if len(found) == 1 else np.concatenate(parts)
+
+    def _pieces(self, text: str) -> Iterator[str | int]:
+        """Yield the parts of the text between added tokens, and the ids of the added tokens."""
+        for piece in _split(text, self._patterns[0], self._passes[0]):
+            if piece in self.added and not self.added[piece].normalized:
+                yield self.added[piece].id
+                continue
+            for part in _split(piece, self._patterns[1], self._passes[1]):
+                found = self.added.get(part)
+                yield found.id if found is not None and found.normalized else part
+
+    def _encode_words(self, text: str) -> np.ndarray:
+        if self.add_prefix_space and text and not text.startswith(" "):
+            text = " " + text
+        blocks = [self._encoding.encode_to_numpy(b, disallowed_special=()) for b in _without_long_space(text)]
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace")
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        import tiktoken
+
+        if self._given is not None:
+            return self._given
+        return tiktoken.Encoding(
+            self.name, pat_str=SPELLINGS_OF_WORDS[2], mergeable_ranks=dict(self.ranks), special_tokens={}
+        )
+
+    @cached_property
+    def _spellings(self) -> dict[int, str]:
+        others = {i: token for token, i in self.unused.items()} | {t.id: t.content for t in self.added.values()}
+        return {i: spelling_of(token) for token, i in self.ranks.items()} | others
+
+    @cached_property
+    def _ids_of_spellings(self) -> dict[str, int]:
+        return {token: i for i, token in self._spellings.items()}
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        own = {i: token for token, i in self.ranks.items()}
+        return {i: own[i] if i in own else bytes_of_spelling(token) for i, token in self._spellings.items()}
+
+
+def tiktoken_ranks(vocab: Mapping[str, int], pairs: Sequence[tuple[str, str]], where: str) -> dict[bytes, int] | None:
+    """Return the ranks with which tiktoken gives the ids of a vocabulary and merges, or None if there are none.
+
+    tiktoken ranks a merge by the id of the token that it produces, and joins any two neighbours that spell a token.
+    """
+    byte_of = printable_bytes()
+    merged = ["".join(pair) for pair in pairs]
+    ordinary = {*merged, *byte_of}
+    if any(part not in ordinary for pair in pairs for part in pair):
+        return None
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
-        raise TokenizerError(f"{where}: token ids do not follow the order of the merges, which tiktoken requires")
-    require_merges_reached(pairs, where)
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
-    require_all_bytes(ranks, where)
-    special = {**{token: i for token, i in vocab.items() if token not in ordinary}, **special}
-    require_special_tokens(special, vocab, where)
-    return tiktoken.Encoding(name=name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+        return None
+    try:
+        require_merges_reached(pairs, where)
+        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
+        require_all_bytes(ranks, where)
+    except TokenizerError:
+        return None
+    return ranks
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -103,7 +280,62 @@ def printable_bytes() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
 
 
+_BYTE_OF = printable_bytes()
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
+
+
+def spelling_of(token: bytes) -> str:
+    """Return the spelling of a token's bytes in `vocab.json`."""
+    return "".join(map(_CHARACTER_OF.__getitem__, token))
+
+
+def bytes_of_spelling(token: str) -> bytes:
+    """Return the bytes that the `tokenizers` package decodes a token to.
+
+    A token with a character that stands for no byte is its own text. Source: `ByteLevel::decode_chain` in
+    github.com/huggingface/tokenizers, tokenizers/src/pre_tokenizers/byte_level.rs.
+    """
+    if all(character in _BYTE_OF for character in token):
+        return bytes(map(_BYTE_OF.__getitem__, token))
+    return token.encode()
+
+
 def require_all_bytes(ranks: Mapping[bytes, int], where: str) -> None:
     """Require a token for every byte. tiktoken panics on text with a byte that has no token."""
     if len([token for token in ranks if len(token) == 1]) != 256:
         raise TokenizerError(f"{where}: some of the 256 bytes have no token, so not every text can be encoded")
+
+
+def _any_of(contents: Sequence[str]) -> re.Pattern[str] | None:
+    """Return a pattern that finds the longest of the contents at the leftmost place."""
+    if not contents:
+        return None
+    return re.compile("(" + "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) + ")")
+
+
+def _split(text: str, pattern: re.Pattern[str] | None, contents: Sequence[str]) -> list[str]:
+    """Return the non-empty parts of the text: the matches of the pattern, and what is between them."""
+    # A search for each of a few strings is faster than one for a pattern with alternatives.
+    if pattern is None or (len(contents) < 16 and not any(content in text for content in contents)):
+        return [text] if text else []
+    return [part for part in pattern.split(text) if part]
+
+
+def _without_long_space(text: str) -> list[str]:
+    """Split the text where a very long run of white space makes tiktoken panic. The ids stay the same.
+
+    GPT-2's pattern makes a word of all but the last character of white space that another character follows.
+    """
+    blocks, start = [], 0
+    for at in range(_LONGEST_SPACE, len(text), _LONGEST_SPACE):
+        if at < start or (found := _SPACES.match(text, at)) is None:
+            continue
+        first = at
+        while first > start and _SPACES.match(text[first - 1]):
+            first -= 1
+        last = found.end()
+        end = last if last == len(text) else last - 1
+        if end - first >= _LONGEST_SPACE:
+            blocks += [text[start:first], text[first:end]]
+            start = end
+    return [block for block in [*blocks, text[start:]] if block] or [text]

@@ -5,15 +5,22 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#ggml and llama
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
 
-from bridge.containers.gguf import Array, Value, int32s, shown, string, strings, uint32
+from bridge.containers.gguf import Array, Value, boolean, int32s, shown, string, strings, uint32
 from bridge.errors import TokenizerError, quoted
-from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, byte_level_bpe, merges_of, printable_bytes, require_all_bytes
-
-if TYPE_CHECKING:
-    import tiktoken
+from bridge.tokenizers.byte_level_bpe import (
+    END_OF_TEXT,
+    ByteLevelBPE,
+    merges_of,
+    printable_bytes,
+    require_all_bytes,
+    spelling_of,
+)
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens
+from bridge.tokenizers.validation import pairs_of, require_distinct_ids, require_merges_reached, require_special_tokens
 
 MODEL = "tokenizer.ggml.model"
 TOKENS = "tokenizer.ggml.tokens"
@@ -25,35 +32,42 @@ _TYPES = "tokenizer.ggml.token_type"
 _MERGES = "tokenizer.ggml.merges"
 # The pre-tokenizer. llama.cpp added the key in spring 2024. A missing key and "default" mean the same.
 _GPT2S_WORDS = (b"gpt-2", b"default")
+_ROLES = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "sep": "tokenizer.ggml.seperator_token_id",  # llama.cpp's spelling
+    "pad": "tokenizer.ggml.padding_token_id",
+    "mask": "tokenizer.ggml.mask_token_id",
+}
+_ADD_BOS, _ADD_EOS = "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token"
+_ADD_SPACE = "tokenizer.ggml.add_space_prefix"
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama_token_type
 
 
-def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
-    """Return the keys that store `encoding`, which is byte-level BPE with GPT-2's pre-tokenizer.
+def metadata_of(tokenizer: ByteLevelBPE, rows: int) -> dict[str, bytes]:
+    """Return the keys that store a byte-level BPE with GPT-2's pre-tokenizer.
 
     There is one entry for each of the `rows` of the vocabulary, because llama.cpp derives the vocabulary size from the
     number of entries. Ids without a token get an unused token, spelled as in convert_hf_to_gguf.py. Raises
     `TokenizerError` for a tokenizer that GGUF cannot store.
     """
-    ranks, special, named = (
-        encoding._mergeable_ranks,
-        encoding._special_tokens,
-        f"the tokenizer {quoted(encoding.name)}",
-    )
-    if encoding.max_token_value >= rows:
+    ranks, named = tokenizer.ranks, f"the tokenizer {quoted(tokenizer.name)}"
+    if tokenizer.max_token_id >= rows:
         raise TokenizerError(
-            f"{named} has ids up to {encoding.max_token_value}, but the model's vocabulary has only {rows}; they do "
+            f"{named} has ids up to {tokenizer.max_token_id}, but the model's vocabulary has only {rows}; they do "
             "not belong together"
         )
     require_all_bytes(ranks, named)
-    character_of = {byte: character for character, byte in printable_bytes().items()}
-    spelled = {token: "".join(map(character_of.__getitem__, token)) for token in ranks}
+    spelled = {token: spelling_of(token) for token in ranks}
+    added = tokenizer.added.values()
     tokens = {i: f"[PAD{i}]" for i in range(rows)}
-    tokens |= {i: spelled[token] for token, i in ranks.items()} | {i: token for token, i in special.items()}
+    tokens |= {i: token for token, i in tokenizer.unused.items()}
+    tokens |= {i: spelled[token] for token, i in ranks.items()} | {token.id: token.content for token in added}
     if len(set(tokens.values())) < rows:
         raise TokenizerError(f"{named} has two tokens with the same spelling; GGUF cannot store both")
-    types = dict.fromkeys(range(rows), _UNUSED)
-    types |= dict.fromkeys(ranks.values(), _NORMAL) | dict.fromkeys(special.values(), _CONTROL)
+    types = dict.fromkeys(range(rows), _UNUSED) | dict.fromkeys(ranks.values(), _NORMAL)
+    types |= dict.fromkeys(tokenizer.unused.values(), _CONTROL)
+    types |= {token.id: _CONTROL if token.special else _USER_DEFINED for token in added}
     metadata = {
         MODEL: string("gpt2"),
         _PRE: string("gpt-2"),
@@ -61,13 +75,18 @@ def metadata_of(encoding: tiktoken.Encoding, rows: int) -> dict[str, bytes]:
         _TYPES: int32s(list(types.values())),
         _MERGES: strings([f"{spelled[first]} {spelled[second]}" for first, second in merges_of(ranks)]),
     }
-    if END_OF_TEXT in special:
-        ends = ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id")
-        metadata |= dict.fromkeys(ends, uint32(special[END_OF_TEXT]))
+    for role, key in _ROLES.items():
+        token = getattr(tokenizer.special, role)
+        if token is not None and (found := tokenizer.id_of(token)) is not None:
+            metadata[key] = uint32(found)
+    if tokenizer.around[0] or tokenizer.around[1]:
+        metadata |= {_ADD_BOS: boolean(bool(tokenizer.around[0])), _ADD_EOS: boolean(bool(tokenizer.around[1]))}
+    if tokenizer.add_prefix_space:
+        metadata[_ADD_SPACE] = boolean(True)
     return metadata
 
 
-def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> tiktoken.Encoding:
+def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> ByteLevelBPE:
     """Return the tokenizer that `metadata` contains.
 
     Raises `TokenizerError`, with `where` as a prefix, for a tokenizer that is not byte-level BPE with GPT-2's
@@ -84,10 +103,64 @@ def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> tiktok
     if len(ids) < len(tokens):
         raise TokenizerError(f"{where}: {TOKENS} has a token twice")
     types = _types(metadata, len(tokens), where)
-    special = {token: i for token, i in ids.items() if types[i] in (_CONTROL, _USER_DEFINED)}
-    ordinary = {token: i for token, i in ids.items() if token not in special and types[i] != _UNUSED}
     merges = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, rows, where)]
-    return byte_level_bpe("gguf", ordinary, merges, special, where)
+    ordinary = {token: i for token, i in ids.items() if types[i] not in (_CONTROL, _USER_DEFINED, _UNUSED)}
+    ranks = _ranks(ordinary, merges, where)
+    # Tokens that are neither bytes nor merges are special tokens, like those whose type says so.
+    taken = {*ranks.values(), *(i for i in range(len(tokens)) if types[i] == _UNUSED)}
+    added = [AddedToken(t, i, special=types[i] != _USER_DEFINED) for t, i in ids.items() if i not in taken]
+    require_special_tokens({token.content: token.id for token in added}, ordinary, where)
+    return ByteLevelBPE(
+        "gguf",
+        ranks,
+        added,
+        _special(metadata, tokens),
+        around=_around(metadata, len(tokens)),
+        add_prefix_space=metadata.get(_ADD_SPACE) is True,
+    )
+
+
+def _ranks(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], where: str) -> dict[bytes, int]:
+    """Return the ranks of a vocabulary and merges. Raises for input that tiktoken would encode differently."""
+    byte_of = printable_bytes()
+    pairs = pairs_of(merges, where)
+    require_distinct_ids(vocab, where)
+    merged = ["".join(pair) for pair in pairs]
+    ordinary = {*merged, *byte_of}
+    for pair, token in zip(pairs, merged, strict=True):
+        if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
+            raise TokenizerError(
+                f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
+                "or does not consist of bytes or merges; only byte-level BPE is supported"
+            )
+    # tiktoken ranks a merge by the id of the token that it produces.
+    if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
+        raise TokenizerError(f"{where}: token ids do not follow the order of the merges, which tiktoken requires")
+    require_merges_reached(pairs, where)
+    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
+    require_all_bytes(ranks, where)
+    return ranks
+
+
+def _special(metadata: Mapping[str, Value], tokens: Sequence[str]) -> SpecialTokens:
+    """Return the special tokens that the keys name, or `<|endoftext|>` if the keys are missing."""
+    roles: dict[str, Any] = {}
+    for role, key in _ROLES.items():
+        value = metadata.get(key)
+        if type(value) is int and 0 <= value < len(tokens):
+            roles[role] = tokens[value]
+    if not roles and END_OF_TEXT in tokens:
+        roles = {"bos": END_OF_TEXT, "eos": END_OF_TEXT}
+    return SpecialTokens(**roles)
+
+
+def _around(metadata: Mapping[str, Value], count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    sides: list[tuple[int, ...]] = []
+    for flag, role in ((_ADD_BOS, "bos"), (_ADD_EOS, "eos")):
+        value = metadata.get(_ROLES[role])
+        is_added = metadata.get(flag) is True and type(value) is int and 0 <= value < count
+        sides.append((value,) if is_added and isinstance(value, int) else ())
+    return sides[0], sides[1]
 
 
 def _types(metadata: Mapping[str, Value], count: int, where: str) -> list[Any]:

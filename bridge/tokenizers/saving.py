@@ -1,48 +1,31 @@
-"""Write tokenizers as Hugging Face's files, which `bridge.tokenizers.loading` reads."""
+"""Write tokenizers as the files that `bridge.tokenizers.loading` reads."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bridge.errors import CheckpointError, TokenizerError, quoted
 from bridge.storage.atomic_writes import replace_files
-from bridge.storage.companions import MOST_TOKENS, checked_companion
-from bridge.tokenizers.byte_level_bpe import (
-    END_OF_TEXT,
-    SPELLINGS_OF_WORDS,
-    merges_of,
-    printable_bytes,
-    require_all_bytes,
-)
-from bridge.tokenizers.loading import (
-    CHARACTERS_APART,
-    NO_LIMIT,
-    TOKENIZER_FILES,
-    VOCAB_AND_MERGES,
-    from_tokenizer_json,
-    load_tokenizer,
-)
-
-if TYPE_CHECKING:
-    import tiktoken
-
-    from bridge.tokenizers.characters import CharacterEncoding
-
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+from bridge.storage.companions import MOST_TOKENS, checked_companion, has_companion
+from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE
+from bridge.tokenizers.loading import NO_LIMIT, TOKENIZER_FILES, VOCAB_AND_MERGES, load_tokenizer
+from bridge.tokenizers.tokenizer import Tokenizer
 
 
-def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write `encoding` into `directory`, so that transformers' AutoTokenizer produces the same ids.
+def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Write a tokenizer into `directory`, so that transformers' AutoTokenizer produces the same ids.
 
-    Byte-level BPE is written as `vocab.json`, `merges.txt` and `tokenizer.json`, single characters as
-    `tokenizer.json`; each with a `tokenizer_config.json`. No other file of the directory changes.
+    A tokenizer that was read from a directory is written as the files of that directory, unchanged. Otherwise,
+    byte-level BPE is written as `vocab.json`, `merges.txt` and `tokenizer.json`, and single characters as
+    `tokenizer.json`, each with a `tokenizer_config.json`. No other file of the directory changes.
 
     Args:
-        encoding: the tokenizer to write.
+        tokenizer: the tokenizer to write.
         directory: the directory to write to.
         overwrite: replace the tokenizer in the directory. Tokenizer files that are not rewritten are removed. Without
             `overwrite`, a directory with tokenizer files is an error.
@@ -51,9 +34,7 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
         TokenizerError: the files cannot represent the tokenizer. Nothing is written.
         CheckpointError: the directory has tokenizer files that may not be replaced, or cannot be written to.
     """
-    from bridge.tokenizers.characters import CharacterEncoding
-
-    files = _of_characters(encoding) if isinstance(encoding, CharacterEncoding) else _of_byte_level_bpe(encoding)
+    files: Mapping[str, str | bytes] = _generated(tokenizer) if tokenizer.source is None else _copied(tokenizer)
     directory = Path(directory)
     existing = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
     if existing and not (overwrite and _is_tokenizer(directory, existing)):
@@ -68,6 +49,13 @@ def save_tokenizer(encoding: tiktoken.Encoding, directory: str | Path, *, overwr
     replace_files(directory, files, remove=existing)
 
 
+def _copied(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files that a tokenizer was read from."""
+    source = tokenizer.source
+    assert source is not None
+    return {n: checked_companion(source, n, MOST_TOKENS) for n in TOKENIZER_FILES if has_companion(source, n)}
+
+
 def _is_tokenizer(directory: Path, existing: Sequence[str]) -> bool:
     """Whether the files `existing` are regular files of one tokenizer that this project reads."""
     pairs = [pair for pair in VOCAB_AND_MERGES if {*pair} & {*existing}]
@@ -77,70 +65,38 @@ def _is_tokenizer(directory: Path, existing: Sequence[str]) -> bool:
         load_tokenizer(directory, NO_LIMIT)
         for name in existing:
             checked_companion(directory, name, MOST_TOKENS)
-        return "tokenizer.json" not in existing or from_tokenizer_json(directory, MOST_TOKENS) is not None
+        return True
     except (TokenizerError, CheckpointError):
         return False
 
 
-def _of_byte_level_bpe(encoding: tiktoken.Encoding) -> dict[str, str]:
-    ranks, special, named = encoding._mergeable_ranks, encoding._special_tokens, quoted(encoding.name)
-    if encoding._pat_str not in SPELLINGS_OF_WORDS:
-        raise TokenizerError(
-            f"the tokenizer {named} cannot be saved: it splits text into words by the pattern "
-            f"{quoted(encoding._pat_str)}, not by GPT-2's, so transformers' GPT-2 tokenizer would produce other ids"
-        )
-    require_all_bytes(ranks, f"the tokenizer {named}")
-    name_of = {byte: character for character, byte in printable_bytes().items()}
-    spelled = {token: "".join(map(name_of.__getitem__, token)) for token in sorted(ranks, key=ranks.__getitem__)}
-    vocab = {spelled[token]: ranks[token] for token in spelled} | special
-    if len(vocab) < len(ranks) + len(special):
-        raise TokenizerError(
-            f"the tokenizer {named} has a special token with the spelling of an ordinary one; vocab.json cannot store "
-            "both"
-        )
-    merges = [f"{spelled[first]} {spelled[second]}" for first, second in merges_of(ranks)]
-    model = {"type": "BPE", "vocab": vocab, "merges": merges}
-    return {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
-        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
-        "tokenizer.json": _tokenizer_json(model, _BYTE_LEVEL, _BYTE_LEVEL, special),
-        "tokenizer_config.json": json.dumps(_gpt2_settings(special), indent=2) + "\n",
-    }
+def _generated(tokenizer: Tokenizer) -> dict[str, str]:
+    """Return the files of a tokenizer that was not read from a directory."""
+    stored = tokenizer.pipeline()
+    # GPT2Tokenizer would split text into words; the general class uses tokenizer.json as it is.
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    files = {"tokenizer.json": json.dumps(stored, ensure_ascii=False)}
+    if isinstance(tokenizer, ByteLevelBPE):
+        vocab, merges = stored["model"]["vocab"], stored["model"]["merges"]
+        settings = {"tokenizer_class": "GPT2Tokenizer"} | _gpt2_settings(tokenizer)
+        files |= {
+            "vocab.json": json.dumps(vocab, ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        }
+    return {**files, "tokenizer_config.json": json.dumps(settings, indent=2) + "\n"}
 
 
-def _of_characters(encoding: CharacterEncoding) -> dict[str, str]:
-    vocab = {token.decode(): i for token, i in encoding._mergeable_ranks.items()}
-    # The unknown token is not in the vocabulary, so that transformers rejects unknown characters, as this project does.
-    model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unknown>"}
-    # GPT2Tokenizer would split text into words; this class uses tokenizer.json unchanged.
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return {
-        "tokenizer.json": _tokenizer_json(model, CHARACTERS_APART, {"type": "Fuse"}, {}),
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-    }
-
-
-def _gpt2_settings(special: Mapping[str, int]) -> dict[str, Any]:
-    end = END_OF_TEXT if END_OF_TEXT in special else None  # GPT2Tokenizer adds it otherwise
-    settings: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer"}
-    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
-    others = [token for token in special if token != end]
+def _gpt2_settings(tokenizer: ByteLevelBPE) -> dict[str, Any]:
+    roles = tokenizer.special.by_role()
+    # GPT2Tokenizer gives <|endoftext|> to these roles if the file does not mention them.
+    settings: dict[str, Any] = {f"{role}_token": roles.get(role) for role in ("bos", "eos")}
+    settings["unk_token"] = roles.get("unk", END_OF_TEXT if END_OF_TEXT in tokenizer.added else None)
+    settings |= {f"{role}_token": token for role, token in roles.items()}
+    others = [token.content for token in tokenizer.added.values() if token.content not in settings.values()]
+    if any(not token.special for token in tokenizer.added.values()):
+        decoder = {str(token.id): asdict(token) for token in tokenizer.added.values()}
+        settings["added_tokens_decoder"] = {i: {k: v for k, v in t.items() if k != "id"} for i, t in decoder.items()}
+        others = [token for token in others if tokenizer.added[token].special]
+    if tokenizer.add_prefix_space:
+        settings["add_prefix_space"] = True
     return settings | ({"additional_special_tokens": others} if others else {})
-
-
-def _tokenizer_json(
-    model: Mapping[str, Any], pre_tokenizer: Mapping[str, Any], decoder: Mapping[str, Any], special: Mapping[str, int]
-) -> str:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    parts = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": special[token], "content": token, **flags} for token in special],
-        "normalizer": None,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": model,
-    }
-    return json.dumps(parts, ensure_ascii=False)

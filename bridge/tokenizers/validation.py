@@ -12,20 +12,9 @@ from typing import Any
 from bridge.errors import TokenizerError, quoted
 
 MOST_SPECIAL_BYTES = 2**15
-"""Limit on the total UTF-8 bytes of all special tokens.
-
-tiktoken compiles them into one regular expression, which takes 14 MiB at this limit. It fails at 16 times the limit.
-"""
+"""Limit on the total UTF-8 bytes of all added tokens, which are compiled into one pattern."""
 LONGEST_SPECIAL = 2**9
 """Limit on the UTF-8 bytes of one special token. Searching a text for it can take time O(len(token) * len(text))."""
-
-# Fields of `model` in a tokenizer.json that can change the ids -> the values that do not.
-_PLAIN_BPE: Mapping[str, tuple[Any, ...]] = {
-    "dropout": (None, 0.0),
-    "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""),
-    "ignore_merges": (False,),
-}
 
 
 def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
@@ -39,6 +28,15 @@ def require_distinct_ids(tokens: Mapping[str, int], where: str) -> None:
         if i in seen:
             raise TokenizerError(f"{where}: {quoted(seen[i])} and {quoted(token)} have the same id, {i}")
         seen[i] = token
+
+
+def require_ids_below(rows: int, largest: int, where: str) -> None:
+    """Require that the model's vocabulary has a row for the largest id."""
+    if largest >= rows:
+        raise TokenizerError(
+            f"the tokenizer of {where} has ids up to {largest}, but the model's vocabulary has only {rows}; they do "
+            "not belong together"
+        )
 
 
 def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int], where: str) -> None:
@@ -61,7 +59,7 @@ def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int],
             )
     if sum(sizes.values()) > MOST_SPECIAL_BYTES:
         raise TokenizerError(
-            f"{where}: the {len(special)} tokens that are neither bytes nor merges have {sum(sizes.values())} bytes; "
+            f"{where}: the {len(special)} added tokens have {sum(sizes.values())} bytes; "
             f"the limit is {MOST_SPECIAL_BYTES}"
         )
 
@@ -76,14 +74,26 @@ def pairs_of(merges: Iterable[Sequence[Any]], where: str) -> list[tuple[str, str
     return pairs
 
 
-def require_plain_model(model: Mapping[str, Any], where: str) -> None:
-    """Require that a BPE model in a `tokenizer.json` has no setting that changes the ids."""
-    for name, plain in _PLAIN_BPE.items():
-        value = model.get(name, plain[0])
-        if value not in plain or (isinstance(value, bool) and name != "ignore_merges"):
-            raise TokenizerError(
-                f"{where}: {name}={quoted(value)} changes the ids; GPT-2's byte-level BPE has no such setting"
-            )
+def require_bpe_model(model: Mapping[str, Any], where: str) -> None:
+    """Require that a BPE model in a `tokenizer.json` gives the same ids for the same text every time."""
+    if model.get("dropout"):
+        raise TokenizerError(
+            f"{where}: dropout={quoted(model['dropout'])} leaves out random merges, so the ids change from call to "
+            "call; set it to null"
+        )
+
+
+def require_unigram_vocabulary(vocab: Any, where: str) -> None:
+    """Require that the vocabulary of a Unigram model is a list of different pieces, each with its score."""
+    if not isinstance(vocab, list) or not vocab:
+        raise TokenizerError(f"{where} is not a valid tokenizer.json: model.vocab is not a list of pieces")
+    for entry in vocab:
+        match entry:
+            case [str(), int() | float()] if not isinstance(entry[1], bool):
+                continue
+        raise TokenizerError(f"{where}: {quoted(entry)} is not a piece with its score")
+    if len({piece for piece, _ in vocab}) < len(vocab):
+        raise TokenizerError(f"{where}: the vocabulary has a piece twice")
 
 
 def require_merges_reached(merges: Sequence[tuple[str, str]], where: str) -> None:

@@ -21,7 +21,7 @@ from gpt2_jax.training.run.identity import has_run_json, stored_identity
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 
 _SOURCE = ("init_from", "source_activation", "base", "drop_extra_heads")
-_DATA = ("data", "validation_data", "validation_fraction", "tokenizer", "examples", *_SOURCE)
+_DATA = ("data", "validation_data", "validation_fraction", "tokenizer", "special_tokens", "examples", *_SOURCE)
 _DEVICE = ("mesh", "dtype", "scan", "remat", "attention", "vocab_multiple", "deterministic")
 _REPORT = (
     "eval_every",

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import bridge
-from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError
+from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError, Tokenizer
 from bridge.errors import quoted
 from gpt2_jax.cli.effect import flag
 from gpt2_jax.data.tokenizers import MADE_FROM_TEXT, make_tokenizer
 from gpt2_jax.training import TrainConfig
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM
 from gpt2_jax.training.run.identity import Identity
-
-if TYPE_CHECKING:
-    import tiktoken
 
 NO_TOKENIZER = "none"
 DROPOUT_RATES = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -70,7 +67,7 @@ def chosen_tokenizer(config: TrainConfig, source: Checkpoint | None, resumed: Id
     return own
 
 
-def _is_same(named: str | None, own: tiktoken.Encoding) -> bool:
+def _is_same(named: str | None, own: Tokenizer) -> bool:
     """Whether `named` equals the tokenizer `own`. False for a tokenizer that is trained on the data."""
     if named == TOKENIZER_OF_INIT_FROM:
         return True
@@ -88,9 +85,9 @@ def _checked_tokenizer(named: str, source: Checkpoint) -> Any:
     return tokenizer
 
 
-def require_rows(tokenizer: tiktoken.Encoding, source: Checkpoint) -> None:
+def require_rows(tokenizer: Tokenizer, source: Checkpoint) -> None:
     """Raise `BridgeError` if the tokenizer has ids outside the vocabulary of `source`."""
-    rows, needed = source.config.vocab_size, tokenizer.max_token_value + 1
+    rows, needed = source.config.vocab_size, tokenizer.vocab_size
     if needed > rows:
         raise BridgeError(
             f"the tokenizer {quoted(tokenizer.name)} has ids up to {needed - 1}, and the vocabulary of "

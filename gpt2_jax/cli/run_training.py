@@ -16,6 +16,7 @@ from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes
 from gpt2_jax.console.output import json_writer, progress
 from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, open_data
+from gpt2_jax.data.special_tokens import policy_of
 from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, leave
 from gpt2_jax.training import NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
 from gpt2_jax.training.errors import is_out_of_memory
@@ -146,6 +147,7 @@ def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, c
         data = open_data(
             config.data,
             tokenizer=tokenizer,
+            special_tokens=policy_of(config.special_tokens),
             vocab_size=config.model.vocab_size if source is None else source.config.vocab_size,
             validation=config.validation_data,
             validation_fraction=config.validation_fraction,

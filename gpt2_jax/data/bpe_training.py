@@ -1,22 +1,19 @@
-"""Training of byte-level BPE on a corpus, with the `tokenizers` library. The result is a tiktoken encoding."""
+"""Training of byte-level BPE on a corpus, with the `tokenizers` library. tiktoken encodes with the result."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from bridge import TokenizerError
-from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, byte_level_bpe
-
-if TYPE_CHECKING:
-    import tiktoken
+from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE, tiktoken_ranks
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens
 
 MIN_VOCAB_SIZE = 257
 """The 256 bytes and `<|endoftext|>`."""
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> ByteLevelBPE:
     """Train a byte-level BPE tokenizer with the layout of GPT-2's.
 
     Its ids are the 256 bytes, then the merges in the order in which they were learned, then `<|endoftext|>`. The result
@@ -25,7 +22,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     Args:
         texts: the corpus.
         vocab_size: the number of all ids. Pairs that occur only once are not merged, so a small corpus may give fewer;
-            see `n_vocab` of the result.
+            see `vocab_size` of the result.
 
     Raises:
         TokenizerError: `vocab_size` is below 257, or a text cannot be encoded as UTF-8.
@@ -54,7 +51,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
             f"a text of the corpus has an unpaired surrogate, which UTF-8 cannot encode: {error}"
         ) from None
     model = json.loads(tokenizer.to_str())["model"]
-    special = {END_OF_TEXT: len(model["vocab"])}
-    return byte_level_bpe(
-        "bpe", model["vocab"], [tuple(pair) for pair in model["merges"]], special, "the BPE trained here"
-    )
+    where = "the BPE trained here"
+    vocab, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    if (ranks := tiktoken_ranks(vocab, merges, where)) is None:
+        raise TokenizerError(f"{where} has merges that tiktoken would apply differently")
+    end = AddedToken(END_OF_TEXT, len(vocab))
+    return ByteLevelBPE("bpe", ranks, [end], SpecialTokens(END_OF_TEXT, END_OF_TEXT))

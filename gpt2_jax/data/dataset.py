@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bridge.errors import quoted
+from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
 from gpt2_jax.data.documents import Documents, find_documents
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.token_cache import CachedText, TaskProgress, cached_text, open_cached
 from gpt2_jax.data.token_stream import TokenStream, is_token_cache, is_token_source, open_tokens
 from gpt2_jax.data.tokenizers import make_tokenizer
-
-if TYPE_CHECKING:
-    import tiktoken
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Data:
     train: TokenStream
     validation: TokenStream | None
     """None if validation_fraction is 0."""
-    tokenizer: tiktoken.Encoding | None
+    tokenizer: Tokenizer | None
     """None for token files without a given tokenizer."""
     description: str
     """One line to print."""
@@ -42,7 +40,8 @@ class Data:
 def open_data(
     source: str | Path,
     *,
-    tokenizer: tiktoken.Encoding | str | None = None,
+    tokenizer: Tokenizer | str | None = None,
+    special_tokens: SpecialTokenPolicy = "match",
     vocab_size: int | None = None,
     validation: str | Path | None = None,
     validation_fraction: float = 0.1,
@@ -55,6 +54,8 @@ def open_data(
         source: a text file, a directory or glob of text files, or `stdlib`; or token files (nanoGPT's `.bin`, llm.c's
             shards, `.npy`): one file, a glob, a directory of them, or a directory of the token cache.
         tokenizer: a tokenizer, or an argument for `make_tokenizer`. Token files need none.
+        special_tokens: what to do where text contains an added token, such as `<|endoftext|>`; see `Tokenizer.encode`.
+            nanoGPT's data has `as_text`.
         vocab_size: the vocabulary size that BPE is trained to. Reading an id that the tokenizer does not have is an
             error; without a tokenizer, so is an id of vocab_size or more.
         validation: another source for validation. The default is the token files with val in their names, if there are
@@ -67,9 +68,14 @@ def open_data(
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
     found = [_locate(s) for s in (source, validation) if s is not None]
-    encoding = _tokenizer(tokenizer, found, source, vocab_size, cache, progress)
-    limit = vocab_size if encoding is None else encoding.max_token_value + 1
-    opened = [_open(f, encoding, limit, cache, progress) for f in found]
+    chosen = _tokenizer(tokenizer, found, source, vocab_size, cache, progress)
+    limit = vocab_size if chosen is None else chosen.vocab_size
+
+    def encoded(documents: Documents) -> CachedText:
+        assert chosen is not None  # text has a tokenizer
+        return cached_text(documents, chosen, special_tokens=special_tokens, cache=cache, progress=progress)
+
+    opened = [_open(f, encoded, limit, progress) for f in found]
 
     train, held_out = opened[0].train, opened[0].validation
     if validation is not None:
@@ -77,7 +83,7 @@ def open_data(
     elif held_out is None and validation_fraction:
         train, held_out = split(train, validation_fraction)
     skipped = sum(o.skipped for o in opened)
-    return Data(train, held_out, encoding, _description(str(source), train, held_out, encoding, skipped))
+    return Data(train, held_out, chosen, _description(str(source), train, held_out, chosen, skipped))
 
 
 def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:
@@ -110,14 +116,12 @@ def _locate(source: str | Path) -> Documents | Path:
 
 def _open(
     found: Documents | Path,
-    encoding: tiktoken.Encoding | None,
+    encoded: Callable[[Documents], CachedText],
     vocab_size: int | None,
-    cache: str | Path | None,
     progress: TaskProgress | None,
 ) -> _Opened:
     if isinstance(found, Documents):
-        assert encoding is not None
-        return _of_text(cached_text(found, encoding, cache=cache, progress=progress), vocab_size)
+        return _of_text(encoded(found), vocab_size)
     if not is_token_cache(found):
         return _Opened(*open_tokens(found, vocab_size))
     if (text := open_cached(found, progress)) is None:
@@ -132,13 +136,13 @@ def _of_text(text: CachedText, vocab_size: int | None) -> _Opened:
 
 
 def _tokenizer(
-    wanted: tiktoken.Encoding | str | None,
+    wanted: Tokenizer | str | None,
     found: list[Documents | Path],
     source: str | Path,
     vocab_size: int | None,
     cache: str | Path | None,
     progress: TaskProgress | None,
-) -> tiktoken.Encoding | None:
+) -> Tokenizer | None:
     texts = [f for f in found if isinstance(f, Documents)]
     if wanted is None and texts:
         raise DataError(f"{quoted(source)} is text; give a tokenizer: gpt2, bytes, characters, bpe, or a directory")
@@ -151,11 +155,11 @@ def _tokenizer(
 
 
 def _description(
-    source: str, train: TokenStream, validation: TokenStream | None, encoding: tiktoken.Encoding | None, skipped: int
+    source: str, train: TokenStream, validation: TokenStream | None, tokenizer: Tokenizer | None, skipped: int
 ) -> str:
     parts = [f"{_escaped(source)}: {len(train):,} tokens"]
-    if encoding is not None:
-        parts[0] += f" ({_escaped(encoding.name)})"
+    if tokenizer is not None:
+        parts[0] += f" ({_escaped(tokenizer.name)})"
     if train.document_ends is not None:
         parts[0] += f" in {len(train.document_ends):,} document{'s' * (len(train.document_ends) > 1)}"
     if validation is not None:

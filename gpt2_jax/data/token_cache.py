@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,15 +21,13 @@ from bridge.storage.atomic_writes import new_directory
 from bridge.storage.json_text import parse_object
 from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
-from bridge.tokenizers.loading import tokenizer_fingerprint
+from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
 from gpt2_jax.console.cache import cache_directory
 from gpt2_jax.data.documents import Documents
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.special_tokens import around_documents, blocks_to_encode
 from gpt2_jax.data.token_files import SIDECAR, TokenFile
 from gpt2_jax.data.token_stream import TokenStream
-
-if TYPE_CHECKING:
-    import tiktoken
 
 TaskProgress = Callable[[str, int, int], None]
 """Called with the name of the task, the number of bytes done and their total."""
@@ -54,24 +52,28 @@ class CachedText:
 
 def cached_text(
     documents: Documents,
-    encoding: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     *,
+    special_tokens: SpecialTokenPolicy = "match",
     cache: str | Path | None = None,
     progress: TaskProgress | None = None,
 ) -> CachedText:
-    """Return the tokens of `documents`, encoding them into the cache if they are not there yet.
+    """Return the tokens of `documents`, tokenizer them into the cache if they are not there yet.
 
     The key of a cache directory is the tokenizer and the paths, sizes and times of the documents. The directory holds
     the ids without a header (`tokens.bin`, uint16; `tokens.uint32` for a larger vocabulary), `document_ends.bin`
-    (int64), and `tokens.json`, which describes both and has their SHA-256. A damaged directory is rebuilt. If the
-    tokenizer has `<|endoftext|>`, each document ends with it.
+    (int64), and `tokens.json`, which describes both and has their SHA-256. A damaged directory is rebuilt. Each
+    document ends with the tokenizer's end-of-sequence token, if there is one.
+
+    Args:
+        special_tokens: what to do where the text contains an added token; see `Tokenizer.encode`.
     """
-    directory = cache_directory(cache) / f"tokens-{cache_key(documents, tokenizer_fingerprint(encoding))}"
+    directory = cache_directory(cache) / f"tokens-{cache_key(documents, _encoding_key(tokenizer, special_tokens))}"
     text = open_cached(directory, progress)
     if text is None:
         try:
             with new_directory(directory, replaceable=_FILES.__contains__) as temporary:
-                _write(temporary, documents, encoding, progress)
+                _write(temporary, documents, tokenizer, special_tokens, progress)
         except BridgeError:
             # Another process may have written the same directory in the meantime; its content is equal.
             if (text := open_cached(directory)) is None:
@@ -80,6 +82,19 @@ def cached_text(
     if text is None:
         raise DataError(f"{quoted(directory)} changed while it was opened; try again, or give another cache")
     return text
+
+
+def _encoding_key(tokenizer: Tokenizer, special_tokens: SpecialTokenPolicy) -> str:
+    """Return what distinguishes one encoding of a text from another.
+
+    It is the fingerprint alone, as in version 0.1.0, if added tokens are text and documents end with `<|endoftext|>`.
+    """
+    before, after = around_documents(tokenizer)
+    key = tokenizer.fingerprint
+    if special_tokens != "as_text" and tokenizer.added:
+        key += f" {special_tokens}"
+    usual = tokenizer.added.get(END_OF_TEXT)
+    return key if (before, after) == ([], [usual.id] if usual else []) else f"{key} {before} {after}"
 
 
 def cache_key(documents: Documents, made_by: str) -> str:
@@ -152,15 +167,22 @@ def _sha256(path: Path, progress: TaskProgress | None) -> str:
     return digest.hexdigest()
 
 
-def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, progress: TaskProgress | None) -> None:
+def _write(
+    directory: Path,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    special_tokens: SpecialTokenPolicy,
+    progress: TaskProgress | None,
+) -> None:
     about: dict[str, Any] = {
         "format": _FORMAT,
         "source": documents.source,
-        "tokenizer": {"name": encoding.name, "fingerprint": tokenizer_fingerprint(encoding)},
-        "dtype": "<u2" if encoding.max_token_value < 2**16 else "<u4",
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+        "dtype": "<u2" if tokenizer.max_token_id < 2**16 else "<u4",
     }
     with (directory / _TOKENS[about["dtype"]]).open("wb") as tokens, (directory / _ENDS).open("wb") as ends:
-        about |= _encode(documents, encoding, np.dtype(about["dtype"]), (tokens, ends), progress)
+        blocks = _blocks_encoded(documents, tokenizer, special_tokens, np.dtype(about["dtype"]))
+        about |= _encode(documents, blocks, (tokens, ends), progress)
     if not about["characters"]:
         raise DataError(f"{quoted(documents.source)} has no text: none of its {len(documents.files)} files is UTF-8")
     (directory / SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -168,23 +190,20 @@ def _write(directory: Path, documents: Documents, encoding: tiktoken.Encoding, p
 
 def _encode(
     documents: Documents,
-    encoding: tiktoken.Encoding,
-    dtype: np.dtype,
+    encoded: Generator[_Block | None, None, None],
     outputs: tuple[BinaryIO, BinaryIO],
     progress: TaskProgress | None,
 ) -> dict[str, Any]:
     """Write the ids of every document to the first file and its end to the second. Returns the counts."""
     tokens, ends = outputs
-    has_end = END_OF_TEXT in encoding.special_tokens_set
-    end_of_text = np.array([encoding.encode_single_token(END_OF_TEXT)] if has_end else [], dtype)
     count = Counter(tokens=0, documents=0, skipped=len(documents.files), bytes=0, characters=0)
     digest, ends_digest = hashlib.sha256(), hashlib.sha256()
-    with closing(_blocks_encoded(documents, encoding, dtype)) as blocks:
+    with closing(encoded) as blocks:
         for block in blocks:
-            ids = end_of_text if block is None else block.ids
-            digest.update(ids.data)
-            tokens.write(ids.data)
-            count["tokens"] += len(ids)
+            if block is not None:
+                digest.update(block.ids.data)
+                tokens.write(block.ids.data)
+                count["tokens"] += len(block.ids)
             if block is None:
                 end = count["tokens"].to_bytes(8, "little")
                 ends.write(end)
@@ -205,30 +224,35 @@ class _Block:
 
 
 def _blocks_encoded(
-    documents: Documents, encoding: tiktoken.Encoding, dtype: np.dtype
+    documents: Documents, tokenizer: Tokenizer, special_tokens: SpecialTokenPolicy, dtype: np.dtype
 ) -> Generator[_Block | None, None, None]:
-    """Yield the blocks of all documents in order, with None after each document. Blocks are read lazily."""
+    """Yield the blocks of all documents in order, with None after each document. Blocks are read lazily.
+
+    The tokens before and after a document are blocks without text.
+    """
+    before, after = (_Block(np.array(ids, dtype), 0, 0) for ids in around_documents(tokenizer))
 
     def encoded(text: str) -> _Block:
-        # The same ids as encode_ordinary, which would hold the GIL while it builds a Python list.
-        ids = encoding.encode_to_numpy(text, disallowed_special=()).astype(dtype)
+        # An array, because threads would wait for the interpreter's lock to build a list.
+        ids = tokenizer.encode_to_numpy(text, special_tokens=special_tokens, add_special_tokens=False).astype(dtype)
         return _Block(ids, len(text.encode()), len(text))
 
     workers = os.cpu_count() or 1
-    waiting: deque[Future[_Block] | None] = deque()
+    waiting: deque[Future[_Block] | _Block | None] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="tokenise") as pool:
         try:
             for document in documents.readable():
-                for text in document.blocks():
+                waiting.append(before)
+                for text in blocks_to_encode(document, tokenizer):
                     waiting.append(pool.submit(encoded, text))
                     while len(waiting) > 4 * workers:
                         yield _result(waiting.popleft())
-                waiting.append(None)
+                waiting += [after, None]
             while waiting:
                 yield _result(waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _result(future: Future[_Block] | None) -> _Block | None:
-    return future.result() if future else None
+def _result(block: Future[_Block] | _Block | None) -> _Block | None:
+    return block.result() if isinstance(block, Future) else block

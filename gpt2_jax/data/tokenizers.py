@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import bridge
 from bridge.errors import BridgeError, quoted
@@ -19,14 +18,12 @@ from bridge.tokenizers.loading import (
     openai_tokenizer,
 )
 from bridge.tokenizers.saving import save_tokenizer
+from bridge.tokenizers.tokenizer import Tokenizer
 from gpt2_jax.console.cache import cache_directory
 from gpt2_jax.data.bpe_training import train_bpe
 from gpt2_jax.data.documents import Documents
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.token_cache import TaskProgress, cache_key
-
-if TYPE_CHECKING:
-    import tiktoken
 
 MADE_FROM_TEXT = ("characters", "bpe")
 
@@ -38,7 +35,7 @@ def make_tokenizer(
     *,
     cache: str | Path | None = None,
     progress: TaskProgress | None = None,
-) -> tiktoken.Encoding:
+) -> Tokenizer:
     """Return the tokenizer that `spec` names.
 
     Args:
@@ -67,15 +64,16 @@ def make_tokenizer(
         raise DataError("a BPE tokenizer is trained to a size; give vocab_size")
     made_by = f"bpe {vocab_size}" if spec == "bpe" else spec
     directory = cache_directory(cache) / f"tokenizer-{cache_key(documents, made_by)}"
-    encoding = _load_cached(directory)
-    if encoding is None:
-        encoding = _make_from_text(documents, vocab_size if spec == "bpe" else None, progress)
-        _store(encoding, directory)
-    encoding.name = spec
-    return encoding
+    tokenizer = _load_cached(directory)
+    if tokenizer is None:
+        tokenizer = _make_from_text(documents, vocab_size if spec == "bpe" else None, progress)
+        _store(tokenizer, directory)
+    tokenizer.name = spec
+    tokenizer.source = None  # the cache may be deleted while a run uses the tokenizer
+    return tokenizer
 
 
-def _make_from_text(documents: Documents, vocab_size: int | None, progress: TaskProgress | None) -> tiktoken.Encoding:
+def _make_from_text(documents: Documents, vocab_size: int | None, progress: TaskProgress | None) -> Tokenizer:
     if vocab_size is not None:
         return train_bpe(_texts(documents, progress, "training BPE"), vocab_size)
     characters: set[str] = set()
@@ -93,7 +91,7 @@ def _texts(documents: Documents, progress: TaskProgress | None, doing: str) -> I
             progress(doing, done, documents.size)
 
 
-def _load(path: Path) -> tiktoken.Encoding:
+def _load(path: Path) -> Tokenizer:
     if not path.is_dir():
         raise DataError(
             f"the tokenizer {quoted(str(path))} must be gpt2, bytes, characters, bpe, or a directory that has one"
@@ -101,7 +99,7 @@ def _load(path: Path) -> tiktoken.Encoding:
     return bridge.load(path).tokenizer() if (path / "config.json").exists() else load_tokenizer(path, NO_LIMIT)
 
 
-def _load_cached(directory: Path) -> tiktoken.Encoding | None:
+def _load_cached(directory: Path) -> Tokenizer | None:
     try:
         manifest.verify(directory)
         return load_tokenizer(directory, NO_LIMIT)
@@ -109,11 +107,11 @@ def _load_cached(directory: Path) -> tiktoken.Encoding | None:
         return None
 
 
-def _store(encoding: tiktoken.Encoding, directory: Path) -> None:
+def _store(tokenizer: Tokenizer, directory: Path) -> None:
     try:
         with new_directory(directory, replaceable={*TOKENIZER_FILES, manifest.MANIFEST}.__contains__) as temporary:
-            save_tokenizer(encoding, temporary)
-            manifest.commit(temporary, {"tokenizer": encoding.name})
+            save_tokenizer(tokenizer, temporary)
+            manifest.commit(temporary, {"tokenizer": tokenizer.name})
     except BridgeError:
         # Another process may have stored the same tokenizer in the meantime.
         if _load_cached(directory) is None:

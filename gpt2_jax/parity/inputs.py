@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bridge import BridgeError, Checkpoint, NoTokenizerError, TokenizerError
-
-if TYPE_CHECKING:
-    import tiktoken
+from bridge import BridgeError, Checkpoint, NoTokenizerError, Tokenizer, TokenizerError
+from bridge.tokenizers.characters import CharacterTokenizer
 
 BUILT_IN_TEXT = """\
 When in the Course of human events, it becomes necessary for one people to dissolve the political bands \
@@ -117,22 +114,20 @@ def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, in
     if text is None:
         text = _encodable(BUILT_IN_TEXT, tokenizer)
         if len(text) < MIN_TEXT_COVERAGE * len(BUILT_IN_TEXT):
-            ids = rng.choice(sorted(tokenizer._mergeable_ranks.values()), shape)
+            ids = rng.choice(sorted(i for i in range(tokenizer.vocab_size) if tokenizer.token_of(i) is not None), shape)
             return Tokens(ids, f"random characters of the tokenizer from seed {seed}", is_text=False)
         if len(text) < len(BUILT_IN_TEXT):
             origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
     if seed:
         raise BridgeError(f"seed={seed}: has no effect, because the tokens come from a text; leave it out")
-    encoded = tokenizer.encode_ordinary(text)
+    encoded = tokenizer.encode(text)
     if not encoded:
         raise TokenizerError("the text is empty; give at least one token")
     return Tokens(np.resize(np.array(encoded, np.int64), shape), origin, is_text=True)
 
 
-def _encodable(text: str, tokenizer: tiktoken.Encoding) -> str:
+def _encodable(text: str, tokenizer: Tokenizer) -> str:
     """Remove the characters that a character tokenizer lacks. Other tokenizers can encode every text."""
-    from bridge.tokenizers.characters import CharacterEncoding  # imports tiktoken
-
-    if not isinstance(tokenizer, CharacterEncoding):
+    if not isinstance(tokenizer, CharacterTokenizer):
         return text
-    return "".join(character for character in text if character.encode() in tokenizer._mergeable_ranks)
+    return "".join(character for character in text if tokenizer.id_of(character) is not None)

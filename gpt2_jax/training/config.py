@@ -79,6 +79,9 @@ class TrainConfig:
     """gpt2, bytes, characters, bpe (trained on the data, to --vocab-size), a directory with a tokenizer, or none for
     token files, whose ids must be below --vocab-size. With --init-from SRC the default is init-from, SRC's tokenizer.
     If SRC has none, another may be given."""
+    special_tokens: Literal["match", "as-text", "error"] = "match"
+    """An added token, such as <|endoftext|>, in the text of --data is one token (match), text like any other (as-text),
+    or an error."""
     examples: Literal["stream", "documents"] = "stream"
     """stream: windows of one long text; documents: each document is one padded, masked example."""
     init_from: str | None = None

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 from bridge import TokenizerError
 from bridge.generation.text import printable
-from bridge.tokenizers.loading import decode_known
 from gpt2_jax.data import Data, TokenStream, evaluation_batches
 from gpt2_jax.generation import generate
 from gpt2_jax.model import GPT2
@@ -77,7 +76,7 @@ def encoded_prompt(config: TrainConfig, data: Data) -> list[int]:
         return []
     field = f"sample_prompt={config.sample_prompt!r}"
     try:
-        ids = data.tokenizer.encode_ordinary(config.sample_prompt)
+        ids = data.tokenizer.encode(config.sample_prompt)
     except TokenizerError as error:
         raise TrainingError(f"{field}: {error}; or print no samples, with --sample-tokens 0") from error
     positions = config.model.n_positions
@@ -99,7 +98,7 @@ def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prom
         temperature=SAMPLE_TEMPERATURE,
         seed=config.seed,
     )
-    return printable(decode_known(data.tokenizer, new[0].tolist()))
+    return printable(data.tokenizer.decode(new[0].tolist()))
 
 
 def weights(state: TrainState) -> Any:

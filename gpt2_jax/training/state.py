@@ -61,7 +61,7 @@ def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None
         rates = {name: getattr(model, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
         model = replace(init_from.config, **rates)
     elif data.tokenizer is not None:
-        model = replace(model, vocab_size=data.tokenizer.max_token_value + 1)
+        model = replace(model, vocab_size=data.tokenizer.vocab_size)
     if config.seq_len > model.n_positions:
         positions = model.n_positions
         raise TrainingError(

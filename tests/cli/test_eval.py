@@ -79,12 +79,12 @@ def test_documents_are_separated_by_the_end_of_text_token(tmp_path: Path) -> Non
     for name, part in (("a.txt", "one two "), ("b.txt", " three"), ("c.txt", "four")):
         (tmp_path / "texts" / name).write_text(part)
     documents, calls = find_documents(tmp_path / "texts"), []
-    found = _encode(documents, byte_tokenizer(), 1000, lambda *call: calls.append(call))
+    found = _encode(documents, byte_tokenizer(), "match", 1000, lambda *call: calls.append(call))
     order = [d.path.read_bytes() for d in documents.readable()]
     assert found.ids.tolist() == [*order[0], 256, *order[1], 256, *order[2]]
     assert (found.words, found.bytes) == (4, 18)
     assert calls[-1] == (18, 18)
-    cut = _encode(documents, byte_tokenizer(), len(order[0]) + 1, lambda *call: None)
+    cut = _encode(documents, byte_tokenizer(), "match", len(order[0]) + 1, lambda *call: None)
     assert cut.ids.tolist() == [*order[0], 256]
     assert cut.bytes == len(order[0])
 

@@ -131,7 +131,7 @@ def test_the_export_has_the_tokenizer(trained: Path) -> None:
     import transformers
 
     text = "line 1 says é\n"
-    ids = bridge.load(trained / "run").tokenizer().encode_ordinary(text)
+    ids = bridge.load(trained / "run").tokenizer().encode(text, special_tokens="as_text")
     assert ids == list(text.encode())
     assert transformers.AutoTokenizer.from_pretrained(trained / "run" / "export")(text)["input_ids"] == ids
     config = transformers.AutoConfig.from_pretrained(trained / "run" / "export")
@@ -183,7 +183,7 @@ def test_fine_tuning_takes_sizes_and_tokenizer_from_its_source(copy: Path) -> No
     config = stored_identity(out).config
     assert config.preset == "finetune"
     assert config.model == bridge.load(source).config
-    assert bridge.load(out).tokenizer().n_vocab == 257
+    assert bridge.load(out).tokenizer().vocab_size == 257
     trained, begun = (read_metrics(run)[-1 - last]["val_loss"] for run, last in ((copy / "run", 0), (out, 1)))
     assert abs(trained - begun) < 0.5  # random weights have 5.5; the windows differ
     assert config.tokenizer == "init-from"
@@ -208,10 +208,10 @@ def test_a_checkpoint_without_a_tokenizer_needs_the_flag(tmp_path: Path) -> None
     assert (code, "give a tokenizer" in errors) == (2, True)
     assert run("train", "--init-from", source, *places, *QUICK, "--tokenizer", "bytes")[0] == 0
     made = bridge.load(tmp_path / "run")
-    assert (made.config.vocab_size, made.tokenizer().n_vocab) == (300, 257)
+    assert (made.config.vocab_size, made.tokenizer().vocab_size) == (300, 257)
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if the run had stopped before its first checkpoint
     assert run("train", "--resume", "--cache", tmp_path / "cache", "--out", tmp_path / "run")[0] == 0
-    assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 257
+    assert bridge.load(tmp_path / "run").tokenizer().vocab_size == 257
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "characters"])

@@ -27,11 +27,11 @@ ALL_TEXTS = [*TEXTS, *TRAINING, *random_texts(500)]
 @pytest.mark.parametrize("vocab_size", [258, 300, 1000])
 def test_ids_are_those_of_the_tokenizers_library(vocab_size: int, tmp_path: Path) -> None:
     ours = train_bpe(TRAINING, vocab_size)
-    assert ours.n_vocab == vocab_size
+    assert ours.vocab_size == vocab_size
     bridge.save_tokenizer(ours, tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ALL_TEXTS:
-        assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
+        assert ours.encode(text, special_tokens="as_text") == theirs.encode(text).ids, text
 
 
 def test_merges_are_those_that_the_library_learns() -> None:
@@ -41,31 +41,31 @@ def test_merges_are_those_that_the_library_learns() -> None:
     ours = train_bpe(TRAINING, 1000)
     assert theirs.get_vocab_size() == 999
     for text in ALL_TEXTS:
-        assert ours.encode_ordinary(text) == theirs.encode(text).ids, text
+        assert ours.encode(text, special_tokens="as_text") == theirs.encode(text).ids, text
 
 
 def test_the_layout_is_that_of_gpt2() -> None:
     ours = train_bpe(TRAINING, 600)
-    tokens = [ours.decode_single_token_bytes(i) for i in range(600)]
+    tokens = [ours.token_bytes(i) for i in range(600)]
     assert tokens[0] == b"!" and tokens[93] == b"~", "GPT-2 counts the printable bytes first"
     assert sorted(tokens[:256]) == [bytes([b]) for b in range(256)]
     assert all(len(token) > 1 for token in tokens[256:])
-    assert tokens[599] == END.encode() and ours.special_tokens_set == {END}
-    assert ours.encode(END, allowed_special="all") == [599]
-    used = {i for text in TRAINING for i in ours.encode_ordinary(text)}
+    assert tokens[599] == END.encode() and ours.added.keys() == {END}
+    assert ours.encode(END) == [599]
+    used = {i for text in TRAINING for i in ours.encode(text, special_tokens="as_text")}
     assert max(used) > 500, "late merges are used"
 
 
 def test_every_text_is_decoded_unchanged() -> None:
     ours = train_bpe(TRAINING, 700)
     for text in ALL_TEXTS:
-        assert ours.decode(ours.encode_ordinary(text)) == text
+        assert ours.decode(ours.encode(text, special_tokens="as_text")) == text
 
 
 def test_words_are_split_as_in_gpt2() -> None:
     """Merges include the space before a word, never the space after it."""
     ours = train_bpe(["the dog the dog the dog's"] * 10, 400)
-    tokens = {ours.decode_single_token_bytes(i) for i in range(256, ours.n_vocab - 1)}
+    tokens = {ours.token_bytes(i) for i in range(256, ours.vocab_size - 1)}
     assert {b" dog", b" the", b"the", b"'s"} <= tokens
     assert not any(b" " in token[1:] for token in tokens)
 
@@ -124,14 +124,14 @@ def test_texts_are_read_one_by_one() -> None:
 )
 def test_a_corpus_too_small_gives_as_many_merges_as_it_has(texts: list[str], n_vocab: int) -> None:
     ours = train_bpe(texts, 5000)
-    assert ours.n_vocab == n_vocab
-    assert ours.encode(END, allowed_special="all") == [n_vocab - 1]
+    assert ours.vocab_size == n_vocab
+    assert ours.encode(END) == [n_vocab - 1]
     for text in ALL_TEXTS:
-        assert ours.decode(ours.encode_ordinary(text)) == text
+        assert ours.decode(ours.encode(text, special_tokens="as_text")) == text
 
 
 def test_a_vocabulary_of_bytes_alone_has_no_merges() -> None:
-    assert train_bpe(TRAINING, 257).n_vocab == 257
+    assert train_bpe(TRAINING, 257).vocab_size == 257
 
 
 @pytest.mark.parametrize("vocab_size", [256, 1, 0, -5])

@@ -148,7 +148,7 @@ def test_the_validation_part_of_a_validation_source_is_used(text_file: Path, tmp
 def test_characters_of_both_sources_are_used(text_file: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("ä" + TEXT)
     data = opened(text_file, tmp_path / "cache", tokenizer="characters", validation=tmp_path / "other.txt")
-    assert data.tokenizer is not None and data.tokenizer.n_vocab == len(set(TEXT)) + 1
+    assert data.tokenizer is not None and data.tokenizer.vocab_size == len(set(TEXT)) + 1
 
 
 def test_a_vocabulary_that_is_too_small_is_found_before_training(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_fingerprint_depends_on_the_tokens_of_both_streams(text_file: Path, tm
 
 def test_batches_of_text_train_and_evaluate(folder: Path, tmp_path: Path) -> None:
     data = opened(folder, tmp_path / "cache", tokenizer="bpe", vocab_size=300)
-    assert data.validation is not None and data.tokenizer is not None and data.tokenizer.n_vocab == 300
+    assert data.validation is not None and data.tokenizer is not None and data.tokenizer.vocab_size == 300
     for examples in ("stream", "documents"):
         batch = next(training_batches(data.train, batch_size=3, seq_len=7, seed=5, examples=examples))  # type: ignore[arg-type]
         np.testing.assert_array_equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
@@ -238,8 +238,8 @@ def test_a_tokenizer_made_from_text_is_made_once(
 
 def test_a_tokenizer_is_loaded_from_a_directory(tmp_path: Path) -> None:
     save_tokenizer(character_tokenizer("abc"), tmp_path / "saved")
-    assert make_tokenizer(str(tmp_path / "saved")).encode_ordinary("cab") == [2, 0, 1]
-    assert make_tokenizer("bytes").encode_ordinary("a") == [97]
+    assert make_tokenizer(str(tmp_path / "saved")).encode("cab", special_tokens="as_text") == [2, 0, 1]
+    assert make_tokenizer("bytes").encode("a", special_tokens="as_text") == [97]
 
 
 @pytest.mark.parametrize(

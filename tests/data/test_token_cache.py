@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiktoken
 from support.refusals import within_budget
+from support.tokenizers_for_tests import of_tiktoken
 
 from bridge import (
     BridgeError,
@@ -24,6 +24,8 @@ from bridge import (
     character_tokenizer,
     tokenizer_fingerprint,
 )
+from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
 from gpt2_jax.data import DataError, TokenStream, cache_directory, open_data, token_cache
 from gpt2_jax.data import documents as documents_module
 from gpt2_jax.data.documents import find_documents
@@ -49,7 +51,7 @@ def read_all(stream: TokenStream) -> list[int]:
     return stream.read(0, len(stream)).tolist()
 
 
-def encoded(source: Path, encoding: tiktoken.Encoding | None = None, cache: Path | None = None) -> TokenStream:
+def encoded(source: Path, encoding: Tokenizer | None = None, cache: Path | None = None) -> TokenStream:
     cache = cache or source.parent / "cache"
     return cached_text(find_documents(source), encoding or byte_tokenizer(), cache=cache).tokens
 
@@ -103,14 +105,41 @@ def test_a_tokenizer_without_an_end_of_text_adds_nothing(tmp_path: Path) -> None
     assert read_all(stream) == ["aenvï".index(c) for c in "naïve"]
 
 
-def test_the_name_of_a_special_token_is_encoded_as_text(tmp_path: Path) -> None:
+def test_a_special_token_in_a_text_is_matched_unless_it_is_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a<|endoftext|>b")
-    assert read_all(encoded(tmp_path / "text.txt")) == [*b"a<|endoftext|>b", END]
+    documents = find_documents(tmp_path / "text.txt")
+    for policy, ids in (("match", [97, END, 98, END]), ("as_text", [*b"a<|endoftext|>b", END])):
+        text = cached_text(documents, byte_tokenizer(), special_tokens=policy, cache=tmp_path / "cache")
+        assert read_all(text.tokens) == ids
+    assert len([*(tmp_path / "cache").iterdir()]) == 2, "each has its own place in the cache"
+    with pytest.raises(TokenizerError, match="contains the token"):
+        cached_text(documents, byte_tokenizer(), special_tokens="error", cache=tmp_path / "cache")
+
+
+def test_documents_have_the_tokens_that_surround_texts(tmp_path: Path) -> None:
+    """A beginning-of-sequence token, added once for each document, and one end of sequence."""
+    ranks = byte_tokenizer().ranks
+    added = [AddedToken("<s>", 256), AddedToken("</s>", 257)]
+    for after in ((), (257,)):
+        tokenizer = ByteLevelBPE("b", ranks, added, SpecialTokens("<s>", "</s>"), around=((256,), after))
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        for name in ("a", "b"):
+            (tmp_path / "texts" / name).write_text(name)
+        ids = read_all(encoded(tmp_path / "texts", tokenizer, tmp_path / "cache"))
+        assert ids in ([256, 97, 257, 256, 98, 257], [256, 98, 257, 256, 97, 257]), "in a shuffled order"
+
+
+def test_a_tokenizer_that_inserts_a_space_gets_whole_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "BLOCK_BYTES", 64)
+    text = "the quick brown fox\n" * 30
+    (tmp_path / "text.txt").write_text(text)
+    tokenizer = ByteLevelBPE("b", byte_tokenizer().ranks, add_prefix_space=True)
+    assert read_all(encoded(tmp_path / "text.txt", tokenizer)) == [*b" ", *text.encode()]
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)} | {b"ab": 70_000}
-    encoding = tiktoken.Encoding("large", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={})
+    encoding = of_tiktoken("large", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={})
     (tmp_path / "text.txt").write_text("ab a")
     assert read_all(encoded(tmp_path / "text.txt", encoding)) == [70_000, 32, 97]
     directory = only_directory(tmp_path / "cache")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import tiktoken
 import tokenizers
 from fuzz import tokenizer_ids
 from gguf import GGUFReader
 from support.models import SMALLEST, random_checkpoint
 
 import bridge
+from bridge.tokenizers.tokenizer import Tokenizer
 
 
 def samples(folder: Path) -> list[Path]:
@@ -28,7 +28,7 @@ def mutable(source: Path) -> list[Path]:
 
 
 def judge(source: Path) -> str:
-    def ours() -> tiktoken.Encoding:
+    def ours() -> Tokenizer:
         return bridge.load(source).tokenizer()
 
     def theirs() -> tokenizers.Tokenizer:

@@ -24,6 +24,8 @@ def samples(folder: Path) -> list[Path]:
         pair.split(" ") if isinstance(pair, str) else pair for pair in stored["model"]["merges"]
     ]
     (folder / "texts" / "tokenizer.json").write_text(json.dumps(stored))
+    for name in ("bpe", "texts"):  # the class that takes the file as it is, as the tokenizers library does
+        (folder / name / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     bridge.save_tokenizer(bridge.character_tokenizer("".join(tokenizer_ids.DIFFICULT[5:10])), folder / "characters")
     return [folder / name for name in ("bpe", "texts", "characters")]
 

@@ -82,8 +82,8 @@ def test_all_implementations_find_the_same_texts(stops: bool, length_penalty: fl
 
 def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
     checkpoint = bridge.load("bundled")
-    prompt = checkpoint.tokenizer().encode_ordinary("KING RICHARD III:\n")
-    [newline] = checkpoint.tokenizer().encode_ordinary("\n")
+    prompt = checkpoint.tokenizer().encode("KING RICHARD III:\n", special_tokens="as_text")
+    [newline] = checkpoint.tokenizer().encode("\n", special_tokens="as_text")
     generation_config = GenerationConfig(16, num_beams=4, num_return_sequences=4, eos_token_id=(newline,))
     expected = ids_of_transformers(transformers_model(checkpoint), prompt, generation_config)
     assert any(len(row) < 16 for row in expected)

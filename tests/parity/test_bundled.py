@@ -35,7 +35,7 @@ def checkpoint() -> Checkpoint:
 @pytest.fixture(scope="module")
 def validation_ids(checkpoint: Checkpoint) -> np.ndarray:
     text = (BUNDLED / "validation.txt").read_text(encoding="utf-8")
-    return np.array(checkpoint.tokenizer().encode_ordinary(text))
+    return np.array(checkpoint.tokenizer().encode(text, special_tokens="as_text"))
 
 
 def test_it_is_small_and_complete() -> None:
@@ -74,7 +74,7 @@ def test_verify_passes_on_trained_weights(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_all_implementations_continue_a_prompt_identically(checkpoint: Checkpoint, prompt: str) -> None:
-    ids = checkpoint.tokenizer().encode_ordinary(prompt)
+    ids = checkpoint.tokenizer().encode(prompt, special_tokens="as_text")
     reference = gpt2_torch.generate(torch_model(checkpoint), torch.tensor([ids]), max_new_tokens=NEW_TOKENS)
     model, params = gpt2_jax.model_from_checkpoint(checkpoint)
     port = gpt2_jax.generate(model, params, jnp.asarray([ids]), max_new_tokens=NEW_TOKENS)
@@ -92,7 +92,7 @@ def test_all_implementations_continue_a_prompt_identically(checkpoint: Checkpoin
 def test_its_samples_look_like_the_text_it_learned(checkpoint: Checkpoint) -> None:
     tokenizer = checkpoint.tokenizer()
     model, params = gpt2_jax.model_from_checkpoint(checkpoint)
-    prompt = jnp.asarray([tokenizer.encode_ordinary("\n")] * 4)
+    prompt = jnp.asarray([tokenizer.encode("\n", special_tokens="as_text")] * 4)
     rows = gpt2_jax.generate(model, params, prompt, max_new_tokens=200, temperature=0.8, seed=1)
     text = "\n".join(tokenizer.decode(row.tolist()) for row in rows)
     learned = set(words((BUNDLED / "validation.txt").read_text(encoding="utf-8")))

@@ -60,7 +60,7 @@ def small(quick_compilation: None) -> Decoders:
 def prompts(bundled: Checkpoint) -> list[list[int]]:
     """Return twenty pieces of text that the model was not trained on, of 1 to 39 tokens."""
     text = (BUNDLED / "validation.txt").read_text(encoding="utf-8")
-    ids = bundled.tokenizer().encode_ordinary(text)
+    ids = bundled.tokenizer().encode(text, special_tokens="as_text")
     return [ids[2000 * i : 2000 * i + 1 + 2 * i] for i in range(20)]
 
 

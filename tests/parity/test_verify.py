@@ -158,7 +158,7 @@ def test_a_given_text_is_used_and_needs_a_tokenizer(trained: Path) -> None:
 
 def of_characters(path: Path, characters: str) -> Checkpoint:
     encoding = bridge.character_tokenizer(characters)
-    bridge.save(random_checkpoint(replace(CONFIG, vocab_size=encoding.n_vocab)), path, format="huggingface")
+    bridge.save(random_checkpoint(replace(CONFIG, vocab_size=encoding.vocab_size)), path, format="huggingface")
     bridge.save_tokenizer(encoding, path)
     return bridge.load(path)
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import tiktoken
+
+from bridge.tokenizers.byte_level_bpe import WORDS, ByteLevelBPE
 
 END = "<|endoftext|>"
 CORPUS = [
@@ -41,6 +45,17 @@ OPENAI_CACHE = Path(__file__).parents[3] / "shared" / "tiktoken-cache"
 needs_openai_cache = pytest.mark.skipif(
     not OPENAI_CACHE.is_dir(), reason="needs tiktoken's cache of the gpt2 vocabulary in ../shared/tiktoken-cache"
 )
+
+
+def of_tiktoken(
+    name: str, mergeable_ranks: Mapping[bytes, int], special_tokens: Mapping[str, int], pat_str: str = WORDS
+) -> ByteLevelBPE:
+    """The tokenizer of a `tiktoken.Encoding` with these arguments."""
+    return ByteLevelBPE.from_tiktoken(
+        tiktoken.Encoding(
+            name, pat_str=pat_str, mergeable_ranks=dict(mergeable_ranks), special_tokens=dict(special_tokens)
+        )
+    )
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:

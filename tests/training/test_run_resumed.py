@@ -140,7 +140,7 @@ def test_a_run_without_a_checkpoint_can_change_its_tokenizer(tmp_path: Path) -> 
     with pytest.raises(TrainingError, match="tokenizer was"):
         run_in(tmp_path, RECIPE, resume=True)
     run_in(tmp_path, RECIPE, resume=True, accept_changes=True)
-    assert bridge.load(tmp_path / "run").tokenizer().n_vocab == 257
+    assert bridge.load(tmp_path / "run").tokenizer().vocab_size == 257
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -18,7 +18,7 @@ from tyro.conf import arg
 import bridge
 from bridge.errors import quoted
 from bridge.evaluation import Evaluation, Progress, exp
-from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
+from bridge.tokenizers.tokenizer import Tokenizer
 from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
@@ -26,11 +26,9 @@ from gpt2_jax.console.output import json_writer, progress, require_torch
 from gpt2_jax.console.terminal import console
 from gpt2_jax.data import open_data
 from gpt2_jax.data.documents import STDLIB, Documents, find_documents
+from gpt2_jax.data.special_tokens import SpecialTokensFlag, around_documents, blocks_to_encode, policy_of
 from gpt2_jax.data.token_cache import SIDECAR
 from gpt2_jax.data.token_stream import is_token_source
-
-if TYPE_CHECKING:
-    import tiktoken
 
 UNSEEN_SHAKESPEARE = "(default: the part of Shakespeare that the bundled model has not seen)"
 
@@ -55,6 +53,7 @@ def evaluate(
     stride: Annotated[int | None, arg(help_behavior_hint="(default: half the context)")] = None,
     batch_size: Annotated[int | None, arg(help_behavior_hint="(default: about 4096 tokens)")] = None,
     max_tokens: int | None = None,
+    special_tokens: SpecialTokensFlag = "match",
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
@@ -76,6 +75,8 @@ def evaluate(
             token more context. If the stride equals the context, the first token of each window is not scored.
         batch_size: windows per batch.
         max_tokens: stop after this many tokens of the text.
+        special_tokens: an added token, such as <|endoftext|>, in the text is one token (match), text like any other
+            (as-text), or an error.
         json: also write the results to this file.
         overwrite: replace the report of an earlier command.
     """
@@ -92,7 +93,7 @@ def evaluate(
     run = _with_torch if backend == "torch" else _with_jax
     columns = (TextColumn("{task.description:<10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with progress(*columns) as bar:
-        text = _read(data, checkpoint, max_tokens or sys.maxsize, _task(bar, "reading"))
+        text = _read(data, checkpoint, special_tokens, max_tokens or sys.maxsize, _task(bar, "reading"))
         windows = {"context": context, "stride": stride, "batch_size": batch_size}
         found = run(checkpoint, text.ids, **windows, progress=_task(bar, "predicting"))
     if not math.isfinite(found.nats):
@@ -109,23 +110,27 @@ def _task(bar: Bar, name: str) -> Progress:
     return lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _read(data: str, checkpoint: bridge.Checkpoint, max_tokens: int, advance: Progress) -> Text:
+def _read(
+    data: str, checkpoint: bridge.Checkpoint, special_tokens: SpecialTokensFlag, max_tokens: int, advance: Progress
+) -> Text:
     """Return the first `max_tokens` tokens of a source."""
     if data == STDLIB or not (is_token_source(data) or (Path(data) / SIDECAR).is_file()):
-        return _encode(find_documents(data), checkpoint.tokenizer(), max_tokens, advance)
+        return _encode(find_documents(data), checkpoint.tokenizer(), special_tokens, max_tokens, advance)
     opened = open_data(data, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
     stream = opened.train if opened.validation is None else opened.validation
     return Text(stream.read(0, min(max_tokens, len(stream))))
 
 
-def _encode(documents: Documents, tokenizer: tiktoken.Encoding, max_tokens: int, advance: Progress) -> Text:
+def _encode(
+    documents: Documents, tokenizer: Tokenizer, special_tokens: SpecialTokensFlag, max_tokens: int, advance: Progress
+) -> Text:
     pieces, words, size, room = [np.empty(0, np.int32)], 0, 0, max_tokens
-    for ids, text in _pieces(documents, tokenizer):
+    for ids, text in _pieces(documents, tokenizer, special_tokens):
         if len(ids) <= room:
             raw = text.encode()
         else:
             ids = ids[:room]
-            raw = tokenizer.decode_bytes(ids)
+            raw = b"".join(map(tokenizer.token_bytes, ids)) if text else b""
         pieces.append(np.array(ids, np.int32))
         words += len(raw.decode(errors="ignore").split())  # pieces start at white space, so no word is split
         size += len(raw)
@@ -136,14 +141,16 @@ def _encode(documents: Documents, tokenizer: tiktoken.Encoding, max_tokens: int,
     return Text(np.concatenate(pieces), words, size)
 
 
-def _pieces(documents: Documents, tokenizer: tiktoken.Encoding) -> Iterator[tuple[list[int], str]]:
-    """Yield ids and their text. The end-of-text token between documents, if there is one, has no text."""
-    end = [tokenizer.eot_token] if END_OF_TEXT in tokenizer.special_tokens_set else []
+def _pieces(
+    documents: Documents, tokenizer: Tokenizer, special_tokens: SpecialTokensFlag
+) -> Iterator[tuple[list[int], str]]:
+    """Yield ids and their text. The tokens between documents have no text."""
+    before, after = around_documents(tokenizer)
     for k, document in enumerate(documents.readable()):
-        if k:
-            yield end, ""
-        for text in document.blocks():
-            yield tokenizer.encode_ordinary(text), text
+        yield [*(after if k else ()), *before], ""
+        for text in blocks_to_encode(document, tokenizer):
+            policy = policy_of(special_tokens)
+            yield tokenizer.encode(text, special_tokens=policy, add_special_tokens=False), text
 
 
 def _with_torch(checkpoint: bridge.Checkpoint, ids: np.ndarray, **windows: Any) -> Evaluation:

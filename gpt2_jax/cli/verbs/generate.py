@@ -22,6 +22,7 @@ from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import print_error
+from gpt2_jax.data.special_tokens import SpecialTokensFlag, policy_of
 
 DEFAULT_NEW_TOKENS = 50
 
@@ -88,6 +89,7 @@ def generate(
     decoding: Annotated[DecodingFlags, OmitArgPrefixes] = DecodingFlags(),  # noqa: B008
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = (),
     stop_at_end: bool = True,
+    special_tokens: SpecialTokensFlag = "match",
     dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
     json: JsonFile = None,
     overwrite: bool = False,
@@ -106,7 +108,9 @@ def generate(
         max_new_tokens: maximum number of new tokens.
         decoding: how each token is selected.
         stop: end the text before this string; may be given several times.
-        stop_at_end: end the text at the checkpoint's eos_token_id, else at the tokenizer's <|endoftext|>.
+        stop_at_end: end the text at the checkpoint's eos_token_id, else at the tokenizer's end-of-sequence token.
+        special_tokens: an added token, such as <|endoftext|>, in a prompt is one token (match), text like any other
+            (as-text; for text of people you do not trust), or an error.
         dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
             TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.
@@ -118,13 +122,14 @@ def generate(
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
     defaults = bridge.generation_defaults(checkpoint, tokenizer)
+    policy = policy_of(special_tokens)
     given = {name: value for name, value in _given(decoding).items() if value is not None}
     if not stop_at_end:
         given["eos_token_id"] = ()
 
     def config_for(texts: list[str]) -> GenerationConfig:
         """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest text."""
-        length, new = max(len(tokenizer.encode_ordinary(text)) for text in texts), max_new_tokens
+        length, new = max(map(len, tokenizer.encode_batch(texts, special_tokens=policy))), max_new_tokens
         if new is None:
             new = defaults.max_new_tokens(length) or DEFAULT_NEW_TOKENS
             room = checkpoint.config.n_positions - length
@@ -145,14 +150,14 @@ def generate(
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
         def stream(text: str) -> Iterator[str]:
-            return stream_text(decoder, tokenizer, text, config_for([text]), stop)
+            return stream_text(decoder, tokenizer, text, config_for([text]), stop, special_tokens=policy)
 
         if interactive:
             _interactive_loop(stream)
         elif json is None and len(prompts) == 1 and not several:
             _print_pieces(prompts[0], stream(prompts[0]))
         else:
-            outputs = generate_text(decoder, tokenizer, prompts, config_for(prompts), stop)
+            outputs = generate_text(decoder, tokenizer, prompts, config_for(prompts), stop, special_tokens=policy)
             write_json({"source": source, "backend": backend, "completions": _as_json(prompts, outputs)})
             _print_all(prompts, outputs)
 

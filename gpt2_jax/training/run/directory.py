@@ -24,7 +24,6 @@ from bridge.storage.atomic_writes import (
     require_replaceable,
 )
 from bridge.storage.locks import exclusive_lock
-from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import TrainingError
@@ -206,6 +205,5 @@ def write_description(run: Path, config: TrainConfig, data: Data) -> None:
 
 def _end_of_text(data: Data) -> dict[str, int | None]:
     """Return generation settings for transformers. Without them, it would use the ids of OpenAI's vocabulary."""
-    tokenizer = data.tokenizer
-    has_one = tokenizer is not None and END_OF_TEXT in tokenizer.special_tokens_set
-    return dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eot_token if tokenizer and has_one else None)
+    ends = () if data.tokenizer is None else data.tokenizer.eos_token_ids
+    return dict.fromkeys(("bos_token_id", "eos_token_id"), ends[0] if ends else None)

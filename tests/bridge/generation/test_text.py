@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiktoken
+from support.tokenizers_for_tests import of_tiktoken
 
 import bridge
 from bridge import BridgeError, GenerationConfig
@@ -20,6 +20,7 @@ from bridge.generation.decoder import Decoder
 from bridge.generation.output import ENDED, Chunk, GenerationOutput
 from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
 from bridge.tokenizers.byte_level_bpe import WORDS
+from bridge.tokenizers.tokenizer import Tokenizer
 
 BYTES = bridge.byte_tokenizer()
 END = 256
@@ -81,9 +82,9 @@ class CannedBeams(Canned):
 
 
 @pytest.fixture(scope="module")
-def pieces() -> tiktoken.Encoding:
+def pieces() -> Tokenizer:
     ranks = {bytes([b]): b for b in range(256)} | {piece.encode(): END + 1 + i for i, piece in enumerate(PIECES)}
-    return tiktoken.Encoding("pieces", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END})
+    return of_tiktoken("pieces", pat_str=WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": END})
 
 
 def spelled(*parts: str | int) -> list[int]:
@@ -97,7 +98,7 @@ def spelled(*parts: str | int) -> list[int]:
     return ids
 
 
-def output_of(ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[str] = (), **fields: Any) -> TextOutput:
+def output_of(ids: Sequence[int], tokenizer: Tokenizer, stop: Sequence[str] = (), **fields: Any) -> TextOutput:
     config = GenerationConfig(len(ids), **fields)
     ((done,),) = generate_text(Canned(ids), tokenizer, ["prompt"], config, stop)
     streamed = [*stream_text(Canned(ids), tokenizer, "prompt", config, stop)]
@@ -128,32 +129,32 @@ def output_of(ids: Sequence[int], tokenizer: tiktoken.Encoding, stop: Sequence[s
     ],
 )
 def test_a_stop_string_ends_the_text_before_it(
-    parts: list[str], stop: list[str], text: str, read: int, pieces: tiktoken.Encoding
+    parts: list[str], stop: list[str], text: str, read: int, pieces: Tokenizer
 ) -> None:
     ids = spelled(*parts)
     assert output_of(ids, pieces, stop) == TextOutput(text, ids[:read], None, True)
 
 
-def test_the_shorter_of_two_stop_strings_with_one_prefix_wins(pieces: tiktoken.Encoding) -> None:
+def test_the_shorter_of_two_stop_strings_with_one_prefix_wins(pieces: Tokenizer) -> None:
     for stop in itertools.permutations(["abcd", "ab", "abc"]):
         assert output_of(spelled("xabcdy"), pieces, stop).ids == spelled("xab")
         for parts in (["xabcdy"], ["x", "abc", "d"]):
             assert output_of(spelled(*parts), pieces, stop).text == "x"
 
 
-def test_the_first_stop_string_within_a_token_wins(pieces: tiktoken.Encoding) -> None:
+def test_the_first_stop_string_within_a_token_wins(pieces: Tokenizer) -> None:
     for stop in itertools.permutations(["two", "STOP", "one STOP two!", "P t"]):
         assert output_of(spelled("one STOP two"), pieces, stop).text == "one "
 
 
-def test_the_stop_string_that_is_complete_first_wins(pieces: tiktoken.Encoding) -> None:
+def test_the_stop_string_that_is_complete_first_wins(pieces: Tokenizer) -> None:
     """This holds for every division into tokens, even if a longer stop string starts earlier."""
     for stop in (["abcd", "bc"], ["bc", "abcd"]):
         assert output_of(spelled("xabcd"), pieces, stop) == TextOutput("xa", spelled("xabc"), None, True)
         assert output_of(spelled("xabcd", "y"), pieces, stop).text == "xa"
 
 
-def test_an_empty_stop_string_is_refused(pieces: tiktoken.Encoding) -> None:
+def test_an_empty_stop_string_is_refused(pieces: Tokenizer) -> None:
     with pytest.raises(BridgeError, match="empty"):
         output_of(spelled("x"), pieces, [""])
 
@@ -174,7 +175,7 @@ def test_a_stop_string_in_the_prompt_is_ignored() -> None:
     assert done == TextOutput("OPx", spelled("OPx"), None, False)
 
 
-def test_stop_strings_end_random_text_as_a_search_of_the_whole_text(pieces: tiktoken.Encoding) -> None:
+def test_stop_strings_end_random_text_as_a_search_of_the_whole_text(pieces: Tokenizer) -> None:
     rng = random.Random(0)
     tokens = [*b"abc", *spelled("ab", "abc")]
     stopped = 0
@@ -219,9 +220,9 @@ def test_an_incomplete_character_is_replaced(end: list[int]) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, bridge.character_tokenizer("amno\n prt")])
-def test_ids_without_a_token_add_no_text(tokenizer: tiktoken.Encoding) -> None:
+def test_ids_without_a_token_add_no_text(tokenizer: Tokenizer) -> None:
     """A model with a padded vocabulary may sample them."""
-    m, o = (tokenizer.encode_ordinary(c)[0] for c in "mo")
+    m, o = (tokenizer.encode(c, special_tokens="as_text")[0] for c in "mo")
     ids = [NO_TOKEN, m, NO_TOKEN, 2**40, o, o, NO_TOKEN]
     assert output_of(ids, tokenizer) == TextOutput("moo", ids, None, False)
     assert output_of(ids, tokenizer, ["oo"]) == TextOutput("m", ids[:6], None, True)

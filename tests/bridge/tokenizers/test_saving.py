@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiktoken
 import tokenizers
 from support.models import TINY, huggingface_directory
 from support.tokenizers_for_tests import (
@@ -18,6 +17,7 @@ from support.tokenizers_for_tests import (
     OPENAI_CACHE,
     TEXTS,
     needs_openai_cache,
+    of_tiktoken,
     openai_files,
     random_texts,
 )
@@ -27,12 +27,13 @@ import bridge
 from bridge import CheckpointError, TokenizerError
 from bridge.tokenizers.byte_level_bpe import WORDS
 from bridge.tokenizers.loading import TOKENIZER_FILES, load_tokenizer, openai_tokenizer
+from bridge.tokenizers.tokenizer import Tokenizer
 
 ALL_TEXTS = [*TEXTS, *CORPUS, *random_texts(300)]
 SINGLE_BYTES = {bytes([b]): b for b in range(256)}
 
 
-def trained(special: dict[str, int]) -> tiktoken.Encoding:
+def trained(special: dict[str, int]) -> Tokenizer:
     """Train BPE on `CORPUS`, with free ids for `special` before the bytes and after the merges."""
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -46,7 +47,7 @@ def trained(special: dict[str, int]) -> tiktoken.Encoding:
     byte_of = {name: b for b, name in enumerate(gpt2_bytes())}
     vocab = {token: i for token, i in theirs.get_vocab().items() if token != "<first>"}
     ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items()}
-    return tiktoken.Encoding("trained", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    return of_tiktoken("trained", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
 def gpt2_bytes() -> list[str]:
@@ -57,63 +58,61 @@ def gpt2_bytes() -> list[str]:
     return [chr(b) if chr(b) in own else next(moved) for b in range(256)]
 
 
-BYTE_LEVEL: dict[str, Callable[[], tiktoken.Encoding]] = {
+BYTE_LEVEL: dict[str, Callable[[], Tokenizer]] = {
     "bytes": bridge.byte_tokenizer,
-    "bytes alone": lambda: tiktoken.Encoding("b", pat_str=WORDS, mergeable_ranks=SINGLE_BYTES, special_tokens={}),
+    "bytes alone": lambda: of_tiktoken("b", pat_str=WORDS, mergeable_ranks=SINGLE_BYTES, special_tokens={}),
     "BPE": lambda: trained({END: 400}),
     "BPE with END first and unused ids": lambda: trained({END: 0, "<|user|>": 407, "<|pad|>": 405}),
 }
-CHARACTERS: dict[str, Callable[[], tiktoken.Encoding]] = {
+CHARACTERS: dict[str, Callable[[], Tokenizer]] = {
     "characters": lambda: bridge.character_tokenizer("".join(ALL_TEXTS)),
 }
 
 
-def kinds(makers: dict[str, Callable[[], tiktoken.Encoding]]) -> pytest.MarkDecorator:
+def kinds(makers: dict[str, Callable[[], Tokenizer]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("make", makers.values(), ids=makers)
 
 
-def assert_same_ids(theirs: Any, ours: tiktoken.Encoding) -> None:
+def assert_same_ids(theirs: Any, ours: Tokenizer) -> None:
     for text in ALL_TEXTS:
         ids = ours.encode(text)
         assert theirs(text)["input_ids"] == ids, text
         assert theirs.decode(ids) == ours.decode(ids) == text
-    assert sorted(theirs.all_special_tokens) == sorted(ours.special_tokens_set)
-    for token in ours.special_tokens_set:
-        assert theirs(f"a{token}b")["input_ids"] == ours.encode(f"a{token}b", allowed_special="all")
-    assert len(theirs) == len(ours._mergeable_ranks) + len(ours.special_tokens_set)
+    assert sorted(theirs.all_special_tokens) == sorted(ours.added)
+    for token in ours.added:
+        assert theirs(f"a{token}b")["input_ids"] == ours.encode(f"a{token}b")
+    assert len(theirs) == len(ours.pipeline()["model"]["vocab"])
 
 
 @kinds(BYTE_LEVEL | CHARACTERS)
 @pytest.mark.parametrize("beside_a_model", [False, True])
 def test_transformers_produces_the_same_ids(
-    make: Callable[[], tiktoken.Encoding], beside_a_model: bool, tmp_path: Path
+    make: Callable[[], Tokenizer], beside_a_model: bool, tmp_path: Path
 ) -> None:
     """With GPT-2's config.json beside it, AutoTokenizer selects another class with other code."""
     ours = make()
     if beside_a_model:
-        huggingface_directory(tmp_path, replace(TINY, vocab_size=ours.n_vocab))
+        huggingface_directory(tmp_path, replace(TINY, vocab_size=ours.vocab_size))
     bridge.save_tokenizer(ours, tmp_path)
     assert_same_ids(AutoTokenizer.from_pretrained(tmp_path), ours)
 
 
 @kinds(BYTE_LEVEL)
-def test_transformers_gpt2_tokenizer_produces_the_same_ids(
-    make: Callable[[], tiktoken.Encoding], tmp_path: Path
-) -> None:
+def test_transformers_gpt2_tokenizer_produces_the_same_ids(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
     bridge.save_tokenizer(make(), tmp_path)
     theirs = GPT2Tokenizer.from_pretrained(tmp_path)
     assert_same_ids(theirs, make())
-    end = END if END in make().special_tokens_set else None
+    end = END if END in make().added else None
     assert theirs.bos_token == theirs.eos_token == end
 
 
 @kinds(BYTE_LEVEL | CHARACTERS)
-def test_tokenizer_json_alone_is_enough(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+def test_tokenizer_json_alone_is_enough(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
     bridge.save_tokenizer(make(), tmp_path)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ours = make()
-    for text in [*ALL_TEXTS, *(f"a{token} b" for token in ours.special_tokens_set)]:
-        ids = ours.encode(text, allowed_special="all")
+    for text in [*ALL_TEXTS, *(f"a{token} b" for token in ours.added)]:
+        ids = ours.encode(text)
         assert theirs.encode(text).ids == ids
         assert theirs.decode(ids, skip_special_tokens=False) == text
 
@@ -134,22 +133,22 @@ def test_transformers_refuses_an_unknown_character_as_we_do(tmp_path: Path) -> N
 
 
 @kinds(BYTE_LEVEL | CHARACTERS)
-def test_a_saved_tokenizer_loads_unchanged(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+def test_a_saved_tokenizer_loads_unchanged(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
     ours = make()
     bridge.save_tokenizer(ours, tmp_path)
     saved = {file.name for file in tmp_path.iterdir()}
     assert saved <= set(TOKENIZER_FILES), "conversions copy every saved file"
-    back = load_tokenizer(tmp_path, ours.n_vocab)
+    back = load_tokenizer(tmp_path, ours.vocab_size)
     assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(ours)
-    assert type(back) is type(ours) and back.n_vocab == ours.n_vocab
+    assert type(back) is type(ours) and back.vocab_size == ours.vocab_size
     for text in ALL_TEXTS:
         assert back.encode(text) == ours.encode(text)
-    with pytest.raises(TokenizerError, match=f"has ids up to {ours.n_vocab - 1}"):
-        load_tokenizer(tmp_path, ours.n_vocab - 1)
+    with pytest.raises(TokenizerError, match=f"has ids up to {ours.vocab_size - 1}"):
+        load_tokenizer(tmp_path, ours.vocab_size - 1)
 
 
 @kinds(BYTE_LEVEL)
-def test_every_form_of_the_files_has_one_fingerprint(make: Callable[[], tiktoken.Encoding], tmp_path: Path) -> None:
+def test_every_form_of_the_files_has_one_fingerprint(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
     ours = make()
     for form in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("tokenizer.json",)]:
         directory = tmp_path / form[0]
@@ -160,7 +159,7 @@ def test_every_form_of_the_files_has_one_fingerprint(make: Callable[[], tiktoken
             (directory / "tokenizer.json").unlink()
             for old, new in zip(("vocab.json", "merges.txt"), form, strict=True):
                 (directory / old).rename(directory / new)
-        back = load_tokenizer(directory, ours.n_vocab)
+        back = load_tokenizer(directory, ours.vocab_size)
         assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(ours)
 
 
@@ -198,10 +197,8 @@ def test_a_file_with_a_tokenizers_name_that_is_not_one_is_kept(tmp_path: Path, n
 # What cannot be saved
 
 
-def refused(**changes: Any) -> tiktoken.Encoding:
-    return tiktoken.Encoding(
-        "odd", **{"pat_str": WORDS, "mergeable_ranks": SINGLE_BYTES, "special_tokens": {}, **changes}
-    )
+def refused(**changes: Any) -> Tokenizer:
+    return of_tiktoken("odd", **{"pat_str": WORDS, "mergeable_ranks": SINGLE_BYTES, "special_tokens": {}, **changes})
 
 
 @pytest.mark.parametrize(
@@ -218,9 +215,7 @@ def refused(**changes: Any) -> tiktoken.Encoding:
         (refused(special_tokens={"Ġ": 256}), "has a special token with the spelling of an ordinary one"),
     ],
 )
-def test_a_tokenizer_that_the_files_cannot_represent_is_refused(
-    odd: tiktoken.Encoding, message: str, tmp_path: Path
-) -> None:
+def test_a_tokenizer_that_the_files_cannot_represent_is_refused(odd: Tokenizer, message: str, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=message):
         bridge.save_tokenizer(odd, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,79 @@
+"""WordPiece in BERT's `vocab.txt`, as transformers' `BertTokenizer` builds it (Chinese and other GPT-2s have it)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bridge.errors import TokenizerError, quoted
+from bridge.tokenizers.post_processors import template
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, tokenizer_json
+
+VOCAB = "vocab.txt"
+CLASSES = ("BertTokenizer",)
+DEFAULTS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+
+_PREFIX = "##"
+_LONGEST_WORD = 100  # characters; the default of the tokenizers package
+_WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+
+
+def vocabulary(text: str) -> dict[str, int]:
+    """Return the tokens of a `vocab.txt`. The id of a token is its line; of two equal lines, the last counts."""
+    return {line.rstrip(_WHITE_SPACE): i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
+
+
+def pipeline(
+    vocab: Mapping[str, int],
+    ids: Mapping[str, int],
+    added: Sequence[AddedToken],
+    special: SpecialTokens,
+    settings: Mapping[str, Any],
+    where: str,
+) -> dict[str, Any]:
+    """Return the content of the `tokenizer.json` of a `BertTokenizer`.
+
+    Args:
+        ids: spelling -> id of the vocabulary and the added tokens.
+        settings: the content of `tokenizer_config.json`.
+    """
+    lower_case, chinese, strip_accents = (
+        _flag(settings, name, default, where)
+        for name, default in (("do_lower_case", True), ("tokenize_chinese_chars", True), ("strip_accents", None))
+    )
+    if special.unk is None:
+        raise TokenizerError(f"{where}: the vocabulary has no token for unknown words, such as [UNK]")
+    before, after = ([] if token is None else [token] for token in (special.cls, special.sep))
+    return tokenizer_json(
+        {
+            "type": "WordPiece",
+            "unk_token": special.unk,
+            "continuing_subword_prefix": _PREFIX,
+            "max_input_chars_per_word": _LONGEST_WORD,
+            "vocab": vocab,
+        },
+        added,
+        normalizer={
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": chinese,
+            "strip_accents": strip_accents,
+            "lowercase": lower_case,
+        },
+        pre_tokenizer={"type": "BertPreTokenizer"},
+        post_processor=template(before, after, {token: ids[token] for token in (*before, *after)}),
+        decoder={"type": "WordPiece", "prefix": _PREFIX, "cleanup": True},
+    )
+
+
+def _flag(settings: Mapping[str, Any], name: str, default: bool | None, where: str) -> bool | None:
+    value = settings.get(name, default)
+    if not (isinstance(value, bool) or (value is None and default is None)):
+        raise TokenizerError(f"{where}: {name}={quoted(value)} is not true or false")
+    return value
