@@ -259,7 +259,10 @@ def _add_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
         logprobs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
         logprobs_RN = write(logprobs_RN, jnp.take_along_axis(logprobs_RV, token_R[:, None], axis=1), n, axis=1)
     history = history.followed_by(token_R)
-    invalid_R = _are_invalid(logits_RV) & ~state.ended_R
+    invalid_R = _are_invalid(logits_RV)
+    if state.processors.temperature is not None and state.processors.change_scores:
+        invalid_R |= jnp.isinf(processed_RV.max(-1))  # no token is left to sample
+    invalid_R &= ~state.ended_R
     new_R = jnp.where(state.ended_R, ENDED, jnp.where(invalid_R, INVALID, token_R))
     return state._replace(
         ids_RN=write(state.ids_RN, new_R[:, None], n, axis=1),

@@ -174,7 +174,10 @@ def _add_token(state: _State, logits_RV: Float[Tensor, "R V"]) -> None:
     if state.logprobs_RN is not None:
         state.logprobs_RN[:, n] = logits_RV.float().log_softmax(-1).gather(1, token_R[:, None])[:, 0]
     state.history.append(token_R)
-    invalid_R = ~logits_RV.amax(-1).isfinite() & ~state.ended_R  # the maximum is NaN if any element is
+    invalid_R = ~logits_RV.amax(-1).isfinite()  # the maximum is NaN if any element is
+    if state.processors.temperature is not None and state.processors.change_scores:
+        invalid_R |= processed_RV.amax(-1).isinf()  # no token is left to sample
+    invalid_R &= ~state.ended_R
     state.ids_RN[:, n] = token_R.masked_fill(state.ended_R, ENDED).masked_fill(invalid_R, INVALID)
     state.ended_R = state.ended_R | torch.isin(token_R, state.eos_token_ids) | invalid_R.any()
 

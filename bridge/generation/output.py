@@ -21,12 +21,13 @@ device writes it, so that the host does not have to wait for every token."""
 
 
 class InvalidLogits(BridgeError):
-    """A model's logits are NaN or infinite, so no next token can be selected."""
+    """A model's logits are NaN or infinite, or every token was removed, so no next token can be selected."""
 
     def __init__(self, row: int, step: int) -> None:
         super().__init__(
-            f"row {row}, new token {step}, counted from 0: the model's logits are NaN or infinite; look for weights "
-            "that are not finite (`gpt2 inspect` names them), or compute in float32 if bfloat16 or float16 overflows"
+            f"row {row}, new token {step}, counted from 0: the model's logits are NaN or infinite, or the processors "
+            "removed every token; look for weights that are not finite (`gpt2 inspect` names them), compute in float32 "
+            "if bfloat16 or float16 overflows, or forbid fewer tokens"
         )
         self.row, self.step = row, step
 

@@ -170,6 +170,31 @@ def test_other_values_in_a_configuration_compile_nothing(counted: Decoder):
     assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 2), "the compilation was not counted"
 
 
+def test_other_values_of_processors_compile_nothing(counted: Decoder):
+    """Also not for lists of other lengths, up to the next power of two."""
+    config = GenerationConfig(
+        8,
+        no_repeat_ngram_size=2,
+        min_new_tokens=3,
+        eos_token_id=5,
+        suppress_tokens=[1],
+        bad_words_ids=[[1, 2, 3]] + [[i] for i in range(9, 13)],
+        forced_eos_token_id=7,
+    )
+    counted.generate([[1, 2, 3]], config)
+    changes = {
+        "no_repeat_ngram_size": 4,
+        "min_new_tokens": 1,
+        "suppress_tokens": [3, 4, 5],
+        "forced_eos_token_id": (8, 9),
+    }
+    words = [[4, 5, 6, 7], *([i] for i in range(20, 26))]
+    counted.generate([[4, 5, 6]], replace(config, bad_words_ids=words, **changes))
+    assert (_prefill_chunks._cache_size(), _decode_loop._cache_size()) == (1, 1)
+    counted.generate([[1, 2, 3]], replace(config, suppress_tokens=None))
+    assert _decode_loop._cache_size() == 2, "the compilation was not counted"
+
+
 def test_buckets_are_powers_of_two_up_to_the_positions():
     lengths = (1, SMALLEST_BUCKET, SMALLEST_BUCKET + 1, 64, 65, 100)
     assert [bucket(length, 100) for length in lengths] == [16, 16, 32, 64, 100, 100]

@@ -26,6 +26,7 @@ LOGPROB_ROUNDING = 2e-5
 SMALL = replace(TINY, n_layer=2)  # enough for layers to differ; more layers take longer to compile
 NEW_TOKENS = 10
 PROMPTS = [random_ids(SMALL, 1, length, seed=length)[0].tolist() for length in (5, 3)]
+PROCESSORS: dict[str, Any] = {"no_repeat_ngram_size": 1, "repetition_penalty": 1.2, "sequence_bias": [((3,), 4.0)]}
 FEW_TOKENS = GPT2Config(vocab_size=11, n_positions=40, n_embd=16, n_layer=1, n_head=2, n_inner=20)
 
 
@@ -43,7 +44,7 @@ def ids_of_transformers(model: Any, prompt: list[int], generation_config: Genera
         num_return_sequences=generation_config.num_return_sequences,
         max_new_tokens=generation_config.max_new_tokens,
         length_penalty=generation_config.length_penalty,
-        early_stopping=False,
+        early_stopping=generation_config.early_stopping,
         pad_token_id=0,
         eos_token_id=[*generation_config.eos_token_ids] or None,
     )
@@ -91,15 +92,21 @@ def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
         assert ids(decoder, [prompt], generation_config) == [expected], name
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_the_search_ends_when_it_does_in_transformers(length_penalty: float) -> None:
-    """With few tokens, every search ends by the stopping rule, which has edge cases. Tests only torch, to save time."""
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+@pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 1.0, 2.0])
+def test_the_search_ends_when_it_does_in_transformers(length_penalty: float, early_stopping: Any) -> None:
+    """With few tokens, every search ends by the stopping rule, which has edge cases. Only torch, to save time."""
     for seed in range(13):
         checkpoint = random_checkpoint(FEW_TOKENS, seed=seed)
         decoder, peer = TorchDecoder(torch_model(checkpoint)), transformers_model(checkpoint)
         prompt = random_ids(FEW_TOKENS, 1, 3, seed)[0].tolist()
         generation_config = GenerationConfig(
-            12, num_beams=2, num_return_sequences=2, eos_token_id=(7,), length_penalty=length_penalty
+            12,
+            num_beams=2,
+            num_return_sequences=2,
+            eos_token_id=(7,),
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
         )
         assert ids(decoder, [prompt], generation_config) == [ids_of_transformers(peer, prompt, generation_config)], seed
 
@@ -145,9 +152,12 @@ def test_beams_that_cover_all_first_tokens_find_the_best_of_all_texts(
 
 @each_backend
 @pytest.mark.parametrize("eos_token_ids", [(), tuple(range(0, SMALL.vocab_size, 20))], ids=["no stop ids", "many"])
-def test_a_row_does_not_depend_on_the_others(eos_token_ids: tuple[int, ...], backend: str, small: Decoders) -> None:
+@pytest.mark.parametrize("processors", [{}, PROCESSORS], ids=["plain", "processors"])
+def test_a_row_does_not_depend_on_the_others(
+    processors: dict[str, Any], eos_token_ids: tuple[int, ...], backend: str, small: Decoders
+) -> None:
     generation_config = GenerationConfig(
-        NEW_TOKENS, num_beams=3, num_return_sequences=3, logprobs=True, eos_token_id=eos_token_ids
+        NEW_TOKENS, num_beams=3, num_return_sequences=3, logprobs=True, eos_token_id=eos_token_ids, **processors
     )
     together = small[backend].generate(PROMPTS, generation_config)
     for prompt, row in zip(PROMPTS, together, strict=True):
@@ -161,8 +171,9 @@ def test_a_row_does_not_depend_on_the_others(eos_token_ids: tuple[int, ...], bac
 
 @each_backend
 def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> None:
+    """They are those before the processors."""
     model = torch_model(random_checkpoint(SMALL))
-    generation_config = GenerationConfig(NEW_TOKENS, num_beams=3, num_return_sequences=3, logprobs=True)
+    generation_config = GenerationConfig(NEW_TOKENS, num_beams=3, num_return_sequences=3, logprobs=True, **PROCESSORS)
     for prompt, row in zip(PROMPTS, small[backend].generate(PROMPTS, generation_config), strict=True):
         for continuation in row:
             whole = torch.tensor([*prompt, *continuation.ids])

@@ -128,6 +128,18 @@ CONFIGS = {
         21, logprobs=True, temperature=0.7, repetition_penalty=1.5, num_return_sequences=2
     ),
     "end of sequence": GenerationConfig(21, logprobs=True, temperature=3.0, eos_token_id=EOS_TOKEN_IDS),
+    "history": GenerationConfig(
+        21,
+        logprobs=True,
+        sequence_bias=[((7,), 1.5), ((3, 4, 5), 3.0)],
+        no_repeat_ngram_size=1,
+        bad_words_ids=[[8], [11, 12], [1, 2, 3, 4]],
+        min_new_tokens=4,
+        eos_token_id=EOS_TOKEN_IDS,
+        forced_bos_token_id=13,
+        exponential_decay_length_penalty=(6, 1.05),
+        begin_suppress_tokens=[*range(0, SMALL.vocab_size, 2)],
+    ),
     "slide": GenerationConfig(61, logprobs=True, slide=True),
     "slide with end of sequence": GenerationConfig(
         61, logprobs=True, temperature=2.0, slide=True, eos_token_id=EOS_TOKEN_IDS[:2]
@@ -206,6 +218,28 @@ def test_a_full_row_continues_from_its_last_half(temperature: float, backend: st
         prompt = random_ids(SMALL, 1, length, seed=1)[0].tolist()
         [[output]] = small[backend].generate([prompt], generation_config)
         assert output.ids == plain_continuation(prompt, generation_config), length
+
+
+@each_backend
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_new_tokens_are_counted_across_slides(chunk_size: int | None, backend: str, small: Decoders) -> None:
+    end, forced = 5, (9, 12)
+    config = GenerationConfig(
+        61,
+        temperature=2.0,
+        slide=True,
+        eos_token_id=(end, *forced),
+        sequence_bias=[((end,), 30.0)],
+        min_new_tokens=60,
+        forced_eos_token_id=forced,
+    )
+    chunks = [*small[backend].stream(PROMPTS, config, chunk_size)]
+    ids = np.concatenate([chunk.ids for chunk in chunks], axis=1)
+    assert ids.shape[1] == 61
+    assert not np.isin(ids[:, :60], config.eos_token_ids).any(), "the bias makes the end all but certain"
+    assert np.isin(ids[:, 60], forced).all()
+    earlier = small[backend].generate(PROMPTS, replace(config, min_new_tokens=45, forced_eos_token_id=None))
+    assert [len(row[0].ids) for row in earlier] == [46] * len(PROMPTS)
 
 
 @each_backend

@@ -75,6 +75,15 @@ def test_minus_infinity_for_some_tokens_is_no_error(name: str, backend: str) -> 
 
 
 @each_backend
+def test_no_token_to_sample_is_an_error(backend: str) -> None:
+    """transformers ends with an error of torch.multinomial."""
+    V = CONFIG.vocab_size
+    config = GenerationConfig(9, temperature=1.0, suppress_tokens=range(4, V), bad_words_ids=[[0], [1]])
+    with pytest.raises(InvalidLogits, match=r"^row 0, new token 2, .* or the processors removed every token"):
+        decoder(backend, with_head(one_token(1.0))).generate([[9]], replace(config, no_repeat_ngram_size=1))
+
+
+@each_backend
 @pytest.mark.parametrize("chunk_size", [None, 1, 3])
 def test_the_error_names_the_row_and_the_token(backend: str, chunk_size: int | None) -> None:
     """The embedding of a token is NaN, and row 1 is the first row with it. Tokens streamed before it are correct."""

@@ -59,6 +59,12 @@ CUMULATIVE = 20 * EPSILON
 UNITS = 4 * EPSILON
 """Relative error of a few float32 operations."""
 
+TORCH_SUM = 128 * EPSILON
+"""Error of transformers' cumulative sum of 50257 probabilities in float32."""
+
+INFORMATION = 64 * EPSILON
+"""Error of a log-probability relative to the largest logit, which the sum over the vocabulary dominates."""
+
 LEAST_P_VALUE = 1e-4
 """The limit of a chi-square test. The noise is fixed, so the result is always the same."""
 
@@ -540,9 +546,16 @@ def test_scores_are_those_of_transformers_at_every_step(name: str, prompt: int, 
         expected = make_peer(prompt)(torch.from_numpy(ids[:, :length]), torch.tensor(logits)).numpy()
         found = processed(backend, config, logits, ids[:, :length], prompt)
         np.testing.assert_array_equal(found == -np.inf, expected == -np.inf)
-        np.testing.assert_allclose(found, expected, rtol=UNITS, atol=UNITS)
+        np.testing.assert_allclose(
+            found, expected, rtol=UNITS, atol=UNITS * largest_term(name, logits, length - prompt)
+        )
         changed += (expected != logits).any()
     assert changed or name in ("forced_bos_token_id", "no_repeat_ngram_size 20")
+
+
+def largest_term(name: str, logits: np.ndarray, step: int) -> float:
+    """Return the magnitude of the numbers that a processor adds, whose rounding remains where they cancel."""
+    return 1.0 + (1.4**step * step * np.abs(logits).max() if name == "exponential_decay_length_penalty" else 0.0)
 
 
 ALL_FIELDS: dict[str, Any] = {
@@ -578,7 +591,8 @@ def test_all_processors_together_apply_in_the_order_of_transformers(prompt: int,
         expected = theirs(torch.from_numpy(ids[:, :length]), torch.tensor(logits)).numpy()
         found = processed(backend, GenerationConfig(STEPS, **ALL_FIELDS), logits, ids[:, :length], prompt)
         np.testing.assert_array_equal(found == -np.inf, expected == -np.inf)
-        np.testing.assert_allclose(found, expected, rtol=4 * UNITS, atol=4 * UNITS)
+        atol = 4 * UNITS * largest_term("exponential_decay_length_penalty", logits, length - prompt)
+        np.testing.assert_allclose(found, expected, rtol=4 * UNITS, atol=atol)
 
 
 @each_backend
@@ -620,20 +634,23 @@ def test_truncation_keeps_what_transformers_keeps(backend: str, name: str, value
 
 def truncation_rounding(name: str, value: float, logits: np.ndarray) -> np.ndarray:
     """Return for which tokens float32 rounding decides."""
-    p = probabilities(logits)
-    information = -np.log(p)
+    p, exact = probabilities(logits), logits.astype(np.float64)
+    shifted = exact - exact.max(-1, keepdims=True)
+    information = np.log(np.exp(shifted).sum(-1, keepdims=True)) - shifted
     entropy = (p * information).sum(-1, keepdims=True)
     if name != "typical_p":
         cut = value if name == "epsilon_cutoff" else np.minimum(value, math.sqrt(value) * np.exp(-entropy))
-        return np.abs(p / cut - 1) < 64 * EPSILON * (1 + np.abs(logits).max(-1, keepdims=True))
+        return np.abs(p / cut - 1) < INFORMATION * (1 + np.abs(logits).max(-1, keepdims=True))
     distance = np.abs(information - entropy)
     order = np.argsort(distance, axis=-1)
-    before = np.take_along_axis(p, order, -1).cumsum(-1) - np.take_along_axis(p, order, -1)
-    sum_before = np.empty_like(before)
-    np.put_along_axis(sum_before, order, before, -1)
+    before, sum_before = np.take_along_axis(p, order, -1).cumsum(-1), np.empty_like(p)
+    np.put_along_axis(sum_before, order, before - np.take_along_axis(p, order, -1), -1)
     threshold = np.where(sum_before < value, distance, -np.inf).max(-1, keepdims=True)
-    rounding = 64 * EPSILON * (1 + np.abs(logits).max(-1, keepdims=True) + entropy)
-    return (np.abs(sum_before - value) < 8 * SUM * (sum_before > 0)) | (np.abs(distance - threshold) < rounding)
+    gap = np.abs(distance - threshold)
+    rounding = INFORMATION * (1 + np.abs(logits).max(-1, keepdims=True) + entropy)
+    close = (gap > 0) & (gap < rounding)  # such a token may change places with the last one that is kept
+    close |= (gap == 0) & close.any(-1, keepdims=True)
+    return close | (np.abs(sum_before - value) < TORCH_SUM * (sum_before > 0))
 
 
 @each_sample_token
