@@ -22,7 +22,8 @@ from bridge.tokenizers.nanogpt import META, from_meta
 from bridge.tokenizers.saving import save_tokenizer
 
 CONFIG = "config.json"
-CARRIED_FILES = (*TOKENIZER_FILES, META, "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+CARRIED_FILES = (*TOKENIZER_FILES, META, GENERATION_CONFIG)
 
 
 def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:
