@@ -107,4 +107,4 @@ class Checkpoint:
             raise NoTokenizerError(
                 "a checkpoint in memory has no tokenizer; load the checkpoint from a directory with tokenizer files"
             )
-        return load_tokenizer(self.path, self.config.vocab_size, self.extra.get("tokenizer_class"))
+        return load_tokenizer(self.path, self.config.vocab_size, self.extra.get("tokenizer_class"), self.progress)

@@ -15,7 +15,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
 from bridge.finite import count_not_finite
 from bridge.formats import FORMATS, WRITABLE
-from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, write_config
+from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, companions_left_out, write_config
 from bridge.formats.recognition import (
     Found,
     SeveralCheckpointsError,
@@ -178,6 +178,7 @@ def save(
     if as_file:
         with new_file(target, overwrite=lambda: overwrite and _require_format(target, format)) as file:
             left_out = write(checkpoint, file, **options)
+            left_out += companions_left_out(checkpoint, FORMATS[format].keeps_tokenizer)
     else:
         with new_directory(target, replaceable=_replaceable(target, format) if overwrite else None) as directory:
             file_name = FORMATS[format].file_name

@@ -15,13 +15,15 @@ from bridge.config import GPT2Config
 from bridge.conversion import differences
 from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.parameter_table import parameters
-from bridge.storage.companions import checked_companion, has_companion, read_json_companion
+from bridge.storage.companions import checked_companion, has_companion, read_companion, read_json_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
-from bridge.tokenizers.loading import TOKENIZER_FILES
+from bridge.tokenizers.loading import CHAT_TEMPLATE, TOKENIZER_FILES, VOCABULARY_FILES
+from bridge.tokenizers.nanogpt import META, from_meta
 from bridge.tokenizers.saving import save_tokenizer
 
 CONFIG = "config.json"
-CARRIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+GENERATION_CONFIG = "generation_config.json"
+CARRIED_FILES = (*TOKENIZER_FILES, META, GENERATION_CONFIG)
 
 
 def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:
@@ -69,9 +71,31 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
         return
     if checkpoint.path is None:
         return
-    for name in CARRIED_FILES:
-        if has_companion(checkpoint.path, name):
+    names = companions_of(checkpoint)
+    for name in names:
+        if name != META:
             (directory / name).write_bytes(checked_companion(checkpoint.path, name, checkpoint.config.vocab_size))
+    made_of_meta = None if {*names} & {*VOCABULARY_FILES} else from_meta(checkpoint.path, checkpoint.progress)
+    if made_of_meta is not None:
+        if META in names:
+            (directory / META).write_bytes(read_companion(checkpoint.path, META))
+        if not {*names} & {*TOKENIZER_FILES}:
+            save_tokenizer(made_of_meta, directory)
+
+
+def companions_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the tokenizer files and generation settings beside the weights."""
+    path = checkpoint.path
+    return () if path is None else tuple(name for name in CARRIED_FILES if has_companion(path, name))
+
+
+def companions_left_out(checkpoint: Checkpoint, keeps_tokenizer: bool) -> tuple[str, ...]:
+    """Return a sentence that names what a single file cannot hold of the tokenizer and the generation settings."""
+    kept = {*TOKENIZER_FILES} - {CHAT_TEMPLATE} if keeps_tokenizer else set()
+    names = [name for name in companions_of(checkpoint) if name not in kept]
+    if checkpoint.own_tokenizer is not None and not keeps_tokenizer:
+        names.insert(0, "the tokenizer inside the source")
+    return (f"what a single file cannot store: {', '.join(names)}; a directory as target keeps it",) if names else ()
 
 
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:

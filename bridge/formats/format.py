@@ -40,6 +40,8 @@ class Format:
     with such names."""
     keeps_optimizer: bool = False
     """Whether the format stores `Checkpoint.optimizer` and `Checkpoint.progress`."""
+    keeps_tokenizer: bool = False
+    """Whether a single file of the format stores the tokenizer."""
     states_activation: bool = True
     """Whether a file of the format determines the activation."""
     may_have_extra_heads: bool = False

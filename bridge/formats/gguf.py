@@ -328,4 +328,12 @@ def _in_float32(value: float) -> float:
         return float(np.float32(value))
 
 
-FORMAT = Format(name=NAME, find=find, read=read, write=write, file_name="model.gguf", suffixes=SUFFIXES)
+FORMAT = Format(
+    name=NAME,
+    find=find,
+    read=read,
+    write=write,
+    file_name="model.gguf",
+    suffixes=SUFFIXES,
+    keeps_tokenizer=True,
+)

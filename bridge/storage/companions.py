@@ -22,6 +22,8 @@ MOST_TOKENS = 300_000
 """Limit for a tokenizer file if the size of the vocabulary is not known."""
 
 _VOCABULARIES = {"tokenizer.json": 128, "vocab.json": 96, "encoder.json": 96, "merges.txt": 64, "vocab.bpe": 64}
+_VOCABULARIES |= dict.fromkeys(("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"), 64)
+
 """Files whose size grows with the vocabulary -> the maximum bytes per token.
 
 GPT-2's own `tokenizer.json` takes 110 bytes per token when it is indented by four and escaped to ASCII.
@@ -86,10 +88,12 @@ def read_json_companion(
 def checked_companion(directory: Path, name: str, rows: int) -> bytes:
     """Return the bytes of a companion that is only copied, after checking that they are JSON or UTF-8 text.
 
-    Raises `CheckpointError` if they are neither.
+    Raises `CheckpointError` if they are neither. SentencePiece models and `meta.pkl` are not text and not checked.
     """
     content = read_companion(directory, name, rows)
     where = quoted(directory / name)
+    if name.endswith((".model", ".pkl")):
+        return content
     if name.endswith(".json"):
         parse_plain_object(content, where, CheckpointError, _most_elements(name, rows))
     else:

@@ -58,9 +58,9 @@ class Declared:
             if found.get(token.content) != token:
                 found[token.content] = replace(token, special=special)
         known = {*found}
-        for token in [*named.values(), *self._extra()]:
+        for token in [*(replace(t, special=True) for t in named.values()), *self._extra()]:
             if token.content not in known:
-                found.setdefault(token.content, replace(token, special=True))
+                found.setdefault(token.content, token)
         usual = {role: token for role, token in defaults.items() if role not in self._mentioned()}
         for content in usual.values():
             if content in vocab:

@@ -8,14 +8,14 @@ whatever else the file says. `PreTrainedTokenizerFast` takes `tokenizer.json` as
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import TokenizerError, quoted
 from bridge.storage.companions import MOST_TOKENS, decoded, has_companion, read_companion, read_json_companion
-from bridge.tokenizers import wordpiece
+from bridge.tokenizers import sentencepiece, wordpiece
 from bridge.tokenizers.added_tokens import Declared, stored_added_tokens
 from bridge.tokenizers.byte_level_bpe import BYTE_LEVEL, END_OF_TEXT, ByteLevelBPE, tiktoken_ranks
 from bridge.tokenizers.characters import CHARACTERS_APART, CharacterTokenizer
@@ -120,6 +120,8 @@ def from_files(files: Files) -> Tokenizer | None:
     name = files.tokenizer_class
     if name in wordpiece.CLASSES and (files.stored is not None or files.has(wordpiece.VOCAB)):
         return _of_wordpiece(files)
+    if name in sentencepiece.CLASSES and (files.stored is not None or files.has(sentencepiece.SPIECE)):
+        return _of_sentencepiece(files)
     if files.stored is not None:
         is_bpe = files.stored["model"]["type"] == "BPE"
         if is_bpe and files.is_gpt2_class and (name == GPT2_CLASS or _mentions_byte_level(files.stored)):
@@ -194,6 +196,32 @@ def _of_wordpiece(files: Files) -> Tokenizer:
     added, special = declared.resolved(vocab, (), wordpiece.DEFAULTS, files.rows)
     ids = dict(vocab) | {token.content: token.id for token in added}
     stored = wordpiece.pipeline(vocab, ids, added, special, files.settings, files.where)
+    return tokenizer_of_pipeline(files, stored, added, special)
+
+
+def _of_sentencepiece(files: Files) -> Tokenizer:
+    """Return the tokenizer that transformers' `T5Tokenizer` builds from `tokenizer.json` or a SentencePiece model."""
+    declared = files.declared()
+    sentinels = sentencepiece.extra_tokens(files.settings, files.where)
+    symbols: tuple[AddedToken, ...] = ()
+    if files.stored is not None:
+        if files.stored["model"]["type"] != "Unigram":
+            return _as_stored(files, files.stored)
+        pieces = [(piece, score) for piece, score in files.stored["model"]["vocab"]]
+        charsmap = sentencepiece.charsmap_of(files.stored.get("normalizer"))
+    else:
+        path, most = files.directory / sentencepiece.SPIECE, min(files.rows, MOST_TOKENS)
+        model = sentencepiece.parse(files.content(path.name), quoted(path), most)
+        symbols, charsmap = model.symbols, sentencepiece.in_base64(model.charsmap)
+        pieces = [*model.pieces, *((token, 0.0) for token in sentinels)]
+    vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+    _require_rows(vocab, files)
+    if not {"additional_special_tokens", "extra_special_tokens"} & files.settings.keys():
+        extra = [asdict(token) for token in symbols] + [*reversed(sentinels)]
+        declared = replace(declared, settings={**files.settings, "extra_special_tokens": extra})
+    added, special = declared.resolved(vocab, (), sentencepiece.DEFAULTS, files.rows)
+    ids = vocab | {token.content: token.id for token in added}
+    stored = sentencepiece.pipeline(pieces, charsmap, ids, added)
     return tokenizer_of_pipeline(files, stored, added, special)
 
 

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from bridge.errors import NoTokenizerError, TokenizerError, quoted
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE
 from bridge.tokenizers.characters import CharacterTokenizer
 from bridge.tokenizers.huggingface import VOCAB_AND_MERGES, Files, from_files
+from bridge.tokenizers.nanogpt import from_meta
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
 from bridge.tokenizers.validation import require_ids_below
 
@@ -21,12 +23,14 @@ SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 VOCABULARY_FILES = (*VOCAB_AND_MERGES[0], *VOCAB_AND_MERGES[1], "tokenizer.json", "vocab.txt", *SENTENCEPIECE)
 """The files that a vocabulary can be in."""
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
 )
 """The tokenizer files that are copied with a checkpoint."""
 
@@ -40,12 +44,18 @@ NO_LIMIT = 2**31
 """The assumed vocabulary size of a tokenizer whose model is unknown."""
 
 
-def load_tokenizer(directory: Path, vocab_size: int, tokenizer_class: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    directory: Path,
+    vocab_size: int,
+    tokenizer_class: str | None = None,
+    progress: Mapping[str, Any] | None = None,
+) -> Tokenizer:
     """Return the tokenizer saved in `directory`, or OpenAI's if nothing names another one.
 
     Args:
         vocab_size: the size of the model's vocabulary.
         tokenizer_class: the field of this name in the model's config.json.
+        progress: `Checkpoint.progress`, which names the dataset of a nanoGPT checkpoint.
 
     Raises:
         NoTokenizerError: there is no tokenizer.
@@ -59,6 +69,8 @@ def load_tokenizer(directory: Path, vocab_size: int, tokenizer_class: str | None
                 f"{files.where} has {', '.join(found)}, but the tokenizer class {quoted(files.tokenizer_class)} cannot "
                 "be read from it; save its tokenizer.json with transformers, and put it there"
             )
+        tokenizer = from_meta(directory, progress or {})
+    if tokenizer is None:
         if not files.is_gpt2_class:
             raise NoTokenizerError(
                 f"{files.where} names the tokenizer class {quoted(files.tokenizer_class)}, but has no file of it; put "
@@ -72,6 +84,14 @@ def load_tokenizer(directory: Path, vocab_size: int, tokenizer_class: str | None
         )
     require_ids_below(vocab_size, tokenizer.max_token_id, files.where)
     return tokenizer
+
+
+def has_chat_template(directory: Path | None) -> bool:
+    """Whether the tokenizer files of a directory have a chat template, in a file of its own or among the settings."""
+    if directory is None:
+        return False
+    files = Files(directory, NO_LIMIT)
+    return files.has(CHAT_TEMPLATE) or bool(files.settings.get("chat_template"))
 
 
 def openai_tokenizer() -> ByteLevelBPE:

@@ -66,7 +66,7 @@ def train(
             `TrainingError`.
     """
     setup = Setup.of(config, data)  # first, so that an invalid configuration creates no run
-    is_resumed, is_new = _prepare_directory(run, config, data, resume, accept_changes)
+    is_resumed, is_new = _prepare_directory(run, config, data, init_from, resume, accept_changes)
     about = description(config, data)
     console = console or Console(quiet=not is_first())
     say = partial(console.print, soft_wrap=True)
@@ -79,7 +79,7 @@ def train(
             else:
                 state = _restored_state(setup, run, checkpoints)
             if is_resumed and is_first():  # only after the stored state was found to fit the configuration
-                directory.write_description(run, config, data)
+                directory.write_description(run, config, data, init_from)
             schedule = learning_rate_schedule(config.optimizer, config.max_steps)
             with Report(console, run, config, int(state.step), schedule, setup.mesh.size) as report:
                 loop = Loop(setup, state, checkpoints, report, preemption)
@@ -119,7 +119,7 @@ class Setup:
 
 
 def _prepare_directory(
-    run: Path, config: TrainConfig, data: Data, resume: bool, accept_changes: bool
+    run: Path, config: TrainConfig, data: Data, init_from: Checkpoint | None, resume: bool, accept_changes: bool
 ) -> tuple[bool, bool]:
     """Create the run's directory, or check that it belongs to this run.
 
@@ -136,7 +136,7 @@ def _prepare_directory(
     if is_first():
         directory.require_replaceable_export(run)
         if is_new:
-            directory.create(run, config, data, resume=resume)
+            directory.create(run, config, data, init_from=init_from, resume=resume)
     wait_for_all("the run's directory")
     directory.wait_until_visible(run)
     return is_resumed, is_new

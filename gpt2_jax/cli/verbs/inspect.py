@@ -8,10 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import bridge
-from bridge import BridgeError, Checkpoint, GPT2Config
+from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError, TokenizerError
+from bridge.errors import quoted
+from bridge.tokenizers.loading import has_chat_template
 from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, reading_bar
@@ -30,7 +33,7 @@ def inspect(
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
-    """Show what a checkpoint is: format, configuration, tensors, dtypes, generation settings, warnings.
+    """Show what a checkpoint is: format, configuration, tokenizer, tensors, dtypes, generation settings, warnings.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
 
@@ -63,6 +66,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "diagnostics": bridge.find_diagnostics(checkpoint),
         "fingerprint": bridge.fingerprint(checkpoint.tensors),
+        "tokenizer": _tokenizer_facts(checkpoint),
         "optimizer_step": checkpoint.optimizer.step if checkpoint.optimizer else None,
         "progress": dict(checkpoint.progress),
         "generation": _generation(checkpoint),
@@ -96,6 +100,37 @@ def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", note
 
 
+def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return what the tokenizer is, or why it cannot be read; None if there is none."""
+    try:
+        tokenizer = checkpoint.tokenizer()
+    except NoTokenizerError:
+        return None
+    except TokenizerError as error:
+        return {"error": str(error)}
+    return {
+        "kind": tokenizer.kind,
+        "vocab_size": tokenizer.vocab_size,
+        "special_tokens": {
+            role: {"token": token, "id": tokenizer.id_of(token)} for role, token in tokenizer.special.by_role().items()
+        },
+        "added_tokens": len(tokenizer.added),
+        "has_chat_template": has_chat_template(checkpoint.path),
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def _show_tokenizer(summary: Table, facts: dict[str, Any] | None) -> None:
+    if facts is None or "error" in facts:
+        summary.add_row("tokenizer", "none" if facts is None else escape(facts["error"]))
+        return
+    template = "with" if facts["has_chat_template"] else "without"
+    kind, size, added = facts["kind"], facts["vocab_size"], facts["added_tokens"]
+    summary.add_row("tokenizer", f"{kind}, ids below {size:,}, {added} added tokens, {template} a chat template")
+    for role, found in facts["special_tokens"].items():
+        summary.add_row(f"  {role}", escape(f"{quoted(found['token'])[1:-1]} ({found['id']})"))
+
+
 def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: bool) -> None:
     summary = Table(show_header=False, box=None, pad_edge=False)
     summary.add_column(style="bold")
@@ -107,6 +142,7 @@ def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: 
     summary.add_row("dtypes", ", ".join(f"{dtype} x {count}" for dtype, count in facts["dtypes"].items()))
     if checkpoint.optimizer is not None:
         summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
+    _show_tokenizer(summary, facts["tokenizer"])
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
     for label, text in _generation_rows(facts["generation"]):

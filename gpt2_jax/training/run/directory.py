@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from bridge import save_tokenizer
+from bridge import Checkpoint, save_tokenizer
 from bridge.errors import bullet_list, quoted
-from bridge.formats.directory import CONFIG, write_config, write_json
+from bridge.formats.directory import CONFIG, GENERATION_CONFIG, write_config, write_json
 from bridge.formats.run import CHECKPOINTS, RUN, first_valid, steps
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import (
@@ -23,6 +23,7 @@ from bridge.storage.atomic_writes import (
     replace_files,
     require_replaceable,
 )
+from bridge.storage.companions import checked_companion, has_companion
 from bridge.storage.locks import exclusive_lock
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from gpt2_jax.training.config import TrainConfig
@@ -36,13 +37,19 @@ if TYPE_CHECKING:
 EXPORT, LOCK = "export", ".lock"
 VISIBILITY_TIMEOUT = 90
 """Seconds. With default settings, NFS may cache for this long that a file does not exist."""
-_FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *TOKENIZER_FILES)
+_COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG)
+_FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *_COMPANIONS)
 _FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD)
 """The names of the files and directories that training writes into the directory of a run."""
 
 
-def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) -> None:
+def create(
+    run: Path, config: TrainConfig, data: Data, *, init_from: Checkpoint | None = None, resume: bool = False
+) -> None:
     """Create the directory of a new run.
+
+    The tokenizer files, the generation settings and the further fields of `config.json` are those of `init_from`, so
+    that the export has them unchanged.
 
     With `resume`, restart a run that ended before its first checkpoint: its configuration and tokenizer are replaced,
     and no other file changes.
@@ -54,15 +61,15 @@ def create(run: Path, config: TrainConfig, data: Data, *, resume: bool = False) 
     require_available(run, resume=resume)
     if _is_vacant(run):
         with new_directory(run) as directory:
-            _write_new(directory, config, data)
+            _write_new(directory, config, data, init_from)
         return
     with locked(run):
         if steps(run):
             raise _run_exists_error(run)
         with TemporaryDirectory() as temporary:
-            _write_new(Path(temporary), config, data)
-            files = {path.name: path.read_text(encoding="utf-8") for path in Path(temporary).iterdir()}
-        replace_files(run, files, remove=TOKENIZER_FILES)
+            _write_new(Path(temporary), config, data, init_from)
+            files = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
+        replace_files(run, files, remove=_COMPANIONS)
 
 
 def require_available(run: Path, *, resume: bool) -> None:
@@ -189,16 +196,25 @@ def require_steps_left(run: Path, config: TrainConfig, newest: int | None) -> No
         )
 
 
-def _write_new(directory: Path, config: TrainConfig, data: Data) -> None:
+def _write_new(directory: Path, config: TrainConfig, data: Data, init_from: Checkpoint | None) -> None:
     if data.tokenizer is not None:
         save_tokenizer(data.tokenizer, directory)
-    write_description(directory, config, data)
+    source = None if init_from is None else init_from.path
+    if source is not None and has_companion(source, GENERATION_CONFIG):
+        rows = config.model.vocab_size
+        (directory / GENERATION_CONFIG).write_bytes(checked_companion(source, GENERATION_CONFIG, rows))
+    write_description(directory, config, data, init_from)
 
 
-def write_description(run: Path, config: TrainConfig, data: Data) -> None:
-    """Write config.json and run.json. Each write is atomic."""
+def write_description(run: Path, config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> None:
+    """Write config.json and run.json. Each write is atomic.
+
+    Args:
+        init_from: the initial checkpoint, or the run itself if it is resumed. Its further fields are kept.
+    """
+    extra = {**_end_of_text(data), **(init_from.extra if init_from is not None else {})}
     with new_file(run / CONFIG, overwrite=True) as temporary:
-        write_config(temporary, config.model, _end_of_text(data))
+        write_config(temporary, config.model, extra)
     with new_file(run / RUN, overwrite=True) as temporary:
         write_json(temporary, description(config, data))
 

@@ -1,0 +1,127 @@
+"""The files around the weights, through conversions: every one is carried unchanged, or named."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.models import TINY, huggingface_directory
+from support.tokenizers_for_tests import write_byte_tokenizer
+from tokenizing.kinds import KINDS, ROWS
+
+import bridge
+from bridge import TokenizerError
+from bridge.tokenizers.nanogpt import META, from_meta
+
+CONFIG = replace(TINY, n_inner=None, activation_function="gelu_new", layer_norm_epsilon=1e-5)
+"""A model that every format can store, with another activation for nanoGPT."""
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+def companions(directory: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in directory.iterdir()
+        if path.name != "config.json" and not path.name.startswith(("model", "flax_model", "ckpt"))
+    }
+
+
+@pytest.mark.parametrize("kind", ["old_style_with_added_tokens", "new_style_with_added_tokens", "chinese_wordpiece"])
+def test_every_companion_is_carried_unchanged(tmp_path: Path, kind: str) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=ROWS))
+    KINDS[kind](model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [3, 4], "do_sample": true}')
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    for name in ("spiece.model", "tokenizer.model"):
+        (model / name).write_bytes(b"\x0a\xff not text")
+    before = companions(model)
+    for format in ("flax", "huggingface", "nanogpt"):
+        source = bridge.load(model).with_activation("gelu") if format == "nanogpt" else bridge.load(model)
+        assert bridge.save(source, tmp_path / format, format=format) == ()
+        assert companions(tmp_path / format) == before
+        assert bridge.load(tmp_path / format).tokenizer().fingerprint == bridge.load(model).tokenizer().fingerprint
+
+
+def test_a_single_file_names_what_it_leaves_out(tmp_path: Path) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=256))
+    write_byte_tokenizer(model)
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "generation_config.json").write_text("{}")
+    checkpoint = bridge.load(model)
+    [sentence] = bridge.save(checkpoint.with_activation("gelu"), tmp_path / "m.pt", format="nanogpt")
+    names = "vocab.json, merges.txt, chat_template.jinja, generation_config.json"
+    assert sentence == f"what a single file cannot store: {names}; a directory as target keeps it"
+    [sentence] = bridge.save(checkpoint, tmp_path / "m.gguf", format="gguf")
+    assert "store: chat_template.jinja, generation_config.json;" in sentence, "the tokenizer is in the file"
+    [sentence] = bridge.save(
+        bridge.load(tmp_path / "m.gguf").with_activation("gelu"), tmp_path / "n.pt", format="nanogpt"
+    )
+    assert "the tokenizer inside the source" in sentence
+
+
+# nanoGPT's meta.pkl
+
+CHARACTERS = sorted(set("hello, world\n"))
+IDS = {character: i for i, character in enumerate(CHARACTERS)}
+
+
+def write_meta(directory: Path, **changes: object) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    meta = {"vocab_size": len(IDS), "itos": {i: c for c, i in IDS.items()}, "stoi": IDS, **changes}
+    (directory / META).write_bytes(pickle.dumps(meta))
+
+
+@pytest.mark.parametrize("place", ["out", "data/hello"])
+def test_nanogpts_characters_are_found_where_its_sample_script_looks(tmp_path: Path, place: str) -> None:
+    config = replace(CONFIG, vocab_size=len(IDS), activation_function="gelu")
+    made = replace(
+        bridge.load(huggingface_directory(tmp_path / "hf", config)), progress={"config": {"dataset": "hello"}}
+    )
+    (tmp_path / "out").mkdir()
+    bridge.save(made, tmp_path / "out" / "ckpt.pt", format="nanogpt")
+    write_meta(tmp_path / place)
+    found = bridge.load(tmp_path / "out")
+    tokenizer = found.tokenizer()
+    assert tokenizer.kind == "characters" and tokenizer.encode("hello") == [IDS[c] for c in "hello"]
+    assert tokenizer.fingerprint == bridge.character_tokenizer("hello, world\n").fingerprint
+    bridge.save(found, tmp_path / "converted", format="huggingface")
+    assert bridge.load(tmp_path / "converted").tokenizer().fingerprint == tokenizer.fingerprint
+    assert (tmp_path / "converted" / META).exists() == (place == "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stoi": 3}, "has no table stoi"),
+        ({"stoi": {"ab": 0}, "itos": {0: "ab"}}, "'ab' is not a single character"),
+        ({"stoi": {"a": "0"}, "itos": {"0": "a"}}, "the id of 'a' is '0'"),
+        ({"stoi": {"a": 1}}, "stoi and itos do not belong together"),
+        ({"stoi": print}, "refers to 'builtins.print'"),
+    ],
+)
+def test_another_meta_is_refused_and_runs_no_code(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    write_meta(tmp_path, **changes)
+    with pytest.raises(TokenizerError, match=says):
+        from_meta(tmp_path, {})
+
+
+def test_a_dataset_that_climbs_is_not_followed(tmp_path: Path) -> None:
+    write_meta(tmp_path / "secret")
+    (tmp_path / "out").mkdir()
+    for dataset in ("../secret", "/etc", "..", 3, None):
+        assert from_meta(tmp_path / "out", {"config": {"dataset": dataset}}) is None
+
+
+def test_a_tokenizer_of_another_class_is_never_openais(tmp_path: Path) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=50257))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tokenizer_class": "BertTokenizer"}))
+    with pytest.raises(TokenizerError, match="names the tokenizer class 'BertTokenizer', but has no file of it"):
+        bridge.load(model).tokenizer()
+    KINDS["chinese_wordpiece"](model)
+    (model / "tokenizer_config.json").unlink()
+    assert bridge.load(model).tokenizer().kind == "WordPiece"
