@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bridge import hub
 from bridge.checkpoint import Checkpoint
-from bridge.errors import BridgeError, CheckpointError, ConversionError, quoted
-from bridge.finite import count_not_finite
+from bridge.errors import BridgeError, CheckpointError, quoted
+from bridge.finite import rejecting_non_finite
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, companions_left_out, write_config
 from bridge.formats.recognition import (
@@ -26,9 +24,8 @@ from bridge.formats.recognition import (
 from bridge.formats.run import is_run
 from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
-from bridge.storage.dtypes import FLOAT_DTYPES
 from bridge.storage.manifest import recorded
-from bridge.storage.tensors import LazyTensor, LazyTensorMap
+from bridge.storage.tensors import LazyTensorMap
 
 _SUFFIXES = frozenset(
     {
@@ -202,26 +199,10 @@ def _rejecting_non_finite(checkpoint: Checkpoint) -> Checkpoint:
     if adamw is not None:
         adamw = replace(
             adamw,
-            exp_avg=_tensors_rejecting_non_finite(LazyTensorMap.of(adamw.exp_avg), "exp_avg of "),
-            exp_avg_sq=_tensors_rejecting_non_finite(LazyTensorMap.of(adamw.exp_avg_sq), "exp_avg_sq of "),
+            exp_avg=rejecting_non_finite(LazyTensorMap.of(adamw.exp_avg), "exp_avg of "),
+            exp_avg_sq=rejecting_non_finite(LazyTensorMap.of(adamw.exp_avg_sq), "exp_avg_sq of "),
         )
-    return replace(checkpoint, tensors=_tensors_rejecting_non_finite(checkpoint.tensors), optimizer=adamw)
-
-
-def _tensors_rejecting_non_finite(tensors: LazyTensorMap, what: str = "") -> LazyTensorMap:
-    def checked(name: str, entry: LazyTensor) -> LazyTensor:
-        def read() -> np.ndarray:
-            array = entry.read()
-            if array.dtype in FLOAT_DTYPES and (bad := count_not_finite(array)):
-                raise ConversionError(
-                    f"{what}{name} has {bad} values that are not finite; the checkpoint is damaged, or its training "
-                    "diverged (--allow-non-finite, or allow_non_finite=True, writes them as they are)"
-                )
-            return array
-
-        return replace(entry, read=read)
-
-    return LazyTensorMap({name: checked(name, entry) for name, entry in tensors.entries.items()})
+    return replace(checkpoint, tensors=rejecting_non_finite(checkpoint.tensors), optimizer=adamw)
 
 
 def _names_a_file(target: Path, format: str) -> bool:

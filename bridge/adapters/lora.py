@@ -119,7 +119,7 @@ def _merged(name: str, entry: LazyTensor, update: LoRAUpdate) -> LazyTensor:
     is_out_in = name == _HEAD  # every other matrix is stored as [in, out]
 
     def read() -> np.ndarray:
-        dtype = np.promote_types(np.float32, entry.dtype) if entry.dtype == np.float64 else np.dtype(np.float32)
+        dtype = np.dtype(np.float64 if entry.dtype == np.float64 else np.float32)
         a, b = (factor.read().astype(dtype, copy=False) for factor in (update.a, update.b))
         delta = (b @ a) * dtype.type(update.scaling)
         weight = entry.read().astype(dtype, copy=False)

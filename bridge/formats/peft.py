@@ -23,6 +23,7 @@ from bridge.adapters.peft_config import FILE, PeftConfig, read_peft_config
 from bridge.checkpoint import Checkpoint
 from bridge.containers.safetensors import write_file
 from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.finite import rejecting_non_finite
 from bridge.formats.directory import write_json
 from bridge.formats.format import Format
 from bridge.formats.huggingface import tensors_of_file
@@ -74,13 +75,16 @@ def read(weights: Path, base: Checkpoint, drop_extra_heads: bool = False) -> Che
     )
 
 
-def save_lora(lora: LoRA, directory: str | Path, *, base_model: str | None = None) -> None:
+def save_lora(
+    lora: LoRA, directory: str | Path, *, base_model: str | None = None, allow_non_finite: bool = False
+) -> None:
     """Write an adapter that PEFT loads onto transformers' `GPT2LMHeadModel`. The write is atomic.
 
     Args:
         lora: the adapter, for example from `bridge.LoRA.of`.
         directory: a path that does not exist, or an empty directory.
         base_model: the name or path of the base, for PEFT's `base_model_name_or_path`.
+        allow_non_finite: write NaN and infinity. By default they raise a `ConversionError` that names the tensor.
 
     Raises:
         CheckpointError: the directory exists and is not empty, or cannot be written.
@@ -90,7 +94,8 @@ def save_lora(lora: LoRA, directory: str | Path, *, base_model: str | None = Non
         raise ConversionError("an adapter needs at least one update, and the same kind of scaling for all updates")
     with new_directory(directory) as new:
         write_json(new / FILE, _fields(lora, base_model))
-        write_file(new / WEIGHTS[0], LazyTensorMap(_stored_tensors(lora)), {"format": "pt"})
+        tensors = LazyTensorMap(_stored_tensors(lora))
+        write_file(new / WEIGHTS[0], tensors if allow_non_finite else rejecting_non_finite(tensors), {"format": "pt"})
 
 
 def _lora(tensors: Mapping[str, LazyTensor], config: PeftConfig, drop_extra_heads: bool) -> tuple[LoRA, list[str]]:
@@ -151,6 +156,8 @@ def _diagnostics(config: PeftConfig, lora: LoRA, dropped: list[str], base: Check
         notes.append(f"tensors of heads for other tasks were left out: {', '.join(map(quoted, dropped))}")
     if base.config.tie_word_embeddings and not merged.config.tie_word_embeddings:
         notes.append("the adapter changes the token embedding or the head, so the head is no longer tied to it")
+    if base.optimizer is not None:
+        notes.append("the AdamW state of the base was left out, because the parameters changed")
     return notes
 
 

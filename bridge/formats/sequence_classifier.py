@@ -19,6 +19,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config, harmless_fields
 from bridge.conversion import FlaxTree, canonicalize, to_flax, to_torch
 from bridge.errors import CheckpointError, ConversionError, quoted
+from bridge.finite import rejecting_non_finite
 from bridge.formats.directory import CONFIG, carry_files, config_beside, read_json, write_json
 from bridge.formats.huggingface import NAME, stored_tensors, write_model
 from bridge.formats.recognition import choose_checkpoint
@@ -106,11 +107,12 @@ def load_classifier(source: str | Path) -> SequenceClassifier:
         raise ConversionError(f"{quoted(path)}: {error}") from error
 
 
-def save_classifier(classifier: SequenceClassifier, target: str | Path) -> None:
+def save_classifier(classifier: SequenceClassifier, target: str | Path, *, allow_non_finite: bool = False) -> None:
     """Write a directory that transformers' `GPT2ForSequenceClassification.from_pretrained` reads. The write is atomic.
 
     Args:
         target: a path that does not exist, or an empty directory.
+        allow_non_finite: write NaN and infinity. By default they raise a `ConversionError` that names the tensor.
 
     Raises:
         CheckpointError: the target exists and is not empty, or cannot be written.
@@ -118,10 +120,12 @@ def save_classifier(classifier: SequenceClassifier, target: str | Path) -> None:
     """
     checkpoint = classifier.checkpoint
     fields = {**checkpoint.config.to_hf(_labelled(classifier)), "architectures": [_ARCHITECTURE]}
-    entries = {f"transformer.{name}": entry for name, entry in checkpoint.tensors.entries.items()}
+    named = {f"transformer.{name}": entry for name, entry in checkpoint.tensors.entries.items()}
+    tensors = LazyTensorMap({**named, _SCORE: classifier.score})
+    tensors = tensors if allow_non_finite else rejecting_non_finite(tensors)
     with new_directory(target) as directory:
         write_json(directory / CONFIG, fields)
-        write_model(directory, {**entries, _SCORE: classifier.score})
+        write_model(directory, tensors.entries)
         carry_files(checkpoint, directory)
 
 

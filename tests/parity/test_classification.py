@@ -146,6 +146,18 @@ def test_what_is_not_a_classifier_is_refused(tmp_path: Path) -> None:
             classifier.with_flax(wrong)
 
 
+def test_a_classifier_that_is_not_finite_is_written_only_on_request(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs")
+    broken = SequenceClassifier(
+        bridge.load_classifier(tmp_path / "theirs").checkpoint, LazyTensor.of(np.full((3, 48), np.inf, np.float32))
+    )
+    with pytest.raises(ConversionError, match=r"score\.weight has 144 values that are not finite"):
+        bridge.save_classifier(broken, tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+    bridge.save_classifier(broken, tmp_path / "ours", allow_non_finite=True)
+    assert np.isinf(bridge.load_classifier(tmp_path / "ours").score.read()).all()
+
+
 def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
     theirs(tmp_path / "theirs")
     shutil.copytree(tmp_path / "theirs", tmp_path / "kept")

@@ -204,6 +204,18 @@ def test_an_existing_directory_is_not_overwritten_by_an_adapter(tmp_path: Path) 
     assert sorted(path.iterdir()) == before
 
 
+def test_an_adapter_that_is_not_finite_is_written_only_on_request(tmp_path: Path) -> None:
+    factors = {"h.0.attn.c_attn": (np.full((2, 8), np.nan, np.float32), np.ones((24, 2), np.float32))}
+    lora = LoRA.of(factors, alpha=1)
+    with pytest.raises(ConversionError, match=r"c_attn\.lora_A\.weight has 16 values that are not finite"):
+        bridge.save_lora(lora, tmp_path / "ours")
+    assert list(tmp_path.iterdir()) == []
+    bridge.save_lora(lora, tmp_path / "ours", allow_non_finite=True)
+    assert np.isnan(
+        read_file(tmp_path / "ours" / WEIGHTS)[0]["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"]
+    ).all()
+
+
 @pytest.mark.parametrize("lora", [LoRA({}), "both kinds"], ids=str)
 def test_an_adapter_that_peft_cannot_have_is_refused(tmp_path: Path, lora: Any) -> None:
     if lora == "both kinds":
@@ -255,6 +267,8 @@ def test_the_base_may_have_any_format(tmp_path: Path, format: str) -> None:
     expected = bridge.merge_lora(bridge.load(tmp_path / "base"), lora)
     assert bridge.fingerprint(read.tensors) == bridge.fingerprint(expected.tensors)
     assert read.optimizer is None
+    has_state = bridge.load(tmp_path / "base").optimizer is not None
+    assert any("the AdamW state of the base was left out" in note for note in read.diagnostics) == has_state
 
 
 FACTORS = random_factors(SMALLEST, RANKS)
