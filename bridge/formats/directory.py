@@ -105,10 +105,10 @@ def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
     not have.
     """
     fields = read_json(path)
-    has_bias = fields.get("bias") is not False
-    if not has_bias:
+    bias = fields.get("bias", True)
+    if bias is False or not isinstance(bias, bool):  # `bias: true` is one of Hugging Face's fields, and kept
         del fields["bias"]
-    return replace(GPT2Config.from_hf(fields), bias=has_bias), fields
+    return replace(GPT2Config.from_hf(fields), bias=bias), fields
 
 
 def write_config(path: Path, config: GPT2Config, extra: Mapping[str, Any] | None = None) -> None:

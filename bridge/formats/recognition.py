@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from bridge.adapters.peft_config import FILE as ADAPTER_CONFIG
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats import FORMATS
 from bridge.formats.directory import CONFIG
 from bridge.formats.format import Format
+from bridge.formats.peft import WEIGHTS
 from bridge.storage.companions import has_companion, stays_inside
 from bridge.storage.stored_file import StoredFile
 
@@ -88,6 +90,10 @@ def why_unrecognised(path: Path) -> str:
         if not StoredFile.open(path).size:  # raises if it is not a regular file
             return "it is empty"
         return "its first bytes match no supported format; the download may be damaged, or it is not a checkpoint"
+    adapter = [name for name in WEIGHTS if has_companion(path, name)]
+    if has_companion(path, ADAPTER_CONFIG) or adapter:
+        lacks = ADAPTER_CONFIG if adapter else " or ".join(WEIGHTS)
+        return f"it has {' and '.join(adapter) or ADAPTER_CONFIG}, but no {lacks}; copy it from the adapter's source"
     found = {entry: find_checkpoints(entry) for entry in sorted(islice(path.iterdir(), _MOST_ENTRIES))}
     directories = [entry for entry, inside in found.items() if inside and entry.is_dir()]
     # Files whose format needs a config.json beside them. Others would have been recognised in the directory.

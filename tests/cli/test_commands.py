@@ -67,7 +67,7 @@ BAD = {
     "prompt empty": ("generate", "{model}", ""),
     "too many tokens": ("generate", "{model}", "We", "--max-new-tokens", "39"),
     "negative temperature": ("generate", "{model}", "We", "--temperature", "-1"),
-    "top-k of zero": ("generate", "{model}", "We", "--top-k", "0"),
+    "a negative top-k": ("generate", "{model}", "We", "--top-k", "-1"),
     "top-p of zero": ("generate", "{model}", "We", "--top-p", "0"),
     "two kinds of prompt": ("generate", "{model}", "We", "--interactive"),
     "missing file of prompts": ("generate", "{model}", "--lines", "{tmp}/nowhere.txt"),

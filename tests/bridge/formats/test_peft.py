@@ -379,7 +379,15 @@ def test_an_adapter_beside_a_model_is_ambiguous(tmp_path: Path) -> None:
 def test_a_configuration_without_weights_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, _ = adapter(tmp_path)
     (path / WEIGHTS).unlink()
-    assert_refused(path, "adapter_config.json with adapter_model.safetensors", capsys, CheckpointError)
+    expected = "it has adapter_config.json, but no adapter_model.safetensors or adapter_model.bin"
+    assert_refused(path, expected, capsys, CheckpointError)
+
+
+def test_weights_without_a_configuration_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = adapter(tmp_path)
+    (path / "adapter_config.json").unlink()
+    expected = "it has adapter_model.safetensors, but no adapter_config.json; copy it from the adapter's source"
+    assert_refused(path, expected, capsys, CheckpointError)
 
 
 def test_the_tokenizer_is_the_adapters_or_that_of_the_base(tmp_path: Path) -> None:
