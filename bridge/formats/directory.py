@@ -106,7 +106,7 @@ def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
     """
     fields = read_json(path)
     bias = fields.get("bias", True)
-    if bias is False or not isinstance(bias, bool):  # `bias: true` is one of Hugging Face's fields, and kept
+    if bias is not True:  # `bias: true` is one of Hugging Face's fields, and kept
         del fields["bias"]
     return replace(GPT2Config.from_hf(fields), bias=bias), fields
 
