@@ -27,6 +27,7 @@ from support import commands
 from support.implementations import relative_error
 from support.models import huggingface_directory, random_ids
 from support.training_runs import RECIPE, files, write_text
+from tokenizing.kinds import KINDS
 
 import bridge
 import gpt2_jax
@@ -199,6 +200,28 @@ def test_fine_tuning_takes_sizes_and_tokenizer_from_its_source(copy: Path) -> No
 
 
 QUICK = ("--max-steps", 1, "--batch-size", 2, "--seq-len", 8, "--eval-batches", 1, "--sample-tokens", 0)
+
+
+def test_the_export_of_fine_tuning_keeps_every_companion_and_every_id(tmp_path: Path) -> None:
+    """Special and ordinary added tokens, roles, a chat template, generation settings, and the ids in config.json."""
+    rows = 450
+    source = huggingface_directory(tmp_path / "source", replace(RECIPE.model, vocab_size=rows, bias=True))
+    KINDS["new_style_with_added_tokens"](source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "generation_config.json").write_text('{"eos_token_id": 421, "pad_token_id": 422, "top_k": 3}')
+    ids = {"bos_token_id": 420, "eos_token_id": [421, 420], "pad_token_id": 422, "tokenizer_class": "GPT2Tokenizer"}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **ids}))
+    out = tmp_path / "run"
+    places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", out)
+    assert run("train", "--init-from", source, *places, *QUICK)[0] == 0
+    assert run("train", "--resume", "--out", out, "--cache", tmp_path / "cache")[0] == 0
+    for path in source.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            assert (out / "export" / path.name).read_bytes() == path.read_bytes()
+    exported = json.loads((out / "export" / "config.json").read_text())
+    assert {name: exported[name] for name in ids} == ids
+    assert bridge.load(out).tokenizer().fingerprint == bridge.load(source).tokenizer().fingerprint
 
 
 def test_a_checkpoint_without_a_tokenizer_needs_the_flag(tmp_path: Path) -> None:
