@@ -101,7 +101,7 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = No
 
     The settings are those of `generation_config.json` beside the weights or, without this file, of `config.json`, as in
     transformers. `eos_token_id` is taken from the first file that has it. If neither has it, transformers does not end
-    a text; here it ends at the end-of-text token of `tokenizer`.
+    a text; here it ends at the end-of-sequence token of `tokenizer`.
 
     Args:
         tokenizer: the checkpoint's tokenizer.

@@ -93,7 +93,7 @@ def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "generation", f"{settings or 'greedy'} ({generation['source'] or 'no settings'})"
     ends = ", ".join(map(str, generation["eos_token_ids"])) or "never"
     if generation["eos_source"] is None:
-        yield "ends at", "the tokenizer's <|endoftext|>, because no file has an eos_token_id"
+        yield "ends at", "the tokenizer's end-of-sequence token, because no file has an eos_token_id"
     else:
         yield "ends at", f"{ends} ({generation['eos_source']})"
     for note in generation["notes"]:
