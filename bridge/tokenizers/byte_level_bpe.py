@@ -37,8 +37,9 @@ SPELLINGS_OF_WORDS = (
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 """GPT-2's pre-tokenizer and decoder in a `tokenizer.json`."""
 
-_LONGEST_SPACE = 2**17
-"""tiktoken's regular expression overflows its stack in about a million white-space characters before a word."""
+_LONGEST_SPACE = 2**16
+"""With `WORDS`, tiktoken's regular expressions overflow their stack in 131,071 white-space characters. With the pattern
+of tiktoken's own GPT-2 they match any number at the end of a text, but take a sixth longer everywhere."""
 _SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's White_Space
 
 
@@ -189,7 +190,11 @@ class ByteLevelBPE(Tokenizer):
     def _encode_words(self, text: str) -> np.ndarray:
         if self.add_prefix_space and text and not text.startswith(" "):
             text = " " + text
-        blocks = [self._encoding.encode_to_numpy(b, disallowed_special=()) for b in _without_long_space(text)]
+        blocks = []
+        for block in _without_long_space(text):
+            is_long_space = len(block) >= _LONGEST_SPACE and block.isspace()
+            encoding = self._encoding_of_spaces if is_long_space else self._encoding
+            blocks.append(encoding.encode_to_numpy(block, disallowed_special=()))
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -201,6 +206,13 @@ class ByteLevelBPE(Tokenizer):
 
         if self._given is not None:
             return self._given
+        return tiktoken.Encoding(self.name, pat_str=WORDS, mergeable_ranks=dict(self.ranks), special_tokens={})
+
+    @cached_property
+    def _encoding_of_spaces(self) -> tiktoken.Encoding:
+        """The same tokenizer with a pattern that matches any length of white space at the end of a text."""
+        import tiktoken
+
         return tiktoken.Encoding(
             self.name, pat_str=SPELLINGS_OF_WORDS[2], mergeable_ranks=dict(self.ranks), special_tokens={}
         )
