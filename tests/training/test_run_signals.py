@@ -31,6 +31,14 @@ from gpt2_jax.training.run.metrics import read_metrics
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
+@pytest.fixture(autouse=True)
+def default_sigint_handler() -> Iterator[None]:
+    """Install Python's own handler, because a shell starts background processes with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_a_signal_ends_a_run_after_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """This sends SIGTERM; tests/cli sends both signals to `gpt2 train`."""
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -200,8 +208,6 @@ def test_a_step_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_second_signal_acts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
-
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # which ends the process
