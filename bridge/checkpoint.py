@@ -98,7 +98,7 @@ class Checkpoint:
         """Return the tokenizer that was saved with the weights.
 
         Raises:
-            NoTokenizerError: there is none.
+            NoTokenizerError: the checkpoint has no tokenizer.
             TokenizerError: its files are damaged or of a kind that is not supported.
         """
         if self.own_tokenizer is not None:

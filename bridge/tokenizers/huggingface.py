@@ -108,7 +108,7 @@ class Files:
 
 
 def from_files(files: Files) -> Tokenizer | None:
-    """Return the tokenizer in Hugging Face's files or OpenAI's, or None if there are none of them.
+    """Return the tokenizer in Hugging Face's files or OpenAI's, or None if the directory has neither.
 
     Raises `TokenizerError` for files that are damaged or of a kind that is not supported.
     """

@@ -148,7 +148,7 @@ class Tokenizer(ABC):
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The id of the end-of-sequence token; empty if there is none."""
+        """The id of the end-of-sequence token; empty if the tokenizer has no such token."""
         found = None if self.special.eos is None else self.id_of(self.special.eos)
         return () if found is None else (found,)
 
