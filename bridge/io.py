@@ -21,7 +21,7 @@ from bridge.formats.recognition import (
     own_config,
     why_unrecognised,
 )
-from bridge.formats.run import is_run
+from bridge.formats.trainers.run import is_run
 from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
 from bridge.storage.manifest import recorded

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bridge.formats import flax_directory, flax_msgpack, gguf, huggingface, llmc, nanogpt, openai, peft, run
+from bridge.formats import flax_directory, flax_msgpack, gguf, huggingface, openai, peft
 from bridge.formats.format import Format
+from bridge.formats.trainers import llmc, nanogpt, run
 
 FORMATS: Mapping[str, Format] = {
     format.name: format

@@ -18,7 +18,7 @@ from bridge.parameter_table import parameters
 from bridge.storage.companions import checked_companion, has_companion, read_companion, read_json_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from bridge.tokenizers.loading import CHAT_TEMPLATE, TOKENIZER_FILES, VOCABULARY_FILES
-from bridge.tokenizers.nanogpt import META, from_meta
+from bridge.tokenizers.readers.nanogpt import META, from_meta
 from bridge.tokenizers.saving import save_tokenizer
 
 CONFIG = "config.json"

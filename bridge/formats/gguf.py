@@ -50,7 +50,7 @@ from bridge.formats.single_file import left_out, require_dtypes, require_implied
 from bridge.parameter_table import Parameter, parameters
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, same_bytes, transposed
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS, ByteLevelBPE
-from bridge.tokenizers.gguf import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
+from bridge.tokenizers.readers.gguf import MODEL, NO_TOKENIZER, TOKENS, metadata_of, tokenizer_of
 
 NAME = "gguf"
 SUFFIXES = (".gguf",)

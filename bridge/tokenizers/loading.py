@@ -12,8 +12,8 @@ from typing import Any
 from bridge.errors import NoTokenizerError, TokenizerError, quoted
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE
 from bridge.tokenizers.characters import CharacterTokenizer
-from bridge.tokenizers.huggingface import VOCAB_AND_MERGES, Files, from_files
-from bridge.tokenizers.nanogpt import from_meta
+from bridge.tokenizers.readers.huggingface import VOCAB_AND_MERGES, Files, from_files
+from bridge.tokenizers.readers.nanogpt import from_meta
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
 from bridge.tokenizers.validation import require_ids_below
 

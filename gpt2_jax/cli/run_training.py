@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 import bridge
 from bridge import BridgeError, Checkpoint
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes, sizes_asked_for
 from gpt2_jax.console.output import json_writer, progress
 from gpt2_jax.console.terminal import Console, console, print_error

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import quoted
-from bridge.formats.run import RUN
+from bridge.formats.trainers.run import RUN
 from gpt2_jax.data.errors import DataError
 
 STDLIB = "stdlib"

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from bridge import Checkpoint
 from bridge.errors import quoted
-from bridge.formats.run import CHECKPOINTS, steps
+from bridge.formats.trainers.run import CHECKPOINTS, steps
 from gpt2_jax.console.terminal import Console
 from gpt2_jax.data import Batch, Data, training_batches
 from gpt2_jax.model import GPT2

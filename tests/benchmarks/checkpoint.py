@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from bridge.formats.run import CHECKPOINTS
+from bridge.formats.trainers.run import CHECKPOINTS
 from bridge.storage import manifest
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import PRESETS, make_optimizer, make_train_step

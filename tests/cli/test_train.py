@@ -32,7 +32,7 @@ from tokenizing.kinds import KINDS
 import bridge
 import gpt2_jax
 from bridge import GPT2Config
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from gpt2_jax.cli import run_training
 from gpt2_jax.cli.config_flags import default_config
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig

@@ -25,7 +25,7 @@ import numpy as np
 
 import bridge
 from bridge import BridgeError
-from bridge.formats.run import CHECKPOINTS, steps, steps_by_loss, validation_loss
+from bridge.formats.trainers.run import CHECKPOINTS, steps, steps_by_loss, validation_loss
 from bridge.storage.manifest import MANIFEST
 from faults import runs
 from gpt2_jax.parallel.sharding import make_mesh

@@ -37,7 +37,7 @@ import bridge
 from bridge import BridgeError
 from bridge.formats import FORMATS, WRITABLE
 from bridge.formats.directory import CONFIG, write_config, write_json
-from bridge.formats.run import CHECKPOINTS, RUN, steps
+from bridge.formats.trainers.run import CHECKPOINTS, RUN, steps
 from bridge.storage import manifest
 from faults.syscalls import Call, end_with, flushed, trace, why_not
 from gpt2_jax.training.loop import finish

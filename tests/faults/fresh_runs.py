@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from faults import runs
 from gpt2_jax.training.run.metrics import read_metrics
 

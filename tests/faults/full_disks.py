@@ -30,7 +30,7 @@ from support.models import TINY, config_for, huggingface_directory
 
 import bridge
 from bridge.formats import WRITABLE
-from bridge.formats.run import CHECKPOINTS, steps, verified
+from bridge.formats.trainers.run import CHECKPOINTS, steps, verified
 from faults import runs
 from faults.disks import PAGE, Fault, enter_namespace, small_disk, taken
 from gpt2_jax.cli import main as gpt2

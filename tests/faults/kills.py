@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from faults import runs
 
 

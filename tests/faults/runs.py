@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorstore
 
-from bridge.formats.run import steps, verified
+from bridge.formats.trainers.run import steps, verified
 from gpt2_jax.training.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.formats.run import steps, verified
+from bridge.formats.trainers.run import steps, verified
 from faults import phases, runs
 
 GRACE = 30

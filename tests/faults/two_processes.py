@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge.formats.run import steps, verified
+from bridge.formats.trainers.run import steps, verified
 from faults import phases, runs
 from gpt2_jax.parallel.distributed import HEARTBEAT_TIMEOUT
 

@@ -13,7 +13,7 @@ from support.commands import run as gpt2
 from support.training_runs import all_weights, files, records
 
 import bridge
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from gpt2_jax.training import TrainingError
 from gpt2_jax.training.config import flat
 from gpt2_jax.training.run.identity import VERSION, stored_identity

@@ -20,7 +20,7 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 from support.training_runs import write_text
 
 import bridge
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from gpt2_jax.training.run.metrics import read_metrics
 
 pytestmark = pytest.mark.mesh

@@ -13,7 +13,7 @@ import pytest
 from faults.runs import DETERMINISTIC, arrays
 from support.training_runs import records
 
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("interrupted.py")

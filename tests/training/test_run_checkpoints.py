@@ -22,7 +22,7 @@ from support import ocdbt_bytes
 from support.refusals import within_budget
 from support.training_runs import all_weights, data_for, recipe, run_in, stop_at
 
-from bridge.formats.run import steps, steps_by_loss
+from bridge.formats.trainers.run import steps, steps_by_loss
 from bridge.storage import manifest
 from gpt2_jax.training import TrainingError, loop, resolve_config
 from gpt2_jax.training.run.checkpointing import Checkpoints

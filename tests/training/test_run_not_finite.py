@@ -16,7 +16,7 @@ from support.models import random_checkpoint
 from support.training_runs import RECIPE, all_weights, data_for, recipe, run_in, stop_at
 
 import bridge
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from gpt2_jax.training import NonFiniteLoss, learning_rate_schedule, loop, resolve_config, train
 from gpt2_jax.training.run import report
 from gpt2_jax.training.run.metrics import read_metrics

@@ -9,7 +9,7 @@ import pytest
 from support.training_runs import RECIPE, all_weights
 
 import bridge
-from bridge.formats.run import steps, validation_loss
+from bridge.formats.trainers.run import steps, validation_loss
 from gpt2_jax.training import Outcome
 from gpt2_jax.training.run.metrics import read_metrics
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from support.training_runs import RECIPE, all_weights, data_for, files, recipe, records, run_in, write_text
 
 import bridge
-from bridge.formats.run import steps
+from bridge.formats.trainers.run import steps
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import Outcome, TrainingError, loop, resolve_config, train
 from gpt2_jax.training.run import directory as runs

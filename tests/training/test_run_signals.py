@@ -20,7 +20,7 @@ import pytest
 from support.training_runs import RECIPE, all_weights, recipe, records, run_in, stop_at
 
 import bridge
-from bridge.formats.run import steps, validation_loss, verified
+from bridge.formats.trainers.run import steps, validation_loss, verified
 from bridge.storage.locks import exclusive_lock
 from gpt2_jax.training import Outcome, loop, preemption
 from gpt2_jax.training.preemption import Preempted, PreemptionHandler

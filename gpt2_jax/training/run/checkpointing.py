@@ -26,7 +26,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import BridgeError
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
-from bridge.formats.run import CHECKPOINTS, committed_steps, first_valid, steps, steps_by_loss, validation_loss
+from bridge.formats.trainers.run import CHECKPOINTS, committed_steps, first_valid, steps, steps_by_loss, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import foreign_files
 from bridge.storage.fsync import flush_to_disk

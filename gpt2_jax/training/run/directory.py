@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from bridge import Checkpoint, save_tokenizer
 from bridge.errors import bullet_list, quoted
 from bridge.formats.directory import CONFIG, GENERATION_CONFIG, write_config, write_json
-from bridge.formats.run import CHECKPOINTS, RUN, first_valid, steps
+from bridge.formats.trainers.run import CHECKPOINTS, RUN, first_valid, steps
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import (
     Replaceable,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge import BridgeError, __version__, tokenizer_fingerprint
 from bridge.errors import quoted
-from bridge.formats.run import RUN
+from bridge.formats.trainers.run import RUN
 from bridge.storage.json_text import parse_object
 from bridge.storage.regular_file import read_small_file
 from gpt2_jax.training.config import CHANGEABLE_FIELDS, PATH_FIELDS, TrainConfig, flat, from_flat

@@ -11,7 +11,7 @@ from typing import Any
 
 import bridge
 from bridge.errors import quoted
-from bridge.formats.run import CHECKPOINTS, best_valid_step, validation_loss
+from bridge.formats.trainers.run import CHECKPOINTS, best_valid_step, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import new_directory
 from gpt2_jax.console.report_files import is_report

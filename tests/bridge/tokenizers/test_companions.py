@@ -14,7 +14,7 @@ from tokenizing.kinds import KINDS, ROWS
 
 import bridge
 from bridge import TokenizerError
-from bridge.tokenizers.nanogpt import META, from_meta
+from bridge.tokenizers.readers.nanogpt import META, from_meta
 
 CONFIG = replace(TINY, n_inner=None, activation_function="gelu_new", layer_norm_epsilon=1e-5)
 """A model that every format can store, with another activation for nanoGPT."""

@@ -15,12 +15,12 @@ from typing import Any
 
 from bridge.errors import TokenizerError, quoted
 from bridge.storage.companions import MOST_TOKENS, decoded, has_companion, read_companion, read_json_companion
-from bridge.tokenizers import sentencepiece, wordpiece
 from bridge.tokenizers.added_tokens import Declared, stored_added_tokens
 from bridge.tokenizers.byte_level_bpe import BYTE_LEVEL, END_OF_TEXT, ByteLevelBPE, tiktoken_ranks
 from bridge.tokenizers.characters import CHARACTERS_APART, CharacterTokenizer
 from bridge.tokenizers.pipeline import PipelineTokenizer, component_types
 from bridge.tokenizers.post_processors import around_of, template
+from bridge.tokenizers.readers import sentencepiece, wordpiece
 from bridge.tokenizers.tokenizer import AddedToken, Tokenizer, tokenizer_json
 from bridge.tokenizers.validation import (
     pairs_of,

@@ -11,10 +11,10 @@ import pytest
 from support.refusals import within_budget
 
 from bridge import NoTokenizerError, TokenizerError
-from bridge.tokenizers import sentencepiece
 from bridge.tokenizers.loading import load_tokenizer
+from bridge.tokenizers.readers import sentencepiece
 
-FILES = Path(__file__).parents[2] / "files" / "sentencepiece-0.2.3"
+FILES = Path(__file__).parents[3] / "files" / "sentencepiece-0.2.3"
 MODELS = sorted(path.name for path in FILES.iterdir() if path.is_dir())
 
 

@@ -21,8 +21,8 @@ from test_import_boundaries import JAX, TORCH, assert_runs_without
 
 import bridge
 from bridge import CheckpointError, ConversionError, GPT2Config
-from bridge.formats import run as run_format
 from bridge.formats.directory import write_config
+from bridge.formats.trainers import run as run_format
 from bridge.storage import manifest
 from gpt2_jax.cli import main
 from gpt2_jax.training import OptimizerConfig, TrainState, make_optimizer

@@ -1,0 +1,1 @@
+"""Formats of trainers: nanoGPT, llm.c and this project."""

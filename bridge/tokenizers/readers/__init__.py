@@ -1,0 +1,1 @@
+"""Tokenizer files of other tools: one module per kind of file."""
