@@ -87,8 +87,7 @@ def keep_typical(logits_RV: Float[Array, "R V"], p: Float[Array, ""]) -> Float[A
 
 def keep_epsilon(logits_RV: Float[Array, "R V"], epsilon: Float[Array, ""]) -> Float[Array, "R V"]:
     """Keep the most likely token, and tokens with a probability of at least `epsilon` (Hewitt et al. 2022)."""
-    keeps_RV = jax.nn.softmax(logits_RV, axis=-1) >= epsilon
-    return jnp.where(keeps_RV | (logits_RV >= logits_RV.max(-1, keepdims=True)), logits_RV, -jnp.inf)
+    return _keep_or_most_likely(logits_RV, jax.nn.softmax(logits_RV, axis=-1) >= epsilon)
 
 
 def keep_eta(logits_RV: Float[Array, "R V"], epsilon: Float[Array, ""]) -> Float[Array, "R V"]:
@@ -98,8 +97,7 @@ def keep_eta(logits_RV: Float[Array, "R V"], epsilon: Float[Array, ""]) -> Float
     """
     logprobs_RV = jax.nn.log_softmax(logits_RV, axis=-1)
     eta_R1 = jnp.minimum(epsilon, jnp.sqrt(epsilon) * jnp.exp(-_entropy(logprobs_RV)))
-    keeps_RV = jnp.exp(logprobs_RV) >= eta_R1
-    return jnp.where(keeps_RV | (logits_RV >= logits_RV.max(-1, keepdims=True)), logits_RV, -jnp.inf)
+    return _keep_or_most_likely(logits_RV, jnp.exp(logprobs_RV) >= eta_R1)
 
 
 def _entropy(logprobs_RV: Float[Array, "R V"]) -> Float[Array, "R 1"]:
@@ -157,6 +155,10 @@ def _keep_from(
     lowest, highest = (jnp.full(logits_RV.shape[0], end, jnp.int32) for end in (-(2**31), 2**31 - 1))
     threshold_R = jax.lax.fori_loop(0, 32, bisect, (lowest, highest))[1]
     return jnp.where(order_RV >= threshold_R[:, None], logits_RV, -jnp.inf)
+
+
+def _keep_or_most_likely(logits_RV: Float[Array, "R V"], keeps_RV: Bool[Array, "R V"]) -> Float[Array, "R V"]:
+    return jnp.where(keeps_RV | (logits_RV >= logits_RV.max(-1, keepdims=True)), logits_RV, -jnp.inf)
 
 
 def _as_ordered_integers(x: Float[Array, "R V"]) -> Int[Array, "R V"]:

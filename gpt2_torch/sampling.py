@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridge.generation.processors import LogitsProcessors
@@ -85,8 +85,7 @@ def keep_typical(logits_RV: Float[Tensor, "R V"], p: float) -> Float[Tensor, "R 
 
 def keep_epsilon(logits_RV: Float[Tensor, "R V"], epsilon: float) -> Float[Tensor, "R V"]:
     """Keep the most likely token, and tokens with a probability of at least `epsilon` (Hewitt et al. 2022)."""
-    removed_RV = (logits_RV.softmax(-1) < epsilon) & (logits_RV < logits_RV.amax(-1, keepdim=True))
-    return logits_RV.masked_fill(removed_RV, -torch.inf)
+    return _keep_or_most_likely(logits_RV, logits_RV.softmax(-1) >= epsilon)
 
 
 def keep_eta(logits_RV: Float[Tensor, "R V"], epsilon: float) -> Float[Tensor, "R V"]:
@@ -96,8 +95,7 @@ def keep_eta(logits_RV: Float[Tensor, "R V"], epsilon: float) -> Float[Tensor, "
     """
     logprobs_RV = logits_RV.log_softmax(-1)
     eta_R1 = (math.sqrt(epsilon) * (-_entropy(logprobs_RV)).exp()).clamp(max=epsilon)
-    removed_RV = (logprobs_RV.exp() < eta_R1) & (logits_RV < logits_RV.amax(-1, keepdim=True))
-    return logits_RV.masked_fill(removed_RV, -torch.inf)
+    return _keep_or_most_likely(logits_RV, logprobs_RV.exp() >= eta_R1)
 
 
 def _entropy(logprobs_RV: Float[Tensor, "R V"]) -> Float[Tensor, "R 1"]:
@@ -119,3 +117,7 @@ def inverse_cdf_sample(logits_RV: Float[Tensor, "R V"], noise_R: Float[Tensor, "
 
 def _keep_from(logits_RV: Float[Tensor, "R V"], threshold_R1: Float[Tensor, "R 1"]) -> Float[Tensor, "R V"]:
     return logits_RV.masked_fill(logits_RV < threshold_R1, -torch.inf)
+
+
+def _keep_or_most_likely(logits_RV: Float[Tensor, "R V"], keeps_RV: Bool[Tensor, "R V"]) -> Float[Tensor, "R V"]:
+    return logits_RV.masked_fill(~keeps_RV & (logits_RV < logits_RV.amax(-1, keepdim=True)), -torch.inf)

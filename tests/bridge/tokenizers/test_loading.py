@@ -231,6 +231,15 @@ def test_a_file_of_another_layout_is_refused(
         load_tokenizer(edited(trained[1], tmp_path, edit), VOCAB_SIZE)
 
 
+def write_vocab_and_merges(source: Path, target: Path, edit: Callable[[dict[str, Any], list[str]], object]) -> None:
+    """Write `vocab.json` and `merges.txt` after `edit` has changed the vocabulary and the lines of the merges."""
+    vocab = json.loads((source / "vocab.json").read_text())
+    merges = (source / "merges.txt").read_text().splitlines()[1:]
+    edit(vocab, merges)
+    (target / "vocab.json").write_text(json.dumps(vocab))
+    (target / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+
+
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
@@ -257,11 +266,7 @@ def test_a_vocabulary_that_contradicts_the_merges_is_refused(
     edit: Callable[[dict[str, Any], list[str]], object],
     expected: str,
 ) -> None:
-    vocab = json.loads((trained[1] / "vocab.json").read_text())
-    merges = (trained[1] / "merges.txt").read_text().splitlines()[1:]
-    edit(vocab, merges)
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    write_vocab_and_merges(trained[1], tmp_path, edit)
     with pytest.raises(TokenizerError, match=expected):
         load_tokenizer(tmp_path, VOCAB_SIZE)
 
@@ -419,11 +424,7 @@ def test_merges_in_another_order_than_the_ids_give_the_ids_of_tokenizers(
     tmp_path: Path,
     edit: Callable[[dict[str, Any], list[str]], object],
 ) -> None:
-    vocab = json.loads((trained[1] / "vocab.json").read_text())
-    merges = (trained[1] / "merges.txt").read_text().splitlines()[1:]
-    edit(vocab, merges)
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    write_vocab_and_merges(trained[1], tmp_path, edit)
     theirs = GPT2Tokenizer.from_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path, VOCAB_SIZE)
     for text in [*TEXTS, *CORPUS, *random_texts(50)]:
