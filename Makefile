@@ -65,6 +65,7 @@ bench: $(INSTALLED)  ## measure the speeds of docs/benchmarks.md, other than che
 	$(BIN)/python -m tests.benchmarks.load
 	$(BIN)/python -m tests.benchmarks.convert
 	$(BIN)/python -m tests.benchmarks.data
+	$(BIN)/python -m tests.benchmarks.tokenization
 	$(BIN)/gpt2 bench --preset shakespeare-char
 	$(BIN)/python -m tests.benchmarks.generate
 

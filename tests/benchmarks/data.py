@@ -1,10 +1,9 @@
-"""Cost of feeding a training run: memory, time per batch, and time of encoding text.
+"""Cost of feeding a training run: memory and time per batch.
 
     python -m tests.benchmarks.data [directory with 3 GB of room]
 
 Memory is the growth of a child process's peak while it reads every window of 1 GB of tokens once, from one file and
-from 50 shards. For comparison, it is also measured with memory maps that stay open. Encoding of the standard library is
-compared with tiktoken on one thread, on the entire text at once, in alternating pairs.
+from 50 shards. For comparison, it is also measured with memory maps that stay open.
 """
 
 from __future__ import annotations
@@ -19,15 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bridge import NoTokenizerError
-from gpt2_jax.data import make_tokenizer, open_data, training_batches
-from gpt2_jax.data.documents import find_documents
-from gpt2_jax.data.token_cache import cached_text
+from gpt2_jax.data import open_data, training_batches
 
 MIB = 2**20
 TOKENS = 2**29  # 1 GiB of uint16
 SHARDS = 50
-PAIRS = 5
+ROUNDS = 5
 
 # On Linux, writing 5 to clear_refs resets the peak to the current memory.
 PEAK = """
@@ -115,14 +111,12 @@ def main() -> None:
                 )
             for batch_size, length in ((12, 64), (64, 256), (64, 1024)):
                 _time_batches(source, batch_size, length)
-        for tokenizer in ("gpt2", "bpe"):
-            _time_encoding(Path(scratch), tokenizer)
 
 
 def _time_batches(source: str, batch_size: int, length: int, number: int = 300) -> None:
     batches = training_batches(open_data(source).train, batch_size=batch_size, seq_len=length)
     rounds = []
-    for _ in range(PAIRS):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in islice(batches, number):
             pass
@@ -130,28 +124,6 @@ def _time_batches(source: str, batch_size: int, length: int, number: int = 300) 
     seconds = statistics.median(rounds)
     speed = batch_size * length / seconds / 1e6
     print(f"  {batch_size} x {length:4}: {1e3 * seconds:6.3f} ms per batch, {speed:6.1f} M tokens/s")
-
-
-def _time_encoding(scratch: Path, tokenizer: str) -> None:
-    documents = find_documents("stdlib")
-    try:
-        encoding = make_tokenizer(tokenizer, documents, 8192, cache=scratch / "cache")
-    except NoTokenizerError as error:
-        print(f"{tokenizer}: {error}")
-        return
-    whole = "".join(block for document in documents.readable() for block in document.blocks())
-    alone, ours = [], []
-    for pair in range(PAIRS):
-        start = time.perf_counter()
-        encoding.encode(whole, special_tokens="as_text")
-        alone.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        cached_text(documents, encoding, cache=scratch / f"cache {tokenizer} {pair}")
-        ours.append(time.perf_counter() - start)
-    ratios = sorted(a / b for a, b in zip(alone, ours, strict=True))
-    speeds = [documents.size / 1e6 / statistics.median(seconds) for seconds in (ours, alone)]
-    print(f"{tokenizer}: {speeds[0]:.1f} MB/s into the cache, {speeds[1]:.1f} MB/s by tiktoken on one thread;", end=" ")
-    print(f"ratio, median of {PAIRS} pairs, {statistics.median(ratios):.2f} (from {ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
 if __name__ == "__main__":
