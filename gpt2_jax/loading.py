@@ -26,6 +26,8 @@ def from_pretrained(
     source: str | Path,
     *,
     activation: str | None = None,
+    drop_extra_heads: bool = False,
+    base: str | Path | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike | None = None,
     scan: bool = False,
@@ -36,6 +38,8 @@ def from_pretrained(
 
     Args:
         activation: the activation of a nanoGPT file that does not state it; see `bridge.load`.
+        drop_extra_heads: leave out the tensors of heads for other tasks. By default they are an error.
+        base: for a LoRA adapter: the model that it changes, as a path or a Hugging Face id.
         dtype: the dtype of the computation.
         param_dtype: cast the parameters to this; None keeps the stored dtypes.
         scan, vocab_multiple: as in `GPT2`.
@@ -43,7 +47,7 @@ def from_pretrained(
 
     Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
     """
-    checkpoint = bridge.load(source, activation=activation)
+    checkpoint = bridge.load(source, activation=activation, drop_extra_heads=drop_extra_heads, base=base)
     return model_from_checkpoint(
         checkpoint, dtype=dtype, param_dtype=param_dtype, scan=scan, vocab_multiple=vocab_multiple, mesh=mesh
     )

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bridge
 from bridge import Checkpoint
 from gpt2_torch.arrays import array_from_tensor
 from gpt2_torch.model import GPT2
 
 
-def from_pretrained(source: str | Path, *, activation: str | None = None) -> GPT2:
+def from_pretrained(
+    source: str | Path,
+    *,
+    activation: str | None = None,
+    drop_extra_heads: bool = False,
+    base: str | Path | None = None,
+) -> GPT2:
     """Load a model from a checkpoint in any format or from a Hugging Face id, in its dtype and in eval mode.
 
     Args:
         activation: the activation of a nanoGPT file that does not state it; see `bridge.load`.
+        drop_extra_heads: leave out the tensors of heads for other tasks. By default they are an error.
+        base: for a LoRA adapter: the model that it changes, as a path or a Hugging Face id.
 
     Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint.
     """
-    return model_from_checkpoint(bridge.load(source, activation=activation))
+    return GPT2.from_pretrained(source, activation=activation, drop_extra_heads=drop_extra_heads, base=base)
 
 
 def model_from_checkpoint(checkpoint: Checkpoint) -> GPT2:

@@ -285,9 +285,18 @@ class GPT2(nn.Module):
         return F.linear(x, head.weight)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, activation: str | None = None) -> GPT2:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        activation: str | None = None,
+        drop_extra_heads: bool = False,
+        base: str | Path | None = None,
+    ) -> GPT2:
         """Load a model from a checkpoint in any format or from a Hugging Face id; see `gpt2_torch.from_pretrained`."""
-        return cls.from_checkpoint(bridge.load(source, activation=activation))
+        return cls.from_checkpoint(
+            bridge.load(source, activation=activation, drop_extra_heads=drop_extra_heads, base=base)
+        )
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> GPT2:
