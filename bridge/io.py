@@ -65,15 +65,7 @@ def load(
     Raises:
         BridgeError: the source cannot be read. The message names the problem and what to do.
     """
-    if not str(source):
-        raise CheckpointError("the source is empty; give a directory or a Hugging Face id")
-    path = Path(source).absolute()  # tensors are read later, perhaps from another working directory
-    if str(source) == BUNDLED.name and not path.exists():
-        path = BUNDLED
-    if not os.path.exists(path):  # unlike Path.exists, returns False for a name that is too long
-        if not hub.is_repo_id(str(source)):
-            raise CheckpointError(f"{quoted(Path(source))} does not exist")
-        path = hub.download(str(source))
+    path = local_path(source)
     chosen = choose_checkpoint(path)
     if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {why_unrecognised(path)}")
@@ -83,6 +75,23 @@ def load(
         if quoted(path)[1:-1] in str(error):
             raise
         raise type(error)(f"{quoted(path)}: {error}") from error
+
+
+def local_path(source: str | Path) -> Path:
+    """Return the absolute path of a source. A Hugging Face id is downloaded.
+
+    Raises `CheckpointError` if the source does not exist or cannot be downloaded.
+    """
+    if not str(source):
+        raise CheckpointError("the source is empty; give a directory or a Hugging Face id")
+    path = Path(source).absolute()  # tensors are read later, perhaps from another working directory
+    if str(source) == BUNDLED.name and not path.exists():
+        return BUNDLED
+    if not os.path.exists(path):  # unlike Path.exists, returns False for a name that is too long
+        if not hub.is_repo_id(str(source)):
+            raise CheckpointError(f"{quoted(Path(source))} does not exist")
+        return hub.download(str(source))
+    return path
 
 
 def _read(

@@ -82,6 +82,15 @@ class SequenceClassifier:
         return _classifier(LazyTensorMap.of(tensors), self.checkpoint)
 
 
+def is_classifier(source: str | Path) -> bool:
+    """Whether `source` is a model in Hugging Face format with a tensor `score.weight`.
+
+    Raises `BridgeError` if its files are damaged, or if there are several checkpoints.
+    """
+    found, _ = choose_checkpoint(Path(source).absolute()) or (None, ())
+    return found is not None and found.format.name == NAME and _SCORE in canonical_names(stored_tensors(found.path)[0])
+
+
 def load_classifier(source: str | Path) -> SequenceClassifier:
     """Open transformers' `GPT2ForSequenceClassification` from its directory.
 

@@ -10,8 +10,10 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 import bridge
-from bridge import Checkpoint
+from bridge import Checkpoint, SequenceClassifier
 from bridge.errors import escaped
+from bridge.formats.sequence_classifier import is_classifier
+from bridge.io import local_path
 
 BUNDLED = str(bridge.BUNDLED)
 """The default source: the small model that comes with the package. Its path is used, because the user may have a
@@ -32,7 +34,7 @@ _BASE_HELP = (
 )
 _HEADS_HELP = (
     "leave out the tensors of heads for other tasks, such as classification, and name them; by default they are an "
-    "error"
+    "error, but verify checks a sequence classifier with its head"
 )
 
 
@@ -51,6 +53,11 @@ class SourceFlags:
         return bridge.load(
             source, activation=self.source_activation, drop_extra_heads=self.drop_extra_heads, base=self.base
         )
+
+    def load_with_classifier(self, source: str) -> Checkpoint | SequenceClassifier:
+        """Open the checkpoint, or a sequence classifier with its head if no flag of this class is given."""
+        path = local_path(source)
+        return bridge.load_classifier(path) if self == READING and is_classifier(path) else self.load(str(path))
 
     def load_with_warnings(self, source: str) -> Checkpoint:
         """Open the checkpoint. If a flag of this class is given, print the reader's diagnostics on standard error."""

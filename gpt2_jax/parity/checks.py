@@ -1,4 +1,7 @@
-"""The eight checks of `verify`. Each is a function from `CheckInputs` to a `Check`."""
+"""The checks of `verify` that run the model, and the table of all checks.
+
+Each check is a function from `CheckInputs` to a `Check`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ import numpy as np
 
 import bridge
 import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.text_checks as text_checks
 import gpt2_jax.parity.tolerances as tolerances
 import gpt2_jax.parity.torch_side as torch_side
 import gpt2_jax.parity.transformers_side as transformers_side
+from bridge import Checkpoint, SequenceClassifier
 from bridge.conversion import mixed_dtypes
 from bridge.storage.tensors import LazyTensor, same_bytes
 from gpt2_jax.parity.comparisons import (
     compare_activations,
+    compare_class_logits,
     compare_errors,
     compare_gradients,
     compare_logits,
@@ -114,7 +120,9 @@ def prediction(inputs: CheckInputs) -> Check:
 
     This finds weights in a wrong layout: both backends agree on them, but they predict nothing.
     """
-    if not inputs.is_text:
+    if inputs.classifier is not None:
+        return Check("prediction", note="a classifier does not predict tokens")
+    if not inputs.tokens.is_text:
         return Check("prediction", note="needs text in the checkpoint's own tokens; give --text")
     uniform = math.log(inputs.checkpoint.config.vocab_size)
     limit = None if inputs.untrained else tolerances.PREDICTION
@@ -133,10 +141,10 @@ def prediction(inputs: CheckInputs) -> Check:
 def transformers(inputs: CheckInputs) -> Check:
     """The model of transformers gives equal logits and gradients."""
     name = "transformers"
-    if not transformers_side.is_installed():
-        return Check(name, note="transformers is not installed")
-    if not inputs.checkpoint.config.bias:
-        return Check(name, note="its GPT-2 always has biases; this model has none")
+    try:
+        transformers_side.require_model(inputs.checkpoint)
+    except transformers_side.UnavailableError as reason:
+        return Check(name, note=str(reason))
     measurements = []
     for dtype in ("float64", "float32"):
         expected = transformers_side.logits(inputs.checkpoint, inputs.ids, dtype)
@@ -144,6 +152,42 @@ def transformers(inputs: CheckInputs) -> Check:
         measurements += compare_logits(dtype, expected, actual, inputs.n_layer)
     measurements += compare_gradients(transformers_side.gradients, inputs)
     return _with_location(Check(name, tuple(measurements)), inputs)
+
+
+def classification(inputs: CheckInputs) -> Check:
+    """The logits of the classes are equal in float64 and float32, with padding on either side.
+
+    A classifier gets no mask. It attends to padding on the left, as transformers' does without a mask.
+    """
+    name, classifier = "classification", inputs.classifier
+    if classifier is None:
+        return Check(name, note="the checkpoint has no classification head")
+    batches, note = _batches_to_classify(inputs, classifier)
+    others = [jax_side]
+    try:
+        transformers_side.require_model(classifier.checkpoint)
+        others.append(transformers_side)
+    except transformers_side.UnavailableError as reason:
+        note += f"; without a third opinion: {reason}"
+    ids, measurements = np.concatenate([*batches.values()]), []  # together, to compile once
+    for dtype in ("float64", "float32"):
+        expected = torch_side.class_logits(classifier, ids, dtype)
+        for side in others:
+            actual = side.class_logits(classifier, ids, dtype)
+            halves = zip(batches, np.split(expected, len(batches)), np.split(actual, len(batches)), strict=True)
+            for batch, a, b in halves:
+                title = f"logits of classes, {batch}, {side.NAME} vs {torch_side.NAME}"
+                measurements.append(compare_class_logits(title, dtype, a, b, inputs.n_layer))
+    return Check(name, tuple(measurements), note)
+
+
+def _batches_to_classify(inputs: CheckInputs, classifier: SequenceClassifier) -> tuple[dict[str, np.ndarray], str]:
+    """Return name -> ids, and a remark. Without an id of padding, only single rows can be classified."""
+    rows, pad_token_id = inputs.rows_of_different_lengths(), classifier.pad_token_id
+    if pad_token_id is None or not 0 <= pad_token_id < classifier.checkpoint.config.vocab_size:
+        return {"one row": rows[-1][None]}, "one row, because no pad_token_id is in the vocabulary"
+    batches = {f"padded {side}": pad(rows, side, pad_token_id)[0] for side in ("left", "right")}
+    return batches, f"{len(rows)} rows, {classifier.num_labels} classes"
 
 
 def _with_location(check: Check, inputs: CheckInputs) -> Check:
@@ -162,5 +206,17 @@ CHECKS: Mapping[str, Callable[[CheckInputs], Check]] = {
     "round-trip": round_trip,
     "prediction": prediction,
     "transformers": transformers,
+    "tokenizer": text_checks.tokenizer,
+    "generation": text_checks.generation,
+    "classification": classification,
 }
 """In the order of the report. The keys are the names in `gpt2 verify --checks`."""
+
+OF_LANGUAGE_MODELS = ("prediction", "generation")
+OF_CLASSIFIERS = ("classification",)
+
+
+def checks_for(checkpoint: Checkpoint | SequenceClassifier) -> tuple[str, ...]:
+    """Return the names of the checks that apply to a language model or to a classifier."""
+    others = OF_LANGUAGE_MODELS if isinstance(checkpoint, SequenceClassifier) else OF_CLASSIFIERS
+    return tuple(name for name in CHECKS if name not in others)

@@ -24,23 +24,40 @@ Gradients = Callable[[Checkpoint, np.ndarray, str], dict[str, np.ndarray]]
 
 def compare_logits(dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> list[Measurement]:
     """Differences of logits [B, T, V]. In bfloat16 they have no tolerance; `compare_errors` tests bfloat16 instead."""
-    largest = float(np.abs(expected).max())
-    # Tolerances of the maximum difference, the KL divergence, and the fraction of tokens with a different top-1.
-    limits: dict[str, tuple[float | None, float | None, float | None]] = {
-        "float64": (tolerances.LOGITS_FP64 * largest, tolerances.KL_FP64, 0.0),
-        "float32": (tolerances.logits_fp32(largest, n_layer), tolerances.KL_FP32, None),
-        "bfloat16": (None, None, None),
+    # Tolerances of the KL divergence and of the fraction of tokens with a different top-1.
+    limits: dict[str, tuple[float | None, float | None]] = {
+        "float64": (tolerances.KL_FP64, 0.0),
+        "float32": (tolerances.KL_FP32, None),
+        "bfloat16": (None, None),
     }
+    limit = _logits_tolerance(dtype, expected, n_layer)
     difference = np.abs(expected - actual)
     kl = float(np.max([max_kl(a, b) for a, b in zip(expected, actual, strict=True)]))
     different_top1 = float((expected.argmax(-1) != actual.argmax(-1)).mean())
     short = SHORT_NAMES[dtype]
     return [
-        Measurement(f"{short} logits, max difference", float(difference.max()), limits[dtype][0]),
+        Measurement(f"{short} logits, max difference", float(difference.max()), limit),
         Measurement(f"{short} logits, mean difference", float(difference.mean())),
-        Measurement(f"{short} max KL divergence, nats per token", kl, limits[dtype][1]),
-        Measurement(f"{short} tokens with a different top-1, fraction", different_top1, limits[dtype][2]),
+        Measurement(f"{short} max KL divergence, nats per token", kl, limits[dtype][0]),
+        Measurement(f"{short} tokens with a different top-1, fraction", different_top1, limits[dtype][1]),
     ]
+
+
+def compare_class_logits(title: str, dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> Measurement:
+    """The maximum difference of logits of classes [B, C], in float64 or float32."""
+    difference = np.abs(actual - expected)
+    row, label = np.unravel_index(difference.argmax(), difference.shape)
+    limit = _logits_tolerance(dtype, expected, n_layer)
+    name = f"{SHORT_NAMES[dtype]} {title}, max difference"
+    return Measurement(name, float(difference.max()), limit, f"row {row}, class {label}")
+
+
+def _logits_tolerance(dtype: str, expected: np.ndarray, n_layer: int) -> float | None:
+    """The tolerance of the maximum difference. bfloat16 has none; see `compare_errors`."""
+    largest = float(np.abs(expected).max())
+    if dtype == "float64":
+        return tolerances.LOGITS_FP64 * largest
+    return tolerances.logits_fp32(largest, n_layer) if dtype == "float32" else None
 
 
 def compare_errors(dtype: str, exact: np.ndarray, expected: np.ndarray, actual: np.ndarray) -> Measurement:

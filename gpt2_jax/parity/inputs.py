@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from bridge import BridgeError, Checkpoint, NoTokenizerError, Tokenizer, TokenizerError
+import bridge
+from bridge import BridgeError, Checkpoint, NoTokenizerError, SequenceClassifier, Tokenizer, TokenizerError
+from bridge.generation.defaults import GenerationDefaults
 from bridge.tokenizers.characters import CharacterTokenizer
 
 BUILT_IN_TEXT = """\
@@ -33,6 +36,9 @@ TRAIN_STEPS = 10
 MAX_SHORT_LENGTH = 64
 """Maximum sequence length in the training and padding checks, to save time. What they test is independent of length."""
 
+PROMPTS, PROMPT_LENGTH = 3, 8
+"""The number of prompts to generate from, and their tokens."""
+
 
 @dataclass(frozen=True)
 class AdamW:
@@ -46,16 +52,39 @@ class AdamW:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Token ids and their origin."""
+
+    ids: np.ndarray
+    """[B, T]."""
+    origin: str
+    is_text: bool
+    """Whether the ids are text, encoded with the checkpoint's tokenizer, which a trained model can predict."""
+    tokenizer: Tokenizer | None = None
+    no_tokenizer: str = ""
+    """Why the checkpoint has no tokenizer."""
+
+
+@dataclass(frozen=True)
 class CheckInputs:
     """The inputs of all checks."""
 
     checkpoint: Checkpoint
-    ids: np.ndarray
-    """[B, T] token ids."""
-    is_text: bool
-    """Whether the ids are text, encoded with the checkpoint's tokenizer, which a trained model can predict."""
+    tokens: Tokens
     untrained: bool = False
     """Whether the weights are known to be random, so that a high loss is not a failure."""
+    classifier: SequenceClassifier | None = None
+    """The classifier whose GPT-2 is `checkpoint`, if it has a classification head."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[B, T] token ids."""
+        return self.tokens.ids
+
+    @cached_property
+    def generation_defaults(self) -> GenerationDefaults:
+        """How the checkpoint generates by default. Raises `CheckpointError` for invalid settings."""
+        return bridge.generation_defaults(self.checkpoint, self.tokens.tokenizer)
 
     @property
     def n_layer(self) -> int:
@@ -72,32 +101,30 @@ class CheckInputs:
         shape = (len(self.ids), self.short_length)
         return np.stack([np.resize(np.roll(stream, -offset), shape) for offset in offsets])
 
+    def prompts(self) -> np.ndarray:
+        """Token ids [B, T] of a few short prompts. At least half of the model's positions remain for new tokens."""
+        stream = self.ids.reshape(-1)
+        length = min(PROMPT_LENGTH, max(1, self.checkpoint.config.n_positions // 2))
+        offsets = [i * len(stream) // PROMPTS for i in range(PROMPTS)]
+        return np.stack([np.resize(np.roll(stream, -offset), length) for offset in offsets])
+
     def rows_of_different_lengths(self) -> list[np.ndarray]:
         """Four rows, whose lengths are 1/4, 2/4, 3/4 and all of `short_length`."""
         lengths = [max(1, self.short_length * (i + 1) // 4) for i in range(4)]
         return [self.ids[i % len(self.ids), :length] for i, length in enumerate(lengths)]
 
 
-def pad(rows: list[np.ndarray], side: str) -> tuple[np.ndarray, np.ndarray]:
+def pad(rows: list[np.ndarray], side: str, pad_token_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Pad rows to the same length on the "left" or "right". Returns ids and mask, both [B, T].
 
-    The padding id is 0. Any other id must give the same results.
+    With a mask, any id of padding must give the same results.
     """
     T = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), T), np.int64), np.zeros((len(rows), T), np.int64)
+    ids, mask = np.full((len(rows), T), pad_token_id, np.int64), np.zeros((len(rows), T), np.int64)
     for i, row in enumerate(rows):
         where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
         ids[i, where], mask[i, where] = row, 1
     return ids, mask
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Token ids [B, T], their origin, and whether they are text that a trained model should predict."""
-
-    ids: np.ndarray
-    origin: str
-    is_text: bool
 
 
 def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> Tokens:
@@ -105,17 +132,17 @@ def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, in
     rng = np.random.default_rng(seed)
     try:
         tokenizer = checkpoint.tokenizer()
-    except NoTokenizerError:
+    except NoTokenizerError as reason:
         if text is not None:
             raise
         ids = rng.integers(0, checkpoint.config.vocab_size, shape)
-        return Tokens(ids, f"random ids from seed {seed}", is_text=False)
+        return Tokens(ids, f"random ids from seed {seed}", is_text=False, no_tokenizer=str(reason))
     origin = "the built-in text" if text is None else "the given text"
     if text is None:
-        text = _encodable(BUILT_IN_TEXT, tokenizer)
+        text = encodable(BUILT_IN_TEXT, tokenizer)
         if len(text) < MIN_TEXT_COVERAGE * len(BUILT_IN_TEXT):
             ids = rng.choice(sorted(i for i in range(tokenizer.vocab_size) if tokenizer.token_of(i) is not None), shape)
-            return Tokens(ids, f"random characters of the tokenizer from seed {seed}", is_text=False)
+            return Tokens(ids, f"random characters of the tokenizer from seed {seed}", False, tokenizer)
         if len(text) < len(BUILT_IN_TEXT):
             origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
     if seed:
@@ -123,10 +150,10 @@ def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, in
     encoded = tokenizer.encode(text)
     if not encoded:
         raise TokenizerError("the text is empty; give at least one token")
-    return Tokens(np.resize(np.array(encoded, np.int64), shape), origin, is_text=True)
+    return Tokens(np.resize(np.array(encoded, np.int64), shape), origin, True, tokenizer)
 
 
-def _encodable(text: str, tokenizer: Tokenizer) -> str:
+def encodable(text: str, tokenizer: Tokenizer) -> str:
     """Remove the characters that a character tokenizer lacks. Other tokenizers can encode every text."""
     if not isinstance(tokenizer, CharacterTokenizer):
         return text

@@ -18,7 +18,9 @@ import optax
 from flax import linen as nn
 
 import bridge
-from bridge import Checkpoint
+from bridge import Checkpoint, GenerationConfig, SequenceClassifier
+from gpt2_jax.classification import GPT2ForSequenceClassification
+from gpt2_jax.generation import Decoder
 from gpt2_jax.loading import to_device
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.cross_entropy import next_token_loss
@@ -94,12 +96,37 @@ def train(
         return losses, bridge.to_torch(params, checkpoint.config)
 
 
+def generate(checkpoint: Checkpoint, prompts: np.ndarray, config: GenerationConfig) -> list[list[int]]:
+    """The new ids for prompts [B, T], computed in float64. `config` asks for one output for each prompt."""
+    with full_precision("float64"):
+        outputs = Decoder(*_model(checkpoint, "float64")).generate(prompts.tolist(), config)
+    return [output.ids for [output] in outputs]
+
+
+def class_logits(classifier: SequenceClassifier, ids: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits of the classes [B, C] in float64, computed in `dtype`."""
+    with full_precision(dtype):
+        params = jax.tree.map(to_device, _cast(classifier.to_flax(), dtype))
+        model = GPT2ForSequenceClassification(
+            classifier.checkpoint.config,
+            classifier.num_labels,
+            classifier.pad_token_id,
+            jnp.dtype(dtype),
+            jnp.dtype(dtype),
+        )
+        values: Any = jax.jit(model.apply)({"params": params}, _array(ids))
+        return np.asarray(values).astype(np.float64)
+
+
 def _model(checkpoint: Checkpoint, dtype: str, scan: bool = False) -> tuple[GPT2, Any]:
-    tree = bridge.to_flax(checkpoint.tensors, checkpoint.config)
     # Cast before stacking: layers may be stored in different dtypes.
-    tree = jax.tree.map(lambda array: array.astype(jnp.dtype(dtype), copy=False), tree)
+    tree = _cast(bridge.to_flax(checkpoint.tensors, checkpoint.config), dtype)
     params = jax.tree.map(to_device, bridge.stack_layers(tree) if scan else tree)
     return GPT2(checkpoint.config, jnp.dtype(dtype), jnp.dtype(dtype), scan), params
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda array: array.astype(jnp.dtype(dtype), copy=False), tree)
 
 
 def _loss(model: GPT2) -> Callable[..., jax.Array]:

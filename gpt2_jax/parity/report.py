@@ -14,6 +14,9 @@ from rich.text import Text
 REQUIRED_FOR_EQUALITY = {"logits", "hidden states", "gradients"}
 """The report calls the backends the same function only if these checks ran and passed."""
 
+OF_TEXT = {"prediction", "tokenizer"}
+"""Checks of the checkpoint, which can fail although the backends are the same function."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -23,7 +26,7 @@ class Measurement:
     value: float
     tolerance: float | None = None
     location: str = ""
-    """The parameter, activation or row with the largest difference."""
+    """The parameter, activation or row with the largest difference, or the first difference of texts."""
 
     @property
     def passed(self) -> bool:
@@ -60,6 +63,8 @@ class Report:
     checks: tuple[Check, ...]
     diagnostics: tuple[str, ...] = ()
     """`Checkpoint.diagnostics`."""
+    is_classifier: bool = False
+    """Whether the model has a classification head, which is then required for equality, too."""
 
     @property
     def passed(self) -> bool:
@@ -125,12 +130,13 @@ class Report:
         skipped = f" Skipped: {names}." if names else ""
         failed = [check.name for check in self.checks if not check.passed]
         if failed:
-            different = "" if failed == ["prediction"] else "NOT the same function. "
+            different = "" if OF_TEXT.issuperset(failed) else "NOT the same function. "
             return Text(f"{different}Failed: {', '.join(failed)}.{skipped}", style="bold red")
         if not run:
             return Text(f"Nothing was checked.{skipped}", style="bold red")
         hold = f"{len(run)} checks hold" if len(run) > 1 else "1 check holds"
-        claim = ": the two backends are the same function." if run >= REQUIRED_FOR_EQUALITY else "."
+        required = REQUIRED_FOR_EQUALITY | ({"classification"} if self.is_classifier else set())
+        claim = ": the two backends are the same function." if run >= required else "."
         return Text(f"{hold}{claim}{skipped}", style="bold green")
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bridge import Checkpoint
+from bridge import Checkpoint, GenerationConfig, SequenceClassifier
 from gpt2_jax.parity.activations import LOGITS, Activations, is_recorded_output, recorded_input
 from gpt2_jax.parity.inputs import AdamW
-from gpt2_torch import GPT2, model_from_checkpoint
+from gpt2_torch import GPT2, Decoder, model_from_checkpoint, model_from_classifier
 from gpt2_torch.arrays import array_from_tensor
 from gpt2_torch.ops.cross_entropy import next_token_loss
 
@@ -82,6 +82,19 @@ def train(
         optimizer.step()
         losses.append(loss.item())
     return losses, {name: array_from_tensor(tensor) for name, tensor in model.state_dict().items()}
+
+
+def generate(checkpoint: Checkpoint, prompts: np.ndarray, config: GenerationConfig) -> list[list[int]]:
+    """The new ids for prompts [B, T], computed in float64. `config` asks for one output for each prompt."""
+    outputs = Decoder(_model(checkpoint, "float64")).generate(prompts.tolist(), config)
+    return [output.ids for [output] in outputs]
+
+
+def class_logits(classifier: SequenceClassifier, ids: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits of the classes [B, C] in float64, computed in `dtype`."""
+    model = model_from_classifier(classifier).to(getattr(torch, dtype))
+    with torch.inference_mode():
+        return model(_tensor(ids)).double().numpy()
 
 
 def _gradient(name: str, parameter: torch.nn.Parameter) -> np.ndarray:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import bridge
-from bridge import BridgeError, Checkpoint
-from gpt2_jax.parity.checks import CHECKS
+from bridge import BridgeError, Checkpoint, SequenceClassifier
+from gpt2_jax.parity.checks import CHECKS, checks_for
 from gpt2_jax.parity.inputs import CheckInputs, choose_tokens
 from gpt2_jax.parity.report import Report
 
 
 def verify(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | SequenceClassifier,
     *,
     source: str = "",
     text: str | None = None,
@@ -21,7 +20,7 @@ def verify(
     seq_len: int = 256,
     seed: int = 0,
     untrained: bool = False,
-    checks: Iterable[str] = tuple(CHECKS),
+    checks: Iterable[str] | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Report:
     """Run the checks and return their report.
@@ -29,6 +28,8 @@ def verify(
     Needs PyTorch. float64 runs on the CPU, all else on JAX's default device.
 
     Args:
+        checkpoint: a language model or a sequence classifier. The checks of a classifier run on its GPT-2 with a tied
+            head, except `classification`, which runs on the whole model.
         source: the name of the checkpoint in the report.
         text: the text to run the model on. The default is a built-in text, without characters that a character
             tokenizer lacks. If the tokenizer lacks more than a tenth of the text, the tokens are random characters of
@@ -38,29 +39,38 @@ def verify(
         seq_len: tokens per sequence; at most `n_positions` are used.
         seed: the seed of random tokens.
         untrained: the weights are known to be random, so a loss above ln(V) is not a failure.
-        checks: names from `gpt2_jax.parity.CHECKS`.
+        checks: names from `gpt2_jax.parity.CHECKS`. The default is `gpt2_jax.parity.checks_for(checkpoint)`.
         progress: called with the name of each check before it starts.
 
     Raises:
         TokenizerError: the checkpoint's tokenizer is damaged, or is missing although `text` is given.
+        CheckpointError: the check of generation is to run, and the checkpoint's generation settings are invalid.
         BridgeError: there is no sequence or fewer than two tokens per sequence, or `seed` is negative, or it is given
             but not used.
     """
-    config = checkpoint.config
-    shape = (batch_size, min(seq_len, config.n_positions))
+    names = checks_for(checkpoint) if checks is None else tuple(checks)
+    classifier = checkpoint if isinstance(checkpoint, SequenceClassifier) else None
+    model = checkpoint.checkpoint if isinstance(checkpoint, SequenceClassifier) else checkpoint
+    shape = (batch_size, min(seq_len, model.config.n_positions))
     if shape[0] < 1 or shape[1] < 2 or seed < 0:
         raise BridgeError(
             f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: give at least one sequence of two tokens, and a "
             "seed of 0 or more"
         )
-    tokens = choose_tokens(checkpoint, text, shape, seed)
-    inputs = CheckInputs(checkpoint, tokens.ids, is_text=tokens.is_text, untrained=untrained)
-    details: dict[str, Any] = {
-        "model": f"{bridge.num_parameters(config):,} parameters, {config.n_layer} layers, width {config.n_embd}",
-        "tokens": f"{shape[0]} x {shape[1]}, {tokens.origin}",
-    }
+    tokens = choose_tokens(model, text, shape, seed)
+    inputs = CheckInputs(model, tokens, untrained, classifier)
+    if "generation" in names:
+        _ = inputs.generation_defaults  # invalid settings are an error before the first check
+    details = {"model": _description(model, classifier), "tokens": f"{shape[0]} x {shape[1]}, {tokens.origin}"}
     results = []
-    for name in checks:
+    for name in names:
         progress(name)
         results.append(CHECKS[name](inputs))
-    return Report(source or str(checkpoint.path or checkpoint.format), details, tuple(results), checkpoint.diagnostics)
+    title = source or str(model.path or model.format)
+    return Report(title, details, tuple(results), model.diagnostics, is_classifier=classifier is not None)
+
+
+def _description(model: Checkpoint, classifier: SequenceClassifier | None) -> str:
+    config = model.config
+    size = f"{bridge.num_parameters(config):,} parameters, {config.n_layer} layers, width {config.n_embd}"
+    return size if classifier is None else f"{size}, and a classification head of {classifier.num_labels} classes"

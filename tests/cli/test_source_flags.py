@@ -40,7 +40,7 @@ def facts(file: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("verb", ["inspect", "verify", "eval", "generate", "convert", "train"])
+@pytest.mark.parametrize("verb", ["inspect", "eval", "generate", "convert", "train"])
 def test_without_the_flag_the_error_names_the_tensor_and_the_flag(
     verb: str, classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +71,21 @@ def test_inspect_and_convert_name_what_is_left_out(
 def test_verify_names_what_is_left_out(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", classifier, FLAG, "--checks", "round-trip", "--seq-len", 4) == 0
     assert f"warning: {LEFT_OUT}" in capsys.readouterr().out
+
+
+@needs_torch
+def test_verify_checks_the_head_unless_it_is_left_out(
+    classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (classifier, "--checks", "classification", "--seq-len", 4)
+    assert run("verify", *arguments, "--json", tmp_path / "report.json") == 0
+    report = facts(tmp_path / "report.json")
+    assert report["details"]["model"].endswith("and a classification head of 2 classes")
+    assert [check["name"] for check in report["checks"]] == ["classification"]
+    assert run("verify", *arguments, FLAG) == 1
+    assert "Nothing was checked. Skipped: classification." in capsys.readouterr().out
+    assert run("verify", *arguments, "--untrained") == 2
+    assert "--untrained: has no effect without the check of predictions" in capsys.readouterr().err
 
 
 def test_eval_and_generate_name_what_is_left_out_on_standard_error(

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support.models import TINY, huggingface_directory, random_state
+from support.commands import run
+from support.models import TINY, huggingface_directory, random_checkpoint, random_state
 
 import bridge
 import gpt2_jax
 import gpt2_torch
 from bridge import CheckpointError, ConversionError, SequenceClassifier
 from bridge.storage.tensors import LazyTensor
+from gpt2_jax.parity import Check, checks_for, jax_side, transformers_side, verify
 
 ERROR = 1e-5  # of logits of about 1 in float32
 LABELS = ["negative", "neutral", "positive"]
@@ -165,3 +167,82 @@ def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
         bridge.save_classifier(bridge.load_classifier(tmp_path / "theirs"), tmp_path / "kept")
     same = [(tmp_path / d / "model.safetensors").read_bytes() for d in ("theirs", "kept")]
     assert same[0] == same[1]
+
+
+# gpt2 verify
+
+
+def check_of(directory: Path) -> Check:
+    [check] = verify(bridge.load_classifier(directory), checks=("classification",), seq_len=12).checks
+    return check
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_verify_compares_the_logits_of_classes_with_padding_on_either_side(tmp_path: Path) -> None:
+    theirs(tmp_path)
+    check = check_of(tmp_path)
+    assert check.passed and check.note == "4 rows, 3 classes"
+    assert {m.name.split(", max")[0] for m in check.measurements} == {
+        f"{dtype} logits of classes, padded {side}, {name} vs gpt2_torch"
+        for dtype in ("fp64", "fp32")
+        for side in ("left", "right")
+        for name in ("gpt2_jax", "transformers")
+    }
+    assert all(0 < m.value <= (m.tolerance or 0) for m in check.measurements)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_verify_classifies_one_row_without_padding_and_works_without_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs(tmp_path, pad_token_id=None)
+    monkeypatch.setattr(transformers_side, "is_installed", lambda: False)
+    check = check_of(tmp_path)
+    assert check.passed
+    assert [m.name.split(" logits")[0] for m in check.measurements] == ["fp64", "fp32"]
+    assert check.note == (
+        "one row, because no pad_token_id is in the vocabulary; without a third opinion: transformers is not installed"
+    )
+
+
+def test_verify_chooses_the_checks_by_the_model(tmp_path: Path) -> None:
+    theirs(tmp_path)
+    classifier, language_model = bridge.load_classifier(tmp_path), random_checkpoint()
+    assert {*checks_for(language_model)} ^ {*checks_for(classifier)} == {"prediction", "generation", "classification"}
+    for model, names in (
+        (classifier, ("prediction", "generation")),
+        (language_model, ("classification",)),
+    ):
+        report = verify(model, checks=names, seq_len=4)
+        assert all(check.skipped and check.note for check in report.checks) and not report.passed
+
+
+def score_with_labels_reversed(patch: pytest.MonkeyPatch) -> None:
+    right = SequenceClassifier.to_flax
+
+    def wrong(self: SequenceClassifier) -> Any:
+        tree = right(self)
+        return {**tree, "score": {"kernel": tree["score"]["kernel"][:, ::-1]}}
+
+    patch.setattr(SequenceClassifier, "to_flax", wrong)
+
+
+def padding_is_classified(patch: pytest.MonkeyPatch) -> None:
+    right = gpt2_jax.GPT2ForSequenceClassification
+    patch.setattr(jax_side, "GPT2ForSequenceClassification", lambda c, n, pad, *dtypes: right(c, n, pad - 1, *dtypes))
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("mistake", [score_with_labels_reversed, padding_is_classified])
+def test_verify_detects_a_wrong_head(
+    mistake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs(tmp_path)
+    mistake(monkeypatch)
+    arguments = ("--checks", "classification", "--seq-len", 8, "--json", tmp_path / "report.json")
+    assert run("verify", tmp_path, *arguments) == 1
+    assert "NOT the same function. Failed: classification." in capsys.readouterr().out
+    [check] = json.loads((tmp_path / "report.json").read_text())["checks"]
+    failed = [m for m in check["measurements"] if not m["passed"]]
+    assert {m["name"].split(", ")[2] for m in failed} == {"gpt2_jax vs gpt2_torch"}
+    assert failed[0]["location"].startswith("row ")

@@ -29,8 +29,8 @@ CONFIG = replace(TINY, n_layer=2, vocab_size=263)
 def test_all_checks_pass_on_a_random_model() -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=20)
     assert report.passed, [m for c in report.checks for m in c.measurements if not m.passed]
-    assert [check.name.replace(" ", "-") for check in report.checks] == list(CHECKS)
-    assert [check.name for check in report.checks if check.skipped] == ["prediction"]
+    assert [check.name.replace(" ", "-") for check in report.checks] == [n for n in CHECKS if n != "classification"]
+    assert [check.name for check in report.checks if check.skipped] == ["prediction", "tokenizer"]
 
 
 def test_models_without_tying_and_biases_pass() -> None:
@@ -233,6 +233,11 @@ def test_equality_is_claimed_only_if_the_required_checks_passed() -> None:
     assert verdict(Report("x", {}, (skipped,))) == "Nothing was checked. Skipped: prediction."
     failed = Check("prediction", (Measurement("loss", 2.0, 1.0),))
     assert verdict(Report("x", {}, (*good, failed))) == "Failed: prediction."
+    failed = Check("tokenizer", (Measurement("strings", 1, 0),))
+    assert verdict(Report("x", {}, (*good, failed))) == "Failed: tokenizer."
+    classification = Check("classification", good[0].measurements)
+    assert verdict(Report("x", {}, tuple(good), is_classifier=True)) == "3 checks hold."
+    assert verdict(Report("x", {}, (*good, classification), is_classifier=True)) == f"4 checks hold: {claim}."
 
 
 def test_a_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from bridge import BridgeError, GenerationConfig
 from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.verbs.generate import Backend, continued_text
-from gpt2_jax.cli.verbs.verify import ALL_CHECKS, finish, progress_bar
+from gpt2_jax.cli.verbs.verify import finish, progress_bar
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import console
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
@@ -59,14 +59,15 @@ def demo(*, out: Path = Path("demo-output"), data: Play = PLAY, max_steps: int =
     if run.exists():
         remove_run(run)
     from gpt2_jax.cli.run_training import run_training
-    from gpt2_jax.parity import verify
+    from gpt2_jax.parity import checks_for, verify
 
+    bundled = bridge.load(BUNDLED)
     say(f"1. Load the bundled GPT-2 in PyTorch: {bridge.BUNDLED}", soft_wrap=True)
-    before = continued_text("torch", bridge.load(BUNDLED), PROMPT, SAMPLING)
+    before = continued_text("torch", bundled, PROMPT, SAMPLING)
     say(_whole_sentences(before), soft_wrap=True)
     say("\n2. Check that JAX computes the same function")
-    with progress_bar(ALL_CHECKS) as begin:
-        report = verify(bridge.load(BUNDLED), source=BUNDLED, seq_len=128, progress=begin)
+    with progress_bar(checks_for(bundled)) as begin:
+        report = verify(bundled, source=BUNDLED, seq_len=128, progress=begin)
     code = finish(report, write_report)
     say(f"\n3. Fine-tune in JAX on {'The Taming of the Shrew' if data == PLAY else data}", soft_wrap=True)
     outcome = run_training(_recipe(data, max_steps), run, cache=out / "tokens")

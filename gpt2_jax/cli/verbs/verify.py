@@ -20,14 +20,20 @@ if TYPE_CHECKING:
     from gpt2_jax.parity import Report
 
 CheckName = Literal[
-    "logits", "hidden-states", "gradients", "training", "padding", "round-trip", "prediction", "transformers"
+    "logits",
+    "hidden-states",
+    "gradients",
+    "training",
+    "padding",
+    "round-trip",
+    "prediction",
+    "transformers",
+    "tokenizer",
+    "generation",
+    "classification",
 ]
-ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defined]
 
-RULES = (
-    Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),
-    OVERWRITE,
-)
+RULES = (Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),)
 
 
 def verify(
@@ -41,11 +47,14 @@ def verify(
     seq_len: int = 256,
     seed: int = 0,
     untrained: bool = False,
-    checks: tuple[CheckName, ...] = ALL_CHECKS,
+    checks: Annotated[tuple[CheckName, ...] | None, arg(help_behavior_hint="(default: all that apply)")] = None,
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> int:
-    """Check that PyTorch and JAX compute the same with this checkpoint. Exit code 0 only if all checks pass.
+    """Check that PyTorch and JAX compute the same with this checkpoint, and give the same text.
+
+    Exit code 0 if at least one check ran and every check that ran passed. A check that cannot run is skipped. A
+    sequence classifier is checked with its head, unless --drop-extra-heads is given.
 
     Example: gpt2 verify ./my-gpt2 --json report.json
 
@@ -63,19 +72,22 @@ def verify(
         json: also write the report to this file.
         overwrite: replace the report of an earlier command.
     """
-    require_effect(locals(), defaults_of(verify), RULES)
+    require_effect(locals(), defaults_of(verify), (OVERWRITE,))
     require_torch("gpt2 verify")
     write_json = json_writer(json, overwrite, (source, reading.base, text_file))
-    if not checks:
-        raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
+    if checks == ():
+        raise bridge.BridgeError(f"--checks needs at least one of {', '.join(CheckName.__args__)}")  # type: ignore[attr-defined]
     if text is not None and text_file is not None:
         raise bridge.BridgeError("--text and --text-file are mutually exclusive; give one")
     if text_file is not None:
         text = _read_text(text_file)
-    checkpoint = reading.load(source)
+    checkpoint = reading.load_with_classifier(source)
+    from gpt2_jax.parity import checks_for
     from gpt2_jax.parity import verify as run
 
-    with progress_bar(checks) as begin:
+    names = checks_for(checkpoint) if checks is None else checks
+    require_effect({"untrained": untrained, "checks": names}, defaults_of(verify), RULES)
+    with progress_bar(names) as begin:
         report = run(
             checkpoint,
             source=source,
@@ -84,7 +96,7 @@ def verify(
             seq_len=seq_len,
             seed=seed,
             untrained=untrained,
-            checks=checks,
+            checks=names,
             progress=begin,
         )
     return finish(report, write_json)
