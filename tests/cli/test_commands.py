@@ -246,7 +246,7 @@ def test_the_demo_converts_verifies_fine_tunes_and_exports(tmp_path: Path, capsy
     assert "the two backends are the same function" in shown
     first, *_, last = [record["val_loss"] for record in read_metrics(out / "run") if "val_loss" in record]
     summary = shown[shown.index("before, PyTorch") :]
-    for expected in ("after, PyTorch", "after, JAX", "8 of 8 checks", f"{first:.3f} -> {last:.3f}", "identical"):
+    for expected in ("after, PyTorch", "after, JAX", "10 of 10 checks", f"{first:.3f} -> {last:.3f}", "identical"):
         assert expected in summary
     ending = "\n".join(shown.splitlines()[-3:])
     assert all(name in ending for name in ("report.json", "loss.png", "export"))

@@ -32,6 +32,7 @@ CheckName = Literal[
     "generation",
     "classification",
 ]
+ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defined]
 
 RULES = (Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),)
 
@@ -76,7 +77,7 @@ def verify(
     require_torch("gpt2 verify")
     write_json = json_writer(json, overwrite, (source, reading.base, text_file))
     if checks == ():
-        raise bridge.BridgeError(f"--checks needs at least one of {', '.join(CheckName.__args__)}")  # type: ignore[attr-defined]
+        raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
     if text is not None and text_file is not None:
         raise bridge.BridgeError("--text and --text-file are mutually exclusive; give one")
     if text_file is not None:
