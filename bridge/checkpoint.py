@@ -102,9 +102,13 @@ class Checkpoint:
             TokenizerError: its files are damaged or of a kind that is not supported.
         """
         if self.own_tokenizer is not None:
-            return self.own_tokenizer()
-        if self.path is None:
+            tokenizer = self.own_tokenizer()
+        elif self.path is not None:
+            name = self.extra.get("tokenizer_class")
+            tokenizer = load_tokenizer(self.path, self.config.vocab_size, name, self.progress)
+        else:
             raise NoTokenizerError(
                 "a checkpoint in memory has no tokenizer; load the checkpoint from a directory with tokenizer files"
             )
-        return load_tokenizer(self.path, self.config.vocab_size, self.extra.get("tokenizer_class"), self.progress)
+        tokenizer.chat_directory = self.path
+        return tokenizer

@@ -1,8 +1,8 @@
 """Companions: the small files beside a checkpoint's weights. Like the weights, they are untrusted input.
 
-A companion is a regular file in the checkpoint's directory, or in the `blobs` of the Hugging Face cache that contains
-the directory. A link to any other file is rejected, because an export would copy that file's content. The same rule
-applies to shards (`formats/sharded.py`).
+A companion is a regular file in the checkpoint's directory, in a folder of it, or in the `blobs` of the Hugging Face
+cache that contains the directory. A link to any other file is rejected, because an export would copy that file's
+content. The same rule applies to shards (`formats/sharded.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from bridge.storage.regular_file import read_small_file
 
 MOST_SETTINGS_BYTES = 2**20
 """Limit for a JSON file of settings. GPT-2 XL's index has 50 kB. Malicious JSON takes 33 times its size when parsed."""
+MOST_TEMPLATE_BYTES = 2**17
+"""Limit for a chat template. The largest public ones have 30 kB."""
 MOST_TOKENS = 300_000
 """Limit for a tokenizer file if the size of the vocabulary is not known."""
 
@@ -42,7 +44,7 @@ def stays_inside(directory: Path, name: str) -> bool:
     """Whether a file of `directory` resolves to a path in it, or in the blobs of its Hugging Face cache."""
     home = Path(os.path.realpath(directory))
     real = Path(os.path.realpath(directory / name))
-    if real.parent == home:
+    if real.parent == (home / name).parent:
         return True
     snapshot = next((path for path in (home, *home.parents) if path.parent.name == "snapshots"), None)
     if snapshot is None:
@@ -112,7 +114,7 @@ def decoded(content: bytes, where: str, error: type[BridgeError]) -> str:
 def most_bytes(name: str, rows: int) -> int:
     """Return the size limit, in bytes, of the companion with this name."""
     if name not in _VOCABULARIES:
-        return MOST_SETTINGS_BYTES
+        return MOST_TEMPLATE_BYTES if name.endswith(".jinja") else MOST_SETTINGS_BYTES
     # The lower bound ensures that a tokenizer too large for its model gets a more specific error than the size limit.
     return max(2**22, 2**20 + _VOCABULARIES[name] * _tokens(rows))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bridge.errors import TokenizerError, quoted
+from bridge.tokenizers.chat.encoding import Parts
 from bridge.tokenizers.post_processors import around_template
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, StreamOfBytes, TextStream, Tokenizer, tokenizer_json
 from bridge.tokenizers.validation import require_merges_reached
@@ -169,13 +170,23 @@ class ByteLevelBPE(Tokenizer):
 
     def _encode(self, text: str, match: bool, add_special_tokens: bool) -> np.ndarray:
         before, after = self.around if add_special_tokens else ((), ())
-        parts = [np.asarray(before, np.uint32), np.asarray(after, np.uint32)]
         pieces = self._pieces(text) if match and self.added else [text]
-        parts[1:1] = [
-            np.asarray([piece], np.uint32) if isinstance(piece, int) else self._encode_words(piece) for piece in pieces
-        ]
-        found = [part for part in parts if len(part)]
-        return found[0] if len(found) == 1 else np.concatenate(parts)
+        return self._ids_of([*before, *pieces, *after])
+
+    def encode_parts(self, parts: Parts) -> list[int]:
+        pieces: list[str | int] = []
+        for text, is_trusted in parts:
+            for piece in self._pieces(text) if is_trusted else [text]:
+                if isinstance(piece, str) and pieces and isinstance(pieces[-1], str):
+                    pieces[-1] += piece
+                else:
+                    pieces.append(piece)
+        return self._ids_of(pieces).tolist()
+
+    def _ids_of(self, pieces: Iterable[str | int]) -> np.ndarray:
+        """Return the ids of the parts of a text between added tokens, and of added tokens, which are given as ids."""
+        ids = [np.asarray([p], np.uint32) if isinstance(p, int) else self._encode_words(p) for p in pieces]
+        return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, np.uint32), *ids])
 
     def _pieces(self, text: str) -> Iterator[str | int]:
         """Yield the parts of the text between added tokens, and the ids of the added tokens."""

@@ -16,6 +16,7 @@ from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.byte_level_bpe import bytes_of_spelling, printable_bytes
 from bridge.tokenizers.engines import Engines
 from bridge.tokenizers.post_processors import NOTHING, around_of
+from bridge.tokenizers.surrogates import without_lone_surrogates
 from bridge.tokenizers.tokenizer import (
     AddedToken,
     SpecialTokenPolicy,
@@ -24,7 +25,6 @@ from bridge.tokenizers.tokenizer import (
     StreamOfTexts,
     TextStream,
     Tokenizer,
-    without_lone_surrogates,
 )
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")

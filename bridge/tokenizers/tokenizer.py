@@ -15,7 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from bridge.errors import TokenizerError, quoted
+from bridge.tokenizers.chat.encoding import Parts, encode_conversations
+from bridge.tokenizers.chat.rendering import Messages, render
+from bridge.tokenizers.chat.templates import ChatTemplate, read_chat_templates, select_chat_template
 from bridge.tokenizers.engines import Engines
+from bridge.tokenizers.surrogates import without_lone_surrogates
 
 SpecialTokenPolicy = Literal["match", "as_text", "error"]
 """What to do where the text contains the spelling of an added token.
@@ -79,9 +83,11 @@ class Tokenizer(ABC):
         special: the special tokens by role.
         source: the directory that it was read from, or None.
         around: the ids that `add_special_tokens` puts before and after every text.
+        chat_directory: the directory with its chat templates, or None.
     """
 
     kind: str
+    chat_directory: Path | None = None
     around: tuple[Sequence[int], Sequence[int]] = ((), ())
 
     def __init__(
@@ -234,6 +240,80 @@ class Tokenizer(ABC):
         """
         return StreamOfTexts(self.decode, context)
 
+    def chat_template(self, name: str | None = None) -> ChatTemplate:
+        """Return the chat template of this name, by default the one without a name.
+
+        Raises `TokenizerError` if the checkpoint has no such template.
+        """
+        found = {} if self.chat_directory is None else read_chat_templates(self.chat_directory)
+        return select_chat_template(found, name, quoted(self.chat_directory or self.name))
+
+    def apply_chat_template(
+        self, messages: Messages, *, template: str | None = None, add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
+        """Return the text of a conversation. It is the text of transformers' `apply_chat_template(tokenize=False)`.
+
+        The template runs in a process of its own, with limits on its time and memory. Needs the `chat` extra.
+
+        Args:
+            messages: objects with `role` and `content`.
+            template: the name of the template, for checkpoints with several.
+            add_generation_prompt: append the beginning of the assistant's reply.
+            variables: further variables of the template, of what JSON can represent.
+
+        Raises:
+            TokenizerError: there is no such template, or it fails, takes too long, or rejects the messages.
+        """
+        variables = self._chat_variables | variables | {"add_generation_prompt": add_generation_prompt}
+        return render(self.chat_template(template), [messages], variables)[0]
+
+    def encode_conversations(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        template: str | None = None,
+        add_generation_prompt: bool = False,
+        special_tokens: SpecialTokenPolicy = "match",
+        **variables: Any,
+    ) -> list[list[int]]:
+        """Return the ids of each conversation. They are those of transformers' `apply_chat_template`.
+
+        The other arguments are those of `apply_chat_template`.
+
+        Args:
+            special_tokens: what to do where a message contains an added token; see `SpecialTokenPolicy`. The tokens
+                that the template itself writes are always matched.
+
+        Raises:
+            TokenizerError: as `apply_chat_template`, and under `as_text` and `error` if the template changes the
+                messages so much that their text cannot be told from its own.
+        """
+        variables = self._chat_variables | variables | {"add_generation_prompt": add_generation_prompt}
+        return encode_conversations(self, self.chat_template(template), conversations, variables, special_tokens)
+
+    @property
+    def _chat_variables(self) -> dict[str, Any]:
+        return {f"{role}_token": token for role, token in self.special.by_role().items()}
+
+    def encode_parts(self, parts: Parts) -> list[int]:
+        """Return the ids of a text in parts. Only within parts that are trusted, added tokens are matched.
+
+        Raises `TokenizerError` if another part contains an added token, and the kind of tokenizer cannot encode it.
+        """
+        text = "".join(part for part, _ in parts)
+        ids, offsets = self.encode_with_offsets(text, add_special_tokens=False)
+        added, start = {token.id for token in self.added.values()}, 0
+        for part, is_trusted in parts:
+            end = start + len(part)
+            inside = (i for i, (a, b) in zip(ids, offsets, strict=True) if i in added and a < end and b > start)
+            if not is_trusted and (found := next(inside, None)) is not None:
+                raise TokenizerError(
+                    f"a message contains the token {quoted(self.token_of(found))}, which this kind of tokenizer "
+                    f"({self.kind}) cannot encode as text; remove it from the message"
+                )
+            start = end
+        return ids
+
     @cached_property
     def _special_ids(self) -> frozenset[int]:
         return frozenset(token.id for token in self.added.values() if token.special)
@@ -309,15 +389,6 @@ class StreamOfTexts(TextStream):
     def _new_text(self) -> str:
         before = self.decode(self.before)
         return self.decode([*self.before, *self.new])[len(before) :]
-
-
-def without_lone_surrogates(text: str) -> str:
-    """Return the text with U+FFFD for each surrogate that has no partner, as tiktoken encodes it."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def tokenizer_json(

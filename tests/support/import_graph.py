@@ -65,6 +65,7 @@ ALLOWED_IN_BRIDGE = frozenset(
         *("numpy", "ml_dtypes", "jaxtyping"),  # arrays and their types
         *("safetensors", "google_crc32c", "tensorstore"),  # files: safetensors, TensorFlow, runs
         *("tiktoken", "tokenizers", "huggingface_hub"),  # imported on first use of a tokenizer or the hub
+        "jinja2",  # imported only by the process that renders chat templates
     }
 )
 """The packages that `bridge` may import: none of them is a framework."""

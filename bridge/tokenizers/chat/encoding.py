@@ -1,0 +1,94 @@
+"""The ids of a rendered conversation, in which the text of a message cannot be a special token.
+
+The template's own tokens must match, and those that a message spells must not. So the conversation is rendered twice:
+as it is, and with two marks around the text of each message. The marks are characters that occur nowhere else. Without
+the marks, the second text must be the first one. Then the text between two marks is from a message.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from bridge.errors import TokenizerError, quoted
+from bridge.tokenizers.chat.rendering import Messages, as_json, render
+from bridge.tokenizers.chat.templates import ChatTemplate
+from bridge.tokenizers.surrogates import without_lone_surrogates
+
+if TYPE_CHECKING:
+    from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
+
+Parts = Sequence[tuple[str, bool]]
+"""The parts of a text, in order, and whether each is trusted."""
+
+_NOT_TEXT = ("role", "type")
+"""Fields that a template compares with its own words. Their values are not marked."""
+
+
+def encode_conversations(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    conversations: Sequence[Messages],
+    variables: Mapping[str, Any],
+    special_tokens: SpecialTokenPolicy,
+) -> list[list[int]]:
+    """Return the ids of each conversation. See `Tokenizer.encode_conversations`."""
+    if special_tokens == "match":
+        texts = render(template, conversations, variables)
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
+    marks = _marks(template.text, conversations, variables)
+    # A template may strip messages, so white space at their ends is not marked unless a token has white space, too.
+    around_space = any(character.isspace() for token in tokenizer.added for character in token)
+    marked = [_with_marks(messages, marks, around_space) for messages in conversations]
+    texts = list(map(without_lone_surrogates, render(template, [*conversations, *marked], variables)))
+    ids = []
+    for text, with_marks in zip(texts[: len(conversations)], texts[len(conversations) :], strict=True):
+        parts = _parts(with_marks, marks)
+        if parts is None or "".join(part for part, _ in parts) != text:
+            raise TokenizerError(
+                f"{template.where}: the chat template changes the messages so much that their text cannot be told from "
+                "its own; encode messages that you trust with special_tokens='match' (--special-tokens)"
+            )
+        ids.append(tokenizer.encode_parts(parts))
+        if special_tokens == "error" and ids[-1] != tokenizer.encode(text, add_special_tokens=False):
+            _raise_for_token(tokenizer, parts)
+    return ids
+
+
+def _raise_for_token(tokenizer: Tokenizer, parts: Parts) -> NoReturn:
+    from_messages = [part for part, is_trusted in parts if not is_trusted]
+    found = (quoted(token) for token in tokenizer.added if any(token in part for part in from_messages))
+    raise TokenizerError(
+        f"a message contains the token {next(found, 'that it forms with the text around it')}; remove it, or choose "
+        "special_tokens='match' or 'as_text' (--special-tokens)"
+    )
+
+
+def _marks(*used: Any) -> tuple[str, str]:
+    """Return two characters that occur in none of the arguments: of private use, unless these have them all."""
+    taken = {*as_json(used, ensure_ascii=False)}
+    free = (character for character in map(chr, range(0xE000, 0x110000)) if character not in taken)
+    first, second = itertools.islice(free, 2)
+    return first, second
+
+
+def _with_marks(value: Any, marks: tuple[str, str], around_space: bool) -> Any:
+    if isinstance(value, str):
+        text = value if around_space else value.strip()
+        start = value.index(text)
+        return f"{value[:start]}{marks[0]}{text}{marks[1]}{value[start + len(text) :]}" if text else value
+    if isinstance(value, Mapping):
+        return {k: v if k in _NOT_TEXT else _with_marks(v, marks, around_space) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_marks(element, marks, around_space) for element in value]
+    return value
+
+
+def _parts(text: str, marks: tuple[str, str]) -> Parts | None:
+    """Split a text at its marks, which it loses. Returns None unless the marks alternate."""
+    found = re.findall(f"[{marks[0]}{marks[1]}]", text)
+    if found != [*marks] * (len(found) // 2):
+        return None
+    return [(part, k % 2 == 0) for k, part in enumerate(re.split(f"[{marks[0]}{marks[1]}]", text))]

@@ -1,0 +1,90 @@
+"""Render chat templates in a process of their own. `bridge.tokenizers.chat.sandbox` is its program."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from bridge.errors import TokenizerError, install_command, quoted
+from bridge.tokenizers.chat import sandbox
+from bridge.tokenizers.chat.templates import ChatTemplate
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: objects with `role` and `content`, of what JSON can represent."""
+
+_SAFE_JINJA = (3, 1, 6)
+"""Earlier versions have known escapes from the sandbox."""
+_ENVIRONMENT = ("TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME")
+"""The variables that the process gets. Others may hold secrets."""
+
+
+def render(template: ChatTemplate, conversations: Sequence[Messages], variables: Mapping[str, Any]) -> list[str]:
+    """Return the text of each conversation.
+
+    Args:
+        variables: further variables of the template, of what JSON can represent.
+
+    Raises:
+        TokenizerError: jinja2 is not installed, a conversation is not valid, or the template fails or takes too much
+            time or memory. The message names the file and the line of the template.
+    """
+    _require_jinja()
+    lines = [as_json({"template": template.text, "variables": dict(variables)})]
+    lines += [as_json(_without_none(messages)) for messages in conversations]
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    done = subprocess.run(
+        [sys.executable, "-P", sandbox.__file__],
+        input="\n".join(lines).encode(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**environment, "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))},
+        check=False,
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    if answers and "problem" in answers[-1]:
+        problem, detail, line = (answers[-1][key] for key in ("problem", "detail", "line"))
+        where = template.where + (f", line {line}" if line else "")
+        raise TokenizerError(f"{where}: the chat template {problem}" + (f": {quoted(detail, 400)}" if detail else ""))
+    if len(answers) < len(conversations):
+        why = (
+            f"takes more than {sandbox.SECONDS} seconds"
+            if done.returncode == -signal.SIGPROF
+            else f"ended its process with the status {done.returncode}"
+        )
+        raise TokenizerError(f"{template.where}: the chat template {why}; correct it, or use another template")
+    return [answer["text"] for answer in answers]
+
+
+def _require_jinja() -> None:
+    try:
+        found = metadata.version("jinja2")
+    except metadata.PackageNotFoundError:
+        raise TokenizerError(f"chat templates need jinja2; install it: {install_command('chat')}") from None
+    if tuple(map(int, re.findall(r"\d+", found)[:3])) < _SAFE_JINJA:
+        raise TokenizerError(
+            f"jinja2 {found} has known security problems; install a newer version: {install_command('chat')}"
+        )
+
+
+def _without_none(messages: Messages) -> list[dict[str, Any]]:
+    """Return the messages without fields that are None, which transformers leaves out, too."""
+    if isinstance(messages, str) or not messages or not all(isinstance(message, Mapping) for message in messages):
+        raise TokenizerError(
+            "a conversation must be a list of at least one message, and a message an object with role and content"
+        )
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def as_json(value: Any, *, ensure_ascii: bool = True) -> str:
+    """Return messages or variables as one line of JSON. Raises `TokenizerError` if JSON cannot represent them."""
+    try:
+        return json.dumps(value, ensure_ascii=ensure_ascii)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"a message, or a variable of the template, is not JSON: {quoted(error)}") from None
