@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 from bridge.errors import CheckpointError, install_command, quoted
+from bridge.formats.directory import CARRIED_FILES, CONFIG
 from bridge.formats.recognition import choose_checkpoint
-from bridge.tokenizers.loading import TOKENIZER_FILES
+from bridge.tokenizers.chat.templates import CHAT_TEMPLATE_FOLDER
 
-_COMPANIONS = ("config.json", "generation_config.json", "adapter_config.json", *TOKENIZER_FILES)
+_COMPANIONS = (CONFIG, "adapter_config.json", *CARRIED_FILES, f"{CHAT_TEMPLATE_FOLDER}/*.jinja")
 _WEIGHTS = (
     ("*.safetensors", "*.safetensors.index.json"),
     ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),

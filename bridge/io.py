@@ -13,7 +13,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.errors import BridgeError, CheckpointError, quoted
 from bridge.finite import rejecting_non_finite
 from bridge.formats import FORMATS, WRITABLE
-from bridge.formats.directory import CARRIED_FILES, CONFIG, carry_files, companions_left_out, write_config
+from bridge.formats.directory import CARRIED_NAMES, CONFIG, carry_files, companions_left_out, write_config
 from bridge.formats.recognition import (
     Found,
     SeveralCheckpointsError,
@@ -262,7 +262,7 @@ def _replaceable(target: Path, format: str) -> Replaceable:
 
 def _written_names(format: str) -> re.Pattern[str]:
     """Return a pattern for the names of all files that this format writes into a directory."""
-    return re.compile("|".join([FORMATS[format].written_names, *map(re.escape, (CONFIG, *CARRIED_FILES))]))
+    return re.compile("|".join([FORMATS[format].written_names, re.escape(CONFIG), CARRIED_NAMES]))
 
 
 def _require_format(target: Path, format: str) -> bool:

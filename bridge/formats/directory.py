@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,16 @@ from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.parameter_table import parameters
 from bridge.storage.companions import checked_companion, has_companion, read_companion, read_json_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
-from bridge.tokenizers.loading import CHAT_TEMPLATE, TOKENIZER_FILES, VOCABULARY_FILES
+from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, CHAT_TEMPLATE_FOLDER, chat_template_files
+from bridge.tokenizers.loading import TOKENIZER_FILES, VOCABULARY_FILES, tokenizer_files_in
 from bridge.tokenizers.readers.nanogpt import META, from_meta
 from bridge.tokenizers.saving import save_tokenizer
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 CARRIED_FILES = (*TOKENIZER_FILES, META, GENERATION_CONFIG)
+CARRIED_NAMES = "|".join([*map(re.escape, CARRIED_FILES), rf"{CHAT_TEMPLATE_FOLDER}/([^/]+\.jinja)?"])
+"""A pattern for the relative paths of the files that are carried, and of their folders, which end with a slash."""
 
 
 def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:
@@ -66,16 +70,19 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
 
     Raises `CheckpointError` or `TokenizerError` for files that `bridge.storage.companions` rejects.
     """
+    names = companions_of(checkpoint)
     if checkpoint.own_tokenizer is not None:
-        save_tokenizer(checkpoint.own_tokenizer(), directory)
-        return
+        save_tokenizer(checkpoint.tokenizer(), directory)  # with its chat templates
+        names = tuple(name for name in names if name == GENERATION_CONFIG)
     if checkpoint.path is None:
         return
-    names = companions_of(checkpoint)
     for name in names:
         if name != META:
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(checked_companion(checkpoint.path, name, checkpoint.config.vocab_size))
-    made_of_meta = None if {*names} & {*VOCABULARY_FILES} else from_meta(checkpoint.path, checkpoint.progress)
+    if checkpoint.own_tokenizer is not None or {*names} & {*VOCABULARY_FILES}:
+        return
+    made_of_meta = from_meta(checkpoint.path, checkpoint.progress)
     if made_of_meta is not None:
         if META in names:
             (directory / META).write_bytes(read_companion(checkpoint.path, META))
@@ -84,9 +91,19 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 def companions_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of the tokenizer files and generation settings beside the weights."""
+    """Return the relative paths of the files beside the weights that belong to the checkpoint.
+
+    These are the tokenizer files and generation settings or, if the weights file contains the tokenizer, the chat
+    templates and generation settings.
+    """
     path = checkpoint.path
-    return () if path is None else tuple(name for name in CARRIED_FILES if has_companion(path, name))
+    if path is None:
+        return ()
+    if checkpoint.own_tokenizer is not None:
+        found = (CHAT_TEMPLATE, GENERATION_CONFIG)
+        return (*(name for name in found if has_companion(path, name)), *chat_template_files(path))
+    others = (name for name in (META, GENERATION_CONFIG) if has_companion(path, name))
+    return (*tokenizer_files_in(path), *others)
 
 
 def companions_left_out(checkpoint: Checkpoint, keeps_tokenizer: bool) -> tuple[str, ...]:

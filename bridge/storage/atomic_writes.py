@@ -118,31 +118,38 @@ def new_file(target: str | Path, *, overwrite: bool | Callable[[], bool] = False
 
 
 def replace_files(directory: Path, files: Mapping[str, str | bytes], remove: Iterable[str] = ()) -> None:
-    """Write `files`, name -> content, into `directory`, and remove the files named in `remove`. Other files stay.
+    """Write `files`, relative path -> content, into `directory`, and remove the files in `remove`. Other files stay.
 
     All old files are moved out before new files are moved in. A killed writer therefore leaves an incomplete set of
-    files, never a mixture of old and new; the next writer completes it. Creates `directory` if it does not exist.
+    files, never a mixture of old and new; the next writer completes it. Creates `directory` if it does not exist. A
+    folder of `directory` is replaced as a whole, and may hold only files in `files` and `remove`.
 
     Raises:
         CheckpointError: the directory cannot be written to. It is unchanged.
     """
+    own = {*remove, *files}
+    leaving = {name.partition("/")[0] for name in own}
 
     def write(new: Path) -> None:
         for name, content in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
             (new / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
     def check(path: Path) -> None:
         if not path.is_dir():
             raise CheckpointError(f"{quoted(directory)} is not a directory; choose another name")
         for name in leaving:
-            if (path / name).is_dir() or (path / name).is_symlink():
-                raise CheckpointError(f"{quoted(path / name)} is a directory or a link; move it away")
+            folder = path / name
+            if folder.is_symlink() or (folder.is_dir() and name in own):
+                raise CheckpointError(f"{quoted(folder)} is a directory or a link; move it away")
+            if folder.is_dir():
+                inside = {file.removeprefix(f"{name}/") for file in own if file.startswith(f"{name}/")}
+                require_replaceable(folder, inside.__contains__, directory / name)
 
     if not os.path.lexists(directory):
         with new_directory(directory) as new:
             write(new)
         return
-    leaving = {*remove, *files}
     with _destination(directory, check) as path, hidden_directory(path / path.name) as hidden:
         (hidden / NEW).mkdir()
         write(hidden / NEW)

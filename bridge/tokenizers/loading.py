@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import NoTokenizerError, TokenizerError, quoted
+from bridge.storage.companions import has_companion
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE
 from bridge.tokenizers.characters import CharacterTokenizer
+from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, chat_template_files
 from bridge.tokenizers.readers.huggingface import VOCAB_AND_MERGES, Files, from_files
 from bridge.tokenizers.readers.nanogpt import from_meta
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
@@ -23,8 +25,6 @@ SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
 VOCABULARY_FILES = (*VOCAB_AND_MERGES[0], *VOCAB_AND_MERGES[1], "tokenizer.json", "vocab.txt", *SENTENCEPIECE)
 """The files that a vocabulary can be in."""
 
-CHAT_TEMPLATE = "chat_template.jinja"
-
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
     "tokenizer_config.json",
@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     CHAT_TEMPLATE,
 )
-"""The tokenizer files that are copied with a checkpoint."""
+"""The tokenizer files that are copied with a checkpoint, beside those of `tokenizer_files_in`."""
 
 OPENAI_VOCAB_SIZE = 50257
 """The size of OpenAI's vocabulary, which tiktoken calls "gpt2"."""
@@ -84,6 +84,11 @@ def load_tokenizer(
         )
     require_ids_below(vocab_size, tokenizer.max_token_id, files.where)
     return tokenizer
+
+
+def tokenizer_files_in(directory: Path) -> list[str]:
+    """Return the tokenizer files of a directory, with those in folders, as relative paths with forward slashes."""
+    return [*(name for name in TOKENIZER_FILES if has_companion(directory, name)), *chat_template_files(directory)]
 
 
 def has_chat_template(directory: Path | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 from bridge.errors import CheckpointError, TokenizerError, quoted
 from bridge.storage.atomic_writes import replace_files
-from bridge.storage.companions import MOST_TOKENS, checked_companion, has_companion
+from bridge.storage.companions import MOST_TOKENS, checked_companion
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE
-from bridge.tokenizers.loading import NO_LIMIT, TOKENIZER_FILES, VOCAB_AND_MERGES, load_tokenizer
+from bridge.tokenizers.chat.templates import chat_template_file, read_chat_templates
+from bridge.tokenizers.loading import NO_LIMIT, VOCAB_AND_MERGES, load_tokenizer, tokenizer_files_in
 from bridge.tokenizers.tokenizer import Tokenizer
 
 
@@ -22,7 +22,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, overwrite: bo
 
     A tokenizer that was read from a directory is written as the files of that directory, unchanged. Otherwise,
     byte-level BPE is written as `vocab.json`, `merges.txt` and `tokenizer.json`, and single characters as
-    `tokenizer.json`, each with a `tokenizer_config.json`. No other file of the directory changes.
+    `tokenizer.json`, each with `tokenizer_config.json` and the chat templates. No other file of the directory changes.
 
     Args:
         tokenizer: the tokenizer to write.
@@ -36,7 +36,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, overwrite: bo
     """
     files: Mapping[str, str | bytes] = _generated(tokenizer) if tokenizer.source is None else _copied(tokenizer)
     directory = Path(directory)
-    existing = [name for name in TOKENIZER_FILES if os.path.lexists(directory / name)]
+    existing = tokenizer_files_in(directory)
     if existing and not (overwrite and _is_tokenizer(directory, existing)):
         why = (
             "are not a tokenizer that this project can read"
@@ -53,7 +53,7 @@ def _copied(tokenizer: Tokenizer) -> dict[str, bytes]:
     """Return the files that a tokenizer was read from."""
     source = tokenizer.source
     assert source is not None
-    return {n: checked_companion(source, n, MOST_TOKENS) for n in TOKENIZER_FILES if has_companion(source, n)}
+    return {name: checked_companion(source, name, MOST_TOKENS) for name in tokenizer_files_in(source)}
 
 
 def _is_tokenizer(directory: Path, existing: Sequence[str]) -> bool:
@@ -76,6 +76,9 @@ def _generated(tokenizer: Tokenizer) -> dict[str, str]:
     # GPT2Tokenizer would split text into words; the general class uses tokenizer.json as it is.
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     files = {"tokenizer.json": json.dumps(stored, ensure_ascii=False)}
+    if tokenizer.chat_directory is not None:
+        templates = read_chat_templates(tokenizer.chat_directory)
+        files |= {chat_template_file(name): template.text for name, template in templates.items()}
     if isinstance(tokenizer, ByteLevelBPE):
         vocab, merges = stored["model"]["vocab"], stored["model"]["merges"]
         settings = {"tokenizer_class": "GPT2Tokenizer"} | _gpt2_settings(tokenizer)

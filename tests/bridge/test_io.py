@@ -163,9 +163,8 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(tmp_path: Path, monkeypa
     assert checkpoint.config == TINY
     assert checkpoint.path == tmp_path / "snapshot"
     assert asked["repo_id"] == "someone/tiny-gpt2"
-    assert {"config.json", "*.safetensors", "tokenizer.json", "vocab.json", "merges.txt"} <= set(
-        asked["allow_patterns"]
-    )
+    companions = {"tokenizer.json", "vocab.json", "merges.txt", "meta.pkl", "additional_chat_templates/*.jinja"}
+    assert companions | {"config.json", "*.safetensors"} <= {*asked["allow_patterns"]}
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in asked["allow_patterns"])
 
 

@@ -208,6 +208,8 @@ def test_the_export_of_fine_tuning_keeps_every_companion_and_every_id(tmp_path: 
     source = huggingface_directory(tmp_path / "source", replace(RECIPE.model, vocab_size=rows, bias=True))
     KINDS["new_style_with_added_tokens"](source)
     (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text("{{ documents }}")
     (source / "generation_config.json").write_text('{"eos_token_id": 421, "pad_token_id": 422, "top_k": 3}')
     ids = {"bos_token_id": 420, "eos_token_id": [421, 420], "pad_token_id": 422, "tokenizer_class": "GPT2Tokenizer"}
     config = json.loads((source / "config.json").read_text())
@@ -216,9 +218,9 @@ def test_the_export_of_fine_tuning_keeps_every_companion_and_every_id(tmp_path: 
     places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", out)
     assert run("train", "--init-from", source, *places, *QUICK)[0] == 0
     assert run("train", "--resume", "--out", out, "--cache", tmp_path / "cache")[0] == 0
-    for path in source.iterdir():
-        if path.name not in ("config.json", "model.safetensors"):
-            assert (out / "export" / path.name).read_bytes() == path.read_bytes()
+    for path in source.rglob("*"):
+        if path.is_file() and path.name not in ("config.json", "model.safetensors"):
+            assert (out / "export" / path.relative_to(source)).read_bytes() == path.read_bytes()
     exported = json.loads((out / "export" / "config.json").read_text())
     assert {name: exported[name] for name in ids} == ids
     assert bridge.load(out).tokenizer().fingerprint == bridge.load(source).tokenizer().fingerprint

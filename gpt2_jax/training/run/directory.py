@@ -25,6 +25,7 @@ from bridge.storage.atomic_writes import (
 )
 from bridge.storage.companions import checked_companion, has_companion
 from bridge.storage.locks import exclusive_lock
+from bridge.tokenizers.chat.templates import CHAT_TEMPLATE_FOLDER, chat_template_files
 from bridge.tokenizers.loading import TOKENIZER_FILES
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import TrainingError
@@ -39,7 +40,7 @@ VISIBILITY_TIMEOUT = 90
 """Seconds. With default settings, NFS may cache for this long that a file does not exist."""
 _COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG)
 _FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *_COMPANIONS)
-_FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD)
+_FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD, CHAT_TEMPLATE_FOLDER)
 """The names of the files and directories that training writes into the directory of a run."""
 
 
@@ -68,8 +69,9 @@ def create(
             raise _run_exists_error(run)
         with TemporaryDirectory() as temporary:
             _write_new(Path(temporary), config, data, init_from)
-            files = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
-        replace_files(run, files, remove=_COMPANIONS)
+            written = [path for path in Path(temporary).rglob("*") if path.is_file()]
+            files = {path.relative_to(temporary).as_posix(): path.read_bytes() for path in written}
+        replace_files(run, files, remove=(*_COMPANIONS, *chat_template_files(run)))
 
 
 def require_available(run: Path, *, resume: bool) -> None:
@@ -135,6 +137,7 @@ def replaceable_export(run: Path) -> Replaceable:
 def _written_by_training(run: Path) -> set[str]:
     names = {*_FILES, *(f"{folder}/" for folder in _FOLDERS)}
     names |= {path.relative_to(run).as_posix() for path in (run / TENSORBOARD).glob("events.out.tfevents.*")}
+    names |= {*chat_template_files(run)}
     for folder in (EXPORT, *(f"{CHECKPOINTS}/{step}" for step in steps(run))):
         if recorded := manifest.recorded(run / folder):
             names |= {f"{folder}/", *(f"{folder}/{name}" for name in recorded)}

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.models import TINY, huggingface_directory
+from support.models import TINY, huggingface_directory, random_checkpoint
 from support.tokenizers_for_tests import write_byte_tokenizer
 from tokenizing.kinds import KINDS, ROWS
 
 import bridge
-from bridge import TokenizerError
+from bridge import CheckpointError, TokenizerError
+from bridge.storage.atomic_writes import replace_files
+from bridge.tokenizers.chat.templates import read_chat_templates
 from bridge.tokenizers.readers.nanogpt import META, from_meta
 
 CONFIG = replace(TINY, n_inner=None, activation_function="gelu_new", layer_norm_epsilon=1e-5)
@@ -24,9 +26,9 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 def companions(directory: Path) -> dict[str, bytes]:
     return {
-        path.name: path.read_bytes()
-        for path in directory.iterdir()
-        if path.name != "config.json" and not path.name.startswith(("model", "flax_model", "ckpt"))
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "config.json" and not path.name.startswith(("model", "flax_model", "ckpt"))
     }
 
 
@@ -36,6 +38,8 @@ def test_every_companion_is_carried_unchanged(tmp_path: Path, kind: str) -> None
     KINDS[kind](model)
     (model / "generation_config.json").write_text('{"eos_token_id": [3, 4], "do_sample": true}')
     (model / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_bytes(b"{{ tools }}\r\n")
     for name in ("spiece.model", "tokenizer.model"):
         (model / name).write_bytes(b"\x0a\xff not text")
     before = companions(model)
@@ -44,6 +48,35 @@ def test_every_companion_is_carried_unchanged(tmp_path: Path, kind: str) -> None
         assert bridge.save(source, tmp_path / format, format=format) == ()
         assert companions(tmp_path / format) == before
         assert bridge.load(tmp_path / format).tokenizer().fingerprint == bridge.load(model).tokenizer().fingerprint
+        bridge.save(source, tmp_path / format, format=format, overwrite=True)
+        assert companions(tmp_path / format) == before
+
+
+def test_a_file_of_another_program_among_the_templates_is_kept(tmp_path: Path) -> None:
+    model = huggingface_directory(tmp_path / "model", CONFIG)
+    (tmp_path / "model" / "additional_chat_templates").mkdir()
+    (tmp_path / "model" / "additional_chat_templates" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"'additional_chat_templates/notes\.txt'"):
+        bridge.save(random_checkpoint(CONFIG), model, format="huggingface", overwrite=True)
+    with pytest.raises(CheckpointError, match="holds files that this command does not write"):
+        replace_files(model, {"additional_chat_templates/a.jinja": "x", "notes.txt": "y"})
+    assert (model / "additional_chat_templates" / "notes.txt").read_text() == "mine"
+
+
+def test_templates_and_settings_beside_a_tokenizer_in_the_weights_are_carried(tmp_path: Path) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=256))
+    write_byte_tokenizer(model)
+    templates = [{"name": "default", "template": TEMPLATE}, {"name": "rag", "template": "{{ documents }}\n"}]
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    (model / "generation_config.json").write_text('{"top_k": 3}')
+    bridge.save(bridge.load(model), tmp_path / "gguf", format="gguf")
+    assert bridge.save(bridge.load(tmp_path / "gguf"), tmp_path / "back", format="huggingface") == ()
+    assert (tmp_path / "back" / "generation_config.json").read_text() == '{"top_k": 3}'
+    found = read_chat_templates(tmp_path / "back")
+    assert {name: template.text for name, template in found.items()} == {
+        "default": TEMPLATE,
+        "rag": "{{ documents }}\n",
+    }
 
 
 def test_a_single_file_names_what_it_leaves_out(tmp_path: Path) -> None:

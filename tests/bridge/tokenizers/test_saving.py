@@ -194,6 +194,25 @@ def test_a_file_with_a_tokenizers_name_that_is_not_one_is_kept(tmp_path: Path, n
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "something else"}
 
 
+def test_the_folder_of_chat_templates_is_saved_and_replaced_as_a_whole(tmp_path: Path) -> None:
+    bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "source")
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    (tmp_path / "source" / "additional_chat_templates" / "rag.jinja").write_text("new")
+    target = tmp_path / "target"
+    bridge.save_tokenizer(load_tokenizer(tmp_path / "source", 257), target)
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "new"
+    (target / "additional_chat_templates" / "old.jinja").write_text("old")
+    bridge.save_tokenizer(load_tokenizer(tmp_path / "source", 257), target, overwrite=True)
+    assert [path.name for path in (target / "additional_chat_templates").iterdir()] == ["rag.jinja"]
+    (target / "additional_chat_templates" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"'notes\.txt'"):
+        bridge.save_tokenizer(load_tokenizer(tmp_path / "source", 257), target, overwrite=True)
+    assert {path.name for path in (target / "additional_chat_templates").iterdir()} == {"rag.jinja", "notes.txt"}
+    (target / "additional_chat_templates" / "notes.txt").unlink()
+    bridge.save_tokenizer(bridge.byte_tokenizer(), target, overwrite=True)
+    assert not (target / "additional_chat_templates").exists()
+
+
 # What cannot be saved
 
 
