@@ -13,7 +13,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.errors import BridgeError, CheckpointError, quoted
 from bridge.finite import rejecting_non_finite
 from bridge.formats import FORMATS, WRITABLE
-from bridge.formats.directory import CARRIED_NAMES, CONFIG, carry_files, companions_left_out, write_config
+from bridge.formats.directory import CARRIED_NAMES, CONFIG, carry_files, write_config
 from bridge.formats.recognition import (
     Found,
     SeveralCheckpointsError,
@@ -26,6 +26,7 @@ from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
 from bridge.storage.manifest import recorded
 from bridge.storage.tensors import LazyTensorMap
+from bridge.targets import left_out
 
 _SUFFIXES = frozenset(
     {
@@ -183,23 +184,19 @@ def save(
         checkpoint = _rejecting_non_finite(checkpoint)
     if as_file:
         with new_file(target, overwrite=lambda: overwrite and _require_format(target, format)) as file:
-            left_out = write(checkpoint, file, **options)
-            left_out += companions_left_out(checkpoint, FORMATS[format].keeps_tokenizer)
+            sentences = left_out(checkpoint, format, as_file=True)
+            write(checkpoint, file, **options)
     else:
         with new_directory(target, replaceable=_replaceable(target, format) if overwrite else None) as directory:
+            sentences = left_out(checkpoint, format, as_file=False)
             file_name = FORMATS[format].file_name
             if file_name is None:
-                left_out = write(checkpoint, directory, **options)
+                write(checkpoint, directory, **options)
             else:
                 write(checkpoint, directory / file_name, **options)
-                # config.json and the files beside it keep what the file itself cannot.
                 write_config(directory / CONFIG, checkpoint.config, checkpoint.extra)
                 carry_files(checkpoint, directory)
-                left_out = ()
-    steps = checkpoint.optimizer.step if checkpoint.optimizer is not None else 0
-    if steps and not FORMATS[format].keeps_optimizer:
-        left_out += (f"the state of AdamW after {steps} steps, which {format} cannot store",)
-    return left_out
+    return sentences
 
 
 def _rejecting_non_finite(checkpoint: Checkpoint) -> Checkpoint:

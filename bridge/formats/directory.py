@@ -106,15 +106,6 @@ def companions_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (*tokenizer_files_in(path), *others)
 
 
-def companions_left_out(checkpoint: Checkpoint, keeps_tokenizer: bool) -> tuple[str, ...]:
-    """Return a sentence that names what a single file cannot hold of the tokenizer and the generation settings."""
-    kept = {*TOKENIZER_FILES} - {CHAT_TEMPLATE} if keeps_tokenizer else set()
-    names = [name for name in companions_of(checkpoint) if name not in kept]
-    if checkpoint.own_tokenizer is not None and not keeps_tokenizer:
-        names.insert(0, "the tokenizer inside the source")
-    return (f"what a single file cannot store: {', '.join(names)}; a directory as target keeps it",) if names else ()
-
-
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:
     """Return the configuration in a `config.json` of this project, and the Hugging Face fields of the file.
 

@@ -45,7 +45,7 @@ def read(weights: Path) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(fields), config_diagnostics(fields))
 
 
-def write(checkpoint: Checkpoint, directory: Path) -> tuple[str, ...]:
+def write(checkpoint: Checkpoint, directory: Path) -> None:
     config = checkpoint.config
     write_config(directory / CONFIG, config, checkpoint.extra)
     entries = {
@@ -54,7 +54,6 @@ def write(checkpoint: Checkpoint, directory: Path) -> tuple[str, ...]:
     }
     write_file(directory / WEIGHTS, LazyTensorMap(entries), {"format": "flax"})
     carry_files(checkpoint, directory)
-    return ()
 
 
 FORMAT = Format(name=NAME, find=find, read=read, write=write, weight_files=re.escape(WEIGHTS))

@@ -52,24 +52,30 @@ def read(weights: Path) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), notes)
 
 
-def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[str, ...]:
-    """Write what `FlaxGPT2LMHeadModel.save_pretrained` writes. Raises `ConfigError` for settings that it ignores.
-
-    Args:
-        max_shard_bytes: maximum size of a file. A single larger tensor gets its own file.
-    """
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return no sentence, because everything is stored. Raises `ConfigError` for settings that the model ignores."""
     config = checkpoint.config
+    config.to_hf()
     require_implied(config, "transformers 4's Flax", _IGNORED)
     if config.activation_function not in _ACTIVATIONS:
         raise ConfigError(
             f"activation_function={quoted(config.activation_function)}: transformers 4's Flax has only "
             f"{', '.join(_ACTIVATIONS)}"
         )
+    return ()
+
+
+def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write what `FlaxGPT2LMHeadModel.save_pretrained` writes.
+
+    Args:
+        max_shard_bytes: maximum size of a file. A single larger tensor gets its own file.
+    """
+    config = checkpoint.config
     write_json(directory / CONFIG, config.to_hf(checkpoint.extra))
     entries = {_path(p): _as_stored(checkpoint.tensors.entries[p.torch_name], p) for p in parameters(config)}
     write_shards(directory, "flax_model", "msgpack", entries, max_shard_bytes, write_file)
     carry_files(checkpoint, directory)
-    return ()
 
 
 def _canonical(stored: Mapping[str, LazyTensor], config: GPT2Config, weights: Path) -> LazyTensorMap:
@@ -128,6 +134,7 @@ FORMAT = Format(
     find=find,
     read=read,
     write=write,
+    left_out=left_out,
     weight_files=r"flax_model(-\d{5}-of-\d{5})?\.msgpack|flax_model\.msgpack\.index\.json",
     family="transformers",
 )

@@ -28,9 +28,12 @@ class Format:
     single file, `read(path, config_json=...)` also gets the `config.json` that describes the file, or None. Unless the
     format `states_activation`, it also gets `activation=...`, a name or None. If the format `may_have_extra_heads`, it
     also gets `drop_extra_heads=...`. An adapter also gets `base=...`, the checkpoint that it changes."""
-    write: Callable[..., tuple[str, ...]] | None = None
-    """`write(checkpoint, target, **options)` fills an empty directory, or writes a new file. It returns one sentence
-    for each thing that the format cannot store. The caller makes it atomic. None for a read-only format."""
+    write: Callable[..., None] | None = None
+    """`write(checkpoint, target, **options)` fills an empty directory, or writes a new file. The caller calls
+    `left_out` first, and makes the write atomic. None for a read-only format."""
+    left_out: Callable[[Checkpoint], tuple[str, ...]] = lambda checkpoint: ()
+    """`left_out(checkpoint)` returns one sentence for each thing that `write` leaves out, and raises `BridgeError` if
+    the format cannot store the model. It writes nothing."""
     file_name: str | None = None
     """Name of the single file when it is written into a directory."""
     suffixes: tuple[str, ...] = ()

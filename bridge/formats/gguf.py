@@ -46,7 +46,7 @@ from bridge.errors import (
 )
 from bridge.formats.directory import files_by_content
 from bridge.formats.format import Format
-from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
+from bridge.formats.single_file import require_dtypes, require_implied, settings_left_out, with_sidecar
 from bridge.parameter_table import Parameter, parameters
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, same_bytes, transposed
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS, ByteLevelBPE
@@ -122,11 +122,15 @@ def read(file: Path, config_json: Path | None) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, file.parent, extra, (*diagnostics, *notes), own_tokenizer=own_tokenizer)
 
 
-def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """Write a GGUF file. Raises `ConfigError` or `ConversionError` if GGUF's GPT-2 cannot store the model."""
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what GGUF cannot store. Raises `ConfigError` or `ConversionError` if it cannot store the model."""
     _require_storable(checkpoint)
+    return settings_left_out(checkpoint.config, stored=GPT2Config()) + _tokenizer(checkpoint)[1]
+
+
+def write(checkpoint: Checkpoint, file: Path) -> None:
     config, entries = checkpoint.config, checkpoint.tensors.entries
-    tokenizer, not_stored = _tokenizer(checkpoint)
+    tokenizer, _ = _tokenizer(checkpoint)
     stored, widened_from = _widened({_name(p): _as_stored(entries[p.torch_name], p) for p in parameters(config)})
     sizes = {field: getattr(config, field) for field in _SIZES} | {"n_inner": config.feed_forward_size}
     metadata = {
@@ -136,10 +140,9 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
         _EPSILON: float32(config.layer_norm_epsilon),
         "gpt2.vocab_size": uint32(config.vocab_size),
         **widened_from,
-        **tokenizer,
+        **({MODEL: string("none")} if tokenizer is None else metadata_of(tokenizer, config.vocab_size)),
     }
     write_file(file, metadata, stored)
-    return (*left_out(config, stored=GPT2Config()), *not_stored)
 
 
 def _require_storable(checkpoint: Checkpoint) -> None:
@@ -286,18 +289,17 @@ def _name(parameter: Parameter) -> str:
     return f"blk.{parameter.layer}.{_MODULES[module.removeprefix(f'h.{parameter.layer}.')]}.{kind}"
 
 
-def _tokenizer(checkpoint: Checkpoint) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """Return the metadata of the checkpoint's tokenizer, and a sentence if GGUF cannot store its kind."""
-    none = {MODEL: string("none")}
+def _tokenizer(checkpoint: Checkpoint) -> tuple[ByteLevelBPE | None, tuple[str, ...]]:
+    """Return the checkpoint's tokenizer, or None and a sentence if GGUF cannot store its kind."""
     try:
         tokenizer = checkpoint.tokenizer()
     except NoTokenizerError:
-        return none, ()
+        return None, ()
     except TokenizerError as error:
-        return none, (f"its tokenizer, which cannot be read: {error}",)
+        return None, (f"its tokenizer, which cannot be read: {error}",)
     if not isinstance(tokenizer, ByteLevelBPE) or tokenizer.pattern not in SPELLINGS_OF_WORDS:
-        return none, (f"its tokenizer {quoted(tokenizer.name)}: it is not byte-level BPE with GPT-2's pre-tokenizer",)
-    return metadata_of(tokenizer, checkpoint.config.vocab_size), ()
+        return None, (f"its tokenizer {quoted(tokenizer.name)}: it is not byte-level BPE with GPT-2's pre-tokenizer",)
+    return tokenizer, ()
 
 
 def _file_type(tensors: LazyTensorMap) -> int:
@@ -333,6 +335,7 @@ FORMAT = Format(
     find=find,
     read=read,
     write=write,
+    left_out=left_out,
     file_name="model.gguf",
     suffixes=SUFFIXES,
     keeps_tokenizer=True,

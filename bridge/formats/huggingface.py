@@ -58,7 +58,13 @@ def read(weights: Path, drop_extra_heads: bool = False) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, weights.parent, harmless_fields(hf), notes)
 
 
-def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> tuple[str, ...]:
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return no sentence, because everything is stored. Raises `ConfigError` if transformers cannot hold the model."""
+    checkpoint.config.to_hf()
+    return ()
+
+
+def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write the names that `GPT2LMHeadModel.save_pretrained` writes. A tied head is not stored.
 
     Args:
@@ -68,7 +74,6 @@ def write(checkpoint: Checkpoint, directory: Path, *, max_shard_bytes: int = MAX
     entries = {_saved_name(name): entry for name, entry in checkpoint.tensors.entries.items()}
     write_model(directory, entries, max_shard_bytes)
     carry_files(checkpoint, directory)
-    return ()
 
 
 def write_model(directory: Path, entries: Mapping[str, LazyTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -148,6 +153,7 @@ FORMAT = Format(
     find=find,
     read=read,
     write=write,
+    left_out=left_out,
     weight_files=r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json",
     family="transformers",
     may_have_extra_heads=True,

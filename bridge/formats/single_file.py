@@ -66,7 +66,7 @@ def require_dtypes(tensors: LazyTensorMap, format: str, allowed: Collection[Any]
         raise ConversionError(f"{format} cannot hold these tensors bit for bit:\n" + bullet_list(mismatched))
 
 
-def left_out(config: GPT2Config, stored: GPT2Config) -> tuple[str, ...]:
+def settings_left_out(config: GPT2Config, stored: GPT2Config) -> tuple[str, ...]:
     """Return a sentence that lists the training settings in which `config` differs from `stored`, the file's config."""
     not_stored = [
         f"{name}={getattr(config, name)!r}" for name in TRAINING_ONLY if _value(config, name) != _value(stored, name)

@@ -91,14 +91,6 @@ def tokenizer_files_in(directory: Path) -> list[str]:
     return [*(name for name in TOKENIZER_FILES if has_companion(directory, name)), *chat_template_files(directory)]
 
 
-def has_chat_template(directory: Path | None) -> bool:
-    """Whether the tokenizer files of a directory have a chat template, in a file of its own or among the settings."""
-    if directory is None:
-        return False
-    files = Files(directory, NO_LIMIT)
-    return files.has(CHAT_TEMPLATE) or bool(files.settings.get("chat_template"))
-
-
 def openai_tokenizer() -> ByteLevelBPE:
     """Return GPT-2's own tokenizer, from tiktoken's cache or by download."""
     import tiktoken

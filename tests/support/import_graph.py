@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bridge.checkpoint",),
     ("bridge.adapters", "bridge.vocabulary"),
     ("bridge.formats",),
-    ("bridge.hub",),
+    ("bridge.hub", "bridge.targets"),
     ("bridge.io",),
     ("bridge.diagnostics", "bridge.evaluation", "bridge.generation"),
     ("bridge",),

@@ -19,7 +19,7 @@ from bridge.config import GPT2Config
 from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import files_by_content
 from bridge.formats.format import Format
-from bridge.formats.single_file import left_out, require_dtypes, require_implied, with_sidecar
+from bridge.formats.single_file import require_dtypes, require_implied, settings_left_out, with_sidecar
 from bridge.parameter_table import Parameter, num_parameters, padded_vocab_size, parameters
 from bridge.storage.dtypes import DTYPES
 from bridge.storage.regular_file import first_bytes
@@ -73,8 +73,8 @@ def read(path: Path, config_json: Path | None) -> Checkpoint:
     return Checkpoint(config, tensors, NAME, file.path.parent, extra, notes)
 
 
-def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
-    """Write a `model.bin`. Raises `ConfigError` or `ConversionError` if llm.c cannot store the model."""
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what llm.c cannot store. Raises `ConfigError` or `ConversionError` if it cannot store the model."""
     config, tensors = checkpoint.config, checkpoint.tensors
     require_implied(config, "llm.c", {"n_inner": 4 * config.n_embd, **_IMPLIED})
     require_dtypes(tensors, "llm.c", VERSIONS.values())
@@ -84,6 +84,12 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
             f"llm.c stores all tensors in one dtype; these differ from wte.weight, which holds {dtype}:\n"
             + bullet_list(mismatched)
         )
+    return settings_left_out(config, stored=GPT2Config())
+
+
+def write(checkpoint: Checkpoint, file: Path) -> None:
+    config, tensors = checkpoint.config, checkpoint.tensors
+    dtype = tensors.entries["wte.weight"].dtype
     version = next(number for number, stored in VERSIONS.items() if stored == dtype)
     rows = padded_vocab_size(config.vocab_size, VOCAB_MULTIPLE)
     header = np.zeros(256, _HEADER)
@@ -95,7 +101,6 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
             write_array(out, p.torch_name, transposed(entry) if p.is_projection else entry)
             if p.has_vocabulary_rows:
                 out.write(bytes((rows - config.vocab_size) * config.n_embd * dtype.itemsize))
-    return left_out(config, stored=GPT2Config())
 
 
 def _magic(file: Path) -> int:
@@ -165,4 +170,6 @@ def _entry(file: StoredFile, dtype: np.dtype, p: Parameter, offset: int) -> Lazy
     return file.entry(dtype, p.torch_shape, offset)
 
 
-FORMAT = Format(name=NAME, find=find, read=read, write=write, file_name="model.bin", suffixes=SUFFIXES)
+FORMAT = Format(
+    name=NAME, find=find, read=read, write=write, left_out=left_out, file_name="model.bin", suffixes=SUFFIXES
+)

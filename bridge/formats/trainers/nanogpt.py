@@ -33,7 +33,7 @@ from bridge.conversion import canonicalize, differences
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, bullet_list, quoted
 from bridge.formats.directory import files_by_content, read_config
 from bridge.formats.format import Format
-from bridge.formats.single_file import left_out, require_implied, with_sidecar
+from bridge.formats.single_file import require_implied, settings_left_out, with_sidecar
 from bridge.names import canonical_names
 from bridge.optimizer_state import AdamWState, Hyperparameters
 from bridge.parameter_table import parameters
@@ -89,17 +89,25 @@ def read(file: Path, config_json: Path | None, activation: str | None = None) ->
         raise type(error)(f"{quoted(file)}: {error}") from error
 
 
-def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
+def left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return what nanoGPT cannot store. Raises `ConfigError` if it cannot store the model."""
+    config = checkpoint.config
+    _require_nanogpt(config)
+    rate = config.resid_pdrop
+    stored = replace(config, embd_pdrop=rate, attn_pdrop=rate, initializer_range=GPT2Config.initializer_range)
+    return settings_left_out(config, stored) + _optimizer(checkpoint.optimizer, config)[1]
+
+
+def write(checkpoint: Checkpoint, file: Path) -> None:
     """Write a file that nanoGPT can sample from and resume.
 
     Without an optimizer state, an initial one at step 0 is written. nanoGPT has one dropout rate. If the three rates
     differ, `resid_pdrop` is written.
     """
     config, progress, adamw = checkpoint.config, checkpoint.progress, checkpoint.optimizer
-    _require_nanogpt(config)
     rate = config.resid_pdrop
     entries = {f"transformer.{name}": e for name, e in _transposed(checkpoint.tensors, _projections(config)).items()}
-    optimizer, not_stored = _optimizer(adamw, config)
+    optimizer, _ = _optimizer(adamw, config)
     saved = {
         "model": {**entries, "lm_head.weight": entries["transformer.wte.weight"]},
         "optimizer": optimizer,
@@ -113,8 +121,6 @@ def write(checkpoint: Checkpoint, file: Path) -> tuple[str, ...]:
         "config": progress.get("config", {}),
     }
     write_file(file, saved)
-    stored = replace(config, embd_pdrop=rate, attn_pdrop=rate, initializer_range=GPT2Config.initializer_range)
-    return left_out(config, stored) + not_stored
 
 
 def _is_nanogpt(file: Path) -> bool:
@@ -330,6 +336,7 @@ FORMAT = Format(
     find=find,
     read=read,
     write=write,
+    left_out=left_out,
     file_name="ckpt.pt",
     suffixes=SUFFIXES,
     keeps_optimizer=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,9 @@ from rich.table import Table
 import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError, TokenizerError
 from bridge.errors import quoted
-from bridge.tokenizers.loading import has_chat_template
+from bridge.targets import Target, targets
+from bridge.tokenizers.chat.templates import read_chat_templates
+from bridge.tokenizers.tokenizer import Tokenizer
 from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
 from gpt2_jax.cli.effect import OVERWRITE, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, reading_bar
@@ -33,7 +35,7 @@ def inspect(
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
-    """Show what a checkpoint is: format, configuration, tokenizer, tensors, dtypes, generation settings, warnings.
+    """Show what a checkpoint is, from its format to its chat templates, and what a conversion would leave out.
 
     Example: gpt2 inspect ./my-gpt2 --tensors
 
@@ -49,13 +51,15 @@ def inspect(
     checkpoint = reading.load(source)
     with reading_bar(checkpoint, "reading", times=2) as watched:
         facts = _facts(watched)
-    write_json(facts)
-    _show(console(), checkpoint, facts, tensors)
+    left_out = targets(checkpoint)
+    write_json({**facts, "targets": {name: asdict(target) for name, target in left_out.items()}})
+    _show(console(), checkpoint, facts, left_out, tensors)
 
 
 def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     entries = checkpoint.tensors.entries
     dtypes = Counter(str(entry.dtype) for entry in entries.values())
+    tokenizer = _tokenizer(checkpoint)
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -66,18 +70,19 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "dtypes": dict(dtypes),
         "diagnostics": bridge.find_diagnostics(checkpoint),
         "fingerprint": bridge.fingerprint(checkpoint.tensors),
-        "tokenizer": _tokenizer_facts(checkpoint),
+        "tokenizer": _tokenizer_facts(tokenizer),
+        "chat_templates": _chat_templates(checkpoint),
         "optimizer_step": checkpoint.optimizer.step if checkpoint.optimizer else None,
         "progress": dict(checkpoint.progress),
-        "generation": _generation(checkpoint),
+        "generation": _generation(checkpoint, tokenizer if isinstance(tokenizer, Tokenizer) else None),
         "tensors": {name: {"dtype": str(e.dtype), "shape": list(e.shape)} for name, e in entries.items()},
     }
 
 
-def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
+def _generation(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the generation settings, where they are from, and what is wrong with them."""
     try:
-        defaults = bridge.generation_defaults(checkpoint)
+        defaults = bridge.generation_defaults(checkpoint, tokenizer)
     except BridgeError as error:
         return {"error": str(error)}
     settings = {"source": defaults.source, "settings": dict(defaults.settings), "notes": list(defaults.notes)}
@@ -92,22 +97,24 @@ def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
     settings = ", ".join(f"{name}={value}" for name, value in generation["settings"].items())
     yield "generation", f"{settings or 'greedy'} ({generation['source'] or 'no settings'})"
     ends = ", ".join(map(str, generation["eos_token_ids"])) or "never"
-    if generation["eos_source"] is None:
-        yield "ends at", "the tokenizer's end-of-sequence token, because no file has an eos_token_id"
-    else:
-        yield "ends at", f"{ends} ({generation['eos_source']})"
+    yield "ends at", f"{ends} ({generation['eos_source'] or 'nothing names a token'})"
     for note in generation["notes"]:
         yield "", note
 
 
-def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return what the tokenizer is, or why it cannot be read; None if there is none."""
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | TokenizerError | None:
+    """Return the tokenizer, or why it cannot be read; None if there is none."""
     try:
-        tokenizer = checkpoint.tokenizer()
+        return checkpoint.tokenizer()
     except NoTokenizerError:
         return None
     except TokenizerError as error:
-        return {"error": str(error)}
+        return error
+
+
+def _tokenizer_facts(tokenizer: Tokenizer | TokenizerError | None) -> dict[str, Any] | None:
+    if not isinstance(tokenizer, Tokenizer):
+        return None if tokenizer is None else {"error": str(tokenizer)}
     return {
         "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
@@ -115,23 +122,51 @@ def _tokenizer_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
             role: {"token": token, "id": tokenizer.id_of(token)} for role, token in tokenizer.special.by_role().items()
         },
         "added_tokens": len(tokenizer.added),
-        "has_chat_template": has_chat_template(checkpoint.path),
         "fingerprint": tokenizer.fingerprint,
     }
+
+
+def _chat_templates(checkpoint: Checkpoint) -> list[str] | dict[str, str]:
+    """Return the names of the chat templates, or why they cannot be read."""
+    try:
+        return [] if checkpoint.path is None else sorted(read_chat_templates(checkpoint.path))
+    except TokenizerError as error:
+        return {"error": str(error)}
 
 
 def _show_tokenizer(summary: Table, facts: dict[str, Any] | None) -> None:
     if facts is None or "error" in facts:
         summary.add_row("tokenizer", "none" if facts is None else escape(facts["error"]))
         return
-    template = "with" if facts["has_chat_template"] else "without"
     kind, size, added = facts["kind"], facts["vocab_size"], facts["added_tokens"]
-    summary.add_row("tokenizer", f"{kind}, ids below {size:,}, {added} added tokens, {template} a chat template")
+    summary.add_row("tokenizer", f"{kind}, ids below {size:,}, {added} added tokens")
     for role, found in facts["special_tokens"].items():
         summary.add_row(f"  {role}", escape(f"{quoted(found['token'])[1:-1]} ({found['id']})"))
 
 
-def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: bool) -> None:
+def _chat_text(templates: list[str] | dict[str, str]) -> str:
+    if isinstance(templates, dict):
+        return templates["error"]
+    return ", ".join(quoted(name)[1:-1] for name in templates) or "none"
+
+
+def _target_rows(left_out: Mapping[str, Target]) -> Iterator[tuple[str, str]]:
+    """Yield the labels and texts that show what a conversion leaves out. Formats with the same text share a row."""
+    formats: dict[tuple[str, str], list[str]] = {}
+    for name, target in left_out.items():
+        if target.error is not None:
+            formats.setdefault(("", f"not possible: {target.error}"), []).append(name)
+            continue
+        for kind, sentences in ((" as a directory", target.directory), (" as a file", target.file)):
+            if sentences is not None:
+                formats.setdefault((kind, "\n".join(sentences) or "nothing"), []).append(name)
+    for k, ((kind, text), names) in enumerate(formats.items()):
+        yield "left out by" if k == 0 else "", f"{', '.join(names)}{kind}: {text}"
+
+
+def _show(
+    out: Console, checkpoint: Checkpoint, facts: dict[str, Any], left_out: Mapping[str, Target], tensors: bool
+) -> None:
     summary = Table(show_header=False, box=None, pad_edge=False)
     summary.add_column(style="bold")
     summary.add_column()
@@ -143,12 +178,15 @@ def _show(out: Console, checkpoint: Checkpoint, facts: dict[str, Any], tensors: 
     if checkpoint.optimizer is not None:
         summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
     _show_tokenizer(summary, facts["tokenizer"])
+    summary.add_row("chat templates", escape(_chat_text(facts["chat_templates"])))
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
     for label, text in _generation_rows(facts["generation"]):
         summary.add_row(label, text if len(text) < MOST_SHOWN else f"{text[:MOST_SHOWN]} ...")
     for k, diagnostic in enumerate(facts["diagnostics"] or ["none"]):
         summary.add_row("warnings" if k == 0 else "", diagnostic, style="yellow" if facts["diagnostics"] else "")
+    for label, text in _target_rows(left_out):
+        summary.add_row(label, escape(text))
     summary.add_row("fingerprint", facts["fingerprint"])
     out.print(summary)
     if tensors:

@@ -70,6 +70,8 @@ def test_templates_and_settings_beside_a_tokenizer_in_the_weights_are_carried(tm
     (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
     (model / "generation_config.json").write_text('{"top_k": 3}')
     bridge.save(bridge.load(model), tmp_path / "gguf", format="gguf")
+    [sentence] = bridge.save(bridge.load(model), tmp_path / "m.gguf", format="gguf")
+    assert "store: generation_config.json, the chat template in tokenizer_config.json;" in sentence
     assert bridge.save(bridge.load(tmp_path / "gguf"), tmp_path / "back", format="huggingface") == ()
     assert (tmp_path / "back" / "generation_config.json").read_text() == '{"top_k": 3}'
     found = read_chat_templates(tmp_path / "back")
