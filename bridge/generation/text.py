@@ -42,7 +42,7 @@ class TextOutput:
 def generate_text(
     decoder: Decoder[Any, Any],
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     generation_config: GenerationConfig,
     stop: Sequence[str] = (),
     *,
@@ -51,6 +51,7 @@ def generate_text(
     """Return `num_return_sequences` outputs for each prompt.
 
     Args:
+        prompts: texts, or their ids, such as those of `Tokenizer.encode_conversations`.
         generation_config: with `eos_token_id=bridge.end_of_text_ids(tokenizer)`, outputs end at the end of a document.
         stop: outputs also end before any of these strings.
         special_tokens: what to do where a prompt contains an added token; see `Tokenizer.encode`.
@@ -58,7 +59,7 @@ def generate_text(
     Raises `BridgeError` for an invalid configuration, a text that the tokenizer cannot encode, and logits that are NaN
     or infinite.
     """
-    ids = tokenizer.encode_batch(prompts, special_tokens=special_tokens)
+    ids = _encoded(tokenizer, prompts, special_tokens)
     generation_config.check(decoder.config, ids)
     outputs = []
     for i in range(0, len(ids), PROMPTS_PER_BATCH):
@@ -95,14 +96,17 @@ def _generate_batch(
 def stream_text(
     decoder: Decoder[Any, Any],
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: str | Sequence[int],
     generation_config: GenerationConfig,
     stop: Sequence[str] = (),
     *,
     special_tokens: SpecialTokenPolicy = "match",
 ) -> Iterator[str]:
-    """Yield the text that continues one prompt, in pieces. No piece ends inside a character or a stop string."""
-    ids = tokenizer.encode(prompt, special_tokens=special_tokens)
+    """Yield the text that continues one prompt, a text or ids, in pieces.
+
+    No piece ends inside a character or a stop string.
+    """
+    [ids] = _encoded(tokenizer, [prompt], special_tokens)
     row = _Row(tokenizer, generation_config, stop, ids)
     for chunk in decoder.stream([ids], generation_config, STREAM_CHUNK):
         if piece := row.read(chunk.ids[0].tolist()):
@@ -111,6 +115,15 @@ def stream_text(
             return
     if piece := row.flush():
         yield piece
+
+
+def _encoded(
+    tokenizer: Tokenizer, prompts: Sequence[str | Sequence[int]], special_tokens: SpecialTokenPolicy
+) -> list[Sequence[int]]:
+    """Return the ids of each prompt. A prompt of ids is returned unchanged."""
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter(tokenizer.encode_batch(texts, special_tokens=special_tokens))
+    return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def end_of_text_ids(tokenizer: Tokenizer) -> tuple[int, ...]:

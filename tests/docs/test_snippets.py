@@ -69,6 +69,10 @@ def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> 
     root = tmp_path_factory.mktemp("pages")
     bundled = bridge.load("bundled")
     bridge.save(bundled, root / "my-gpt2", format="huggingface")
+    shutil.copytree(root / "my-gpt2", root / "my-chat-gpt2")
+    (root / "my-chat-gpt2" / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}assistant:", encoding="utf-8"
+    )
     shutil.copytree(root / "my-gpt2", root / "my-classifier")
     weights = root / "my-classifier" / "model.safetensors"
     head = LazyTensor.of(np.ones((2, bundled.config.n_embd), np.float32))

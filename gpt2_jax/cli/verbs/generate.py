@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, field, make_dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from bridge.generation.config import GenerationConfig
 from bridge.generation.decoder import Decoder
 from bridge.generation.text import TextOutput, generate_text, printable, stream_text
 from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
+from gpt2_jax.cli.chat import NEEDS_CHAT, NO_CHAT, Chat
 from gpt2_jax.cli.dataclass_flags import docs_of, flags_of
 from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
@@ -90,6 +91,7 @@ def generate(
     stop: Annotated[tuple[str, ...], UseAppendAction, arg(metavar="TEXT")] = (),
     stop_at_end: bool = True,
     special_tokens: SpecialTokensFlag = "match",
+    chat: Chat = NO_CHAT,
     dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
     json: JsonFile = None,
     overwrite: bool = False,
@@ -117,19 +119,22 @@ def generate(
         overwrite: replace the report of an earlier command.
     """
     require_effect(locals(), defaults_of(generate), (OVERWRITE,))
+    require_effect(vars(chat), vars(NO_CHAT), (NEEDS_CHAT,))
     write_json = json_writer(json, overwrite, (source, reading.base, lines))
     checkpoint = reading.load_with_warnings(source)
     tokenizer = checkpoint.tokenizer()
     prompts = _prompts(prompt, lines, interactive)
+    if chat.chat and prompt is None and lines is None and not interactive:
+        raise BridgeError("--chat needs a message; give PROMPT, --lines or --interactive")
     defaults = bridge.generation_defaults(checkpoint, tokenizer)
     policy = policy_of(special_tokens)
     given = {name: value for name, value in _given(decoding).items() if value is not None}
     if not stop_at_end:
         given["eos_token_id"] = ()
 
-    def config_for(texts: list[str]) -> GenerationConfig:
-        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest text."""
-        length, new = max(map(len, tokenizer.encode_batch(texts, special_tokens=policy))), max_new_tokens
+    def config_for(ids: list[list[int]]) -> GenerationConfig:
+        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest prompt."""
+        length, new = max(map(len, ids)), max_new_tokens
         if new is None:
             new = defaults.max_new_tokens(length) or DEFAULT_NEW_TOKENS
             room = checkpoint.config.n_positions - length
@@ -149,17 +154,19 @@ def generate(
         print_error(f"{defaults.source}: {note}")
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
-        def stream(text: str) -> Iterator[str]:
-            return stream_text(decoder, tokenizer, text, config_for([text]), stop, special_tokens=policy)
+        def stream(text: str, history: Sequence[tuple[str, str]] = ()) -> Iterator[str]:
+            ids = chat.encode(tokenizer, [text], policy, history)
+            return stream_text(decoder, tokenizer, ids[0], config_for(ids), stop)
 
         if interactive:
-            _interactive_loop(stream)
+            _interactive_loop(stream, show_prompt=not chat.chat)
         elif json is None and len(prompts) == 1 and not several:
-            _print_pieces(prompts[0], stream(prompts[0]))
+            _print_pieces("" if chat.chat else prompts[0], stream(prompts[0]))
         else:
-            outputs = generate_text(decoder, tokenizer, prompts, config_for(prompts), stop, special_tokens=policy)
+            ids = chat.encode(tokenizer, prompts, policy)
+            outputs = generate_text(decoder, tokenizer, ids, config_for(ids), stop)
             write_json({"source": source, "backend": backend, "completions": _as_json(prompts, outputs)})
-            _print_all(prompts, outputs)
+            _print_all([""] * len(prompts) if chat.chat else prompts, outputs)
 
 
 def _given(decoding: DecodingFlags) -> dict[str, Any]:
@@ -219,18 +226,23 @@ def _read(file: str) -> str:
         raise BridgeError(f"{'standard input' if file == '-' else file} is not UTF-8 text: {error}") from error
 
 
-def _print_pieces(prompt: str, pieces: Iterator[str]) -> None:
+def _print_pieces(prompt: str, pieces: Iterator[str]) -> str:
+    """Print a prompt and the text that continues it, and return that text."""
     first = next(pieces, "")  # before the prompt is printed, so that an invalid request prints nothing
     print(printable(prompt + first), end="", flush=True)
+    printed = [first]
     for piece in pieces:
         print(printable(piece), end="", flush=True)
+        printed.append(piece)
     print()
+    return "".join(printed)
 
 
-def _interactive_loop(stream: Callable[[str], Iterator[str]]) -> None:
+def _interactive_loop(stream: Callable[[str, Sequence[tuple[str, str]]], Iterator[str]], show_prompt: bool) -> None:
+    history: list[tuple[str, str]] = []
     while prompt := _read_prompt():
         try:
-            _print_pieces(prompt, stream(prompt))
+            history.append((prompt, _print_pieces(prompt if show_prompt else "", stream(prompt, history))))
         except BridgeError as error:
             print_error(str(error))
 
