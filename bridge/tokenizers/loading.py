@@ -16,11 +16,9 @@ from bridge.tokenizers.characters import CharacterTokenizer
 from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, chat_template_files
 from bridge.tokenizers.readers.huggingface import VOCAB_AND_MERGES, Files, from_files
 from bridge.tokenizers.readers.nanogpt import from_meta
+from bridge.tokenizers.readers.sentencepiece_classes import FILES as SENTENCEPIECE
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
 from bridge.tokenizers.validation import require_ids_below
-
-SENTENCEPIECE = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
-"""Names of SentencePiece models."""
 
 VOCABULARY_FILES = (*VOCAB_AND_MERGES[0], *VOCAB_AND_MERGES[1], "tokenizer.json", "vocab.txt", *SENTENCEPIECE)
 """The files that a vocabulary can be in."""

@@ -64,6 +64,15 @@ def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int],
         )
 
 
+def flag_of(settings: Mapping[str, Any], name: str, default: bool | None, where: str) -> bool | None:
+    """Return a flag of `tokenizer_config.json`. Raises if it is neither true nor false, nor null where that is the
+    default."""
+    value = settings.get(name, default)
+    if not (isinstance(value, bool) or (value is None and default is None)):
+        raise TokenizerError(f"{where}: {name}={quoted(value)} is not true or false")
+    return value
+
+
 def pairs_of(merges: Iterable[Sequence[Any]], where: str) -> list[tuple[str, str]]:
     """Return the merges. Raises if one is not a pair of strings."""
     pairs = []

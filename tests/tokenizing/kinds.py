@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from support.tokenizers_for_tests import CORPUS, END
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
+from transformers import BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, T5Tokenizer, XLMRobertaTokenizer
 
 ROWS = 1000
 """Size of the vocabulary of the model beside the tokenizer. All of their ids are below it."""
@@ -196,6 +196,48 @@ def bpe_with_byte_fallback(directory: Path) -> None:
     as_stored(tokenizer, directory, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+def llama(directory: Path) -> None:
+    """As Llama 2's `tokenizer.json`, of which `LlamaTokenizer` takes the vocabulary, merges and post-processor."""
+    bpe_with_byte_fallback(directory)
+    stored = json.loads((directory / "tokenizer.json").read_text())
+    start = stored["model"]["vocab"]["<s>"]
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(stored))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False})
+
+
+@cache
+def unigram_vocabulary() -> list[tuple[str, float]]:
+    """Return pieces and scores, after the special tokens of T5."""
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=280, special_tokens=special, unk_token="<unk>", show_progress=False, n_sub_iterations=1
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+
+
+def t5(directory: Path) -> None:
+    """As rinna's models, saved by transformers 5."""
+    vocab = unigram_vocabulary()
+    tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, bos_token=vocab[3][0])
+    tokenizer.add_special_tokens({"sep_token": "[SEP]"})
+    tokenizer.save_pretrained(directory)
+
+
+def t5_with_sentinels(directory: Path) -> None:
+    vocab = [*unigram_vocabulary(), *((f"<extra_id_{i}>", 0.0) for i in range(3, -1, -1))]
+    T5Tokenizer(vocab=vocab, extra_ids=4, eos_token="<pad>").save_pretrained(directory)
+
+
+def xlm_roberta(directory: Path) -> None:
+    vocab = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    XLMRobertaTokenizer(vocab=[*vocab, *unigram_vocabulary()[3:], ("<mask>", 0.0)]).save_pretrained(directory)
+
+
 def unigram(directory: Path) -> None:
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
@@ -266,6 +308,7 @@ KINDS: dict[str, Kind] = {
         *(old_style, vocab_and_merges_alone, old_style_with_added_tokens, with_special_tokens_of_the_map),
         *(with_prefix_space, with_bos, with_bos_and_eos_and_prefix_space, new_style, new_style_with_added_tokens),
         *(with_plain_added_tokens, new_over_old, with_post_processor, byte_level_of_its_own_words, bpe_with_suffix),
-        *(bpe_with_byte_fallback, unigram, chinese_wordpiece, cased_wordpiece, saved_wordpiece, word_level, characters),
+        *(bpe_with_byte_fallback, llama, unigram, t5, t5_with_sentinels, xlm_roberta),
+        *(chinese_wordpiece, cased_wordpiece, saved_wordpiece, word_level, characters),
     )
 }

@@ -21,8 +21,16 @@ from bridge.tokenizers.characters import CHARACTERS_APART, CharacterTokenizer
 from bridge.tokenizers.pipeline import PipelineTokenizer, component_types
 from bridge.tokenizers.post_processors import around_of, template
 from bridge.tokenizers.readers import sentencepiece, wordpiece
-from bridge.tokenizers.tokenizer import AddedToken, Tokenizer, tokenizer_json
+from bridge.tokenizers.readers.sentencepiece_classes import (
+    CLASSES,
+    Context,
+    SentencePieceClass,
+    Vocabulary,
+    charsmap_of,
+)
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer, tokenizer_json
 from bridge.tokenizers.validation import (
+    flag_of,
     pairs_of,
     require_bpe_model,
     require_distinct_ids,
@@ -37,7 +45,6 @@ TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 
 GPT2_CLASS = "GPT2Tokenizer"
-_AS_STORED = ("PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 _GPT2_DEFAULTS = dict.fromkeys(("unk_token", "bos_token", "eos_token"), END_OF_TEXT)
 
 
@@ -120,8 +127,11 @@ def from_files(files: Files) -> Tokenizer | None:
     name = files.tokenizer_class
     if name in wordpiece.CLASSES and (files.stored is not None or files.has(wordpiece.VOCAB)):
         return _of_wordpiece(files)
-    if name in sentencepiece.CLASSES and (files.stored is not None or files.has(sentencepiece.SPIECE)):
-        return _of_sentencepiece(files)
+    if (reads := CLASSES.get(name or "")) is not None and (
+        files.has(reads.file) if files.stored is None else reads.model == files.stored["model"]["type"]
+    ):
+        if files.stored is None or not _mentions_byte_level(files.stored):  # Llama 3's is taken as stored
+            return _of_sentencepiece(files, reads)
     if files.stored is not None:
         is_bpe = files.stored["model"]["type"] == "BPE"
         if is_bpe and files.is_gpt2_class and (name == GPT2_CLASS or _mentions_byte_level(files.stored)):
@@ -147,17 +157,9 @@ def _gpt2(files: Files, vocab: Mapping[str, int], merges: list[tuple[str, ...]],
     _require_ids_of_merges(pairs, vocab, files.where)
     declared = files.declared()
     added, special = declared.resolved(vocab, (), _GPT2_DEFAULTS, files.rows)
-    prefix = files.settings.get("add_prefix_space", False)
-    if not isinstance(prefix, bool):
-        raise TokenizerError(f"{files.where}: add_prefix_space={quoted(prefix)} is not true or false")
+    prefix = flag_of(files.settings, "add_prefix_space", False, files.where)
     if post_processor is None and files.stored is None:
-        ids = dict(vocab) | {token.content: token.id for token in added}
-        before, after = (
-            [token] if files.settings.get(f"add_{role}_token") is True and token is not None else []
-            for role, token in (("bos", special.bos), ("eos", special.eos))
-        )
-        if before or after:
-            post_processor = template(before, after, {token: ids[token] for token in (*before, *after)})
+        post_processor = _around_of_settings(files, dict(vocab) | {t.content: t.id for t in added}, special)
     stored = tokenizer_json(
         {"type": "BPE", "vocab": vocab, "merges": [list(pair) for pair in pairs]},
         added,
@@ -199,30 +201,49 @@ def _of_wordpiece(files: Files) -> Tokenizer:
     return tokenizer_of_pipeline(files, stored, added, special)
 
 
-def _of_sentencepiece(files: Files) -> Tokenizer:
-    """Return the tokenizer that transformers' `T5Tokenizer` builds from `tokenizer.json` or a SentencePiece model."""
+def _of_sentencepiece(files: Files, reads: SentencePieceClass) -> Tokenizer:
+    """Return the tokenizer that a class of transformers builds from `tokenizer.json` or a SentencePiece model."""
     declared = files.declared()
-    sentinels = sentencepiece.extra_tokens(files.settings, files.where)
-    symbols: tuple[AddedToken, ...] = ()
+    extra: list[Any] = reads.extra(files.settings, files.where)
     if files.stored is not None:
-        if files.stored["model"]["type"] != "Unigram":
-            return _as_stored(files, files.stored)
-        pieces = [(piece, score) for piece, score in files.stored["model"]["vocab"]]
-        charsmap = sentencepiece.charsmap_of(files.stored.get("normalizer"))
+        vocabulary = _stored_vocabulary(files, files.stored)
     else:
-        path, most = files.directory / sentencepiece.SPIECE, min(files.rows, MOST_TOKENS)
-        model = sentencepiece.parse(files.content(path.name), quoted(path), most)
-        symbols, charsmap = model.symbols, sentencepiece.in_base64(model.charsmap)
-        pieces = [*model.pieces, *((token, 0.0) for token in sentinels)]
-    vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+        path = files.directory / reads.file
+        model = sentencepiece.parse(files.content(path.name), quoted(path), min(files.rows, MOST_TOKENS))
+        vocabulary = reads.vocabulary(model, files.settings, quoted(path))
+        extra = [*map(asdict, model.symbols), *extra]
+    vocab = vocabulary.ids
     _require_rows(vocab, files)
-    if not {"additional_special_tokens", "extra_special_tokens"} & files.settings.keys():
-        extra = [asdict(token) for token in symbols] + [*reversed(sentinels)]
+    if extra and not {"additional_special_tokens", "extra_special_tokens"} & files.settings.keys():
         declared = replace(declared, settings={**files.settings, "extra_special_tokens": extra})
-    added, special = declared.resolved(vocab, (), sentencepiece.DEFAULTS, files.rows)
-    ids = vocab | {token.content: token.id for token in added}
-    stored = sentencepiece.pipeline(pieces, charsmap, ids, added)
+    added, special = declared.resolved(vocab, (), reads.defaults_of(vocabulary.trainer), files.rows)
+    stored = reads.pipeline(vocabulary, Context(added, special, files.settings, files.where))
+    if reads.keeps_post_processor:
+        ids = vocab | {token.content: token.id for token in added}
+        own = _around_of_settings(files, ids, special) if files.stored is None else files.stored.get("post_processor")
+        stored["post_processor"] = own
     return tokenizer_of_pipeline(files, stored, added, special)
+
+
+def _stored_vocabulary(files: Files, stored: Mapping[str, Any]) -> Vocabulary:
+    """Return the parts of a `tokenizer.json` that the classes of SentencePiece models take."""
+    model, charsmap = stored["model"], charsmap_of(stored.get("normalizer"))
+    if model["type"] == "Unigram":
+        return Vocabulary([(piece, score) for piece, score in model["vocab"]], (), charsmap)
+    vocab, where = model["vocab"], quoted(files.directory / TOKENIZER_JSON)
+    pairs = pairs_of(_merges_of_model(model, where), where)
+    _require_rows(vocab, files)
+    _require_ids_of_merges(pairs, vocab, where)
+    return Vocabulary(vocab, pairs, charsmap)
+
+
+def _around_of_settings(files: Files, ids: Mapping[str, int], special: SpecialTokens) -> dict[str, Any] | None:
+    """Return the post-processor that `add_bos_token` and `add_eos_token` describe, or None."""
+    before, after = (
+        [token] if files.settings.get(f"add_{role}_token") is True and token is not None else []
+        for role, token in (("bos", special.bos), ("eos", special.eos))
+    )
+    return template(before, after, {token: ids[token] for token in (*before, *after)}) if before or after else None
 
 
 def tokenizer_of_pipeline(

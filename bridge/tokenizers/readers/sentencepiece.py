@@ -1,37 +1,49 @@
-"""SentencePiece models (`spiece.model`), as transformers' `T5Tokenizer` reads them (rinna's Japanese GPT-2 has one).
+"""SentencePiece models: `spiece.model`, `tokenizer.model` and `sentencepiece.bpe.model`.
 
 A model is a protocol buffer. Only the fields below are read, by a reader of the wire format that checks every length.
+`sentencepiece_classes` builds tokenizers from it.
 
 Sources: sentencepiece_model.proto of github.com/google/sentencepiece, protobuf.dev/programming-guides/encoding, and
-`T5Tokenizer` and `SentencePieceExtractor` of transformers 5.
+`SentencePieceExtractor` and `generate_merges` of transformers 5.
 """
 
 from __future__ import annotations
 
-import base64
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bridge.errors import TokenizerError, quoted
 from bridge.storage.companions import MOST_TOKENS
-from bridge.tokenizers.post_processors import template
-from bridge.tokenizers.tokenizer import AddedToken, tokenizer_json
+from bridge.tokenizers.tokenizer import AddedToken
 
-SPIECE = "spiece.model"
-CLASSES = ("T5Tokenizer",)
-DEFAULTS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+UNIGRAM, BPE = 1, 2
 
 Pieces = list[tuple[str, float]]
 
-_UNIGRAM = 1
+_TYPES = {UNIGRAM: "Unigram", BPE: "BPE", 3: "words", 4: "characters"}
 _CONTROL, _USER_DEFINED = 3, 4
 _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types
-_T5S_UNKNOWN = 2  # T5Tokenizer ignores the model's own unk_id
-_MOST_EXTRA_IDS = 1000
-_METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+_NUMBERS = {3: "model_type", 35: "byte_fallback", 40: "unk_id", 41: "bos_id", 42: "eos_id"}
+_PIECES = {45: "unk_piece", 46: "bos_piece", 47: "eos_piece"}
+_LONGEST_PIECE = 512
+_MOST_MERGES_PER_PIECE = 16  # Gemma's model, which has many, has 2.3
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The options of the trainer that are read, with their defaults. An id is -1 if the model lacks the token."""
+
+    model_type: int = UNIGRAM
+    byte_fallback: int = 0
+    unk_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_piece: str = "<unk>"
+    bos_piece: str = "<s>"
+    eos_piece: str = "</s>"
 
 
 @dataclass(frozen=True)
@@ -40,20 +52,22 @@ class Model:
 
     pieces: Pieces
     """Piece and score. The id is the place in the list."""
-    symbols: tuple[AddedToken, ...]
+    symbols: tuple[AddedToken, ...] = ()
     """The control pieces, which are special, and the user-defined ones, which are not."""
-    charsmap: bytes
+    charsmap: bytes = b""
     """The table of the normalizer; empty if text is not normalized."""
+    trainer: Trainer = field(default_factory=Trainer)
 
 
 def parse(content: bytes, where: str, most: int = MOST_TOKENS) -> Model:
     """Read a model with at most `most` pieces.
 
-    Raises `TokenizerError` for a file that is damaged, or is not a Unigram model.
+    Raises `TokenizerError` for a file that is damaged, or is neither a Unigram nor a BPE model.
     """
     pieces: Pieces = []
     symbols: list[AddedToken] = []
-    charsmap, kind = b"", _UNIGRAM
+    charsmap = b""
+    options: dict[str, Any] = {}
     for number, value in _fields(content, where):
         if number == 1 and isinstance(value, bytes):
             if len(pieces) == most:
@@ -62,74 +76,61 @@ def parse(content: bytes, where: str, most: int = MOST_TOKENS) -> Model:
             if type in (_CONTROL, _USER_DEFINED):
                 symbols.append(AddedToken(piece, len(pieces), special=type == _CONTROL))
             pieces.append((piece, score))
-        elif number == 2 and isinstance(value, bytes):  # trainer_spec
-            kinds = [v for n, v in _fields(value, where) if n == 3 and isinstance(v, int)]
-            kind = kinds[-1] if kinds else kind
+        elif number == 2 and isinstance(value, bytes):
+            options |= _trainer_options(value, where)
         elif number == 3 and isinstance(value, bytes):  # normalizer_spec
             tables = [v for n, v in _fields(value, where) if n == 2 and isinstance(v, bytes)]
             charsmap = tables[-1] if tables else charsmap
-    if kind != _UNIGRAM:
+    trainer = Trainer(**options)
+    if trainer.model_type not in (UNIGRAM, BPE):
+        type_name = _TYPES.get(trainer.model_type, trainer.model_type)
         raise TokenizerError(
-            f"{where} is a SentencePiece model of the type {kind}; only Unigram (1) is supported. Save its "
+            f"{where} is a SentencePiece model of {type_name}; only Unigram and BPE are supported. Save its "
             "tokenizer.json with transformers, and put it there"
         )
     if not pieces:
         raise TokenizerError(f"{where} is not a SentencePiece model: it has no pieces")
     if len({piece for piece, _ in pieces}) < len(pieces):
         raise TokenizerError(f"{where} has a piece twice")
-    return Model(pieces, tuple(symbols), charsmap)
+    return Model(pieces, tuple(symbols), charsmap, trainer)
 
 
-def extra_tokens(settings: Mapping[str, Any], where: str) -> list[str]:
-    """Return the sentinels that `T5Tokenizer` adds: `extra_ids` of them, 100 by default."""
-    count = settings.get("extra_ids", 100)
-    if type(count) is not int or not 0 <= count <= _MOST_EXTRA_IDS:
-        raise TokenizerError(f"{where}: extra_ids={quoted(count)} is not a number from 0 to {_MOST_EXTRA_IDS}")
-    return [f"<extra_id_{i}>" for i in range(count - 1, -1, -1)]
+def merges_of(pieces: Sequence[tuple[str, float]], where: str) -> list[tuple[str, str]]:
+    """Return the merges of a BPE model: every way to join two pieces to a third, in the order of the third's id.
 
-
-def pipeline(
-    pieces: Sequence[tuple[str, float]], charsmap: str | None, ids: Mapping[str, int], added: Sequence[AddedToken]
-) -> dict[str, Any]:
-    """Return the content of the `tokenizer.json` of a `T5Tokenizer`.
-
-    Args:
-        charsmap: the table of the normalizer in base64, or None.
-        ids: spelling -> id of the vocabulary and the added tokens.
+    Raises `TokenizerError` if a piece is too long, or too many pieces can be joined.
     """
-    end = "</s>"
-    return tokenizer_json(
-        {"type": "Unigram", "unk_id": _T5S_UNKNOWN, "vocab": [list(p) for p in pieces], "byte_fallback": False},
-        added,
-        normalizer=None if charsmap is None else {"type": "Precompiled", "precompiled_charsmap": charsmap},
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, _METASPACE]},
-        post_processor=template([], [end], {end: ids[end]}) if end in ids else None,
-        decoder=_METASPACE,
-    )
+    own = {piece: piece for piece, _ in pieces}  # merges share their strings
+    merges: list[tuple[str, str]] = []
+    for piece in own:
+        if len(piece) > _LONGEST_PIECE:
+            raise TokenizerError(
+                f"{where}: the piece {quoted(piece)} has {len(piece)} characters; the limit is {_LONGEST_PIECE}"
+            )
+        for at in range(1, len(piece)):
+            if (left := own.get(piece[:at])) is not None and (right := own.get(piece[at:])) is not None:
+                merges.append((left, right))
+        if len(merges) > _MOST_MERGES_PER_PIECE * len(pieces):
+            raise TokenizerError(f"{where}: the {len(pieces)} pieces have more than {len(merges) - 1} merges")
+    return merges
 
 
-def in_base64(charsmap: bytes) -> str | None:
-    return base64.b64encode(charsmap).decode() if charsmap else None
-
-
-def charsmap_of(normalizer: Any) -> str | None:
-    """Return the table in the normalizer of a `tokenizer.json`, in base64."""
-    parts = normalizer.get("normalizers", [normalizer]) if isinstance(normalizer, dict) else []
-    for part in parts if isinstance(parts, list) else []:
-        if isinstance(part, dict) and part.get("type") == "Precompiled":
-            table = part.get("precompiled_charsmap")
-            return table if isinstance(table, str) else None
-    return None
+def _trainer_options(content: bytes, where: str) -> dict[str, Any]:
+    """Return the fields of `Trainer` that a trainer_spec states."""
+    options: dict[str, Any] = {}
+    for number, value in _fields(content, where):
+        if number in _NUMBERS and isinstance(value, int):
+            options[_NUMBERS[number]] = (value + 2**31) % 2**32 - 2**31  # int32, sign-extended to 64 bits
+        elif number in _PIECES and isinstance(value, bytes):
+            options[_PIECES[number]] = _text(value, where)
+    return options
 
 
 def _piece(content: bytes, where: str) -> tuple[str, float, int]:
     piece, score, type = "", 0.0, 1
     for number, value in _fields(content, where):
         if number == 1 and isinstance(value, bytes):
-            try:
-                piece = value.decode()
-            except UnicodeDecodeError:
-                raise TokenizerError(f"{where} has the piece {quoted(value)}, which is not UTF-8") from None
+            piece = _text(value, where)
         elif number == 2 and isinstance(value, float):
             score = value
         elif number == 3 and isinstance(value, int):
@@ -137,6 +138,13 @@ def _piece(content: bytes, where: str) -> tuple[str, float, int]:
     if not math.isfinite(score):
         raise TokenizerError(f"{where}: the score of {quoted(piece)} is {score}")
     return piece, score, type
+
+
+def _text(content: bytes, where: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise TokenizerError(f"{where} has the piece {quoted(content)}, which is not UTF-8") from None
 
 
 def _fields(content: bytes, where: str) -> Iterator[tuple[int, int | float | bytes]]:

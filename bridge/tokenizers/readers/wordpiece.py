@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bridge.errors import TokenizerError, quoted
+from bridge.errors import TokenizerError
 from bridge.tokenizers.post_processors import template
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, tokenizer_json
+from bridge.tokenizers.validation import flag_of
 
 VOCAB = "vocab.txt"
 CLASSES = ("BertTokenizer",)
@@ -44,7 +45,7 @@ def pipeline(
         settings: the content of `tokenizer_config.json`.
     """
     lower_case, chinese, strip_accents = (
-        _flag(settings, name, default, where)
+        flag_of(settings, name, default, where)
         for name, default in (("do_lower_case", True), ("tokenize_chinese_chars", True), ("strip_accents", None))
     )
     if special.unk is None:
@@ -70,10 +71,3 @@ def pipeline(
         post_processor=template(before, after, {token: ids[token] for token in (*before, *after)}),
         decoder={"type": "WordPiece", "prefix": _PREFIX, "cleanup": True},
     )
-
-
-def _flag(settings: Mapping[str, Any], name: str, default: bool | None, where: str) -> bool | None:
-    value = settings.get(name, default)
-    if not (isinstance(value, bool) or (value is None and default is None)):
-        raise TokenizerError(f"{where}: {name}={quoted(value)} is not true or false")
-    return value
