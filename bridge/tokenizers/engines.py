@@ -6,12 +6,16 @@ The package is written in Rust. A panic in it is not an `Exception`; here both b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 from bridge.errors import TokenizerError, quoted
+
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+"""The token of a byte, in a model with `byte_fallback`."""
 
 
 class Engines:
@@ -74,10 +78,13 @@ def without_added_tokens(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return a `tokenizer.json` that matches no added token.
 
     A model can produce an added token from its spelling if the token is in its vocabulary too, as `</s>` is in a
-    SentencePiece model. Such an entry gets a spelling that no text has: a noncharacter of Unicode and a space.
+    SentencePiece model. Such an entry gets a spelling that no text has: a noncharacter of Unicode and a space. The
+    tokens of single bytes stay, because they encode other text.
     """
     contents = {token["content"] for token in stored.get("added_tokens") or []}
     model = dict(stored["model"])
+    if model.get("byte_fallback"):
+        contents = {content for content in contents if not BYTE.fullmatch(content)}
     if isinstance(model.get("vocab"), dict):
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
         used = {part for merge in merges for part in (*merge, "".join(merge))}

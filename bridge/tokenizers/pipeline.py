@@ -14,7 +14,7 @@ import numpy as np
 
 from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.byte_level_bpe import bytes_of_spelling, printable_bytes
-from bridge.tokenizers.engines import Engines
+from bridge.tokenizers.engines import BYTE, Engines
 from bridge.tokenizers.post_processors import NOTHING, around_of
 from bridge.tokenizers.surrogates import without_lone_surrogates
 from bridge.tokenizers.tokenizer import (
@@ -27,7 +27,6 @@ from bridge.tokenizers.tokenizer import (
     Tokenizer,
 )
 
-_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """Source: `clean_up_tokenization` in transformers' tokenization_utils_base.py."""
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=[^\W_n])")
@@ -97,7 +96,7 @@ class PipelineTokenizer(Tokenizer):
             raise TokenizerError(f"the tokenizer {quoted(self.name)} has no token {id}")
         if self._is_byte_level:
             return bytes_of_spelling(token)
-        if self.stored["model"].get("byte_fallback") and (byte := _BYTE.fullmatch(token)):
+        if self.stored["model"].get("byte_fallback") and (byte := BYTE.fullmatch(token)):
             return bytes.fromhex(byte[1])
         once, twice = self._decode([id]), self._decode([id, id])
         return twice[len(once) :].encode()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from tokenizing.driver import compare, prepared
-from tokenizing.kinds import KINDS
+from tokenizing.kinds import KINDS, ROWS
 from tokenizing.strings import generated
 
 from bridge import TokenizerError
 from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
+from bridge.tokenizers.loading import load_tokenizer
 
 STRINGS = 200
 
@@ -48,6 +50,19 @@ def test_streamed_text_is_the_decoded_text(tmp_path: Path, kind: str) -> None:
         stream = ours.stream()
         pieces = [*map(stream.add, ids), stream.flush()]
         assert "".join(pieces) == ours.decode(ids), (text, ids)
+
+
+def test_the_token_of_a_byte_encodes_text_even_if_it_is_an_added_token(tmp_path: Path) -> None:
+    ours, _ = prepared("bpe_with_byte_fallback", tmp_path)
+    text, byte = "the ÿ", "<0xC3>"
+    expected = ours.encode(text)
+    assert ours.id_of(byte) in expected
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["added_tokens"].append({**stored["added_tokens"][0], "content": byte, "id": ours.id_of(byte)})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    again = load_tokenizer(tmp_path, ROWS)
+    assert byte in again.added
+    assert again.encode(text, special_tokens="as_text") == again.encode(text) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)
