@@ -251,7 +251,7 @@ def tiktoken_ranks(vocab: Mapping[str, int], pairs: Sequence[tuple[str, str]], w
     byte_of = printable_bytes()
     merged = ["".join(pair) for pair in pairs]
     ordinary = {*merged, *byte_of}
-    if any(part not in ordinary for pair in pairs for part in pair):
+    if any(part not in ordinary for pair in pairs for part in pair) or not vocab.keys() >= {*merged}:
         return None
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
         return None

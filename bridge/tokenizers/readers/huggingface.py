@@ -93,6 +93,8 @@ class Files:
         model = {"type": _type_of(model), **model}
         if model["type"] not in ("BPE", "WordPiece", "WordLevel", "Unigram"):
             raise TokenizerError(f"{where} has a model of the unknown type {quoted(model['type'])}")
+        if not isinstance(model.get("unk_token"), str | None):
+            raise TokenizerError(f"{where} is not a valid tokenizer.json: model.unk_token is not a string")
         if model["type"] == "Unigram":
             require_unigram_vocabulary(model.get("vocab"), where)
         elif not isinstance(model.get("vocab"), dict):

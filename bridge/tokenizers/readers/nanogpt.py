@@ -55,9 +55,10 @@ def _read(directory: Path) -> CharacterTokenizer:
     ids = meta.get("stoi") if isinstance(meta, dict) else None
     if not isinstance(ids, dict):
         raise TokenizerError(f"{where} has no table stoi; only nanoGPT's tables of characters are supported")
+    tokenizer = CharacterTokenizer("characters", ids, where)
     if isinstance(itos := meta.get("itos"), dict) and itos != {i: character for character, i in ids.items()}:
         raise TokenizerError(f"{where}: the tables stoi and itos do not belong together")
-    return CharacterTokenizer("characters", ids, where)
+    return tokenizer
 
 
 def _no_reference(_: Any) -> Any:

@@ -134,6 +134,7 @@ def test_nanogpts_characters_are_found_where_its_sample_script_looks(tmp_path: P
         ({"stoi": 3}, "has no table stoi"),
         ({"stoi": {"ab": 0}, "itos": {0: "ab"}}, "'ab' is not a single character"),
         ({"stoi": {"a": "0"}, "itos": {"0": "a"}}, "the id of 'a' is '0'"),
+        ({"stoi": {"a": [0]}}, "the id of 'a' is"),
         ({"stoi": {"a": 1}}, "stoi and itos do not belong together"),
         ({"stoi": print}, "refers to 'builtins.print'"),
     ],
