@@ -36,7 +36,10 @@ from types import ModuleType
 import bridge
 
 FORMATS = ("safetensors", "flax", "torch_file", "nanogpt", "flax_msgpack", "llmc", "gguf", "openai")
-COMPANIONS = ("tokenizer_json", "vocab_and_merges", "config_json", "adapter_config_json", "settings", "gguf_tokenizer")
+COMPANIONS = (
+    *("tokenizer_json", "vocab_and_merges", "vocab_txt", "sentencepiece_model", "meta_pkl", "gguf_tokenizer"),
+    *("config_json", "adapter_config_json", "settings"),
+)
 DATA = ("npy_file", "token_cache", "run_json", "manifest_json", "metrics_lines", "run_arrays")
 MOST_SECONDS = 2.0
 MOST_GROWTH = 64 * 2**20

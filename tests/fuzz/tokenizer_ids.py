@@ -67,5 +67,9 @@ def _ids(ours: Tokenizer, text: str) -> list[int] | None:
 
 
 def _without(contents: Iterable[str], texts: Iterable[str]) -> list[str]:
-    """Return the texts without added tokens: the two do not have the same ones."""
-    return [text for text in texts if not any(content in text for content in contents)]
+    """Return the texts without added tokens: the two do not have the same ones.
+
+    The added tokens of a SentencePiece model may have its sign for a space.
+    """
+    spellings = {content.replace("▁", " ").strip() for content in contents}
+    return [text for text in texts if not any(spelling in text for spelling in spellings)]
