@@ -14,7 +14,7 @@ import numpy as np
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config
 from bridge.conversion import differences
-from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
+from bridge.errors import CheckpointError, ConversionError, TokenizerError, bullet_list, quoted
 from bridge.parameter_table import parameters
 from bridge.storage.companions import checked_companion, has_companion, read_companion, read_json_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
@@ -22,6 +22,7 @@ from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, CHAT_TEMPLATE_FOLDER
 from bridge.tokenizers.loading import TOKENIZER_FILES, VOCABULARY_FILES, tokenizer_files_in
 from bridge.tokenizers.readers.nanogpt import META, from_meta
 from bridge.tokenizers.saving import save_tokenizer
+from bridge.tokenizers.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -66,12 +67,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
-    """Copy the tokenizer files and generation settings, or write the tokenizer that the weights file contains.
+    """Copy the tokenizer files and generation settings.
+
+    If the weights file contains a tokenizer, and the files beside it are not the same one, this tokenizer is written in
+    place of the files.
 
     Raises `CheckpointError` or `TokenizerError` for files that `bridge.storage.companions` rejects.
     """
     names = companions_of(checkpoint)
-    if checkpoint.own_tokenizer is not None:
+    if checkpoint.own_tokenizer is not None and not {*names} & {*VOCABULARY_FILES}:
         save_tokenizer(checkpoint.tokenizer(), directory)  # with its chat templates
         names = tuple(name for name in names if name == GENERATION_CONFIG)
     if checkpoint.path is None:
@@ -80,9 +84,8 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
         if name != META:
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(checked_companion(checkpoint.path, name, checkpoint.config.vocab_size))
-    if checkpoint.own_tokenizer is not None or {*names} & {*VOCABULARY_FILES}:
-        return
-    made_of_meta = from_meta(checkpoint.path, checkpoint.progress)
+    is_written = checkpoint.own_tokenizer is not None or {*names} & {*VOCABULARY_FILES}
+    made_of_meta = None if is_written else from_meta(checkpoint.path, checkpoint.progress)
     if made_of_meta is not None:
         if META in names:
             (directory / META).write_bytes(read_companion(checkpoint.path, META))
@@ -90,16 +93,33 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
             save_tokenizer(made_of_meta, directory)
 
 
+def _files_have(checkpoint: Checkpoint, tokenizer: Tokenizer) -> bool:
+    """Whether the files beside the weights are this tokenizer: the same tokens, around and at the end of a text, too.
+
+    The files may say more about a token, such as whether it is normalized.
+    """
+    try:
+        beside = replace(checkpoint, own_tokenizer=None).tokenizer()
+    except TokenizerError:
+        return False
+    return beside.source == checkpoint.path and _tokens(beside) == _tokens(tokenizer)
+
+
+def _tokens(tokenizer: Tokenizer) -> tuple[Any, ...]:
+    tokens = [tokenizer.token_of(i) for i in range(tokenizer.vocab_size)]
+    return tokens, tokenizer.around, tokenizer.eos_token_ids
+
+
 def companions_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the relative paths of the files beside the weights that belong to the checkpoint.
 
-    These are the tokenizer files and generation settings or, if the weights file contains the tokenizer, the chat
-    templates and generation settings.
+    These are the tokenizer files and generation settings or, if the weights file contains another tokenizer than the
+    files, the chat templates and generation settings.
     """
     path = checkpoint.path
     if path is None:
         return ()
-    if checkpoint.own_tokenizer is not None:
+    if checkpoint.own_tokenizer is not None and not _files_have(checkpoint, checkpoint.own_tokenizer()):
         found = (CHAT_TEMPLATE, GENERATION_CONFIG)
         return (*(name for name in found if has_companion(path, name)), *chat_template_files(path))
     others = (name for name in (META, GENERATION_CONFIG) if has_companion(path, name))

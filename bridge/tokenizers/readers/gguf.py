@@ -104,11 +104,14 @@ def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> ByteLe
         raise TokenizerError(f"{where}: {TOKENS} has a token twice")
     types = _types(metadata, len(tokens), where)
     merges = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, rows, where)]
-    ordinary = {token: i for token, i in ids.items() if types[i] not in (_CONTROL, _USER_DEFINED, _UNUSED)}
+    used = {token: i for token, i in ids.items() if types[i] != _UNUSED}
+    # A byte or a merge may be an added token, too.
+    symbols = {*map("".join, merges), *printable_bytes()}
+    ordinary = {t: i for t, i in used.items() if types[i] not in (_CONTROL, _USER_DEFINED) or t in symbols}
     ranks = _ranks(ordinary, merges, where)
     # Tokens that are neither bytes nor merges are special tokens, like those whose type says so.
-    taken = {*ranks.values(), *(i for i in range(len(tokens)) if types[i] == _UNUSED)}
-    added = [AddedToken(t, i, special=types[i] != _USER_DEFINED) for t, i in ids.items() if i not in taken]
+    taken = {i for i in ranks.values() if types[i] not in (_CONTROL, _USER_DEFINED)}
+    added = [AddedToken(t, i, special=types[i] != _USER_DEFINED) for t, i in used.items() if i not in taken]
     require_special_tokens({token.content: token.id for token in added}, ordinary, where)
     return ByteLevelBPE(
         "gguf",

@@ -98,6 +98,23 @@ def test_a_single_file_names_what_it_leaves_out(tmp_path: Path) -> None:
     assert "the tokenizer inside the source" in sentence
 
 
+def test_files_beside_a_gguf_are_carried_if_they_are_its_tokenizer(tmp_path: Path) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=ROWS))
+    KINDS["with_plain_added_tokens"](model)
+    (model / "generation_config.json").write_text('{"eos_token_id": 3}')
+    bridge.save(bridge.load(model), tmp_path / "gguf", format="gguf")
+    bridge.save(bridge.load(tmp_path / "gguf"), tmp_path / "back", format="huggingface")
+    assert companions(tmp_path / "back") == companions(model)
+    for name in companions(model).keys() - {"generation_config.json"}:
+        (tmp_path / "gguf" / name).unlink()
+    KINDS["chinese_wordpiece"](tmp_path / "gguf")
+    bridge.save(bridge.load(tmp_path / "gguf"), tmp_path / "own", format="huggingface")
+    assert "vocab.txt" not in companions(tmp_path / "own")
+    assert (tmp_path / "own" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
+    text = "the é dog<user>bot"
+    assert bridge.load(tmp_path / "own").tokenizer().encode(text) == bridge.load(model).tokenizer().encode(text)
+
+
 # nanoGPT's meta.pkl
 
 CHARACTERS = sorted(set("hello, world\n"))
