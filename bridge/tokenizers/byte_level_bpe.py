@@ -16,7 +16,8 @@ import numpy as np
 from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.chat.encoding import Parts
 from bridge.tokenizers.post_processors import around_template
-from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, StreamOfBytes, TextStream, Tokenizer, tokenizer_json
+from bridge.tokenizers.streams import StreamOfBytes, TextStream
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer, tokenizer_json
 from bridge.tokenizers.validation import require_merges_reached
 
 if TYPE_CHECKING:

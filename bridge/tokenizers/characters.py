@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import TokenizerError, quoted
-from bridge.tokenizers.tokenizer import StreamOfBytes, TextStream, Tokenizer, tokenizer_json
+from bridge.tokenizers.streams import StreamOfBytes, TextStream
+from bridge.tokenizers.tokenizer import Tokenizer, tokenizer_json
 from bridge.tokenizers.validation import require_distinct_ids
 
 _CHARACTER = r"[\s\S]"

@@ -16,16 +16,9 @@ from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.byte_level_bpe import bytes_of_spelling, printable_bytes
 from bridge.tokenizers.engines import BYTE, Engines
 from bridge.tokenizers.post_processors import NOTHING, around_of
+from bridge.tokenizers.streams import StreamOfBytes, StreamOfTexts, TextStream
 from bridge.tokenizers.surrogates import without_lone_surrogates
-from bridge.tokenizers.tokenizer import (
-    AddedToken,
-    SpecialTokenPolicy,
-    SpecialTokens,
-    StreamOfBytes,
-    StreamOfTexts,
-    TextStream,
-    Tokenizer,
-)
+from bridge.tokenizers.tokenizer import AddedToken, SpecialTokenPolicy, SpecialTokens, Tokenizer
 
 _CLEANED_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """Source: `clean_up_tokenization` in transformers' tokenization_utils_base.py."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -15,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 
 from bridge.errors import TokenizerError, quoted
-from bridge.tokenizers.chat.encoding import Parts, encode_conversations
-from bridge.tokenizers.chat.rendering import Messages, render
-from bridge.tokenizers.chat.templates import ChatTemplate, read_chat_templates, select_chat_template
+from bridge.tokenizers.chat.encoding import Parts, apply_chat_template, encode_conversations
+from bridge.tokenizers.chat.rendering import Messages
 from bridge.tokenizers.engines import Engines
+from bridge.tokenizers.streams import StreamOfTexts, TextStream
 from bridge.tokenizers.surrogates import without_lone_surrogates
 
 SpecialTokenPolicy = Literal["match", "as_text", "error"]
@@ -187,8 +186,7 @@ class Tokenizer(ABC):
         self, text: str, *, special_tokens: SpecialTokenPolicy = "match", add_special_tokens: bool = True
     ) -> np.ndarray:
         """Return the ids as an array, uint32 [T]. The arguments are those of `encode`."""
-        if special_tokens not in POLICIES:
-            raise TokenizerError(f"special_tokens={quoted(special_tokens)}: must be one of {', '.join(POLICIES)}")
+        _require_policy(special_tokens)
         text = without_lone_surrogates(text)
         if special_tokens == "error":
             self._require_no_added_token(text)
@@ -240,14 +238,6 @@ class Tokenizer(ABC):
         """
         return StreamOfTexts(self.decode, context)
 
-    def chat_template(self, name: str | None = None) -> ChatTemplate:
-        """Return the chat template of this name, by default the one without a name.
-
-        Raises `TokenizerError` if the checkpoint has no such template.
-        """
-        found = {} if self.chat_directory is None else read_chat_templates(self.chat_directory)
-        return select_chat_template(found, name, quoted(self.chat_directory or self.name))
-
     def apply_chat_template(
         self, messages: Messages, *, template: str | None = None, add_generation_prompt: bool = False, **variables: Any
     ) -> str:
@@ -264,8 +254,8 @@ class Tokenizer(ABC):
         Raises:
             TokenizerError: there is no such template, or it fails, takes too long, or rejects the messages.
         """
-        variables = self._chat_variables | variables | {"add_generation_prompt": add_generation_prompt}
-        return render(self.chat_template(template), [messages], variables)[0]
+        variables["add_generation_prompt"] = add_generation_prompt
+        return apply_chat_template(self, messages, template, variables)
 
     def encode_conversations(
         self,
@@ -288,12 +278,9 @@ class Tokenizer(ABC):
             TokenizerError: as `apply_chat_template`, and under `as_text` and `error` if the template changes the
                 messages so much that their text cannot be told from its own.
         """
-        variables = self._chat_variables | variables | {"add_generation_prompt": add_generation_prompt}
-        return encode_conversations(self, self.chat_template(template), conversations, variables, special_tokens)
-
-    @property
-    def _chat_variables(self) -> dict[str, Any]:
-        return {f"{role}_token": token for role, token in self.special.by_role().items()}
+        _require_policy(special_tokens)
+        variables["add_generation_prompt"] = add_generation_prompt
+        return encode_conversations(self, conversations, template, variables, special_tokens)
 
     def encode_parts(self, parts: Parts) -> list[int]:
         """Return the ids of a text in parts. Only within parts that are trusted, added tokens are matched.
@@ -334,61 +321,9 @@ class Tokenizer(ABC):
         )
 
 
-class TextStream(ABC):
-    """Decodes one token after another to text."""
-
-    @abstractmethod
-    def add(self, id: int) -> str:
-        """Return the text that is complete after one more token. An id without a token adds nothing."""
-
-    @abstractmethod
-    def flush(self) -> str:
-        """Return the text of an incomplete character at the end, as U+FFFD."""
-
-
-class StreamOfBytes(TextStream):
-    """For tokenizers whose text is the concatenation of the tokens' bytes."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, id: int) -> str:
-        known = self.tokenizer.token_of(id) is not None
-        return self.decoder.decode(self.tokenizer.token_bytes(id)) if known else ""
-
-    def flush(self) -> str:
-        return self.decoder.decode(b"", final=True)
-
-
-class StreamOfTexts(TextStream):
-    """For tokenizers in which the text of a token depends on its neighbours.
-
-    The text of a token is what it adds to the text of the tokens before it. Those are the ones that gave the last
-    complete text, because a decoder may reject bytes that do not start with a whole character.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> None:
-        self.decode = decode
-        self.before = list(context)
-        self.new: list[int] = []
-
-    def add(self, id: int) -> str:
-        self.new.append(id)
-        text = self._new_text()
-        if not text or text.endswith("\ufffd"):  # the next token may complete the character
-            return ""
-        self.before, self.new = self.new, []
-        return text
-
-    def flush(self) -> str:
-        text = self._new_text()
-        self.new = []
-        return text
-
-    def _new_text(self) -> str:
-        before = self.decode(self.before)
-        return self.decode([*self.before, *self.new])[len(before) :]
+def _require_policy(special_tokens: str) -> None:
+    if special_tokens not in POLICIES:
+        raise TokenizerError(f"special_tokens={quoted(special_tokens)}: must be one of {', '.join(POLICIES)}")
 
 
 def tokenizer_json(

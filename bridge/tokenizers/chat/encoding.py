@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.chat.rendering import Messages, as_json, render
-from bridge.tokenizers.chat.templates import ChatTemplate
+from bridge.tokenizers.chat.templates import ChatTemplate, read_chat_templates, select_chat_template
 from bridge.tokenizers.surrogates import without_lone_surrogates
 
 if TYPE_CHECKING:
@@ -27,14 +27,26 @@ _NOT_TEXT = ("role", "type")
 """Fields that a template compares with its own words. Their values are not marked."""
 
 
+def apply_chat_template(
+    tokenizer: Tokenizer, messages: Messages, name: str | None, variables: Mapping[str, Any]
+) -> str:
+    """Return the text of a conversation. See `Tokenizer.apply_chat_template`.
+
+    Args:
+        name: the name of the template, or None for the default one.
+    """
+    return render(_template(tokenizer, name), [messages], _with_special_tokens(tokenizer, variables))[0]
+
+
 def encode_conversations(
     tokenizer: Tokenizer,
-    template: ChatTemplate,
     conversations: Sequence[Messages],
+    name: str | None,
     variables: Mapping[str, Any],
     special_tokens: SpecialTokenPolicy,
 ) -> list[list[int]]:
     """Return the ids of each conversation. See `Tokenizer.encode_conversations`."""
+    template, variables = _template(tokenizer, name), _with_special_tokens(tokenizer, variables)
     if special_tokens == "match":
         texts = render(template, conversations, variables)
         return tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -55,6 +67,16 @@ def encode_conversations(
         if special_tokens == "error" and ids[-1] != tokenizer.encode(text, add_special_tokens=False):
             _raise_for_token(tokenizer, parts)
     return ids
+
+
+def _template(tokenizer: Tokenizer, name: str | None) -> ChatTemplate:
+    directory = tokenizer.chat_directory
+    found = {} if directory is None else read_chat_templates(directory)
+    return select_chat_template(found, name, quoted(directory or tokenizer.name))
+
+
+def _with_special_tokens(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{role}_token": token for role, token in tokenizer.special.by_role().items()} | dict(variables)
 
 
 def _raise_for_token(tokenizer: Tokenizer, parts: Parts) -> NoReturn:

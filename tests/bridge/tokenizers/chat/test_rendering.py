@@ -174,6 +174,8 @@ def test_a_token_across_the_border_of_a_message_does_not_match(tmp_path: Path) -
 
 def test_a_message_with_a_token_is_an_error_on_request(tmp_path: Path) -> None:
     ours = chat_tokenizer(tmp_path)
+    with pytest.raises(TokenizerError, match="special_tokens='none': must be one of match, as_text, error"):
+        ours.encode_conversations([CONVERSATIONS[1]], special_tokens="none")  # type: ignore[arg-type]
     with pytest.raises(TokenizerError, match=r"a message contains the token '<\|im_start\|>'"):
         ours.encode_conversations([CONVERSATIONS[1]], special_tokens="error")
 
