@@ -38,7 +38,7 @@ import bridge
 FORMATS = ("safetensors", "flax", "torch_file", "nanogpt", "flax_msgpack", "llmc", "gguf", "openai")
 COMPANIONS = (
     *("tokenizer_json", "vocab_and_merges", "vocab_txt", "sentencepiece_model", "meta_pkl", "gguf_tokenizer"),
-    *("config_json", "adapter_config_json", "settings"),
+    *("config_json", "adapter_config_json", "settings", "chat_templates"),
 )
 DATA = ("npy_file", "token_cache", "run_json", "manifest_json", "metrics_lines", "run_arrays")
 MOST_SECONDS = 2.0

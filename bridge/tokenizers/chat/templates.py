@@ -124,8 +124,9 @@ def _of_settings(value: Any, where: str) -> dict[str, ChatTemplate]:
             f"{where}: {_FIELD}={quoted(value)} is neither a template nor a list of objects with name and template"
         )
     for entry in listed:
-        if entry["name"] != Path(entry["name"]).name or not entry["name"].isprintable():
-            raise TokenizerError(f"{where}: {quoted(entry['name'])} is not a valid name of a chat template")
+        name = entry["name"]
+        if not name or name != Path(name).name or not name.isprintable():
+            raise TokenizerError(f"{where}: {quoted(name)} is not a valid name of a chat template")
     return {
         entry["name"]: ChatTemplate(entry["template"], f"{where} ({quoted(entry['name'])})", is_in_settings=True)
         for entry in listed
