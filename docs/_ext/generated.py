@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
@@ -11,6 +12,7 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.pycode import ModuleAnalyzer
 from support.public_configurations import PUBLIC
+from support.public_text import PUBLISHED, TEXT
 
 from bridge import GPT2Config
 from bridge.config import config_diagnostics
@@ -88,10 +90,21 @@ def configuration_fields() -> str:
 
 def public_configurations() -> str:
     """Return a table of the configurations that are tested, with what is reported about each."""
-    rows = ["| model | particular | warning |", "|---|---|---|"]
+    rows = ["| model | particular | tokenizer | ids and generation settings | warning |", "|---|---|---|---|---|"]
     for name, (particular, fields) in PUBLIC.items():
-        rows.append(f"| {name} | {particular} | {_cell('; '.join(config_diagnostics(fields)))} |")
+        text, assigned = TEXT[name], "" if name in PUBLISHED else " (assigned)"
+        warning = _cell("; ".join(config_diagnostics(fields)))
+        kind = text.tokenizer.replace("_", " ") + assigned
+        settings = _settings({**text.config, **(text.generation or {})})
+        rows.append(f"| {name} | {particular} | {kind} | {settings} | {warning} |")
     return "\n".join(rows)
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    """Return the settings, with tokens by their spelling."""
+    named = {name: value for name, value in settings.items() if name[0] != "_" and name != "transformers_version"}
+    shown = ", ".join(f"`{name}={json.dumps(value, ensure_ascii=False)}`" for name, value in named.items())
+    return shown.replace("|", "\\|")
 
 
 def _shown(value: Any) -> str:

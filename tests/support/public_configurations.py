@@ -84,7 +84,7 @@ CHINESE: Fields = {"tokenizer_class": "BertTokenizer", "vocab_size": 21128}
 MISTRAL: Fields = {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True}
 
 
-def without(fields: Fields, *names: str) -> Fields:
+def without(fields: Fields, *names: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
 
 
@@ -92,6 +92,9 @@ def ids(bos: int | None, eos: int | None, pad: int | None = None) -> Fields:
     found = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
     return found if pad is not None else without(found, "pad_token_id")
 
+
+SMALLEST_VOCABULARY = 512
+"""Rows for all tokenizers in `tokenizing.kinds`."""
 
 PUBLIC: Mapping[str, tuple[str, Fields]] = {
     "gpt2": ("OpenAI's 124M", {**V2, **TEXT_GENERATION}),
@@ -353,11 +356,14 @@ PUBLIC: Mapping[str, tuple[str, Fields]] = {
 """Model -> what is particular about its configuration, and its fields."""
 
 
-def shrunk(fields: Fields) -> dict[str, Any]:
+def shrunk(fields: Fields, vocab_size: int | None = None) -> dict[str, Any]:
     """Return the same fields with small sizes: an eighth of the heads, heads of 4, two layers, a 32nd of the positions.
 
     Sizes of one model that are equal stay equal, and those that differ stay different. Most models get one width, so
     that JAX compiles few shapes.
+
+    Args:
+        vocab_size: the size of the vocabulary. By default, different sizes stay different.
     """
     small = dict(fields)
     small["n_head"] = max(2, fields["n_head"] // 8)
@@ -369,7 +375,7 @@ def shrunk(fields: Fields) -> dict[str, Any]:
         if name in fields:
             small[name] = fields[name] // 32
     small["n_layer"] = min(fields["n_layer"], 2)
-    small["vocab_size"] = fields["vocab_size"] // 1000 + 11
+    small["vocab_size"] = fields["vocab_size"] // 1000 + SMALLEST_VOCABULARY if vocab_size is None else vocab_size
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if fields.get(name) is not None:
             small[name] = min(fields[name], small["vocab_size"] - 1)
