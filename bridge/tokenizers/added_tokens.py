@@ -5,8 +5,9 @@ Source: `PreTrainedTokenizerBase._from_pretrained` and `TokenizersBackend.__init
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from bridge.errors import TokenizerError, quoted
@@ -18,6 +19,7 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 NO_ID = -1
 """The id of a token that is declared by its spelling alone."""
 
+_EXTRA = "extra_special_tokens"
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
 
 
@@ -45,85 +47,104 @@ class Declared:
         Args:
             vocab: the vocabulary of the model of the tokenizer.
             present: the added tokens that the tokenizer has before.
-            defaults: role -> spelling, for roles that no file mentions. They count only if the vocabulary has them.
+            defaults: role -> spelling, for the roles that no file mentions.
             rows: the size of the model's vocabulary.
         """
-        stored = self._stored()
-        by_content = {token.content: token for token in stored}
-        named = {role: by_content.get(t.content, t) for role, t in self._named().items()}
-        contents = {token.content for token in named.values()}
+        named = self._named(defaults)
+        spellings = {_spelling(value, self.where) for value in named.values()}
+        stored = sorted(self._stored(spellings), key=lambda token: token.id)
+        extra = [self._token(value, spellings) for value in self._extra]
         found = {token.content: token for token in present}
-        for token in sorted(stored, key=lambda token: token.id):
-            special = token.special or token.content in contents
-            if found.get(token.content) != token:
-                found[token.content] = replace(token, special=special)
-        known = {*found}
-        for token in [*(replace(t, special=True) for t in named.values()), *self._extra()]:
-            if token.content not in known:
-                found.setdefault(token.content, token)
-        usual = {role: token for role, token in defaults.items() if role not in self._mentioned()}
-        for content in usual.values():
-            if content in vocab:
-                found.setdefault(content, AddedToken(content, NO_ID))
+        known = {*found, *(token.content for token in stored)}
+        unlisted = [*(self._token(value, spellings) for value in named.values()), *extra]
+        unknown = [token for token in unlisted if token.content not in known]
+        # The last of several declarations counts, but a token that was special once is always skipped.
+        for token in [*stored, *dict.fromkeys(unknown)]:
+            before = found.get(token.content, token)
+            found[token.content] = replace(token, id=before.id, special=token.special or before.special)
         added = tuple(_with_ids(found.values(), vocab, rows, self.where))
-        present_tokens = {*vocab, *(token.content for token in added)}
-        roles = {role: token.content for role, token in named.items()} | usual
-        roles = {role.removesuffix("_token"): t for role, t in roles.items() if t in present_tokens and role in ROLES}
-        additional = tuple(dict.fromkeys(t.content for t in self._extra() if t.content in present_tokens))
+        contents = {token.content for token in added}
+        roles = {role: _spelling(named[role], self.where) for role in ROLES if role in named}
+        roles = {role.removesuffix("_token"): content for role, content in roles.items() if content in contents}
+        additional = tuple(dict.fromkeys(token.content for token in extra if token.content in contents))
         return added, SpecialTokens(**roles, additional=additional)
 
-    def role(self, name: str, default: str | None) -> str | None:
-        """Return the spelling of the token with this role."""
-        if name not in self._mentioned():
-            return default
-        named = self._named().get(name)
-        return None if named is None else named.content
+    @property
+    def is_legacy(self) -> bool:
+        """Whether the files of transformers before 4.33 count: there is no `added_tokens_decoder`."""
+        return "added_tokens_decoder" not in self.settings
+
+    @cached_property
+    def _combined(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings, with the special tokens map, and the tokenizer's own roles (`model_specific_special_tokens`).
+
+        The list of further special tokens is `extra_special_tokens`. `additional_special_tokens` takes its place if it
+        is empty or missing in `tokenizer_config.json`, or missing in both files.
+        """
+        settings = dict(self.settings)
+        if "additional_special_tokens" in settings and not settings.get(_EXTRA):
+            settings[_EXTRA] = settings.pop("additional_special_tokens")
+        own = {key: settings.pop(key) for key in [*settings] if _is_own_role(key) and isinstance(settings[key], str)}
+        if isinstance(settings.get(_EXTRA), dict):
+            own |= settings.pop(_EXTRA)
+        if self.is_legacy:
+            for key, value in self.special_tokens_map.items():
+                if key == _EXTRA and isinstance(value, list):
+                    before = settings.get(_EXTRA) or []
+                    value = [*before, *map(self._of_map, value)] if isinstance(before, list) else before
+                settings[key] = self._of_map(value) if key.endswith("_token") else value
+            if isinstance(settings.get(_EXTRA), dict):
+                own |= settings.pop(_EXTRA)
+        return settings, own
+
+    def _of_map(self, value: Any) -> Any:
+        """Return a value of `special_tokens_map.json`. All tokens in it are special."""
+        return self._token({**value, "special": True}) if isinstance(value, dict) else value
+
+    def _named(self, defaults: Mapping[str, str]) -> dict[str, Any]:
+        """Return role -> string or object, in the order in which new tokens get ids."""
+        settings, own = self._combined
+        standard = {role: settings.get(role, defaults.get(role)) for role in ROLES}
+        others = {key: value for key, value in settings.items() if _is_own_role(key) and _is_token(value)}
+        return {role: value for role, value in (standard | others | own).items() if value not in (None, "")}
 
     @property
-    def _merged(self) -> Mapping[str, Any]:
-        # The files of transformers before 4.33 count only where there is no `added_tokens_decoder`.
-        if "added_tokens_decoder" in self.settings:
-            return self.settings
-        return {**self.settings, **self.special_tokens_map}
-
-    def _mentioned(self) -> set[str]:
-        return {role for role in ROLES if role in self._merged}
-
-    def _named(self) -> dict[str, AddedToken]:
-        """Return role -> token. Roles of the tokenizer's own, such as `image_token`, are among them."""
-        merged = self._merged
-        own = {key: value for key, value in merged.items() if key.endswith("_token") and isinstance(value, str | dict)}
-        extra = merged.get("extra_special_tokens")
-        named = own | (extra if isinstance(extra, dict) else {})
-        tokens = {role: _token(value, NO_ID, self.where) for role, value in named.items()}
-        return {role: token for role, token in tokens.items() if token.content}
-
-    def _extra(self) -> list[AddedToken]:
-        merged = self._merged
-        listed = merged.get("extra_special_tokens") or merged.get("additional_special_tokens") or []
-        if isinstance(listed, dict):
-            return []
-        if not isinstance(listed, list):
+    def _extra(self) -> list[Any]:
+        settings, _ = self._combined
+        listed = settings.get(_EXTRA) if _EXTRA in settings else settings.get("additional_special_tokens")
+        if not isinstance(listed, list | None):
             raise TokenizerError(f"{self.where}: additional_special_tokens is not a list")
-        return [_token(value, NO_ID, self.where) for value in listed]
+        return listed or []
 
-    def _stored(self) -> list[AddedToken]:
+    def _stored(self, spellings: Set[str]) -> list[AddedToken]:
         """Return the tokens that the files declare with an id."""
-        if "added_tokens_decoder" in self.settings:
+        if not self.is_legacy:
             decoder = self.settings["added_tokens_decoder"]
             if not isinstance(decoder, dict):
                 raise TokenizerError(f"{self.where}: added_tokens_decoder is not an object")
-            return [_token(value, _id_of(key, self.where), self.where) for key, value in decoder.items()]
-        special = {token.content for token in [*self._named().values(), *self._extra_of_settings()]}
+            return [self._token(value, spellings, _id_of(key, self.where)) for key, value in decoder.items()]
         require_distinct_ids(self.added_tokens, self.where)
-        legacy = {
-            i: AddedToken(token, i, special=token in special, normalized=token not in special)
-            for token, i in self.added_tokens.items()
-        }
-        return [*(legacy | {token.id: token for token in self.of_tokenizer_json}).values()]
+        legacy = {i: self._legacy_token(content, i, spellings) for content, i in self.added_tokens.items()}
+        listed = {t.id: replace(t, special=t.special or t.content in spellings) for t in self.of_tokenizer_json}
+        return [*(legacy | listed).values()]
 
-    def _extra_of_settings(self) -> list[AddedToken]:
-        return replace(self, special_tokens_map={})._extra()
+    def _legacy_token(self, content: str, id: int, spellings: Set[str]) -> AddedToken:
+        is_special = content in self._special_in_files
+        return AddedToken(content, id, special=is_special or content in spellings, normalized=not is_special)
+
+    @cached_property
+    def _special_in_files(self) -> set[str]:
+        """The tokens that are not normalized if they stand in `added_tokens.json`.
+
+        transformers does not recognize a role that `tokenizer_config.json` describes as an object, nor an own role.
+        """
+        settings, _ = self._combined
+        listed = settings.get(_EXTRA)
+        values = [*(settings.get(role) for role in ROLES), *(listed if isinstance(listed, list) else [])]
+        return {_spelling(value, self.where) for value in values if isinstance(value, str | AddedToken)}
+
+    def _token(self, value: Any, spellings: Set[str] = frozenset(), id: int = NO_ID) -> AddedToken:
+        return _token(value, id, self.where, spellings)
 
 
 def stored_added_tokens(listed: Any, where: str) -> list[AddedToken]:
@@ -142,17 +163,37 @@ def stored_added_tokens(listed: Any, where: str) -> list[AddedToken]:
     return [*found.values()]
 
 
-def _token(value: Any, id: Any, where: str) -> AddedToken:
-    """Return the token that a string or an object with `content` describes."""
-    if isinstance(value, str):
-        return AddedToken(value, id)
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
+def _is_own_role(key: str) -> bool:
+    """Whether a setting can be a role of the tokenizer's own, such as `image_token`."""
+    return key.endswith("_token") and key not in ROLES
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str | AddedToken) or (isinstance(value, dict) and value.get("__type") == "AddedToken")
+
+
+def _spelling(value: Any, where: str) -> str:
+    """Return the spelling of a token, which a string or an object with `content` describes."""
+    if isinstance(value, AddedToken):
+        return value.content
+    content = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(content, str):
         raise TokenizerError(f"{where}: {quoted(value)} is neither a token nor an object with content")
+    return content
+
+
+def _token(value: Any, id: Any, where: str, spellings: Set[str] = frozenset()) -> AddedToken:
+    """Return the token that a string or an object with `content` describes. Those in `spellings` are special."""
+    if isinstance(value, AddedToken):
+        return value
+    content = _spelling(value, where)
+    if isinstance(value, str):
+        return AddedToken(content, id)
     flags = {name: value[name] for name in _FLAGS if name in value}
     if not all(isinstance(flag, bool) for flag in flags.values()):
-        raise TokenizerError(f"{where}: a flag of the token {quoted(value['content'])} is not true or false")
-    special = flags.get("special", False)
-    return AddedToken(value["content"], id, **{"special": special, "normalized": not special, **flags})
+        raise TokenizerError(f"{where}: a flag of the token {quoted(content)} is not true or false")
+    special = flags.get("special", False) or content in spellings
+    return AddedToken(content, id, **{"normalized": not special, **flags, "special": special})
 
 
 def _id_of(key: str, where: str) -> int:

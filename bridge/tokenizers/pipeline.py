@@ -132,6 +132,13 @@ class PipelineTokenizer(Tokenizer):
         return self._engines.decode([i for i in ids if self.token_of(i) is not None])
 
     @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        # The package compares the normalized spelling of a token with the special tokens.
+        special = {token.content for token in self.added.values() if token.special}
+        engine = self._engines.matching
+        return frozenset(t.id for t in self.added.values() if engine.id_to_token(t.id) in special)
+
+    @cached_property
     def _missing_bytes(self) -> frozenset[int]:
         """The bytes that a byte-level BPE has no token for, and no token for unknown text."""
         model = self.stored["model"]
