@@ -74,6 +74,11 @@ class Declared:
         """Whether the files of transformers before 4.33 count: there is no `added_tokens_decoder`."""
         return "added_tokens_decoder" not in self.settings
 
+    def is_null(self, role: str) -> bool:
+        """Whether the files say that no token has this role."""
+        settings, _ = self._combined
+        return role in settings and settings[role] is None
+
     @cached_property
     def _combined(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings, with the special tokens map, and the tokenizer's own roles (`model_specific_special_tokens`).

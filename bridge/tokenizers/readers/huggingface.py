@@ -199,7 +199,7 @@ def _of_wordpiece(files: Files) -> Tokenizer:
     declared = files.declared()
     added, special = declared.resolved(vocab, (), wordpiece.DEFAULTS, files.rows)
     ids = dict(vocab) | {token.content: token.id for token in added}
-    stored = wordpiece.pipeline(vocab, ids, added, special, files.settings, files.where)
+    stored = wordpiece.pipeline(vocab, ids, added, special, declared)
     return tokenizer_of_pipeline(files, stored, added, special)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bridge.errors import TokenizerError
+from bridge.tokenizers.added_tokens import Declared
 from bridge.tokenizers.post_processors import template
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, tokenizer_json
 from bridge.tokenizers.validation import flag_of
@@ -20,6 +21,8 @@ DEFAULTS = {
     "mask_token": "[MASK]",
 }
 
+_IDS_OF_NULL = {"cls_token": 2, "sep_token": 3}
+"""The ids that `BertTokenizer` puts around a text for roles that are null. The last one counts if both are."""
 _PREFIX = "##"
 _LONGEST_WORD = 100  # characters; the default of the tokenizers package
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
@@ -35,22 +38,28 @@ def pipeline(
     ids: Mapping[str, int],
     added: Sequence[AddedToken],
     special: SpecialTokens,
-    settings: Mapping[str, Any],
-    where: str,
+    declared: Declared,
 ) -> dict[str, Any]:
     """Return the content of the `tokenizer.json` of a `BertTokenizer`.
 
     Args:
         ids: spelling -> id of the vocabulary and the added tokens.
-        settings: the content of `tokenizer_config.json`.
+        declared: what the files say about special tokens, with the settings of `tokenizer_config.json`.
     """
+    where = declared.where
     lower_case, chinese, strip_accents = (
-        flag_of(settings, name, default, where)
+        flag_of(declared.settings, name, default, where)
         for name, default in (("do_lower_case", True), ("tokenize_chinese_chars", True), ("strip_accents", None))
     )
-    if special.unk is None:
+    if special.unk not in vocab:
         raise TokenizerError(f"{where}: the vocabulary has no token for unknown words, such as [UNK]")
-    before, after = ([] if token is None else [token] for token in (special.cls, special.sep))
+    before: list[str] = []
+    after: list[str] = []
+    ids_around: dict[str, int] = {}
+    for side, role, content in ((before, "cls_token", special.cls), (after, "sep_token", special.sep)):
+        if content is not None or declared.is_null(role):
+            side.append(str(content))
+            ids_around[str(content)] = _IDS_OF_NULL[role] if content is None else ids[content]
     return tokenizer_json(
         {
             "type": "WordPiece",
@@ -68,6 +77,6 @@ def pipeline(
             "lowercase": lower_case,
         },
         pre_tokenizer={"type": "BertPreTokenizer"},
-        post_processor=template(before, after, {token: ids[token] for token in (*before, *after)}),
+        post_processor=template(before, after, ids_around),
         decoder={"type": "WordPiece", "prefix": _PREFIX, "cleanup": True},
     )
