@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Around = tuple[tuple[int, ...], tuple[int, ...]]
@@ -33,6 +33,22 @@ def around_of(post_processor: Any) -> Around | None:
         case {"type": "TemplateProcessing", "single": list(single), "special_tokens": dict(special)}:
             return _around_of_template(single, special)
     return None
+
+
+def ids_of(post_processor: Any) -> Iterator[Any]:
+    """Yield the ids that a post-processor adds to a text, before they are validated."""
+    match post_processor:
+        case {"type": "BertProcessing" | "RobertaProcessing", "sep": [_, sep], "cls": [_, cls]}:
+            yield from (cls, sep)
+        case {"type": "Sequence", "processors": list(processors)}:
+            for each in processors:
+                yield from ids_of(each)
+        case {"type": "TemplateProcessing", "single": list(single), "special_tokens": dict(special)}:
+            for part in single:
+                match part:
+                    case {"SpecialToken": {"id": str(token)}} if isinstance(special.get(token), dict):
+                        ids = special[token].get("ids")
+                        yield from ids if isinstance(ids, list) else ()
 
 
 def _around_of_template(single: Sequence[Any], special: Mapping[str, Any]) -> Around | None:

@@ -19,7 +19,7 @@ from bridge.tokenizers.added_tokens import Declared, stored_added_tokens
 from bridge.tokenizers.byte_level_bpe import BYTE_LEVEL, END_OF_TEXT, ByteLevelBPE, tiktoken_ranks
 from bridge.tokenizers.characters import CHARACTERS_APART, CharacterTokenizer
 from bridge.tokenizers.pipeline import PipelineTokenizer, component_types
-from bridge.tokenizers.post_processors import around_of, template
+from bridge.tokenizers.post_processors import NOTHING, around_of, ids_of, template
 from bridge.tokenizers.readers import sentencepiece, wordpiece
 from bridge.tokenizers.readers.sentencepiece_classes import (
     CLASSES,
@@ -260,6 +260,7 @@ def tokenizer_of_pipeline(
         and around is not None
         and stored.get("normalizer") is None
         and isinstance(pre_tokenizer, dict)
+    _require_rows_around(stored.get("post_processor"), files)
         and _is_byte_level(pre_tokenizer)
         and isinstance(decoder, dict)
         and decoder.get("type") == "ByteLevel"
@@ -368,3 +369,12 @@ def _read_merges(files: Files, name: str) -> list[tuple[str, ...]]:
         raise TokenizerError(f"{quoted(files.directory / name)} has more than {MOST_TOKENS} lines")
     lines = (line.removesuffix("\r") for line in text.split("\n"))
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+def _require_rows_around(post_processor: Any, files: Files) -> None:
+    for id in ids_of(post_processor):
+        if type(id) is not int or not 0 <= id < files.rows:
+            raise TokenizerError(
+                f"{quoted(files.directory / TOKENIZER_JSON)}: the post-processor adds the id {quoted(id)}, but the "
+                f"model's vocabulary has {files.rows}; they do not belong together"
+            )
+
+
