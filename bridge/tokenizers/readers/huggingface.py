@@ -177,16 +177,22 @@ def _as_stored(files: Files, stored: Mapping[str, Any]) -> Tokenizer:
     where = quoted(files.directory / TOKENIZER_JSON)
     model = stored["model"]
     listed = stored_added_tokens(stored.get("added_tokens"), where)
-    if model["type"] == "WordLevel" and _is_of_characters(stored, listed):
-        vocab = {**model["vocab"], **{token.content: token.id for token in listed}}
-        return CharacterTokenizer(files.directory.name, vocab, files.where, source=files.directory)
     if model["type"] == "BPE":
         _merges_of_model(model, where)
         require_bpe_model(model, where)
     vocab = model["vocab"] if isinstance(model["vocab"], dict) else {p: i for i, (p, _) in enumerate(model["vocab"])}
     _require_rows(vocab, files)
-    added, special = files.declared().resolved(vocab, listed, {}, files.rows)
+    added, special = files.declared().resolved(vocab, listed, _pad_of(stored), files.rows)
+    if not added and _is_of_characters(stored):
+        return CharacterTokenizer(files.directory.name, vocab, files.where, source=files.directory)
     return tokenizer_of_pipeline(files, stored, added, special)
+
+
+def _pad_of(stored: Mapping[str, Any]) -> dict[str, str]:
+    """Return the role that the general class takes from `padding` if no file mentions it."""
+    padding = stored.get("padding")
+    pad = padding.get("pad_token") if isinstance(padding, dict) else None
+    return {"pad_token": pad} if isinstance(pad, str) else {}
 
 
 def _of_wordpiece(files: Files) -> Tokenizer:
@@ -315,13 +321,14 @@ def _type_of(model: Mapping[str, Any]) -> str:
     return "Unigram" if isinstance(model.get("vocab"), list) else "BPE"
 
 
-def _is_of_characters(stored: Mapping[str, Any], listed: list[AddedToken]) -> bool:
+def _is_of_characters(stored: Mapping[str, Any]) -> bool:
+    """Whether this is the `tokenizer.json` of a `CharacterTokenizer`, if it has no added tokens."""
     model = stored["model"]
     return (
-        stored.get("pre_tokenizer") == CHARACTERS_APART
+        model["type"] == "WordLevel"
+        and stored.get("pre_tokenizer") == CHARACTERS_APART
         and stored.get("normalizer") is None
         and model.get("unk_token") not in model["vocab"]
-        and all(len(token.content) == 1 for token in listed)
     )
 
 
@@ -335,6 +342,7 @@ def _is_byte_level(pre_tokenizer: Mapping[str, Any]) -> bool:
 
 def _mentions_byte_level(stored: Mapping[str, Any]) -> bool:
     return any("ByteLevel" in component_types(stored.get(part)) for part in ("pre_tokenizer", "normalizer", "decoder"))
+        and around_of(stored.get("post_processor")) == NOTHING
 
 
 def _merges_of_model(model: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
