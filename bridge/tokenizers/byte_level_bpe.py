@@ -15,6 +15,7 @@ import numpy as np
 
 from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.chat.encoding import Parts
+from bridge.tokenizers.engines import AddedTokenSplitter
 from bridge.tokenizers.post_processors import around_template
 from bridge.tokenizers.streams import StreamOfBytes, TextStream
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer, tokenizer_json
@@ -39,6 +40,9 @@ SPELLINGS_OF_WORDS = (
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 """GPT-2's pre-tokenizer and decoder in a `tokenizer.json`."""
 
+_FEW_ADDED = 64
+"""Up to this number of added tokens, regular expressions find them sooner than the `tokenizers` package does."""
+
 _LONGEST_SPACE = 2**16
 """With `WORDS`, tiktoken's regular expressions overflow their stack in 131,071 white-space characters. With the pattern
 of tiktoken's own GPT-2 they match any number at the end of a text, but take a sixth longer everywhere."""
@@ -59,6 +63,7 @@ class ByteLevelBPE(Tokenizer):
         unused: Mapping[str, int] | None = None,
         around: tuple[Sequence[int], Sequence[int]] = ((), ()),
         add_prefix_space: bool = False,
+        merges: Sequence[tuple[bytes, bytes]] | None = None,
         encoding: tiktoken.Encoding | None = None,
     ) -> None:
         """
@@ -68,17 +73,18 @@ class ByteLevelBPE(Tokenizer):
             unused: further tokens of the vocabulary, which no text contains.
             around: the ids that `add_special_tokens` puts before and after every text.
             add_prefix_space: insert a space before text that does not start with one.
+            merges: the merges in order, if they are known. Otherwise `merges_of` computes them when they are needed.
             encoding: a `tiktoken.Encoding` with these ranks, if there is one. Its pattern is used.
         """
         super().__init__(name, added, special, source)
         self.kind = "byte-level BPE" if any(len(token) > 1 for token in ranks) else "bytes"
         self.ranks, self.unused, self.around, self.add_prefix_space = ranks, unused or {}, around, add_prefix_space
-        self._given = encoding
+        self._given, self._merges = encoding, merges
         self._passes = [
             [token.content for token in self.added.values() if token.normalized is normalized]
             for normalized in (False, True)
         ]
-        self._patterns = [_any_of(contents) for contents in self._passes]
+        self._patterns = [_any_of(contents) if len(self.added) <= _FEW_ADDED else None for contents in self._passes]
 
     @classmethod
     def from_tiktoken(cls, encoding: tiktoken.Encoding) -> ByteLevelBPE:
@@ -96,6 +102,11 @@ class ByteLevelBPE(Tokenizer):
     @cached_property
     def max_token_id(self) -> int:
         return max([*self.ranks.values(), *(t.id for t in self.added.values()), *self.unused.values()])
+
+    @property
+    def merges(self) -> Sequence[tuple[bytes, bytes]]:
+        """The pair that produces each token, in the order of the merges. See `merges_of`."""
+        return merges_of(self.ranks) if self._merges is None else self._merges
 
     @property
     def splits_between_words(self) -> bool:
@@ -167,7 +178,7 @@ class ByteLevelBPE(Tokenizer):
                 f"{named} has a special token with the spelling of an ordinary one, {quoted(clash[0])}; vocab.json "
                 "cannot store both"
             )
-        return vocab | others, [(spelled[first], spelled[second]) for first, second in merges_of(self.ranks)]
+        return vocab | others, [(spelled[first], spelled[second]) for first, second in self.merges]
 
     def _encode(self, text: str, match: bool, add_special_tokens: bool) -> np.ndarray:
         before, after = self.around if add_special_tokens else ((), ())
@@ -191,6 +202,9 @@ class ByteLevelBPE(Tokenizer):
 
     def _pieces(self, text: str) -> Iterator[str | int]:
         """Yield the parts of the text between added tokens, and the ids of the added tokens."""
+        if len(self.added) > _FEW_ADDED:
+            yield from self._splitter.split(text)
+            return
         for piece in _split(text, self._patterns[0], self._passes[0]):
             if piece in self.added and not self.added[piece].normalized:
                 yield self.added[piece].id
@@ -211,6 +225,10 @@ class ByteLevelBPE(Tokenizer):
 
     def _decode(self, ids: Sequence[int]) -> str:
         return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", "replace")
+
+    @cached_property
+    def _splitter(self) -> AddedTokenSplitter:
+        return AddedTokenSplitter([*self.added.values()])
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:
@@ -244,32 +262,38 @@ class ByteLevelBPE(Tokenizer):
         return {i: own[i] if i in own else bytes_of_spelling(token) for i, token in self._spellings.items()}
 
 
-def tiktoken_ranks(vocab: Mapping[str, int], pairs: Sequence[tuple[str, str]], where: str) -> dict[bytes, int] | None:
-    """Return the ranks with which tiktoken gives the ids of a vocabulary and merges, or None if there are none.
+def ranks_and_merges(
+    vocab: Mapping[str, int], pairs: Sequence[tuple[str, str]], where: str
+) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
+    """Return the ranks with which tiktoken gives the ids of a vocabulary and merges, and the merges as bytes.
 
     tiktoken ranks a merge by the id of the token that it produces, and joins any two neighbours that spell a token.
+    Raises `TokenizerError` if tiktoken would give other ids.
     """
     byte_of = printable_bytes()
     merged = ["".join(pair) for pair in pairs]
     ordinary = {*merged, *byte_of}
-    if any(part not in ordinary for pair in pairs for part in pair) or not vocab.keys() >= {*merged}:
-        return None
+    for pair, token in zip(pairs, merged, strict=True):
+        if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
+            raise TokenizerError(
+                f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
+                "or does not consist of bytes or merges; only byte-level BPE is supported"
+            )
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
-        return None
-    try:
-        require_merges_reached(pairs, where)
-        ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
-        require_all_bytes(ranks, where)
-    except TokenizerError:
-        return None
-    return ranks
+        raise TokenizerError(f"{where}: token ids do not follow the order of the merges, which tiktoken requires")
+    require_merges_reached(pairs, where)
+    bytes_of = {token: bytes(byte_of[c] for c in token) for token in vocab if token in ordinary}
+    ranks = {content: vocab[token] for token, content in bytes_of.items()}
+    require_all_bytes(ranks, where)
+    return ranks, [(bytes_of[first], bytes_of[second]) for first, second in pairs]
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return the pair that produces each token, in the order of the merges.
 
     The pair is the result of BPE on the token's bytes with all earlier merges. Raises `TokenizerError` if that result
-    is not two tokens, because then no merge can produce the token.
+    is not two tokens, because then no merge can produce the token. Takes time O(n^2) for a token of n bytes, so
+    tokenizers that are read from files keep the merges that were read.
     """
     merges = []
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):

@@ -10,9 +10,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge.errors import TokenizerError, quoted
+
+if TYPE_CHECKING:
+    from bridge.tokenizers.tokenizer import AddedToken
 
 BYTE = re.compile("<0x([0-9A-F]{2})>")
 """The token of a byte, in a model with `byte_fallback`."""
@@ -72,6 +75,26 @@ class Engines:
             raise
         except BaseException as error:  # pyo3's PanicException is not an Exception
             raise TokenizerError(f"{self.where}: {doing}: {quoted(error, 200)}") from None
+
+
+class AddedTokenSplitter:
+    """Splits a text at any number of added tokens, as the package does before its model runs."""
+
+    def __init__(self, added: Sequence[AddedToken]) -> None:
+        import tokenizers
+
+        self._ids = [token.id for token in added]
+        # The model has one token, which every text between two added tokens becomes.
+        self._engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, ""))
+        self._engine.add_tokens([tokenizers.AddedToken(t.content, normalized=t.normalized) for t in added])
+
+    def split(self, text: str) -> list[str | int]:
+        """Return the parts of the text between added tokens, and the ids of the added tokens."""
+        found = self._engine.encode(text)
+        return [
+            self._ids[id - 1] if id else text[start:end]
+            for id, (start, end) in zip(found.ids, found.offsets, strict=True)
+        ]
 
 
 def without_added_tokens(stored: Mapping[str, Any]) -> dict[str, Any]:

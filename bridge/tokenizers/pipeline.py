@@ -15,7 +15,7 @@ import numpy as np
 from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.byte_level_bpe import bytes_of_spelling, printable_bytes
 from bridge.tokenizers.engines import BYTE, Engines
-from bridge.tokenizers.post_processors import NOTHING, around_of
+from bridge.tokenizers.post_processors import NOTHING, Around
 from bridge.tokenizers.streams import StreamOfBytes, StreamOfTexts, TextStream
 from bridge.tokenizers.surrogates import without_lone_surrogates
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokenPolicy, SpecialTokens, Tokenizer
@@ -36,18 +36,20 @@ class PipelineTokenizer(Tokenizer):
         special: SpecialTokens,
         source: Path | None = None,
         *,
+        around: Around = NOTHING,
         clean_up: bool = False,
     ) -> None:
         """
         Args:
             stored: the content of the `tokenizer.json`.
             added: the tokens of its `added_tokens`.
+            around: the ids that its post-processor puts before and after every text.
             clean_up: remove the spaces before punctuation in decoded text, as `clean_up_tokenization_spaces` says.
         """
         super().__init__(name, added, special, source)
         self.stored = stored
         self.kind = "byte-level BPE" if self._is_byte_level else stored["model"]["type"]
-        self.around = around_of(stored.get("post_processor")) or NOTHING
+        self.around = around
         self.clean_up = clean_up and self.kind not in ("BPE", "byte-level BPE")  # as in transformers
 
     @cached_property

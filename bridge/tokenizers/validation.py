@@ -11,8 +11,10 @@ from typing import Any
 
 from bridge.errors import TokenizerError, quoted
 
-MOST_SPECIAL_BYTES = 2**15
-"""Limit on the total UTF-8 bytes of all added tokens, which are compiled into one pattern."""
+MOST_ADDED_TOKENS = 2**14
+"""Limit on the number of added tokens. The `tokenizers` package takes time O(n^2) to add n of them."""
+MOST_SPECIAL_BYTES = 2**19
+"""Limit on the total UTF-8 bytes of all added tokens, which are compiled into one automaton."""
 LONGEST_SPECIAL = 2**9
 """Limit on the UTF-8 bytes of one special token. Searching a text for it can take time O(len(token) * len(text))."""
 
@@ -41,6 +43,8 @@ def require_ids_below(rows: int, largest: int, where: str) -> None:
 
 def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int], where: str) -> None:
     """Require that each special token is not empty, is within the size limits, and has no other id in `vocab`."""
+    if len(special) > MOST_ADDED_TOKENS:
+        raise TokenizerError(f"{where}: there are {len(special)} added tokens; the limit is {MOST_ADDED_TOKENS}")
     for token, i in special.items():
         if not token:
             raise TokenizerError(f"{where}: a special token is empty")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 
 from bridge import TokenizerError
-from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE, tiktoken_ranks
+from bridge.tokenizers.byte_level_bpe import END_OF_TEXT, ByteLevelBPE, ranks_and_merges
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens
 
 MIN_VOCAB_SIZE = 257
@@ -51,9 +51,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> ByteLevelBPE:
             f"a text of the corpus has an unpaired surrogate, which UTF-8 cannot encode: {error}"
         ) from None
     model = json.loads(tokenizer.to_str())["model"]
-    where = "the BPE trained here"
-    vocab, merges = model["vocab"], [tuple(pair) for pair in model["merges"]]
-    if (ranks := tiktoken_ranks(vocab, merges, where)) is None:
-        raise TokenizerError(f"{where} has merges that tiktoken would apply differently")
+    vocab, pairs = model["vocab"], [tuple(pair) for pair in model["merges"]]
+    ranks, merges = ranks_and_merges(vocab, pairs, "the BPE trained here")
     end = AddedToken(END_OF_TEXT, len(vocab))
-    return ByteLevelBPE("bpe", ranks, [end], SpecialTokens(END_OF_TEXT, END_OF_TEXT))
+    return ByteLevelBPE("bpe", ranks, [end], SpecialTokens(END_OF_TEXT, END_OF_TEXT), merges=merges)

@@ -6,7 +6,6 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#ggml and llama
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from bridge.containers.gguf import Array, Value, boolean, int32s, shown, string, strings, uint32
@@ -14,13 +13,13 @@ from bridge.errors import TokenizerError, quoted
 from bridge.tokenizers.byte_level_bpe import (
     END_OF_TEXT,
     ByteLevelBPE,
-    merges_of,
     printable_bytes,
+    ranks_and_merges,
     require_all_bytes,
     spelling_of,
 )
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens
-from bridge.tokenizers.validation import pairs_of, require_distinct_ids, require_merges_reached, require_special_tokens
+from bridge.tokenizers.validation import pairs_of, require_distinct_ids, require_special_tokens
 
 MODEL = "tokenizer.ggml.model"
 TOKENS = "tokenizer.ggml.tokens"
@@ -73,7 +72,7 @@ def metadata_of(tokenizer: ByteLevelBPE, rows: int) -> dict[str, bytes]:
         _PRE: string("gpt-2"),
         TOKENS: strings(list(tokens.values())),
         _TYPES: int32s(list(types.values())),
-        _MERGES: strings([f"{spelled[first]} {spelled[second]}" for first, second in merges_of(ranks)]),
+        _MERGES: strings([f"{spelled[first]} {spelled[second]}" for first, second in tokenizer.merges]),
     }
     for role, key in _ROLES.items():
         token = getattr(tokenizer.special, role)
@@ -103,12 +102,13 @@ def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> ByteLe
     if len(ids) < len(tokens):
         raise TokenizerError(f"{where}: {TOKENS} has a token twice")
     types = _types(metadata, len(tokens), where)
-    merges = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, rows, where)]
+    pairs = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, rows, where)]
     used = {token: i for token, i in ids.items() if types[i] != _UNUSED}
     # A byte or a merge may be an added token, too.
-    symbols = {*map("".join, merges), *printable_bytes()}
+    symbols = {*map("".join, pairs), *printable_bytes()}
     ordinary = {t: i for t, i in used.items() if types[i] not in (_CONTROL, _USER_DEFINED) or t in symbols}
-    ranks = _ranks(ordinary, merges, where)
+    require_distinct_ids(ordinary, where)
+    ranks, merges = ranks_and_merges(ordinary, pairs_of(pairs, where), where)
     # Tokens that are neither bytes nor merges are special tokens, like those whose type says so.
     taken = {i for i in ranks.values() if types[i] not in (_CONTROL, _USER_DEFINED)}
     added = [AddedToken(t, i, special=types[i] != _USER_DEFINED) for t, i in used.items() if i not in taken]
@@ -120,29 +120,8 @@ def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> ByteLe
         _special(metadata, tokens),
         around=_around(metadata, len(tokens)),
         add_prefix_space=metadata.get(_ADD_SPACE) is True,
+        merges=merges,
     )
-
-
-def _ranks(vocab: Mapping[str, int], merges: Sequence[tuple[str, ...]], where: str) -> dict[bytes, int]:
-    """Return the ranks of a vocabulary and merges. Raises for input that tiktoken would encode differently."""
-    byte_of = printable_bytes()
-    pairs = pairs_of(merges, where)
-    require_distinct_ids(vocab, where)
-    merged = ["".join(pair) for pair in pairs]
-    ordinary = {*merged, *byte_of}
-    for pair, token in zip(pairs, merged, strict=True):
-        if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
-            raise TokenizerError(
-                f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
-                "or does not consist of bytes or merges; only byte-level BPE is supported"
-            )
-    # tiktoken ranks a merge by the id of the token that it produces.
-    if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
-        raise TokenizerError(f"{where}: token ids do not follow the order of the merges, which tiktoken requires")
-    require_merges_reached(pairs, where)
-    ranks = {bytes(byte_of[c] for c in token): i for token, i in vocab.items() if token in ordinary}
-    require_all_bytes(ranks, where)
-    return ranks
 
 
 def _special(metadata: Mapping[str, Value], tokens: Sequence[str]) -> SpecialTokens:

@@ -16,7 +16,7 @@ from typing import Any
 from bridge.errors import TokenizerError, quoted
 from bridge.storage.companions import MOST_TOKENS, decoded, has_companion, read_companion, read_json_companion
 from bridge.tokenizers.added_tokens import Declared, stored_added_tokens
-from bridge.tokenizers.byte_level_bpe import BYTE_LEVEL, END_OF_TEXT, ByteLevelBPE, tiktoken_ranks
+from bridge.tokenizers.byte_level_bpe import BYTE_LEVEL, END_OF_TEXT, ByteLevelBPE, ranks_and_merges
 from bridge.tokenizers.characters import CHARACTERS_APART, CharacterTokenizer
 from bridge.tokenizers.pipeline import PipelineTokenizer, component_types
 from bridge.tokenizers.post_processors import NOTHING, around_of, ids_of, template
@@ -260,20 +260,21 @@ def tokenizer_of_pipeline(
     """Return the tokenizer of a `tokenizer.json`, run by tiktoken where it gives the same ids."""
     model, name = stored["model"], files.directory.name
     around = around_of(stored.get("post_processor"))
+    _require_rows_around(stored.get("post_processor"), files)
     pre_tokenizer, decoder = stored.get("pre_tokenizer"), stored.get("decoder")
     if (
         model["type"] == "BPE"
         and around is not None
         and stored.get("normalizer") is None
         and isinstance(pre_tokenizer, dict)
-    _require_rows_around(stored.get("post_processor"), files)
         and _is_byte_level(pre_tokenizer)
         and isinstance(decoder, dict)
         and decoder.get("type") == "ByteLevel"
         and not any(model.get(key) for key in _CHANGES_IDS)
         and not any(token.lstrip or token.rstrip or token.single_word for token in added)
-        and (ranks := tiktoken_ranks(model["vocab"], pairs_of(_pairs(model["merges"]), files.where), files.where))
+        and (found := _ranks_and_merges(model, files.where)) is not None
     ):
+        ranks, merges = found
         taken = {*ranks.values(), *(token.id for token in added)}
         return ByteLevelBPE(
             name,
@@ -284,12 +285,26 @@ def tokenizer_of_pipeline(
             unused={token: i for token, i in model["vocab"].items() if i not in taken},
             around=around,
             add_prefix_space=pre_tokenizer.get("add_prefix_space", True),
+            merges=merges,
         )
     stored = {**_with_gaps(stored, added, files.where), "added_tokens": tokenizer_json({}, added)["added_tokens"]}
     clean_up = files.settings.get("clean_up_tokenization_spaces") is True
-    found = PipelineTokenizer(name, stored, added, special, files.directory, clean_up=clean_up)
-    found.require_valid()
-    return found
+    tokenizer = PipelineTokenizer(
+        name, stored, added, special, files.directory, around=around or NOTHING, clean_up=clean_up
+    )
+    tokenizer.require_valid()
+    return tokenizer
+
+
+def _ranks_and_merges(
+    model: Mapping[str, Any], where: str
+) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]] | None:
+    """Return what tiktoken needs for a BPE, or None if it would give other ids."""
+    pairs = pairs_of(_pairs(model["merges"]), where)
+    try:
+        return ranks_and_merges(model["vocab"], pairs, where)
+    except TokenizerError:
+        return None
 
 
 _CHANGES_IDS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
@@ -328,6 +343,7 @@ def _is_of_characters(stored: Mapping[str, Any]) -> bool:
         model["type"] == "WordLevel"
         and stored.get("pre_tokenizer") == CHARACTERS_APART
         and stored.get("normalizer") is None
+        and around_of(stored.get("post_processor")) == NOTHING
         and model.get("unk_token") not in model["vocab"]
     )
 
@@ -342,7 +358,6 @@ def _is_byte_level(pre_tokenizer: Mapping[str, Any]) -> bool:
 
 def _mentions_byte_level(stored: Mapping[str, Any]) -> bool:
     return any("ByteLevel" in component_types(stored.get(part)) for part in ("pre_tokenizer", "normalizer", "decoder"))
-        and around_of(stored.get("post_processor")) == NOTHING
 
 
 def _merges_of_model(model: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
@@ -363,6 +378,15 @@ def _require_rows(vocab: Mapping[str, int], files: Files) -> None:
     require_ids_below(files.rows, max(vocab.values(), default=0), files.where)
 
 
+def _require_rows_around(post_processor: Any, files: Files) -> None:
+    for id in ids_of(post_processor):
+        if type(id) is not int or not 0 <= id < files.rows:
+            raise TokenizerError(
+                f"{quoted(files.directory / TOKENIZER_JSON)}: the post-processor adds the id {quoted(id)}, but the "
+                f"model's vocabulary has {files.rows}; they do not belong together"
+            )
+
+
 def _require_ids_of_merges(pairs: list[tuple[str, str]], vocab: Mapping[str, int], where: str) -> None:
     for pair in pairs:
         if unknown := [part for part in (*pair, "".join(pair)) if part not in vocab]:
@@ -377,12 +401,3 @@ def _read_merges(files: Files, name: str) -> list[tuple[str, ...]]:
         raise TokenizerError(f"{quoted(files.directory / name)} has more than {MOST_TOKENS} lines")
     lines = (line.removesuffix("\r") for line in text.split("\n"))
     return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-def _require_rows_around(post_processor: Any, files: Files) -> None:
-    for id in ids_of(post_processor):
-        if type(id) is not int or not 0 <= id < files.rows:
-            raise TokenizerError(
-                f"{quoted(files.directory / TOKENIZER_JSON)}: the post-processor adds the id {quoted(id)}, but the "
-                f"model's vocabulary has {files.rows}; they do not belong together"
-            )
-
-

@@ -671,7 +671,7 @@ def test_an_unusable_tokenizer_raises_on_access(tmp_path: Path, pairs: Pairs, me
     [
         ([""], "a special token is empty"),
         (["x" * 10**6], "has 1000000 bytes; the limit is 512"),
-        ([f"{i:03}" * 150 for i in range(200)], "have 90000 bytes; the limit is 32768"),
+        ([f"{i:04}" * 125 for i in range(1100)], "have 550000 bytes; the limit is 524288"),
     ],
     ids=["empty", "long", "many"],
 )

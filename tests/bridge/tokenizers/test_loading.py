@@ -39,7 +39,7 @@ from bridge import TokenizerError
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS, WORDS, ByteLevelBPE, printable_bytes
 from bridge.tokenizers.loading import load_tokenizer, openai_tokenizer
 from bridge.tokenizers.tokenizer import Tokenizer
-from bridge.tokenizers.validation import LONGEST_SPECIAL, MOST_SPECIAL_BYTES, require_merges_reached
+from bridge.tokenizers.validation import LONGEST_SPECIAL, MOST_ADDED_TOKENS, MOST_SPECIAL_BYTES, require_merges_reached
 
 VOCAB_SIZE = 400
 
@@ -350,8 +350,8 @@ BAD_ADDED_TOKENS: dict[str, tuple[dict[str, int], str]] = {
     "an empty token": ({"": 1000}, "a special token is empty"),
     "half a surrogate pair": ({"\ud83d": 1000}, "contains a lone surrogate"),
     "a token of a megabyte": ({"a" * 10**6: 1000}, "has 1000000 bytes; the limit is 512"),
-    "hundreds of long tokens": ({f"<{i:03}>" * 100: 1000 + i for i in range(300)}, "bytes; the limit is 32768"),
-    "thousands of tokens": ({f"<|{i}|>": 1000 + i for i in range(20_000)}, "bytes; the limit is 32768"),
+    "hundreds of long tokens": ({f"<{i:04}>" * 85: 1000 + i for i in range(1100)}, "bytes; the limit is 524288"),
+    "thousands of tokens": ({f"<|{i}|>": 1000 + i for i in range(20_000)}, "added tokens; the limit is 16384"),
     "an id too large": ({"<new>": 2**31 - 1}, "has ids up to 2147483647, but the model's vocabulary has only 400"),
 }
 
@@ -375,10 +375,10 @@ def test_invalid_added_tokens_are_refused(
 
 
 LARGE_SPECIAL: dict[str, list[str]] = {
-    "long": ["x" * (LONGEST_SPECIAL - 2) + f"{i:02}" for i in range(63)],
-    "short": [f"<{i:06}>" for i in range(4000)],
-    "of two-byte characters": ["é" * 255 + f"{i:02}" for i in range(63)],
-    "of one character": [chr(0x4E00 + i) for i in range(10_000)],
+    "long": ["x" * (LONGEST_SPECIAL - 4) + f"{i:04}" for i in range(1000)],
+    "short": [f"<{i:06}>" for i in range(16_000)],
+    "of two-byte characters": ["x" * 400 + "é" * 54 + f"{i:04}" for i in range(1000)],
+    "of one character": [chr(0x4E00 + i) for i in range(16_000)],
 }
 
 
@@ -386,7 +386,8 @@ LARGE_SPECIAL: dict[str, list[str]] = {
 def test_special_tokens_just_within_the_limit_are_usable(
     trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, tokens: list[str]
 ) -> None:
-    assert sum(len(token.encode()) for token in tokens) > MOST_SPECIAL_BYTES * 0.9
+    size = sum(len(token.encode()) for token in tokens)
+    assert size > MOST_SPECIAL_BYTES * 0.9 or len(tokens) > MOST_ADDED_TOKENS * 0.9
     added = {token: 1000 + i for i, token in enumerate(tokens)}
     started = time.process_time()
     ours = load_tokenizer(write_vocabulary(trained[1], tmp_path, lambda v, a: a.update(added)), 2**20)
@@ -394,6 +395,69 @@ def test_special_tokens_just_within_the_limit_are_usable(
     assert ours.encode(CORPUS[0]) == trained[0].encode(CORPUS[0]).ids
     assert ours.encode("x" * 10_000, special_tokens="as_text") == trained[0].encode("x" * 10_000).ids
     assert ours.encode("x" * 10_000) == trained[0].encode("x" * 10_000).ids
+    assert time.process_time() - started < MOST_SECONDS
+
+
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])
+@pytest.mark.parametrize("bad", [2**33, VOCAB_SIZE, -1, True, "0"])
+@pytest.mark.parametrize(
+    "post_processor",
+    [
+        lambda i: {"type": "RobertaProcessing", "sep": ["x", i], "cls": ["x", 0], "trim_offsets": True},
+        lambda i: {"type": "Sequence", "processors": [{"type": "BertProcessing", "sep": ["x", 0], "cls": ["x", i]}]},
+        lambda i: {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {"x": {"id": "x", "ids": [i], "tokens": ["x"]}},
+        },
+    ],
+    ids=["RobertaProcessing", "Sequence", "TemplateProcessing"],
+)
+def test_ids_of_a_post_processor_without_a_row_are_refused(
+    trained: tuple[tokenizers.Tokenizer, Path],
+    tmp_path: Path,
+    post_processor: Callable[[Any], dict[str, Any]],
+    bad: Any,
+    name: str,
+) -> None:
+    write_class(tmp_path, name)
+    edited(trained[1], tmp_path, lambda t: t.update(post_processor=post_processor(bad)))
+    with pytest.raises(TokenizerError, match=f"the post-processor adds the id '{bad}', but the model's vocabulary"):
+        load_tokenizer(tmp_path, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: t["model"]["merges"].append(["q", "z"]),
+        lambda t: t["model"].update(type="WordLevel", unk_token=[]),
+    ],
+    ids=["a merge without its product", "unk_token"],
+)
+def test_damage_that_only_the_general_class_reads_is_refused(
+    trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    write_class(tmp_path, "PreTrainedTokenizerFast")
+    with pytest.raises(TokenizerError):
+        load_tokenizer(edited(trained[1], tmp_path, edit), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("doubled", [True, False], ids=["each merge doubles", "each merge adds a byte"])
+def test_long_tokens_are_saved_in_bounded_time(tmp_path: Path, doubled: bool) -> None:
+    """The merges are those of the file. Computing them takes time O(n^2) for a token of n bytes."""
+    merges, token = [], "a"
+    while len(token) < (2**14 if doubled else 1000):
+        merges.append((token, token if doubled else ("cdefghi"[len(token) % 7] if merges else "b")))
+        token += merges[-1][1]
+    vocab = {name: i for i, name in enumerate([*BYTE_NAMES, *map("".join, merges)])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, merges)))
+    started = time.process_time()
+    ours = load_tokenizer(tmp_path, 2000)
+    assert isinstance(ours, ByteLevelBPE)
+    model = ours.pipeline()["model"]
+    assert model["vocab"].items() >= vocab.items() and model["merges"] == [*map(" ".join, merges)]
     assert time.process_time() - started < MOST_SECONDS
 
 
