@@ -41,8 +41,8 @@ class StreamOfBytes(TextStream):
 class StreamOfTexts(TextStream):
     """For tokenizers in which the text of a token depends on its neighbours.
 
-    The text of a token is what it adds to the text of the tokens before it. Those are the ones that gave the last
-    complete text, because a decoder may reject bytes that do not start with a whole character.
+    The text of a token is what it adds to the text of its context. The context is the tokens of the previous piece of
+    text: a decoder may reject bytes that do not start at a character.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> None:
