@@ -228,7 +228,7 @@ class ByteLevelBPE(Tokenizer):
 
     @cached_property
     def _splitter(self) -> AddedTokenSplitter:
-        return AddedTokenSplitter([*self.added.values()])
+        return AddedTokenSplitter([*self.added.values()], f"the tokenizer {quoted(self.name)}")
 
     @cached_property
     def _encoding(self) -> tiktoken.Encoding:

@@ -35,17 +35,17 @@ class Engines:
 
     def encode(self, text: str, match: bool, add_special_tokens: bool) -> Any:
         """Return a `tokenizers.Encoding`, with ids and offsets."""
-        with self._reporting(f"cannot encode {quoted(text, 40)}"):
+        with _reporting(self.where, f"cannot encode {quoted(text, 40)}"):
             return self._engine(match).encode(text, add_special_tokens=add_special_tokens)
 
     def encode_batch(self, texts: Sequence[str], match: bool, add_special_tokens: bool) -> list[list[int]]:
         """Return the ids of each text. The package encodes them on several threads, without the interpreter's lock."""
-        with self._reporting("cannot encode a text"):
+        with _reporting(self.where, "cannot encode a text"):
             encoded = self._engine(match).encode_batch_fast([*texts], add_special_tokens=add_special_tokens)
             return [each.ids for each in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        with self._reporting("cannot decode ids"):
+        with _reporting(self.where, "cannot decode ids"):
             return self.matching.decode([*ids], skip_special_tokens=False)
 
     def _engine(self, match: bool) -> Any:
@@ -64,25 +64,27 @@ class Engines:
     def _made(self, stored: Mapping[str, Any]) -> Any:
         from tokenizers import Tokenizer
 
-        with self._reporting("the tokenizers package rejects it"):
+        with _reporting(self.where, "the tokenizers package rejects it"):
             return Tokenizer.from_str(json.dumps(stored))
 
-    @contextmanager
-    def _reporting(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-            raise
-        except BaseException as error:  # pyo3's PanicException is not an Exception
-            raise TokenizerError(f"{self.where}: {doing}: {quoted(error, 200)}") from None
+
+@contextmanager
+def _reporting(where: str, doing: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # pyo3's PanicException is not an Exception
+        raise TokenizerError(f"{where}: {doing}: {quoted(error, 200)}") from None
 
 
 class AddedTokenSplitter:
     """Splits a text at any number of added tokens, as the package does before its model runs."""
 
-    def __init__(self, added: Sequence[AddedToken]) -> None:
+    def __init__(self, added: Sequence[AddedToken], where: str) -> None:
         import tokenizers
 
+        self.where = where
         self._ids = [token.id for token in added]
         # The model has one token, which every text between two added tokens becomes.
         self._engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, ""))
@@ -90,7 +92,8 @@ class AddedTokenSplitter:
 
     def split(self, text: str) -> list[str | int]:
         """Return the parts of the text between added tokens, and the ids of the added tokens."""
-        found = self._engine.encode(text)
+        with _reporting(self.where, f"cannot encode {quoted(text, 40)}"):
+            found = self._engine.encode(text)
         return [
             self._ids[id - 1] if id else text[start:end]
             for id, (start, end) in zip(found.ids, found.offsets, strict=True)
