@@ -18,6 +18,8 @@ from bridge.storage.tensors import LazyTensor, LazyTensorMap, first_rows
 from bridge.tokenizers.loading import load_tokenizer
 from bridge.tokenizers.tokenizer import Tokenizer
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -44,6 +46,13 @@ class Checkpoint:
     """The file or directory that `bridge.load` opened. Tensors are read from it lazily, so no writer may replace it."""
     base_source: Path | None = None
     """The same for the base of an adapter, whose tensors are read lazily, too."""
+    base_path: Path | None = None
+    """For an adapter: the directory of its base, which has the generation settings."""
+
+    @property
+    def settings_path(self) -> Path | None:
+        """The directory of `generation_config.json`. For an adapter, it may differ from that of the tokenizer."""
+        return self.base_path or self.path
 
     @classmethod
     def of(cls, tensors: Mapping[str, Any], config: GPT2Config, like: Checkpoint | None = None) -> Checkpoint:
@@ -52,7 +61,7 @@ class Checkpoint:
         Args:
             tensors: name -> array, with names that `bridge.canonicalize` accepts.
             config: the configuration of the model.
-            like: a checkpoint to copy the tokenizer and the `extra` fields from.
+            like: a checkpoint to copy the tokenizer, the generation settings and the `extra` fields from.
 
         Raises:
             ConversionError: the tensors are not those of the model.
@@ -60,7 +69,9 @@ class Checkpoint:
         checkpoint = cls(config, canonicalize(tensors, config), "memory")
         if like is None:
             return checkpoint
-        return replace(checkpoint, path=like.path, extra=like.extra, own_tokenizer=like.own_tokenizer)
+        return replace(
+            checkpoint, path=like.path, extra=like.extra, own_tokenizer=like.own_tokenizer, base_path=like.base_path
+        )
 
     def with_biases(self) -> Checkpoint:
         """Return an equivalent model with `bias=True`. Missing biases become zeros; the optimizer state is dropped."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bridge.checkpoint import Checkpoint
 from bridge.errors import BridgeError, TokenizerError, quoted
 from bridge.formats import FORMATS, WRITABLE
-from bridge.formats.directory import companions_of
+from bridge.formats.directory import companions_of, unused_companions
 from bridge.formats.format import Format
 from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, read_chat_templates
 from bridge.tokenizers.loading import TOKENIZER_FILES
@@ -55,6 +55,8 @@ def _left_out(checkpoint: Checkpoint, format: Format, sentences: tuple[str, ...]
         sentences += (*_files_left_out(checkpoint, format.keeps_tokenizer), *_fields_left_out(checkpoint))
     elif format.file_name is not None:  # config.json and the files beside it keep what the file itself cannot
         sentences = ()
+    if unused := unused_companions(checkpoint):
+        sentences += (f"{', '.join(unused)}, which the source's tokenizer does not use",)
     steps = checkpoint.optimizer.step if checkpoint.optimizer is not None else 0
     if steps and not format.keeps_optimizer:
         sentences += (f"the state of AdamW after {steps} steps, which {format.name} cannot store",)
@@ -79,7 +81,7 @@ def _files_left_out(checkpoint: Checkpoint, keeps_tokenizer: bool) -> Iterator[s
     if keeps_tokenizer and _has_template_in_settings(checkpoint):
         names.append("the chat template in tokenizer_config.json")
     if names:
-        yield f"what a single file cannot store: {', '.join(names)}; a directory as target keeps it"
+        yield f"a single file cannot store {', '.join(names)}; write a directory to keep it"
 
 
 def _has_template_in_settings(checkpoint: Checkpoint) -> bool:
@@ -92,4 +94,4 @@ def _has_template_in_settings(checkpoint: Checkpoint) -> bool:
 
 def _fields_left_out(checkpoint: Checkpoint) -> Iterator[str]:
     if names := [quoted(name)[1:-1] for name in checkpoint.extra if name not in _OF_THE_FILE]:
-        yield f"fields of config.json: {', '.join(names)}; a directory as target keeps them"
+        yield f"a single file cannot store the fields {', '.join(names)} of config.json; write a directory to keep them"

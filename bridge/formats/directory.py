@@ -11,21 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint import GENERATION_CONFIG, Checkpoint
 from bridge.config import GPT2Config
 from bridge.conversion import differences
 from bridge.errors import CheckpointError, ConversionError, TokenizerError, bullet_list, quoted
 from bridge.parameter_table import parameters
-from bridge.storage.companions import checked_companion, has_companion, read_companion, read_json_companion
+from bridge.storage.companions import checked_companion, has_companion, read_json_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
-from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, CHAT_TEMPLATE_FOLDER, chat_template_files
+from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, CHAT_TEMPLATE_FOLDER
 from bridge.tokenizers.loading import TOKENIZER_FILES, VOCABULARY_FILES, tokenizer_files_in
 from bridge.tokenizers.readers.nanogpt import META, from_meta
 from bridge.tokenizers.saving import save_tokenizer
 from bridge.tokenizers.tokenizer import Tokenizer
 
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 CARRIED_FILES = (*TOKENIZER_FILES, META, GENERATION_CONFIG)
 CARRIED_NAMES = "|".join([*map(re.escape, CARRIED_FILES), rf"{CHAT_TEMPLATE_FOLDER}/([^/]+\.jinja)?"])
 """A pattern for the relative paths of the files that are carried, and of their folders, which end with a slash."""
@@ -69,32 +68,70 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
     """Copy the tokenizer files and generation settings.
 
-    If the weights file contains a tokenizer, and the files beside it are not the same one, this tokenizer is written in
-    place of the files.
+    A tokenizer that is not in tokenizer files is written in the files of transformers. That is the tokenizer in the
+    weights file, unless the files beside it are the same one, or the one in nanoGPT's `meta.pkl`.
 
     Raises `CheckpointError` or `TokenizerError` for files that `bridge.storage.companions` rejects.
     """
-    names = companions_of(checkpoint)
-    if checkpoint.own_tokenizer is not None and not {*names} & {*VOCABULARY_FILES}:
-        save_tokenizer(checkpoint.tokenizer(), directory)  # with its chat templates
-        names = tuple(name for name in names if name == GENERATION_CONFIG)
-    if checkpoint.path is None:
-        return
-    for name in names:
-        if name != META:
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).write_bytes(checked_companion(checkpoint.path, name, checkpoint.config.vocab_size))
-    is_written = checkpoint.own_tokenizer is not None or {*names} & {*VOCABULARY_FILES}
-    made_of_meta = None if is_written else from_meta(checkpoint.path, checkpoint.progress)
-    if made_of_meta is not None:
-        if META in names:
-            (directory / META).write_bytes(read_companion(checkpoint.path, META))
-        if not {*names} & {*TOKENIZER_FILES}:
-            save_tokenizer(made_of_meta, directory)
+    found = companions_of(checkpoint)
+    if (made := _tokenizer_without_files(checkpoint, found)) is not None:
+        save_tokenizer(made, directory)
+    copy_companions(found, checkpoint.config, directory)
+
+
+def copy_companions(found: Mapping[str, Path], config: GPT2Config, directory: Path) -> None:
+    """Copy companions, relative path -> the directory that has it. Raises the same errors as `carry_files`."""
+    for name, place in found.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(checked_companion(place, name, config.vocab_size))
+
+
+def companions_of(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Return the files beside the weights that belong to the checkpoint: relative path -> the directory that has it.
+
+    These are the files of its tokenizer, its chat templates and its generation settings.
+    """
+    unused = {*unused_companions(checkpoint)}
+    return {name: place for name, place in _beside(checkpoint).items() if name not in unused}
+
+
+def unused_companions(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the relative paths of the files beside the weights that the checkpoint's tokenizer does not use."""
+    found = _beside(checkpoint)
+    if checkpoint.own_tokenizer is not None:
+        used = {*found} if _files_have(checkpoint, checkpoint.own_tokenizer()) else set()
+    elif _tokenizer_without_files(checkpoint, found) is not None:
+        used = {META}
+    else:
+        used = {*found} - {META}
+    return tuple(name for name in found if name not in used and not fits_any_tokenizer(name))
+
+
+def fits_any_tokenizer(name: str) -> bool:
+    """Whether a companion is a chat template or the generation settings, which do not depend on the vocabulary."""
+    return name in (CHAT_TEMPLATE, GENERATION_CONFIG) or name.startswith(f"{CHAT_TEMPLATE_FOLDER}/")
+
+
+def _beside(checkpoint: Checkpoint) -> dict[str, Path]:
+    path, settings = checkpoint.path, checkpoint.settings_path
+    names = [] if path is None else [*tokenizer_files_in(path), *([META] if has_companion(path, META) else [])]
+    found = {name: path for name in names if path is not None}
+    if settings is not None and has_companion(settings, GENERATION_CONFIG):
+        found[GENERATION_CONFIG] = settings
+    return found
+
+
+def _tokenizer_without_files(checkpoint: Checkpoint, found: Collection[str]) -> Tokenizer | None:
+    """Return the tokenizer in the weights file or in `meta.pkl`, or None if tokenizer files have it."""
+    if {*found} & {*VOCABULARY_FILES}:
+        return None
+    if checkpoint.own_tokenizer is not None:
+        return checkpoint.tokenizer()
+    return None if checkpoint.path is None else from_meta(checkpoint.path, checkpoint.progress)
 
 
 def _files_have(checkpoint: Checkpoint, tokenizer: Tokenizer) -> bool:
-    """Whether the files beside the weights are this tokenizer: the same tokens, around and at the end of a text, too.
+    """Whether the files beside the weights are this tokenizer: the same tokens, and the same ones around a text.
 
     The files may say more about a token, such as whether it is normalized.
     """
@@ -108,22 +145,6 @@ def _files_have(checkpoint: Checkpoint, tokenizer: Tokenizer) -> bool:
 def _tokens(tokenizer: Tokenizer) -> tuple[Any, ...]:
     tokens = [tokenizer.token_of(i) for i in range(tokenizer.vocab_size)]
     return tokens, tokenizer.around, tokenizer.eos_token_ids
-
-
-def companions_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the relative paths of the files beside the weights that belong to the checkpoint.
-
-    These are the tokenizer files and generation settings or, if the weights file contains another tokenizer than the
-    files, the chat templates and generation settings.
-    """
-    path = checkpoint.path
-    if path is None:
-        return ()
-    if checkpoint.own_tokenizer is not None and not _files_have(checkpoint, checkpoint.own_tokenizer()):
-        found = (CHAT_TEMPLATE, GENERATION_CONFIG)
-        return (*(name for name in found if has_companion(path, name)), *chat_template_files(path))
-    others = (name for name in (META, GENERATION_CONFIG) if has_companion(path, name))
-    return (*tokenizer_files_in(path), *others)
 
 
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:

@@ -24,7 +24,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.containers.safetensors import write_file
 from bridge.errors import ConversionError, bullet_list, quoted
 from bridge.finite import rejecting_non_finite
-from bridge.formats.directory import write_json
+from bridge.formats.directory import CARRIED_FILES, GENERATION_CONFIG, write_json
 from bridge.formats.format import Format
 from bridge.formats.huggingface import tensors_of_file
 from bridge.names import canonical_names, is_of_extra_head, not_a_parameter
@@ -32,7 +32,7 @@ from bridge.parameter_table import VOCABULARY_ROWS
 from bridge.storage.atomic_writes import new_directory
 from bridge.storage.companions import has_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
-from bridge.tokenizers.loading import TOKENIZER_FILES
+from bridge.tokenizers.loading import VOCABULARY_FILES
 
 NAME = "peft"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -59,19 +59,27 @@ def base_name(weights: Path) -> str | None:
 
 
 def read(weights: Path, base: Checkpoint, drop_extra_heads: bool = False) -> Checkpoint:
-    """Read an adapter and merge it into its base. See `bridge.adapters.lora.merge_lora`."""
+    """Read an adapter and merge it into its base. See `bridge.adapters.lora.merge_lora`.
+
+    The tokenizer is the adapter's if its directory has a vocabulary. The generation settings are the base's, as with
+    PEFT.
+    """
     config = read_peft_config(weights.parent)
     tensors, _ = tensors_of_file(weights)
     lora, dropped = _lora(tensors, config, drop_extra_heads)
     merged = merge_lora(base, lora)
-    own = any(has_companion(weights.parent, name) for name in TOKENIZER_FILES)
+    beside = [name for name in CARRIED_FILES if has_companion(weights.parent, name)]
+    own = any(name in VOCABULARY_FILES for name in beside)
+    unread = [name for name in beside if not own or name == GENERATION_CONFIG]
+    notes = [f"not read beside the adapter, because the base's count: {', '.join(unread)}"] if unread else []
     return replace(
         merged,
         format=NAME,
         path=weights.parent if own else base.path,
         own_tokenizer=None if own else base.own_tokenizer,
-        diagnostics=(*base.diagnostics, *_diagnostics(config, lora, dropped, base, merged)),
+        diagnostics=(*base.diagnostics, *_diagnostics(config, lora, dropped, base, merged), *notes),
         base_source=base.source,
+        base_path=base.settings_path,
     )
 
 

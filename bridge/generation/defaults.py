@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from bridge.checkpoint import Checkpoint
+from bridge.checkpoint import GENERATION_CONFIG, Checkpoint
 from bridge.config import GPT2Config
 from bridge.errors import BridgeError, CheckpointError, bullet_list, quoted
 from bridge.generation.checks import problems
@@ -15,8 +15,6 @@ from bridge.generation.settings import ID_FIELDS, SETTINGS, unsupported, within_
 from bridge.generation.text import end_of_text_ids
 from bridge.storage.companions import has_companion, read_json_companion
 from bridge.tokenizers.tokenizer import Tokenizer
-
-GENERATION_CONFIG = "generation_config.json"
 
 DEFAULT_NEW_TOKENS = 20
 """transformers' default for the number of new tokens."""
@@ -134,8 +132,9 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = No
 def _stored_settings(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
     """Return file -> its settings, in the order in which the files are looked up."""
     stored: dict[str, Mapping[str, Any]] = {}
-    if checkpoint.path is not None and has_companion(checkpoint.path, GENERATION_CONFIG):
-        stored[GENERATION_CONFIG] = read_json_companion(checkpoint.path, GENERATION_CONFIG)
+    directory = checkpoint.settings_path
+    if directory is not None and has_companion(directory, GENERATION_CONFIG):
+        stored[GENERATION_CONFIG] = read_json_companion(directory, GENERATION_CONFIG)
     named = {name: value for name, value in checkpoint.extra.items() if name in SETTINGS}
     return stored | {"config.json": {**named, **unsupported(checkpoint.extra, only_known=True)}}
 

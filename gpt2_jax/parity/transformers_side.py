@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from bridge import Checkpoint, SequenceClassifier
+from bridge.checkpoint import GENERATION_CONFIG
 from bridge.errors import quoted
-from bridge.formats.directory import CONFIG, GENERATION_CONFIG, companions_of, write_config
+from bridge.formats.directory import CONFIG, companions_of, copy_companions, write_config
 from bridge.formats.huggingface import NAME as HUGGINGFACE
-from bridge.storage.companions import checked_companion
 from bridge.tokenizers.loading import VOCABULARY_FILES
 from bridge.tokenizers.readers.nanogpt import META
 from gpt2_torch.arrays import tensor_from_array
@@ -78,7 +78,7 @@ def tokenizer(checkpoint: Checkpoint) -> Any:
     Raises `UnavailableError` if there are no files, or if transformers cannot read them.
     """
     _require_installed()
-    if checkpoint.own_tokenizer is not None or not {*companions_of(checkpoint)} & {*VOCABULARY_FILES}:
+    if not {*companions_of(checkpoint)} & {*VOCABULARY_FILES}:
         raise UnavailableError("the tokenizer is not in files that transformers reads")
     with _quietly("cannot read the tokenizer"), _copied_files(checkpoint) as directory:
         from transformers import AutoTokenizer
@@ -168,16 +168,13 @@ def _tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 @contextmanager
 def _copied_files(checkpoint: Checkpoint) -> Iterator[Path]:
     """Yield a temporary directory with the configuration, the tokenizer files and the generation settings."""
-    names = {*companions_of(checkpoint)} - {META}
-    if checkpoint.format == HUGGINGFACE:
-        names.add(CONFIG)
+    found = {name: place for name, place in companions_of(checkpoint).items() if name != META}
+    if checkpoint.format == HUGGINGFACE and checkpoint.path is not None:
+        found[CONFIG] = checkpoint.path
     with TemporaryDirectory() as name:
         directory = Path(name)
-        if checkpoint.path is not None:
-            for file in names:
-                content = checked_companion(checkpoint.path, file, checkpoint.config.vocab_size)
-                (directory / file).write_bytes(content)
-        if CONFIG not in names:  # other formats may have no config.json
+        copy_companions(found, checkpoint.config, directory)
+        if CONFIG not in found:  # other formats may have no config.json
             write_config(directory / CONFIG, checkpoint.config, checkpoint.extra)
         yield directory
 

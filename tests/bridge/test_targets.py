@@ -54,7 +54,7 @@ def test_a_tokenizer_that_a_target_cannot_hold_is_named(tmp_path: Path) -> None:
     assert settings == "training settings that the file cannot store: embd_pdrop=0.1"
     assert "it is not byte-level BPE with GPT-2's pre-tokenizer" in tokenizer
     assert "chat_template.jinja, generation_config.json" in files
-    assert fields == "fields of config.json: eos_token_id; a directory as target keeps them"
+    assert fields == "a single file cannot store the fields eos_token_id of config.json; write a directory to keep them"
 
 
 def test_no_tensor_is_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

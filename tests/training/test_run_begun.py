@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,16 @@ def test_a_checkpoint_determines_weights_sizes_and_tokenizer_but_not_dropout(tmp
     state = loop.initial_state(resolved, model, loop.make_optimizer(resolved.optimizer, 6), source, make_mesh())
     found = bridge.to_torch(jax.tree.map(np.asarray, state.params), resolved.model, vocab_multiple=128)
     assert all(np.array_equal(found[name], array) for name, array in source.tensors.items())
+
+
+def test_a_run_has_the_files_beside_a_checkpoint_whose_tokenizer_is_inside(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source = replace(random_checkpoint(RECIPE.model), own_tokenizer=bridge.byte_tokenizer, path=tmp_path / "source")
+    carried = {"generation_config.json": b'{"top_k": 7}', "chat_template.jinja": b"{{ messages }}"}
+    for name, content in carried.items():
+        (tmp_path / "source" / name).write_bytes(content)
+    runs.create(tmp_path / "run", RECIPE, data_for(RECIPE, tmp_path), init_from=source)
+    assert files(tmp_path / "run").items() >= carried.items()
 
 
 def test_without_a_checkpoint_the_vocabulary_is_that_of_the_tokenizer(tmp_path: Path) -> None:

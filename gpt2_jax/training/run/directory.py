@@ -11,8 +11,16 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from bridge import Checkpoint, save_tokenizer
+from bridge.checkpoint import GENERATION_CONFIG
 from bridge.errors import bullet_list, quoted
-from bridge.formats.directory import CONFIG, GENERATION_CONFIG, write_config, write_json
+from bridge.formats.directory import (
+    CONFIG,
+    companions_of,
+    copy_companions,
+    fits_any_tokenizer,
+    write_config,
+    write_json,
+)
 from bridge.formats.trainers.run import CHECKPOINTS, RUN, first_valid, steps
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import (
@@ -23,7 +31,6 @@ from bridge.storage.atomic_writes import (
     replace_files,
     require_replaceable,
 )
-from bridge.storage.companions import checked_companion, has_companion
 from bridge.storage.locks import exclusive_lock
 from bridge.tokenizers.chat.templates import CHAT_TEMPLATE_FOLDER, chat_template_files
 from bridge.tokenizers.loading import TOKENIZER_FILES
@@ -202,10 +209,8 @@ def require_steps_left(run: Path, config: TrainConfig, newest: int | None) -> No
 def _write_new(directory: Path, config: TrainConfig, data: Data, init_from: Checkpoint | None) -> None:
     if data.tokenizer is not None:
         save_tokenizer(data.tokenizer, directory)
-    source = None if init_from is None else init_from.path
-    if source is not None and has_companion(source, GENERATION_CONFIG):
-        rows = config.model.vocab_size
-        (directory / GENERATION_CONFIG).write_bytes(checked_companion(source, GENERATION_CONFIG, rows))
+    found = {} if init_from is None else companions_of(init_from)
+    copy_companions({n: place for n, place in found.items() if fits_any_tokenizer(n)}, config.model, directory)
     write_description(directory, config, data, init_from)
 
 

@@ -394,8 +394,31 @@ def test_the_tokenizer_is_the_adapters_or_that_of_the_base(tmp_path: Path) -> No
     path, base = adapter(tmp_path)
     write_byte_tokenizer(base)
     assert bridge.load(path, base=base).path == base
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    found = bridge.load(path, base=base)
+    assert found.path == base, "a template is not a vocabulary"
+    assert found.diagnostics[-1] == "not read beside the adapter, because the base's count: chat_template.jinja"
     write_byte_tokenizer(path)
-    assert bridge.load(path, base=base).path == path
+    found = bridge.load(path, base=base)
+    assert found.path == path
+    assert not any("not read" in diagnostic for diagnostic in found.diagnostics)
+
+
+@pytest.mark.parametrize("has_tokenizer", [False, True])
+def test_the_generation_settings_are_those_of_the_base(tmp_path: Path, has_tokenizer: bool) -> None:
+    path, base = adapter(tmp_path)
+    (base / "generation_config.json").write_text('{"eos_token_id": [5, 6], "max_new_tokens": 3}')
+    (path / "generation_config.json").write_text('{"eos_token_id": 9}')
+    if has_tokenizer:
+        write_byte_tokenizer(path)
+    merged = bridge.load(path, base=base)
+    assert bridge.generation_defaults(merged).eos_token_ids == (5, 6)
+    assert "generation_config.json" in merged.diagnostics[-1]
+    bridge.save(merged, tmp_path / "merged", format="huggingface")
+    assert (tmp_path / "merged" / "vocab.json").exists() == has_tokenizer
+    again = bridge.Checkpoint.of(merged.tensors, merged.config, like=merged)
+    for checkpoint in (bridge.load(tmp_path / "merged"), again):
+        assert bridge.generation_defaults(checkpoint).settings == {"max_new_tokens": 3}
 
 
 def test_neither_the_adapter_nor_its_base_is_overwritten(tmp_path: Path) -> None:

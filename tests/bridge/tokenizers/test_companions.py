@@ -89,9 +89,9 @@ def test_a_single_file_names_what_it_leaves_out(tmp_path: Path) -> None:
     checkpoint = bridge.load(model)
     [sentence] = bridge.save(checkpoint.with_activation("gelu"), tmp_path / "m.pt", format="nanogpt")
     names = "vocab.json, merges.txt, chat_template.jinja, generation_config.json"
-    assert sentence == f"what a single file cannot store: {names}; a directory as target keeps it"
+    assert sentence == f"a single file cannot store {names}; write a directory to keep it"
     [sentence] = bridge.save(checkpoint, tmp_path / "m.gguf", format="gguf")
-    assert "store: chat_template.jinja, generation_config.json;" in sentence, "the tokenizer is in the file"
+    assert "store chat_template.jinja, generation_config.json;" in sentence, "the tokenizer is in the file"
     [sentence] = bridge.save(
         bridge.load(tmp_path / "m.gguf").with_activation("gelu"), tmp_path / "n.pt", format="nanogpt"
     )
@@ -113,6 +113,27 @@ def test_files_beside_a_gguf_are_carried_if_they_are_its_tokenizer(tmp_path: Pat
     assert (tmp_path / "own" / "generation_config.json").read_text() == '{"eos_token_id": 3}'
     text = "the é dog<user>bot"
     assert bridge.load(tmp_path / "own").tokenizer().encode(text) == bridge.load(model).tokenizer().encode(text)
+
+
+@pytest.mark.parametrize("format", ["huggingface", "flax", "flax_msgpack", "gguf", "nanogpt"])
+def test_what_stands_beside_a_gguf_is_carried_or_named(tmp_path: Path, format: str) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=256))
+    write_byte_tokenizer(model)
+    (tmp_path / "gguf").mkdir()
+    bridge.save(bridge.load(model), tmp_path / "gguf" / "m.gguf", format="gguf")
+    carried = {"generation_config.json": '{"eos_token_id": [5, 6]}', "chat_template.jinja": TEMPLATE}
+    for name, content in {**carried, "vocab.txt": "of another tokenizer"}.items():
+        (tmp_path / "gguf" / name).write_text(content)
+    source = bridge.load(tmp_path / "gguf").with_activation("gelu" if format == "nanogpt" else "gelu_new")
+    left_out = bridge.save(source, tmp_path / "out", format=format)
+    assert left_out == ("vocab.txt, which the source's tokenizer does not use",)
+    assert companions(tmp_path / "out").items() >= {name: text.encode() for name, text in carried.items()}.items()
+    found = bridge.load(tmp_path / "out")
+    assert found.tokenizer().fingerprint == source.tokenizer().fingerprint
+    assert bridge.generation_defaults(found, found.tokenizer()).eos_token_ids == (5, 6)
+    [lost, unused] = bridge.save(source.with_activation("gelu_new"), tmp_path / "n.gguf", format="gguf")
+    assert "chat_template.jinja, generation_config.json;" in lost
+    assert unused == left_out[0]
 
 
 # nanoGPT's meta.pkl
@@ -143,6 +164,13 @@ def test_nanogpts_characters_are_found_where_its_sample_script_looks(tmp_path: P
     bridge.save(found, tmp_path / "converted", format="huggingface")
     assert bridge.load(tmp_path / "converted").tokenizer().fingerprint == tokenizer.fingerprint
     assert (tmp_path / "converted" / META).exists() == (place == "out")
+    (tmp_path / "out" / "chat_template.jinja").write_text(TEMPLATE)
+    (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
+    left_out = bridge.save(bridge.load(tmp_path / "out"), tmp_path / "with template", format="huggingface")
+    assert left_out == ("tokenizer_config.json, which the source's tokenizer does not use",)
+    assert bridge.load(tmp_path / "with template").tokenizer().fingerprint == tokenizer.fingerprint
+    assert (tmp_path / "with template" / "tokenizer.json").exists()
+    assert (tmp_path / "with template" / "chat_template.jinja").read_text() == TEMPLATE
 
 
 @pytest.mark.parametrize(

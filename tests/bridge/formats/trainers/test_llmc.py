@@ -106,7 +106,10 @@ def test_training_settings_are_reported_or_stored_in_config_json(tmp_path: Path)
     found = bridge.load(tmp_path / "out")
     assert (found.config, found.extra["task_specific_params"]) == (config, {"a": 1})
     [note, fields] = bridge.save(checkpoint, tmp_path / "out.bin", format="llmc")
-    assert fields == "fields of config.json: task_specific_params; a directory as target keeps them"
+    assert (
+        fields
+        == "a single file cannot store the fields task_specific_params of config.json; write a directory to keep them"
+    )
     assert "embd_pdrop=0.1, initializer_range=0.01" in note
 
 
