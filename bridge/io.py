@@ -13,7 +13,7 @@ from bridge.checkpoint import Checkpoint
 from bridge.errors import BridgeError, CheckpointError, quoted
 from bridge.finite import rejecting_non_finite
 from bridge.formats import FORMATS, WRITABLE
-from bridge.formats.directory import CARRIED_NAMES, CONFIG, carry_files, write_config
+from bridge.formats.directory import CONFIG, carried_names, carry_files, write_config
 from bridge.formats.recognition import (
     Found,
     SeveralCheckpointsError,
@@ -160,9 +160,10 @@ def save(
         checkpoint: the checkpoint to write.
         target: the path to write to.
         format: a name in `bridge.formats.WRITABLE`.
-        overwrite: replace the checkpoint at `target`. Only files recorded in a manifest of this project and files of a
-            recognised checkpoint whose names `format` also writes are replaced. If `target` holds other files, nothing
-            is written. Without `overwrite`, an existing target is an error.
+        overwrite: replace the checkpoint at `target`. Only three kinds of file are replaced or removed: those recorded
+            in a manifest of this project; the weights and the `config.json` of a recognised checkpoint, if `format`
+            has these names too; and files that are written again, such as the tokenizer's. If `target` holds other
+            files, nothing is written and the error lists them. Without `overwrite`, an existing target is an error.
         allow_non_finite: write NaN and infinity. By default they raise a `ConversionError` that names the tensor.
         options: options of the format, for example `max_shard_bytes` for "huggingface".
 
@@ -187,7 +188,8 @@ def save(
             sentences = left_out(checkpoint, format, as_file=True)
             write(checkpoint, file, **options)
     else:
-        with new_directory(target, replaceable=_replaceable(target, format) if overwrite else None) as directory:
+        replaceable = _replaceable(target, format, checkpoint) if overwrite else None
+        with new_directory(target, replaceable=replaceable) as directory:
             sentences = left_out(checkpoint, format, as_file=False)
             file_name = FORMATS[format].file_name
             if file_name is None:
@@ -235,11 +237,12 @@ def _require_not_source(target: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _replaceable(target: Path, format: str) -> Replaceable:
-    """Return the function that decides which files at `target` may be replaced.
+def _replaceable(target: Path, format: str, checkpoint: Checkpoint) -> Replaceable:
+    """Return the function that decides which files at `target` may be replaced or removed.
 
-    It accepts files that a manifest in `target` records, and files whose names `format` also writes. It accepts no file
-    if `target` is not a checkpoint in a writable format.
+    It accepts files that a manifest in `target` records, weights and a `config.json` with names that `format` writes,
+    and the companions that are written with `checkpoint`. It accepts no file if `target` is not a checkpoint in a
+    writable format.
 
     Raises `CheckpointError` if `target` belongs to a training run or holds several checkpoints.
     """
@@ -253,13 +256,8 @@ def _replaceable(target: Path, format: str) -> Replaceable:
         raise CheckpointError(f"{quoted(target)} is not overwritten, because it holds several checkpoints") from None
     if not is_writable:
         return lambda name: False
-    known, names = recorded(target), _written_names(format)
-    return lambda name: name in known or names.fullmatch(name) is not None
-
-
-def _written_names(format: str) -> re.Pattern[str]:
-    """Return a pattern for the names of all files that this format writes into a directory."""
-    return re.compile("|".join([FORMATS[format].written_names, re.escape(CONFIG), CARRIED_NAMES]))
+    known, weights = recorded(target) | {CONFIG, *carried_names(checkpoint)}, re.compile(FORMATS[format].written_names)
+    return lambda name: name in known or weights.fullmatch(name) is not None
 
 
 def _require_format(target: Path, format: str) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,6 @@ from bridge.tokenizers.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 CARRIED_FILES = (*TOKENIZER_FILES, META, GENERATION_CONFIG)
-CARRIED_NAMES = "|".join([*map(re.escape, CARRIED_FILES), rf"{CHAT_TEMPLATE_FOLDER}/([^/]+\.jinja)?"])
-"""A pattern for the relative paths of the files that are carried, and of their folders, which end with a slash."""
 
 
 def files_by_content(path: Path, suffixes: Collection[str], recognised: Callable[[Path], bool]) -> list[Path]:
@@ -77,6 +75,17 @@ def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
     if (made := _tokenizer_without_files(checkpoint, found)) is not None:
         save_tokenizer(made, directory)
     copy_companions(found, checkpoint.config, directory)
+
+
+def carried_names(checkpoint: Checkpoint) -> set[str]:
+    """Return the relative paths of the files that `carry_files` writes, and of their folders with a slash at the end.
+
+    Raises the same errors.
+    """
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        carry_files(checkpoint, directory)
+        return {path.relative_to(directory).as_posix() + "/" * path.is_dir() for path in directory.rglob("*")}
 
 
 def copy_companions(found: Mapping[str, Path], config: GPT2Config, directory: Path) -> None:

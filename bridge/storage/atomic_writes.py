@@ -4,9 +4,10 @@ A writer fills a hidden directory beside its target, flushes it to the disk, and
 and function follows the same two rules:
 
 - Without permission to overwrite, no existing file changes, not even one that appears during the write.
-- With permission, only two kinds of file change: files recorded as written by this project, and files of a recognised
-  checkpoint whose names the target format also writes. The caller decides which files these are. If a directory holds
-  other files, the write is refused with a list of those files.
+- With permission, only three kinds of file change: files recorded as written by this project; the weights and
+  `config.json` of a recognised checkpoint, if the target format uses these names too; and files that are written again.
+  The caller decides which files these are. If a directory holds other files, the write is refused with a list of those
+  files.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Each case compares the whole directory tree before and after. `tests/overwriting
 from __future__ import annotations
 
 import io
+import json
 import multiprocessing
 import os
 import shutil
@@ -25,6 +26,7 @@ from support.training_runs import RECIPE, data_for, write_text
 import bridge
 from bridge import CheckpointError
 from bridge.formats import FORMATS, WRITABLE
+from bridge.storage import manifest
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax.console.report_files import PLOT_FORMATS, require_plot_path, save_plot
 from gpt2_jax.training.run import directory as runs
@@ -94,7 +96,19 @@ def not_recognised(to: str, place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("make", [project, downloads, folder_of_runs, other_form, not_recognised])
+def with_files_of_its_owner(to: str, place: Path) -> Path:
+    """Files that belong to a checkpoint, but which the command does not write."""
+    saved(to, place)
+    for name in ("spiece.model", "vocab.txt", "meta.pkl", "chat_template.jinja"):
+        (place / name).write_text("the only copy")
+    (place / "generation_config.json").write_text('{"eos_token_id": 7}')
+    return place
+
+
+MAKERS = [project, downloads, folder_of_runs, other_form, not_recognised, with_files_of_its_owner]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("to", WRITABLE)
 def test_a_directory_with_other_files_is_not_changed(
     tmp_path: Path, to: str, make: Callable[[str, Path], Path], capsys: pytest.CaptureFixture[str]
@@ -110,14 +124,50 @@ def test_a_directory_with_other_files_is_not_changed(
 
 
 @pytest.mark.parametrize("to", WRITABLE)
-def test_a_replaced_checkpoint_leaves_no_old_file(tmp_path: Path, to: str) -> None:
+def test_a_replaced_checkpoint_leaves_no_old_file(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = source_for(to, tmp_path / "source"), tmp_path / "target"
     options = {"max_shard_bytes": 2000} if to in ("huggingface", "flax_msgpack") else {}
     bridge.save(random_checkpoint(config_for(to, SMALLEST), seed=3), target, format=to, **options)
+    shards = {name for name in contents(target) if "-of-" in name or name.endswith("index.json")}
     write_byte_tokenizer(target)
-    assert run("convert", source, target, "--to", to, "--overwrite") == 0
+    before = contents(tmp_path)
+    said = refuses(capsys, "convert", source, target, "--to", to, "--overwrite")
+    assert "vocab.json" in said and "merges.txt" in said, "the source has no tokenizer to replace them"
+    assert contents(tmp_path) == before
+    write_byte_tokenizer(source)
+    (source / "vocab.json").write_text((source / "vocab.json").read_text() + "\n")
+    assert run("convert", source, target, "--to", to, "--overwrite", "--json", tmp_path / "report.json") == 0
+    printed = capsys.readouterr().out
+    assert {*json.loads((tmp_path / "report.json").read_text())["removed"]} == shards
+    assert ("removed: " in printed) == bool(shards) and all(name in printed for name in shards)
     assert run("convert", source, tmp_path / "anew", "--to", to) == 0
     assert contents(target) == contents(tmp_path / "anew")
+
+
+def test_files_in_the_manifest_of_an_export_are_removed_and_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = source_for("huggingface", tmp_path / "source"), saved("huggingface", tmp_path / "target")
+    write_byte_tokenizer(target)
+    manifest.commit(target, {})
+    assert run("convert", source, target, "--to", "huggingface", "--overwrite") == 0
+    assert "removed: manifest.json, merges.txt, vocab.json" in capsys.readouterr().out
+    assert contents(target).keys() == {"config.json", "model.safetensors"}
+
+
+def test_a_tokenizer_inside_the_source_replaces_files_of_the_same_names_only(tmp_path: Path) -> None:
+    config = replace(config_for("gguf", SMALLEST), vocab_size=257)
+    source = replace(random_checkpoint(config), own_tokenizer=bridge.byte_tokenizer)
+    bridge.save(source, tmp_path / "m.gguf", format="gguf")
+    bridge.save(random_checkpoint(config, seed=3), tmp_path / "out", format="huggingface")
+    write_byte_tokenizer(tmp_path / "out")
+    bridge.save(bridge.load(tmp_path / "m.gguf"), tmp_path / "out", format="huggingface", overwrite=True)
+    assert bridge.load(tmp_path / "out").tokenizer().fingerprint == bridge.byte_tokenizer().fingerprint
+    (tmp_path / "out" / "vocab.txt").write_text("of another tokenizer")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"not overwritten.*\n.*vocab\.txt"):
+        bridge.save(bridge.load(tmp_path / "m.gguf"), tmp_path / "out", format="huggingface", overwrite=True)
+    assert contents(tmp_path) == before
 
 
 # Files

@@ -40,6 +40,7 @@ from gpt2_jax.training.run import directory as runs
 COMPANIONS = {
     *("config.json", "generation_config.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "chat_template.jinja"),
 }
 TOKENIZER = COMPANIONS - {"config.json", "generation_config.json"}
 WEIGHTS = {
@@ -54,6 +55,9 @@ FOREIGN = {
     "thesis.txt": b"years of work",
     "config.json": b'{"port": 8080}',
     "vocab.json": b'["cat", "dog"]',
+    "spiece.model": b"somebody's tokenizer",
+    "chat_template.jinja": b"somebody's template",
+    "generation_config.json": b'{"eos_token_id": 7}',
     "run.json": b'{"distance_km": 10}',
     "manifest.json": b'{"files": ["thesis.txt"]}',
     "report.json": b'{"profit": 3}',
@@ -251,7 +255,9 @@ def _conversion(c: Chosen) -> tuple[Path, str, Path, Callable[[Path], bool]]:
         target = target.with_suffix(c.rng.choice([".gguf", ".pt", ".bin", ".safetensors"]))
     real, source = target.resolve(), c.source(to)
     is_apart = real not in (source.resolve(), *source.resolve().parents)
-    return target, to, source, lambda path: c.overwrite and is_apart and _replaced_by(c.tree, real, to, path)
+    beside = source if source.is_dir() else source.parent
+    written = COMPANIONS & {"config.json", *(os.listdir(beside) if beside.is_dir() else ())}
+    return target, to, source, lambda path: c.overwrite and is_apart and _replaced_by(c.tree, real, to, written, path)
 
 
 def report(c: Chosen) -> Writing:
@@ -341,13 +347,16 @@ def remove(c: Chosen) -> Writing:
     return Writing(f"remove the run {c.target}", act, may_change, real)
 
 
-def _replaced_by(tree: Tree, target: Path, to: str, path: Path) -> bool:
-    """Return whether a checkpoint of format `to` at `target` may replace `path`."""
+def _replaced_by(tree: Tree, target: Path, to: str, written: set[str], path: Path) -> bool:
+    """Return whether a checkpoint of format `to` at `target` may replace `path`.
+
+    written: the companions that are written with it.
+    """
     if path == target:
         return tree.owners.get(path) == "checkpoint" and path.suffix in FORMATS[to].suffixes
     if target not in path.parents:
         return False
-    names = re.compile("|".join([WEIGHTS[to], *map(re.escape, COMPANIONS)]))
+    names = re.compile("|".join([WEIGHTS[to], *map(re.escape, written)]))
     below = tree.below(target)
     recorded = any(owner == "recorded" for owner in below.values())
     return all(

@@ -30,7 +30,7 @@ def test_no_writer_changes_a_foreign_file(made: dict[str, Path], tmp_path: Path)
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (bridge.io, "_replaceable", lambda target, format: lambda name: True),
+        (bridge.io, "_replaceable", lambda target, format, checkpoint: lambda name: True),
         (bridge.storage.atomic_writes, "foreign_files", lambda directory, replaceable: []),
         ("gpt2_jax.console.report_files", "is_report", lambda path: True),
     ],

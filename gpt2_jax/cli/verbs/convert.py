@@ -45,7 +45,8 @@ def convert(
         activation: set the activation. This changes the model's output. nanogpt supports only gelu.
         vocab_size: remove padding rows of the vocabulary beyond this size.
         allow_non_finite: also write weights that are NaN or infinite; by default they are an error.
-        overwrite: replace the checkpoint at the target, and the report of an earlier command.
+        overwrite: replace the checkpoint at the target, and the report of an earlier command. Files that are not
+            written again are listed; if this project did not write them, nothing is written.
         json: also write a report to this file.
     """
     options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
@@ -54,24 +55,32 @@ def convert(
     write_json = json_writer(json, overwrite, (source, reading.base, target))
     opened = reading.load(source)
     checkpoint = _changed(opened, zero_biases, activation, vocab_size)
+    before = _files_in(target)
     with reading_bar(checkpoint, f"writing {to}") as watched:
         left_out = bridge.save(
             watched, target, format=to, overwrite=overwrite, allow_non_finite=allow_non_finite, **options
         )
+    removed = sorted(before - _files_in(target))
     if opened.optimizer is not None and opened.optimizer.step and checkpoint.optimizer is None:
         left_out += ("the AdamW state, because the parameters changed",)
     total = sum(entry.nbytes for entry in checkpoint.tensors.entries.values())
     count = len(checkpoint.tensors)
     done = {"source": source, "from": checkpoint.format, "target": str(target), "to": to}
-    write_json(
-        {**done, "tensors": count, "bytes": total, "left_out": list(left_out), "diagnostics": list(opened.diagnostics)}
-    )
+    about = {"left_out": list(left_out), "removed": removed, "diagnostics": list(opened.diagnostics)}
+    write_json({**done, "tensors": count, "bytes": total, **about})
     out = console()
     out.print(f"{target}: {count} tensors, {total:,} bytes, {checkpoint.format} -> {to}", soft_wrap=True)
     for warning in opened.diagnostics:
         out.print(f"warning: {warning}", soft_wrap=True)
     for what in left_out:
         out.print(f"left out: {what}", soft_wrap=True)
+    if removed:
+        out.print(f"removed: {', '.join(removed)}", soft_wrap=True)
+
+
+def _files_in(target: Path) -> set[str]:
+    """Return the names of the files in a directory; nothing for a path that is not a directory."""
+    return {path.name for path in target.iterdir() if path.is_file()} if target.is_dir() else set()
 
 
 def _changed(checkpoint: Checkpoint, zero_biases: bool, activation: str | None, vocab_size: int | None) -> Checkpoint:
