@@ -91,7 +91,7 @@ def merge_lora(base: Checkpoint, lora: LoRA) -> Checkpoint:
 
     Each update is computed in float32 (float64 for float64 weights), added, and cast to the dtype of the base's tensor.
     Tensors are read one at a time, on access. If the adapter changes only one of a tied embedding and head, or changes
-    them differently, the result has an untied head: this is the function that the adapter was trained as.
+    them differently, the result has an untied head, because the adapter was trained with this function.
 
     Raises:
         ConversionError: the adapter does not fit the base. The message names every tensor.
@@ -107,7 +107,7 @@ def merge_lora(base: Checkpoint, lora: LoRA) -> Checkpoint:
     problems = [line for name, update in lora.updates.items() for line in _problems(name, update, shapes)]
     problems += [f"{quoted(name)} is not a parameter of the base" for name in touched if name not in shapes]
     if problems:
-        raise ConversionError("the adapter does not fit its base:\n" + bullet_list(problems))
+        raise ConversionError("the adapter does not fit its base:\n" + bullet_list(problems, limit=20))
     entries.update(lora.tensors.entries)
     entries.update({name: _merged(name, entries[name], update) for name, update in lora.updates.items()})
     if is_tied:

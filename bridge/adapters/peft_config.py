@@ -9,8 +9,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from bridge.errors import ConfigError, bullet_list, quoted
 from bridge.storage.companions import read_json_companion
@@ -48,7 +49,8 @@ _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 _MOST_NUMBER = 2**31 - 1
 _PATTERN = re.compile(r"\^?(?:(?:[\w.-]|\\[.d]|\[[\w-]+\])[*+]?){1,256}\$?")
-"""A pattern with at most one quantifier (counted apart) is matched in quadratic time at most."""
+"""Patterns with one quantifier at most, which `_complex_patterns` checks, match in quadratic time."""
+_Compiled: TypeAlias = list[tuple[re.Pattern[str], Any]]
 _MOST_NAMES = 2**10
 """Limit on the entries of a list or an object."""
 _MOST_COMPARISONS = 2**17
@@ -71,11 +73,19 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """Return the rank of a module, named as in the base model."""
-        return _first_match(self.rank_pattern or {}, module, self.r)
+        return _first_match(self._ranks, module, self.r)
 
     def alpha(self, module: str) -> float:
         """Return alpha of a module."""
-        return _first_match(self.alpha_pattern or {}, module, self.lora_alpha)
+        return _first_match(self._alphas, module, self.lora_alpha)
+
+    @cached_property
+    def _ranks(self) -> _Compiled:
+        return _compiled(self.rank_pattern or {})
+
+    @cached_property
+    def _alphas(self) -> _Compiled:
+        return _compiled(self.alpha_pattern or {})
 
     def saves(self, module: str) -> bool:
         """Whether `modules_to_save` names the module."""
@@ -177,7 +187,13 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _first_match(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the name or its end, as PEFT's `get_pattern_key` does."""
-    matching = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module))
-    return next(matching, default)
+def _compiled(patterns: Mapping[str, Any]) -> _Compiled:
+    """Compile patterns of names or of their ends, as PEFT's `get_pattern_key` matches them.
+
+    The cache of `re` holds fewer patterns than a file may have.
+    """
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
+
+
+def _first_match(patterns: _Compiled, module: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)

@@ -38,7 +38,7 @@ NAME = "peft"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In PEFT's order: the first of these that a directory holds is read."""
 
-_LONGEST_NAME = 256  # characters of a module's name: matching a pattern takes quadratic time
+_LONGEST_NAME = 128  # characters of a module's name: matching a pattern takes quadratic time
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<which>[AB])(\.default)?(\.weight)?", re.DOTALL)
 _INSIDE_PEFT = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")

@@ -105,6 +105,8 @@ class Tree:
 
     def add_foreign(self, name: str, directory: Path) -> None:
         path = directory / name
+        if name in COMPANIONS and (directory / "run.json").exists():
+            return  # a run does not record its tokenizer files: they are known by name
         if not os.path.lexists(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(FOREIGN[name])
@@ -175,7 +177,7 @@ def build(root: Path, made: dict[str, Path], rng: random.Random) -> Tree:
     tree = Tree(root)
     for number in range(rng.randrange(1, 4)):
         kind = rng.choice([*sorted(made.keys() - {"home"}), "empty", "foreign"])
-        inside = [place for place in tree.places if place.is_dir()]
+        inside = [place for place in tree.places if place.is_dir() and not place.is_symlink()]
         parent = rng.choice(inside) if inside and rng.random() < 0.15 else root
         to = parent / rng.choice([f"place{number}", f"place {number}[x]"])
         if kind in ("empty", "foreign"):

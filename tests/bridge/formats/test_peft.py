@@ -486,6 +486,20 @@ def many_modules_and_patterns(path: Path) -> None:
     change_config(path, alpha_pattern={f"x{k}": 1 for k in range(40)})
 
 
+def with_modules_and_patterns(modules: list[str], patterns: list[str]) -> Callable[[Path], None]:
+    """Replace the tensors by modules of rank 1 with the longest names, and give half of the patterns to each table."""
+
+    def change(path: Path) -> None:
+        names = [f"base_model.model.{module}.lora_{letter}.weight" for module in modules for letter in "AB"]
+        (path / WEIGHTS).unlink()
+        write_file(path / WEIGHTS, LazyTensorMap.of(dict.fromkeys(names, np.ones((1, 1), np.float32))), {})
+        half = len(patterns) // 2
+        ranks, alphas = patterns[:half], patterns[half:]
+        change_config(path, r=1, rank_pattern=dict.fromkeys(ranks, 1), alpha_pattern=dict.fromkeys(alphas, 1))
+
+    return change
+
+
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     # fields that change the function
     "DoRA": (fields(use_dora=True), "use_dora='True': not supported; it must be False"),
@@ -571,6 +585,14 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "many modules and patterns": (
         many_modules_and_patterns,
         "adapter_config.json has 42 patterns of ranks and alphas for 5004 modules: too many",
+    ),
+    "more patterns than re keeps": (
+        with_modules_and_patterns([f"m{k}" for k in range(64)], [f"x{k}" for k in range(2048)]),
+        "does not fit its base",
+    ),
+    "patterns that match slowly": (
+        with_modules_and_patterns(["a." * 53 + f"a{k:03}" for k in range(273)], [f".*b{k}" for k in range(480)]),
+        "does not fit its base",
     ),
     "a rank beyond the other": (
         tensors(lambda t: t.update({f"{TENSORS_OF_C_ATTN}.lora_B.weight": np.ones((24, 3), np.float32)})),
