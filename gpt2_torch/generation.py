@@ -183,11 +183,20 @@ def _add_token(state: _State, logits_RV: Float[Tensor, "R V"]) -> None:
 
 
 def _most_likely(count: int, beams: _Beams, logits_RV: Float[Tensor, "R V"]) -> Candidates:
-    """Return the `count` best tokens of each row. Processors change the log-probabilities, as in transformers."""
+    """Return the `count` best tokens of each row. Processors change the log-probabilities, as in transformers.
+
+    Of equal scores, the lower id comes first, as in JAX. `topk` alone does not define this order.
+    """
     logprobs_RV = logits_RV.float().log_softmax(-1)
-    scores_RN, ids_RN = process_logits(logprobs_RV, beams.processors, beams.history).topk(count)
-    logprobs_RN = logprobs_RV.gather(1, ids_RN)
-    return Candidates(*(x.cpu().numpy() for x in (ids_RN, scores_RN, logprobs_RN)))
+    scores_RV = process_logits(logprobs_RV, beams.processors, beams.history)
+    scores_RV = scores_RV.masked_fill(scores_RV.isnan(), -torch.inf)
+    lowest_R1 = scores_RV.topk(count).values[:, -1:]
+    is_above_RV, is_tied_RV = scores_RV > lowest_R1, scores_RV == lowest_R1
+    room_R1 = count - is_above_RV.sum(-1, keepdim=True)
+    ids_RN = (is_above_RV | (is_tied_RV & (is_tied_RV.cumsum(-1) <= room_R1))).nonzero()[:, 1].view(-1, count)
+    scores_RN, order_RN = scores_RV.gather(1, ids_RN).sort(descending=True, stable=True)
+    ids_RN = ids_RN.gather(1, order_RN)
+    return Candidates(*(x.cpu().numpy() for x in (ids_RN, scores_RN, logprobs_RV.gather(1, ids_RN))))
 
 
 @contextmanager

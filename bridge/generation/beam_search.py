@@ -74,20 +74,28 @@ class _Search:
         return beam.total / (length or len(beam.ids)) ** self.config.length_penalty
 
     def step(self, rows: Candidates) -> list[int]:
-        """Extend the beams by the best of all candidate tokens. Returns the parent of each new live beam."""
+        """Extend the beams by the best of all candidate tokens. Returns the parent of each new live beam.
+
+        Of equal totals, the candidate of the better beam comes first, then the token with the lower id.
+        """
         width = self.config.num_beams
-        candidates = [
-            (beam.followed_by(int(token), float(score), float(logprob)), parent)
-            for parent, beam in enumerate(self.live)
-            for token, score, logprob in zip(*(column[parent] for column in rows), strict=True)
-        ]
-        candidates.sort(key=lambda candidate: candidate[0].total, reverse=True)
-        self.ended += [beam for beam, _ in candidates[:width] if self.has_ended(beam)]
+        totals = np.array([beam.total for beam in self.live])[:, None] + rows.scores
+        live, parents = [], []
+        for place, best in enumerate(np.argsort(-totals, axis=None, kind="stable").tolist()):
+            if place >= width and len(live) == width:
+                break
+            parent, n = divmod(best, totals.shape[1])
+            token, score, logprob = (column[parent, n].item() for column in rows)
+            beam = self.live[parent].followed_by(token, score, logprob)
+            if not self.has_ended(beam):
+                live.append(beam)
+                parents.append(parent)
+            elif place < width:
+                self.ended.append(beam)
         self.ended = sorted(self.ended, key=self.rank, reverse=True)[:width]
-        live = [(beam, parent) for beam, parent in candidates if not self.has_ended(beam)][:width]
-        self.live = [beam for beam, _ in live]
+        self.live = live
         self.done = len(self.ended) == width and self.is_final()
-        return [parent for _, parent in live]
+        return parents
 
     def is_final(self) -> bool:
         """Whether the search ends, given that `num_beams` beams have ended."""

@@ -184,6 +184,23 @@ def test_log_probabilities_are_the_models_own(backend: str, small: Decoders) -> 
 
 
 @each_backend
+@pytest.mark.parametrize("eos_token_id", [None, 7])
+def test_of_equal_scores_the_lowest_ids_are_kept(eos_token_id: int | None, backend: str) -> None:
+    """All logits of a model of zeros are equal. transformers takes the order of `topk`, which is not defined."""
+    checkpoint = random_checkpoint(SMALL)
+    zeros = Checkpoint.of({name: np.zeros_like(x) for name, x in checkpoint.tensors.items()}, SMALL)
+    config = GenerationConfig(3, num_beams=3, num_return_sequences=3, eos_token_id=eos_token_id)
+    found = ids(decoders_of(zeros)[backend], [[5, 6]], config)[0]
+    assert found == [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
+
+
+@each_backend
+def test_of_equal_forced_ends_the_lowest_is_taken(backend: str, small: Decoders) -> None:
+    config = GenerationConfig(4, num_beams=2, forced_eos_token_id=(59, 48, 6))
+    assert ids(small[backend], PROMPTS[:1], config)[0][0][-1] == 6
+
+
+@each_backend
 def test_no_tokens_or_no_prompts_give_no_output(backend: str, small: Decoders) -> None:
     assert ids(small[backend], PROMPTS, GenerationConfig(0, num_beams=3, num_return_sequences=2)) == [[[], []]] * 2
     assert ids(small[backend], [], GenerationConfig(3, num_beams=3)) == []
