@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge.generation.config import GenerationConfig
-from bridge.generation.processors import ANY, LogitsProcessors, SequenceBias
+from bridge.generation.processors import ANY, MOST_FAVOUR, LogitsProcessors, SequenceBias
 
 
 class History(NamedTuple):
@@ -128,6 +128,10 @@ def forbid_repeated_ngrams(
 def favour_end(
     logits_RV: Float[Array, "R V"], eos_V: Bool[Array, " V"], steps: Int[Array, ""], factor: Float[Array, ""]
 ) -> Float[Array, "R V"]:
-    """Add |logit| * (factor^steps - 1) to end-of-sequence tokens, if `steps` is positive."""
-    added_RV = jnp.abs(logits_RV) * (factor ** steps.astype(jnp.float32) - 1.0).astype(logits_RV.dtype)
-    return jnp.where(eos_V & (steps > 0) & jnp.isfinite(logits_RV), logits_RV + added_RV, logits_RV)
+    """Add |logit| * (factor^steps - 1) to end-of-sequence tokens, if `steps` is positive.
+
+    The factor and the result are limited.
+    """
+    power = jnp.minimum(factor ** steps.astype(jnp.float32), MOST_FAVOUR).astype(logits_RV.dtype)
+    favoured_RV = jnp.minimum(logits_RV + jnp.abs(logits_RV) * (power - 1.0), MOST_FAVOUR)
+    return jnp.where(eos_V & (steps > 0) & jnp.isfinite(logits_RV), favoured_RV, logits_RV)

@@ -6,6 +6,7 @@ to minus infinity. `gpt2_torch.sampling` has the processors that only sampling u
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridge.generation.config import GenerationConfig
-from bridge.generation.processors import ANY, LogitsProcessors, SequenceBias
+from bridge.generation.processors import ANY, MOST_FAVOUR, LogitsProcessors, SequenceBias
 
 
 @dataclass
@@ -128,6 +129,7 @@ def forbid_repeated_ngrams(
 def favour_end(
     logits_RV: Float[Tensor, "R V"], eos_V: Bool[Tensor, " V"], steps: int, factor: float
 ) -> Float[Tensor, "R V"]:
-    """Add |logit| * (factor^steps - 1) to end-of-sequence tokens."""
-    added_RV = logits_RV.abs() * (factor**steps - 1.0)
-    return torch.where(eos_V & logits_RV.isfinite(), logits_RV + added_RV, logits_RV)
+    """Add |logit| * (factor^steps - 1) to end-of-sequence tokens. The factor and the result are limited."""
+    power = math.exp(min(steps * math.log(factor), math.log(MOST_FAVOUR)))
+    favoured_RV = (logits_RV + logits_RV.abs() * (power - 1.0)).clamp(max=MOST_FAVOUR)
+    return torch.where(eos_V & logits_RV.isfinite(), favoured_RV, logits_RV)

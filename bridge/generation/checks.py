@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,22 @@ LARGEST_SEED = 2**32 - 1
 MOST_SEQUENCE_IDS = 2**18
 """Limit for the number of sequences times the length of the longest. Each step compares as many tokens in each row."""
 
+MOST_ROWS = 2**10
+"""Limit for `num_return_sequences` and `num_beams`, the rows for one prompt. Each has a key/value cache."""
+
+MOST_NEW_TOKENS = 2**24
+"""Limit for `max_new_tokens` times `num_return_sequences`. Sampling draws a number for each before it begins."""
+
+LARGEST_LENGTH_PENALTY = 32
+"""Limit for the exponent of a length, which is below 2**31, so that the power is finite in float64."""
+
 _COUNTS = {"max_new_tokens": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "top_k": 0}
 _COUNTS |= {"num_return_sequences": 1, "num_beams": 1}
 """Numbers of tokens and rows -> their minimum."""
 
+_SMALLEST_FLOAT32, _LARGEST_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
+_ROWS = ("num_return_sequences", "num_beams")
 _FRACTIONS = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _NEEDS_TEMPERATURE = ("top_k", *_FRACTIONS)
 
@@ -41,20 +52,30 @@ def _problems_with_numbers(g: GenerationConfig) -> Iterator[str]:
     for name, least in _COUNTS.items():
         if (count := getattr(g, name)) is not None and count < least:
             yield f"{name}={count}: must {'be at least 1' if least else 'not be negative'}"
-    if not (math.isfinite(g.temperature) and g.temperature >= 0):
-        yield f"temperature={g.temperature}: must be 0, for the most likely token, or positive and finite"
+    if g.max_new_tokens * min(g.num_return_sequences, MOST_ROWS) > MOST_NEW_TOKENS:
+        yield (
+            f"max_new_tokens={g.max_new_tokens}, num_return_sequences={g.num_return_sequences}: their product must be "
+            f"at most {MOST_NEW_TOKENS}"
+        )
+    for name in _ROWS:
+        if (count := getattr(g, name)) > MOST_ROWS:
+            yield f"{name}={count}: must be at most {MOST_ROWS}"
+    if not 0 <= g.temperature <= _LARGEST_FLOAT32:
+        yield f"temperature={g.temperature}: must be 0, for the most likely token, or positive and finite in float32"
     for name in _FRACTIONS:
         if (value := getattr(g, name)) is not None and not 0 <= value <= 1:
             yield f"{name}={value}: must be between 0 and 1"
     if g.typical_p == 0:
         yield f"typical_p={g.typical_p}: must be above 0"
-    if g.repetition_penalty is not None and not (math.isfinite(g.repetition_penalty) and g.repetition_penalty > 0):
-        yield f"repetition_penalty={g.repetition_penalty}: must be positive and finite"
+    if g.repetition_penalty is not None and not _SMALLEST_FLOAT32 <= g.repetition_penalty <= _LARGEST_FLOAT32:
+        yield f"repetition_penalty={g.repetition_penalty}: must be positive and finite in float32"
     if (decay := g.exponential_decay_length_penalty) is not None:
-        if len(decay) != 2 or not (math.isfinite(decay[1]) and decay[1] > 0):
+        if len(decay) != 2 or not 0 < decay[1] <= _LARGEST_FLOAT32:
             yield f"exponential_decay_length_penalty={decay}: must be a number of tokens and a positive, finite factor"
-    if not math.isfinite(g.length_penalty):
-        yield f"length_penalty={g.length_penalty}: must be finite"
+    if not abs(g.length_penalty) <= LARGEST_LENGTH_PENALTY:
+        yield (
+            f"length_penalty={g.length_penalty}: must be between -{LARGEST_LENGTH_PENALTY} and {LARGEST_LENGTH_PENALTY}"
+        )
     if g.early_stopping not in (False, True, "never"):
         yield f"early_stopping={quoted(g.early_stopping)}: must be False, True or 'never'"
     if not 0 <= g.seed <= LARGEST_SEED:
@@ -76,8 +97,8 @@ def _problems_with_ids(g: GenerationConfig, vocab_size: int) -> Iterator[str]:
         if len(group) * max(map(len, group), default=0) > MOST_SEQUENCE_IDS:
             yield f"{name}: {len(group)} sequences of up to {max(map(len, group))} tokens are too many"
         lists[name] = [i for ids in group for i in ids]
-    if any(not math.isfinite(bias) for _, bias in g.sequence_bias or ()):
-        yield "sequence_bias: a bias is not finite. Forbid a sequence with bad_words_ids"
+    if not all(abs(bias) <= _LARGEST_FLOAT32 for _, bias in g.sequence_bias or ()):
+        yield "sequence_bias: a bias is not finite in float32. Forbid a sequence with bad_words_ids"
     for name, ids in lists.items():
         if unknown := [i for i in ids if not 0 <= i < vocab_size]:
             shown: list[Any] = unknown if len(unknown) < 10 else [*unknown[:9], "..."]

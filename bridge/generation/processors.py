@@ -14,7 +14,11 @@ PADDING = -1
 """In the ids of a `History`: no token."""
 
 ANY = -2
-"""In the prefixes of a `SequenceBias`: matches every token and no token."""
+"""In the prefixes of a `SequenceBias`: matches anything, including a position before the first token."""
+
+MOST_FAVOUR = 1e30
+"""Limit for the factor and the logits of the exponential decay length penalty, which grows with every token. Divided
+by a temperature, such a logit is still finite in float32."""
 
 
 class SequenceBias(NamedTuple):
@@ -110,7 +114,7 @@ class LogitsProcessors(NamedTuple):
 
     @property
     def change_scores(self) -> bool:
-        """Whether a processor is on that does not only sampling."""
+        """Whether a processor other than those of sampling is on."""
         return any(getattr(self, name) is not None for name in self._fields if name not in _SAMPLING)
 
 

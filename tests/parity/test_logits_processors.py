@@ -46,7 +46,7 @@ import gpt2_torch.logits_processors
 import gpt2_torch.sampling
 from bridge import GenerationConfig
 from bridge.generation.config import NEUTRAL, uniform_noise
-from bridge.generation.processors import LogitsProcessors, padded_ids, seen_tokens
+from bridge.generation.processors import MOST_FAVOUR, LogitsProcessors, padded_ids, seen_tokens
 
 EPSILON = 2.0**-23
 
@@ -555,6 +555,16 @@ def test_scores_are_those_of_transformers_at_every_step(name: str, prompt: int, 
         )
         changed += (expected != logits).any()
     assert changed or name in ("forced_bos_token_id", "no_repeat_ngram_size 20")
+
+
+@each_backend
+@pytest.mark.parametrize(("factor", "steps"), [(1e38, 2), (2.0, 20), (0.5, 20)])
+def test_a_penalty_that_grows_without_bounds_stays_finite(factor: float, steps: int, backend: str) -> None:
+    logits = np.array([[0.0, 3.0, -2.0, 1.0]] * 2, np.float32)
+    config = GenerationConfig(steps + 1, exponential_decay_length_penalty=(-5000, factor), eos_token_id=(0, 1))
+    found = processed(backend, config, logits, np.ones((2, 1 + steps), np.int64), 1)
+    ended = [0.0, 0.0] if factor < 1 else [0.0, MOST_FAVOUR]
+    np.testing.assert_allclose(found, [[*ended, -2.0, 1.0]] * 2, rtol=1e-6)
 
 
 def largest_term(name: str, logits: np.ndarray, step: int) -> float:

@@ -59,6 +59,12 @@ def defaults_of(directory: Path, text: str | dict[str, Any], **extra: Any) -> Ge
             "exponential_decay_length_penalty=.*: must be a number of tokens",
         ),
         ({"early_stopping": "often"}, "early_stopping='often': must be true, false or \"never\""),
+        ({"num_beams": 2, "length_penalty": 3000}, "length_penalty=3000.0: must be between -32 and 32"),
+        (
+            {"do_sample": True, "num_return_sequences": 2_000_000_000},
+            "num_return_sequences=2000000000: must be at most",
+        ),
+        ({"num_beams": 2_000_000_000}, "num_beams=2000000000: must be at most 1024"),
         ({"num_beams": 3, "num_return_sequences": 4}, "num_return_sequences=4: must be at most num_beams=3"),
         ({"forced_eos_token_id": 4, "suppress_tokens": [4]}, "forced_eos_token_id=.*: also in suppress_tokens"),
     ],
