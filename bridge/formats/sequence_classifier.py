@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bridge.checkpoint import Checkpoint
-from bridge.config import GPT2Config, harmless_fields
+from bridge.config import GPT2Config, config_diagnostics, harmless_fields
 from bridge.conversion import FlaxTree, canonicalize, to_flax, to_torch
 from bridge.errors import CheckpointError, ConversionError, quoted
 from bridge.finite import rejecting_non_finite
@@ -108,7 +108,7 @@ def load_classifier(source: str | Path) -> SequenceClassifier:
     # A classifier has no language-model head that could be untied.
     config = replace(GPT2Config.from_hf(hf), tie_word_embeddings=True)
     stored, left_out = stored_tensors(weights)
-    notes = (*left_out, *notes)
+    notes = (*config_diagnostics(hf), *left_out, *notes)
     like = Checkpoint(config, stored, NAME, weights.parent, harmless_fields(hf), notes, source=weights)
     try:
         return _classifier(stored, like)
@@ -145,14 +145,24 @@ def _classifier(stored: LazyTensorMap, like: Checkpoint) -> SequenceClassifier:
         raise ConversionError(f"{_SCORE} is missing; bridge.load reads a model without a classification head")
     others = {name: entry for name, entry in stored.entries.items() if name != names[_SCORE]}
     tensors = canonicalize(LazyTensorMap(others), like.config)
-    return SequenceClassifier(replace(like, tensors=tensors, optimizer=None), stored.entries[names[_SCORE]])
+    found = SequenceClassifier(replace(like, tensors=tensors, optimizer=None), stored.entries[names[_SCORE]])
+    labels = like.extra.get("id2label")
+    if labels is None or _name_all(labels, found.num_labels):
+        return found
+    note = f"id2label of {CONFIG} does not name the {found.num_labels} rows of {_SCORE}; an export has LABEL_0, ..."
+    notes = dict.fromkeys((*found.checkpoint.diagnostics, note))  # may be known from the file
+    return replace(found, checkpoint=replace(found.checkpoint, diagnostics=tuple(notes)))
+
+
+def _name_all(labels: Any, count: int) -> bool:
+    """Whether `id2label` names the labels 0 to `count` - 1, and no other."""
+    return isinstance(labels, dict) and {*labels} == {*map(str, range(count))}
 
 
 def _labelled(classifier: SequenceClassifier) -> dict[str, Any]:
     """Return the further fields of `config.json`. transformers takes the number of labels from `id2label`."""
     extra, count = dict(classifier.checkpoint.extra), classifier.num_labels
-    names = extra.get("id2label")
-    if not isinstance(names, dict) or {*names} != {*map(str, range(count))}:
+    if not _name_all(extra.get("id2label"), count):
         labels = [f"LABEL_{k}" for k in range(count)]
         extra["id2label"] = {str(k): label for k, label in enumerate(labels)}
         extra["label2id"] = {label: k for k, label in enumerate(labels)}

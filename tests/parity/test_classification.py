@@ -42,10 +42,11 @@ def theirs(directory: Path, **fields: Any) -> Any:
 
 
 def padded_ids() -> np.ndarray:
-    """Return rows of lengths 17, 1 and 9, padded on the right, and one of padding alone."""
-    ids = np.random.default_rng(0).integers(0, PAD, (4, 17))
+    """Return rows of lengths 17, 1 and 9, padded on the right, one of padding alone, and one padded on the left."""
+    ids = np.random.default_rng(0).integers(0, PAD, (5, 17))
     for row, length in enumerate((17, 1, 9, 0)):
         ids[row, length:] = PAD
+    ids[4, :8] = PAD
     return ids
 
 
@@ -75,7 +76,7 @@ def test_the_logits_are_those_of_transformers(tmp_path: Path, logits: Any, untie
     classifier = bridge.load_classifier(tmp_path)
     assert (classifier.num_labels, classifier.pad_token_id) == (3, PAD)
     expected = logits_of(model, padded_ids())
-    assert expected.shape == (4, 3) and np.abs(expected).max() > 0.5
+    assert expected.shape == (5, 3) and np.abs(expected).max() > 0.5
     assert len({row.tobytes() for row in expected}) == 4
     assert np.abs(logits(classifier, padded_ids()) - expected).max() < ERROR
 
@@ -129,6 +130,21 @@ def test_generated_labels_have_the_number_of_the_head(tmp_path: Path) -> None:
     bridge.save_classifier(bridge.load_classifier(tmp_path / "theirs"), tmp_path / "ours")
     model = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "ours")
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_ignored_fields_and_labels_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    theirs(tmp_path / "theirs")
+    assert bridge.load_classifier(tmp_path / "theirs").checkpoint.diagnostics == ()
+    stored = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    changed = {**stored, "n_ctx": 7, "id2label": {"0": "bad", "1": "good"}}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(changed))
+    classifier = bridge.load_classifier(tmp_path / "theirs")
+    [context, labels] = classifier.checkpoint.diagnostics
+    assert "n_ctx" in context
+    assert labels == "id2label of config.json does not name the 3 rows of score.weight; an export has LABEL_0, ..."
+    model = gpt2_torch.model_from_classifier(classifier)
+    again = gpt2_torch.classifier_from_model(model, like=classifier)
+    assert again.checkpoint.diagnostics == (context, labels)
 
 
 def test_what_is_not_a_classifier_is_refused(tmp_path: Path) -> None:
