@@ -14,7 +14,7 @@ from bridge.formats.peft import save_lora
 from bridge.formats.sequence_classifier import SequenceClassifier, load_classifier, save_classifier
 from bridge.generation.config import GenerationConfig
 from bridge.generation.defaults import GenerationDefaults, generation_defaults
-from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, stream_text
+from bridge.generation.text import TextOutput, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
 from bridge.names import canonical_names
 from bridge.parameter_table import PARAMETERS, num_parameters, padded_vocab_size, parameters
@@ -52,7 +52,6 @@ __all__ = [
     "canonical_names",
     "canonicalize",
     "character_tokenizer",
-    "end_of_text_ids",
     "find_diagnostics",
     "fingerprint",
     "generate_text",

@@ -27,8 +27,14 @@ MOST_NEW_TOKENS = 2**24
 LARGEST_LENGTH_PENALTY = 32
 """Limit for the exponent of a length, which is below 2**31, so that the power is finite in float64."""
 
-_COUNTS = {"max_new_tokens": 0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "top_k": 0}
-_COUNTS |= {"num_return_sequences": 1, "num_beams": 1}
+_COUNTS = {
+    "max_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "top_k": 0,
+    "num_return_sequences": 1,
+    "num_beams": 1,
+}
 """Numbers of tokens and rows -> their minimum."""
 
 _SMALLEST_FLOAT32, _LARGEST_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)

@@ -12,7 +12,6 @@ from bridge.errors import BridgeError, CheckpointError, bullet_list, quoted
 from bridge.generation.checks import problems
 from bridge.generation.config import GREEDY_BELOW, SAMPLING_FIELDS, GenerationConfig
 from bridge.generation.settings import ID_FIELDS, SETTINGS, unsupported, within_vocabulary
-from bridge.generation.text import end_of_text_ids
 from bridge.storage.companions import has_companion, read_json_companion
 from bridge.tokenizers.tokenizer import Tokenizer
 
@@ -40,7 +39,8 @@ class GenerationDefaults:
     eos_source: str | None
     """Where they are from: one of these files, or "tokenizer". None if nothing names a token."""
     notes: tuple[str, ...] = ()
-    """One sentence for each setting that is not applied."""
+    """One sentence for each setting that is not applied, and if transformers would not end a text at these tokens. It
+    begins with the name of the file."""
 
     def max_new_tokens(self, prompt_length: int) -> int | None:
         """Return the checkpoint's limit for new tokens, or None if it has none.
@@ -54,15 +54,19 @@ class GenerationDefaults:
         if total <= prompt_length:
             raise BridgeError(
                 f"{self.source}: max_length={total} includes the prompt, which has {prompt_length} tokens; set "
-                "max_new_tokens"
+                "max_new_tokens (--max-new-tokens)"
             )
         return int(total - prompt_length)
 
-    def config(self, prompt_length: int = 0, **overrides: Any) -> GenerationConfig:
+    def config(
+        self, prompt_length: int = 0, *, new_tokens: int = DEFAULT_NEW_TOKENS, **overrides: Any
+    ) -> GenerationConfig:
         """Return the configuration that transformers' `generate` would use.
 
         Args:
             prompt_length: tokens of the longest prompt, which `max_length` and `min_length` include.
+            new_tokens: the number of new tokens if the checkpoint has no limit, or what fits into the positions without
+                `slide`.
             **overrides: fields of `GenerationConfig`, and `do_sample`. A `temperature` above 0 implies `do_sample`.
 
         Raises:
@@ -80,8 +84,8 @@ class GenerationDefaults:
         if "min_new_tokens" not in own and "min_length" in self.settings:
             own["min_new_tokens"] = max(0, self.settings["min_length"] - prompt_length)
         if "max_new_tokens" not in overrides:
-            default = min(DEFAULT_NEW_TOKENS, max(1, self.model.n_positions - prompt_length))
-            own["max_new_tokens"] = self.max_new_tokens(prompt_length) or default
+            room = new_tokens if overrides.get("slide") else max(1, self.model.n_positions - prompt_length)
+            own["max_new_tokens"] = self.max_new_tokens(prompt_length) or min(new_tokens, room)
         own["eos_token_id"] = self.eos_token_ids
         overrides = {name: value for name, value in overrides.items() if name != "do_sample"}
         return GenerationConfig(**{**own, **overrides})
@@ -98,8 +102,9 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = No
     """Return how a checkpoint generates by default.
 
     The settings are those of `generation_config.json` beside the weights or, without this file, of `config.json`, as in
-    transformers. `eos_token_id` is taken from the first file that has it. If neither has it, transformers does not end
-    a text; here it ends at the end-of-sequence token of `tokenizer`.
+    transformers. `eos_token_id` is taken from the first of both files that has it, else it is the end-of-sequence token
+    of `tokenizer`: a text ends where the model's end is known. transformers does not end it if `generation_config.json`
+    is there and has no `eos_token_id`, or if neither file has one.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
@@ -110,18 +115,23 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = No
     stored = _stored_settings(checkpoint)
     source = next(iter(stored))
     settings, notes = _validated(stored[source], checkpoint.config, source)
-    notes += [f"{quoted(name)}={quoted(value)}: not supported" for name, value in unsupported(stored[source]).items()]
+    others = unsupported(stored[source])
+    notes += [f"{source}: {quoted(name)}={quoted(value)}: not supported" for name, value in others.items()]
     if settings.get("do_sample") and settings.get("num_beams", 1) > 1:
-        notes.append(f"num_beams={settings['num_beams']}: beam search does not sample, so one beam is sampled")
+        beams = settings["num_beams"]
+        notes.append(f"{source}: num_beams={beams}: beam search does not sample, so one beam is sampled")
     eos_source = next((name for name, found in stored.items() if "eos_token_id" in found), None)
     if eos_source is None:
-        ids = () if tokenizer is None else end_of_text_ids(tokenizer)
+        ids = () if tokenizer is None else tokenizer.eos_token_ids
         eos_source = "tokenizer" if ids else None
     else:
         named_end = {"eos_token_id": stored[eos_source]["eos_token_id"]}
         found, eos_notes = _validated(named_end, checkpoint.config, eos_source)
         ids = found.get("eos_token_id", ())
         notes += [note for note in eos_notes if note not in notes]
+    if ids and source == GENERATION_CONFIG != eos_source:
+        other = f"the {eos_source}" if eos_source == "tokenizer" else eos_source
+        notes.append(f"{source}: no eos_token_id, so a text ends at that of {other}; transformers would not end it")
     settings.pop("eos_token_id", None)
     has_settings = bool(settings or notes) or source == GENERATION_CONFIG
     return GenerationDefaults(
@@ -156,7 +166,8 @@ def _validated(stored: Mapping[str, Any], model: GPT2Config, source: str) -> tup
         if name in ID_FIELDS:
             kept, dropped = within_vocabulary(name, settings.pop(name), model.vocab_size)
             if dropped:
-                notes.append(f"{name}: {dropped} of its entries are outside the vocabulary of {model.vocab_size}")
+                outside = f"{dropped} of its entries are outside the vocabulary of {model.vocab_size}"
+                notes.append(f"{source}: {name}: {outside}")
             if kept is not None:
                 settings[name] = kept
     if not wrong:

@@ -116,7 +116,7 @@ _UNSUPPORTED: Mapping[str, Any] = {
     "guidance_scale": 1.0,
     "max_time": None,
     "num_beam_groups": 1,
-    "penalty_alpha": None,
+    "penalty_alpha": 0.0,
     "prompt_lookup_num_tokens": None,
     "remove_invalid_values": False,
     "renormalize_logits": False,
@@ -157,9 +157,16 @@ def unsupported(stored: Mapping[str, Any], only_known: bool = False) -> dict[str
         if name not in SETTINGS
         and name not in _WITHOUT_EFFECT
         and (name in _UNSUPPORTED or not only_known)
-        and value not in (None, False, _UNSUPPORTED.get(name), [], {})
+        and not _is_neutral(value, _UNSUPPORTED.get(name))
     )
     return dict(itertools.islice(found, _MOST_NOTES))
+
+
+def _is_neutral(value: Any, neutral: Any) -> bool:
+    """Whether a setting is switched off. 0 is a number: it equals `False` in Python, but switches nothing off."""
+    if value is None or type(value) is bool:
+        return value in (None, False)
+    return value in ([], {}) or value == neutral
 
 
 def within_vocabulary(name: str, value: Any, vocab_size: int) -> tuple[Any, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,11 +39,16 @@ class TextOutput:
     """Whether a stop string or an end-of-sequence token ended the text, not `max_new_tokens`."""
 
 
+ConfigOrRule = GenerationConfig | Callable[[int], GenerationConfig]
+"""A configuration, or a function that returns it for the number of tokens of the longest prompt, such as
+`GenerationDefaults.config`."""
+
+
 def generate_text(
     decoder: Decoder[Any, Any],
     tokenizer: Tokenizer,
     prompts: Sequence[str | Sequence[int]],
-    generation_config: GenerationConfig,
+    generation_config: ConfigOrRule,
     stop: Sequence[str] = (),
     *,
     special_tokens: SpecialTokenPolicy = "match",
@@ -52,7 +57,8 @@ def generate_text(
 
     Args:
         prompts: texts, or their ids, such as those of `Tokenizer.encode_conversations`.
-        generation_config: with `eos_token_id=bridge.end_of_text_ids(tokenizer)`, outputs end at the end of a document.
+        generation_config: with `eos_token_id=tokenizer.eos_token_ids`, outputs end at the end of a document. A function
+            returns it for the number of tokens of the longest prompt; `GenerationDefaults.config` is one.
         stop: outputs also end before any of these strings.
         special_tokens: what to do where a prompt contains an added token; see `Tokenizer.encode`.
 
@@ -60,14 +66,19 @@ def generate_text(
     or infinite.
     """
     ids = _encoded(tokenizer, prompts, special_tokens)
-    generation_config.check(decoder.config, ids)
+    config = _config_for(ids, generation_config)
+    config.check(decoder.config, ids)
     outputs = []
     for i in range(0, len(ids), PROMPTS_PER_BATCH):
         try:
-            outputs += _generate_batch(decoder, tokenizer, ids[i : i + PROMPTS_PER_BATCH], generation_config, stop)
+            outputs += _generate_batch(decoder, tokenizer, ids[i : i + PROMPTS_PER_BATCH], config, stop)
         except InvalidLogits as error:
-            raise InvalidLogits(i * generation_config.num_return_sequences + error.row, error.step) from None
+            raise InvalidLogits(i * config.num_return_sequences + error.row, error.step) from None
     return outputs
+
+
+def _config_for(ids: Sequence[Sequence[int]], config: ConfigOrRule) -> GenerationConfig:
+    return config if isinstance(config, GenerationConfig) else config(max(map(len, ids), default=0))
 
 
 def _generate_batch(
@@ -97,18 +108,19 @@ def stream_text(
     decoder: Decoder[Any, Any],
     tokenizer: Tokenizer,
     prompt: str | Sequence[int],
-    generation_config: GenerationConfig,
+    generation_config: ConfigOrRule,
     stop: Sequence[str] = (),
     *,
     special_tokens: SpecialTokenPolicy = "match",
 ) -> Iterator[str]:
     """Yield the text that continues one prompt, a text or ids, in pieces.
 
-    No piece ends inside a character or a stop string.
+    No piece ends inside a character or a stop string. The arguments are those of `generate_text`.
     """
     [ids] = _encoded(tokenizer, [prompt], special_tokens)
-    row = _Row(tokenizer, generation_config, stop, ids)
-    for chunk in decoder.stream([ids], generation_config, STREAM_CHUNK):
+    config = _config_for([ids], generation_config)
+    row = _Row(tokenizer, config, stop, ids)
+    for chunk in decoder.stream([ids], config, STREAM_CHUNK):
         if piece := row.read(chunk.ids[0].tolist()):
             yield piece
         if row.stopped:
@@ -124,11 +136,6 @@ def _encoded(
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     encoded = iter(tokenizer.encode_batch(texts, special_tokens=special_tokens))
     return [next(encoded) if isinstance(prompt, str) else prompt for prompt in prompts]
-
-
-def end_of_text_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids that end a document, for `GenerationConfig.eos_token_id`; empty if the tokenizer has none."""
-    return tokenizer.eos_token_ids
 
 
 def printable(text: str) -> str:

@@ -23,9 +23,14 @@ MOST_TEMPLATE_BYTES = 2**17
 MOST_TOKENS = 300_000
 """Limit for a tokenizer file if the size of the vocabulary is not known."""
 
-_VOCABULARIES = {"tokenizer.json": 128, "vocab.json": 96, "encoder.json": 96, "merges.txt": 64, "vocab.bpe": 64}
-_VOCABULARIES |= dict.fromkeys(("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"), 64)
-
+_VOCABULARIES = {
+    "tokenizer.json": 128,
+    "vocab.json": 96,
+    "encoder.json": 96,
+    "merges.txt": 64,
+    "vocab.bpe": 64,
+    **dict.fromkeys(("vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"), 64),
+}
 """Files whose size grows with the vocabulary -> the maximum bytes per token.
 
 GPT-2's own `tokenizer.json` takes 110 bytes per token when it is indented by four and escaped to ASCII.

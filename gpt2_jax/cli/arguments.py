@@ -25,12 +25,12 @@ JsonFile = Annotated[Path | None, arg(metavar="FILE")]
 
 
 _ACTIVATION_HELP = (
-    "the activation of a nanoGPT file that does not state it; gelu_new for nanoGPT's code before June 14, 2023. An "
-    "error for every other source. (default: none; such a file is read as gelu)"
+    "the activation of a nanoGPT file that does not state it; gelu_new for nanoGPT's code before June 14, 2023. "
+    "Rejected for every other source. (default: none; such a file is read as gelu)"
 )
 _BASE_HELP = (
     "for a LoRA adapter of PEFT: the model that it changes, in any format, or its Hugging Face id. The adapter is "
-    "merged into it. An error for every other source. (default: none)"
+    "merged into it. Rejected for every other source. (default: none)"
 )
 _HEADS_HELP = (
     "leave out the tensors of heads for other tasks, such as classification, and name them; by default they are an "

@@ -222,6 +222,22 @@ def test_settings_that_are_not_applied_are_named(configured: Any, capsys: pytest
     assert "suppress_tokens: 1 of its entries are outside the vocabulary" in printed
 
 
+def test_a_note_names_the_file_that_it_is_about(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, tmp_path / "m")
+    fields = json.loads((model / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**fields, "eos_token_id": [5, 4000]}))
+    (tmp_path / "m" / "generation_config.json").write_text('{"top_k": 7}')
+    for verb in (("generate", tmp_path / "m", "We", "--max-new-tokens", 1), ("inspect", tmp_path / "m")):
+        assert run(*verb) == 0
+        captured = capsys.readouterr()
+        printed = " ".join((captured.out + captured.err).split())
+        assert "config.json: eos_token_id: 1 of its entries are outside the vocabulary" in printed
+        assert "generation_config.json: eos_token_id:" not in printed
+        assert "generation_config.json: no eos_token_id, so a text ends at that of config.json" in printed
+
+
 def test_an_invalid_setting_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(model, tmp_path / "m")
     (tmp_path / "m" / "generation_config.json").write_text('{"top_k": "many"}')

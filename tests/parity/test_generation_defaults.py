@@ -253,6 +253,36 @@ def test_a_file_hides_the_settings_of_config_json_but_not_its_end(directory: Pat
     assert defaults.config().repetition_penalty is None
 
 
+NAMED: Mapping[str, Settings | None] = {
+    "no file": None,
+    "not named": {},
+    "null": {"eos_token_id": None},
+    "one": {"eos_token_id": END},
+    "several": {"eos_token_id": [3, END]},
+}
+
+
+@pytest.mark.parametrize("in_config", [name for name in NAMED if name != "no file"])
+@pytest.mark.parametrize("in_file", NAMED)
+def test_the_end_is_that_of_transformers_or_one_that_it_ignores(
+    in_file: str, in_config: str, directory: Path, small: Decoders
+) -> None:
+    """transformers reads one file. If that file does not name an end and config.json does, the text ends here."""
+    prompt = PROMPTS[6]
+    own, of_config = (with_end(directory, NAMED[name] or {}, prompt) for name in (in_file, in_config))
+    if in_file != "no file":
+        stored(directory, own)
+    defaults = stored(directory, of_config, "config.json")
+    [expected] = generated_by_transformers(directory, prompt)
+    [[found]] = small["gpt2_torch"].generate([prompt], defaults.config(len(prompt)))
+    if in_file == "not named" and in_config in ("one", "several"):
+        assert found.ids == expected[: len(found.ids)] and len(found.ids) < len(expected)
+        assert "transformers would not end it" in defaults.notes[-1]
+    else:
+        assert found.ids == expected
+        assert defaults.notes == ()
+
+
 def test_the_defaults_without_settings_are_those_of_transformers(directory: Path) -> None:
     theirs = transformers.GenerationConfig._get_default_generation_params()
     defaults = bridge.generation_defaults(bridge.load(directory))

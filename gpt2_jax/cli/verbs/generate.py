@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -132,17 +132,19 @@ def generate(
     if not stop_at_end:
         given["eos_token_id"] = ()
 
-    def config_for(ids: list[list[int]]) -> GenerationConfig:
-        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest prompt."""
-        length, new = max(map(len, ids)), max_new_tokens
-        if new is None:
-            new = defaults.max_new_tokens(length) or DEFAULT_NEW_TOKENS
-            room = checkpoint.config.n_positions - length
-            if not decoding.slide and room > 0:
-                new = min(new, room)
-        return defaults.config(length, **given, max_new_tokens=new, logprobs=json is not None)
+    given["logprobs"] = json is not None
+    if max_new_tokens is not None:
+        given["max_new_tokens"] = max_new_tokens
 
-    probe = defaults.config(max_new_tokens=1, **given)
+    def config_for(length: int) -> GenerationConfig:
+        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest prompt."""
+        config = defaults.config(length, new_tokens=DEFAULT_NEW_TOKENS, **given)
+        room = checkpoint.config.n_positions - length
+        if max_new_tokens is None and not decoding.slide and room > 0:
+            config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+        return config
+
+    probe = defaults.config(**{**given, "max_new_tokens": 1})
     require_effect({**vars(decoding), "config": probe}, {**dict.fromkeys(_OF_CHECKPOINT), **_OWN}, RULES)
     several = probe.num_return_sequences > 1 or probe.num_beams > 1
     if interactive and (several or json is not None):
@@ -151,12 +153,12 @@ def generate(
             "--num-beams 1"
         )
     for note in defaults.notes:
-        print_error(f"{defaults.source}: {note}")
+        print_error(note)
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
         def stream(text: str, history: Sequence[tuple[str, str]] = ()) -> Iterator[str]:
-            ids = chat.encode(tokenizer, [text], policy, history)
-            return stream_text(decoder, tokenizer, ids[0], config_for(ids), stop)
+            [ids] = chat.encode(tokenizer, [text], policy, history)
+            return stream_text(decoder, tokenizer, ids, config_for, stop)
 
         if interactive:
             _interactive_loop(stream, show_prompt=not chat.chat)
@@ -164,7 +166,7 @@ def generate(
             _print_pieces("" if chat.chat else prompts[0], stream(prompts[0]))
         else:
             ids = chat.encode(tokenizer, prompts, policy)
-            outputs = generate_text(decoder, tokenizer, ids, config_for(ids), stop)
+            outputs = generate_text(decoder, tokenizer, ids, config_for, stop)
             write_json({"source": source, "backend": backend, "completions": _as_json(prompts, outputs)})
             _print_all([""] * len(prompts) if chat.chat else prompts, outputs)
 

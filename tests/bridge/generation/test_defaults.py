@@ -117,11 +117,12 @@ def test_ids_outside_the_vocabulary_are_reported_and_have_no_effect(tmp_path: Pa
     assert (config.eos_token_ids, config.suppress_tokens, config.bad_words_ids) == ((7,), (3,), ((4, 5),))
     assert (config.sequence_bias, config.forced_bos_token_id) == (None, None)
     named = ["eos_token_id", "sequence_bias", "bad_words_ids", "forced_bos_token_id", "suppress_tokens"]
-    assert [note.split(":")[0] for note in defaults.notes] == named
+    assert [note.split(": ")[:2] for note in defaults.notes] == [["generation_config.json", name] for name in named]
 
 
 def test_unsupported_settings_are_named(tmp_path: Path) -> None:
-    neutral = {"renormalize_logits": False, "diversity_penalty": 0.0, "num_beam_groups": 1, "guidance_scale": None}
+    neutral = {"renormalize_logits": False, "diversity_penalty": 0, "num_beam_groups": 1, "guidance_scale": None}
+    neutral |= {"penalty_alpha": 0.0, "stop_strings": [], "token_healing": 0, "watermarking_config": {}}
     harmless = {"pad_token_id": 5, "use_cache": True, "transformers_version": "5.0.0", "output_scores": True}
     active = {"guidance_scale": 1.5, "stop_strings": ["x"], "renormalize_logits": True, "unheard\u202eof": 3}
     assert defaults_of(tmp_path, {**neutral, **harmless}).notes == ()
@@ -131,6 +132,8 @@ def test_unsupported_settings_are_named(tmp_path: Path) -> None:
         name in notes for name in ("guidance_scale", "stop_strings", "renormalize_logits", "unheard", "num_beams")
     )
     assert len(defaults.notes) == 5
+    zeros = defaults_of(tmp_path, {"guidance_scale": 0, "max_time": 0.0, "prompt_lookup_num_tokens": 0})
+    assert len(zeros.notes) == 3, "0 is not the neutral value of these"
     assert "\u202e" not in notes
     assert defaults.config().num_beams == 1
     assert len(defaults_of(tmp_path, {f"x{i}": i + 2 for i in range(1000)}).notes) == 40
@@ -194,6 +197,13 @@ def test_max_length_leaves_room_for_a_token(tmp_path: Path) -> None:
     assert defaults.config(9, max_new_tokens=3).max_new_tokens == 3
 
 
+def test_without_a_limit_the_new_tokens_fit_into_the_positions(tmp_path: Path) -> None:
+    defaults, room = defaults_of(tmp_path, {}), TINY.n_positions - 9
+    assert [defaults.config(9).max_new_tokens, defaults.config(9, new_tokens=3).max_new_tokens] == [20, 3]
+    assert defaults.config(9, new_tokens=10**6).max_new_tokens == room
+    assert defaults.config(9, new_tokens=10**6, slide=True).max_new_tokens == 10**6
+
+
 @pytest.mark.parametrize(
     ("file", "extra", "ids", "source"),
     [
@@ -212,6 +222,8 @@ def test_generation_ends_at_the_first_end_that_is_named(
     checkpoint = replace(random_checkpoint(TINY), path=tmp_path, extra=extra)
     defaults = generation_defaults(checkpoint, bridge.byte_tokenizer())
     assert (defaults.eos_token_ids, defaults.eos_source) == (ids, source)
+    is_other = bool(ids) and source != "generation_config.json"
+    assert any("transformers would not end it" in note for note in defaults.notes) == is_other
     if source == "tokenizer":
         assert generation_defaults(checkpoint).eos_token_ids == ()
 

@@ -18,7 +18,7 @@ import bridge
 from bridge import BridgeError, GenerationConfig
 from bridge.generation.decoder import Decoder
 from bridge.generation.output import ENDED, Chunk, GenerationOutput
-from bridge.generation.text import TextOutput, end_of_text_ids, generate_text, printable, stream_text
+from bridge.generation.text import TextOutput, generate_text, printable, stream_text
 from bridge.tokenizers.byte_level_bpe import WORDS
 from bridge.tokenizers.tokenizer import Tokenizer
 
@@ -272,6 +272,15 @@ def test_no_tokens_or_no_prompts_give_no_text() -> None:
     assert generate_text(Canned(), BYTES, [], GenerationConfig(3), ["."]) == []
 
 
+def test_the_configuration_may_depend_on_the_longest_prompt() -> None:
+    def config_for(length: int) -> GenerationConfig:
+        return GenerationConfig(length)
+
+    [[first], [second]] = generate_text(Canned(*[range(97, 107)] * 2), BYTES, ["ab", "abcd"], config_for)
+    assert [len(first.ids), len(second.ids)] == [4, 4]
+    assert "".join(stream_text(Canned(range(97, 107)), BYTES, "abc", config_for)) == "abc"
+
+
 def test_outputs_are_grouped_by_prompt_and_each_stops_by_itself() -> None:
     texts = ["first.ab", "second, ", "third. a", "fourth,.", "longer a", "sixth, a"]
     config = GenerationConfig(8, temperature=1.0, num_return_sequences=2, eos_token_id=(ord(","),), logprobs=True)
@@ -331,11 +340,6 @@ def test_an_invalid_configuration_is_refused_before_the_first_text() -> None:
 
 
 # Other functions
-
-
-def test_the_end_of_text_id_is_that_of_the_tokenizer() -> None:
-    assert end_of_text_ids(BYTES) == (END,)
-    assert end_of_text_ids(bridge.character_tokenizer("abc")) == ()
 
 
 @pytest.mark.parametrize(
