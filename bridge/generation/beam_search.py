@@ -80,7 +80,8 @@ class _Search:
         """
         width = self.config.num_beams
         totals = np.array([beam.total for beam in self.live])[:, None] + rows.scores
-        live, parents = [], []
+        live: list[_Beam] = []
+        parents: list[int] = []
         for place, best in enumerate(np.argsort(-totals, axis=None, kind="stable").tolist()):
             if place >= width and len(live) == width:
                 break
