@@ -53,20 +53,20 @@ class Declared:
         named = self._named(defaults)
         spellings = {_spelling(value, self.where) for value in named.values()}
         stored = sorted(self._stored(spellings), key=lambda token: token.id)
-        extra = [self._token(value, spellings) for value in self._extra]
         found = {token.content: token for token in present}
         known = {*found, *(token.content for token in stored)}
-        unlisted = [*(self._token(value, spellings) for value in named.values()), *extra]
-        unknown = [token for token in unlisted if token.content not in known]
-        # The last of several declarations counts, but a token that was special once is always skipped.
-        for token in [*stored, *dict.fromkeys(unknown)]:
+        # The last of several different declarations counts, but a token that was special once is always skipped.
+        distinct = {(isinstance(value, str), self._token(value)): value for value in [*named.values(), *self._extra]}
+        unlisted = [self._token(value, spellings) for value in distinct.values()]
+        for token in [*stored, *(token for token in unlisted if token.content not in known)]:
             before = found.get(token.content, token)
             found[token.content] = replace(token, id=before.id, special=token.special or before.special)
         added = tuple(_with_ids(found.values(), vocab, rows, self.where))
         contents = {token.content for token in added}
         roles = {role: _spelling(named[role], self.where) for role in ROLES if role in named}
         roles = {role.removesuffix("_token"): content for role, content in roles.items() if content in contents}
-        additional = tuple(dict.fromkeys(token.content for token in extra if token.content in contents))
+        extra = dict.fromkeys(_spelling(value, self.where) for value in self._extra)
+        additional = tuple(content for content in extra if content in contents)
         return added, SpecialTokens(**roles, additional=additional)
 
     @property

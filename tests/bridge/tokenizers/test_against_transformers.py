@@ -121,6 +121,10 @@ FILES: dict[str, dict[str, Any]] = {
     "one spelling in two roles, last with flags": {
         CONFIG: {"bos_token": "é", "sep_token": an_object("é", single_word=True)}
     },
+    "one spelling in three roles, first and last with flags": {
+        CONFIG: {"bos_token": an_object("the", lstrip=True), "sep_token": "the"},
+        MAP: {"pad_token": {"content": "the", "lstrip": True, "normalized": False}},
+    },
     "an own role that is an object": {CONFIG: {"image_token": an_object("<b>", lstrip=True)}},
     "an own role that is an object without a type": {CONFIG: {"image_token": {"content": "<b>"}}},
     "a token whose object says neither special nor normalized": {
