@@ -27,8 +27,9 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, overwrite: bo
     Args:
         tokenizer: the tokenizer to write.
         directory: the directory to write to.
-        overwrite: replace the tokenizer in the directory. Tokenizer files that are not rewritten are removed. Without
-            `overwrite`, a directory with tokenizer files is an error.
+        overwrite: replace the files of the tokenizer in the directory. If it has tokenizer files that are not written
+            again, nothing is written, and the error lists them. Without `overwrite`, a directory with tokenizer files
+            is an error.
 
     Raises:
         TokenizerError: the files cannot represent the tokenizer. Nothing is written.
@@ -46,7 +47,12 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, *, overwrite: bo
         raise CheckpointError(
             f"{quoted(directory)}: {', '.join(existing)} {why}; choose another directory, or move them away"
         )
-    replace_files(directory, files, remove=existing)
+    if kept := [name for name in existing if name not in files]:
+        raise CheckpointError(
+            f"{quoted(directory)} has files of another tokenizer: {', '.join(kept)}; they would not be written again. "
+            "Choose another directory, or move them away"
+        )
+    replace_files(directory, files)
 
 
 def _copied(tokenizer: Tokenizer) -> dict[str, bytes]:

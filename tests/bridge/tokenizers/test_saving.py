@@ -172,18 +172,29 @@ def test_a_character_tokenizer_is_copied_with_a_checkpoint(tmp_path: Path) -> No
     assert bridge.tokenizer_fingerprint(back) == bridge.tokenizer_fingerprint(characters)
 
 
-def test_another_tokenizer_in_the_directory_is_replaced_with_overwrite(tmp_path: Path) -> None:
+def test_a_tokenizer_of_the_same_files_is_replaced_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("of before")
+    bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path)
+    ours = trained({END: 400})
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json exist already; overwrite=True replaces"):
+        bridge.save_tokenizer(ours, tmp_path)
+    assert contents(tmp_path) == before
+    bridge.save_tokenizer(ours, str(tmp_path), overwrite=True)
+    assert bridge.tokenizer_fingerprint(load_tokenizer(tmp_path, 401)) == bridge.tokenizer_fingerprint(ours)
+    assert contents(tmp_path).keys() == before.keys() and contents(tmp_path)["config.json"] == b"of before"
+
+
+def test_files_of_another_tokenizer_are_not_removed(tmp_path: Path) -> None:
     bridge.save_tokenizer(trained({END: 400}), tmp_path)
-    for ours in (bridge.character_tokenizer("hello"), trained({END: 400}), bridge.character_tokenizer("hello")):
-        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json exist already; overwrite=True replaces"):
-            bridge.save_tokenizer(ours, tmp_path)
-        assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-        bridge.save_tokenizer(ours, str(tmp_path), overwrite=True)
-        assert bridge.tokenizer_fingerprint(load_tokenizer(tmp_path, 401)) == bridge.tokenizer_fingerprint(ours)
-    assert {file.name for file in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "config.json"}
-    assert (tmp_path / "config.json").read_text() == "of before"
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has files of another tokenizer: vocab\.json, merges\.txt; they would"):
+        bridge.save_tokenizer(bridge.character_tokenizer("hello"), tmp_path, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
 @pytest.mark.parametrize("name", TOKENIZER_FILES)
@@ -194,23 +205,22 @@ def test_a_file_with_a_tokenizers_name_that_is_not_one_is_kept(tmp_path: Path, n
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "something else"}
 
 
-def test_the_folder_of_chat_templates_is_saved_and_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_chat_templates_are_saved_and_only_those_of_the_same_names_replaced(tmp_path: Path) -> None:
     bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path / "source")
     (tmp_path / "source" / "additional_chat_templates").mkdir()
     (tmp_path / "source" / "additional_chat_templates" / "rag.jinja").write_text("new")
     target = tmp_path / "target"
     bridge.save_tokenizer(load_tokenizer(tmp_path / "source", 257), target)
     assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "new"
-    (target / "additional_chat_templates" / "old.jinja").write_text("old")
+    (target / "additional_chat_templates" / "rag.jinja").write_text("old")
     bridge.save_tokenizer(load_tokenizer(tmp_path / "source", 257), target, overwrite=True)
-    assert [path.name for path in (target / "additional_chat_templates").iterdir()] == ["rag.jinja"]
-    (target / "additional_chat_templates" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"'notes\.txt'"):
-        bridge.save_tokenizer(load_tokenizer(tmp_path / "source", 257), target, overwrite=True)
-    assert {path.name for path in (target / "additional_chat_templates").iterdir()} == {"rag.jinja", "notes.txt"}
-    (target / "additional_chat_templates" / "notes.txt").unlink()
-    bridge.save_tokenizer(bridge.byte_tokenizer(), target, overwrite=True)
-    assert not (target / "additional_chat_templates").exists()
+    assert (target / "additional_chat_templates" / "rag.jinja").read_text() == "new"
+    for name in ("notes.txt", "old.jinja"):
+        (target / "additional_chat_templates" / name).write_text("mine")
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+            bridge.save_tokenizer(load_tokenizer(tmp_path / "source", 257), target, overwrite=True)
+        assert {path.name for path in (target / "additional_chat_templates").iterdir()} == {"rag.jinja", name}
+        (target / "additional_chat_templates" / name).unlink()
 
 
 # What cannot be saved
