@@ -39,8 +39,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids of every prompt. In place of the model, `REPLY` replies."""
     found: list[list[int]] = []
 
-    def stream_text(_: None, tokenizer: Tokenizer, prompt: list[int], config: GenerationConfig, stop: Any) -> Any:
-        config.check(MODEL, [prompt])
+    def stream_text(_: None, tokenizer: Tokenizer, prompt: list[int], config: Any, stop: Any) -> Any:
+        config(len(prompt)).check(MODEL, [prompt])
         found.append(prompt)
         yield from REPLY
 

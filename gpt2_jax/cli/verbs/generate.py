@@ -123,30 +123,10 @@ def generate(
     write_json = json_writer(json, overwrite, (source, reading.base, lines))
     checkpoint = reading.load_with_warnings(source)
     tokenizer = checkpoint.tokenizer()
-    prompts = _prompts(prompt, lines, interactive)
-    if chat.chat and prompt is None and lines is None and not interactive:
-        raise BridgeError("--chat needs a message; give PROMPT, --lines or --interactive")
+    prompts = _prompts(prompt, lines, interactive, chat)
     defaults = bridge.generation_defaults(checkpoint, tokenizer)
-    policy = policy_of(special_tokens)
-    given = {name: value for name, value in _given(decoding).items() if value is not None}
-    if not stop_at_end:
-        given["eos_token_id"] = ()
-
-    given["logprobs"] = json is not None
-    if max_new_tokens is not None:
-        given["max_new_tokens"] = max_new_tokens
-
-    def config_for(length: int) -> GenerationConfig:
-        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest prompt."""
-        config = defaults.config(length, new_tokens=DEFAULT_NEW_TOKENS, **given)
-        room = checkpoint.config.n_positions - length
-        if max_new_tokens is None and not decoding.slide and room > 0:
-            config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
-        return config
-
-    probe = defaults.config(**{**given, "max_new_tokens": 1})
-    require_effect({**vars(decoding), "config": probe}, {**dict.fromkeys(_OF_CHECKPOINT), **_OWN}, RULES)
-    several = probe.num_return_sequences > 1 or probe.num_beams > 1
+    fixed = _fixed_fields(decoding, max_new_tokens, stop_at_end) | {"logprobs": json is not None}
+    several = _asks_for_several(defaults.config(**{**fixed, "max_new_tokens": 1}), decoding)
     if interactive and (several or json is not None):
         raise BridgeError(
             "--interactive generates one text at a time; remove --json, and set --num-return-sequences 1 and "
@@ -154,6 +134,16 @@ def generate(
         )
     for note in defaults.notes:
         print_error(note)
+
+    def config_for(length: int) -> GenerationConfig:
+        """Return the configuration. Without --max-new-tokens, it fits into the positions after the longest prompt."""
+        config = defaults.config(length, new_tokens=DEFAULT_NEW_TOKENS, **fixed)
+        room = checkpoint.config.n_positions - length
+        if max_new_tokens is None and not decoding.slide and room > 0:
+            config = replace(config, max_new_tokens=min(config.max_new_tokens, room))
+        return config
+
+    policy = policy_of(special_tokens)
     with open_decoder(backend, checkpoint, dtype) as decoder:
 
         def stream(text: str, history: Sequence[tuple[str, str]] = ()) -> Iterator[str]:
@@ -171,10 +161,19 @@ def generate(
             _print_all([""] * len(prompts) if chat.chat else prompts, outputs)
 
 
-def _given(decoding: DecodingFlags) -> dict[str, Any]:
-    """Return the values of the flags as fields of `GenerationConfig`. None is a flag that was not given."""
+def _fixed_fields(decoding: DecodingFlags, max_new_tokens: int | None, stop_at_end: bool) -> dict[str, Any]:
+    """Return the fields of `GenerationConfig` that flags set. The checkpoint decides about the others."""
     stopping = {"true": True, "false": False}.get(decoding.early_stopping, decoding.early_stopping)
-    return {**vars(decoding), "early_stopping": stopping}
+    given = {**vars(decoding), "early_stopping": stopping, "max_new_tokens": max_new_tokens}
+    return {name: value for name, value in given.items() if value is not None} | (
+        {} if stop_at_end else {"eos_token_id": ()}
+    )
+
+
+def _asks_for_several(config: GenerationConfig, decoding: DecodingFlags) -> bool:
+    """Whether there is more than one text, or beam search. Raises `BridgeError` for flags without an effect."""
+    require_effect({**vars(decoding), "config": config}, {**dict.fromkeys(_OF_CHECKPOINT), **_OWN}, RULES)
+    return config.num_return_sequences > 1 or config.num_beams > 1
 
 
 @contextmanager
@@ -206,9 +205,12 @@ def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, config
     return printable(prompt + output.text)
 
 
-def _prompts(prompt: str | None, lines: Path | None, interactive: bool) -> list[str]:
-    if [prompt is not None, lines is not None, interactive].count(True) > 1:
+def _prompts(prompt: str | None, lines: Path | None, interactive: bool, chat: Chat) -> list[str]:
+    given = [prompt is not None, lines is not None, interactive].count(True)
+    if given > 1:
         raise BridgeError("PROMPT, --lines and --interactive are mutually exclusive; give one of them")
+    if chat.chat and not given:
+        raise BridgeError("--chat needs a message; give PROMPT, --lines or --interactive")
     if interactive:
         return []
     if lines is not None:
