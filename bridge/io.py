@@ -21,12 +21,12 @@ from bridge.formats.recognition import (
     own_config,
     why_unrecognised,
 )
+from bridge.formats.targets import left_out
 from bridge.formats.trainers.run import is_run
 from bridge.storage.atomic_writes import Replaceable, new_directory, new_file
 from bridge.storage.companions import has_companion
 from bridge.storage.manifest import recorded
 from bridge.storage.tensors import LazyTensorMap
-from bridge.targets import left_out
 
 _SUFFIXES = frozenset(
     {

@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bridge.checkpoint",),
     ("bridge.adapters", "bridge.vocabulary"),
     ("bridge.formats",),
-    ("bridge.hub", "bridge.targets"),
+    ("bridge.hub",),
     ("bridge.io",),
     ("bridge.diagnostics", "bridge.evaluation", "bridge.generation"),
     ("bridge",),

@@ -14,7 +14,7 @@ from rich.table import Table
 import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError, TokenizerError
 from bridge.errors import quoted
-from bridge.targets import Target, targets
+from bridge.formats.targets import Target, targets
 from bridge.tokenizers.chat.templates import read_chat_templates
 from bridge.tokenizers.tokenizer import Tokenizer
 from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled

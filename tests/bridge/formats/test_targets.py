@@ -13,7 +13,7 @@ from tokenizing.kinds import KINDS, ROWS
 import bridge
 from bridge import BridgeError
 from bridge.formats import FORMATS, WRITABLE
-from bridge.targets import Target, targets
+from bridge.formats.targets import Target, targets
 
 CONFIG = replace(TINY, n_inner=None, activation_function="gelu_new", vocab_size=ROWS, embd_pdrop=0.1)
 
