@@ -106,7 +106,7 @@ def test_the_tokenizer_is_that_of_the_source(tmp_path: Path) -> None:
     write_byte_tokenizer(path)
     before = {file.name: file.read_bytes() for file in path.iterdir() if file.name in TOKENIZER_FILES}
     resized = bridge.resize_vocabulary(bridge.load(path), 300)
-    assert resized.tokenizer().vocab_size == bridge.load(path).tokenizer().vocab_size
+    assert resized.tokenizer().encode("hi") == bridge.load(path).tokenizer().encode("hi")
     bridge.save(resized, tmp_path / "out", format="huggingface")
     assert before and {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
 

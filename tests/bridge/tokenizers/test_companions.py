@@ -56,7 +56,7 @@ def test_a_file_of_another_program_among_the_templates_is_kept(tmp_path: Path) -
     model = huggingface_directory(tmp_path / "model", CONFIG)
     (tmp_path / "model" / "additional_chat_templates").mkdir()
     (tmp_path / "model" / "additional_chat_templates" / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"'additional_chat_templates/notes\.txt'"):
+    with pytest.raises(CheckpointError, match="'additional_chat_templates/'"):
         bridge.save(random_checkpoint(CONFIG), model, format="huggingface", overwrite=True)
     with pytest.raises(CheckpointError, match="holds files that this command does not write"):
         replace_files(model, {"additional_chat_templates/a.jinja": "x", "notes.txt": "y"})
@@ -71,7 +71,7 @@ def test_templates_and_settings_beside_a_tokenizer_in_the_weights_are_carried(tm
     (model / "generation_config.json").write_text('{"top_k": 3}')
     bridge.save(bridge.load(model), tmp_path / "gguf", format="gguf")
     [sentence] = bridge.save(bridge.load(model), tmp_path / "m.gguf", format="gguf")
-    assert "store: generation_config.json, the chat template in tokenizer_config.json;" in sentence
+    assert "store generation_config.json, the chat template in tokenizer_config.json;" in sentence
     assert bridge.save(bridge.load(tmp_path / "gguf"), tmp_path / "back", format="huggingface") == ()
     assert (tmp_path / "back" / "generation_config.json").read_text() == '{"top_k": 3}'
     found = read_chat_templates(tmp_path / "back")
