@@ -9,7 +9,7 @@ DIST := .venv-dist
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-fast test-slow test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
+.PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## convert a model to JAX, verify it, fine-tune it in JAX, and load the result in PyTorch
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -19,6 +19,9 @@ test: $(INSTALLED)  ## all tests without a marker
 
 test-fast: $(INSTALLED)  ## a quick selection of tests from every package, for use while you edit
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
+
+test-processes: $(INSTALLED)  ## whole commands in processes of their own, and runs that are killed or cannot write
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m processes
 
 test-slow: $(INSTALLED)  ## tests at 124M parameters, and of memory
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow

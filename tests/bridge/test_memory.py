@@ -21,7 +21,10 @@ from bridge import GPT2_SIZES, Checkpoint
 from bridge.formats import WRITABLE
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only"),
+]
 
 MIB = 2**20
 CONFIG = GPT2_SIZES["gpt2"]

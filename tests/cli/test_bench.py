@@ -32,7 +32,7 @@ from gpt2_jax.bench.worker import FILES
 from gpt2_jax.console.terminal import console
 from gpt2_jax.training import PRESETS, TrainConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]
 
 TINY = ("--preset", "shakespeare-char", "--batch-size", 2, "--seq-len", 8, "--rounds", 1)
 CONFIG = replace(PRESETS["shakespeare-char"], model=SMALLEST, batch_size=2, seq_len=3)

@@ -236,6 +236,7 @@ def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @needs_torch
+@pytest.mark.processes
 def test_the_demo_converts_verifies_fine_tunes_and_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, text = tmp_path / "demo", tmp_path / "text.txt"
     text.write_text("for word in words:\n    print(word)\n" * 2000)

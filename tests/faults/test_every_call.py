@@ -13,6 +13,8 @@ from faults import every_call, syscalls
 from faults.every_call import WRONG, Case, Conversion, End, InPlace, Save
 from faults.syscalls import Call
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[Executor]:

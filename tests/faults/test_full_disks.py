@@ -12,7 +12,7 @@ import pytest
 from faults.disks import INSIDE, namespace
 from faults.runs import ROOT
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # also in child processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]  # also in child processes
 
 
 def test_a_run_that_cannot_write_names_the_file_and_can_be_resumed(tmp_path: Path) -> None:

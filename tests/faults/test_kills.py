@@ -10,7 +10,7 @@ import pytest
 
 from faults import kills, runs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # also in child processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]  # also in child processes
 
 
 def test_a_killed_run_gives_the_same_result(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from faults import runs
 from faults.signals import SAMPLES, Fault, examine
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # also in child processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]  # also in child processes
 
 
 def test_a_run_ended_by_a_second_signal_resumes_to_the_same_result(tmp_path: Path) -> None:
