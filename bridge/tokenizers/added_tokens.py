@@ -17,7 +17,7 @@ from bridge.tokenizers.validation import require_distinct_ids, require_special_t
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 NO_ID = -1
-"""The id of a token that is declared by its spelling alone."""
+"""The id of a token that is declared without an id."""
 
 _EXTRA = "extra_special_tokens"
 _FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
@@ -41,12 +41,12 @@ class Declared:
     ) -> tuple[tuple[AddedToken, ...], SpecialTokens]:
         """Return the added tokens and the special tokens by role.
 
-        A token that is declared without an id, and that the vocabulary does not have, gets the next free id if the
-        model has a row for it. Otherwise it is left out.
+        A token without a declared id that is not in the vocabulary gets the next free id, if the model has a row for
+        that id. Otherwise the token is left out.
 
         Args:
-            vocab: the vocabulary of the model of the tokenizer.
-            present: the added tokens that the tokenizer has before.
+            vocab: the vocabulary of the tokenizer's model.
+            present: the added tokens that the tokenizer already has.
             defaults: role -> spelling, for the roles that no file mentions.
             rows: the size of the model's vocabulary.
         """
@@ -55,7 +55,7 @@ class Declared:
         stored = sorted(self._stored(spellings), key=lambda token: token.id)
         found = {token.content: token for token in present}
         known = {*found, *(token.content for token in stored)}
-        # The last of several different declarations counts, but a token that was special once is always skipped.
+        # The last of several different declarations takes effect, but a token stays special if any declaration says so.
         distinct = {(isinstance(value, str), self._token(value)): value for value in [*named.values(), *self._extra]}
         unlisted = [self._token(value, spellings) for value in distinct.values()]
         for token in [*stored, *(token for token in unlisted if token.content not in known)]:
@@ -71,7 +71,7 @@ class Declared:
 
     @property
     def is_legacy(self) -> bool:
-        """Whether the files of transformers before 4.33 count: there is no `added_tokens_decoder`."""
+        """Whether to use the files of transformers before 4.33, because there is no `added_tokens_decoder`."""
         return "added_tokens_decoder" not in self.settings
 
     def is_null(self, role: str) -> bool:
@@ -81,10 +81,10 @@ class Declared:
 
     @cached_property
     def _combined(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The settings, with the special tokens map, and the tokenizer's own roles (`model_specific_special_tokens`).
+        """The settings merged with the special tokens map, and the own roles (`model_specific_special_tokens`).
 
-        The list of further special tokens is `extra_special_tokens`. `additional_special_tokens` takes its place if it
-        is empty or missing in `tokenizer_config.json`, or missing in both files.
+        `extra_special_tokens` lists further special tokens. If this list is empty or missing in
+        `tokenizer_config.json`, or missing in both files, `additional_special_tokens` is used instead.
         """
         settings = dict(self.settings)
         if "additional_special_tokens" in settings and not settings.get(_EXTRA):
@@ -103,7 +103,7 @@ class Declared:
         return settings, own
 
     def _of_map(self, value: Any) -> Any:
-        """Return a value of `special_tokens_map.json`. All tokens in it are special."""
+        """Return a value of `special_tokens_map.json` as a setting. All tokens in this file are special."""
         return self._token({**value, "special": True}) if isinstance(value, dict) else value
 
     def _named(self, defaults: Mapping[str, str]) -> dict[str, Any]:
@@ -139,9 +139,9 @@ class Declared:
 
     @cached_property
     def _special_in_files(self) -> set[str]:
-        """The tokens that are not normalized if they stand in `added_tokens.json`.
+        """The tokens that are not normalized if `added_tokens.json` contains them.
 
-        transformers does not recognize a role that `tokenizer_config.json` describes as an object, nor an own role.
+        transformers ignores the tokenizer's own roles here, and roles that `tokenizer_config.json` gives as objects.
         """
         settings, _ = self._combined
         listed = settings.get(_EXTRA)
@@ -178,7 +178,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _spelling(value: Any, where: str) -> str:
-    """Return the spelling of a token, which a string or an object with `content` describes."""
+    """Return the spelling of a token that is given as a string or as an object with `content`."""
     if isinstance(value, AddedToken):
         return value.content
     content = value.get("content") if isinstance(value, dict) else value
@@ -188,7 +188,7 @@ def _spelling(value: Any, where: str) -> str:
 
 
 def _token(value: Any, id: Any, where: str, spellings: Set[str] = frozenset()) -> AddedToken:
-    """Return the token that a string or an object with `content` describes. Those in `spellings` are special."""
+    """Return the token that is given as a string or as an object with `content`. Tokens in `spellings` are special."""
     if isinstance(value, AddedToken):
         return value
     content = _spelling(value, where)
@@ -218,7 +218,7 @@ def _with_ids(declared: Iterable[AddedToken], vocab: Mapping[str, int], rows: in
         if token.id != NO_ID or token.content in vocab:
             yield replace(token, id=vocab.get(token.content, token.id))
             continue
-        # The rule of the tokenizers package, which counts the vocabulary instead of looking for its largest id.
+        # The tokenizers package derives the next id from the size of the vocabulary, not from the largest id.
         id = max(len(vocab), last + 1)
         id = max(used) + 1 if id in used else id
         if token.content and id < rows:

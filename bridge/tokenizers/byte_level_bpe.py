@@ -41,16 +41,16 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Tr
 """GPT-2's pre-tokenizer and decoder in a `tokenizer.json`."""
 
 _FEW_ADDED = 64
-"""Up to this number of added tokens, regular expressions find them sooner than the `tokenizers` package does."""
+"""Up to this number of added tokens, searching with regular expressions is faster than with `tokenizers`."""
 
 _LONGEST_SPACE = 2**16
-"""With `WORDS`, tiktoken's regular expressions overflow their stack in 131,071 white-space characters. With the pattern
-of tiktoken's own GPT-2 they match any number at the end of a text, but take a sixth longer everywhere."""
+"""With `WORDS`, tiktoken's stack overflows on 131,071 white-space characters. The pattern of tiktoken's own GPT-2
+matches any number of them at the end of a text, but is slower by a sixth on all text."""
 _SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # Unicode's White_Space
 
 
 class ByteLevelBPE(Tokenizer):
-    """Byte-level BPE with GPT-2's pre-tokenizer, and added tokens that strip nothing."""
+    """Byte-level BPE with GPT-2's pre-tokenizer. Its added tokens do not strip white space."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ByteLevelBPE(Tokenizer):
         Args:
             ranks: bytes of an ordinary token -> id. tiktoken merges in the order of the ids.
             added: the added tokens. None of them may have `lstrip`, `rstrip` or `single_word`.
-            unused: further tokens of the vocabulary, which no text contains.
+            unused: further tokens of the vocabulary. No text is encoded to them.
             around: the ids that `add_special_tokens` puts before and after every text.
             add_prefix_space: insert a space before text that does not start with one.
             merges: the merges in order, if they are known. Otherwise `merges_of` computes them when they are needed.
@@ -88,7 +88,7 @@ class ByteLevelBPE(Tokenizer):
 
     @classmethod
     def from_tiktoken(cls, encoding: tiktoken.Encoding) -> ByteLevelBPE:
-        """Return the tokenizer of a `tiktoken.Encoding`. `<|endoftext|>`, if there is one, ends a sequence."""
+        """Return the tokenizer of a `tiktoken.Encoding`. `<|endoftext|>`, if present, is the end-of-sequence token."""
         added = [AddedToken(token, i) for token, i in encoding._special_tokens.items()]
         end = END_OF_TEXT if END_OF_TEXT in encoding._special_tokens else None
         special = SpecialTokens(end, end, additional=tuple(t for t in encoding._special_tokens if t != end))
@@ -131,7 +131,7 @@ class ByteLevelBPE(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """See `Tokenizer.fingerprint`. The spelling of GPT-2's pattern does not matter either."""
+        """See `Tokenizer.fingerprint`. All spellings of GPT-2's pattern give the same fingerprint."""
         pattern = WORDS if self.pattern in SPELLINGS_OF_WORDS else self.pattern
         ranks = sorted((i, token.hex()) for token, i in self.ranks.items())
         others = {token.content: token.id for token in self.added.values()} | dict(self.unused)
@@ -196,7 +196,7 @@ class ByteLevelBPE(Tokenizer):
         return self._ids_of(pieces).tolist()
 
     def _ids_of(self, pieces: Iterable[str | int]) -> np.ndarray:
-        """Return the ids of the parts of a text between added tokens, and of added tokens, which are given as ids."""
+        """Return the ids of a text in pieces. A piece is the id of an added token, or text without added tokens."""
         ids = [np.asarray([p], np.uint32) if isinstance(p, int) else self._encode_words(p) for p in pieces]
         return ids[0] if len(ids) == 1 else np.concatenate([np.zeros(0, np.uint32), *ids])
 
@@ -265,7 +265,7 @@ class ByteLevelBPE(Tokenizer):
 def ranks_and_merges(
     vocab: Mapping[str, int], pairs: Sequence[tuple[str, str]], where: str
 ) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
-    """Return the ranks with which tiktoken gives the ids of a vocabulary and merges, and the merges as bytes.
+    """Return tiktoken's ranks for a vocabulary and its merges, and the merges as bytes.
 
     tiktoken ranks a merge by the id of the token that it produces, and joins any two neighbours that spell a token.
     Raises `TokenizerError` if tiktoken would give other ids.
@@ -280,7 +280,7 @@ def ranks_and_merges(
                 "or does not consist of bytes or merges; only byte-level BPE is supported"
             )
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):
-        raise TokenizerError(f"{where}: token ids do not follow the order of the merges, which tiktoken requires")
+        raise TokenizerError(f"{where}: token ids do not follow the order of the merges; tiktoken requires this order")
     require_merges_reached(pairs, where)
     bytes_of = {token: bytes(byte_of[c] for c in token) for token in vocab if token in ordinary}
     ranks = {content: vocab[token] for token, content in bytes_of.items()}
@@ -292,8 +292,8 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Return the pair that produces each token, in the order of the merges.
 
     The pair is the result of BPE on the token's bytes with all earlier merges. Raises `TokenizerError` if that result
-    is not two tokens, because then no merge can produce the token. Takes time O(n^2) for a token of n bytes, so
-    tokenizers that are read from files keep the merges that were read.
+    is not two tokens, because then no merge can produce the token. A token of n bytes takes time O(n^2), so tokenizers
+    that are read from files keep the merges of the files.
     """
     merges = []
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
@@ -319,7 +319,7 @@ def _merged_below(limit: int, token: bytes, ranks: Mapping[bytes, int]) -> list[
 
 
 def printable_bytes() -> dict[str, int]:
-    """Return character -> byte. Printable bytes are their own characters; the others have characters from 256 on.
+    """Return character -> byte. Printable bytes use the character of the same number, others those from 256 on.
 
     Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py, rewritten.
     """
@@ -340,8 +340,8 @@ def spelling_of(token: bytes) -> str:
 def bytes_of_spelling(token: str) -> bytes:
     """Return the bytes that the `tokenizers` package decodes a token to.
 
-    A token with a character that stands for no byte is its own text. Source: `ByteLevel::decode_chain` in
-    github.com/huggingface/tokenizers, tokenizers/src/pre_tokenizers/byte_level.rs.
+    If a character of the token represents no byte, the token decodes to its own spelling. Source:
+    `ByteLevel::decode_chain` in github.com/huggingface/tokenizers, tokenizers/src/pre_tokenizers/byte_level.rs.
     """
     if all(character in _BYTE_OF for character in token):
         return bytes(map(_BYTE_OF.__getitem__, token))
@@ -355,7 +355,7 @@ def require_all_bytes(ranks: Mapping[bytes, int], where: str) -> None:
 
 
 def _any_of(contents: Sequence[str]) -> re.Pattern[str] | None:
-    """Return a pattern that finds the longest of the contents at the leftmost place."""
+    """Return a pattern that matches the longest of the contents at the leftmost position."""
     if not contents:
         return None
     return re.compile("(" + "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) + ")")
@@ -363,16 +363,16 @@ def _any_of(contents: Sequence[str]) -> re.Pattern[str] | None:
 
 def _split(text: str, pattern: re.Pattern[str] | None, contents: Sequence[str]) -> list[str]:
     """Return the non-empty parts of the text: the matches of the pattern, and what is between them."""
-    # A search for each of a few strings is faster than one for a pattern with alternatives.
+    # For a few strings, one search per string is faster than one search for a pattern with alternatives.
     if pattern is None or (len(contents) < 16 and not any(content in text for content in contents)):
         return [text] if text else []
     return [part for part in pattern.split(text) if part]
 
 
 def _without_long_space(text: str) -> list[str]:
-    """Split the text where a very long run of white space makes tiktoken panic. The ids stay the same.
+    """Split the text around very long white space, on which tiktoken panics. The ids do not change.
 
-    GPT-2's pattern makes a word of all but the last character of white space that another character follows.
+    If another character follows white space, GPT-2's pattern makes one word of all its characters but the last.
     """
     blocks, start = [], 0
     for at in range(_LONGEST_SPACE, len(text), _LONGEST_SPACE):

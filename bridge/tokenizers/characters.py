@@ -65,7 +65,7 @@ class CharacterTokenizer(Tokenizer):
         if (found := self.token_of(id)) is None:
             raise TokenizerError(
                 f"the tokenizer has no token {id}, only ids up to {self.max_token_id}; the model's vocabulary is "
-                "larger than its tokenizer, or they do not belong together"
+                "larger than the tokenizer's, or the tokenizer belongs to another model"
             )
         return found.encode()
 
@@ -78,7 +78,7 @@ class CharacterTokenizer(Tokenizer):
         return hashlib.sha256(json.dumps([_CHARACTER, ranks, []]).encode()).hexdigest()
 
     def pipeline(self) -> dict[str, Any]:
-        # The unknown token is not in the vocabulary, so that transformers rejects unknown characters, as we do.
+        # The unknown token is not in the vocabulary, so that transformers rejects unknown characters too.
         model = {"type": "WordLevel", "vocab": self._ids, "unk_token": "<unknown>"}
         return tokenizer_json(model, (), pre_tokenizer=CHARACTERS_APART, decoder={"type": "Fuse"})
 
@@ -88,8 +88,9 @@ class CharacterTokenizer(Tokenizer):
         except KeyError as error:
             unknown = error.args[0]
         raise TokenizerError(
-            f"the tokenizer has no character {quoted(unknown)} (U+{ord(unknown):04X}), only the {len(self._ids)} of "
-            "the text that it was made from; remove the character, or train with bytes or BPE, which encode every text"
+            f"the tokenizer has no character {quoted(unknown)} (U+{ord(unknown):04X}), only the {len(self._ids)} "
+            "characters that it was made from; remove the character, or train with bytes or BPE, which encode every "
+            "text"
         )
 
     def _decode(self, ids: Sequence[int]) -> str:

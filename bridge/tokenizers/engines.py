@@ -1,6 +1,6 @@
 """The `tokenizers` package, which runs everything that a `tokenizer.json` can describe.
 
-The package is written in Rust. A panic in it is not an `Exception`; here both become a `TokenizerError`.
+The package is written in Rust, and its panics are not `Exception`s. This module converts both to `TokenizerError`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Engines:
             return self._engine(match).encode(text, add_special_tokens=add_special_tokens)
 
     def encode_batch(self, texts: Sequence[str], match: bool, add_special_tokens: bool) -> list[list[int]]:
-        """Return the ids of each text. The package encodes them on several threads, without the interpreter's lock."""
+        """Return the ids of each text. The package encodes them on several threads and releases the GIL."""
         with _reporting(self.where, "cannot encode a text"):
             encoded = self._engine(match).encode_batch_fast([*texts], add_special_tokens=add_special_tokens)
             return [each.ids for each in encoded]
@@ -86,7 +86,7 @@ class AddedTokenSplitter:
 
         self.where = where
         self._ids = [token.id for token in added]
-        # The model has one token, which every text between two added tokens becomes.
+        # The model encodes every text between two added tokens as the same single token.
         self._engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, ""))
         self._engine.add_tokens([tokenizers.AddedToken(t.content, normalized=t.normalized) for t in added])
 
@@ -104,8 +104,8 @@ def without_added_tokens(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return a `tokenizer.json` that matches no added token.
 
     A model can produce an added token from its spelling if the token is in its vocabulary too, as `</s>` is in a
-    SentencePiece model. Such an entry gets a spelling that no text has: a noncharacter of Unicode and a space. The
-    tokens of single bytes stay, because they encode other text.
+    SentencePiece model. Such an entry gets a spelling that no text has: a noncharacter of Unicode and a space. Tokens
+    of single bytes keep their spelling, because they also encode other text.
     """
     contents = {token["content"] for token in stored.get("added_tokens") or []}
     model = dict(stored["model"])
@@ -114,7 +114,7 @@ def without_added_tokens(stored: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(model.get("vocab"), dict):
         merges = [m.split(" ") if isinstance(m, str) else m for m in model.get("merges") or []]
         used = {part for merge in merges for part in (*merge, "".join(merge))}
-        # Single characters are the symbols that BPE begins with.
+        # Single characters keep their spelling, because BPE starts from them.
         symbols = {token for token in contents if len(token) == 1} if model["type"] == "BPE" else set()
         hidden = contents - used - symbols - {model.get("unk_token")}
         model["vocab"] = {_hidden(token) if token in hidden else token: i for token, i in model["vocab"].items()}

@@ -21,7 +21,7 @@ from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
 from bridge.tokenizers.validation import require_ids_below
 
 VOCABULARY_FILES = (*VOCAB_AND_MERGES[0], *VOCAB_AND_MERGES[1], "tokenizer.json", "vocab.txt", *SENTENCEPIECE)
-"""The files that a vocabulary can be in."""
+"""Files that can contain a vocabulary."""
 
 TOKENIZER_FILES = (
     *VOCABULARY_FILES,
@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     CHAT_TEMPLATE,
 )
-"""The tokenizer files that are copied with a checkpoint, beside those of `tokenizer_files_in`."""
+"""The tokenizer files that are copied with a checkpoint. `tokenizer_files_in` also returns files in folders."""
 
 OPENAI_VOCAB_SIZE = 50257
 """The size of OpenAI's vocabulary, which tiktoken calls "gpt2"."""
@@ -65,27 +65,27 @@ def load_tokenizer(
         if found := [name for name in VOCABULARY_FILES if files.has(name)]:
             raise TokenizerError(
                 f"{files.where} has {', '.join(found)}, but the tokenizer class {quoted(files.tokenizer_class)} cannot "
-                "be read from it; save its tokenizer.json with transformers, and put it there"
+                "be read from it; save the tokenizer as tokenizer.json with transformers, into the same directory"
             )
         tokenizer = from_meta(directory, progress or {})
     if tokenizer is None:
         if not files.is_gpt2_class:
             raise NoTokenizerError(
-                f"{files.where} names the tokenizer class {quoted(files.tokenizer_class)}, but has no file of it; put "
-                "its files there, or work with token ids"
+                f"{files.where} names the tokenizer class {quoted(files.tokenizer_class)}, but has none of its files; "
+                "add them, or work with token ids"
             )
         if vocab_size in OPENAI_ROWS:
             return openai_tokenizer()
         raise NoTokenizerError(
             f"{files.where} has no tokenizer: neither vocab.json with merges.txt nor tokenizer.json, and a "
-            f"vocabulary of {vocab_size} is not OpenAI's; put the files there, or work with token ids"
+            f"vocabulary of {vocab_size} is not OpenAI's; add the files, or work with token ids"
         )
     require_ids_below(vocab_size, tokenizer.max_token_id, files.where)
     return tokenizer
 
 
 def tokenizer_files_in(directory: Path) -> list[str]:
-    """Return the tokenizer files of a directory, with those in folders, as relative paths with forward slashes."""
+    """Return the tokenizer files in a directory and its folders, as relative paths with forward slashes."""
     return [*(name for name in TOKENIZER_FILES if has_companion(directory, name)), *chat_template_files(directory)]
 
 

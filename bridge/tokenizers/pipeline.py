@@ -1,4 +1,4 @@
-"""Tokenizers that the `tokenizers` package runs: whatever a `tokenizer.json` can describe."""
+"""Tokenizers that a `tokenizer.json` describes and the `tokenizers` package runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PipelineTokenizer(Tokenizer):
             stored: the content of the `tokenizer.json`.
             added: the tokens of its `added_tokens`.
             around: the ids that its post-processor puts before and after every text.
-            clean_up: remove the spaces before punctuation in decoded text, as `clean_up_tokenization_spaces` says.
+            clean_up: remove the spaces before punctuation in decoded text (`clean_up_tokenization_spaces`).
         """
         super().__init__(name, added, special, source)
         self.stored = stored
@@ -142,7 +142,7 @@ class PipelineTokenizer(Tokenizer):
 
     @cached_property
     def _missing_bytes(self) -> frozenset[int]:
-        """The bytes that a byte-level BPE has no token for, and no token for unknown text."""
+        """The bytes without a token, if this is a byte-level BPE that has no token for unknown text either."""
         model = self.stored["model"]
         if not self._is_byte_level or model.get("unk_token") is not None or model.get("byte_fallback"):
             return frozenset()
@@ -160,7 +160,7 @@ class PipelineTokenizer(Tokenizer):
 
 
 class _StreamOfCleanTexts(StreamOfTexts):
-    """For tokenizers that clean up. Text is complete up to a space between two words that is in no `_CLEANED_UP`."""
+    """For tokenizers that clean up. Text is complete up to a space between words that clean-up cannot remove."""
 
     kept = ""
 

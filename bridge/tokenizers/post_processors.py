@@ -36,7 +36,7 @@ def around_of(post_processor: Any) -> Around | None:
 
 
 def ids_of(post_processor: Any) -> Iterator[Any]:
-    """Yield the ids that a post-processor adds to a text, before they are validated."""
+    """Yield the ids that a post-processor adds to a text. They are not validated."""
     match post_processor:
         case {"type": "BertProcessing" | "RobertaProcessing", "sep": [_, sep], "cls": [_, cls]}:
             yield from (cls, sep)

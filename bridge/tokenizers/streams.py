@@ -1,4 +1,4 @@
-"""Decode one token after another to text."""
+"""Decode tokens to text, one at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class TextStream(ABC):
-    """Decodes one token after another to text."""
+    """Decodes tokens to text, one at a time."""
 
     @abstractmethod
     def add(self, id: int) -> str:
@@ -41,8 +41,8 @@ class StreamOfBytes(TextStream):
 class StreamOfTexts(TextStream):
     """For tokenizers in which the text of a token depends on its neighbours.
 
-    The text of a token is what it adds to the text of its context. The context is the tokens of the previous piece of
-    text: a decoder may reject bytes that do not start at a character.
+    The text of a token is the text that it adds to its context. The context is all tokens of the previous piece of
+    text, because a decoder may reject bytes that do not start at a character.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def without_lone_surrogates(text: str) -> str:
-    """Return the text with U+FFFD for each surrogate that has no partner, as tiktoken encodes it."""
+    """Return the text with U+FFFD in place of each lone surrogate, as tiktoken encodes it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

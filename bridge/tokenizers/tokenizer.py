@@ -23,15 +23,15 @@ from bridge.tokenizers.surrogates import without_lone_surrogates
 SpecialTokenPolicy = Literal["match", "as_text", "error"]
 """What to do where the text contains the spelling of an added token.
 
-`match` encodes it as the token's id, as transformers does. `as_text` encodes it like any other text, so that a text
-from a stranger cannot contain a marker; this is tiktoken's `encode_ordinary`. `error` raises `TokenizerError`.
+`match` encodes it as the token's id, as transformers does. `as_text` encodes it like any other text, so that untrusted
+text cannot produce an added token; this is tiktoken's `encode_ordinary`. `error` raises `TokenizerError`.
 """
 POLICIES: tuple[SpecialTokenPolicy, ...] = ("match", "as_text", "error")
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is searched for in the text before the model of the tokenizer runs.
+    """A token that the tokenizer searches for in the text before it runs its model.
 
     The fields are those of `tokenizers.AddedToken`.
     """
@@ -47,7 +47,7 @@ class AddedToken:
     single_word: bool = False
     """Whether it matches only whole words."""
     normalized: bool = False
-    """Whether it is searched for in the normalized text, after the tokens that are not."""
+    """Whether it is searched for in the normalized text. Tokens with False are searched for first."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class SpecialTokens:
     additional: tuple[str, ...] = ()
 
     def by_role(self) -> dict[str, str]:
-        """Return role -> spelling of the roles that have a token, without `additional`."""
+        """Return role -> spelling for each role that has a token. `additional` is not included."""
         roles = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "additional"}
         return {role: token for role, token in roles.items() if token is not None}
 
@@ -123,8 +123,8 @@ class Tokenizer(ABC):
     def token_bytes(self, id: int) -> bytes:
         """Return the UTF-8 bytes of one token.
 
-        A token may be a part of a character. Raises `TokenizerError` for an id without a token. The texts of tokens in
-        `WordPiece` and `Unigram` depend on their neighbours; `stream` decodes them.
+        A token may be a part of a character. Raises `TokenizerError` for an id without a token. In `WordPiece` and
+        `Unigram`, the text of a token depends on its neighbours; use `stream` to decode such tokens.
         """
 
     @property
@@ -135,7 +135,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The SHA-256, in hex, of everything that determines the ids. The name and the files do not matter."""
+        """The SHA-256, in hex, of everything that determines the ids. It does not depend on the name or the files."""
 
     @abstractmethod
     def pipeline(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class Tokenizer(ABC):
 
     @property
     def splits_between_words(self) -> bool:
-        """Whether a text may be cut before white space that follows another character, without changing the ids."""
+        """Whether a text can be split between a word and the white space after it without changing the ids."""
         return False
 
     def encode(
@@ -231,10 +231,10 @@ class Tokenizer(ABC):
         return self._decode([i for i in map(int, ids) if i not in skipped and self.token_of(i) is not None])
 
     def stream(self, context: Sequence[int] = ()) -> TextStream:
-        """Return a decoder of one token after another.
+        """Return a decoder that takes one token at a time.
 
         Args:
-            context: the ids before the first one, on which the text of the first one may depend.
+            context: the ids that precede the first token. The text of the first token may depend on them.
         """
         return StreamOfTexts(self.decode, context)
 
@@ -243,13 +243,13 @@ class Tokenizer(ABC):
     ) -> str:
         """Return the text of a conversation. It is the text of transformers' `apply_chat_template(tokenize=False)`.
 
-        The template runs in a process of its own, with limits on its time and memory. Needs the `chat` extra.
+        The template runs in a separate process with limits on its time and memory. This needs the `chat` extra.
 
         Args:
             messages: objects with `role` and `content`.
             template: the name of the template, for checkpoints with several.
             add_generation_prompt: append the beginning of the assistant's reply.
-            variables: further variables of the template, of what JSON can represent.
+            variables: further variables of the template. JSON must be able to represent them.
 
         Raises:
             TokenizerError: there is no such template, or it fails, takes too long, or rejects the messages.
@@ -275,17 +275,17 @@ class Tokenizer(ABC):
                 that the template itself writes are always matched.
 
         Raises:
-            TokenizerError: as `apply_chat_template`, and under `as_text` and `error` if the template changes the
-                messages so much that their text cannot be told from its own.
+            TokenizerError: as `apply_chat_template` raises it. Also, under `as_text` and `error`, if the template
+                changes the messages so much that their text cannot be distinguished from the template's own.
         """
         _require_policy(special_tokens)
         variables["add_generation_prompt"] = add_generation_prompt
         return encode_conversations(self, conversations, template, variables, special_tokens)
 
     def encode_parts(self, parts: Parts) -> list[int]:
-        """Return the ids of a text in parts. Only within parts that are trusted, added tokens are matched.
+        """Return the ids of a text in parts. Added tokens are matched only in trusted parts.
 
-        Raises `TokenizerError` if another part contains an added token, and the kind of tokenizer cannot encode it.
+        Raises `TokenizerError` if another part contains an added token that this kind cannot encode as text.
         """
         text = "".join(part for part, _ in parts)
         ids, offsets = self.encode_with_offsets(text, add_special_tokens=False)

@@ -36,8 +36,8 @@ def require_ids_below(rows: int, largest: int, where: str) -> None:
     """Require that the model's vocabulary has a row for the largest id."""
     if largest >= rows:
         raise TokenizerError(
-            f"the tokenizer of {where} has ids up to {largest}, but the model's vocabulary has only {rows}; they do "
-            "not belong together"
+            f"the tokenizer of {where} has ids up to {largest}, but the model's vocabulary has only {rows}; the "
+            "tokenizer belongs to another model"
         )
 
 
@@ -69,8 +69,7 @@ def require_special_tokens(special: Mapping[str, int], vocab: Mapping[str, int],
 
 
 def flag_of(settings: Mapping[str, Any], name: str, default: bool | None, where: str) -> bool | None:
-    """Return a flag of `tokenizer_config.json`. Raises if it is neither true nor false, nor null where that is the
-    default."""
+    """Return a flag of `tokenizer_config.json`. Raises unless it is true or false, or null if `default` is None."""
     value = settings.get(name, default)
     if not (isinstance(value, bool) or (value is None and default is None)):
         raise TokenizerError(f"{where}: {name}={quoted(value)} is not true or false")
@@ -136,8 +135,8 @@ def _are_neighbours(
 ) -> bool:
     """Whether `first` and `second` stay adjacent: BPE applies no merge across their border before joining them.
 
-    Undoes the merges at the border, the latest first. A merge across the border whose rank is below `limit` would have
-    been applied before the merge that was undone last.
+    The loop undoes the merges at the border, latest first. A merge across the border whose rank is below `limit` would
+    have been applied before the merge that was undone last.
     """
     byte = (-1, "", "")
     while rank_of.get((first, second), limit) >= limit:

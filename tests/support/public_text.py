@@ -5,8 +5,8 @@ its `generation_config.json` or its model card states. Tokens are named by their
 tests are small; an integer is an id as published, which may be outside the small vocabulary.
 
 `PUBLISHED` is written from memory of the published files and model cards, without fetching them. Settings of a model
-card stand in `generation_config.json` here. `ASSIGNED` gives models whose settings are not known, and the invented
-ones, a plausible kind of tokenizer and plausible settings.
+card are in `generation_config.json` here. `ASSIGNED` contains a plausible kind of tokenizer and plausible settings for
+invented models and for models whose settings are not known.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Random directories of tokenizer files, as transformers of all versions and people's scripts leave them.
+"""Random directories of tokenizer files, as all versions of transformers and users' scripts write them.
 
-Most combinations of roles, flags and files occur: what a checkpoint's files say twice, and differently, is common.
+Most combinations of roles, flags and files occur, because tokenizer files often contradict each other.
 """
 
 from __future__ import annotations

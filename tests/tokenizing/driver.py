@@ -33,13 +33,13 @@ BATCH = 1000
 
 
 def prepared(kind: str, directory: Path) -> tuple[Tokenizer, Any]:
-    """Write a tokenizer of this kind and GPT-2's config.json. Returns it as we read it, and as transformers does."""
+    """Write a tokenizer of this kind and GPT-2's config.json. Returns what this project and transformers read."""
     KINDS[kind](directory)
     return read_by_both(directory)
 
 
 def read_by_both(directory: Path) -> tuple[Tokenizer, Any]:
-    """Add GPT-2's config.json to tokenizer files. Returns the tokenizer as we read it, and as transformers does."""
+    """Add GPT-2's config.json to tokenizer files. Returns what this project and transformers read."""
     (directory / "config.json").write_text(json.dumps({**TINY.to_hf(), "vocab_size": ROWS}))
     return load_tokenizer(directory, ROWS), AutoTokenizer.from_pretrained(directory)
 

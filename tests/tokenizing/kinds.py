@@ -1,4 +1,4 @@
-"""Directories of tokenizers of many kinds, as the packages that people use write them."""
+"""Directories of tokenizers of many kinds, as common packages write them."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def new_style(directory: Path) -> None:
 
 
 def new_style_with_added_tokens(directory: Path) -> None:
-    """Special, ordinary, stripping, single-word and normalized tokens, some of which begin with another."""
+    """Special, ordinary, stripping, single-word and normalized tokens. Some are prefixes of others."""
     tokenizer = saved_by_transformers(directory)
     tokenizer.add_special_tokens(
         {
@@ -123,7 +123,7 @@ def new_style_with_added_tokens(directory: Path) -> None:
 
 
 def with_plain_added_tokens(directory: Path) -> None:
-    """Added tokens that tiktoken can encode around, special and ordinary, some of which begin with another."""
+    """Special and ordinary added tokens that strip no white space. Some are prefixes of others."""
     tokenizer = saved_by_transformers(directory)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<user>", "<user>bot"]})
     tokenizer.add_tokens(["bitcoin", "bit", AddedToken("coins", normalized=False), "<user>b", "é", "\n\n"])
@@ -131,7 +131,7 @@ def with_plain_added_tokens(directory: Path) -> None:
 
 
 def new_over_old(directory: Path) -> None:
-    """transformers 5 saved into the directory of an older version: tokens that stand in `tokenizer.json` alone."""
+    """A directory of an older version into which transformers 5 saved: some tokens are only in `tokenizer.json`."""
     old_style_with_added_tokens(directory)
     tokenizer = GPT2Tokenizer.from_pretrained(directory)
     tokenizer.add_tokens(["<new>"])
@@ -139,7 +139,7 @@ def new_over_old(directory: Path) -> None:
 
 
 def with_post_processor(directory: Path) -> None:
-    """A template in `tokenizer.json`, which counts although `add_bos_token` is false."""
+    """A template in `tokenizer.json`. It applies although `add_bos_token` is false."""
     saved_by_transformers(directory)
     stored = json.loads((directory / "tokenizer.json").read_text())
     end = stored["model"]["vocab"][END]
@@ -167,7 +167,7 @@ def byte_level_of_its_own_words(directory: Path) -> None:
 
 
 def bpe_with_suffix(directory: Path) -> None:
-    """BPE of characters with an end of words, an unknown token, and no bytes (OpenAI's first GPT has such a one)."""
+    """BPE of characters with an end-of-word suffix and an unknown token, but no bytes, as in OpenAI's first GPT."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -197,7 +197,7 @@ def bpe_with_byte_fallback(directory: Path) -> None:
 
 
 def llama(directory: Path) -> None:
-    """As Llama 2's `tokenizer.json`, of which `LlamaTokenizer` takes the vocabulary, merges and post-processor."""
+    """Like Llama 2's `tokenizer.json`. `LlamaTokenizer` uses its vocabulary, merges and post-processor."""
     bpe_with_byte_fallback(directory)
     stored = json.loads((directory / "tokenizer.json").read_text())
     start = stored["model"]["vocab"]["<s>"]
@@ -221,7 +221,7 @@ def unigram_vocabulary() -> list[tuple[str, float]]:
 
 
 def t5(directory: Path) -> None:
-    """As rinna's models, saved by transformers 5."""
+    """Like rinna's models saved by transformers 5."""
     vocab = unigram_vocabulary()
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, bos_token=vocab[3][0])
     tokenizer.add_special_tokens({"sep_token": "[SEP]"})
@@ -264,7 +264,7 @@ def write_vocab_txt(directory: Path, **settings: Any) -> None:
 
 
 def chinese_wordpiece(directory: Path) -> None:
-    """As uer/gpt2-chinese-cluecorpussmall has it."""
+    """Like the tokenizer of uer/gpt2-chinese-cluecorpussmall."""
     write_vocab_txt(directory)
     roles = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
     write_json(directory / "special_tokens_map.json", {f"{role}_token": token for role, token in roles.items()})

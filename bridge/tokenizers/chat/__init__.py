@@ -1,1 +1,1 @@
-"""Chat templates: reading them, rendering them in a process of its own, and encoding the result."""
+"""Chat templates: reading them, rendering them in a separate process, and encoding the result."""

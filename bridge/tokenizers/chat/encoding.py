@@ -1,8 +1,8 @@
-"""The ids of a rendered conversation, in which the text of a message cannot be a special token.
+"""Encode a rendered conversation so that the text of a message cannot become a special token.
 
-The template's own tokens must match, and those that a message spells must not. So the conversation is rendered twice:
-as it is, and with two marks around the text of each message. The marks are characters that occur nowhere else. Without
-the marks, the second text must be the first one. Then the text between two marks is from a message.
+Tokens that the template writes must match; tokens that a message spells must not. The conversation is therefore
+rendered twice: unchanged, and with two marks around the text of each message. The marks are characters that occur
+nowhere else. If both texts are equal apart from the marks, the text between two marks comes from a message.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def encode_conversations(
         texts = render(template, conversations, variables)
         return tokenizer.encode_batch(texts, add_special_tokens=False)
     marks = _marks(template.text, conversations, variables)
-    # A template may strip messages, so white space at their ends is not marked unless a token has white space, too.
+    # A template may strip messages, so white space at their ends stays outside the marks unless a token contains some.
     around_space = any(character.isspace() for token in tokenizer.added for character in token)
     marked = [_with_marks(messages, marks, around_space) for messages in conversations]
     texts = list(map(without_lone_surrogates, render(template, [*conversations, *marked], variables)))
@@ -60,8 +60,8 @@ def encode_conversations(
         parts = _parts(with_marks, marks)
         if parts is None or "".join(part for part, _ in parts) != text:
             raise TokenizerError(
-                f"{template.where}: the chat template changes the messages so much that their text cannot be told from "
-                "its own; encode messages that you trust with special_tokens='match' (--special-tokens)"
+                f"{template.where}: the chat template changes the messages so much that their text cannot be "
+                "distinguished from its own; use special_tokens='match' (--special-tokens) if you trust the messages"
             )
         ids.append(tokenizer.encode_parts(parts))
         if special_tokens == "error" and ids[-1] != tokenizer.encode(text, add_special_tokens=False):
@@ -81,15 +81,15 @@ def _with_special_tokens(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> 
 
 def _raise_for_token(tokenizer: Tokenizer, parts: Parts) -> NoReturn:
     from_messages = [part for part, is_trusted in parts if not is_trusted]
-    found = (quoted(token) for token in tokenizer.added if any(token in part for part in from_messages))
+    found = (f"the token {quoted(t)}" for t in tokenizer.added if any(t in part for part in from_messages))
     raise TokenizerError(
-        f"a message contains the token {next(found, 'that it forms with the text around it')}; remove it, or choose "
+        f"a message contains {next(found, 'a part of an added token')}; remove it, or choose "
         "special_tokens='match' or 'as_text' (--special-tokens)"
     )
 
 
 def _marks(*used: Any) -> tuple[str, str]:
-    """Return two characters that occur in none of the arguments: of private use, unless these have them all."""
+    """Return two characters that occur in none of the arguments. Private-use characters are tried first."""
     taken = {*as_json(used, ensure_ascii=False)}
     free = (character for character in map(chr, range(0xE000, 0x110000)) if character not in taken)
     first, second = itertools.islice(free, 2)
@@ -109,7 +109,7 @@ def _with_marks(value: Any, marks: tuple[str, str], around_space: bool) -> Any:
 
 
 def _parts(text: str, marks: tuple[str, str]) -> Parts | None:
-    """Split a text at its marks, which it loses. Returns None unless the marks alternate."""
+    """Split a text at its marks, and remove the marks. Returns None unless they alternate."""
     found = re.findall(f"[{marks[0]}{marks[1]}]", text)
     if found != [*marks] * (len(found) // 2):
         return None

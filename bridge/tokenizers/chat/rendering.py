@@ -1,4 +1,4 @@
-"""Render chat templates in a process of their own. `bridge.tokenizers.chat.sandbox` is its program."""
+"""Render chat templates in a separate process, which runs the script `bridge.tokenizers.chat.sandbox`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bridge.tokenizers.chat import sandbox
 from bridge.tokenizers.chat.templates import ChatTemplate
 
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation: objects with `role` and `content`, of what JSON can represent."""
+"""A conversation: objects with `role` and `content`. JSON must be able to represent them."""
 
 _SAFE_JINJA = (3, 1, 6)
 """Earlier versions have known escapes from the sandbox."""
@@ -29,7 +29,7 @@ def render(template: ChatTemplate, conversations: Sequence[Messages], variables:
     """Return the text of each conversation.
 
     Args:
-        variables: further variables of the template, of what JSON can represent.
+        variables: further variables of the template. JSON must be able to represent them.
 
     Raises:
         TokenizerError: jinja2 is not installed, a conversation is not valid, or the template fails or takes too much
@@ -74,10 +74,10 @@ def _require_jinja() -> None:
 
 
 def _without_none(messages: Messages) -> list[dict[str, Any]]:
-    """Return the messages without fields that are None, which transformers leaves out, too."""
+    """Return the messages without fields that are None. transformers leaves them out too."""
     if isinstance(messages, str) or not messages or not all(isinstance(message, Mapping) for message in messages):
         raise TokenizerError(
-            "a conversation must be a list of at least one message, and a message an object with role and content"
+            "a conversation must be a list of at least one message; a message must be an object with role and content"
         )
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

@@ -1,11 +1,11 @@
-"""The process that renders a chat template: a script, which `bridge.tokenizers.chat.rendering` starts.
+"""The script that renders chat templates. `bridge.tokenizers.chat.rendering` starts it in a separate process.
 
-A template is a program from a stranger. Jinja's sandbox denies access to Python, but one expression can take any time
-or memory. So the template runs in a process that the system limits, without the environment of its parent.
+A template is an untrusted program. Jinja's sandbox denies access to Python, but one expression can take any amount of
+time or memory. The template therefore runs in a process with system limits and without its parent's environment.
 
-The first line of standard input is `{"template": ..., "variables": ...}`, and every further line is the messages of one
-conversation. The answer to each is a line, `{"text": ...}` or `{"problem": ..., "detail": ..., "line": ...}`, and the
-first problem ends the process.
+The first line of standard input is `{"template": ..., "variables": ...}`. Each further line is the messages of one
+conversation, and is answered with one line, `{"text": ...}` or `{"problem": ..., "detail": ..., "line": ...}`. The
+process ends after the first problem.
 
 Source: `_cached_compile_jinja_template` in transformers' utils/chat_template_utils.py (version 5.23), rewritten.
 """
@@ -54,7 +54,7 @@ def sandboxed_environment() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """The tags `generation` and `endgeneration`, which mark the text of the assistant and change nothing."""
+        """The tags `generation` and `endgeneration`. They mark the assistant's text and do not change the output."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -67,7 +67,7 @@ def sandboxed_environment() -> Any:
             return caller()
 
     class PublicNamespace(Namespace):
-        """A namespace without private names, with which a template could imitate Python's own attributes."""
+        """A namespace that rejects private names, so that a template cannot imitate Python's own attributes."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:
             Namespace.__init__(args[0])

@@ -1,7 +1,7 @@
 """The chat templates of a directory, found as transformers 5 finds them.
 
-`chat_template.jinja` is the template `default`, and `additional_chat_templates/NAME.jinja` is the template NAME. Only a
-directory with neither uses `chat_template` in `tokenizer_config.json`: one template, or a list of named ones.
+`chat_template.jinja` is the template `default`, and `additional_chat_templates/NAME.jinja` is the template NAME. If a
+directory has neither, `chat_template` in `tokenizer_config.json` is used: one template, or a list of named ones.
 
 Source: `PreTrainedTokenizerBase._from_pretrained` and `get_chat_template` of transformers 5, rewritten.
 """
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 CHAT_TEMPLATE_FOLDER = "additional_chat_templates"
 
 DEFAULT = "default"
-"""The name of the template that is used if none is named."""
+"""The name of the template that is used by default."""
 
 _SUFFIX = ".jinja"
 _SETTINGS, _FIELD = "tokenizer_config.json", "chat_template"
@@ -30,7 +30,7 @@ _MOST_FILES = 64
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The text of a template in Jinja, and where it is from."""
+    """The text of a Jinja template, and its source."""
 
     text: str
     where: str
@@ -41,14 +41,14 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         if len(self.text) > MOST_TEMPLATE_BYTES:
             raise TokenizerError(
-                f"{self.where}: the chat template is larger than {MOST_TEMPLATE_BYTES} characters, the limit"
+                f"{self.where}: the chat template has more than {MOST_TEMPLATE_BYTES} characters, the limit"
             )
 
 
 def chat_template_files(directory: Path) -> tuple[str, ...]:
     """Return the paths of the files in `additional_chat_templates`, relative to `directory` and with forward slashes.
 
-    Raises `TokenizerError` if the folder cannot be listed, or has more templates than any checkpoint needs.
+    Raises `TokenizerError` if the folder cannot be listed or has too many templates.
     """
     folder = directory / CHAT_TEMPLATE_FOLDER
     if not folder.is_dir():
@@ -105,7 +105,7 @@ def select_chat_template(templates: Mapping[str, ChatTemplate], name: str | None
 
 def _of_file(directory: Path, file: str) -> ChatTemplate:
     where = quoted(directory / file)
-    # Universal newlines, as transformers opens the file.
+    # transformers opens the file with universal newlines.
     text = decoded(read_companion(directory, file, error=TokenizerError), where, TokenizerError)
     return ChatTemplate(text.replace("\r\n", "\n").replace("\r", "\n"), where)
 

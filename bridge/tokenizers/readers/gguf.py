@@ -46,15 +46,15 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # llama_token_type
 def metadata_of(tokenizer: ByteLevelBPE, rows: int) -> dict[str, bytes]:
     """Return the keys that store a byte-level BPE with GPT-2's pre-tokenizer.
 
-    There is one entry for each of the `rows` of the vocabulary, because llama.cpp derives the vocabulary size from the
-    number of entries. Ids without a token get an unused token, spelled as in convert_hf_to_gguf.py. Raises
+    There is one entry for each of the `rows` of the vocabulary: llama.cpp derives the vocabulary size from the number
+    of entries. Ids without a token get an unused token, spelled as in convert_hf_to_gguf.py. Raises
     `TokenizerError` for a tokenizer that GGUF cannot store.
     """
     ranks, named = tokenizer.ranks, f"the tokenizer {quoted(tokenizer.name)}"
     if tokenizer.max_token_id >= rows:
         raise TokenizerError(
-            f"{named} has ids up to {tokenizer.max_token_id}, but the model's vocabulary has only {rows}; they do "
-            "not belong together"
+            f"{named} has ids up to {tokenizer.max_token_id}, but the model's vocabulary has only {rows}; the "
+            "tokenizer belongs to another model"
         )
     require_all_bytes(ranks, named)
     spelled = {token: spelling_of(token) for token in ranks}
@@ -104,12 +104,12 @@ def tokenizer_of(metadata: Mapping[str, Value], rows: int, where: str) -> ByteLe
     types = _types(metadata, len(tokens), where)
     pairs = [tuple(merge.split(" ")) for merge in _texts(metadata, _MERGES, rows, where)]
     used = {token: i for token, i in ids.items() if types[i] != _UNUSED}
-    # A byte or a merge may be an added token, too.
+    # A byte or a merge may also be an added token.
     symbols = {*map("".join, pairs), *printable_bytes()}
     ordinary = {t: i for t, i in used.items() if types[i] not in (_CONTROL, _USER_DEFINED) or t in symbols}
     require_distinct_ids(ordinary, where)
     ranks, merges = ranks_and_merges(ordinary, pairs_of(pairs, where), where)
-    # Tokens that are neither bytes nor merges are special tokens, like those whose type says so.
+    # Tokens that are neither bytes nor merges are special, like control tokens, unless they are user-defined.
     taken = {i for i in ranks.values() if types[i] not in (_CONTROL, _USER_DEFINED)}
     added = [AddedToken(t, i, special=types[i] != _USER_DEFINED) for t, i in used.items() if i not in taken]
     require_special_tokens({token.content: token.id for token in added}, ordinary, where)
@@ -161,8 +161,8 @@ def _texts(metadata: Mapping[str, Value], key: str, rows: int, where: str) -> li
         raise TokenizerError(f"{where}: {key} is {'missing' if array is None else 'not an array of strings'}")
     if array.count > rows:
         raise TokenizerError(
-            f"{where}: {key} has {array.count} entries, but the model's vocabulary has only {rows}; they do not "
-            "belong together"
+            f"{where}: {key} has {array.count} entries, but the model's vocabulary has only {rows}; the "
+            "tokenizer belongs to another model"
         )
     try:
         return [text.decode() for text in array.read()]

@@ -1,8 +1,8 @@
 """Tokenizers in Hugging Face's files, combined as `AutoTokenizer` of transformers 5 combines them.
 
-The class of the tokenizer, in `tokenizer_config.json` or `config.json`, decides which parts of the files count.
-`GPT2Tokenizer` takes the vocabulary, the merges and the post-processor of a `tokenizer.json`, and is byte-level BPE
-whatever else the file says. `PreTrainedTokenizerFast` takes `tokenizer.json` as it is.
+The class of the tokenizer, in `tokenizer_config.json` or `config.json`, determines which parts of the files are used.
+`GPT2Tokenizer` is always byte-level BPE and uses only the vocabulary, the merges and the post-processor of a
+`tokenizer.json`. `PreTrainedTokenizerFast` uses `tokenizer.json` unchanged.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def from_files(files: Files) -> Tokenizer | None:
     if (reads := CLASSES.get(name or "")) is not None and (
         files.has(reads.file) if files.stored is None else reads.model == files.stored["model"]["type"]
     ):
-        if files.stored is None or not _mentions_byte_level(files.stored):  # Llama 3's is taken as stored
+        if files.stored is None or not _mentions_byte_level(files.stored):  # Llama 3's is used unchanged
             return _of_sentencepiece(files, reads)
     if files.stored is not None:
         is_bpe = files.stored["model"]["type"] == "BPE"
@@ -146,7 +146,7 @@ def from_files(files: Files) -> Tokenizer | None:
             if not files.is_gpt2_class:
                 raise TokenizerError(
                     f"{files.where}: the tokenizer class {quoted(name)} cannot be read from {vocab} and {merges_file}; "
-                    "save its tokenizer.json with transformers, and put it there"
+                    "save the tokenizer as tokenizer.json with transformers, into the same directory"
                 )
             return _gpt2(files, files.json(vocab), _read_merges(files, merges_file), None)
     return None
@@ -189,7 +189,7 @@ def _as_stored(files: Files, stored: Mapping[str, Any]) -> Tokenizer:
 
 
 def _pad_of(stored: Mapping[str, Any]) -> dict[str, str]:
-    """Return the role that the general class takes from `padding` if no file mentions it."""
+    """Return the default padding token. The general class takes it from `padding` if no file has `pad_token`."""
     padding = stored.get("padding")
     pad = padding.get("pad_token") if isinstance(padding, dict) else None
     return {"pad_token": pad} if isinstance(pad, str) else {}
@@ -200,7 +200,7 @@ def _of_wordpiece(files: Files) -> Tokenizer:
         wordpiece.vocabulary(files.text(wordpiece.VOCAB)) if files.stored is None else files.stored["model"]["vocab"]
     )
     if not isinstance(vocab, dict):
-        raise TokenizerError(f"{files.where}: {files.tokenizer_class} needs a vocabulary of WordPiece")
+        raise TokenizerError(f"{files.where}: {files.tokenizer_class} needs a WordPiece vocabulary")
     _require_rows(vocab, files)
     declared = files.declared()
     added, special = declared.resolved(vocab, (), wordpiece.DEFAULTS, files.rows)
@@ -257,7 +257,7 @@ def _around_of_settings(files: Files, ids: Mapping[str, int], special: SpecialTo
 def tokenizer_of_pipeline(
     files: Files, stored: Mapping[str, Any], added: tuple[AddedToken, ...], special: Any
 ) -> Tokenizer:
-    """Return the tokenizer of a `tokenizer.json`, run by tiktoken where it gives the same ids."""
+    """Return the tokenizer of a `tokenizer.json`. tiktoken runs it if the ids are the same."""
     model, name = stored["model"], files.directory.name
     around = around_of(stored.get("post_processor"))
     _require_rows_around(stored.get("post_processor"), files)
@@ -299,7 +299,7 @@ def tokenizer_of_pipeline(
 def _ranks_and_merges(
     model: Mapping[str, Any], where: str
 ) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]] | None:
-    """Return what tiktoken needs for a BPE, or None if it would give other ids."""
+    """Return the ranks and merges of a BPE for tiktoken, or None if tiktoken would give other ids."""
     pairs = pairs_of(_pairs(model["merges"]), where)
     try:
         return ranks_and_merges(model["vocab"], pairs, where)
@@ -311,9 +311,9 @@ _CHANGES_IDS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "i
 
 
 def _with_gaps(stored: Mapping[str, Any], added: tuple[AddedToken, ...], where: str) -> dict[str, Any]:
-    """Return the pipeline with added tokens in the vocabulary where their ids do not follow it without a gap.
+    """Return the pipeline. The vocabulary contains the added tokens if there is a gap before one of their ids.
 
-    The `tokenizers` package gives an added token the id after the last one, unless the vocabulary has it.
+    The `tokenizers` package gives an added token the next id, unless the token is in the vocabulary.
     """
     model = stored["model"]
     if model["type"] != "BPE":
@@ -337,7 +337,7 @@ def _type_of(model: Mapping[str, Any]) -> str:
 
 
 def _is_of_characters(stored: Mapping[str, Any]) -> bool:
-    """Whether this is the `tokenizer.json` of a `CharacterTokenizer`, if it has no added tokens."""
+    """Whether this is the `tokenizer.json` of a `CharacterTokenizer`. The caller checks that it has no added tokens."""
     model = stored["model"]
     return (
         model["type"] == "WordLevel"
@@ -361,7 +361,7 @@ def _mentions_byte_level(stored: Mapping[str, Any]) -> bool:
 
 
 def _merges_of_model(model: Mapping[str, Any], where: str) -> list[tuple[str, ...]]:
-    """Return the `merges` of a `tokenizer.json`. Each is two tokens, separated by a space or in a list."""
+    """Return the `merges` of a `tokenizer.json`. A merge is two tokens in a list, or in a string with a space."""
     merges = model.get("merges")
     if not isinstance(merges, list) or not all(isinstance(merge, str | list) for merge in merges):
         raise TokenizerError(f"{where} is not a valid tokenizer.json: model.merges is not a list of pairs")
@@ -373,7 +373,7 @@ def _pairs(merges: list[Any]) -> list[tuple[str, ...]]:
 
 
 def _require_rows(vocab: Mapping[str, int], files: Files) -> None:
-    """Require that the ids are different and have rows in the model, before anything is built from them."""
+    """Require that ids are unique and that the model has a row for each. Call this before building a tokenizer."""
     require_distinct_ids(vocab, files.where)
     require_ids_below(files.rows, max(vocab.values(), default=0), files.where)
 
@@ -383,7 +383,7 @@ def _require_rows_around(post_processor: Any, files: Files) -> None:
         if type(id) is not int or not 0 <= id < files.rows:
             raise TokenizerError(
                 f"{quoted(files.directory / TOKENIZER_JSON)}: the post-processor adds the id {quoted(id)}, but the "
-                f"model's vocabulary has {files.rows}; they do not belong together"
+                f"model's vocabulary has only {files.rows}; the tokenizer belongs to another model"
             )
 
 

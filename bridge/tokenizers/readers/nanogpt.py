@@ -25,8 +25,8 @@ _DATASET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 def from_meta(directory: Path, progress: Mapping[str, Any]) -> Tokenizer | None:
     """Return the tokenizer in the `meta.pkl` of a nanoGPT checkpoint, or None if there is none.
 
-    nanoGPT's sample.py reads `data/<dataset>/meta.pkl`, relative to its own folder, in which train.py writes
-    `out/ckpt.pt`. A file beside the checkpoint comes first.
+    nanoGPT's sample.py reads `data/<dataset>/meta.pkl` relative to its own folder. In the same folder, train.py writes
+    `out/ckpt.pt`. A file beside the checkpoint takes precedence.
 
     Args:
         directory: the directory of the checkpoint.
@@ -62,4 +62,4 @@ def _read(directory: Path) -> CharacterTokenizer:
 
 
 def _no_reference(_: Any) -> Any:
-    raise CheckpointError(f"{META} refers to something outside of it")
+    raise CheckpointError(f"{META} refers to data outside the file")

@@ -1,7 +1,7 @@
 """SentencePiece models: `spiece.model`, `tokenizer.model` and `sentencepiece.bpe.model`.
 
-A model is a protocol buffer. Only the fields below are read, by a reader of the wire format that checks every length.
-`sentencepiece_classes` builds tokenizers from it.
+A model is a protocol buffer. This module reads only the fields below and checks every length in the wire format.
+`sentencepiece_classes` builds tokenizers from a model.
 
 Sources: sentencepiece_model.proto of github.com/google/sentencepiece, protobuf.dev/programming-guides/encoding, and
 `SentencePieceExtractor` and `generate_merges` of transformers 5.
@@ -29,12 +29,12 @@ _VARINT, _EIGHT_BYTES, _LENGTH, _FOUR_BYTES = 0, 1, 2, 5  # wire types
 _NUMBERS = {3: "model_type", 35: "byte_fallback", 40: "unk_id", 41: "bos_id", 42: "eos_id"}
 _PIECES = {45: "unk_piece", 46: "bos_piece", 47: "eos_piece"}
 _LONGEST_PIECE = 512
-_MOST_MERGES_PER_PIECE = 16  # Gemma's model, which has many, has 2.3
+_MOST_MERGES_PER_PIECE = 16  # for comparison: Gemma's model has 2.3
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The options of the trainer that are read, with their defaults. An id is -1 if the model lacks the token."""
+    """The trainer options that this module reads, with their defaults. An id is -1 if the model lacks the token."""
 
     model_type: int = UNIGRAM
     byte_fallback: int = 0
@@ -51,9 +51,9 @@ class Model:
     """The parts of a SentencePiece model that decide the ids."""
 
     pieces: Pieces
-    """Piece and score. The id is the place in the list."""
+    """(piece, score) pairs. The id of a piece is its index."""
     symbols: tuple[AddedToken, ...] = ()
-    """The control pieces, which are special, and the user-defined ones, which are not."""
+    """The control pieces (special) and the user-defined pieces (not special)."""
     charsmap: bytes = b""
     """The table of the normalizer; empty if text is not normalized."""
     trainer: Trainer = field(default_factory=Trainer)
@@ -71,7 +71,7 @@ def parse(content: bytes, where: str, most: int = MOST_TOKENS) -> Model:
     for number, value in _fields(content, where):
         if number == 1 and isinstance(value, bytes):
             if len(pieces) == most:
-                raise TokenizerError(f"{where} has more than {most} pieces; they do not belong to this model")
+                raise TokenizerError(f"{where} has more than {most} pieces; the file does not belong to this model")
             piece, score, type = _piece(value, where)
             if type in (_CONTROL, _USER_DEFINED):
                 symbols.append(AddedToken(piece, len(pieces), special=type == _CONTROL))
@@ -85,8 +85,8 @@ def parse(content: bytes, where: str, most: int = MOST_TOKENS) -> Model:
     if trainer.model_type not in (UNIGRAM, BPE):
         type_name = _TYPES.get(trainer.model_type, trainer.model_type)
         raise TokenizerError(
-            f"{where} is a SentencePiece model of {type_name}; only Unigram and BPE are supported. Save its "
-            "tokenizer.json with transformers, and put it there"
+            f"{where} is a SentencePiece model of {type_name}; only Unigram and BPE are supported; save the "
+            "tokenizer as tokenizer.json with transformers, into the same directory"
         )
     if not pieces:
         raise TokenizerError(f"{where} is not a SentencePiece model: it has no pieces")
@@ -96,9 +96,9 @@ def parse(content: bytes, where: str, most: int = MOST_TOKENS) -> Model:
 
 
 def merges_of(pieces: Sequence[tuple[str, float]], where: str) -> list[tuple[str, str]]:
-    """Return the merges of a BPE model: every way to join two pieces to a third, in the order of the third's id.
+    """Return the merges of a BPE model: every pair of pieces that joins to a piece, in the order of the result's id.
 
-    Raises `TokenizerError` if a piece is too long, or too many pieces can be joined.
+    Raises `TokenizerError` if a piece is too long, or if there are too many merges.
     """
     own = {piece: piece for piece, _ in pieces}  # merges share their strings
     merges: list[tuple[str, str]] = []

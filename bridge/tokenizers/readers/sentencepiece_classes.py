@@ -1,7 +1,7 @@
-"""The tokenizer classes of transformers that read SentencePiece models, each as the `tokenizer.json` that it builds.
+"""The tokenizer classes of transformers that read SentencePiece models, and the `tokenizer.json` that each one builds.
 
-A class takes the vocabulary, and little else, from a SentencePiece model or from a `tokenizer.json`. Its code decides
-the rest. transformers reads a Unigram model as BPE if its class is one of BPE.
+A class takes little more than the vocabulary from a SentencePiece model or a `tokenizer.json`. Its code determines the
+rest. As in transformers, a class for BPE reads a Unigram model as BPE.
 
 Source: the tokenization modules, `SpmConverter` and `SLOW_TO_FAST_CONVERTERS` of transformers 5.
 """
@@ -41,7 +41,7 @@ class Vocabulary:
     """What a class takes from a SentencePiece model or a `tokenizer.json`."""
 
     vocab: Pieces | Mapping[str, int]
-    """(piece, score) pairs of Unigram, where the id is the place in the list, or token -> id of BPE."""
+    """For Unigram: (piece, score) pairs, where the id is the index. For BPE: token -> id."""
     merges: Sequence[Sequence[str]] = ()
     charsmap: str | None = None
     """The table of the normalizer, in base64."""
@@ -63,7 +63,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Context:
-    """What else decides the `tokenizer.json`."""
+    """The inputs of a `tokenizer.json` other than the vocabulary."""
 
     added: Sequence[AddedToken]
     special: SpecialTokens
@@ -96,14 +96,14 @@ class SentencePieceClass:
 
     file: str
     model: Literal["Unigram", "BPE"] | None
-    """The type of the model. None: the type that the file states, and a `tokenizer.json` is taken as it is."""
+    """The type of the model. With None, the file states the type, and a `tokenizer.json` is used unchanged."""
     defaults: Mapping[str, str]
-    """Role -> spelling, where no file mentions the role."""
+    """Role -> spelling, for roles that no file mentions."""
     pipeline: Callable[[Vocabulary, Context], dict[str, Any]]
     keeps_post_processor: bool = True
-    """Whether the post-processor of a `tokenizer.json`, and `add_bos_token` and `add_eos_token`, count."""
+    """Whether to apply the post-processor of a `tokenizer.json`, `add_bos_token` and `add_eos_token`."""
     arranged: Callable[[Pieces, Settings, str], Pieces] = _unchanged
-    """Returns the vocabulary of the class, from the pieces of a SentencePiece model."""
+    """Converts the pieces of a SentencePiece model to the vocabulary of the class."""
     extra: Callable[[Settings, str], list[str]] = _no_tokens
     """Returns special tokens that the class adds to those of a SentencePiece model."""
 
@@ -122,7 +122,7 @@ class SentencePieceClass:
 
 
 def _t5_sentinels(settings: Settings, where: str) -> list[str]:
-    """Return the sentinels that `T5Tokenizer` adds: `extra_ids` of them, 100 by default."""
+    """Return the sentinels that `T5Tokenizer` adds. `extra_ids` is their number, 100 by default."""
     count = settings.get("extra_ids", 100)
     if type(count) is not int or not 0 <= count <= _MOST_EXTRA_IDS:
         raise TokenizerError(f"{where}: extra_ids={quoted(count)} is not a number from 0 to {_MOST_EXTRA_IDS}")
@@ -149,7 +149,7 @@ def _in_xlm_robertas_order(pieces: Pieces, settings: Settings, where: str) -> Pi
     first = [(_spelling(settings, role, XLM_ROBERTAS_TOKENS[role]), 0.0) for role in ("bos", "pad", "eos", "unk")]
     arranged = [*first, *pieces[3:], (_spelling(settings, "mask", XLM_ROBERTAS_TOKENS["mask"]), 0.0)]
     if len({piece for piece, _ in arranged}) < len(arranged):
-        raise TokenizerError(f"{where} has a piece twice, in the order of XLMRobertaTokenizer")
+        raise TokenizerError(f"{where}: XLMRobertaTokenizer's vocabulary would have a token twice")
     return arranged
 
 
@@ -190,7 +190,7 @@ def _reformer(vocabulary: Vocabulary, context: Context) -> dict[str, Any]:
 
 
 def _general(vocabulary: Vocabulary, context: Context) -> dict[str, Any]:
-    """The pipeline of the general class for a SentencePiece model, which adds no space before the text."""
+    """Return the pipeline of the general class for a SentencePiece model. It adds no space before the text."""
     trainer = vocabulary.trainer
     fallback = bool(trainer.byte_fallback)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}

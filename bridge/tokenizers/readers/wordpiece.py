@@ -1,4 +1,4 @@
-"""WordPiece in BERT's `vocab.txt`, as transformers' `BertTokenizer` builds it (Chinese and other GPT-2s have it)."""
+"""WordPiece in BERT's `vocab.txt`, as transformers' `BertTokenizer` builds it. Chinese GPT-2s use it, for example."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ DEFAULTS = {
 }
 
 _IDS_OF_NULL = {"cls_token": 2, "sep_token": 3}
-"""The ids that `BertTokenizer` puts around a text for roles that are null. The last one counts if both are."""
+"""The ids that `BertTokenizer` puts around a text for null roles. If both roles are null, it uses the last id twice."""
 _PREFIX = "##"
 _LONGEST_WORD = 100  # characters; the default of the tokenizers package
 _WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 
 
 def vocabulary(text: str) -> dict[str, int]:
-    """Return the tokens of a `vocab.txt`. The id of a token is its line; of two equal lines, the last counts."""
+    """Return token -> id. The id is the number of the token's line, from 0. The last of several equal lines counts."""
     return {line.rstrip(_WHITE_SPACE): i for i, line in enumerate(text.removesuffix("\n").split("\n"))}
 
 

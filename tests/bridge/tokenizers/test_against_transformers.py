@@ -86,7 +86,7 @@ FILES: dict[str, dict[str, Any]] = {
         CONFIG: {"added_tokens_decoder": {"407": {"content": END, "normalized": True}}}
     },
     "an own role of an added token": {ADDED: {"<a>": 408}, CONFIG: {"image_token": "<a>"}},
-    "a role of the settings, which is an object, of an added token": {
+    "a role of an added token, given as an object in the settings": {
         ADDED: {"<a>": 408},
         CONFIG: {"bos_token": an_object("<a>")},
     },
@@ -164,7 +164,7 @@ def test_a_tokenizer_of_characters_has_the_special_tokens_of_its_files(tmp_path:
 
 
 @pytest.mark.parametrize("null", [("cls_token",), ("sep_token",), ("cls_token", "sep_token"), ()])
-def test_berts_roles_that_are_null_leave_ids_around_a_text(tmp_path: Path, null: tuple[str, ...]) -> None:
+def test_null_roles_of_bert_put_ids_around_a_text(tmp_path: Path, null: tuple[str, ...]) -> None:
     (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in bert_vocabulary()))
     write_json(tmp_path / CONFIG, {"tokenizer_class": "BertTokenizer", **dict.fromkeys(null)})
     ours, theirs = read_by_both(tmp_path)
@@ -172,7 +172,7 @@ def test_berts_roles_that_are_null_leave_ids_around_a_text(tmp_path: Path, null:
     compare_roles(ours, theirs)
 
 
-def test_a_token_for_unknown_words_that_berts_vocabulary_lacks_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_token_that_is_not_in_berts_vocabulary_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token in bert_vocabulary()))
     write_json(tmp_path / CONFIG, {"tokenizer_class": "BertTokenizer", "unk_token": "<unk>"})
     with pytest.raises(TokenizerError, match=r"the vocabulary has no token for unknown words, such as \[UNK\]"):
@@ -199,7 +199,7 @@ def test_thousands_of_added_tokens_are_found_as_fast_as_by_transformers(tmp_path
 
 @pytest.mark.parametrize("count", [3, 200])
 def test_many_added_tokens_are_matched_like_a_few(tmp_path: Path, count: int) -> None:
-    """Normalized ones come second, and the longest at the leftmost place counts."""
+    """Normalized tokens are matched second, and the longest match at the leftmost position is used."""
     contents = ["ab", "abc", "bcd", "<x>", "é的", *(f"<{i}>" for i in range(200))][:count]
     size = write_vocab_and_merges(tmp_path)
     decoder = {str(size + i): {**FLAGS, "content": t, "normalized": i % 2 == 0} for i, t in enumerate(contents)}

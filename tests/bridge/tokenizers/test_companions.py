@@ -1,4 +1,4 @@
-"""The files around the weights, through conversions: every one is carried unchanged, or named."""
+"""Files beside the weights: a conversion keeps each one unchanged, or names it as left out."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_another_meta_is_refused_and_runs_no_code(tmp_path: Path, changes: dict[
         from_meta(tmp_path, {})
 
 
-def test_a_dataset_that_climbs_is_not_followed(tmp_path: Path) -> None:
+def test_a_dataset_name_cannot_leave_the_data_directory(tmp_path: Path) -> None:
     write_meta(tmp_path / "secret")
     (tmp_path / "out").mkdir()
     for dataset in ("../secret", "/etc", "..", 3, None):
@@ -201,7 +201,7 @@ def test_a_tokenizer_of_another_class_is_never_openais(tmp_path: Path) -> None:
     model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=50257))
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "tokenizer_class": "BertTokenizer"}))
-    with pytest.raises(TokenizerError, match="names the tokenizer class 'BertTokenizer', but has no file of it"):
+    with pytest.raises(TokenizerError, match="names the tokenizer class 'BertTokenizer', but has none of its files"):
         bridge.load(model).tokenizer()
     KINDS["chinese_wordpiece"](model)
     (model / "tokenizer_config.json").unlink()

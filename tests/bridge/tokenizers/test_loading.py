@@ -90,7 +90,7 @@ def test_ids_are_those_of_tokenizers(
 
 
 @FORMS
-def test_what_the_special_token_in_a_text_becomes(
+def test_a_special_token_in_a_text_is_encoded_by_policy(
     trained: tuple[tokenizers.Tokenizer, Path], files: tuple[str, ...], tmp_path: Path
 ) -> None:
     theirs, path = trained
@@ -498,10 +498,10 @@ def test_merges_in_another_order_than_the_ids_give_the_ids_of_tokenizers(
         assert ours.decode(ours.encode(text)) == text
 
 
-def test_a_byte_without_a_token_is_an_error_where_a_text_has_it(
+def test_a_text_with_a_byte_without_a_token_is_an_error(
     trained: tuple[tokenizers.Tokenizer, Path], tmp_path: Path
 ) -> None:
-    """transformers leaves the byte out of the text without a word."""
+    """transformers silently leaves the byte out of the text."""
     write_vocabulary(trained[1], tmp_path, lambda v, a: v.pop("~"))
     ours = load_tokenizer(tmp_path, VOCAB_SIZE)
     assert ours.encode("the dog") == trained[0].encode("the dog").ids
@@ -616,7 +616,7 @@ def test_a_fifo_instead_of_a_file_does_not_hang(tmp_path: Path) -> None:
 
 
 def test_a_missing_tokenizer_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"a vocabulary of 257 is not OpenAI's; put the files there") as caught:
+    with pytest.raises(TokenizerError, match=r"a vocabulary of 257 is not OpenAI's; add the files") as caught:
         load_tokenizer(tmp_path, 257)
     assert str(tmp_path) in str(caught.value)
 
@@ -668,7 +668,7 @@ def test_every_text_survives_a_round_trip_through_its_characters() -> None:
 def test_the_error_names_an_unknown_character(encode: str, unknown: str, shown: str) -> None:
     ours = bridge.character_tokenizer("hello")
     with pytest.raises(
-        TokenizerError, match=f"no character {shown}.*only the 4 of the text.*or train with bytes or BPE"
+        TokenizerError, match=f"no character {shown}.*only the 4 characters that.*or train with bytes or BPE"
     ):
         getattr(ours, encode)(f"hell{unknown}o")
 

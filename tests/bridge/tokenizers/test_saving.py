@@ -148,7 +148,7 @@ def test_a_saved_tokenizer_loads_unchanged(make: Callable[[], Tokenizer], tmp_pa
 
 
 @kinds(BYTE_LEVEL)
-def test_every_form_of_the_files_has_one_fingerprint(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
+def test_all_forms_of_the_files_have_the_same_fingerprint(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
     ours = make()
     for form in [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"), ("tokenizer.json",)]:
         directory = tmp_path / form[0]
@@ -198,7 +198,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", TOKENIZER_FILES)
-def test_a_file_with_a_tokenizers_name_that_is_not_one_is_kept(tmp_path: Path, name: str) -> None:
+def test_a_file_that_only_has_the_name_of_a_tokenizer_file_is_kept(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("something else")
     with pytest.raises(CheckpointError, match=f"{name} are not a tokenizer that this project can read"):
         bridge.save_tokenizer(bridge.byte_tokenizer(), tmp_path, overwrite=True)
@@ -303,5 +303,5 @@ def test_very_long_white_space_is_encoded_as_tokenizers_does(space: str, length:
     for text in (space * length, f"a{space * length}", f"a{space * length}b"):
         ids = ours.encode(text)
         assert ours.decode(ids) == text
-        if length < 100_000:  # longer texts take tokenizers seconds
+        if length < 100_000:  # the tokenizers package takes seconds for longer texts
             assert ids == theirs.encode(text).ids

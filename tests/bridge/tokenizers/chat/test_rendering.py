@@ -1,4 +1,4 @@
-"""Chat templates: the text of transformers, and an error for a template that fails, or takes too much."""
+"""Rendered chat templates, compared with transformers, and errors for templates that fail or exceed a limit."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_template_that_takes_messages_apart_is_refused_for_text_that_is_not_tr
     tmp_path: Path, template: str
 ) -> None:
     ours = chat_tokenizer(tmp_path, template)
-    with pytest.raises(TokenizerError, match="their text cannot be told from its own"):
+    with pytest.raises(TokenizerError, match="their text cannot be distinguished from its own"):
         ours.encode_conversations([[{"role": "user", "content": "hello"}]], special_tokens="as_text")
 
 

@@ -130,7 +130,7 @@ def folder_link_out(directory: Path) -> None:
     ("damage", "message"),
     [
         (long_file, "larger than 131072 bytes"),
-        (long_setting, "larger than 131072 characters"),
+        (long_setting, "more than 131072 characters"),
         (not_utf8, "is not UTF-8"),
         (pipe, "is not a regular file"),
         (many, "more than 64 chat templates"),

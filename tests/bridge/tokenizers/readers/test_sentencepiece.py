@@ -1,4 +1,4 @@
-"""SentencePiece models, compared with what transformers gives with them (tests/files/sentencepiece-0.2.3/write.py)."""
+"""SentencePiece models, compared with transformers on the same files (tests/files/sentencepiece-0.2.3/write.py)."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_a_model_with_fewer_rows_than_pieces_is_refused() -> None:
         load_tokenizer(FILES / "rinna", 20)
 
 
-def test_no_other_tokenizer_is_assumed_where_a_model_is_not_read(tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_read_is_not_replaced_by_another_tokenizer(tmp_path: Path) -> None:
     shutil.copy(FILES / "rinna" / "spiece.model", tmp_path)
     with pytest.raises(TokenizerError, match=r"has spiece\.model, but the tokenizer class 'None' cannot be read"):
         load_tokenizer(tmp_path, 50257)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "AlbertTokenizer"}')
-    with pytest.raises(TokenizerError, match="class 'AlbertTokenizer' cannot be read from it; save its"):
+    with pytest.raises(TokenizerError, match="class 'AlbertTokenizer' cannot be read from it; save the"):
         load_tokenizer(tmp_path, 50257)
     (tmp_path / "spiece.model").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
-    with pytest.raises(NoTokenizerError, match="names the tokenizer class 'T5Tokenizer', but has no file of it"):
+    with pytest.raises(NoTokenizerError, match="names the tokenizer class 'T5Tokenizer', but has none of its files"):
         load_tokenizer(tmp_path, 50257)
 
 
@@ -68,7 +68,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "a piece not UTF-8": (field(1, field(1, b"\xff")), "is not UTF-8"),
     "an infinite score": (field(1, field(1, b"a") + b"\x15\x00\x00\x80\x7f"), "the score of 'a' is inf"),
     "a piece twice": (field(1, field(1, b"a")) * 2, "has a piece twice"),
-    "words": (field(1, field(1, b"a")) + field(2, b"\x18\x03"), "of words; only Unigram and BPE are supported. Save"),
+    "words": (field(1, field(1, b"a")) + field(2, b"\x18\x03"), "of words; only Unigram and BPE are supported; save"),
     "an unknown type": (field(1, field(1, b"a")) + field(2, b"\x18\x09"), "of 9; only Unigram and BPE"),
     "a spelling not UTF-8": (field(2, b"\xea\x02\x01\xff"), "is not UTF-8"),
     "too many pieces": (field(1, b"") * 300_001, "more than 1000 pieces"),
