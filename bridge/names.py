@@ -71,7 +71,7 @@ def wrapper_prefix(names: Iterable[str]) -> str:
 
 
 def unknown_prefix(names: Iterable[str]) -> str:
-    """Return the prefix of the token embedding's name, if it is not that of a known wrapper, or an empty string."""
+    """Return a prefix of the token embedding's name that no known wrapper adds, or an empty string."""
     unknown = (name for name in names if _canonical(name) != _EMBEDDING)
     return next((name.removesuffix(_EMBEDDING) for name in unknown if name.endswith(f".{_EMBEDDING}")), "")
 

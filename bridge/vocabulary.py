@@ -37,7 +37,7 @@ def resize_vocabulary(
         checkpoint: the model.
         rows: the size of the new vocabulary. A smaller one removes the last rows.
         new_rows: the new rows `[N, D]`, cast to the model's dtype. If the head is untied, a mapping with the keys
-            `wte.weight` and `lm_head.weight`; a missing key means the mean.
+            `wte.weight` and `lm_head.weight`; a missing key selects the mean.
 
     Raises:
         ConversionError: `rows` is below 1, or `new_rows` does not fit.

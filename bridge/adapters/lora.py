@@ -74,7 +74,7 @@ class LoRA:
             alpha: the numerator of the scaling, for every matrix.
             rank_stabilized: scale by alpha / sqrt(r), and not by alpha / r.
 
-        Raises `ConversionError` if a pair is not two matrices of one rank.
+        Raises `ConversionError` if a pair is not two matrices of equal rank.
         """
         lazy = {}
         for name, (a, b) in factors.items():
@@ -137,13 +137,13 @@ def _changes_both_alike(lora: LoRA) -> bool:
 
 
 def _vocab_size(config: GPT2Config, lora: LoRA) -> int:
-    """Return the rows of a replaced embedding: PEFT saves it if the vocabulary was resized for the training."""
+    """Return the rows of the embedding. PEFT saves a new embedding if the vocabulary was resized for training."""
     embedding = lora.tensors.entries.get(_EMBEDDING)
     return embedding.shape[0] if embedding is not None and embedding.shape else config.vocab_size
 
 
 def _problems(name: str, update: LoRAUpdate, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Iterator[str]:
-    """Yield why an update is not two matrices of one rank or, given the shapes of the parameters, does not fit."""
+    """Yield an error if an update is not two matrices of equal rank, or does not fit the `shapes` of the parameters."""
     a, b = update.a, update.b
     module = quoted(name.removesuffix(".weight"))
     if not (len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] > 0):

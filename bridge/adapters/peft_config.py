@@ -42,10 +42,10 @@ _IGNORED = (
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
 )
-"""Fields that do not affect the function. The names of the tensors say which modules are adapted, and the kind of the
-module determines its layout, which `fan_in_fan_out` repeats."""
+"""Fields that do not affect the function. The names of the tensors determine which modules are adapted. The kind of a
+module determines its layout, so `fan_in_fan_out` is redundant."""
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
-"""Values of an unknown field that mean that its feature is not used."""
+"""Values that disable the feature of an unknown field."""
 
 _MOST_NUMBER = 2**31 - 1
 _PATTERN = re.compile(r"\^?(?:(?:[\w.-]|\\[.d]|\[[\w-]+\])[*+]?){1,256}\$?")
@@ -68,7 +68,7 @@ class PeftConfig:
     """Pattern of module names -> rank. The first pattern that matches a module counts."""
     alpha_pattern: Mapping[str, float] | None = None
     modules_to_save: tuple[str, ...] | None = None
-    """Ends of the names of modules whose whole tensors the adapter has."""
+    """Suffixes of the names of modules that the adapter replaces as a whole."""
     base_model_name_or_path: str | None = None
 
     def rank(self, module: str) -> int:
@@ -92,14 +92,14 @@ class PeftConfig:
         return module.endswith(self.modules_to_save or ())
 
     def require_few_comparisons(self, modules: int) -> None:
-        """Raise `ConfigError` if matching the patterns against this number of modules would take long."""
+        """Raise `ConfigError` if matching the patterns against this number of modules would take too long."""
         patterns = len(self.rank_pattern or {}) + len(self.alpha_pattern or {})
         if modules * patterns > _MOST_COMPARISONS:
-            raise ConfigError(f"{FILE} has {patterns} patterns of ranks and alphas for {modules} modules: too many")
+            raise ConfigError(f"{FILE} has too many patterns of ranks and alphas: {patterns} for {modules} modules")
 
 
 def read_peft_config(directory: Path) -> PeftConfig:
-    """Read and validate the file. Raises `ConfigError` that names every field that is malformed or not supported."""
+    """Read and validate the file. Raises a `ConfigError` that names every malformed or unsupported field."""
     fields = read_json_companion(directory, FILE)
     if problems := [*_unsupported(fields), *_malformed(fields)] or [*_complex_patterns(fields)]:
         raise ConfigError(f"{quoted(directory / FILE)}:\n" + bullet_list(problems))
@@ -133,7 +133,7 @@ def _complex_patterns(fields: Mapping[str, Any]) -> Iterator[str]:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in fields.get(name) or ():
             if not _PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > 1 or not _compiles(pattern):
-                yield f"{name}: {quoted(pattern)} is too complex a pattern; write the names of the modules"
+                yield f"{name}: the pattern {quoted(pattern)} is too complex; write the names of the modules"
 
 
 def _is_rank(value: Any) -> bool:
@@ -176,7 +176,7 @@ _VALID: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "modules_to_save": (_are_names, f"a list of at most {_MOST_NAMES} names"),
     "base_model_name_or_path": (_is_text, "a name or a path"),
 }
-"""Fields that are read -> the check of a value, and what it must be in words."""
+"""Fields that are read -> a function that checks a value, and a description of the valid values."""
 
 
 def _compiles(pattern: str) -> bool:

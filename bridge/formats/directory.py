@@ -140,7 +140,7 @@ def _tokenizer_without_files(checkpoint: Checkpoint, found: Collection[str]) -> 
 
 
 def _files_have(checkpoint: Checkpoint, tokenizer: Tokenizer) -> bool:
-    """Whether the files beside the weights are this tokenizer: the same tokens, and the same ones around a text.
+    """Whether the files beside the weights have the same vocabulary, tokens around a text and end-of-sequence tokens.
 
     The files may say more about a token, such as whether it is normalized.
     """

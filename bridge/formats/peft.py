@@ -1,7 +1,7 @@
 """PEFT's LoRA adapters: `adapter_config.json` with `adapter_model.safetensors` or `adapter_model.bin`.
 
-An adapter is not a model: it changes a base. `base_model_name_or_path` names the base, but the base is never looked up
-there, because it is a path on another machine or any repository. The caller names the base.
+An adapter is not a model: it changes a base. `base_model_name_or_path` names the base, but this module never opens it,
+because it may be a path on another machine or any repository. The caller passes the base.
 
 A and B of a module are `MODULE.lora_A.weight` and `MODULE.lora_B.weight`, or `MODULE.lora_embedding_A` and `..._B`.
 Other tensors replace tensors of the base: those of `modules_to_save`, and an embedding whose vocabulary was resized.
@@ -36,7 +36,7 @@ from bridge.tokenizers.loading import VOCABULARY_FILES
 
 NAME = "peft"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""In PEFT's order: the first of these that a directory holds is read."""
+"""In PEFT's order. Only the first one that exists is read."""
 
 _LONGEST_NAME = 128  # characters of a module's name: matching a pattern takes quadratic time
 _PREFIX = "base_model.model."
@@ -107,7 +107,7 @@ def save_lora(
 
 
 def _lora(tensors: Mapping[str, LazyTensor], config: PeftConfig, drop_extra_heads: bool) -> tuple[LoRA, list[str]]:
-    """Return the adapter, and the names of tensors of other heads, which are left out."""
+    """Return the adapter, and the names of the tensors of other heads. The adapter does not include these."""
     factors: dict[str, dict[str, LazyTensor]] = {}
     whole: dict[str, LazyTensor] = {}
     problems = []
@@ -136,7 +136,7 @@ def _lora(tensors: Mapping[str, LazyTensor], config: PeftConfig, drop_extra_head
         elif canonical in VOCABULARY_ROWS or config.saves(name.removeprefix(_PREFIX).rpartition(".")[0]):
             replaced[canonical] = whole[name]
         else:
-            problems.append(f"{quoted(name)} is not a tensor of LoRA, and modules_to_save does not name it")
+            problems.append(f"{quoted(name)} is not a LoRA tensor, and modules_to_save does not name it")
     problems += [not_a_parameter(name, is_head=True) for name in dropped if not drop_extra_heads]
     if problems:
         raise ConversionError("these are not the tensors of a LoRA adapter:\n" + bullet_list(problems))
@@ -150,7 +150,7 @@ def _factor_problem(module: str, pair: Mapping[str, LazyTensor], config: PeftCon
         return f"lora_{min(missing)} of {quoted(module)} is missing"
     declared = config.rank(module.removeprefix(_PREFIX))
     if pair["A"].shape[:1] != (declared,):
-        return f"{quoted(module)}: A has shape {pair['A'].shape}, but r, or its rank_pattern, is {declared}"
+        return f"{quoted(module)}: A has shape {pair['A'].shape}, but its rank (r or rank_pattern) is {declared}"
     return None
 
 
@@ -163,14 +163,14 @@ def _diagnostics(config: PeftConfig, lora: LoRA, dropped: list[str], base: Check
     if dropped:
         notes.append(f"tensors of heads for other tasks were left out: {', '.join(map(quoted, dropped))}")
     if base.config.tie_word_embeddings and not merged.config.tie_word_embeddings:
-        notes.append("the adapter changes the token embedding or the head, so the head is no longer tied to it")
+        notes.append("the adapter changes the token embedding or the head, so they are no longer tied")
     if base.optimizer is not None:
         notes.append("the AdamW state of the base was left out, because the parameters changed")
     return notes
 
 
 def _fields(lora: LoRA, base_model: str | None) -> dict[str, Any]:
-    """Return the fields of `adapter_config.json`. The most common rank and alpha are those of no pattern."""
+    """Return the fields of `adapter_config.json`. The patterns list ranks and alphas other than the most common."""
     updates = {_stored_module(name): update for name, update in lora.updates.items()}
     rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
     alpha = Counter(update.alpha for update in updates.values()).most_common(1)[0][0]

@@ -37,7 +37,7 @@ class SequenceClassifier:
     """A GPT-2 with a classification head, independent of the backend."""
 
     checkpoint: Checkpoint
-    """The GPT-2. Its head is tied and has no part in the classification."""
+    """The GPT-2. Its language-model head is tied, and the classifier does not use it."""
     score: LazyTensor
     """`[C, D]`: one row per label, in PyTorch's layout."""
 
@@ -55,7 +55,7 @@ class SequenceClassifier:
 
     @property
     def pad_token_id(self) -> int | None:
-        """The id of padding in `config.json`, or None."""
+        """The padding id in `config.json`, or None."""
         value = self.checkpoint.extra.get("pad_token_id")
         return value if type(value) is int else None
 
@@ -70,7 +70,7 @@ class SequenceClassifier:
         Raises `ConversionError` if the tree is not that of this model.
         """
         if {*params} != {"transformer", "score"} or {*params["score"]} != {"kernel"}:
-            raise ConversionError("the tree of a classifier has transformer and score/kernel, and nothing else")
+            raise ConversionError("the tree of a classifier must have exactly transformer and score/kernel")
         state = to_torch(params["transformer"], self.checkpoint.config)
         return self.with_torch({**state, _SCORE: np.asarray(params["score"]["kernel"]).T})
 
@@ -102,7 +102,7 @@ def load_classifier(source: str | Path) -> SequenceClassifier:
     path = Path(source).absolute()
     found, notes = choose_checkpoint(path) or (None, ())
     if found is None or found.format.name != NAME:
-        raise CheckpointError(f"{quoted(path)} has no config.json with weights in Hugging Face format beside it")
+        raise CheckpointError(f"{quoted(path)} has no config.json beside weights in Hugging Face format")
     weights = found.path
     hf = read_json(config_beside(weights))
     # A classifier has no language-model head that could be untied.

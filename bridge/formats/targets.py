@@ -26,13 +26,13 @@ class Target:
     directory: tuple[str, ...] = ()
     """What is left out if the target is a directory."""
     file: tuple[str, ...] | None = None
-    """What is left out if the target is a single file. None for a format without one, and for an error."""
+    """What is left out if the target is a single file. None if the format has none, or if `error` is set."""
 
 
 def targets(checkpoint: Checkpoint) -> dict[str, Target]:
     """Return format -> what it leaves out, for each format that `bridge.save` writes.
 
-    Few tensors are read, and none is written. Whether all weights are finite is not checked.
+    This reads few tensors and writes none. It does not check whether all weights are finite.
     """
     return {name: _target(checkpoint, FORMATS[name]) for name in WRITABLE}
 
@@ -53,7 +53,7 @@ def _left_out(checkpoint: Checkpoint, format: Format, sentences: tuple[str, ...]
     """Complete what `Format.left_out` returned."""
     if as_file:
         sentences += (*_files_left_out(checkpoint, format.keeps_tokenizer), *_fields_left_out(checkpoint))
-    elif format.file_name is not None:  # config.json and the files beside it keep what the file itself cannot
+    elif format.file_name is not None:  # config.json and the other files store what the weights file cannot
         sentences = ()
     if unused := unused_companions(checkpoint):
         sentences += (f"{', '.join(unused)}, which the source's tokenizer does not use",)

@@ -70,7 +70,7 @@ class _Search:
     done: bool = False
 
     def rank(self, beam: _Beam, length: int | None = None) -> float:
-        """Return the total divided by a power of the length, by default the beam's own."""
+        """Return the total divided by a power of the length. `length` defaults to the beam's own length."""
         return beam.total / (length or len(beam.ids)) ** self.config.length_penalty
 
     def step(self, rows: Candidates) -> list[int]:
@@ -122,8 +122,7 @@ def beam_search(
 
     Each step keeps the `num_beams` most likely continuations and sets aside those that end with an end-of-sequence
     token. The search ends when `num_beams` are set aside and, depending on `early_stopping`, no other beam ranks higher
-    (Wu et al. 2016, section 7). As in transformers, the processors change the log-probabilities, and beams are ranked
-    by the changed ones.
+    (Wu et al. 2016, section 7). As in transformers, beams are ranked by the log-probabilities after the processors.
 
     Raises the same errors as `Decoder.generate`.
     """

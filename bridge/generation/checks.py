@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LARGEST_SEED = 2**32 - 1
 
 MOST_SEQUENCE_IDS = 2**18
-"""Limit for the number of sequences times the length of the longest. Each step compares as many tokens in each row."""
+"""Limit for the number of sequences times the length of the longest one: the tokens that a step compares per row."""
 
 MOST_ROWS = 2**10
 """Limit for `num_return_sequences` and `num_beams`, the rows for one prompt. Each has a key/value cache."""

@@ -28,7 +28,7 @@ NEUTRAL: Mapping[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Processors -> the value with which they keep everything. Like None, it disables them."""
+"""Processor -> its neutral value. Like None, this value disables it."""
 
 SAMPLING_FIELDS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Processors that only sampling uses. They never remove the most likely token."""
@@ -38,8 +38,8 @@ SAMPLING_FIELDS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "et
 class GenerationConfig:
     """How many tokens to generate, and how each token is selected.
 
-    The fields have the names and meanings of Hugging Face's `GenerationConfig` where it has them. The logits processors
-    apply in the order of the fields, as in Hugging Face's `generate`. None disables a processor, and so does its
+    Fields that Hugging Face's `GenerationConfig` also has keep its names and meanings. The logits processors apply in
+    the order of the fields, as in Hugging Face's `generate`. None disables a processor, and so does its
     neutral value, such as `top_k=0` or `top_p=1`.
     """
 
@@ -67,7 +67,7 @@ class GenerationConfig:
     suppress_tokens: Sequence[int] | None = None
     """Tokens that are never generated."""
     begin_suppress_tokens: Sequence[int] | None = None
-    """Tokens that are not generated as the first new token, or not as the second after `forced_bos_token_id`."""
+    """Tokens that are never the first new token. After `forced_bos_token_id`, they are never the second one."""
     temperature: float = 0.0
     """Divide the logits by this. 0 always takes the most likely token; 1 samples from the model's distribution."""
     top_k: int | None = None
@@ -79,13 +79,13 @@ class GenerationConfig:
     """With a temperature: sample from tokens with at least this fraction of the most likely token's probability
     (Nguyen et al. 2024)."""
     typical_p: float | None = None
-    """With a temperature: sample from the smallest set of tokens whose total probability reaches this, in the order of
-    how close their information is to the entropy of the distribution (Meister et al. 2022)."""
+    """With a temperature: sample from the smallest set of tokens whose total probability reaches this. Tokens whose
+    information is closest to the entropy of the distribution come first (Meister et al. 2022)."""
     epsilon_cutoff: float | None = None
     """With a temperature: sample from tokens with at least this probability (Hewitt et al. 2022)."""
     eta_cutoff: float | None = None
-    """With a temperature: sample from tokens with at least the smaller of this probability and its square root times
-    exp(-entropy) (Hewitt et al. 2022)."""
+    """With a temperature: sample from tokens with probability at least min(eta, sqrt(eta) * exp(-entropy)), where eta
+    is this value (Hewitt et al. 2022)."""
     seed: int = 0
     """The same seed gives the same tokens. Backends differ only by rounding errors. A row does not depend on the other
     rows, so equal prompts in one call give equal texts."""
@@ -96,16 +96,16 @@ class GenerationConfig:
     logprobs: bool = False
     """Return the log-probability of each selected token, in nats, from the logits before any processor."""
     slide: bool = False
-    """When a row has used all positions of the model, continue from its last half. If False, such a length is an
-    error."""
+    """When a row has used all positions of the model, continue from its last half. If False, exceeding the positions is
+    an error."""
     num_beams: int = 1
     """Above 1: beam search with this many beams. The `num_return_sequences` best are returned."""
     length_penalty: float = 1.0
     """With beams: rank them by total score divided by the number of new tokens to this power. The score is the
     log-probability after the processors. Values above 0 favour longer texts."""
     early_stopping: bool | Literal["never"] = False
-    """With beams: end the search when `num_beams` texts have ended (True), when in addition no other beam ranks higher
-    at its present length (False), or when none can rank higher at any length (`never`)."""
+    """With beams: True ends the search when `num_beams` texts have ended. False also requires that no other beam ranks
+    higher at its present length, and `never` that none can rank higher at any length."""
 
     @classmethod
     def of(cls, config: GenerationConfig | None, overrides: Mapping[str, Any]) -> GenerationConfig:

@@ -19,7 +19,7 @@ DEFAULT_NEW_TOKENS = 20
 """transformers' default for the number of new tokens."""
 
 SAMPLING_DEFAULTS: Mapping[str, Any] = {"temperature": 1.0, "top_k": 50}
-"""transformers' defaults when it samples. All other processors are off by default, and it samples only if
+"""transformers' defaults for sampling. All other processors are off by default, and transformers samples only if
 `do_sample` is true."""
 
 _FIELDS = frozenset(f.name for f in fields(GenerationConfig))
@@ -33,11 +33,11 @@ class GenerationDefaults:
     settings: Mapping[str, Any]
     """The settings that the checkpoint has and that generation supports, under transformers' names."""
     source: str | None
-    """The file that has them: `generation_config.json` or `config.json`. None if no file has any."""
+    """The file with the settings: `generation_config.json` or `config.json`. None if no file has any."""
     eos_token_ids: tuple[int, ...]
     """The tokens that end a text."""
     eos_source: str | None
-    """Where they are from: one of these files, or "tokenizer". None if nothing names a token."""
+    """The source of `eos_token_ids`: one of these files, or "tokenizer". None if no source names a token."""
     notes: tuple[str, ...] = ()
     """One sentence for each setting that is not applied, and if transformers would not end a text at these tokens. It
     begins with the name of the file."""
@@ -152,7 +152,7 @@ def _stored_settings(checkpoint: Checkpoint) -> dict[str, Mapping[str, Any]]:
 def _validated(stored: Mapping[str, Any], model: GPT2Config, source: str) -> tuple[dict[str, Any], list[str]]:
     """Return the supported settings of a file with values of the right types, and notes on ids that were dropped.
 
-    Raises `CheckpointError` that names every invalid setting.
+    Raises a `CheckpointError` that names every invalid setting.
     """
     settings, wrong, notes = {}, [], []
     for name, kind in SETTINGS.items():

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Int
 from bridge.generation.config import SAMPLING_FIELDS, GenerationConfig
 
 PADDING = -1
-"""In the ids of a `History`: no token."""
+"""Marks positions without a token in the ids of a `History`."""
 
 ANY = -2
-"""In the prefixes of a `SequenceBias`: matches anything, including a position before the first token."""
+"""A wildcard in the prefixes of a `SequenceBias`. It also matches a position without a token."""
 
 MOST_FAVOUR = 1e30
 """Limit for the factor and the logits of the exponential decay length penalty, which grows with every token. Divided
@@ -22,17 +22,17 @@ by a temperature, such a logit is still finite in float32."""
 
 
 class SequenceBias(NamedTuple):
-    """Biases of the tokens that complete a sequence. K sequences, W tokens of the longest prefix."""
+    """Biases of the tokens that complete a sequence. Axes: K sequences, W tokens of a prefix."""
 
     prefix_KW: Any
-    """The tokens before the last one, aligned at the end, after `ANY`."""
+    """The tokens before the last one, left-padded with `ANY`."""
     token_K: Any
     """The last token."""
     bias_K: Any
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[Sequence[int], float]]) -> SequenceBias | None:
-        """Return the arrays, with powers of two as sizes, so that few sizes are compiled. None without pairs.
+        """Return the arrays, or None without pairs. Sizes are powers of two, so that few sizes are compiled.
 
         The later of two equal sequences replaces the earlier one, as in transformers.
         """
@@ -48,7 +48,7 @@ class SequenceBias(NamedTuple):
 
 
 class LogitsProcessors(NamedTuple):
-    """The processors in the order in which they apply. None is off; a backend does not compile it.
+    """The processors in the order in which they apply. None disables a processor, so that it is not compiled.
 
     `of` makes numpy arrays and Python numbers. Each backend converts them. V is the size of the vocabulary.
     """
@@ -114,7 +114,7 @@ class LogitsProcessors(NamedTuple):
 
     @property
     def change_scores(self) -> bool:
-        """Whether a processor other than those of sampling is on."""
+        """Whether any processor is on, apart from those for sampling."""
         return any(getattr(self, name) is not None for name in self._fields if name not in _SAMPLING)
 
 
@@ -133,7 +133,7 @@ def _power_of_two(count: int) -> int:
 def padded_ids(
     ids: Int[np.ndarray, "B T"], num_padding: Int[np.ndarray, " B"], length: int, copies: int
 ) -> Int[np.ndarray, "B*copies length"]:
-    """Return the ids of a `History`: `copies` rows of each left-padded prompt, with `PADDING` where no token is."""
+    """Return the ids of a `History`: `copies` rows of each left-padded prompt, filled with `PADDING`."""
     found = np.full((len(ids), length), PADDING, np.int32)
     found[:, : ids.shape[1]] = np.where(np.arange(ids.shape[1]) < num_padding[:, None], PADDING, ids)
     return found.repeat(copies, axis=0)

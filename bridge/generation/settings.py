@@ -63,13 +63,13 @@ def _sequences(value: Any) -> tuple[tuple[int, ...], ...]:
 
 def _biases(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        raise ValueError("must be a list of pairs of token ids and a bias")
+        raise ValueError("must be a list of pairs [token ids, bias]")
     return tuple((_ids(ids), _number(bias)) for ids, bias in value)
 
 
 def _decay(value: Any) -> tuple[int, float]:
     if not isinstance(value, list) or len(value) != 2:
-        raise ValueError("must be a pair of a number of tokens and a factor")
+        raise ValueError("must be a pair [number of tokens, factor]")
     return _integer(value[0]), _number(value[1])
 
 
@@ -105,7 +105,7 @@ SETTINGS: Mapping[str, Callable[[Any], Any]] = {
 
 ID_FIELDS = frozenset(name for name, kind in SETTINGS.items() if kind in (_id, _ids, _one_or_more_ids, _sequences))
 ID_FIELDS |= {"sequence_bias"}
-"""Settings of token ids."""
+"""Settings whose values contain token ids."""
 
 _UNSUPPORTED: Mapping[str, Any] = {
     "constraints": None,
@@ -125,7 +125,7 @@ _UNSUPPORTED: Mapping[str, Any] = {
     "top_h": None,
     "watermarking_config": None,
 }
-"""Settings that would change the tokens -> the value with which they do not."""
+"""Settings that would change the tokens -> their neutral value."""
 
 _WITHOUT_EFFECT = frozenset(
     {
@@ -170,9 +170,9 @@ def _is_neutral(value: Any, neutral: Any) -> bool:
 
 
 def within_vocabulary(name: str, value: Any, vocab_size: int) -> tuple[Any, int]:
-    """Return the entries of a setting whose ids are all in the vocabulary, None if none is, and how many are not.
+    """Return the entries of a setting whose ids are all in the vocabulary, or None, and the number of other entries.
 
-    Other ids never occur, so an entry with them has no effect.
+    Ids outside the vocabulary never occur, so an entry with such an id has no effect.
     """
 
     def is_inside(ids: Iterable[int]) -> bool:

@@ -36,7 +36,7 @@ class TextOutput:
     logprobs: list[float] | None
     """The log-probability of each token, in nats, if requested."""
     stopped: bool
-    """Whether a stop string or an end-of-sequence token ended the text, not `max_new_tokens`."""
+    """Whether a stop string or an end-of-sequence token, and not `max_new_tokens`, ended the text."""
 
 
 ConfigOrRule = GenerationConfig | Callable[[int], GenerationConfig]
@@ -113,7 +113,7 @@ def stream_text(
     *,
     special_tokens: SpecialTokenPolicy = "match",
 ) -> Iterator[str]:
-    """Yield the text that continues one prompt, a text or ids, in pieces.
+    """Yield the continuation of one prompt in pieces. The prompt is a text or a list of ids.
 
     No piece ends inside a character or a stop string. The arguments are those of `generate_text`.
     """
@@ -184,7 +184,7 @@ class _Row:
         return self.text[before:]
 
     def flush(self) -> str:
-        """Append the pending text to `text` and return it. Empty after a stop string."""
+        """Append the pending text to `text` and return it. It is empty after a stop string."""
         before = len(self.text)
         if not self.stopped:
             self._add(self.stream.flush())

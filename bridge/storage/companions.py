@@ -1,7 +1,7 @@
 """Companions: the small files beside a checkpoint's weights. Like the weights, they are untrusted input.
 
-A companion is a regular file in the checkpoint's directory, in a folder of it, or in the `blobs` of the Hugging Face
-cache that contains the directory. A link to any other file is rejected, because an export would copy that file's
+A companion is a regular file in the checkpoint's directory, in one of its folders, or in the `blobs` of the Hugging
+Face cache that contains the directory. A link to any other file is rejected, because an export would copy that file's
 content. The same rule applies to shards (`formats/sharded.py`).
 """
 
@@ -41,7 +41,7 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 def has_companion(directory: Path, name: str) -> bool:
-    """Whether a path of this name exists. Includes paths that `read_companion` rejects: they are not missing."""
+    """Whether a path of this name exists. This includes paths that exist but that `read_companion` rejects."""
     return os.path.lexists(directory / name)
 
 

@@ -52,7 +52,7 @@ def logits(inputs: CheckInputs) -> Check:
 
 
 def hidden_states(inputs: CheckInputs) -> Check:
-    """All activations, after every layer and inside it, are equal in float64."""
+    """All activations, inside and after every layer, are equal in float64."""
     differences = compare_activations(inputs)
     worst = max(differences, key=differences.__getitem__)
     name = f"fp64 max relative difference of {len(differences)} activations"
@@ -157,7 +157,7 @@ def transformers(inputs: CheckInputs) -> Check:
 def classification(inputs: CheckInputs) -> Check:
     """The logits of the classes are equal in float64 and float32, with padding on either side.
 
-    A classifier gets no mask. It attends to padding on the left, as transformers' does without a mask.
+    A classifier gets no mask, so it attends to padding on the left, as in transformers without a mask.
     """
     name, classifier = "classification", inputs.classifier
     if classifier is None:
@@ -182,10 +182,10 @@ def classification(inputs: CheckInputs) -> Check:
 
 
 def _batches_to_classify(inputs: CheckInputs, classifier: SequenceClassifier) -> tuple[dict[str, np.ndarray], str]:
-    """Return name -> ids, and a remark. Without an id of padding, only single rows can be classified."""
+    """Return name -> ids, and a remark. Without a padding id, only single rows can be classified."""
     rows, pad_token_id = inputs.rows_of_different_lengths(), classifier.pad_token_id
     if pad_token_id is None or not 0 <= pad_token_id < classifier.checkpoint.config.vocab_size:
-        return {"one row": rows[-1][None]}, "one row, because no pad_token_id is in the vocabulary"
+        return {"one row": rows[-1][None]}, "one row, because the vocabulary has no pad_token_id"
     batches = {f"padded {side}": pad(rows, side, pad_token_id)[0] for side in ("left", "right")}
     return batches, f"{len(rows)} rows, {classifier.num_labels} classes"
 

@@ -151,7 +151,7 @@ def test_what_is_not_a_classifier_is_refused(tmp_path: Path) -> None:
     path = huggingface_directory(tmp_path / "model", TINY)
     with pytest.raises(ConversionError, match=r"'.*model': score\.weight is missing; bridge\.load reads"):
         bridge.load_classifier(path)
-    with pytest.raises(CheckpointError, match=r"has no config\.json with weights in Hugging Face format"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json beside weights in Hugging Face format"):
         bridge.load_classifier(tmp_path)
     theirs(tmp_path / "theirs")
     classifier = bridge.load_classifier(tmp_path / "theirs")
@@ -160,7 +160,7 @@ def test_what_is_not_a_classifier_is_refused(tmp_path: Path) -> None:
             SequenceClassifier(classifier.checkpoint, LazyTensor.of(np.zeros(shape, dtype)))
     tree = classifier.to_flax()
     for wrong in ({**tree, "more": {}}, {"transformer": tree["transformer"]}, tree["transformer"]):
-        with pytest.raises(ConversionError, match="the tree of a classifier has transformer and score/kernel"):
+        with pytest.raises(ConversionError, match="must have exactly transformer and score/kernel"):
             classifier.with_flax(wrong)
 
 
@@ -217,7 +217,7 @@ def test_verify_classifies_one_row_without_padding_and_works_without_transformer
     assert check.passed
     assert [m.name.split(" logits")[0] for m in check.measurements] == ["fp64", "fp32"]
     assert check.note == (
-        "one row, because no pad_token_id is in the vocabulary; without a third opinion: transformers is not installed"
+        "one row, because the vocabulary has no pad_token_id; without a third opinion: transformers is not installed"
     )
 
 
