@@ -1,4 +1,4 @@
-"""Flags of chat, and the prompts that they make."""
+"""Flags for chat, and the encoding of prompts as messages."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
 from gpt2_jax.data.documents import Document
 
 SpecialTokensFlag = Literal["match", "as-text", "error"]
-"""The values of --special-tokens, which are spelled like flags."""
+"""The values of --special-tokens, with hyphens in place of underscores."""
 
 
 def policy_of(flag: SpecialTokensFlag) -> SpecialTokenPolicy:
-    """Return the value of `special_tokens` in `Tokenizer.encode` that a flag stands for."""
+    """Convert the value of --special-tokens to the value of `special_tokens` in `Tokenizer.encode`."""
     return "as_text" if flag == "as-text" else flag
 
 
@@ -25,7 +25,7 @@ def around_documents(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def blocks_to_encode(document: Document, tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield a document in blocks whose ids, one after the other, are those of the document.
+    """Yield a document in blocks. Their concatenated ids are those of the document.
 
     The whole document is one block if the tokenizer's ids depend on more than the words.
     """

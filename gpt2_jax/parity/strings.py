@@ -1,11 +1,11 @@
-"""Difficult strings for tokenizers: the inputs of the check of a checkpoint's tokenizer."""
+"""Difficult strings for tokenizers: the inputs of the check `tokenizer`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
 MOST_MARKERS = 500
-"""Added tokens that occur in the strings. A tokenizer may have thousands."""
+"""Maximum number of added tokens in the strings. A tokenizer may have thousands."""
 
 _FIXED = (
     "",
@@ -41,7 +41,7 @@ def difficult_strings(markers: Iterable[str]) -> list[str]:
     """Return the strings: white space, long words, numbers, code, mixed scripts, lone surrogates, and all planes.
 
     Args:
-        markers: the spellings of the added tokens, which occur inside words, apart, next to each other and in part.
+        markers: the spellings of the added tokens. Each occurs inside words, alone, twice in a row, and truncated.
     """
     named = [marker for marker in dict.fromkeys(markers) if marker][:MOST_MARKERS]
     around = [f"a{marker}b {marker} c{marker}{marker}\n{marker[:-1]} {marker.upper()}" for marker in named]

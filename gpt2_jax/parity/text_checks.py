@@ -1,6 +1,6 @@
 """The checks of text: the checkpoint's tokenizer, and greedy generation with the checkpoint's own settings.
 
-The third opinion is transformers, where it is installed and can read the files beside the weights.
+transformers is the third opinion if it is installed and can read the files beside the weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _no_token(id: int) -> None:
 
 @dataclass(frozen=True)
 class Reader:
-    """A tokenizer, or the program that generated ids, as a difference names it."""
+    """The source of ids, for the description of a difference: a tokenizer, or the program that generated them."""
 
     name: str
     token_of: Callable[[int], str | None] = _no_token
@@ -66,7 +66,7 @@ def first_difference(text: str, expected: Ids, actual: Ids, readers: tuple[Reade
 
 
 def count(name: str, differences: Sequence[str]) -> Measurement:
-    """The number of differences, none of which is tolerated, and the first of them."""
+    """The number of differences, with the tolerance 0, and the first difference."""
     return Measurement(name, len(differences), 0, differences[0] if differences else "")
 
 
@@ -76,7 +76,7 @@ def count(name: str, differences: Sequence[str]) -> Measurement:
 def tokenizer(inputs: CheckInputs) -> Check:
     """The tokenizer gives transformers' ids and text for difficult strings.
 
-    Where transformers cannot read the files, each string must come back from its ids.
+    If transformers cannot read the files, each string must survive a round trip.
     """
     name, ours = "tokenizer", inputs.tokens.tokenizer
     if ours is None:
@@ -89,8 +89,8 @@ def tokenizer(inputs: CheckInputs) -> Check:
 
 
 def _against_transformers(ours: Tokenizer, theirs: Any, vocab_size: int) -> Iterable[Measurement]:
-    # Both sides' added tokens, because one may lack a token of the other. transformers also adds special tokens whose
-    # ids are outside the vocabulary; the model has no embedding for them.
+    # Use the added tokens of both sides, because each side may lack tokens of the other. transformers also adds special
+    # tokens whose ids are outside the vocabulary. The model has no embedding for these.
     markers = [*ours.added, *(token for token, id in theirs.get_added_vocab().items() if id < vocab_size)]
     readers = Reader(transformers_side.NAME, theirs.convert_ids_to_tokens), Reader(OURS, ours.token_of)
     refused, ids_differ, texts_differ = [], [], []
@@ -114,14 +114,14 @@ def _against_transformers(ours: Tokenizer, theirs: Any, vocab_size: int) -> Iter
             if decoded != wanted:
                 texts_differ.append(_difference_of_texts(text, wanted, decoded))
                 break
-    yield count(f"strings whose ids differ from those of transformers, of {len(strings)}", ids_differ)
+    yield count(f"strings whose ids differ from those of transformers (of {len(strings)})", ids_differ)
     yield count("strings whose decoded text differs from that of transformers", texts_differ)
     if refused:
         yield Measurement("strings that the tokenizer cannot encode", len(refused), len(strings) - 1, refused[0])
 
 
 def _round_trip(ours: Tokenizer) -> Measurement:
-    """Encode and decode each string. A tokenizer that loses nothing must return it, any other one a stable text."""
+    """Encode and decode each string. Lossless tokenizers must return the string, all others a stable text."""
     strings, changed = _strings(ours, ours.added), []
     returns_text = _is_lossless(ours)
     unstable = {token.id for token in ours.added.values()} | {ours.id_of(ours.special.unk or "")}
@@ -134,15 +134,15 @@ def _round_trip(ours: Tokenizer) -> Measurement:
         if returns_text:
             if decoded != text:
                 changed.append(_difference_of_texts(text, text, decoded))
-        elif not unstable & {*ids}:  # spaces may grow around an added token, and an unknown token is lost
+        elif not unstable & {*ids}:  # added tokens may gain spaces, and unknown tokens are lost
             again, last = _encoded_again(ours, decoded)
             if again != last:
                 changed.append(first_difference(decoded, again, last, (Reader(OURS, ours.token_of),) * 2))
-    return count(f"strings that change in a round trip, of {len(strings)}", changed)
+    return count(f"strings that change in a round trip (of {len(strings)})", changed)
 
 
 def _encoded_again(ours: Tokenizer, text: str) -> tuple[Ids, Ids]:
-    """Return the ids of a text, and the ids of their text. They are equal once decoding has normalized the text."""
+    """Return the ids of a text before and after a round trip. They are equal if the text is already normalized."""
     ids = ours.encode(text, add_special_tokens=False)
     return ids, ours.encode(ours.decode(ids), add_special_tokens=False)
 
@@ -163,7 +163,7 @@ def _difference_of_texts(text: str, expected: str, actual: str) -> str:
     pairs = enumerate(zip(expected, actual, strict=False))
     position = next((k for k, (a, b) in pairs if a != b), min(len(expected), len(actual)))
     rest = (quoted(decoded[position:], 20) for decoded in (expected, actual))
-    return f"{quoted(text)}: the decoded text differs from character {position}: {' and '.join(rest)}"
+    return f"{quoted(text)}: the decoded texts differ at character {position}: {' and '.join(rest)}"
 
 
 # Generation
@@ -172,7 +172,7 @@ def _difference_of_texts(text: str, expected: str, actual: str) -> str:
 def generation(inputs: CheckInputs) -> Check:
     """Greedy generation with the checkpoint's settings gives the same ids, the same end and the same text.
 
-    One of the tokens that the model generates is made a further end, so that a text ends before the limit.
+    One generated token is declared an additional end-of-sequence token, so that a text ends before the limit.
     """
     name, prompts = "generation", inputs.prompts()
     if inputs.classifier is not None:
@@ -195,7 +195,7 @@ def generation(inputs: CheckInputs) -> Check:
 
 
 def _overrides(inputs: CheckInputs, prompts: np.ndarray) -> dict[str, Any]:
-    """Return the settings that replace the checkpoint's own, under names that transformers has too."""
+    """Return the settings that replace the checkpoint's own, under names that transformers also uses."""
     defaults, length = inputs.generation_defaults, prompts.shape[1]
     found: dict[str, Any] = {"do_sample": False, "num_return_sequences": 1, "eos_token_id": defaults.eos_token_ids}
     most = min(NEW_TOKENS, inputs.checkpoint.config.n_positions - length)
@@ -240,4 +240,4 @@ def _compare_ids(
     readers = Reader(name, token_of), Reader(other, token_of)
     rows = zip(prompts.tolist(), expected, actual, strict=True)
     differing = [f"after {first_difference(text_of(prompt), a, b, readers)}" for prompt, a, b in rows if a != b]
-    return count(f"texts that differ, {other} vs {name}, of {len(prompts)}", differing)
+    return count(f"texts that differ, {other} vs {name} (of {len(prompts)})", differing)

@@ -108,7 +108,7 @@ def generation_settings(checkpoint: Checkpoint) -> Any:
 
 
 def generate(checkpoint: Checkpoint, prompts: np.ndarray, settings: Any, **overrides: Any) -> list[list[int]]:
-    """The new ids for prompts [B, T], up to the first end, computed in float64.
+    """The new ids for prompts [B, T], up to and including the first end-of-sequence token, computed in float64.
 
     Args:
         settings: from `generation_settings`.
@@ -122,7 +122,7 @@ def generate(checkpoint: Checkpoint, prompts: np.ndarray, settings: Any, **overr
         model = _model(checkpoint, "float64")
         model.generation_config = settings
         ids = torch.from_numpy(prompts)
-        # Without a mask and an id of padding, transformers guesses them from the prompts.
+        # Without a mask and a padding id, transformers guesses them from the prompts.
         found = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **overrides)
     return [_up_to_the_end(row[prompts.shape[1] :], ends) for row in found.tolist()]
 

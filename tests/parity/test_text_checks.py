@@ -137,7 +137,7 @@ TEXTS = "strings whose decoded text differs from that of transformers"
             IDS,
             "'a\\ud800b\\udfffc': token 1 is 171 'ï' in transformers, 30 '?'",
         ),
-        (lose_spaces_at_the_end, TEXTS, "'  leading and trailing  ': the decoded text differs from character 22"),
+        (lose_spaces_at_the_end, TEXTS, "'  leading and trailing  ': the decoded texts differ at character 22"),
     ],
 )
 def test_a_wrong_tokenizer_fails(
@@ -205,7 +205,7 @@ def check_of_generation(directory: Path, **settings: Any) -> Check:
     ],
     ids=["none", "sampling", "beams"],
 )
-def test_the_checkpoints_settings_apply_in_all_three(directory: Path, settings: Settings) -> None:
+def test_the_checkpoints_settings_apply_in_both_backends_and_transformers(directory: Path, settings: Settings) -> None:
     check = check_of_generation(directory, **settings)
     assert check.passed and "fully" not in check.note, (failures(check), check.note)
     assert len(check.measurements) == (4 if "eos_token_id" in settings else 3)

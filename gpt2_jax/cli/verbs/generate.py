@@ -43,7 +43,7 @@ _OF_CHECKPOINT: Mapping[str, tuple[Any, str]] = {
     "length_penalty": (float, "else 1"),
     "early_stopping": (Literal["true", "false", "never"], "else false"),
 }
-"""Flags for fields of `GenerationConfig` whose default is the checkpoint's -> their type, and the default in words."""
+"""Flags for fields of `GenerationConfig` that default to the checkpoint's value -> type, and the default without it."""
 
 _OWN: Mapping[str, Any] = {"seed": 0, "slide": False}
 """Other fields of `GenerationConfig` that are flags -> their defaults."""
@@ -111,8 +111,8 @@ def generate(
         decoding: how each token is selected.
         stop: end the text before this string; may be given several times.
         stop_at_end: end the text at the checkpoint's eos_token_id, else at the tokenizer's end-of-sequence token.
-        special_tokens: an added token, such as <|endoftext|>, in a prompt is one token (match), text like any other
-            (as-text; for text of people you do not trust), or an error.
+        special_tokens: how to treat an added token, such as <|endoftext|>, in a prompt: as one token (match), as
+            ordinary text (as-text; for untrusted prompts), or as an error (error).
         dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
             TPU.
         json: also write prompts, texts, ids and log-probabilities to this file.

@@ -23,7 +23,7 @@ from gpt2_jax.console.output import json_writer, reading_bar
 from gpt2_jax.console.terminal import console
 
 MOST_SHOWN = 1000
-"""Characters of the generation settings that are shown. A list of forbidden words may be long."""
+"""Maximum number of characters of the generation settings to show. A list of forbidden words may be long."""
 
 
 def inspect(

@@ -52,7 +52,7 @@ def verify(
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> int:
-    """Check that PyTorch and JAX compute the same with this checkpoint, and give the same text.
+    """Check that PyTorch and JAX compute the same function with this checkpoint and give the same text.
 
     Exit code 0 if at least one check ran and every check that ran passed. A check that cannot run is skipped. A
     sequence classifier is checked with its head, unless --drop-extra-heads is given.
