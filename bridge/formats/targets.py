@@ -32,7 +32,7 @@ class Target:
 def targets(checkpoint: Checkpoint) -> dict[str, Target]:
     """Return format -> what it leaves out, for each format that `bridge.save` writes.
 
-    This reads few tensors and writes none. It does not check whether all weights are finite.
+    The function reads few tensors and writes none. It does not check whether all weights are finite.
     """
     return {name: _target(checkpoint, FORMATS[name]) for name in WRITABLE}
 

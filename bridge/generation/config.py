@@ -67,7 +67,7 @@ class GenerationConfig:
     suppress_tokens: Sequence[int] | None = None
     """Tokens that are never generated."""
     begin_suppress_tokens: Sequence[int] | None = None
-    """Tokens that are never the first new token. After `forced_bos_token_id`, they are never the second one."""
+    """Tokens that are never the first new token or, if `forced_bos_token_id` sets the first one, never the second."""
     temperature: float = 0.0
     """Divide the logits by this. 0 always takes the most likely token; 1 samples from the model's distribution."""
     top_k: int | None = None

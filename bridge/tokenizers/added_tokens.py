@@ -71,7 +71,7 @@ class Declared:
 
     @property
     def is_legacy(self) -> bool:
-        """Whether to use the files of transformers before 4.33, because there is no `added_tokens_decoder`."""
+        """Whether to use the files of transformers before 4.33. True if there is no `added_tokens_decoder`."""
         return "added_tokens_decoder" not in self.settings
 
     def is_null(self, role: str) -> bool:

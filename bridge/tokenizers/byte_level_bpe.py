@@ -319,7 +319,7 @@ def _merged_below(limit: int, token: bytes, ranks: Mapping[bytes, int]) -> list[
 
 
 def printable_bytes() -> dict[str, int]:
-    """Return character -> byte. Printable bytes use the character of the same number, others those from 256 on.
+    """Return character -> byte. Printable bytes keep their own characters. The others get characters from 256 on.
 
     Source: `bytes_to_unicode` in OpenAI's gpt-2/src/encoder.py, rewritten.
     """

@@ -1,6 +1,7 @@
 """The `tokenizers` package, which runs everything that a `tokenizer.json` can describe.
 
-The package is written in Rust, and its panics are not `Exception`s. This module converts both to `TokenizerError`.
+The package is written in Rust, and its panics are not `Exception`s. This module converts panics and exceptions to
+`TokenizerError`.
 """
 
 from __future__ import annotations

@@ -285,7 +285,7 @@ class Tokenizer(ABC):
     def encode_parts(self, parts: Parts) -> list[int]:
         """Return the ids of a text in parts. Added tokens are matched only in trusted parts.
 
-        Raises `TokenizerError` if another part contains an added token that this kind cannot encode as text.
+        Raises `TokenizerError` if another part has an added token that this kind of tokenizer cannot encode as text.
         """
         text = "".join(part for part, _ in parts)
         ids, offsets = self.encode_with_offsets(text, add_special_tokens=False)
