@@ -18,6 +18,7 @@ from bridge.errors import CheckpointError, ConversionError, TokenizerError, bull
 from bridge.parameter_table import parameters
 from bridge.storage.companions import checked_companion, has_companion, read_json_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
+from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.chat.templates import CHAT_TEMPLATE, CHAT_TEMPLATE_FOLDER
 from bridge.tokenizers.loading import TOKENIZER_FILES, VOCABULARY_FILES, tokenizer_files_in
 from bridge.tokenizers.readers.nanogpt import META, from_meta
@@ -108,11 +109,9 @@ def unused_companions(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the relative paths of the files beside the weights that the checkpoint's tokenizer does not use."""
     found = _beside(checkpoint)
     if checkpoint.own_tokenizer is not None:
-        used = {*found} if _files_have(checkpoint, checkpoint.own_tokenizer()) else set()
-    elif _tokenizer_without_files(checkpoint, found) is not None:
-        used = {META}
+        used = {*found} if _files_have_own_tokenizer(checkpoint) else set()
     else:
-        used = {*found} - {META}
+        used = {META} if _is_in_meta(checkpoint, found) else {*found} - {META}
     return tuple(name for name in found if name not in used and not fits_any_tokenizer(name))
 
 
@@ -139,21 +138,32 @@ def _tokenizer_without_files(checkpoint: Checkpoint, found: Collection[str]) -> 
     return None if checkpoint.path is None else from_meta(checkpoint.path, checkpoint.progress)
 
 
-def _files_have(checkpoint: Checkpoint, tokenizer: Tokenizer) -> bool:
-    """Whether the files beside the weights have the same vocabulary, tokens around a text and end-of-sequence tokens.
-
-    The files may say more about a token, such as whether it is normalized.
-    """
+def _is_in_meta(checkpoint: Checkpoint, found: Collection[str]) -> bool:
     try:
-        beside = replace(checkpoint, own_tokenizer=None).tokenizer()
+        return _tokenizer_without_files(checkpoint, found) is not None
+    except TokenizerError:
+        return META in found
+
+
+def _files_have_own_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the files beside the weights are the same tokenizer as the one in the weights file.
+
+    The files may also say which added tokens are normalized. A weights file does not, and GPT-2 has no normalizer.
+    """
+    assert checkpoint.own_tokenizer is not None
+    try:
+        own, beside = checkpoint.own_tokenizer(), replace(checkpoint, own_tokenizer=None).tokenizer()
     except TokenizerError:
         return False
-    return beside.source == checkpoint.path and _tokens(beside) == _tokens(tokenizer)
+    if not (isinstance(own, ByteLevelBPE) and isinstance(beside, ByteLevelBPE) and beside.source == checkpoint.path):
+        return False
+    return _rules(own) == _rules(beside)
 
 
-def _tokens(tokenizer: Tokenizer) -> tuple[Any, ...]:
-    tokens = [tokenizer.token_of(i) for i in range(tokenizer.vocab_size)]
-    return tokens, tokenizer.around, tokenizer.eos_token_ids
+def _rules(tokenizer: ByteLevelBPE) -> tuple[Any, ...]:
+    """Return what determines the ids and the end of a text."""
+    added = {token.content: token.id for token in tokenizer.added.values()}
+    return tokenizer.ranks, added, tokenizer.around, tokenizer.add_prefix_space, tokenizer.eos_token_ids
 
 
 def read_config(path: Path) -> tuple[GPT2Config, dict[str, Any]]:

@@ -32,6 +32,7 @@ from bridge.parameter_table import VOCABULARY_ROWS
 from bridge.storage.atomic_writes import new_directory
 from bridge.storage.companions import has_companion
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
+from bridge.tokenizers.chat.templates import chat_template_files
 from bridge.tokenizers.loading import VOCABULARY_FILES
 
 NAME = "peft"
@@ -69,6 +70,7 @@ def read(weights: Path, base: Checkpoint, drop_extra_heads: bool = False) -> Che
     lora, dropped = _lora(tensors, config, drop_extra_heads)
     merged = merge_lora(base, lora)
     beside = [name for name in CARRIED_FILES if has_companion(weights.parent, name)]
+    beside += chat_template_files(weights.parent)
     own = any(name in VOCABULARY_FILES for name in beside)
     unread = [name for name in beside if not own or name == GENERATION_CONFIG]
     notes = [f"not read beside the adapter, because the base's count: {', '.join(unread)}"] if unread else []

@@ -55,7 +55,10 @@ def _left_out(checkpoint: Checkpoint, format: Format, sentences: tuple[str, ...]
         sentences += (*_files_left_out(checkpoint, format.keeps_tokenizer), *_fields_left_out(checkpoint))
     elif format.file_name is not None:  # config.json and the other files store what the weights file cannot
         sentences = ()
-    if unused := unused_companions(checkpoint):
+    unused = unused_companions(checkpoint)
+    if _has_template_in_settings(checkpoint):
+        unused = tuple(name for name in unused if name != "tokenizer_config.json")
+    if unused:
         sentences += (f"{', '.join(unused)}, which the source's tokenizer does not use",)
     steps = checkpoint.optimizer.step if checkpoint.optimizer is not None else 0
     if steps and not format.keeps_optimizer:

@@ -38,9 +38,15 @@ class GenerationDefaults:
     """The tokens that end a text."""
     eos_source: str | None
     """The source of `eos_token_ids`: one of these files, or "tokenizer". None if no source names a token."""
-    notes: tuple[str, ...] = ()
-    """One sentence for each setting that is not applied, and if transformers would not end a text at these tokens. It
-    begins with the name of the file."""
+    not_applied: tuple[str, ...] = ()
+    """One sentence for each setting that is not applied. It begins with the name of the file."""
+    end_note: str | None = None
+    """A sentence, if transformers would not end a text at these tokens."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Everything in which generation differs from transformers' with the same files."""
+        return self.not_applied if self.end_note is None else (*self.not_applied, self.end_note)
 
     def max_new_tokens(self, prompt_length: int) -> int | None:
         """Return the checkpoint's limit for new tokens, or None if it has none.
@@ -129,13 +135,14 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = No
         found, eos_notes = _validated(named_end, checkpoint.config, eos_source)
         ids = found.get("eos_token_id", ())
         notes += [note for note in eos_notes if note not in notes]
+    end_note = None
     if ids and source == GENERATION_CONFIG != eos_source:
         other = f"the {eos_source}" if eos_source == "tokenizer" else eos_source
-        notes.append(f"{source}: no eos_token_id, so a text ends at that of {other}; transformers would not end it")
+        end_note = f"{source}: no eos_token_id, so a text ends at that of {other}; transformers would not end it"
     settings.pop("eos_token_id", None)
     has_settings = bool(settings or notes) or source == GENERATION_CONFIG
     return GenerationDefaults(
-        checkpoint.config, settings, source if has_settings else None, ids, eos_source, tuple(notes)
+        checkpoint.config, settings, source if has_settings else None, ids, eos_source, tuple(notes), end_note
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bridge.errors import TokenizerError, quoted
@@ -50,6 +50,7 @@ def encode_conversations(
     if special_tokens == "match":
         texts = render(template, conversations, variables)
         return tokenizer.encode_batch(texts, add_special_tokens=False)
+    _require_no_unmarked_token(tokenizer, conversations)
     marks = _marks(template.text, conversations, variables)
     # A template may strip messages, so white space at their ends stays outside the marks unless a token contains some.
     around_space = any(character.isspace() for token in tokenizer.added for character in token)
@@ -77,6 +78,30 @@ def _template(tokenizer: Tokenizer, name: str | None) -> ChatTemplate:
 
 def _with_special_tokens(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{role}_token": token for role, token in tokenizer.special.by_role().items()} | dict(variables)
+
+
+def _require_no_unmarked_token(tokenizer: Tokenizer, conversations: Sequence[Messages]) -> None:
+    """Raise `TokenizerError` for an added token in what `_with_marks` leaves unmarked."""
+    for text in _unmarked(conversations):
+        for token in tokenizer.added:
+            if token in text:
+                raise TokenizerError(
+                    f"{quoted(text)}, a field, role or type of a message, contains the token {quoted(token)}; remove "
+                    "it, or choose special_tokens='match' (--special-tokens)"
+                )
+
+
+def _unmarked(value: Any, is_text: bool = True) -> Iterator[str]:
+    """Yield the names of fields, and the values of the fields in `_NOT_TEXT`."""
+    if isinstance(value, str) and not is_text:
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _unmarked(inner, is_text and name not in _NOT_TEXT)
+    elif isinstance(value, list | tuple):
+        for element in value:
+            yield from _unmarked(element, is_text)
 
 
 def _raise_for_token(tokenizer: Tokenizer, parts: Parts) -> NoReturn:

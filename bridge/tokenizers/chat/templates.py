@@ -26,6 +26,8 @@ DEFAULT = "default"
 _SUFFIX = ".jinja"
 _SETTINGS, _FIELD = "tokenizer_config.json", "chat_template"
 _MOST_FILES = 64
+_LONGEST_NAME = 128
+"""Limit for the name of a template, in bytes. It becomes the name of a file."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,11 @@ def _of_settings(value: Any, where: str) -> dict[str, ChatTemplate]:
         raise TokenizerError(
             f"{where}: {_FIELD}={quoted(value)} is neither a template nor a list of objects with name and template"
         )
+    if len(listed) > _MOST_FILES:
+        raise TokenizerError(f"{where} has more than {_MOST_FILES} chat templates; remove some")
     for entry in listed:
         name = entry["name"]
-        if not name or name != Path(name).name or not name.isprintable():
+        if not name or name != Path(name).name or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
             raise TokenizerError(f"{where}: {quoted(name)} is not a valid name of a chat template")
     return {
         entry["name"]: ChatTemplate(entry["template"], f"{where} ({quoted(entry['name'])})", is_in_settings=True)

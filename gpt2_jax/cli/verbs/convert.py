@@ -79,8 +79,8 @@ def convert(
 
 
 def _files_in(target: Path) -> set[str]:
-    """Return the names of the files in a directory; nothing for a path that is not a directory."""
-    return {path.name for path in target.iterdir() if path.is_file()} if target.is_dir() else set()
+    """Return the relative paths of the files in a directory; nothing for a path that is not a directory."""
+    return {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
 
 
 def _changed(checkpoint: Checkpoint, zero_biases: bool, activation: str | None, vocab_size: int | None) -> Checkpoint:

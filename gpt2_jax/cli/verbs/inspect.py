@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 import bridge
@@ -136,12 +135,12 @@ def _chat_templates(checkpoint: Checkpoint) -> list[str] | dict[str, str]:
 
 def _show_tokenizer(summary: Table, facts: dict[str, Any] | None) -> None:
     if facts is None or "error" in facts:
-        summary.add_row("tokenizer", "none" if facts is None else escape(facts["error"]))
+        summary.add_row("tokenizer", "none" if facts is None else facts["error"])
         return
     kind, size, added = facts["kind"], facts["vocab_size"], facts["added_tokens"]
     summary.add_row("tokenizer", f"{kind}, ids below {size:,}, {added} added tokens")
     for role, found in facts["special_tokens"].items():
-        summary.add_row(f"  {role}", escape(f"{quoted(found['token'])[1:-1]} ({found['id']})"))
+        summary.add_row(f"  {role}", f"{quoted(found['token'])[1:-1]} ({found['id']})")
 
 
 def _chat_text(templates: list[str] | dict[str, str]) -> str:
@@ -178,7 +177,7 @@ def _show(
     if checkpoint.optimizer is not None:
         summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
     _show_tokenizer(summary, facts["tokenizer"])
-    summary.add_row("chat templates", escape(_chat_text(facts["chat_templates"])))
+    summary.add_row("chat templates", _chat_text(facts["chat_templates"]))
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
     for label, text in _generation_rows(facts["generation"]):
@@ -186,7 +185,7 @@ def _show(
     for k, diagnostic in enumerate(facts["diagnostics"] or ["none"]):
         summary.add_row("warnings" if k == 0 else "", diagnostic, style="yellow" if facts["diagnostics"] else "")
     for label, text in _target_rows(left_out):
-        summary.add_row(label, escape(text))
+        summary.add_row(label, text)
     summary.add_row("fingerprint", facts["fingerprint"])
     out.print(summary)
     if tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 from tokenizing.kinds import KINDS, ROWS
 
 import bridge
-from bridge import CheckpointError, TokenizerError
+from bridge import CheckpointError, Tokenizer, TokenizerError
 from bridge.storage.atomic_writes import replace_files
 from bridge.tokenizers.chat.templates import read_chat_templates
 from bridge.tokenizers.readers.nanogpt import META, from_meta
@@ -79,6 +80,49 @@ def test_templates_and_settings_beside_a_tokenizer_in_the_weights_are_carried(tm
         "default": TEMPLATE,
         "rag": "{{ documents }}\n",
     }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: (path / "tokenizer_config.json").write_text('{"add_prefix_space": true}'),
+        lambda path: (path / "merges.txt").write_text(_reordered((path / "merges.txt").read_text())),
+    ],
+    ids=["prefix space", "order of merges"],
+)
+def test_files_beside_a_gguf_that_give_other_ids_are_not_carried(
+    tmp_path: Path, change: Callable[[Path], object]
+) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=ROWS))
+    KINDS["old_style"](model)
+    bridge.save(bridge.load(model), tmp_path / "gguf", format="gguf")
+    change(tmp_path / "gguf")
+    source = bridge.load(tmp_path / "gguf")
+    [unused] = bridge.save(source, tmp_path / "out", format="huggingface")
+    assert "merges.txt" in unused and "which the source's tokenizer does not use" in unused
+    text = "the quick brown fox says that it is here"
+    assert bridge.load(tmp_path / "out").tokenizer().encode(text) == source.tokenizer().encode(text)
+
+
+def _reordered(merges: str) -> str:
+    """Put the last merge of two single letters before all others."""
+    first, *lines = merges.splitlines()
+    last = max(i for i, line in enumerate(lines) if len(line) == 3)
+    return "\n".join([first, lines.pop(last), *lines, ""])
+
+
+def test_a_single_file_is_written_without_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+    model = huggingface_directory(tmp_path / "model", replace(CONFIG, vocab_size=256))
+    (model / META).write_bytes(b"damaged")
+
+    def unreadable() -> Tokenizer:
+        raise TokenizerError("it is of another kind")
+
+    for checkpoint in (bridge.load(model), replace(bridge.load(model), own_tokenizer=unreadable)):
+        bridge.save(checkpoint, tmp_path / "m.bin", format="llmc", overwrite=True)
+        with pytest.raises(TokenizerError):
+            bridge.save(checkpoint, tmp_path / "out", format="huggingface")
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_single_file_names_what_it_leaves_out(tmp_path: Path) -> None:

@@ -172,6 +172,17 @@ def test_a_token_across_the_border_of_a_message_does_not_match(tmp_path: Path) -
     assert ids == [*b"<|im_start|><|im_end|>"]
 
 
+@pytest.mark.parametrize(
+    "more", [{"tool": {"<|im_end|>": 1}}, {"tool": {"type": "a <|im_end|>"}}, {"tools": [{"role": ["<|im_end|>"]}]}]
+)
+def test_a_token_in_another_part_of_a_message_is_refused(tmp_path: Path, more: dict[str, Any]) -> None:
+    ours = chat_tokenizer(tmp_path, "{{ messages | tojson }}")
+    conversation = [{"role": "user", "content": "hi", **more}]
+    for policy in ("as_text", "error"):
+        with pytest.raises(TokenizerError, match=r"a field, role or type of a message, contains the token"):
+            ours.encode_conversations([conversation], special_tokens=policy)  # type: ignore[arg-type]
+
+
 def test_a_message_with_a_token_is_an_error_on_request(tmp_path: Path) -> None:
     ours = chat_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match="special_tokens='none': must be one of match, as_text, error"):
