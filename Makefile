@@ -9,7 +9,7 @@ DIST := .venv-dist
 TPU := .tpu
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting fuzz faults check docs bench dist clean
+.PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting test-tokenizers fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## convert a model to JAX, verify it, fine-tune it in JAX, and load the result in PyTorch
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -50,6 +50,10 @@ fuzz: $(INSTALLED)  ## 100,000 damaged files of each kind; takes hours; after Ct
 
 test-overwriting: $(INSTALLED)  ## 10,000 random writes, none of which may change a foreign file; 10 minutes
 	PYTHONPATH=.:tests $(BIN)/python -m overwriting.driver --cases 10000
+
+test-tokenizers: $(INSTALLED)  ## a million strings and 1,500 directories, against transformers' tokenizers; an hour
+	PYTHONPATH=.:tests $(BIN)/python -m tokenizing.driver --strings 40000
+	PYTHONPATH=.:tests $(BIN)/python -m tokenizing.driver --directories 1500
 
 FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
 faults: $(INSTALLED)  ## kills, damage, full disks and signals on small runs, which must resume; an hour or more

@@ -1,10 +1,10 @@
 """Compare ids and decoded text with transformers' AutoTokenizer, on any number of generated strings.
 
-    python -m tokenizing.driver --strings 10000 [--seed 1] [--kinds unigram ...]
-    python -m tokenizing.driver --directories 1000 [--seed 1]
+    PYTHONPATH=.:tests python -m tokenizing.driver --strings 10000 [--seed 1] [--kinds unigram ...]
+    PYTHONPATH=.:tests python -m tokenizing.driver --directories 1000 [--seed 1]
 
-Run it in `tests/`. Prints one line for each kind of tokenizer, and exits with 1 at the first difference.
-`--directories` compares random directories of tokenizer files instead of the kinds.
+`make test-tokenizers` runs both with larger numbers. Prints one line for each kind of tokenizer. Exits with 1 at the
+first difference. `--directories` compares random directories of tokenizer files instead of the kinds.
 """
 
 from __future__ import annotations
