@@ -22,7 +22,7 @@ class GPT2ForSequenceClassification(nn.Module):
     The parameter tree is that of `bridge.SequenceClassifier.to_flax`.
 
     Attributes:
-        pad_token_id: the id of padding, on either side of a sequence. None if sequences are not padded.
+        pad_token_id: the id of padding on either side of a sequence, or None if sequences are not padded.
         dtype: the dtype of the computation and the logits.
         param_dtype: the dtype of the parameters that `init` creates.
     """

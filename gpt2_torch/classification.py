@@ -16,7 +16,7 @@ class GPT2ForSequenceClassification(nn.Module):
     """A GPT-2, and a matrix that maps the hidden state of the last token to the logits of the labels.
 
     Attributes:
-        pad_token_id: the id of padding, on either side of a sequence. None if sequences are not padded.
+        pad_token_id: the id of padding on either side of a sequence, or None if sequences are not padded.
     """
 
     def __init__(self, config: GPT2Config, num_labels: int, pad_token_id: int | None = None) -> None:

@@ -90,8 +90,8 @@ def merge_lora(base: Checkpoint, lora: LoRA) -> Checkpoint:
     """Return the model with the adapter merged into its weights. The optimizer state is dropped.
 
     Each update is computed in float32 (float64 for float64 weights), added, and cast to the dtype of the base's tensor.
-    Tensors are read one at a time, on access. If the adapter changes only one of a tied embedding and head, or changes
-    them differently, the result has an untied head, because the adapter was trained with this function.
+    Tensors are read one at a time, on access. If the base ties its embedding and head, and the adapter changes only one
+    of them, or each differently, the result has an untied head, because that is the function that was trained.
 
     Raises:
         ConversionError: the adapter does not fit the base. The message names every tensor.

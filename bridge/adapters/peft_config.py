@@ -49,7 +49,7 @@ _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 _MOST_NUMBER = 2**31 - 1
 _PATTERN = re.compile(r"\^?(?:(?:[\w.-]|\\[.d]|\[[\w-]+\])[*+]?){1,256}\$?")
-"""Patterns with one quantifier at most, which `_complex_patterns` checks, match in quadratic time."""
+"""A simple pattern. `_complex_patterns` allows at most one quantifier, so that matching takes quadratic time."""
 _Compiled: TypeAlias = list[tuple[re.Pattern[str], Any]]
 _MOST_NAMES = 2**10
 """Limit on the entries of a list or an object."""

@@ -67,8 +67,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def carry_files(checkpoint: Checkpoint, directory: Path) -> None:
     """Copy the tokenizer files and generation settings.
 
-    A tokenizer that is not in tokenizer files is written in the files of transformers. That is the tokenizer in the
-    weights file, unless the files beside it are the same one, or the one in nanoGPT's `meta.pkl`.
+    A tokenizer that is not in tokenizer files is written as transformers' files: the one in nanoGPT's `meta.pkl`, or
+    the one in the weights file, unless the files beside it describe the same tokenizer.
 
     Raises `CheckpointError` or `TokenizerError` for files that `bridge.storage.companions` rejects.
     """
@@ -90,7 +90,7 @@ def carried_names(checkpoint: Checkpoint) -> set[str]:
 
 
 def copy_companions(found: Mapping[str, Path], config: GPT2Config, directory: Path) -> None:
-    """Copy companions, relative path -> the directory that has it. Raises the same errors as `carry_files`."""
+    """Copy the companions in `found`: relative path -> source directory. Raises the same errors as `carry_files`."""
     for name, place in found.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_bytes(checked_companion(place, name, config.vocab_size))

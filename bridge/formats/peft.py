@@ -73,7 +73,7 @@ def read(weights: Path, base: Checkpoint, drop_extra_heads: bool = False) -> Che
     beside += chat_template_files(weights.parent)
     own = any(name in VOCABULARY_FILES for name in beside)
     unread = [name for name in beside if not own or name == GENERATION_CONFIG]
-    notes = [f"not read beside the adapter, because the base's count: {', '.join(unread)}"] if unread else []
+    notes = [f"ignored beside the adapter; the base's are used: {', '.join(unread)}"] if unread else []
     return replace(
         merged,
         format=NAME,

@@ -150,7 +150,7 @@ def _classifier(stored: LazyTensorMap, like: Checkpoint) -> SequenceClassifier:
     if labels is None or _name_all(labels, found.num_labels):
         return found
     note = f"id2label of {CONFIG} does not name the {found.num_labels} rows of {_SCORE}; an export has LABEL_0, ..."
-    notes = dict.fromkeys((*found.checkpoint.diagnostics, note))  # may be known from the file
+    notes = dict.fromkeys((*found.checkpoint.diagnostics, note))  # the file may already have this note
     return replace(found, checkpoint=replace(found.checkpoint, diagnostics=tuple(notes)))
 
 

@@ -76,7 +76,7 @@ class _Search:
     def step(self, rows: Candidates) -> list[int]:
         """Extend the beams by the best of all candidate tokens. Returns the parent of each new live beam.
 
-        Of equal totals, the candidate of the better beam comes first, then the token with the lower id.
+        Candidates with equal totals are ordered by beam, the better one first, and then by token id.
         """
         width = self.config.num_beams
         totals = np.array([beam.total for beam in self.live])[:, None] + rows.scores

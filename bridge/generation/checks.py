@@ -22,10 +22,10 @@ MOST_ROWS = 2**10
 """Limit for `num_return_sequences` and `num_beams`, the rows for one prompt. Each has a key/value cache."""
 
 MOST_NEW_TOKENS = 2**24
-"""Limit for `max_new_tokens` times `num_return_sequences`. Sampling draws a number for each before it begins."""
+"""Limit for `max_new_tokens` times `num_return_sequences`. Sampling draws a number for each token in advance."""
 
 LARGEST_LENGTH_PENALTY = 32
-"""Limit for the exponent of a length, which is below 2**31, so that the power is finite in float64."""
+"""Limit for the exponent of a length. Lengths are below 2**31, so the power is finite in float64."""
 
 _COUNTS = {
     "max_new_tokens": 0,
@@ -104,7 +104,7 @@ def _problems_with_ids(g: GenerationConfig, vocab_size: int) -> Iterator[str]:
             yield f"{name}: {len(group)} sequences of up to {max(map(len, group))} tokens are too many"
         lists[name] = [i for ids in group for i in ids]
     if not all(abs(bias) <= _LARGEST_FLOAT32 for _, bias in g.sequence_bias or ()):
-        yield "sequence_bias: a bias is not finite in float32. Forbid a sequence with bad_words_ids"
+        yield "sequence_bias: a bias is not finite in float32 (use bad_words_ids to forbid a sequence)"
     for name, ids in lists.items():
         if unknown := [i for i in ids if not 0 <= i < vocab_size]:
             shown: list[Any] = unknown if len(unknown) < 10 else [*unknown[:9], "..."]

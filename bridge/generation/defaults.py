@@ -71,8 +71,8 @@ class GenerationDefaults:
 
         Args:
             prompt_length: tokens of the longest prompt, which `max_length` and `min_length` include.
-            new_tokens: the number of new tokens if the checkpoint has no limit, or what fits into the positions without
-                `slide`.
+            new_tokens: the number of new tokens if the checkpoint has no limit. Without `slide`, at most as many as the
+                positions hold.
             **overrides: fields of `GenerationConfig`, and `do_sample`. A `temperature` above 0 implies `do_sample`.
 
         Raises:
@@ -108,9 +108,9 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = No
     """Return how a checkpoint generates by default.
 
     The settings are those of `generation_config.json` beside the weights or, without this file, of `config.json`, as in
-    transformers. `eos_token_id` is taken from the first of both files that has it, else it is the end-of-sequence token
-    of `tokenizer`: a text ends where the model's end is known. transformers does not end it if `generation_config.json`
-    is there and has no `eos_token_id`, or if neither file has one.
+    transformers. `eos_token_id` is taken from the first file that has it. If neither has it, the end-of-sequence token
+    of `tokenizer` ends a text. transformers does not end a text if `generation_config.json` exists without an
+    `eos_token_id`, or if neither file has one.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
@@ -125,7 +125,7 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer | None = No
     notes += [f"{source}: {quoted(name)}={quoted(value)}: not supported" for name, value in others.items()]
     if settings.get("do_sample") and settings.get("num_beams", 1) > 1:
         beams = settings["num_beams"]
-        notes.append(f"{source}: num_beams={beams}: beam search does not sample, so one beam is sampled")
+        notes.append(f"{source}: num_beams={beams}: beam search does not sample, so sampling uses one beam")
     eos_source = next((name for name, found in stored.items() if "eos_token_id" in found), None)
     if eos_source is None:
         ids = () if tokenizer is None else tokenizer.eos_token_ids

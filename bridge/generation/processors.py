@@ -14,11 +14,11 @@ PADDING = -1
 """Marks positions without a token in the ids of a `History`."""
 
 ANY = -2
-"""A wildcard in the prefixes of a `SequenceBias`. It also matches a position without a token."""
+"""A wildcard in the prefixes of a `SequenceBias`. It also matches a position before the first token."""
 
 MOST_FAVOUR = 1e30
-"""Limit for the factor and the logits of the exponential decay length penalty, which grows with every token. Divided
-by a temperature, such a logit is still finite in float32."""
+"""Limit for the factor and the logits of the exponential decay length penalty, which grows with every token. A logit
+within this limit stays finite in float32 when it is divided by a temperature."""
 
 
 class SequenceBias(NamedTuple):

@@ -57,8 +57,8 @@ def generate_text(
 
     Args:
         prompts: texts, or their ids, such as those of `Tokenizer.encode_conversations`.
-        generation_config: with `eos_token_id=tokenizer.eos_token_ids`, outputs end at the end of a document. A function
-            returns it for the number of tokens of the longest prompt; `GenerationDefaults.config` is one.
+        generation_config: with `eos_token_id=tokenizer.eos_token_ids`, outputs end at the end of a document. It may be
+            a function of the number of tokens of the longest prompt, such as `GenerationDefaults.config`.
         stop: outputs also end before any of these strings.
         special_tokens: what to do where a prompt contains an added token; see `Tokenizer.encode`.
 

@@ -55,7 +55,7 @@ class Declared:
         stored = sorted(self._stored(spellings), key=lambda token: token.id)
         found = {token.content: token for token in present}
         known = {*found, *(token.content for token in stored)}
-        # The last of several different declarations takes effect, but a token stays special if any declaration says so.
+        # The last of several different declarations takes effect, but a token stays special if any of them says so.
         distinct = {(isinstance(value, str), self._token(value)): value for value in [*named.values(), *self._extra]}
         unlisted = [self._token(value, spellings) for value in distinct.values()]
         for token in [*stored, *(token for token in unlisted if token.content not in known)]:

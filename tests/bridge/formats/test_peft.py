@@ -397,7 +397,7 @@ def test_the_tokenizer_is_the_adapters_or_that_of_the_base(tmp_path: Path) -> No
     (path / "chat_template.jinja").write_text("{{ messages }}")
     found = bridge.load(path, base=base)
     assert found.path == base, "a template is not a vocabulary"
-    assert found.diagnostics[-1] == "not read beside the adapter, because the base's count: chat_template.jinja"
+    assert found.diagnostics[-1] == "ignored beside the adapter; the base's are used: chat_template.jinja"
     write_byte_tokenizer(path)
     found = bridge.load(path, base=base)
     assert found.path == path
