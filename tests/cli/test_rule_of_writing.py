@@ -149,9 +149,12 @@ def test_files_in_the_manifest_of_an_export_are_removed_and_listed(
 ) -> None:
     source, target = source_for("huggingface", tmp_path / "source"), saved("huggingface", tmp_path / "target")
     write_byte_tokenizer(target)
+    (target / "additional_chat_templates").mkdir()
+    (target / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     manifest.commit(target, {})
     assert run("convert", source, target, "--to", "huggingface", "--overwrite") == 0
-    assert "removed: manifest.json, merges.txt, vocab.json" in capsys.readouterr().out
+    removed = "removed: additional_chat_templates/rag.jinja, manifest.json, merges.txt, vocab.json"
+    assert removed in capsys.readouterr().out
     assert contents(target).keys() == {"config.json", "model.safetensors"}
 
 

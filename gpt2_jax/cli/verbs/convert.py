@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 
 import bridge
 from bridge import Checkpoint
+from bridge.tokenizers.chat.templates import CHAT_TEMPLATE_FOLDER
 from gpt2_jax.cli.arguments import READING, JsonFile, Reading, Source
 from gpt2_jax.console.output import json_writer, reading_bar
 from gpt2_jax.console.terminal import console
@@ -79,8 +80,9 @@ def convert(
 
 
 def _files_in(target: Path) -> set[str]:
-    """Return the relative paths of the files in a directory; nothing for a path that is not a directory."""
-    return {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    """Return the relative paths of the files in a directory and in its folder of chat templates."""
+    found = (path for pattern in ("*", f"{CHAT_TEMPLATE_FOLDER}/*") for path in target.glob(pattern))
+    return {path.relative_to(target).as_posix() for path in found if path.is_file()}
 
 
 def _changed(checkpoint: Checkpoint, zero_biases: bool, activation: str | None, vocab_size: int | None) -> Checkpoint:
