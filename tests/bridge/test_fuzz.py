@@ -12,8 +12,8 @@ import pytest
 from fuzz import settings
 from fuzz.driver import COMPANIONS, FORMATS, fuzz, main
 
-MUTANTS = 2_000
-MUTANTS_OF_COMPANIONS = 500
+MUTANTS = 1_000
+MUTANTS_OF_COMPANIONS = 300
 
 
 @pytest.mark.parametrize("format", [*FORMATS, *COMPANIONS])
