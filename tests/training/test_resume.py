@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("interrupted.py")
 PATHS = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(scope="module")

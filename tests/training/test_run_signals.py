@@ -28,7 +28,7 @@ from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.run.directory import LOCK
 from gpt2_jax.training.run.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(autouse=True)
