@@ -109,7 +109,7 @@ def unused_companions(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Return the relative paths of the files beside the weights that the checkpoint's tokenizer does not use."""
     found = _beside(checkpoint)
     if checkpoint.own_tokenizer is not None:
-        used = {*found} if _files_have_own_tokenizer(checkpoint) else set()
+        used = {*found} if _files_have_own_tokenizer(checkpoint, found) else set()
     else:
         used = {META} if _is_in_meta(checkpoint, found) else {*found} - {META}
     return tuple(name for name in found if name not in used and not fits_any_tokenizer(name))
@@ -145,12 +145,13 @@ def _is_in_meta(checkpoint: Checkpoint, found: Collection[str]) -> bool:
         return META in found
 
 
-def _files_have_own_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether the files beside the weights are the same tokenizer as the one in the weights file.
+def _files_have_own_tokenizer(checkpoint: Checkpoint, found: Collection[str]) -> bool:
+    """Whether the files in `found`, which stand beside the weights, are the tokenizer in the weights file.
 
     The files may also say which added tokens are normalized. A weights file does not, and GPT-2 has no normalizer.
     """
-    assert checkpoint.own_tokenizer is not None
+    if checkpoint.own_tokenizer is None or not {*found} & {*VOCABULARY_FILES}:
+        return False
     try:
         own, beside = checkpoint.own_tokenizer(), replace(checkpoint, own_tokenizer=None).tokenizer()
     except TokenizerError:

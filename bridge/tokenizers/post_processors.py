@@ -69,7 +69,7 @@ def _around_of_template(single: Sequence[Any], special: Mapping[str, Any]) -> Ar
 
 
 def around_template(around: tuple[Sequence[int], Sequence[int]], spelling: Mapping[int, str]) -> dict[str, Any] | None:
-    """Return the post-processor that puts these ids around a text, or None if there are none."""
+    """Return the post-processor that puts these ids around a text, or None for no ids."""
     before, after = around
     if not before and not after:
         return None

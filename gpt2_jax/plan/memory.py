@@ -24,7 +24,7 @@ class StateBytes:
     parameters: int
     optimizer: int
     ema: int
-    """The exponential moving average of the parameters; 0 if there is none."""
+    """The exponential moving average of the parameters; 0 without one."""
     batch: int
 
     @property

@@ -58,7 +58,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ScalingPoint:
-    """One size of weak scaling: its plan, or the reason why there is none."""
+    """One size of weak scaling: its plan, or why it cannot be planned."""
 
     chips: int
     topology: str

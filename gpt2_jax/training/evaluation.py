@@ -64,7 +64,7 @@ def validation_loss(
 
 
 def require_validation(data: Data) -> TokenStream:
-    """Return the validation data. Raises `TrainingError` if there is none."""
+    """Return the validation data. Raises `TrainingError` if the run has no validation data."""
     if data.validation is None:
         raise TrainingError("there is no validation data; open the data with a validation_fraction above 0")
     return data.validation

@@ -102,7 +102,7 @@ def _generation_rows(generation: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | TokenizerError | None:
-    """Return the tokenizer, or why it cannot be read; None if there is none."""
+    """Return the tokenizer, or why it cannot be read. None if the checkpoint has no tokenizer."""
     try:
         return checkpoint.tokenizer()
     except NoTokenizerError:
