@@ -40,13 +40,14 @@ def transformers_model(checkpoint: Checkpoint) -> transformers.GPT2LMHeadModel:
     """
     import torch
     import transformers
+    from transformers.initialization import no_init_weights
 
     state = {name: torch.from_numpy(np.array(array)) for name, array in checkpoint.tensors.items()}
     hf = checkpoint.config.to_hf()
     if state["wte.weight"].dtype == torch.float64:
         hf["reorder_and_upcast_attn"] = False
     config = transformers.GPT2Config(**hf, attn_implementation="eager")
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = transformers.GPT2LMHeadModel(config)
     head = state.pop("lm_head.weight", state["wte.weight"])
     model.load_state_dict({f"transformer.{k}": v for k, v in state.items()} | {"lm_head.weight": head}, assign=True)
