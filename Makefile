@@ -9,19 +9,23 @@ DIST := .venv-dist
 TPU := .tpu
 INSTALLED := .venv/.installed
 
+# Most programs of the tests take longer to compile than to run. Without optimizations, and with XLA's older code
+# generator, the tests take half of the time. `make test QUICK_COMPILATION=` compiles as JAX does by default.
+QUICK_COMPILATION := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
+
 .PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting test-tokenizers fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## convert a model to JAX, verify it, fine-tune it in JAX, and load the result in PyTorch
 	$(BIN)/gpt2 demo --out demo-output --overwrite
 
 test: $(INSTALLED)  ## all tests without a marker
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(QUICK_COMPILATION) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(INSTALLED)  ## a quick selection of tests from every package, for use while you edit
-	$(BIN)/python -m pytest -n 2 --dist worksteal --fast
+	$(QUICK_COMPILATION) $(BIN)/python -m pytest -n 2 --dist worksteal --fast
 
 test-processes: $(INSTALLED)  ## whole commands in processes of their own, and runs that are killed or cannot write
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m processes
+	$(QUICK_COMPILATION) $(BIN)/python -m pytest -n 2 --dist worksteal -m processes
 
 test-slow: $(INSTALLED)  ## tests at 124M parameters, and of memory
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow

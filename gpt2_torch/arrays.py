@@ -1,4 +1,4 @@
-"""Conversion between torch tensors and numpy arrays, bit for bit, including bfloat16."""
+"""Tensors with random values, and conversion to and from numpy arrays, bit for bit, including bfloat16."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def array_from_tensor(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
+
+
+def normal_tensor(*shape: int, std: float) -> Tensor:
+    """Return normally distributed values with mean 0, or a tensor without values on the device `meta`."""
+    tensor = torch.empty(shape)
+    # On the device `meta`, `normal_` would import torch._dynamo, which takes longer than it takes to load GPT-2.
+    return tensor if tensor.is_meta else tensor.normal_(std=std)

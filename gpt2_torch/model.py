@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import bridge
 from bridge import Checkpoint, GPT2Config
-from gpt2_torch.arrays import tensor_from_array
+from gpt2_torch.arrays import normal_tensor, tensor_from_array
 from gpt2_torch.ops.activations import ACTIVATIONS
 from gpt2_torch.ops.attention import attention
 from gpt2_torch.ops.kv_cache import KVCache
@@ -33,7 +33,7 @@ class Embedding(nn.Embedding):
     """One row for each id. Raises `IndexError` for an id outside the table."""
 
     def __init__(self, rows: int, width: int, std: float) -> None:
-        super().__init__(rows, width, _weight=normal(rows, width, std=std))
+        super().__init__(rows, width, _weight=normal_tensor(rows, width, std=std))
 
 
 class Projection(nn.Module):
@@ -41,7 +41,7 @@ class Projection(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(normal(n_in, n_out, std=std))
+        self.weight = nn.Parameter(normal_tensor(n_in, n_out, std=std))
         self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch n_in"]) -> Float[Tensor, "*batch n_out"]:
@@ -305,13 +305,6 @@ class GPT2(nn.Module):
         state = {name: tensor_from_array(array) for name, array in checkpoint.tensors.items()}
         model.load_state_dict(state, assign=True)
         return model.eval()
-
-
-def normal(*shape: int, std: float) -> Tensor:
-    """Return a tensor of normally distributed values, or one without values on the device `meta`."""
-    weight = torch.empty(shape)
-    # On the device `meta`, `normal_` would import torch._dynamo, which takes longer than loading GPT-2.
-    return weight if weight.is_meta else weight.normal_(std=std)
 
 
 def positions(input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None) -> Int[Tensor, "#B T"]:

@@ -148,6 +148,15 @@ def compiling_quickly(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], 
 
 
 @pytest.fixture(scope="module")
+def optimized_compilation() -> Iterator[None]:
+    """Compile with all optimizations in all tests of a module. For rounding, and for programs that run long."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
 def quick_compilation(compiling_quickly: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Compile quickly in all tests of a module, and in fixtures that request this one."""
     with compiling_quickly():

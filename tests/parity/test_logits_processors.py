@@ -48,6 +48,8 @@ from bridge import GenerationConfig
 from bridge.generation.config import NEUTRAL, uniform_noise
 from bridge.generation.processors import MOST_FAVOUR, LogitsProcessors, padded_ids, seen_tokens
 
+pytestmark = pytest.mark.usefixtures("optimized_compilation")  # of sums and sorts over 50257 tokens
+
 EPSILON = 2.0**-23
 
 SUM = 8 * EPSILON

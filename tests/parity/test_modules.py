@@ -23,6 +23,8 @@ import gpt2_torch.model
 from bridge import GPT2Config
 from bridge.config import ACTIVATIONS
 
+pytestmark = pytest.mark.usefixtures("optimized_compilation")  # float32 bounds of single functions
+
 FP64_ABSOLUTE = 1e-12  # values of order 1 to 10, sums of at most 192 terms
 FP32_ABSOLUTE = 2e-5  # the same in float32, whose spacing at 10 is 1e-6
 
