@@ -539,7 +539,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "an exponential pattern": (fields(alpha_pattern={"(a*)*b": 4}), "the pattern '(a*)*b' is too complex"),
     "a polynomial pattern": (fields(alpha_pattern={".*.*.*.*.*x": 4}), "is too complex"),
     "alternatives": (fields(rank_pattern={"c_attn|c_fc": 4}), "the pattern 'c_attn|c_fc' is too complex"),
-    "a pattern that is none": (fields(rank_pattern={"[9-0]": 4}), "the pattern '[9-0]' is too complex"),
+    "an invalid pattern": (fields(rank_pattern={"[9-0]": 4}), "the pattern '[9-0]' is too complex"),
     "a long pattern": (fields(rank_pattern={"a" * 5000: 4}), "is too complex"),
     "many patterns": (fields(rank_pattern={f"a{k}": 4 for k in range(2000)}), "an object of at most 1024"),
     "a name as saved modules": (fields(modules_to_save="wte"), "modules_to_save='wte': must be a list"),
