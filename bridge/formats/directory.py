@@ -110,8 +110,10 @@ def unused_companions(checkpoint: Checkpoint) -> tuple[str, ...]:
     found = _beside(checkpoint)
     if checkpoint.own_tokenizer is not None:
         used = {*found} if _files_have_own_tokenizer(checkpoint, found) else set()
+    elif _is_in_meta(checkpoint, found):
+        used = {META}
     else:
-        used = {META} if _is_in_meta(checkpoint, found) else {*found} - {META}
+        used = {*found} if _files_have_metas_tokenizer(checkpoint, found) else {*found} - {META}
     return tuple(name for name in found if name not in used and not fits_any_tokenizer(name))
 
 
@@ -143,6 +145,17 @@ def _is_in_meta(checkpoint: Checkpoint, found: Collection[str]) -> bool:
         return _tokenizer_without_files(checkpoint, found) is not None
     except TokenizerError:
         return META in found
+
+
+def _files_have_metas_tokenizer(checkpoint: Checkpoint, found: Collection[str]) -> bool:
+    """Whether `meta.pkl` stands beside files that describe the same tokenizer, as a conversion from nanoGPT writes."""
+    if checkpoint.path is None or META not in found:
+        return False
+    try:
+        meta = from_meta(checkpoint.path, {})
+        return meta is not None and meta.fingerprint == checkpoint.tokenizer().fingerprint
+    except TokenizerError:
+        return False
 
 
 def _files_have_own_tokenizer(checkpoint: Checkpoint, found: Collection[str]) -> bool:

@@ -208,6 +208,12 @@ def test_nanogpts_characters_are_found_where_its_sample_script_looks(tmp_path: P
     bridge.save(found, tmp_path / "converted", format="huggingface")
     assert bridge.load(tmp_path / "converted").tokenizer().fingerprint == tokenizer.fingerprint
     assert (tmp_path / "converted" / META).exists() == (place == "out")
+    assert bridge.save(bridge.load(tmp_path / "converted"), tmp_path / "back", format="nanogpt") == ()
+    assert (tmp_path / "back" / META).exists() == (place == "out")  # nanoGPT reads no other file
+    if place == "out":
+        write_meta(tmp_path / "converted", stoi={**IDS, "h": IDS["e"], "e": IDS["h"]}, itos=None)
+        [unused] = bridge.save(bridge.load(tmp_path / "converted"), tmp_path / "other", format="nanogpt")
+        assert unused == "meta.pkl, which the source's tokenizer does not use"
     (tmp_path / "out" / "chat_template.jinja").write_text(TEMPLATE)
     (tmp_path / "out" / "tokenizer_config.json").write_text("{}")
     left_out = bridge.save(bridge.load(tmp_path / "out"), tmp_path / "with template", format="huggingface")
