@@ -93,7 +93,8 @@ def not_a_parameter(name: str, *, is_head: bool) -> str:
         is_head: whether it belongs to a head for another task, which can be left out.
     """
     leave_out = (
-        " but of a head for another task; --drop-extra-heads, or bridge.load(..., drop_extra_heads=True), leaves it out"
+        " but of a head for another task; --drop-extra-heads, or bridge.load(..., drop_extra_heads=True), leaves it "
+        "out (bridge.load_classifier and `gpt2 verify` read a classifier with its head)"
     )
     return f"{quoted(name)} is not a parameter of this model" + (leave_out if is_head else "")
 

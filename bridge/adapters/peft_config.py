@@ -114,7 +114,7 @@ def _unsupported(fields: Mapping[str, Any]) -> Iterator[str]:
         if name in _MUST_BE:
             if not any(type(value) is type(allowed) and value == allowed for allowed in _MUST_BE[name]):
                 listed = " or ".join("null" if allowed is None else repr(allowed) for allowed in _MUST_BE[name])
-                yield f"{name}={quoted(value)}: not supported; it must be {listed}"
+                yield f"{name}={quoted(value)}: not supported; it must be {listed} (or merge the adapter with PEFT)"
         elif name not in _VALID and name not in _IGNORED and value not in _EMPTY:
             yield f"{quoted(name)}={quoted(value)}: unknown; remove it if it does not change what the adapter computes"
     for name in ("peft_type", "r", "lora_alpha"):

@@ -276,7 +276,7 @@ def ranks_and_merges(
     for pair, token in zip(pairs, merged, strict=True):
         if unknown := [part for part in (*pair, token) if part not in ordinary or part not in vocab]:
             raise TokenizerError(
-                f"{where}: the merge {quoted(' '.join(pair))} uses {quoted(unknown[0])}, which has no id "
+                f"{where}: the merge {quoted(' '.join(pair))} needs {quoted(unknown[0])}, which has no id "
                 "or does not consist of bytes or merges; only byte-level BPE is supported"
             )
     if any(later <= earlier for earlier, later in pairwise(vocab[token] for token in merged)):

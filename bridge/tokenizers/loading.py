@@ -77,8 +77,8 @@ def load_tokenizer(
         if vocab_size in OPENAI_ROWS:
             return openai_tokenizer()
         raise NoTokenizerError(
-            f"{files.where} has no tokenizer: neither vocab.json with merges.txt nor tokenizer.json, and a "
-            f"vocabulary of {vocab_size} is not OpenAI's; add the files, or work with token ids"
+            f"{files.where} has no tokenizer: neither vocab.json with merges.txt, nor tokenizer.json, nor nanoGPT's "
+            f"meta.pkl, and a vocabulary of {vocab_size} is not OpenAI's; add the files, or work with token ids"
         )
     require_ids_below(vocab_size, tokenizer.max_token_id, files.where)
     return tokenizer

@@ -36,8 +36,9 @@ def require_ids_below(rows: int, largest: int, where: str) -> None:
     """Require that the model's vocabulary has a row for the largest id."""
     if largest >= rows:
         raise TokenizerError(
-            f"the tokenizer of {where} has ids up to {largest}, but the model's vocabulary has only {rows}; the "
-            "tokenizer belongs to another model"
+            f"the tokenizer of {where} has ids up to {largest}, but the model's vocabulary has only {rows}; either the "
+            "tokenizer belongs to another model, or tokens were added and the model was not resized "
+            f"(bridge.resize_vocabulary(checkpoint, {largest + 1}))"
         )
 
 

@@ -102,7 +102,10 @@ def select_chat_template(templates: Mapping[str, ChatTemplate], name: str | None
     if (found := templates.get(DEFAULT if name is None else name)) is not None:
         return found
     missing = "no default chat template" if name is None else f"no chat template {quoted(name)}"
-    raise TokenizerError(f"{where} has {missing}; choose one of {', '.join(map(quoted, sorted(templates)))}")
+    raise TokenizerError(
+        f"{where} has {missing}; choose one of {', '.join(map(quoted, sorted(templates)))}, "
+        f"or add {CHAT_TEMPLATE_FOLDER}/NAME.jinja beside the weights"
+    )
 
 
 def _of_file(directory: Path, file: str) -> ChatTemplate:
