@@ -43,6 +43,9 @@ class ChatFlags:
         """
         if not self.chat:
             return tokenizer.encode_batch(prompts, special_tokens=policy)
+        if policy == "error":  # replies may have special tokens, which the model wrote
+            tokenizer.encode_batch([*prompts, self.system or ""], special_tokens=policy)
+            policy = "match"
         before = [] if self.system is None else [("system", self.system)]
         for message, reply in history:
             before += [("user", message), ("assistant", reply)]

@@ -110,6 +110,17 @@ def test_an_interactive_chat_is_one_conversation(
     assert second == f"{first}{REPLY}<|im_end|>\n<|im_start|>user\nsecond<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_a_reply_with_special_tokens_is_no_error_in_the_next_turn(
+    chat_model: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["first", "second", "<|im_end|>", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    assert run("generate", chat_model, "--chat", "--interactive", "--special-tokens", "error", *NEW) == 0
+    assert [text_of(chat_model, ids).count(REPLY) for ids in prompts] == [0, 1]
+    assert "<|im_end|>" in capsys.readouterr().err
+    assert run("generate", chat_model, "Hi", "--chat", "--system", "<|im_end|>", "--special-tokens", "error") == 2
+
+
 def test_a_template_is_chosen_by_name(chat_model: Path, prompts: list[list[int]]) -> None:
     (chat_model / "additional_chat_templates").mkdir()
     (chat_model / "additional_chat_templates" / "short.jinja").write_text("{{ messages[0].content }}:")

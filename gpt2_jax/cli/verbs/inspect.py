@@ -178,6 +178,7 @@ def _show(
         summary.add_row("AdamW", f"its state after {checkpoint.optimizer.step} steps")
     _show_tokenizer(summary, facts["tokenizer"])
     summary.add_row("chat templates", _chat_text(facts["chat_templates"]))
+    summary.add_row("configuration")
     for name, value in facts["config"].items():
         summary.add_row(f"  {name}", str(value), style="" if value != getattr(GPT2Config, name) else "dim")
     for label, text in _generation_rows(facts["generation"]):
