@@ -53,7 +53,7 @@ def logits(inputs: CheckInputs) -> Check:
 
 def hidden_states(inputs: CheckInputs) -> Check:
     """All activations, inside and after every layer, are equal in float64."""
-    differences = compare_activations(inputs)
+    differences = compare_activations(torch_side, inputs)
     worst = max(differences, key=differences.__getitem__)
     name = f"fp64 max relative difference of {len(differences)} activations"
     measurement = Measurement(name, differences[worst], tolerances.ACTIVATION_FP64, worst)
@@ -68,11 +68,11 @@ def gradients(inputs: CheckInputs) -> Check:
 
 def training(inputs: CheckInputs) -> Check:
     """Ten steps of AdamW, with torch.optim and with optax, give equal losses and equal weights."""
-    measurements = compare_training("float32", inputs)
+    measurements = compare_training(torch_side, "float32", inputs)
     # Weights, gradients and two moments, of 8 bytes each.
     if bridge.num_parameters(inputs.checkpoint.config) * 4 * 8 > FP64_TRAIN_BYTES:
         return Check("training", tuple(measurements), note="fp64 skipped: it needs more than 2 GiB per backend")
-    return Check("training", (*compare_training("float64", inputs), *measurements))
+    return Check("training", (*compare_training(torch_side, "float64", inputs), *measurements))
 
 
 def padding(inputs: CheckInputs) -> Check:
@@ -91,7 +91,7 @@ def padding(inputs: CheckInputs) -> Check:
             location = f"row of {len(rows[worst])} tokens"
             measurements.append(Measurement(name, differences[worst], tolerances.PADDING_FP64, location))
         if not measurements[-1].passed and not divergence:
-            divergence = first_divergence(compare_activations(inputs, ids, mask))
+            divergence = first_divergence(compare_activations(torch_side, inputs, ids, mask))
     return Check("padding", tuple(measurements), first_divergence=divergence)
 
 
@@ -194,7 +194,7 @@ def _with_location(check: Check, inputs: CheckInputs) -> Check:
     """Add the first divergent activation to a check that failed."""
     if check.passed:
         return check
-    return replace(check, first_divergence=first_divergence(compare_activations(inputs)))
+    return replace(check, first_divergence=first_divergence(compare_activations(torch_side, inputs)))
 
 
 CHECKS: Mapping[str, Callable[[CheckInputs], Check]] = {

@@ -1,15 +1,18 @@
-"""Comparisons of the implementations on the same inputs. Each returns measurements with their tolerances."""
+"""Comparisons of the implementations on the same inputs. Each returns measurements with their tolerances.
+
+The other implementation is an argument, so that this module does not import PyTorch.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 
 import gpt2_jax.parity.jax_side as jax_side
 import gpt2_jax.parity.tolerances as tolerances
-import gpt2_jax.parity.torch_side as torch_side
 from bridge import Checkpoint
 from gpt2_jax.parity.activations import activation_differences
 from gpt2_jax.parity.inputs import AdamW, CheckInputs
@@ -30,16 +33,28 @@ def compare_logits(dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer
         "float32": (tolerances.KL_FP32, None),
         "bfloat16": (None, None),
     }
-    limit = _logits_tolerance(dtype, expected, n_layer)
+    return measure_logits(
+        SHORT_NAMES[dtype], expected, actual, _logits_tolerance(dtype, expected, n_layer), *limits[dtype]
+    )
+
+
+def measure_logits(
+    short: str,
+    expected: np.ndarray,
+    actual: np.ndarray,
+    limit: float | None,
+    kl_limit: float | None,
+    top1_limit: float | None = None,
+) -> list[Measurement]:
+    """Differences of logits [B, T, V] with their tolerances. `short` is the name of the dtype."""
     difference = np.abs(expected - actual)
     kl = float(np.max([max_kl(a, b) for a, b in zip(expected, actual, strict=True)]))
     different_top1 = float((expected.argmax(-1) != actual.argmax(-1)).mean())
-    short = SHORT_NAMES[dtype]
     return [
         Measurement(f"{short} logits, max difference", float(difference.max()), limit),
         Measurement(f"{short} logits, mean difference", float(difference.mean())),
-        Measurement(f"{short} max KL divergence, nats per token", kl, limits[dtype][0]),
-        Measurement(f"{short} tokens with a different top-1, fraction", different_top1, limits[dtype][1]),
+        Measurement(f"{short} max KL divergence, nats per token", kl, kl_limit),
+        Measurement(f"{short} tokens with a different top-1, fraction", different_top1, top1_limit),
     ]
 
 
@@ -87,16 +102,16 @@ def compare_gradients(expected: Gradients, inputs: CheckInputs) -> list[Measurem
     return measurements
 
 
-def compare_training(dtype: str, inputs: CheckInputs) -> list[Measurement]:
-    """Differences of the losses and of the final weights after training with AdamW."""
+def compare_training(side: ModuleType, dtype: str, inputs: CheckInputs) -> list[Measurement]:
+    """Differences from `side`, of the losses and of the final weights after training with AdamW."""
     loss_limit, update_limit = {
         "float64": (tolerances.TRAIN_LOSS_FP64, tolerances.TRAIN_UPDATE_FP64),
         "float32": (tolerances.TRAIN_LOSS, tolerances.TRAIN_UPDATE_FP32),
     }[dtype]
     batches = inputs.train_batches()
-    torch_losses, expected = torch_side.train(inputs.checkpoint, batches, dtype, AdamW())
+    expected_losses, expected = side.train(inputs.checkpoint, batches, dtype, AdamW())
     jax_losses, actual = jax_side.train(inputs.checkpoint, batches, dtype, AdamW())
-    loss = float(np.abs(np.subtract(torch_losses, jax_losses)).max())
+    loss = float(np.abs(np.subtract(expected_losses, jax_losses)).max())
     differences = {
         name: relative_l2_difference(
             _without_key_bias(name, actual[name] - start), _without_key_bias(name, expected[name] - start)
@@ -124,16 +139,17 @@ def _without_key_bias(name: str, update: np.ndarray) -> np.ndarray:
 
 
 def compare_activations(
-    inputs: CheckInputs, ids: np.ndarray | None = None, mask: np.ndarray | None = None
+    side: ModuleType, inputs: CheckInputs, ids: np.ndarray | None = None, mask: np.ndarray | None = None
 ) -> dict[str, float]:
     """Maximum relative difference of every activation, in float64, in the order of the forward pass.
 
     Args:
+        side: `torch_side`.
         ids: token ids instead of those of `inputs`.
         mask: 1 at tokens and 0 at padding. Padding is not compared.
     """
     ids = inputs.ids if ids is None else ids
-    expected = torch_side.activations(inputs.checkpoint, ids, mask)
+    expected = side.activations(inputs.checkpoint, ids, mask)
     actual = jax_side.activations(inputs.checkpoint, ids, mask)
     return activation_differences(expected, actual, np.ones(ids.shape, bool) if mask is None else mask == 1)
 
