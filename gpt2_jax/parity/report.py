@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-REQUIRED_FOR_EQUALITY = {"logits", "hidden states", "gradients"}
-"""The report calls the backends the same function only if these checks ran and passed."""
+
+@dataclass(frozen=True)
+class Claim:
+    """What a report states in its last line."""
+
+    text: str
+    denial: str
+    required: frozenset[str]
+    """The report makes the claim only if these checks ran and passed."""
+
+
+SAME_FUNCTION = Claim(
+    "the two backends are the same function",
+    "NOT the same function",
+    frozenset({"logits", "hidden states", "gradients"}),
+)
+SAME_CLASSIFIER = replace(SAME_FUNCTION, required=SAME_FUNCTION.required | {"classification"})
+CERTIFIED = Claim(
+    "the JAX model is the certified function",
+    "NOT the certified function",
+    SAME_FUNCTION.required | {"weights", "configuration"},
+)
 
 OF_TEXT = {"prediction", "tokenizer"}
 """Checks of the checkpoint, which can fail although the backends are the same function."""
@@ -63,8 +83,7 @@ class Report:
     checks: tuple[Check, ...]
     diagnostics: tuple[str, ...] = ()
     """`Checkpoint.diagnostics`."""
-    is_classifier: bool = False
-    """Whether the model has a classification head, which is then required for equality, too."""
+    claim: Claim = SAME_FUNCTION
 
     @property
     def passed(self) -> bool:
@@ -130,14 +149,13 @@ class Report:
         skipped = f" Skipped: {names}." if names else ""
         failed = [check.name for check in self.checks if not check.passed]
         if failed:
-            different = "" if OF_TEXT.issuperset(failed) else "NOT the same function. "
+            different = "" if OF_TEXT.issuperset(failed) else f"{self.claim.denial}. "
             return Text(f"{different}Failed: {', '.join(failed)}.{skipped}", style="bold red")
         if not run:
             return Text(f"Nothing was checked.{skipped}", style="bold red")
         hold = f"{len(run)} checks hold" if len(run) > 1 else "1 check holds"
-        required = REQUIRED_FOR_EQUALITY | ({"classification"} if self.is_classifier else set())
-        claim = ": the two backends are the same function." if run >= required else "."
-        return Text(f"{hold}{claim}{skipped}", style="bold green")
+        claim = f": {self.claim.text}" if run >= self.claim.required else ""
+        return Text(f"{hold}{claim}.{skipped}", style="bold green")
 
 
 def _mark(measurement: Measurement) -> Text:

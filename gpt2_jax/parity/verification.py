@@ -8,7 +8,7 @@ import bridge
 from bridge import BridgeError, Checkpoint, SequenceClassifier
 from gpt2_jax.parity.checks import CHECKS, checks_for
 from gpt2_jax.parity.inputs import CheckInputs, choose_tokens
-from gpt2_jax.parity.report import Report
+from gpt2_jax.parity.report import SAME_CLASSIFIER, SAME_FUNCTION, Report
 
 
 def verify(
@@ -67,7 +67,8 @@ def verify(
         progress(name)
         results.append(CHECKS[name](inputs))
     title = source or str(model.path or model.format)
-    return Report(title, details, tuple(results), model.diagnostics, is_classifier=classifier is not None)
+    claim = SAME_FUNCTION if classifier is None else SAME_CLASSIFIER
+    return Report(title, details, tuple(results), model.diagnostics, claim)
 
 
 def _description(model: Checkpoint, classifier: SequenceClassifier | None) -> str:

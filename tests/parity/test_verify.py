@@ -21,6 +21,7 @@ from bridge import Checkpoint
 from gpt2_jax.cli import main
 from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_side, verify
 from gpt2_jax.parity.inputs import BUILT_IN_TEXT, choose_tokens
+from gpt2_jax.parity.report import SAME_CLASSIFIER
 from gpt2_torch.ops.cross_entropy import next_token_loss
 
 CONFIG = replace(TINY, n_layer=2, vocab_size=263)
@@ -236,8 +237,8 @@ def test_equality_is_claimed_only_if_the_required_checks_passed() -> None:
     failed = Check("tokenizer", (Measurement("strings", 1, 0),))
     assert verdict(Report("x", {}, (*good, failed))) == "Failed: tokenizer."
     classification = Check("classification", good[0].measurements)
-    assert verdict(Report("x", {}, tuple(good), is_classifier=True)) == "3 checks hold."
-    assert verdict(Report("x", {}, (*good, classification), is_classifier=True)) == f"4 checks hold: {claim}."
+    assert verdict(Report("x", {}, tuple(good), claim=SAME_CLASSIFIER)) == "3 checks hold."
+    assert verdict(Report("x", {}, (*good, classification), claim=SAME_CLASSIFIER)) == f"4 checks hold: {claim}."
 
 
 def test_a_damaged_tokenizer_is_an_error(tmp_path: Path) -> None:
