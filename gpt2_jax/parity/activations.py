@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
+from bridge import IGNORE_INDEX
 from gpt2_jax.parity.metrics import max_relative_difference
 
 LOGITS = "lm_head"
@@ -48,6 +50,29 @@ def torch_name(flax_path: tuple[str, ...]) -> str:
     'h.3.attn.c_attn'
     """
     return re.sub(r"\bh_(\d+)", r"h.\1", ".".join(flax_path))
+
+
+class Outputs(NamedTuple):
+    """What one side computes from token ids [B, T], at K chosen positions of every row and for all tokens."""
+
+    hidden_states: np.ndarray
+    """[B, K, L + 2, D]: the outputs of the modules in `layer_outputs`."""
+    logits: np.ndarray
+    """[B, K, V]."""
+    losses: np.ndarray
+    """[B, T - 1]: the loss of each token that has a token before it, in nats; 0 if either of them is padding."""
+
+
+def layer_outputs(n_layer: int) -> tuple[str, ...]:
+    """The names of the embeddings, the output of every layer, and the output of the final norm."""
+    return ("drop", *(f"h.{layer}" for layer in range(n_layer)), "ln_f")
+
+
+def next_labels(ids: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """The labels [B, T - 1] of the losses in `Outputs`: the next token, or `IGNORE_INDEX` at padding."""
+    if mask is None:
+        return ids[:, 1:]
+    return np.where((mask[:, 1:] == 1) & (mask[:, :-1] == 1), ids[:, 1:], IGNORE_INDEX)
 
 
 def activation_differences(

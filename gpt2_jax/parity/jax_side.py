@@ -7,7 +7,7 @@ precision, because GPUs and TPUs by default round float32 operands to a narrower
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,22 +19,32 @@ from flax import linen as nn
 
 import bridge
 from bridge import Checkpoint, GenerationConfig, SequenceClassifier
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, aligned_empty
 from gpt2_jax.classification import GPT2ForSequenceClassification
 from gpt2_jax.generation import Decoder
 from gpt2_jax.loading import to_device
 from gpt2_jax.model import GPT2
-from gpt2_jax.ops.cross_entropy import next_token_loss
-from gpt2_jax.parity.activations import LOGITS, Activations, is_recorded_output, recorded_input, torch_name
+from gpt2_jax.ops.cross_entropy import cross_entropy, next_token_loss
+from gpt2_jax.parity.activations import (
+    LOGITS,
+    Activations,
+    Outputs,
+    is_recorded_output,
+    layer_outputs,
+    next_labels,
+    recorded_input,
+    torch_name,
+)
 from gpt2_jax.parity.inputs import AdamW
 
 NAME = "gpt2_jax"
 
 
 @contextmanager
-def full_precision(dtype: str) -> Iterator[None]:
-    """Enable float64 and the highest precision of matrix products within the block. float64 runs on the CPU."""
+def full_precision(dtype: str, precision: str = "highest") -> Iterator[None]:
+    """Enable float64 and the given precision of matrix products within the block. float64 runs on the CPU."""
     device = jax.devices("cpu")[0] if dtype == "float64" else None
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"), jax.default_device(device):
+    with jax.enable_x64(True), jax.default_matmul_precision(precision), jax.default_device(device):
         yield
 
 
@@ -63,6 +73,42 @@ def activations(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None
         model, params = _model(checkpoint, "float64")
         values[LOGITS] = np.asarray(model.apply({"params": params}, _array(ids), _array(mask)))
     return values
+
+
+def outputs(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    mask: np.ndarray | None,
+    positions: np.ndarray,
+    dtype: str,
+    precision: str = "highest",
+) -> Outputs:
+    """Hidden states, logits and losses in float64, computed in `dtype`, one row at a time."""
+    names = layer_outputs(checkpoint.config.n_layer)
+
+    def run(params: Any, ids: jax.Array, mask: jax.Array | None, labels: jax.Array) -> tuple[jax.Array, ...]:
+        layers = {}
+
+        def record(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            output = next_call(*args, **kwargs)
+            module = torch_name(context.module.path) if context.method_name == "__call__" else ""
+            if module in names:
+                layers[module] = output[:, positions]
+            return output
+
+        with nn.intercept_methods(record):
+            logits: Any = model.apply({"params": params}, ids, mask)
+        states = jnp.stack([layers[name] for name in names], axis=2)
+        return states, logits[:, positions], cross_entropy(logits[:, :-1], labels)
+
+    with full_precision(dtype, precision):
+        model, params = _model(checkpoint, dtype)
+        compiled, rows = jax.jit(run), []
+        for i in range(len(ids)):
+            row, row_mask = ids[i : i + 1], None if mask is None else mask[i : i + 1]
+            values = compiled(params, _array(row), _array(row_mask), _array(next_labels(row, row_mask)))
+            rows.append([np.asarray(value).astype(np.float64) for value in values])
+    return Outputs(*map(np.concatenate, zip(*rows, strict=True)))
 
 
 def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
@@ -106,7 +152,7 @@ def generate(checkpoint: Checkpoint, prompts: np.ndarray, config: GenerationConf
 def class_logits(classifier: SequenceClassifier, ids: np.ndarray, dtype: str) -> np.ndarray:
     """Logits of the classes [B, C] in float64, computed in `dtype`."""
     with full_precision(dtype):
-        params = jax.tree.map(to_device, _cast(classifier.to_flax(), dtype))
+        params = jax.tree.map(lambda array: to_device(array, dtype), classifier.to_flax())
         model = GPT2ForSequenceClassification(
             classifier.checkpoint.config,
             classifier.num_labels,
@@ -120,13 +166,22 @@ def class_logits(classifier: SequenceClassifier, ids: np.ndarray, dtype: str) ->
 
 def _model(checkpoint: Checkpoint, dtype: str, scan: bool = False) -> tuple[GPT2, Any]:
     # Cast before stacking: layers may be stored in different dtypes.
-    tree = _cast(bridge.to_flax(checkpoint.tensors, checkpoint.config), dtype)
-    params = jax.tree.map(to_device, bridge.stack_layers(tree) if scan else tree)
-    return GPT2(checkpoint.config, jnp.dtype(dtype), jnp.dtype(dtype), scan), params
+    tree = bridge.to_flax(_cast(checkpoint.tensors, jnp.dtype(dtype)), checkpoint.config, stacked=scan)
+    return GPT2(checkpoint.config, jnp.dtype(dtype), jnp.dtype(dtype), scan), jax.tree.map(to_device, tree)
 
 
-def _cast(tree: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda array: array.astype(jnp.dtype(dtype), copy=False), tree)
+def _cast(tensors: Mapping[str, np.ndarray], dtype: np.dtype) -> LazyTensorMap:
+    """Cast each tensor when it is read, so that at most one is in memory in its stored dtype."""
+
+    def cast(entry: LazyTensor) -> LazyTensor:
+        def read() -> np.ndarray:
+            array = aligned_empty(entry.shape, dtype)  # aligned, so that JAX on CPU does not copy it
+            array[...] = entry.read()
+            return array
+
+        return LazyTensor(dtype, entry.shape, read)
+
+    return LazyTensorMap({name: cast(entry) for name, entry in LazyTensorMap.of(tensors).entries.items()})
 
 
 def _loss(model: GPT2) -> Callable[..., jax.Array]:

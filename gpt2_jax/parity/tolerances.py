@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 LOGITS_FP64 = 1e-10
 """Maximum difference, relative to the largest logit. Two correct implementations differ by about 1e-14. An error in the
@@ -57,10 +58,48 @@ PREDICTION = 1.0
 """Loss / ln(V). Any trained model on any text is better than a uniform guess."""
 
 
-def logits_fp32(largest_logit: float, n_layer: int) -> float:
+LOSS_FP64 = 2 * LOGITS_FP64
+"""Maximum difference of a token's loss, relative to the largest logit. A loss is the log-sum-exp of the logits minus one
+logit. Each of the two changes at most by the largest change of a logit."""
+
+PROJECTION_FP64 = 10 * GRADIENT_FP64
+"""Difference of a gradient's dot product with random signs, relative to the gradient's L2 norm. A difference d of the
+gradients changes the dot product by more than 10 ||d|| with a probability below 2 exp(-10^2 / 2) = 4e-22 (Hoeffding).
+The norm itself changes at most by ||d||, so its tolerance is GRADIENT_FP64."""
+
+LOGITS_FP32 = 1e-6
+"""Relative difference of float32 logits: about ten times 2^-23, the spacing of float32. See `logits_fp32`."""
+
+ROUNDOFF_FP32, ROUNDOFF_BF16X3, ROUNDOFF_TF32, ROUNDOFF_BF16 = 2.0**-24, 2.0**-16, 2.0**-11, 2.0**-8
+"""Unit round-off of the operands of a matrix product: half the spacing at 1. float32 has 24 significant bits, three
+passes of bfloat16 have 16, TF32 has 11, and bfloat16 has 8."""
+
+_ROUNDOFF: Mapping[str, Mapping[str, float]] = {
+    "cpu": {"default": ROUNDOFF_FP32, "high": ROUNDOFF_FP32, "highest": ROUNDOFF_FP32},
+    "gpu": {"default": ROUNDOFF_TF32, "high": ROUNDOFF_TF32, "highest": ROUNDOFF_FP32},
+    "tpu": {"default": ROUNDOFF_BF16, "high": ROUNDOFF_BF16X3, "highest": ROUNDOFF_FP32},
+}
+
+
+def matmul_roundoff(platform: str, precision: str) -> float:
+    """The unit round-off of float32 matrix products on a JAX platform with `jax.default_matmul_precision`.
+
+    An unknown platform has that of a TPU, which is the largest.
+    """
+    return _ROUNDOFF.get(platform, _ROUNDOFF["tpu"])[precision]
+
+
+def logits_fp32(largest_logit: float, n_layer: int, roundoff: float = ROUNDOFF_FP32) -> float:
     """The largest absolute difference of float32 logits that rounding alone can explain.
 
     1e-5 for logits up to 10 and 12 layers, which is ten times float32 rounding. It grows with the logits, because their
-    spacing grows, and with the square root of the depth, because independent errors add.
+    spacing grows, and with the square root of the depth, because independent errors add. It is proportional to the unit
+    round-off of the matrix products, because the rounding of their operands then dominates.
     """
-    return 1e-6 * max(10.0, largest_logit) * math.sqrt(max(1.0, n_layer / 12))
+    scale = LOGITS_FP32 * roundoff / ROUNDOFF_FP32
+    return scale * max(10.0, largest_logit) * math.sqrt(max(1.0, n_layer / 12))
+
+
+def kl_fp32(roundoff: float) -> float:
+    """KL_FP32 for matrix products with another unit round-off. KL grows with the square of the logits' difference."""
+    return KL_FP32 * (roundoff / ROUNDOFF_FP32) ** 2

@@ -13,11 +13,19 @@ import torch
 from torch import Tensor
 
 from bridge import Checkpoint, GenerationConfig, SequenceClassifier
-from gpt2_jax.parity.activations import LOGITS, Activations, is_recorded_output, recorded_input
+from gpt2_jax.parity.activations import (
+    LOGITS,
+    Activations,
+    Outputs,
+    is_recorded_output,
+    layer_outputs,
+    next_labels,
+    recorded_input,
+)
 from gpt2_jax.parity.inputs import AdamW
 from gpt2_torch import GPT2, Decoder, model_from_checkpoint, model_from_classifier
 from gpt2_torch.arrays import array_from_tensor
-from gpt2_torch.ops.cross_entropy import next_token_loss
+from gpt2_torch.ops.cross_entropy import cross_entropy, next_token_loss
 
 NAME = "gpt2_torch"
 
@@ -53,6 +61,32 @@ def activations(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None
     with torch.inference_mode():
         values[LOGITS] = model(_tensor(ids), _tensor(mask)).numpy()
     return values
+
+
+def outputs(
+    checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, positions: np.ndarray, dtype: str
+) -> Outputs:
+    """Hidden states, logits and losses in float64, computed in `dtype`, one row at a time."""
+    names, model = layer_outputs(checkpoint.config.n_layer), _model(checkpoint, dtype)
+    layers: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            layers[name] = output[:, positions]
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(record(name))
+    rows = []
+    for i in range(len(ids)):
+        row, row_mask = ids[i : i + 1], None if mask is None else mask[i : i + 1]
+        with torch.inference_mode():
+            logits = model(_tensor(row), _tensor(row_mask))
+            losses = cross_entropy(logits[:, :-1], _tensor(next_labels(row, row_mask)))
+        states = torch.stack([layers[name] for name in names], dim=2)
+        rows.append([value.double().numpy() for value in (states, logits[:, positions], losses)])
+    return Outputs(*map(np.concatenate, zip(*rows, strict=True)))
 
 
 def gradients(checkpoint: Checkpoint, ids: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
