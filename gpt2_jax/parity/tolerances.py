@@ -59,8 +59,8 @@ PREDICTION = 1.0
 
 
 LOSS_FP64 = 2 * LOGITS_FP64
-"""Maximum difference of a token's loss, relative to the largest logit. A loss is the log-sum-exp of the logits minus one
-logit. Each of the two changes at most by the largest change of a logit."""
+"""Maximum difference of a token's loss, relative to the largest logit. A loss is the log-sum-exp of the logits minus
+one logit. Each of the two changes at most by the largest change of a logit."""
 
 PROJECTION_FP64 = 10 * GRADIENT_FP64
 """Difference of a gradient's dot product with random signs, relative to the gradient's L2 norm. A difference d of the
