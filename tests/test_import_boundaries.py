@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from support.commands import needs_torch
 from support.import_graph import ALLOWED_IN_BRIDGE, cycles, import_graph, other_packages, upward_imports
-from support.models import huggingface_directory
+from support.models import SMALLEST, huggingface_directory
+
+import bridge
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,6 +104,25 @@ logits = model.apply({"params": params}, np.arange(34).reshape(2, 17))
 assert logits.shape == (2, 17, 257) and np.isfinite(logits).all()
 """
     assert_runs_without((*TORCH, "gpt2_torch"), code, huggingface_directory(tmp_path / "source"))
+
+
+@needs_torch
+def test_a_checkpoint_is_verified_against_a_certificate_without_torch(tmp_path: Path) -> None:
+    from gpt2_jax.parity import write_certificate
+    from gpt2_jax.parity.certificates.certification import make_certificate
+    from gpt2_jax.parity.inputs import CheckInputs, choose_tokens
+
+    checkpoint = bridge.load(huggingface_directory(tmp_path / "source", SMALLEST))
+    inputs = CheckInputs(checkpoint, choose_tokens(checkpoint, None, (2, SMALLEST.n_positions), 0))
+    write_certificate(make_certificate(checkpoint, inputs), tmp_path / "certificate")
+    code = """
+from gpt2_jax.cli import main
+try:
+    main(["verify", sys.argv[2], "--against", sys.argv[3]])
+except SystemExit as ended:
+    assert ended.code == 0, ended.code
+"""
+    assert_runs_without((*TORCH, "gpt2_torch"), code, tmp_path / "source", tmp_path / "certificate")
 
 
 HEAVY = (*JAX, *TORCH, "gpt2_torch", "orbax", "grain", "tensorstore", "tokenizers", "matplotlib")

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,24 +33,33 @@ _GENERATED = {
 """Where each format keeps the metadata that `save_plot` writes."""
 
 
-def require_report_path(path: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+def require_report_path(
+    path: Path,
+    *,
+    overwrite: bool,
+    inputs: Iterable[str | Path | None] = (),
+    kind: str = "report",
+    is_own: Callable[[Path], bool] | None = None,
+) -> None:
     """Raise `BridgeError` unless a report can be written to `path`. Call it before the work starts.
 
     Args:
-        path: the value of `--json` or `--plot`.
+        path: the value of `--json`, `--plot` or another flag.
         overwrite: an earlier report may be replaced.
         inputs: files and directories that the command reads.
+        kind: what the messages call the file.
+        is_own: whether an existing file is of this kind. The default is `is_report`.
     """
     for source in inputs:
         if source is not None and path.exists() and os.path.exists(source) and path.samefile(source):
-            raise BridgeError(f"{quoted(path)} is read by this command; choose another file for its report")
+            raise BridgeError(f"{quoted(path)} is read by this command; choose another file for its {kind}")
     is_link_to_nothing = path.is_symlink() and not path.exists()
     if path.is_dir() or is_link_to_nothing or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise BridgeError(f"cannot write {quoted(path)}; give a file in a directory that exists and can be written to")
     if path.exists() and not overwrite:
-        raise BridgeError(f"{quoted(path)} exists; choose another name, or replace an earlier report with --overwrite")
-    if path.exists() and not is_report(path):
-        raise BridgeError(f"{quoted(path)} is not a report of this command and was not replaced; choose another name")
+        raise BridgeError(f"{quoted(path)} exists; choose another name, or replace an earlier {kind} with --overwrite")
+    if path.exists() and not (is_own or is_report)(path):
+        raise BridgeError(f"{quoted(path)} is not a {kind} of this command and was not replaced; choose another name")
 
 
 def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) -> None:

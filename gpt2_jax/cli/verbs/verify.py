@@ -11,9 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from tyro.conf import arg
 
 import bridge
-from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceOrBundled
-from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
+from bridge import Checkpoint
+from bridge.errors import quoted
+from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceFlags, SourceOrBundled
+from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, progress, require_torch
+from gpt2_jax.console.report_files import require_report_path
 from gpt2_jax.console.terminal import console
 
 if TYPE_CHECKING:
@@ -32,8 +35,23 @@ CheckName = Literal[
     "generation",
     "classification",
 ]
+CertifiedCheckName = Literal[
+    "weights", "configuration", "logits", "hidden-states", "losses", "gradients", "padding", "float32"
+]
+AnyCheckName = Literal[CheckName, CertifiedCheckName]
+Precision = Literal["default", "high", "highest"]
 ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defined]
+ALL_CERTIFIED_CHECKS: tuple[CertifiedCheckName, ...] = CertifiedCheckName.__args__  # type: ignore[attr-defined]
 
+FILE_RULES = (
+    Rule(("overwrite",), lambda v: v["json"] is None and v["certificate"] is None, "without --json or --certificate"),
+    Rule(("precision",), lambda v: v["against"] is None, "without --against"),
+    Rule(
+        ("text", "text_file", "batch_size", "seq_len", "seed", "untrained"),
+        lambda v: v["against"] is not None,
+        "with --against, which reads the tokens from the certificate",
+    ),
+)
 RULES = (Rule(("untrained",), lambda v: "prediction" not in v["checks"], "without the check of predictions"),)
 
 
@@ -48,7 +66,10 @@ def verify(
     seq_len: int = 256,
     seed: int = 0,
     untrained: bool = False,
-    checks: Annotated[tuple[CheckName, ...] | None, arg(help_behavior_hint="(default: all that apply)")] = None,
+    checks: Annotated[tuple[AnyCheckName, ...] | None, arg(help_behavior_hint="(default: all that apply)")] = None,
+    certificate: Annotated[Path | None, arg(metavar="FILE")] = None,
+    against: Annotated[Path | None, arg(metavar="FILE")] = None,
+    precision: Precision = "highest",
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> int:
@@ -56,6 +77,9 @@ def verify(
 
     Exit code 0 if at least one check ran and every check that ran passed. A check that cannot run is skipped. A
     sequence classifier is checked with its head, unless --drop-extra-heads is given.
+
+    With --certificate, the outputs of PyTorch are written to a file if all checks pass. With --against, JAX is checked
+    against this file, without PyTorch.
 
     Example: gpt2 verify ./my-gpt2 --json report.json
 
@@ -69,19 +93,36 @@ def verify(
         seq_len: tokens per sequence; at most n_positions are used.
         seed: the seed of random ids, for a checkpoint without a tokenizer, or of random characters.
         untrained: the weights are random, so do not check that they predict text.
-        checks: run only these.
+        checks: run only these. weights, configuration, losses and float32 need --against, which has no training,
+            round-trip, prediction, transformers, tokenizer, generation and classification.
+        certificate: if all checks pass, write a certificate to this file: the tokens, and PyTorch's float64 outputs.
+        against: check JAX alone against this certificate. Needs no PyTorch.
+        precision: the precision of JAX's float32 matrix products in the check float32 of --against.
         json: also write the report to this file.
-        overwrite: replace the report of an earlier command.
+        overwrite: replace the report or the certificate of an earlier command.
     """
-    require_effect(locals(), defaults_of(verify), (OVERWRITE,))
-    require_torch("gpt2 verify")
-    write_json = json_writer(json, overwrite, (source, reading.base, text_file))
-    if checks == ():
-        raise bridge.BridgeError(f"--checks needs at least one of {', '.join(ALL_CHECKS)}")
+    require_effect(locals(), defaults_of(verify), FILE_RULES)
+    if against is None:
+        require_torch("gpt2 verify")
+    write_json = json_writer(json, overwrite, (source, reading.base, text_file, against))
+    _require_allowed_checks(checks, certificate, against)
+    if against is not None:
+        return _verify_against(source, reading, against, precision, checks, write_json)
     if text is not None and text_file is not None:
         raise bridge.BridgeError("--text and --text-file are mutually exclusive; give one")
     if text_file is not None:
         text = _read_text(text_file)
+    options: dict[str, Any] = {
+        "source": source,
+        "text": text,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "seed": seed,
+        "untrained": untrained,
+    }
+    if certificate is not None:
+        _require_certificate_path(certificate, overwrite, (source, reading.base, text_file), json)
+        return _certify(reading.load(source), certificate, overwrite, options, write_json)
     checkpoint = reading.load_with_classifier(source)
     from gpt2_jax.parity import checks_for
     from gpt2_jax.parity import verify as run
@@ -89,16 +130,73 @@ def verify(
     names = checks_for(checkpoint) if checks is None else checks
     require_effect({"untrained": untrained, "checks": names}, defaults_of(verify), RULES)
     with progress_bar(names) as begin:
-        report = run(
-            checkpoint,
-            source=source,
-            text=text,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            seed=seed,
-            untrained=untrained,
-            checks=names,
-            progress=begin,
+        report = run(checkpoint, **options, checks=names, progress=begin)
+    return finish(report, write_json)
+
+
+def _require_allowed_checks(checks: tuple[str, ...] | None, certificate: Path | None, against: Path | None) -> None:
+    if certificate is not None and against is not None:
+        raise bridge.BridgeError("--certificate and --against are mutually exclusive; give one")
+    if checks is None:
+        return
+    if certificate is not None:
+        raise bridge.BridgeError("--certificate needs all checks; leave out --checks")
+    allowed: tuple[str, ...] = ALL_CHECKS if against is None else ALL_CERTIFIED_CHECKS
+    if not checks:
+        raise bridge.BridgeError(f"--checks needs at least one of {', '.join(allowed)}")
+    if unknown := [name for name in checks if name not in allowed]:
+        mode = "without" if against is None else "with"
+        raise bridge.BridgeError(
+            f"--checks {unknown[0]}: {mode} --against, the checks are {', '.join(allowed)}; leave it out"
+        )
+
+
+def _require_certificate_path(
+    file: Path, overwrite: bool, inputs: Iterable[str | Path | None], json: Path | None
+) -> None:
+    from gpt2_jax.parity.certificates.certificate import is_certificate
+
+    if json is not None and json.resolve() == file.resolve():
+        raise bridge.BridgeError(f"--certificate and --json both name {quoted(file)}; give two files")
+    require_report_path(file, overwrite=overwrite, inputs=inputs, kind="certificate", is_own=is_certificate)
+
+
+def _certify(
+    checkpoint: Checkpoint,
+    file: Path,
+    overwrite: bool,
+    options: dict[str, Any],
+    write_json: Callable[[dict[str, Any]], None],
+) -> int:
+    """Run all checks, and write the certificate if they pass."""
+    from gpt2_jax.parity import certify, checks_for, write_certificate
+
+    with progress_bar((*checks_for(checkpoint), "certificate")) as begin:
+        report, certificate = certify(checkpoint, **options, progress=begin)
+    code = finish(report, write_json)
+    if certificate is not None:
+        write_certificate(certificate, file, overwrite=overwrite)
+        console().print(f"certificate: {quoted(file)}, {file.stat().st_size:,} bytes", soft_wrap=True, highlight=False)
+    return code
+
+
+def _verify_against(
+    source: str,
+    reading: SourceFlags,
+    file: Path,
+    precision: Precision,
+    checks: tuple[str, ...] | None,
+    write_json: Callable[[dict[str, Any]], None],
+) -> int:
+    """Check JAX against a certificate. Imports no PyTorch."""
+    from gpt2_jax.parity import read_certificate, verify_against
+
+    certificate = read_certificate(file)
+    checkpoint = reading.load(source)
+    names = ALL_CERTIFIED_CHECKS if checks is None else checks
+    with progress_bar(names) as begin:
+        report = verify_against(
+            checkpoint, certificate, source=source, precision=precision, checks=names, progress=begin
         )
     return finish(report, write_json)
 
