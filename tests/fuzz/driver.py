@@ -40,7 +40,7 @@ COMPANIONS = (
     *("tokenizer_json", "vocab_and_merges", "vocab_txt", "sentencepiece_model", "meta_pkl", "gguf_tokenizer"),
     *("config_json", "adapter_config_json", "settings", "chat_templates"),
 )
-DATA = ("npy_file", "token_cache", "run_json", "manifest_json", "metrics_lines", "run_arrays")
+DATA = ("npy_file", "token_cache", "run_json", "manifest_json", "metrics_lines", "run_arrays", "parity_certificate")
 MOST_SECONDS = 2.0
 MOST_GROWTH = 64 * 2**20
 """Limit on the growth of the process for one mutant, in bytes."""
