@@ -1,7 +1,7 @@
 """The file of a certificate: inputs, reference outputs in float64, tolerances and versions.
 
 The container is safetensors, which other tools can read, with a description as JSON in its metadata. The arrays are not
-compressed: zlib would save a tenth of them, because the low bits of float64 outputs are random. A reader thus never
+compressed: zlib would save about a twentieth, because the low bits of float64 outputs are random. A reader thus never
 inflates anything, and every size is checked against the size of the file first.
 
 Name the file without the suffix `.safetensors`: some tools load every such file in a directory as weights.
