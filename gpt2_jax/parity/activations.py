@@ -15,6 +15,7 @@ import numpy as np
 
 from bridge import IGNORE_INDEX
 from gpt2_jax.parity.metrics import max_relative_difference
+from gpt2_jax.parity.tolerances import ACTIVATION_FP64
 
 LOGITS = "lm_head"
 """The name of the logits."""
@@ -92,6 +93,12 @@ def activation_differences(
                 _at_tokens(found, is_token_BT), _at_tokens(reference, is_token_BT)
             )
     return differences
+
+
+def first_divergence(differences: dict[str, float]) -> str:
+    """The first activation of the forward pass that exceeds its tolerance, or "" if there is none."""
+    exceeding = (name for name, difference in differences.items() if not difference <= ACTIVATION_FP64)
+    return next(exceeding, "")
 
 
 def _at_tokens(x: np.ndarray, is_token_BT: np.ndarray) -> np.ndarray:

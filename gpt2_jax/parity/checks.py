@@ -20,6 +20,7 @@ import gpt2_jax.parity.transformers_side as transformers_side
 from bridge import Checkpoint, SequenceClassifier
 from bridge.conversion import mixed_dtypes
 from bridge.storage.tensors import LazyTensor, same_bytes
+from gpt2_jax.parity.activations import first_divergence
 from gpt2_jax.parity.comparisons import (
     compare_activations,
     compare_class_logits,
@@ -27,7 +28,6 @@ from gpt2_jax.parity.comparisons import (
     compare_gradients,
     compare_logits,
     compare_training,
-    first_divergence,
 )
 from gpt2_jax.parity.inputs import CheckInputs, pad
 from gpt2_jax.parity.metrics import max_relative_difference, next_token_loss

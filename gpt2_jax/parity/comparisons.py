@@ -152,9 +152,3 @@ def compare_activations(
     expected = side.activations(inputs.checkpoint, ids, mask)
     actual = jax_side.activations(inputs.checkpoint, ids, mask)
     return activation_differences(expected, actual, np.ones(ids.shape, bool) if mask is None else mask == 1)
-
-
-def first_divergence(differences: dict[str, float]) -> str:
-    """The first activation of the forward pass that exceeds its tolerance, or "" if there is none."""
-    exceeding = (name for name, difference in differences.items() if not difference <= tolerances.ACTIVATION_FP64)
-    return next(exceeding, "")

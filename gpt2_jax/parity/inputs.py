@@ -9,8 +9,8 @@ import numpy as np
 
 import bridge
 from bridge import BridgeError, Checkpoint, NoTokenizerError, SequenceClassifier, Tokenizer, TokenizerError
+from bridge.comparison.strings import encodable
 from bridge.generation.defaults import GenerationDefaults
-from bridge.tokenizers.characters import CharacterTokenizer
 
 BUILT_IN_TEXT = """\
 When in the Course of human events, it becomes necessary for one people to dissolve the political bands \
@@ -151,10 +151,3 @@ def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, in
     if not encoded:
         raise TokenizerError("the text is empty; give at least one token")
     return Tokens(np.resize(np.array(encoded, np.int64), shape), origin, True, tokenizer)
-
-
-def encodable(text: str, tokenizer: Tokenizer) -> str:
-    """Remove the characters that a character tokenizer lacks. Other tokenizers can encode every text."""
-    if not isinstance(tokenizer, CharacterTokenizer):
-        return text
-    return "".join(character for character in text if tokenizer.id_of(character) is not None)

@@ -5,8 +5,7 @@ transformers is the third opinion if it is installed and can read the files besi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,15 @@ import gpt2_jax.parity.jax_side as jax_side
 import gpt2_jax.parity.torch_side as torch_side
 import gpt2_jax.parity.transformers_side as transformers_side
 from bridge import Tokenizer, TokenizerError
+from bridge.comparison.strings import difficult_strings, encodable
+from bridge.comparison.token_ids import Ids, Reader, first_difference, no_token
 from bridge.errors import quoted
 from bridge.generation.output import InvalidLogits
 from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.characters import CharacterTokenizer
 from bridge.tokenizers.tokenizer import without_lone_surrogates
-from gpt2_jax.parity.inputs import CheckInputs, encodable
+from gpt2_jax.parity.inputs import CheckInputs
 from gpt2_jax.parity.report import Check, Measurement
-from gpt2_jax.parity.strings import difficult_strings
 
 OURS = "this project"
 
@@ -31,38 +31,6 @@ NEW_TOKENS = 12
 
 MOST_BEAMS = 4
 """Maximum number of beams, to save time and memory. A checkpoint may ask for any number."""
-
-Ids = Sequence[int]
-
-
-def _no_token(id: int) -> None:
-    """The spelling of an id without a tokenizer."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """The source of ids, for the description of a difference: a tokenizer, or the program that generated them."""
-
-    name: str
-    token_of: Callable[[int], str | None] = _no_token
-
-    def at(self, ids: Ids, position: int) -> str:
-        """Describe the token at a position: its id and its spelling."""
-        if position >= len(ids):
-            return f"the end in {self.name}"
-        token = self.token_of(ids[position])
-        return f"{ids[position]}{'' if token is None else ' ' + quoted(token, 40)} in {self.name}"
-
-
-def first_difference(text: str, expected: Ids, actual: Ids, readers: tuple[Reader, Reader]) -> str:
-    """Describe where ids differ: the text, the first position, and both ids with their tokens.
-
-    >>> first_difference("a b", [5, 7], [5], (Reader("transformers"), Reader("this project")))
-    "'a b': token 1 is 7 in transformers, the end in this project"
-    """
-    pairs = enumerate(zip(expected, actual, strict=False))
-    position = next((k for k, (a, b) in pairs if a != b), min(len(expected), len(actual)))
-    return f"{quoted(text)}: token {position} is {readers[0].at(expected, position)}, {readers[1].at(actual, position)}"
 
 
 def count(name: str, differences: Sequence[str]) -> Measurement:
@@ -237,7 +205,7 @@ def _compare_ids(
 ) -> Measurement:
     """The number of prompts whose new ids differ."""
     tokenizer = inputs.tokens.tokenizer
-    token_of, text_of = (_no_token, str) if tokenizer is None else (tokenizer.token_of, tokenizer.decode)
+    token_of, text_of = (no_token, str) if tokenizer is None else (tokenizer.token_of, tokenizer.decode)
     readers = Reader(name, token_of), Reader(other, token_of)
     rows = zip(prompts.tolist(), expected, actual, strict=True)
     differing = [f"after {first_difference(text_of(prompt), a, b, readers)}" for prompt, a, b in rows if a != b]

@@ -17,12 +17,12 @@ from tokenizing.kinds import KINDS, ROWS
 
 import bridge
 from bridge import Checkpoint, CheckpointError, GenerationConfig
+from bridge.comparison.strings import difficult_strings
 from bridge.tokenizers import tokenizer as tokenizer_module
 from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.readers.huggingface import Files
 from gpt2_jax.parity import Check, jax_side, transformers_side, verify
 from gpt2_jax.parity.inputs import CheckInputs, choose_tokens
-from gpt2_jax.parity.strings import difficult_strings
 from gpt2_jax.parity.text_checks import tokenizer as tokenizer_check
 
 pytestmark = [

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("bridge.hub",),
     ("bridge.io",),
     ("bridge.diagnostics", "bridge.evaluation", "bridge.generation"),
+    ("bridge.comparison",),
     ("bridge",),
     ("gpt2_torch.arrays", "gpt2_torch.state_dict"),
     ("gpt2_torch.ops",),

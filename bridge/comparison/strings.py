@@ -1,8 +1,11 @@
-"""Difficult strings for tokenizers: the inputs of the check `tokenizer`."""
+"""Difficult strings for tokenizers, on which two of them are compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+
+from bridge.tokenizers.characters import CharacterTokenizer
+from bridge.tokenizers.tokenizer import Tokenizer
 
 MOST_MARKERS = 500
 """Maximum number of added tokens in the strings. A tokenizer may have thousands."""
@@ -46,6 +49,13 @@ def difficult_strings(markers: Iterable[str]) -> list[str]:
     named = [marker for marker in dict.fromkeys(markers) if marker][:MOST_MARKERS]
     around = [f"a{marker}b {marker} c{marker}{marker}\n{marker[:-1]} {marker.upper()}" for marker in named]
     return [*_FIXED, *_samples_of_planes(), *around, "".join(named), " ".join(named)]
+
+
+def encodable(text: str, tokenizer: Tokenizer) -> str:
+    """Remove the characters that a character tokenizer lacks. Other tokenizers can encode every text."""
+    if not isinstance(tokenizer, CharacterTokenizer):
+        return text
+    return "".join(character for character in text if tokenizer.id_of(character) is not None)
 
 
 def _samples_of_planes() -> Iterator[str]:
