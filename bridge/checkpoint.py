@@ -43,7 +43,8 @@ class Checkpoint:
     own_tokenizer: Callable[[], Tokenizer] | None = None
     """Returns the tokenizer that the file contains. None if the tokenizer is in files beside it."""
     source: Path | None = None
-    """The file or directory that `bridge.load` opened. Tensors are read from it lazily, so no writer may replace it."""
+    """The file or directory that `bridge.load` opened. For a run, it is the directory of its checkpoint. Tensors are
+    read from it lazily, so no writer may replace it."""
     base_source: Path | None = None
     """The same for the base of an adapter, whose tensors are read lazily, too."""
     base_path: Path | None = None

@@ -71,7 +71,8 @@ def load(
     if chosen is None:
         raise CheckpointError(f"{quoted(path)} cannot be read as a checkpoint: {why_unrecognised(path)}")
     try:
-        return replace(_read(*chosen, activation, drop_extra_heads, base), source=chosen[0].path)
+        checkpoint = _read(*chosen, activation, drop_extra_heads, base)
+        return replace(checkpoint, source=checkpoint.source or chosen[0].path)
     except BridgeError as error:
         if quoted(path)[1:-1] in str(error):
             raise

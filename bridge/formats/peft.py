@@ -80,6 +80,7 @@ def read(weights: Path, base: Checkpoint, drop_extra_heads: bool = False) -> Che
         path=weights.parent if own else base.path,
         own_tokenizer=None if own else base.own_tokenizer,
         diagnostics=(*base.diagnostics, *_diagnostics(config, lora, dropped, base, merged), *notes),
+        source=weights,
         base_source=base.source,
         base_path=base.settings_path,
     )

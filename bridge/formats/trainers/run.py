@@ -21,8 +21,9 @@ from bridge.conversion import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config, read_json, tensors_of_tree
 from bridge.formats.format import Format
+from bridge.optimizer_state import AdamWState
 from bridge.storage import manifest
-from bridge.storage.tensors import LazyTensor, first_rows
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, first_rows
 
 NAME = "run"
 RUN = "run.json"
@@ -32,6 +33,8 @@ _MOST_PADDING = 2**16
 _NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 WEIGHTS = ("ema_params", "params")
 """Keys of the weights in a saved state, in order of preference."""
+_ADAMW = "opt_state.0"
+"""The key of `optax.ScaleByAdamState` in the state of `optax.adamw`. With Muon it has another key."""
 
 
 def find(path: Path) -> list[Path]:
@@ -49,13 +52,32 @@ def read(path: Path) -> Checkpoint:
     else:
         run, step = path, path / CHECKPOINTS / str(best_valid_step(path, skipped.append))
     config, fields = read_config(run / CONFIG)
-    entries = {
-        name: _without_padding(entry, config) if name in ("wte/embedding", "lm_head/embedding") else entry
-        for name, entry in _unstacked(_weights(step / "state"), config).items()
-    }
-    tensors = tensors_of_tree(entries, config, step)
+    tensors = _canonical(_weights(step / "state"), config, step)
     notes = (f"read from {CHECKPOINTS}/{step.name}", *skipped, *config_diagnostics(fields))
-    return Checkpoint(config, tensors, NAME, run, harmless_fields(fields), notes)
+    return Checkpoint(config, tensors, NAME, run, harmless_fields(fields), notes, source=step)
+
+
+def adamw_state(step: Path, config: GPT2Config) -> AdamWState | None:
+    """Return AdamW's state in a checkpoint of a run, or None if AdamW does not update every parameter, as with Muon.
+
+    If the run keeps an average of the weights, the state belongs to the weights that are trained and not to the
+    average.
+
+    Args:
+        step: `Checkpoint.source` of the run.
+        config: the configuration of the model.
+
+    Raises `CheckpointError` or `ConversionError` for a damaged state.
+    """
+    arrays = open_arrays(step / "state")
+    moments = [_below(arrays, f"{_ADAMW}.{name}.") for name in ("mu", "nu")]
+    count = arrays.get(f"{_ADAMW}.count")
+    if count is None or not all(moments):
+        return None
+    if count.shape != () or count.dtype.kind not in "iu":
+        raise CheckpointError(f"{quoted(step)}: the step count of AdamW is not a number; use another checkpoint")
+    exp_avg, exp_avg_sq = (_canonical(moment, config, step) for moment in moments)
+    return AdamWState(int(count.read()), exp_avg, exp_avg_sq)
 
 
 def steps(run: Path) -> list[int]:
@@ -161,12 +183,26 @@ def _is_step(path: Path) -> bool:
 def _weights(state: Path) -> dict[str, StoredArray]:
     """Return the saved weights by their path in the Flax tree, without reading them."""
     arrays = open_arrays(state)
-    prefix = next((f"{part}." for part in WEIGHTS if any(name.startswith(f"{part}.") for name in arrays)), None)
-    if prefix is None:
-        raise CheckpointError(f"{quoted(state)} holds no weights; use another checkpoint of the run")
+    for part in WEIGHTS:
+        if weights := _below(arrays, f"{part}."):
+            return weights
+    raise CheckpointError(f"{quoted(state)} holds no weights; use another checkpoint of the run")
+
+
+def _below(arrays: Mapping[str, StoredArray], prefix: str) -> dict[str, StoredArray]:
+    """Return the arrays of a part of the state by their path in the Flax tree of that part."""
     return {
         name.removeprefix(prefix).replace(".", "/"): array for name, array in arrays.items() if name.startswith(prefix)
     }
+
+
+def _canonical(arrays: Mapping[str, StoredArray], config: GPT2Config, step: Path) -> LazyTensorMap:
+    """Return a Flax tree as canonical tensors, without the padding of the vocabulary."""
+    entries = {
+        name: _without_padding(entry, config) if name in ("wte/embedding", "lm_head/embedding") else entry
+        for name, entry in _unstacked(arrays, config).items()
+    }
+    return tensors_of_tree(entries, config, step)
 
 
 def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, LazyTensor]:

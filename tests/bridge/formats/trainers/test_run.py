@@ -43,6 +43,7 @@ def make_run(
     stacked: bool = True,
     vocab_multiple: int = 1,
     ema: bool = False,
+    optimizer: OptimizerConfig | None = None,
 ) -> Path:
     """Write a run. The weights of checkpoint N are made from seed N, their moving average from seed N + 100."""
     path.mkdir()
@@ -57,7 +58,7 @@ def make_run(
     with Checkpoints(path, keep_last=99) as checkpoints:
         for step, loss in (losses or {7: 1.0}).items():
             params = tree(step)
-            moments = make_optimizer(OptimizerConfig(), 10).init(params)  # type: ignore[arg-type]
+            moments = make_optimizer(optimizer or OptimizerConfig(), 10).init(params)  # type: ignore[arg-type]
             state = TrainState(jnp.int32(step), params, moments, tree(step + 100) if ema else None)
             checkpoints.save(state, loss)
     return path
@@ -94,6 +95,28 @@ def test_a_run_is_read_as_its_best_checkpoint_and_each_can_be_named(tmp_path: Pa
     for step in (1, 10, 11):
         assert_weights(run / "checkpoints" / str(step), CONFIG, seed=step)
     assert [run_format.validation_loss(run, step) for step in (1, 11)] == [3.0, None]
+
+
+def test_the_source_of_a_run_is_the_checkpoint_that_was_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
+    assert bridge.load(run).source == run / "checkpoints" / "2"
+    assert bridge.load(run / "checkpoints" / "1").source == run / "checkpoints" / "1"
+
+
+@pytest.mark.parametrize(("stacked", "vocab_multiple"), [(True, 64), (False, 1)], ids=["stacked", "looped"])
+def test_the_state_of_adamw_is_read_back(tmp_path: Path, stacked: bool, vocab_multiple: int) -> None:
+    run = make_run(tmp_path / "run", stacked=stacked, vocab_multiple=vocab_multiple)
+    state = run_format.adamw_state(run / "checkpoints" / "7", CONFIG)
+    assert state is not None and state.step == 0
+    for moment in (state.exp_avg, state.exp_avg_sq):
+        assert {name: array.shape for name, array in moment.items()} == {
+            p.torch_name: p.torch_shape for p in bridge.parameters(CONFIG)
+        }
+
+
+def test_a_state_of_muon_is_not_read_as_that_of_adamw(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", optimizer=OptimizerConfig(optimizer="muon"))
+    assert run_format.adamw_state(run / "checkpoints" / "7", CONFIG) is None
 
 
 def test_without_an_evaluation_a_run_is_read_as_its_newest_checkpoint(tmp_path: Path) -> None:
