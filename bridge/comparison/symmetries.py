@@ -1,0 +1,122 @@
+"""Recognition of reordered models: permuted heads and feed-forward units, and layers in another place.
+
+A permutation of the heads of a layer, applied to the columns of query, key and value and to the rows of `c_proj`, does
+not change the function. Neither does one of the feed-forward units, applied to the columns of `c_fc` and the rows of
+`c_proj`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bridge.config import GPT2Config
+from bridge.diagnostics import fingerprint
+from bridge.parameter_table import PARAMETERS, Parameter, parameters
+from bridge.storage.tensors import LazyTensor, LazyTensorMap, contiguous
+
+Entries = Mapping[str, LazyTensor]
+
+UNITS: Mapping[str, str] = {"H": "heads", "F": "feed-forward units"}
+"""Axis letter of the parameter table -> the name of what can be permuted along this axis."""
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Another order of the heads or feed-forward units of one layer."""
+
+    layer: int
+    units: str
+    """A value of `UNITS`."""
+    order: tuple[int, ...]
+    """Unit k of A is unit `order[k]` of B."""
+    names: tuple[str, ...]
+    """The tensors that have this order."""
+    is_same_function: bool
+    """Whether these are all tensors with an axis of these units."""
+
+
+def permutations(
+    a: Entries, b: Entries, configs: tuple[GPT2Config, GPT2Config], unequal: set[str]
+) -> tuple[Permutation, ...]:
+    """Find the layers whose heads or feed-forward units have another order in B.
+
+    Args:
+        a, b: the canonical tensors of two models.
+        configs: their configurations.
+        unequal: the names of the tensors that differ.
+    """
+    of_a, of_b = ({p.torch_name: p for p in parameters(config)} for config in configs)
+    found: list[Permutation] = []
+    for layer in sorted({p.layer for name, p in of_a.items() if name in unequal and p.layer is not None}):
+        for letter, units in UNITS.items():
+            axes = {name: axis for name, axis in _axes(letter, layer) if name in a and name in b}
+            shapes = [{name: side[name].flax_shape for name in axes if name in side} for side in (of_a, of_b)]
+            dtypes = [{name: side[name].dtype for name in axes} for side in (a, b)]
+            if unequal & {*axes} and shapes[0] == shapes[1] and dtypes[0] == dtypes[1]:
+                digests = [{name: _digests(side[name], of_a[name], axes[name]) for name in axes} for side in (a, b)]
+                found += _orders(layer, units, *digests)
+    return tuple(found)
+
+
+def _axes(letter: str, layer: int) -> Iterator[tuple[str, int]]:
+    """Yield the name of each tensor of a layer with this axis, and the number of the axis in its Flax shape."""
+    for row in PARAMETERS:
+        letters = re.sub(r"[() ]", "", row.axes)
+        if letter in letters:
+            yield row.torch.format(i=layer), letters.index(letter)
+
+
+def _digests(entry: LazyTensor, parameter: Parameter, axis: int) -> list[bytes]:
+    """Return a digest of the values of each unit."""
+    units = contiguous(np.moveaxis(entry.read().reshape(parameter.flax_shape), axis, 0))
+    return [hashlib.sha256(unit.tobytes()).digest() for unit in units]
+
+
+def _orders(
+    layer: int, units: str, a: Mapping[str, list[bytes]], b: Mapping[str, list[bytes]]
+) -> Iterator[Permutation]:
+    """Yield the order that all tensors have in B or, if there is none, the order of each tensor that has one."""
+    if (order := _order([*zip(*a.values(), strict=True)], [*zip(*b.values(), strict=True)])) is not None:
+        yield Permutation(layer, units, order, tuple(a), is_same_function=True)
+        return
+    for name in a:
+        if (order := _order(a[name], b[name])) is not None and a[name] != b[name]:
+            yield Permutation(layer, units, order, (name,), is_same_function=False)
+
+
+def _order(a: Sequence[object], b: Sequence[object]) -> tuple[int, ...] | None:
+    """Return the positions in `b` of the elements of `a`, each used once. None if `b` is not a permutation of `a`.
+
+    >>> _order("abb", "bab")
+    (1, 0, 2)
+    """
+    places: dict[object, list[int]] = {}
+    for place in reversed(range(len(b))):
+        places.setdefault(b[place], []).append(place)
+    try:
+        return tuple(places[element].pop() for element in a)
+    except (KeyError, IndexError):
+        return None
+
+
+def copied_layers(a: Entries, b: Entries, unequal: set[str]) -> tuple[tuple[int, int], ...]:
+    """Return (i, j) for each layer i of A that has the bits of layer j of B, among the layers that differ."""
+    layers = sorted({int(match[1]) for name in unequal if (match := re.match(r"h\.(\d+)\.", name))})
+    places: dict[str, int] = {}
+    for layer in reversed(layers):
+        if digest := _layer_digest(b, layer):
+            places[digest] = layer
+    pairs = ((layer, places.get(_layer_digest(a, layer))) for layer in layers)
+    return tuple((layer, place) for layer, place in pairs if place is not None)
+
+
+def _layer_digest(entries: Entries, layer: int) -> str:
+    """Return the fingerprint of one layer, or an empty string if the model has no such layer."""
+    prefix = f"h.{layer}."
+    own = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+    return fingerprint(LazyTensorMap(own)) if own else ""
