@@ -70,3 +70,18 @@ class SourceFlags:
 Reading = Annotated[SourceFlags, OmitArgPrefixes]
 READING = SourceFlags()
 """The default: no flag is given."""
+
+
+def given_text(text: str | None, text_file: Path | None) -> str | None:
+    """Return the text of `--text` or `--text-file`, or None without both.
+
+    Raises `BridgeError` if both are given, or if the file cannot be read.
+    """
+    if text is not None and text_file is not None:
+        raise bridge.BridgeError("--text and --text-file are mutually exclusive; give one")
+    if text_file is None:
+        return text
+    try:
+        return text_file.read_text(encoding="utf-8-sig")  # without a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise bridge.BridgeError(f"cannot read {text_file}: {error}") from error

@@ -127,8 +127,10 @@ def pad(rows: list[np.ndarray], side: str, pad_token_id: int = 0) -> tuple[np.nd
     return ids, mask
 
 
-def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int) -> Tokens:
-    """Return the tokens to run on. A text that is too short is repeated."""
+def choose_tokens(
+    checkpoint: Checkpoint, text: str | None, shape: tuple[int, int], seed: int, built_in: str = BUILT_IN_TEXT
+) -> Tokens:
+    """Return the tokens to run on. A text that is too short is repeated. `built_in`: the text without `text`."""
     rng = np.random.default_rng(seed)
     try:
         tokenizer = checkpoint.tokenizer()
@@ -139,12 +141,12 @@ def choose_tokens(checkpoint: Checkpoint, text: str | None, shape: tuple[int, in
         return Tokens(ids, f"random ids from seed {seed}", is_text=False, no_tokenizer=str(reason))
     origin = "the built-in text" if text is None else "the given text"
     if text is None:
-        text = encodable(BUILT_IN_TEXT, tokenizer)
-        if len(text) < MIN_TEXT_COVERAGE * len(BUILT_IN_TEXT):
+        text = encodable(built_in, tokenizer)
+        if len(text) < MIN_TEXT_COVERAGE * len(built_in):
             ids = rng.choice(sorted(i for i in range(tokenizer.vocab_size) if tokenizer.token_of(i) is not None), shape)
             return Tokens(ids, f"random characters of the tokenizer from seed {seed}", False, tokenizer)
-        if len(text) < len(BUILT_IN_TEXT):
-            origin += f", without {len(BUILT_IN_TEXT) - len(text)} characters that the tokenizer lacks"
+        if len(text) < len(built_in):
+            origin += f", without {len(built_in) - len(text)} characters that the tokenizer lacks"
     if seed:
         raise BridgeError(f"seed={seed}: has no effect, because the tokens come from a text; leave it out")
     encoded = tokenizer.encode(text)

@@ -56,22 +56,33 @@ def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dty
         return np.asarray(values).astype(np.float64)
 
 
-def activations(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None) -> Activations:
-    """All compared activations of a forward pass, computed in float64."""
+def activations(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    mask: np.ndarray | None,
+    is_kept: Callable[[str], bool] = lambda name: True,
+) -> Activations:
+    """All compared activations of a forward pass, computed in float64.
+
+    Args:
+        is_kept: whether to return the activation with this name. The others are not kept in memory.
+    """
     values: Activations = {}
 
     def record(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = torch_name(context.module.path) if context.method_name == "__call__" else ""
-        if name := recorded_input(module):
+        if (name := recorded_input(module)) and is_kept(name):
             values[name] = _merge_heads(np.asarray(args[0]))
         output = next_call(*args, **kwargs)
-        if is_recorded_output(module):
+        if is_recorded_output(module) and is_kept(module):
             values[module] = np.stack(output) if isinstance(output, tuple) else np.asarray(output)
         return output
 
     with full_precision("float64"), nn.intercept_methods(record):
         model, params = _model(checkpoint, "float64")
-        values[LOGITS] = np.asarray(model.apply({"params": params}, _array(ids), _array(mask)))
+        logits = model.apply({"params": params}, _array(ids), _array(mask))
+        if is_kept(LOGITS):
+            values[LOGITS] = np.asarray(logits)
     return values
 
 

@@ -28,10 +28,16 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x))))
 
 
-def max_kl(a_TV: np.ndarray, b_TV: np.ndarray) -> float:
-    """Maximum over tokens of KL(softmax(a) || softmax(b)), in nats."""
+def kl_divergence(a_TV: np.ndarray, b_TV: np.ndarray) -> np.ndarray:
+    """KL(softmax(a) || softmax(b)) of each token [T], in nats."""
     log_a, log_b = (x - _logsumexp(x)[:, None] for x in (a_TV, b_TV))
-    return float((np.exp(log_a) * (log_a - log_b)).sum(-1).max())
+    divergence: np.ndarray = (np.exp(log_a) * (log_a - log_b)).sum(-1)
+    return divergence
+
+
+def max_kl(a_TV: np.ndarray, b_TV: np.ndarray) -> float:
+    """Maximum of `kl_divergence` over the tokens."""
+    return float(kl_divergence(a_TV, b_TV).max())
 
 
 def next_token_loss(logits_BTV: np.ndarray, ids_BT: np.ndarray) -> float:

@@ -29,6 +29,7 @@ VERBS: Mapping[str, Verb] = {
     "inspect": Verb("inspect", "inspect", "Show the format, configuration, tensors and warnings of a checkpoint."),
     "convert": Verb("convert", "convert", "Convert a checkpoint to another format, bit for bit."),
     "verify": Verb("verify", "verify", "Check that PyTorch and JAX compute the same function.", compiles=True),
+    "diff": Verb("diff", "diff", "Show how two checkpoints differ, from configuration to logits.", compiles=True),
     "generate": Verb("generate", "generate", "Continue one or more prompts.", compiles=True),
     "eval": Verb("eval", "evaluate", "Measure loss, perplexity and bits per byte on a text.", compiles=True),
     "train": Verb("train", "train_command", "Train or fine-tune in JAX, and export for PyTorch.", takes_config=True),

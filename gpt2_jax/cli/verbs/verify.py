@@ -13,7 +13,7 @@ from tyro.conf import arg
 import bridge
 from bridge import Checkpoint
 from bridge.errors import quoted
-from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceFlags, SourceOrBundled
+from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceFlags, SourceOrBundled, given_text
 from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, progress, require_torch
 from gpt2_jax.console.report_files import require_report_path
@@ -108,10 +108,7 @@ def verify(
     _require_allowed_checks(checks, certificate, against)
     if against is not None:
         return _verify_against(source, reading, against, precision, checks, write_json)
-    if text is not None and text_file is not None:
-        raise bridge.BridgeError("--text and --text-file are mutually exclusive; give one")
-    if text_file is not None:
-        text = _read_text(text_file)
+    text = given_text(text, text_file)
     options: dict[str, Any] = {
         "source": source,
         "text": text,
@@ -222,10 +219,3 @@ def finish(report: Report, write_json: Callable[[dict[str, Any]], None]) -> int:
     report.show(console())
     write_json(report.to_json())
     return 0 if report.passed else 1
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # without a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise bridge.BridgeError(f"cannot read {file}: {error}") from error
