@@ -35,7 +35,7 @@ class TokenizerComparison:
 
     @property
     def is_different(self) -> bool:
-        return bool(self.differences) or not self.is_same_definition
+        return not self.is_same_definition or any(difference.matters for difference in self.differences)
 
 
 def compare_tokenizers(a: Checkpoint, b: Checkpoint) -> TokenizerComparison:
@@ -52,7 +52,10 @@ def compare_tokenizers(a: Checkpoint, b: Checkpoint) -> TokenizerComparison:
     if missing:
         return TokenizerComparison(None, missing)
     first, second = found
-    differences = compare_fields(_facts(first), _facts(second), "text")
+    differences = (
+        *compare_fields(_facts(first), _facts(second), "text"),
+        *compare_fields(_unknown_token(first), _unknown_token(second), "none"),
+    )
     if first.fingerprint == second.fingerprint:
         return TokenizerComparison((first, second), differences=differences)
     strings = difficult_strings([*first.added, *second.added])
@@ -82,10 +85,17 @@ def ranges(numbers: Iterator[int]) -> tuple[tuple[int, int], ...]:
 
 
 def _facts(tokenizer: Tokenizer) -> Mapping[str, Any]:
-    special = {f"{role} token": [token, tokenizer.id_of(token)] for role, token in tokenizer.special.by_role().items()}
+    roles = {role: token for role, token in tokenizer.special.by_role().items() if role != "unk"}
+    special = {f"{role} token": [token, tokenizer.id_of(token)] for role, token in roles.items()}
     # Quoted, because the content of an added token is arbitrary text and here part of a name.
     added = {f"added token {quoted(token.content)}": _described(token) for token in tokenizer.added.values()}
     return {"kind": tokenizer.kind, "vocabulary size": tokenizer.vocab_size, **special, **added}
+
+
+def _unknown_token(tokenizer: Tokenizer) -> Mapping[str, Any]:
+    """Return the role of the unknown token. Its effect on ids is part of the fingerprint."""
+    token = tokenizer.special.unk
+    return {} if token is None else {"unk token": [token, tokenizer.id_of(token)]}
 
 
 def _described(token: AddedToken) -> str:

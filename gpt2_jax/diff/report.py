@@ -94,7 +94,11 @@ def _print_table(header: Row, rows: Sequence[Row], console: Console) -> None:
 
 
 def _show_differences(name: str, differences: Sequence[Difference], console: Console) -> None:
-    _heading(name, f"{_number(len(differences))} differ" if differences else "equal", console)
+    _heading(name, f"{len(differences):,} of its values differ" if differences else "equal", console)
+    _print_differences(differences, console)
+
+
+def _print_differences(differences: Sequence[Difference], console: Console) -> None:
     rows = [(d.name, _shown(d.a), _shown(d.b), _EFFECTS[d.effect]) for d in differences]
     _print_table(("  name", "A", "B", ""), [(f"  {quoted(row[0])[1:-1]}", *row[1:]) for row in rows], console)
 
@@ -105,21 +109,18 @@ def _shown(value: Any) -> str:
     return quoted(value, _LONGEST_VALUE) if isinstance(value, str) else quoted(value, _LONGEST_VALUE)[1:-1]
 
 
-def _number(count: int) -> str:
-    return f"{count:,}"
-
-
 def _show_tokenizer(found: Comparison, console: Console) -> None:
     tokenizer = found.tokenizer
     if tokenizer.tokenizers is None:
         reasons = "; ".join(f"{side} has none: {reason}" for side, reason in tokenizer.missing.items())
         _heading("tokenizer", f"not compared: {reasons}", console)
         return
-    if not tokenizer.is_different:
-        first = tokenizer.tokenizers[0]
-        _heading("tokenizer", f"equal: {first.kind}, ids below {first.vocab_size:,}", console)
-        return
-    _show_differences("tokenizer", tokenizer.differences, console)
+    first = tokenizer.tokenizers[0]
+    if tokenizer.is_same_definition:
+        _heading("tokenizer", f"the same ids: {first.kind}, {first.vocab_size:,} tokens", console)
+    else:
+        _heading("tokenizer", "different definitions", console)
+    _print_differences(tokenizer.differences, console)
     if tokenizer.is_same_definition:
         return
     tokens = _ranges(tokenizer.different_tokens)

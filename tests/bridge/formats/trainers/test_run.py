@@ -119,6 +119,17 @@ def test_a_state_of_muon_is_not_read_as_that_of_adamw(tmp_path: Path) -> None:
     assert run_format.adamw_state(run / "checkpoints" / "7", CONFIG) is None
 
 
+def test_two_steps_of_a_run_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", losses={1: 3.0, 2: 1.5})
+    for other, code, last in ((run / "checkpoints" / "1", 1, "Different: tensors."), (run, 0, "Identical: ")):
+        with pytest.raises(SystemExit) as ended:
+            main(["diff", str(run / "checkpoints" / "2"), str(other), "--no-function"])
+        shown = capsys.readouterr().out
+        assert ended.value.code == code
+        assert f"  moments: {2 * len(bridge.parameters(CONFIG))} identical" in shown
+        assert shown.splitlines()[-1].startswith(last)
+
+
 def test_without_an_evaluation_a_run_is_read_as_its_newest_checkpoint(tmp_path: Path) -> None:
     assert_weights(make_run(tmp_path / "run", losses={9: None, 10: None}), CONFIG, seed=10)
 
