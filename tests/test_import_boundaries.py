@@ -133,7 +133,7 @@ def test_the_packages_are_imported_without_their_frameworks() -> None:
     assert_runs_without(HEAVY, "import bridge, gpt2_jax, gpt2_jax.data, gpt2_jax.training, gpt2_jax.cli")
 
 
-def test_help_version_inspect_and_convert_import_no_framework(tmp_path: Path) -> None:
+def test_help_version_inspect_convert_and_diff_import_no_framework(tmp_path: Path) -> None:
     code = """
 from gpt2_jax.cli import main
 from gpt2_jax.cli.verbs import VERBS
@@ -151,6 +151,7 @@ for verb in VERBS:
     run(verb, "--help")
 run("inspect")
 run("convert", sys.argv[2], sys.argv[3], "--to", "flax")
+run("diff", sys.argv[2], sys.argv[3])
 """
     source = huggingface_directory(tmp_path / "source")
     assert_runs_without(HEAVY, code, source, tmp_path / "flax")

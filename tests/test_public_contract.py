@@ -24,6 +24,7 @@ FLAGS: Mapping[str, Sequence[str]] = {
     "inspect": ["--json"],
     "convert": ["--to", "--json"],
     "verify": ["--json"],
+    "diff": ["--no-function", "--text", "--json"],
     "generate": ["--json"],
     "train": ["--data", "--init-from", "--out", "--resume", "--preset", "--mesh", "--json"],
     "eval": ["--data", "--json"],

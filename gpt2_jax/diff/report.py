@@ -133,8 +133,7 @@ def _show_tokenizer(found: Comparison, console: Console) -> None:
 def _show_tensors(found: Comparison, console: Console) -> None:
     tensors = found.tensors
     _heading("tensors", _counted(tensors.tensors), console)
-    for note in (*tensors.notes, *_symmetries(found)):
-        console.print(Text(f"  {note}"))
+    _print_table(("",), [(f"  {note}",) for note in (*tensors.notes, *_symmetries(found))], console)
     _print_tensors(tensors.tensors, console)
 
 

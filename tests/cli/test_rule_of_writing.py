@@ -369,6 +369,7 @@ VERBS_WITH_JSON = {
     "inspect": ("inspect", "{model}"),
     "inspect a file": ("inspect", "{tmp}/x.gguf"),
     "verify": ("verify", "{model}"),
+    "diff": ("diff", "{model}", "{tmp}/x.gguf"),
     "generate": ("generate", "{model}", "We"),
     "eval": ("eval", "{model}", "--data", "{tmp}/text.txt"),
     "convert": ("convert", "{model}", "{tmp}/out", "--to", "flax"),

@@ -93,6 +93,7 @@ VERBS = {
     "inspect": ("inspect", "{named}", "--tensors"),
     "convert": ("convert", "{named}", "{named}-flax", "--to", "flax"),
     "verify": ("verify", "{named}", "--checks", "round-trip"),
+    "diff": ("diff", "{named}", "{named}/../model"),
     "generate": ("generate", "{named}", NAME, "--max-new-tokens", 2),
     "generate to a file": ("generate", "{named}", NAME, "--max-new-tokens", 2, "--json", "{named}.json"),
     "eval": ("eval", "{named}", "--data", "{text}", "--max-tokens", 20, "--context", 8),

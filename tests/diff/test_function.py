@@ -60,6 +60,13 @@ def test_a_bit_of_a_weight_is_located_although_float32_rounding_hides_it() -> No
     assert result.different_parts == ("tensors", "function")
 
 
+@pytest.mark.parametrize(("name", "verdict"), [("gelu_fast", "same function"), ("gelu", "different")])
+def test_another_spelling_of_the_activation_agrees_within_rounding(name: str, verdict: str) -> None:
+    result = diff(ORIGINAL, ORIGINAL.with_activation(name), seq_len=8)
+    assert result.verdict == verdict
+    assert result.different_parts == (() if verdict == "same function" else ("configuration", "function"))
+
+
 def test_a_rounded_copy_departs_at_the_embeddings() -> None:
     rounded = {name: array.astype(ml_dtypes.bfloat16) for name, array in random_state(CONFIG).items()}
     found = compared(Checkpoint.of(rounded, CONFIG))
