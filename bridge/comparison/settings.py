@@ -40,6 +40,8 @@ class Difference:
         return self.effect in MATTERS
 
 
+Differences = tuple[Difference, ...]
+
 _OF_TENSORS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_inner", "tie_word_embeddings", "bias")
 
 _SAME_FORMULA = (
@@ -49,7 +51,7 @@ _SAME_FORMULA = (
 )
 
 
-def compare_configs(a: GPT2Config, b: GPT2Config) -> tuple[Difference, ...]:
+def compare_configs(a: GPT2Config, b: GPT2Config) -> Differences:
     """Return the fields that differ, and what each of them changes."""
     pairs = ((f.name, getattr(a, f.name), getattr(b, f.name)) for f in fields(GPT2Config))
     return tuple(Difference(name, x, y, _effect(name, a, b)) for name, x, y in pairs if x != y)
@@ -70,7 +72,7 @@ def _effect(name: str, a: GPT2Config, b: GPT2Config) -> Effect:
 
 def compare_fields(
     a: Mapping[str, Any], b: Mapping[str, Any], effect: Effect, defaults: Mapping[str, Any] | None = None
-) -> tuple[Difference, ...]:
+) -> Differences:
     """Return the entries of two mappings that differ.
 
     Args:
@@ -127,6 +129,3 @@ def _chat_templates(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for name, template in templates.items():
         digest = hashlib.sha256(template.text.encode(errors="surrogatepass")).hexdigest()
         yield name, f"{len(template.text)} characters, sha256 {digest[:16]}"
-
-
-Differences = tuple[Difference, ...]

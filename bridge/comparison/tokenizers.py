@@ -23,7 +23,7 @@ class TokenizerComparison:
     missing: Mapping[str, str] = field(default_factory=dict)
     """The sides without a tokenizer, "A" or "B", and the reason for each."""
     differences: tuple[Difference, ...] = ()
-    """Kind, vocabulary size, special tokens by role, and added tokens, if they differ."""
+    """Kind, vocabulary size, special tokens by role, and added tokens, if they differ. A name may contain any text."""
     is_same_definition: bool = True
     """Whether everything that determines the ids is equal. If so, strings are not compared."""
     different_tokens: tuple[tuple[int, int], ...] = ()
@@ -87,8 +87,7 @@ def ranges(numbers: Iterator[int]) -> tuple[tuple[int, int], ...]:
 def _facts(tokenizer: Tokenizer) -> Mapping[str, Any]:
     roles = {role: token for role, token in tokenizer.special.by_role().items() if role != "unk"}
     special = {f"{role} token": [token, tokenizer.id_of(token)] for role, token in roles.items()}
-    # Quoted, because the content of an added token is arbitrary text and here part of a name.
-    added = {f"added token {quoted(token.content)}": _described(token) for token in tokenizer.added.values()}
+    added = {f"added token {token.content}": _described(token) for token in tokenizer.added.values()}
     return {"kind": tokenizer.kind, "vocabulary size": tokenizer.vocab_size, **special, **added}
 
 

@@ -210,3 +210,18 @@ def test_a_damaged_tensor_is_an_error() -> None:
     damaged = {**checkpoint.tensors.entries, "wte.weight": LazyTensor(wte.dtype, wte.shape, read)}
     with pytest.raises(CheckpointError, match="the file changed"):
         compare(checkpoint, replace(checkpoint, tensors=LazyTensorMap(damaged)))
+
+
+def test_a_flag_of_an_added_token_is_named_even_if_its_beginning_is_that_of_another(model: Path, other: Path) -> None:
+    tokens = ["<" + "x" * 100 + "1>", "<" + "x" * 100 + "2>"]
+    for directory, special in ((model, [True, True]), (other, [False, True])):
+        added = {
+            str(257 + i): {"content": token, "special": is_special, "normalized": False}
+            for i, (token, is_special) in enumerate(zip(tokens, special, strict=True))
+        }
+        (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    found = compare(bridge.load(model), bridge.load(other)).tokenizer
+    assert found.is_same_definition
+    assert [(d.name, d.a, d.b) for d in found.differences] == [
+        (f"added token {tokens[0]}", "id 257, special", "id 257")
+    ]
