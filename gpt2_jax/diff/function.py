@@ -89,11 +89,14 @@ def compare_functions(
     if not in_common.size:
         return f"no token of the text is among the {common} that both vocabularies have"
     inputs = replace(tokens, ids=np.resize(in_common, shape))
-    logits = []
-    for name, checkpoint in (("A", a), ("B", b)):
-        progress(f"logits of {name}")
-        logits.append(jax_side.logits(checkpoint, inputs.ids, None, "float32")[..., :common])
-    found = _compare_logits(logits[0], logits[1], inputs, max(a.config.n_layer, b.config.n_layer))
+    with np.errstate(invalid="ignore", over="ignore"):  # weights may be NaN, or infinite in float32
+        logits = []
+        for name, checkpoint in (("A", a), ("B", b)):
+            progress(f"logits of {name}")
+            logits.append(jax_side.logits(checkpoint, inputs.ids, None, "float32")[..., :common])
+        found = _compare_logits(logits[0], logits[1], inputs, max(a.config.n_layer, b.config.n_layer))
+        if a.config.n_embd == b.config.n_embd:
+            found = replace(found, hidden_states=_compare_hidden_states(a, b, inputs.ids, progress))
     notes = []
     if a.config.vocab_size != b.config.vocab_size:
         notes.append(f"the logits are compared over the {common} tokens that both vocabularies have")
@@ -101,8 +104,7 @@ def compare_functions(
         notes.append(f"{dropped} tokens of the text are left out, because only one vocabulary has them")
     if a.config.n_embd != b.config.n_embd:
         notes.append("the hidden states are not compared, because the widths differ")
-        return replace(found, notes=tuple(notes))
-    return replace(found, notes=tuple(notes), hidden_states=_compare_hidden_states(a, b, inputs.ids, progress))
+    return replace(found, notes=tuple(notes))
 
 
 def _built_in_text(shape: tuple[int, int]) -> str:
@@ -113,20 +115,19 @@ def _built_in_text(shape: tuple[int, int]) -> str:
 
 def _compare_logits(a_BTV: np.ndarray, b_BTV: np.ndarray, inputs: Tokens, n_layer: int) -> FunctionComparison:
     rows = [*zip(a_BTV, b_BTV, strict=True)]  # compared one at a time, to save memory
-    with np.errstate(invalid="ignore", over="ignore"):  # weights may be NaN or infinite
-        kl = np.concatenate([kl_divergence(x, y) for x, y in rows])
-        is_finite = np.isfinite(a_BTV).all(-1) & np.isfinite(b_BTV).all(-1)
-        agree = (a_BTV.argmax(-1) == b_BTV.argmax(-1)) & is_finite
-        return FunctionComparison(
-            tokens=f"{len(inputs.ids)} x {inputs.ids.shape[1]}, {inputs.origin}",
-            loss=(next_token_loss(a_BTV, inputs.ids), next_token_loss(b_BTV, inputs.ids)),
-            kl_mean=float(kl.mean()),
-            kl_max=float(kl.max()),
-            top1_agreement=float(agree.mean()),
-            logits_difference=float(np.max([np.abs(x - y).max() for x, y in rows])),  # NaN, unlike with max
-            logits_tolerance=tolerances.logits_fp32(float(np.abs(a_BTV).max()), n_layer),
-            hidden_states={},
-        )
+    kl = np.concatenate([kl_divergence(x, y) for x, y in rows])
+    is_finite = np.isfinite(a_BTV).all(-1) & np.isfinite(b_BTV).all(-1)
+    agree = (a_BTV.argmax(-1) == b_BTV.argmax(-1)) & is_finite
+    return FunctionComparison(
+        tokens=f"{len(inputs.ids)} x {inputs.ids.shape[1]}, {inputs.origin}",
+        loss=(next_token_loss(a_BTV, inputs.ids), next_token_loss(b_BTV, inputs.ids)),
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        top1_agreement=float(agree.mean()),
+        logits_difference=float(np.max([np.abs(x - y).max() for x, y in rows])),  # NaN, unlike with max
+        logits_tolerance=tolerances.logits_fp32(float(np.abs(a_BTV).max()), n_layer),
+        hidden_states={},
+    )
 
 
 def _compare_hidden_states(
@@ -137,5 +138,4 @@ def _compare_hidden_states(
         progress(f"hidden states of {name}")
         sides.append(jax_side.activations(checkpoint, ids, None, lambda name: bool(_RESIDUAL_STREAM.fullmatch(name))))
     common = {name: states for name, states in sides[0].items() if name in sides[1]}
-    with np.errstate(invalid="ignore", over="ignore"):
-        return activation_differences(common, sides[1], np.ones(ids.shape, bool))
+    return activation_differences(common, sides[1], np.ones(ids.shape, bool))

@@ -106,6 +106,13 @@ def test_nan_is_not_agreement() -> None:
     assert shown["kl_max"] is None and shown["logits_difference"] is None and shown["within_rounding"] is False
 
 
+@pytest.mark.filterwarnings("error")
+def test_weights_that_overflow_float32_are_not_agreement() -> None:
+    huge = Checkpoint.of({name: array.astype(np.float64) * 1e200 for name, array in ORIGINAL.tensors.items()}, CONFIG)
+    result = diff(ORIGINAL, huge, seq_len=8)
+    assert result.different_parts == ("tensors", "function")
+
+
 def test_one_position_or_no_common_token_cannot_be_compared() -> None:
     short = random_checkpoint(replace(CONFIG, n_positions=1))
     assert compare_functions(ORIGINAL, short) == "a model has one position, and a loss needs two tokens"
