@@ -50,7 +50,9 @@ class GPT2ForSequenceClassification(nn.Module):
         B, T = input_ids.shape
         if self.pad_token_id is None:
             if B > 1:
-                raise ValueError("several rows need a pad_token_id, because rows may have different lengths; set it in config.json")
+                raise ValueError(
+                    "several rows need a pad_token_id, because rows may have different lengths; set it in config.json"
+                )
             last_B = jnp.full(B, T - 1)
         else:
             last_B = jnp.argmax((input_ids != self.pad_token_id) * jnp.arange(T), axis=-1)

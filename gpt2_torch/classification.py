@@ -34,7 +34,9 @@ class GPT2ForSequenceClassification(nn.Module):
         B, T = input_ids.shape
         if self.pad_token_id is None:
             if B > 1:
-                raise ValueError("several rows need a pad_token_id, because rows may have different lengths; set it in config.json")
+                raise ValueError(
+                    "several rows need a pad_token_id, because rows may have different lengths; set it in config.json"
+                )
             last_B = torch.full((B,), T - 1, device=input_ids.device)
         else:
             is_token_BT = input_ids != self.pad_token_id

@@ -296,7 +296,7 @@ class Tokenizer(ABC):
             if not is_trusted and (found := next(inside, None)) is not None:
                 raise TokenizerError(
                     f"a message contains the token {quoted(self.token_of(found))}, which this kind of tokenizer "
-                    f"({self.kind}) cannot encode as text; remove it, or use special_tokens=\"match\""
+                    f'({self.kind}) cannot encode as text; remove it, or use special_tokens="match"'
                 )
             start = end
         return ids

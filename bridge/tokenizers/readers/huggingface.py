@@ -391,7 +391,8 @@ def _require_ids_of_merges(pairs: list[tuple[str, str]], vocab: Mapping[str, int
     for pair in pairs:
         if unknown := [part for part in (*pair, "".join(pair)) if part not in vocab]:
             raise TokenizerError(
-                f"{where}: the merge {quoted(' '.join(pair))} needs {quoted(unknown[0])}, which is not in the vocabulary"
+                f"{where}: the merge {quoted(' '.join(pair))} needs {quoted(unknown[0])}, which is not in the "
+                "vocabulary"
             )
 
 
