@@ -203,8 +203,8 @@ def verify_against(
     versions = ", ".join(f"{name} {version}" for name, version in certificate.versions.items())
     details = {
         "model": f"{bridge.num_parameters(checkpoint.config):,} parameters, {checkpoint.config.n_layer} layers",
-        "tokens": f"{B} x {T}, {quoted(certificate.tokens, 200)}",
-        "certificate": f"made with {quoted(versions, 300)}",
+        "tokens": f"{B} x {T}, {quoted(certificate.tokens, 200)[1:-1]}",
+        "certificate": f"made with {quoted(versions, 300)[1:-1]}",
         "float32": described(jax.default_backend(), precision),
     }
     title = source or str(checkpoint.path or checkpoint.format)
