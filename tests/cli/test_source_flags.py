@@ -138,6 +138,8 @@ def adapter(tmp_path: Path) -> Path:
 def test_without_the_base_the_error_names_it_and_the_flag(
     verb: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if verb == "verify":
+        pytest.importorskip("torch")
     arguments: dict[str, tuple[object, ...]] = {
         "convert": (adapter, tmp_path / "out", "--to", "flax"),
         "train": ("--init-from", adapter, "--out", tmp_path / "out"),
