@@ -80,7 +80,7 @@ def _digests(entry: LazyTensor, parameter: Parameter, axis: int) -> list[bytes]:
 def _orders(
     layer: int, units: str, a: Mapping[str, list[bytes]], b: Mapping[str, list[bytes]]
 ) -> Iterator[Permutation]:
-    """Yield the order that all tensors have in B or, if there is none, the order of each tensor that has one."""
+    """Yield the order of all tensors in B. If they have no common order, yield that of each permuted tensor."""
     if (order := _order([*zip(*a.values(), strict=True)], [*zip(*b.values(), strict=True)])) is not None:
         yield Permutation(layer, units, order, tuple(a), is_same_function=True)
         return

@@ -167,7 +167,7 @@ def _root_of_glob(pattern: Path) -> Path:
 
 
 def _last_cut(text: str) -> int:
-    """Return the last index at which `text` can be split without splitting a token, or 0 if there is none."""
+    """Return the last index at which `text` can be split without splitting a token, or 0 if no such index exists."""
     for start in (max(0, len(text) - 1024), 0):
         if cuts := [match.start() for match in _CUT.finditer(text, start)]:
             return cuts[-1]

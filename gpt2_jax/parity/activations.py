@@ -96,7 +96,7 @@ def activation_differences(
 
 
 def first_divergence(differences: dict[str, float]) -> str:
-    """The first activation of the forward pass that exceeds its tolerance, or "" if there is none."""
+    """The first activation of the forward pass that exceeds its tolerance, or "" if all are within it."""
     exceeding = (name for name, difference in differences.items() if not difference <= ACTIVATION_FP64)
     return next(exceeding, "")
 

@@ -180,7 +180,7 @@ class Trial:
         ]
 
     def saved(self, run: str, process: int) -> list[int]:
-        """Return the steps that this process saved. There are none if it resumed from the step at which it stopped."""
+        """Return the steps that this process saved. Empty if it resumed from the step at which it stopped."""
         file = self._saves(run, process)
         return [int(line) for line in file.read_text().split()] if file.exists() else []
 

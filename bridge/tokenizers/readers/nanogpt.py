@@ -23,7 +23,7 @@ _DATASET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def from_meta(directory: Path, progress: Mapping[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer in the `meta.pkl` of a nanoGPT checkpoint, or None if there is none.
+    """Return the tokenizer in the `meta.pkl` of a nanoGPT checkpoint, or None without this file.
 
     nanoGPT's sample.py reads `data/<dataset>/meta.pkl` relative to its own folder. In the same folder, train.py writes
     `out/ckpt.pt`. A file beside the checkpoint takes precedence.
