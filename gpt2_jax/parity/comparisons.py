@@ -90,8 +90,8 @@ def compare_gradients(expected: Gradients, inputs: CheckInputs) -> list[Measurem
     """Differences of JAX's gradients from `expected`, in float64 and float32."""
     measurements = []
     for dtype, limit in (("float64", tolerances.GRADIENT_FP64), ("float32", tolerances.GRADIENT_FP32)):
-        reference = expected(inputs.checkpoint, inputs.ids, dtype)
-        actual = jax_side.gradients(inputs.checkpoint, inputs.ids, dtype)
+        reference = expected(inputs.checkpoint, inputs.gradient_ids, dtype)
+        actual = jax_side.gradients(inputs.checkpoint, inputs.gradient_ids, dtype)
         differences = {
             name: relative_l2_difference(actual[name], reference[name]) if name in reference else math.inf
             for name in actual

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 import bridge
-from bridge import BridgeError, Checkpoint, NoTokenizerError, SequenceClassifier, Tokenizer, TokenizerError
+from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError, SequenceClassifier, Tokenizer, TokenizerError
 from bridge.comparison.strings import encodable
 from bridge.generation.defaults import GenerationDefaults
 
@@ -24,13 +24,47 @@ That to secure these rights, Governments are instituted among Men, deriving thei
 consent of the governed, That whenever any Form of Government becomes destructive of these ends, it is the \
 Right of the People to alter or to abolish it, and to institute new Government, laying its foundation on \
 such principles and organizing its powers in such form, as to them shall seem most likely to effect their \
-Safety and Happiness.
+Safety and Happiness. Prudence, indeed, will dictate that Governments long established should not be changed \
+for light and transient causes; and accordingly all experience hath shewn, that mankind are more disposed to \
+suffer, while evils are sufferable, than to right themselves by abolishing the forms to which they are \
+accustomed. But when a long train of abuses and usurpations, pursuing invariably the same Object evinces a \
+design to reduce them under absolute Despotism, it is their right, it is their duty, to throw off such \
+Government, and to provide new Guards for their future security. Such has been the patient sufferance of \
+these Colonies; and such is now the necessity which constrains them to alter their former Systems of \
+Government. The history of the present King of Great Britain is a history of repeated injuries and \
+usurpations, all having in direct object the establishment of an absolute Tyranny over these States. To prove \
+this, let Facts be submitted to a candid world.
+
+He has refused his Assent to Laws, the most wholesome and necessary for the public good.
+
+He has forbidden his Governors to pass Laws of immediate and pressing importance, unless suspended in their \
+operation till his Assent should be obtained; and when so suspended, he has utterly neglected to attend to \
+them.
+
+He has refused to pass other Laws for the accommodation of large districts of people, unless those people \
+would relinquish the right of Representation in the Legislature, a right inestimable to them and formidable \
+to tyrants only.
+
+He has called together legislative bodies at places unusual, uncomfortable, and distant from the depository \
+of their Public Records, for the sole purpose of fatiguing them into compliance with his measures.
+
+He has dissolved Representative Houses repeatedly, for opposing with manly firmness his invasions on the \
+rights of the people.
 """
-"""The Declaration of Independence of the United States, 1776; in the public domain."""
+"""The Declaration of Independence of the United States, 1776; in the public domain. Its 582 tokens of GPT-2 are
+more than a row of the default length has, so a row of GPT-2 does not repeat text."""
 
 MIN_TEXT_COVERAGE = 0.9
 """Use the built-in text only if the tokenizer has at least this fraction of its characters. A trained model can then
 predict the rest of the text."""
+
+MIN_DEFAULT_LENGTH, BEYOND_HALF = 384, 64
+"""The default number of tokens per row, and the tokens beyond half of the model's positions. Short rows would hide
+mistakes in the later positions."""
+
+MAX_GRADIENT_LENGTH = 1024
+"""Maximum sequence length of gradients. A backward pass keeps the attention weights of all layers, whose memory grows
+with the square of the length."""
 
 TRAIN_STEPS = 10
 MAX_SHORT_LENGTH = 64
@@ -91,6 +125,11 @@ class CheckInputs:
         return self.checkpoint.config.n_layer
 
     @property
+    def gradient_ids(self) -> np.ndarray:
+        """[B, T] token ids, at most `MAX_GRADIENT_LENGTH` per row."""
+        return self.ids[:, :MAX_GRADIENT_LENGTH]
+
+    @property
     def short_length(self) -> int:
         return min(self.ids.shape[1], MAX_SHORT_LENGTH)
 
@@ -125,6 +164,15 @@ def pad(rows: list[np.ndarray], side: str, pad_token_id: int = 0) -> tuple[np.nd
         where = slice(T - len(row), T) if side == "left" else slice(0, len(row))
         ids[i, where], mask[i, where] = row, 1
     return ids, mask
+
+
+def default_length(config: GPT2Config) -> int:
+    """The default number of tokens per row: enough to reach the second half of the model's positions.
+
+    >>> default_length(GPT2Config(n_positions=1024)), default_length(GPT2Config(n_positions=256))
+    (576, 256)
+    """
+    return min(config.n_positions, max(MIN_DEFAULT_LENGTH, config.n_positions // 2 + BEYOND_HALF))
 
 
 def choose_tokens(

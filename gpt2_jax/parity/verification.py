@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import bridge
 from bridge import BridgeError, Checkpoint, SequenceClassifier
 from gpt2_jax.parity.checks import CHECKS, checks_for
-from gpt2_jax.parity.inputs import CheckInputs, choose_tokens
+from gpt2_jax.parity.inputs import CheckInputs, choose_tokens, default_length
 from gpt2_jax.parity.report import SAME_CLASSIFIER, SAME_FUNCTION, Report
 
 
@@ -17,7 +17,7 @@ def verify(
     source: str = "",
     text: str | None = None,
     batch_size: int = 2,
-    seq_len: int = 256,
+    seq_len: int | None = None,
     seed: int = 0,
     untrained: bool = False,
     checks: Iterable[str] | None = None,
@@ -36,7 +36,8 @@ def verify(
             the tokenizer. Without a tokenizer, the tokens are random ids. Random tokens are drawn from `seed`, and the
             check of predictions is skipped for them, because no model predicts them.
         batch_size: number of sequences.
-        seq_len: tokens per sequence; at most `n_positions` are used.
+        seq_len: tokens per sequence; at most `n_positions` are used. The default is at least 384, and 64 more than half
+            of `n_positions`.
         seed: the seed of random tokens.
         untrained: the weights are known to be random, so a loss above ln(V) is not a failure.
         checks: names from `gpt2_jax.parity.CHECKS`. The default is `gpt2_jax.parity.checks_for(checkpoint)`.
@@ -51,7 +52,8 @@ def verify(
     names = checks_for(checkpoint) if checks is None else tuple(checks)
     classifier = checkpoint if isinstance(checkpoint, SequenceClassifier) else None
     model = checkpoint.checkpoint if isinstance(checkpoint, SequenceClassifier) else checkpoint
-    shape = (batch_size, min(seq_len, model.config.n_positions))
+    length = default_length(model.config) if seq_len is None else seq_len
+    shape = (batch_size, min(length, model.config.n_positions))
     if shape[0] < 1 or shape[1] < 2 or seed < 0:
         raise BridgeError(
             f"{shape[0]} sequences of {shape[1]} tokens, seed {seed}: give at least one sequence of two tokens, and a "

@@ -7,7 +7,9 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ import gpt2_torch
 from bridge import Checkpoint
 from gpt2_jax.cli import main
 from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_side, verify
-from gpt2_jax.parity.inputs import BUILT_IN_TEXT, choose_tokens
+from gpt2_jax.parity.inputs import BUILT_IN_TEXT, CheckInputs, choose_tokens, default_length
 from gpt2_jax.parity.report import SAME_CLASSIFIER
 from gpt2_torch.ops.cross_entropy import next_token_loss
 
@@ -32,6 +34,33 @@ def test_all_checks_pass_on_a_random_model() -> None:
     assert report.passed, [m for c in report.checks for m in c.measurements if not m.passed]
     assert [check.name.replace(" ", "-") for check in report.checks] == [n for n in CHECKS if n != "classification"]
     assert [check.name for check in report.checks if check.skipped] == ["prediction", "tokenizer"]
+
+
+def test_the_default_length_detects_mistakes_in_the_second_half_of_the_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(CONFIG, n_positions=800, n_layer=1)
+    convert = bridge.to_flax
+
+    def swap_late_positions(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        tree = jax.tree.map(np.array, convert(*args, **kwargs))
+        embedding = tree["wpe"]["embedding"]
+        embedding[[401, 402]] = embedding[[402, 401]]
+        return tree
+
+    monkeypatch.setattr(bridge, "to_flax", swap_late_positions)
+    checkpoint = random_checkpoint(config)
+    assert verify(checkpoint, seq_len=401, batch_size=1, checks=("logits",)).passed
+    report = verify(checkpoint, batch_size=1, checks=("logits", "gradients"))
+    assert [check.passed for check in report.checks] == [False, False]
+    assert report.details["tokens"].startswith("1 x 464")
+
+
+def test_gradients_use_a_limited_number_of_tokens() -> None:
+    checkpoint = random_checkpoint(replace(CONFIG, n_positions=4096, n_layer=1))
+    inputs = CheckInputs(checkpoint, choose_tokens(checkpoint, None, (1, default_length(checkpoint.config)), 0))
+    assert inputs.ids.shape == (1, 2112)
+    assert inputs.gradient_ids.tolist() == inputs.ids[:, :1024].tolist()
 
 
 def test_models_without_tying_and_biases_pass() -> None:

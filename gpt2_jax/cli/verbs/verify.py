@@ -63,7 +63,7 @@ def verify(
     text: Annotated[str | None, arg(metavar="TEXT")] = None,
     text_file: Annotated[Path | None, arg(metavar="FILE")] = None,
     batch_size: int = 2,
-    seq_len: int = 256,
+    seq_len: Annotated[int | None, arg(help_behavior_hint="(default: reaches the second half of n_positions)")] = None,
     seed: int = 0,
     untrained: bool = False,
     checks: Annotated[tuple[AnyCheckName, ...] | None, arg(help_behavior_hint="(default: all that apply)")] = None,
@@ -90,7 +90,8 @@ def verify(
             the built-in text's characters, the default is random characters, and predictions are not checked.
         text_file: a UTF-8 file with that text.
         batch_size: sequences in the batch.
-        seq_len: tokens per sequence; at most n_positions are used.
+        seq_len: tokens per sequence; at most n_positions are used. The default is at least 384, and 64 more than half
+            of n_positions.
         seed: the seed of random ids, for a checkpoint without a tokenizer, or of random characters.
         untrained: the weights are random, so do not check that they predict text.
         checks: run only these. weights, configuration, losses and float32 need --against, which has no training,

@@ -14,12 +14,9 @@ from bridge import BridgeError, Checkpoint
 from gpt2_jax.parity.certificates.against import verify_against
 from gpt2_jax.parity.certificates.certificate import MOST_BYTES, Certificate, certificate_bytes
 from gpt2_jax.parity.certificates.sketch import gradient_sketch
-from gpt2_jax.parity.inputs import CheckInputs, choose_tokens, pad
+from gpt2_jax.parity.inputs import BEYOND_HALF, CheckInputs, choose_tokens, default_length, pad
 from gpt2_jax.parity.report import Report
 from gpt2_jax.parity.verification import verify
-
-BEYOND_HALF = 64
-"""A certificate has at least this many tokens beyond half of the model's positions, if the model has as many."""
 
 PACKAGES = ("torch", "jax", "jaxlib", "flax", "numpy")
 """The packages whose versions a certificate states, beside this project's."""
@@ -31,7 +28,7 @@ def certify(
     source: str = "",
     text: str | None = None,
     batch_size: int = 2,
-    seq_len: int = 256,
+    seq_len: int | None = None,
     seed: int = 0,
     untrained: bool = False,
     progress: Callable[[str], None] = lambda name: None,
@@ -96,9 +93,11 @@ def make_certificate(checkpoint: Checkpoint, inputs: CheckInputs) -> Certificate
     )
 
 
-def certified_length(checkpoint: Checkpoint, seq_len: int) -> int:
+def certified_length(checkpoint: Checkpoint, seq_len: int | None) -> int:
     """The tokens of a certificate's rows: enough to reach the second half of the model's positions."""
     n_positions = checkpoint.config.n_positions
+    if seq_len is None:
+        return default_length(checkpoint.config)
     return min(n_positions, max(seq_len, n_positions // 2 + BEYOND_HALF))
 
 
