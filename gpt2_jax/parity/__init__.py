@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         write_certificate,
     )
     from gpt2_jax.parity.certificates.certification import certify
+    from gpt2_jax.parity.certificates.signatures import SignatureError, sign, verify_signature
     from gpt2_jax.parity.checks import CHECKS, checks_for
     from gpt2_jax.parity.report import Check, Measurement, Report
     from gpt2_jax.parity.verification import verify
@@ -33,6 +34,7 @@ else:
                 "write_certificate",
             ),
             "gpt2_jax.parity.certificates.certification": ("certify",),
+            "gpt2_jax.parity.certificates.signatures": ("SignatureError", "sign", "verify_signature"),
             "gpt2_jax.parity.checks": ("CHECKS", "checks_for"),
             "gpt2_jax.parity.report": ("Check", "Measurement", "Report"),
             "gpt2_jax.parity.verification": ("verify",),
@@ -47,10 +49,13 @@ __all__ = [
     "Check",
     "Measurement",
     "Report",
+    "SignatureError",
     "certify",
     "checks_for",
     "read_certificate",
+    "sign",
     "verify",
     "verify_against",
+    "verify_signature",
     "write_certificate",
 ]

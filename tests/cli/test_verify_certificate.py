@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.commands import needs_torch, run
 from support.models import SMALLEST, huggingface_directory
+from support.signing_keys import write_keys
 
 from bridge import BUNDLED
 from gpt2_jax.cli.verbs.verify import ALL_CERTIFIED_CHECKS
@@ -77,6 +78,47 @@ def test_only_an_earlier_certificate_is_overwritten(
     assert file.read_bytes() != before
 
 
+@needs_torch
+def test_a_certificate_and_its_checkpoint_are_signed_and_verified(
+    model: Path, tmp_path: Path, reports: dict[str, bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("model_signing", reason="the package model-signing is not installed")
+    (private, public), (other, _) = write_keys(tmp_path, "key"), write_keys(tmp_path, "other")
+    file = model / "parity.certificate"
+    sign = ("verify", model, "--certificate", file, "--json", model / "report.json", "--signing-key")
+    check = ("verify", model, "--against", file, "--checks", "weights", "configuration", "--public-key", public)
+
+    assert run(*sign, private) == 0
+    assert {f"{file}.sig", f"{file}.checkpoint.sig"} <= {str(path) for path in model.iterdir()}
+    assert run(*check) == 0
+    assert capsys.readouterr().out.count(": valid") == 2
+
+    assert run(*sign, other, "--overwrite") == 2  # not with another key
+    assert "is not a signature of this command and was not replaced" in capsys.readouterr().err
+    assert run(*sign, private, "--overwrite") == 0
+    (model / "report.json").unlink()  # not signed
+    assert run(*check) == 0
+
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config + " ")
+    assert run(*check) == 2
+    assert "does not have the signature" in capsys.readouterr().err
+    (model / "config.json").write_text(config)
+    Path(f"{file}.checkpoint.sig").unlink()
+    assert run(*check) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+@needs_torch
+def test_a_failed_check_signs_nothing(model: Path, tmp_path: Path, reports: dict[str, bool]) -> None:
+    pytest.importorskip("model_signing", reason="the package model-signing is not installed")
+    reports["verify"] = False
+    private, _ = write_keys(tmp_path, "key")
+    before = sorted(tmp_path.rglob("*"))
+    assert run("verify", model, "--certificate", tmp_path / "x", "--signing-key", private) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "both": (("--certificate", "x", "--against", str(CERTIFICATE)), "mutually exclusive"),
     "some checks": (("--certificate", "x", "--checks", "logits"), "--certificate needs all checks"),
@@ -85,6 +127,9 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no such check": (("--against", str(CERTIFICATE), "--checks", "training"), "--checks training: with --against"),
     "no certificate": (("--checks", "weights"), "--checks weights: without --against"),
     "precision": (("--precision", "high"), "--precision: has no effect without --against"),
+    "signing key": (("--against", str(CERTIFICATE), "--signing-key", "x"), "--signing-key: has no effect without"),
+    "public key": (("--public-key", "x"), "--public-key: has no effect without --against"),
+    "no such key": (("--certificate", "{tmp}/x", "--signing-key", "{tmp}/y"), "is not an unencrypted private key"),
     "no checks": (("--against", str(CERTIFICATE), "--checks"), "needs at least one of weights"),
     "another model": (("--against", str(CERTIFICATE)), "vocab_size=11 instead of 1024"),
     "the same file": (("--certificate", "{tmp}/x", "--json", "{tmp}/x"), "give two files"),

@@ -47,6 +47,7 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("--topology", TPU),
     ("--interactive", TERMINAL),
     ("--certificate", LONG),
+    ("--public-key", "it needs a key and two signatures; tests/cli/test_verify_certificate.py makes them"),
     ("bench", LONG),
     ("demo", LONG),
 )

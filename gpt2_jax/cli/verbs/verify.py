@@ -13,6 +13,7 @@ from tyro.conf import arg
 import bridge
 from bridge import Checkpoint
 from bridge.errors import quoted
+from bridge.io import local_path
 from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceFlags, SourceOrBundled, given_text
 from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, progress, require_torch
@@ -45,7 +46,8 @@ ALL_CERTIFIED_CHECKS: tuple[CertifiedCheckName, ...] = CertifiedCheckName.__args
 
 FILE_RULES = (
     Rule(("overwrite",), lambda v: v["json"] is None and v["certificate"] is None, "without --json or --certificate"),
-    Rule(("precision",), lambda v: v["against"] is None, "without --against"),
+    Rule(("precision", "public_key"), lambda v: v["against"] is None, "without --against"),
+    Rule(("signing_key",), lambda v: v["certificate"] is None, "without --certificate"),
     Rule(
         ("text", "text_file", "batch_size", "seq_len", "seed", "untrained"),
         lambda v: v["against"] is not None,
@@ -70,6 +72,8 @@ def verify(
     certificate: Annotated[Path | None, arg(metavar="FILE")] = None,
     against: Annotated[Path | None, arg(metavar="FILE")] = None,
     precision: Precision = "highest",
+    signing_key: Annotated[Path | None, arg(metavar="PEM")] = None,
+    public_key: Annotated[Path | None, arg(metavar="PEM")] = None,
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> int:
@@ -99,8 +103,11 @@ def verify(
         certificate: if all checks pass, write a certificate to this file: the tokens, and PyTorch's float64 outputs.
         against: check JAX alone against this certificate. Needs no PyTorch.
         precision: the precision of JAX's float32 matrix products in the check float32 of --against.
+        signing_key: sign the certificate, and SRC's files, with this private key, in the format of OpenSSF Model
+            Signing. Writes FILE.sig and FILE.checkpoint.sig.
+        public_key: with --against, require both signatures by this key.
         json: also write the report to this file.
-        overwrite: replace the report or the certificate of an earlier command.
+        overwrite: replace the report, the certificate or the signatures of an earlier command.
     """
     require_effect(locals(), defaults_of(verify), FILE_RULES)
     if against is None:
@@ -108,7 +115,7 @@ def verify(
     write_json = json_writer(json, overwrite, (source, reading.base, text_file, against))
     _require_allowed_checks(checks, certificate, against)
     if against is not None:
-        return _verify_against(source, reading, against, precision, checks, write_json)
+        return _verify_against(source, reading, against, precision, checks, public_key, write_json)
     text = given_text(text, text_file)
     options: dict[str, Any] = {
         "source": source,
@@ -120,15 +127,23 @@ def verify(
     }
     if certificate is not None:
         _require_certificate_path(certificate, overwrite, (source, reading.base, text_file), json)
-        return _certify(reading.load(source), certificate, overwrite, options, write_json)
-    checkpoint = reading.load_with_classifier(source)
+        checkpoint = reading.load(source)
+        if signing_key is None:
+            return _certify(checkpoint, certificate, overwrite, options, write_json)
+        signed = _signed_files(source, checkpoint)
+        _require_signable(certificate, signing_key, overwrite)
+        code = _certify(checkpoint, certificate, overwrite, options, write_json)
+        if code == 0:
+            _sign(certificate, signed, signing_key, json, overwrite)
+        return code
+    model = reading.load_with_classifier(source)
     from gpt2_jax.parity import checks_for
     from gpt2_jax.parity import verify as run
 
-    names = checks_for(checkpoint) if checks is None else checks
+    names = checks_for(model) if checks is None else checks
     require_effect({"untrained": untrained, "checks": names}, defaults_of(verify), RULES)
     with progress_bar(names) as begin:
-        report = run(checkpoint, **options, checks=names, progress=begin)
+        report = run(model, **options, checks=names, progress=begin)
     return finish(report, write_json)
 
 
@@ -159,6 +174,31 @@ def _require_certificate_path(
     require_report_path(file, overwrite=overwrite, inputs=inputs, kind="certificate", is_own=is_certificate)
 
 
+def _signed_files(source: str, checkpoint: Checkpoint) -> Path:
+    """The directory or file to sign. Of a run, only the checkpoint that was read is signed."""
+    read = checkpoint.source
+    return read if read is not None and read.is_dir() else local_path(source)
+
+
+def _require_signable(certificate: Path, key: Path, overwrite: bool) -> None:
+    """Check that the signatures can be written, before the work starts."""
+    from gpt2_jax.parity.certificates.signatures import is_signature_by, require_private_key, signature_paths
+
+    require_private_key(key)
+    for signature in signature_paths(certificate):
+        require_report_path(
+            signature, overwrite=overwrite, kind="signature", is_own=lambda file: is_signature_by(file, key)
+        )
+
+
+def _sign(certificate: Path, checkpoint: Path, key: Path, json: Path | None, overwrite: bool) -> None:
+    from gpt2_jax.parity.certificates.signatures import sign_certificate
+
+    ignored = () if json is None else (json,)
+    for signature in sign_certificate(certificate, checkpoint, key, ignored=ignored, overwrite=overwrite):
+        console().print(f"signature: {quoted(signature)}", soft_wrap=True, highlight=False)
+
+
 def _certify(
     checkpoint: Checkpoint,
     file: Path,
@@ -184,19 +224,30 @@ def _verify_against(
     file: Path,
     precision: Precision,
     checks: tuple[str, ...] | None,
+    public_key: Path | None,
     write_json: Callable[[dict[str, Any]], None],
 ) -> int:
-    """Check JAX against a certificate. Imports no PyTorch."""
+    """Check JAX against a certificate, whose signatures are verified first. Imports no PyTorch."""
     from gpt2_jax.parity import read_certificate, verify_against
 
-    certificate = read_certificate(file)
     checkpoint = reading.load(source)
+    if public_key is not None:
+        _verify_signatures(file, _signed_files(source, checkpoint), public_key)
+    certificate = read_certificate(file)
     names = ALL_CERTIFIED_CHECKS if checks is None else checks
     with progress_bar(names) as begin:
         report = verify_against(
             checkpoint, certificate, source=source, precision=precision, checks=names, progress=begin
         )
     return finish(report, write_json)
+
+
+def _verify_signatures(certificate: Path, checkpoint: Path, key: Path) -> None:
+    from gpt2_jax.parity.certificates.signatures import signature_paths, verify_signature
+
+    for signed, signature in zip((certificate, checkpoint), signature_paths(certificate), strict=True):
+        verify_signature(signed, signature, key)
+        console().print(f"signature of {quoted(signed)}: valid", soft_wrap=True, highlight=False)
 
 
 @contextmanager
