@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bridge.comparison.values import narrower
 from bridge.config import GPT2Config
 from bridge.diagnostics import fingerprint
 from bridge.parameter_table import PARAMETERS, Parameter, parameters
@@ -37,7 +38,9 @@ class Permutation:
     names: tuple[str, ...]
     """The tensors that have this order."""
     is_same_function: bool
-    """Whether these are all tensors with an axis of these units."""
+    """Whether these are all tensors with an axis of these units, with equal bits."""
+    is_rounded: bool = False
+    """Whether the tensors have this order only after the wider dtype is cast to the narrower one."""
 
 
 def permutations(
@@ -56,10 +59,14 @@ def permutations(
         for letter, units in UNITS.items():
             axes = {name: axis for name, axis in _axes(letter, layer) if name in a and name in b}
             shapes = [{name: side[name].flax_shape for name in axes if name in side} for side in (of_a, of_b)]
-            dtypes = [{name: side[name].dtype for name in axes} for side in (a, b)]
-            if unequal & {*axes} and shapes[0] == shapes[1] and dtypes[0] == dtypes[1]:
-                digests = [{name: _digests(side[name], of_a[name], axes[name]) for name in axes} for side in (a, b)]
-                found += _orders(layer, units, *digests)
+            if unequal & {*axes} and shapes[0] == shapes[1]:
+                dtypes = {name: narrower(a[name].dtype, b[name].dtype) for name in axes}
+                first, second = (
+                    {name: _digests(side[name], of_a[name], axes[name], dtypes[name]) for name in axes}
+                    for side in (a, b)
+                )
+                rounded = {name for name in axes if a[name].dtype != b[name].dtype}
+                found += _orders(layer, units, first, second, rounded)
     return tuple(found)
 
 
@@ -71,22 +78,28 @@ def _axes(letter: str, layer: int) -> Iterator[tuple[str, int]]:
             yield row.torch.format(i=layer), letters.index(letter)
 
 
-def _digests(entry: LazyTensor, parameter: Parameter, axis: int) -> list[bytes]:
-    """Return a digest of the values of each unit."""
-    units = contiguous(np.moveaxis(entry.read().reshape(parameter.flax_shape), axis, 0))
+def _digests(entry: LazyTensor, parameter: Parameter, axis: int, dtype: np.dtype) -> list[bytes]:
+    """Return a digest of the values of each unit, cast to `dtype`."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = entry.read().astype(dtype, copy=False)
+    units = contiguous(np.moveaxis(values.reshape(parameter.flax_shape), axis, 0))
     return [hashlib.sha256(unit.tobytes()).digest() for unit in units]
 
 
 def _orders(
-    layer: int, units: str, a: Mapping[str, list[bytes]], b: Mapping[str, list[bytes]]
+    layer: int, units: str, a: Mapping[str, list[bytes]], b: Mapping[str, list[bytes]], rounded: set[str]
 ) -> Iterator[Permutation]:
-    """Yield the order of all tensors in B. If they have no common order, yield that of each permuted tensor."""
+    """Yield the order of all tensors in B. If they have no common order, yield that of each permuted tensor.
+
+    `rounded`: the tensors whose dtype was cast.
+    """
     if (order := _order([*zip(*a.values(), strict=True)], [*zip(*b.values(), strict=True)])) is not None:
-        yield Permutation(layer, units, order, tuple(a), is_same_function=True)
+        if order != tuple(range(len(order))):
+            yield Permutation(layer, units, order, tuple(a), not rounded, bool(rounded))
         return
     for name in a:
         if (order := _order(a[name], b[name])) is not None and a[name] != b[name]:
-            yield Permutation(layer, units, order, (name,), is_same_function=False)
+            yield Permutation(layer, units, order, (name,), False, name in rounded)
 
 
 def _order(a: Sequence[object], b: Sequence[object]) -> tuple[int, ...] | None:

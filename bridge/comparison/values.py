@@ -79,15 +79,20 @@ def differs(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     float16 and bfloat16 are not cast to each other, because neither holds the values of the other.
     """
     is_mixed = x.dtype != y.dtype
-    if is_mixed and x.dtype.itemsize == y.dtype.itemsize:
-        x, y = x.astype(np.float32), y.astype(np.float32)
-    narrow = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+    narrow = narrower(x.dtype, y.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         x, y = (array.astype(narrow, copy=False) for array in (x, y))
     different: np.ndarray = x.view(f"u{narrow.itemsize}") != y.view(f"u{narrow.itemsize}")
     if is_mixed and different.any():
         different &= ~(np.isnan(x) & np.isnan(y))
     return different
+
+
+def narrower(a: np.dtype, b: np.dtype) -> np.dtype:
+    """Return the dtype in which values are compared: the one with fewer bits, or float32 for two with 16 bits."""
+    if a != b and a.itemsize == b.itemsize:
+        return np.dtype(np.float32)
+    return min(a, b, key=lambda dtype: dtype.itemsize)
 
 
 def _ratio(squares: float, scale: float) -> float:

@@ -143,6 +143,8 @@ def _symmetries(found: Comparison) -> Iterator[str]:
         order = ", ".join(map(str, permutation.order[:MOST_SHOWN]))
         more = ", ..." if len(permutation.order) > MOST_SHOWN else ""
         where = "the same function" if permutation.is_same_function else f"only in {', '.join(permutation.names)}"
+        if permutation.is_rounded:
+            where = f"{where}, up to dtype"
         yield f"layer {permutation.layer}: the {permutation.units} of A are {order}{more} of B ({where})"
     for layer, place in found.tensors.copied_layers:
         yield f"layer {layer} of A is layer {place} of B"

@@ -134,6 +134,20 @@ def test_permuted_feed_forward_units_are_the_same_function() -> None:
     assert found.is_same_function
 
 
+def test_permuted_heads_of_a_rounded_copy_are_named() -> None:
+    state = permuted_heads(random_state(CONFIG))
+    found = compared({name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()})
+    names = tuple(f"h.1.attn.{name}" for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight"))
+    assert found.permutations == (Permutation(1, "heads", ORDER, names, is_same_function=False, is_rounded=True),)
+    assert {name for name, status in unequal(found).items() if status == "different"} == {*names}
+    assert not found.is_same_function
+
+
+def test_a_rounded_copy_without_permutation_has_none() -> None:
+    state = random_state(CONFIG)
+    assert compared({name: array.astype(ml_dtypes.bfloat16) for name, array in state.items()}).permutations == ()
+
+
 def test_another_number_of_heads_is_not_a_permutation() -> None:
     state = permuted_heads(random_state(CONFIG))
     assert compared(state, replace(CONFIG, n_head=2)).permutations == ()
