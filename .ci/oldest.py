@@ -9,7 +9,10 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"].values()
+lowest: dict[str, str] = {}
 for requirement in [*project["dependencies"], *(line for extra in extras for line in extra)]:
-    lowest = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
-    if lowest and lowest[1] != "torch":
-        print(f"{lowest[1]}=={lowest[2]}")
+    bound = re.fullmatch(r"([\w.-]+)>=([\w.]+)", requirement)
+    if bound and bound[1] != "torch":
+        lowest[bound[1]] = bound[2]  # that of an extra, if the extra needs a newer release
+for name, version in lowest.items():
+    print(f"{name}=={version}")

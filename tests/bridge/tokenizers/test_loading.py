@@ -395,7 +395,7 @@ def test_special_tokens_just_within_the_limit_are_usable(
     assert ours.encode(CORPUS[0]) == trained[0].encode(CORPUS[0]).ids
     assert ours.encode("x" * 10_000, special_tokens="as_text") == trained[0].encode("x" * 10_000).ids
     assert ours.encode("x" * 10_000) == trained[0].encode("x" * 10_000).ids
-    assert time.process_time() - started < MOST_SECONDS
+    assert time.process_time() - started < 5 * MOST_SECONDS, "it was 1 to 3 s; with quadratic time, it would be minutes"
 
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "GPT2Tokenizer"])

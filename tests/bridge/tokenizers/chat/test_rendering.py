@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from support.chats import CHATML, CONVERSATIONS, LLAMA_2, TEMPLATES, chat_tokenizer, read_chat_tokenizer
 from transformers import AutoTokenizer
 
@@ -22,6 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_and_ids_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    if name == "tojson" and Version(metadata.version("transformers")) < Version("5.23"):
+        pytest.skip("transformers before 5.23 keeps the null fields of messages")
     ours, theirs = chat_tokenizer(tmp_path, TEMPLATES[name]), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.apply_chat_template(CONVERSATIONS[1]) == theirs.apply_chat_template(CONVERSATIONS[1], tokenize=False)
     expected = theirs.apply_chat_template(CONVERSATIONS, add_generation_prompt=True)["input_ids"]
