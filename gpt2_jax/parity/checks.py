@@ -13,6 +13,7 @@ import numpy as np
 
 import bridge
 import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.plots as plots
 import gpt2_jax.parity.text_checks as text_checks
 import gpt2_jax.parity.tolerances as tolerances
 import gpt2_jax.parity.torch_side as torch_side
@@ -31,7 +32,7 @@ from gpt2_jax.parity.comparisons import (
 )
 from gpt2_jax.parity.inputs import CheckInputs, pad
 from gpt2_jax.parity.metrics import max_relative_difference, next_token_loss
-from gpt2_jax.parity.report import Check, Measurement
+from gpt2_jax.parity.report import Check, Compared, Measurement
 
 FP64_TRAIN_BYTES = 2 * 2**30
 """Train in float64 too if weights, gradients and both moments take at most this many bytes."""
@@ -41,13 +42,15 @@ def logits(inputs: CheckInputs) -> Check:
     """The logits are equal in float64, float32 and bfloat16."""
     exact = torch_side.logits(inputs.checkpoint, inputs.ids, None, "float64")
     actual = jax_side.logits(inputs.checkpoint, inputs.ids, None, "float64")
-    measurements = compare_logits("float64", exact, actual, inputs.n_layer)
+    compared = [compare_logits("float64", exact, actual, inputs.n_layer)]
     for dtype in ("float32", "bfloat16"):
         expected = torch_side.logits(inputs.checkpoint, inputs.ids, None, dtype)
         actual = jax_side.logits(inputs.checkpoint, inputs.ids, None, dtype)
-        measurements += compare_logits(dtype, expected, actual, inputs.n_layer)
-        measurements.append(compare_errors(dtype, exact, expected, actual))
-    check = Check("logits", tuple(measurements), note=f"largest logit {float(np.abs(exact).max()):.3g}")
+        compared += (
+            compare_logits(dtype, expected, actual, inputs.n_layer),
+            compare_errors(dtype, exact, expected, actual),
+        )
+    check = Check.of("logits", compared, note=f"largest logit {float(np.abs(exact).max()):.3g}")
     return _with_location(check, inputs)
 
 
@@ -57,29 +60,29 @@ def hidden_states(inputs: CheckInputs) -> Check:
     worst = max(differences, key=differences.__getitem__)
     name = f"fp64 max relative difference of {len(differences)} activations"
     measurement = Measurement(name, differences[worst], tolerances.ACTIVATION_FP64, worst)
-    return Check("hidden states", (measurement,), first_divergence=first_divergence(differences))
+    curves = plots.by_activation("Differences in fp64, by activation", differences, tolerances.ACTIVATION_FP64)
+    return Check("hidden states", (measurement,), first_divergence=first_divergence(differences), plots=(curves,))
 
 
 def gradients(inputs: CheckInputs) -> Check:
     """The gradients of the loss are equal for every parameter, in float64 and float32."""
-    check = Check("gradients", tuple(compare_gradients(torch_side.gradients, inputs)))
-    return _with_location(check, inputs)
+    return _with_location(Check.of("gradients", [compare_gradients(torch_side.gradients, inputs)]), inputs)
 
 
 def training(inputs: CheckInputs) -> Check:
     """Ten steps of AdamW, with torch.optim and with optax, give equal losses and equal weights."""
-    measurements = compare_training(torch_side, "float32", inputs)
+    compared = compare_training(torch_side, "float32", inputs)
     # Weights, gradients and two moments, of 8 bytes each.
     if bridge.num_parameters(inputs.checkpoint.config) * 4 * 8 > FP64_TRAIN_BYTES:
-        return Check("training", tuple(measurements), note="fp64 skipped: it needs more than 2 GiB per backend")
-    return Check("training", (*compare_training(torch_side, "float64", inputs), *measurements))
+        return Check.of("training", [compared], note="fp64 skipped: it needs more than 2 GiB per backend")
+    return Check.of("training", [compare_training(torch_side, "float64", inputs), compared])
 
 
 def padding(inputs: CheckInputs) -> Check:
     """Rows of different lengths, padded left or right in one batch, give the same logits as each row alone."""
     rows = inputs.rows_of_different_lengths()
     unpadded = [torch_side.logits(inputs.checkpoint, row[None], None, "float64")[0] for row in rows]
-    measurements: list[Measurement] = []
+    compared: list[Compared] = []
     divergence = ""
     for side in ("left", "right"):
         ids, mask = pad(rows, side)
@@ -89,10 +92,12 @@ def padding(inputs: CheckInputs) -> Check:
             worst = int(np.argmax(differences))
             name = f"{backend.NAME}, padded {side} vs unpadded, max relative difference"
             location = f"row of {len(rows[worst])} tokens"
-            measurements.append(Measurement(name, differences[worst], tolerances.PADDING_FP64, location))
-        if not measurements[-1].passed and not divergence:
+            measurement = Measurement(name, differences[worst], tolerances.PADDING_FP64, location)
+            curve = plots.by_length(f"{backend.NAME}, padded {side}", rows, differences, tolerances.PADDING_FP64)
+            compared.append(Compared((measurement,), (curve,)))
+        if not measurement.passed and not divergence:
             divergence = first_divergence(compare_activations(torch_side, inputs, ids, mask))
-    return Check("padding", tuple(measurements), first_divergence=divergence)
+    return replace(Check.of("padding", compared), first_divergence=divergence)
 
 
 def round_trip(inputs: CheckInputs) -> Check:
@@ -145,13 +150,13 @@ def transformers(inputs: CheckInputs) -> Check:
         transformers_side.require_model(inputs.checkpoint)
     except transformers_side.UnavailableError as reason:
         return Check(name, note=str(reason))
-    measurements = []
+    compared = []
     for dtype in ("float64", "float32"):
         expected = transformers_side.logits(inputs.checkpoint, inputs.ids, dtype)
         actual = jax_side.logits(inputs.checkpoint, inputs.ids, None, dtype)
-        measurements += compare_logits(dtype, expected, actual, inputs.n_layer)
-    measurements += compare_gradients(transformers_side.gradients, inputs)
-    return _with_location(Check(name, tuple(measurements)), inputs)
+        compared.append(compare_logits(dtype, expected, actual, inputs.n_layer))
+    compared.append(compare_gradients(transformers_side.gradients, inputs))
+    return _with_location(Check.of(name, compared), inputs)
 
 
 def classification(inputs: CheckInputs) -> Check:

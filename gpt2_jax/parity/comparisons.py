@@ -1,4 +1,4 @@
-"""Comparisons of the implementations on the same inputs. Each returns measurements with their tolerances.
+"""Comparisons of the implementations on the same inputs. They return measurements with their tolerances, and plots.
 
 The other implementation is an argument, so that this module does not import PyTorch.
 """
@@ -6,18 +6,19 @@ The other implementation is an argument, so that this module does not import PyT
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import numpy as np
 
 import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.plots as plots
 import gpt2_jax.parity.tolerances as tolerances
 from bridge import Checkpoint
 from gpt2_jax.parity.activations import activation_differences
 from gpt2_jax.parity.inputs import AdamW, CheckInputs
-from gpt2_jax.parity.metrics import max_kl, relative, relative_l2_difference, rms
-from gpt2_jax.parity.report import Measurement
+from gpt2_jax.parity.metrics import kl_divergence, relative, relative_l2_difference, rms
+from gpt2_jax.parity.report import Compared, Measurement
 
 SHORT_NAMES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
 
@@ -25,7 +26,7 @@ Gradients = Callable[[Checkpoint, np.ndarray, str], dict[str, np.ndarray]]
 """The function `gradients` of `torch_side` or `transformers_side`."""
 
 
-def compare_logits(dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> list[Measurement]:
+def compare_logits(dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> Compared:
     """Differences of logits [B, T, V]. In bfloat16 they have no tolerance; `compare_errors` tests bfloat16 instead."""
     # Tolerances of the KL divergence and of the fraction of tokens with a different top-1.
     limits: dict[str, tuple[float | None, float | None]] = {
@@ -45,17 +46,25 @@ def measure_logits(
     limit: float | None,
     kl_limit: float | None,
     top1_limit: float | None = None,
-) -> list[Measurement]:
-    """Differences of logits [B, T, V] with their tolerances. `short` is the name of the dtype."""
+    positions: Sequence[int] | None = None,
+) -> Compared:
+    """Differences of logits [B, T, V] with their tolerances.
+
+    Args:
+        short: the name of the dtype.
+        limit, kl_limit, top1_limit: tolerances of the difference, the KL divergence and the fraction of tokens.
+        positions: the positions of the tokens in their rows. The default is 0, 1, 2, ...
+    """
     difference = np.abs(expected - actual)
-    kl = float(np.max([max_kl(a, b) for a, b in zip(expected, actual, strict=True)]))
+    kl_BT = np.stack([kl_divergence(a, b) for a, b in zip(expected, actual, strict=True)])
     different_top1 = float((expected.argmax(-1) != actual.argmax(-1)).mean())
-    return [
+    measurements = (
         Measurement(f"{short} logits, max difference", float(difference.max()), limit),
         Measurement(f"{short} logits, mean difference", float(difference.mean())),
-        Measurement(f"{short} max KL divergence, nats per token", kl, kl_limit),
+        Measurement(f"{short} max KL divergence, nats per token", float(kl_BT.max()), kl_limit),
         Measurement(f"{short} tokens with a different top-1, fraction", different_top1, top1_limit),
-    ]
+    )
+    return Compared(measurements, (plots.kl_by_position(short, kl_BT, positions, kl_limit),))
 
 
 def compare_class_logits(title: str, dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> Measurement:
@@ -75,20 +84,25 @@ def _logits_tolerance(dtype: str, expected: np.ndarray, n_layer: int) -> float |
     return tolerances.logits_fp32(largest, n_layer) if dtype == "float32" else None
 
 
-def compare_errors(dtype: str, exact: np.ndarray, expected: np.ndarray, actual: np.ndarray) -> Measurement:
-    """RMS error of JAX's logits relative to the RMS error of PyTorch's, both against float64 logits."""
+def compare_errors(dtype: str, exact: np.ndarray, expected: np.ndarray, actual: np.ndarray) -> Compared:
+    """RMS error of JAX's logits relative to the RMS error of PyTorch's, both against float64 logits [B, T, V]."""
     ratio, floor = {
         "float32": (tolerances.ERROR_RATIO_FP32, tolerances.ERROR_FLOOR_FP32),
         "bfloat16": (tolerances.ERROR_RATIO_BF16, tolerances.ERROR_FLOOR_BF16),
     }[dtype]
-    least = floor * float(np.abs(exact).max())
-    jax_error, torch_error = (max(rms(logits - exact), least) for logits in (actual, expected))
-    return Measurement(f"{SHORT_NAMES[dtype]} error vs fp64, JAX / torch", relative(jax_error, torch_error), ratio)
+    least, short = floor * float(np.abs(exact).max()), SHORT_NAMES[dtype]
+    sides = {"torch": expected, "JAX": actual}
+    errors_BT = {name: np.sqrt(np.square(logits - exact).mean(-1)) for name, logits in sides.items()}
+    torch_error, jax_error = (max(rms(error_BT), least) for error_BT in errors_BT.values())
+    title = "RMS error of the logits against fp64 by position, maximum over the rows"
+    curves = [plots.by_position(title, "error", f"{short}, {name}", error) for name, error in errors_BT.items()]
+    measurement = Measurement(f"{short} error vs fp64, JAX / torch", relative(jax_error, torch_error), ratio)
+    return Compared((measurement,), tuple(curves))
 
 
-def compare_gradients(expected: Gradients, inputs: CheckInputs) -> list[Measurement]:
+def compare_gradients(expected: Gradients, inputs: CheckInputs) -> Compared:
     """Differences of JAX's gradients from `expected`, in float64 and float32."""
-    measurements = []
+    measurements, curves = [], []
     for dtype, limit in (("float64", tolerances.GRADIENT_FP64), ("float32", tolerances.GRADIENT_FP32)):
         reference = expected(inputs.checkpoint, inputs.gradient_ids, dtype)
         actual = jax_side.gradients(inputs.checkpoint, inputs.gradient_ids, dtype)
@@ -96,13 +110,14 @@ def compare_gradients(expected: Gradients, inputs: CheckInputs) -> list[Measurem
             name: relative_l2_difference(actual[name], reference[name]) if name in reference else math.inf
             for name in actual
         }
-        worst = max(differences, key=differences.__getitem__)
-        name = f"{SHORT_NAMES[dtype]} gradients, max relative L2 difference of {len(differences)} parameters"
+        worst, short = max(differences, key=differences.__getitem__), SHORT_NAMES[dtype]
+        name = f"{short} gradients, max relative L2 difference of {len(differences)} parameters"
         measurements.append(Measurement(name, differences[worst], limit, worst))
-    return measurements
+        curves.append(plots.by_parameter("Distance of the gradients, by parameter", short, differences, limit))
+    return Compared(tuple(measurements), tuple(curves))
 
 
-def compare_training(side: ModuleType, dtype: str, inputs: CheckInputs) -> list[Measurement]:
+def compare_training(side: ModuleType, dtype: str, inputs: CheckInputs) -> Compared:
     """Differences from `side`, of the losses and of the final weights after training with AdamW."""
     loss_limit, update_limit = {
         "float64": (tolerances.TRAIN_LOSS_FP64, tolerances.TRAIN_UPDATE_FP64),
@@ -111,7 +126,7 @@ def compare_training(side: ModuleType, dtype: str, inputs: CheckInputs) -> list[
     batches = inputs.train_batches()
     expected_losses, expected = side.train(inputs.checkpoint, batches, dtype, AdamW())
     jax_losses, actual = jax_side.train(inputs.checkpoint, batches, dtype, AdamW())
-    loss = float(np.abs(np.subtract(expected_losses, jax_losses)).max())
+    loss_differences = np.abs(np.subtract(expected_losses, jax_losses))
     differences = {
         name: relative_l2_difference(
             _without_key_bias(name, actual[name] - start), _without_key_bias(name, expected[name] - start)
@@ -119,11 +134,22 @@ def compare_training(side: ModuleType, dtype: str, inputs: CheckInputs) -> list[
         for name, start in inputs.checkpoint.tensors.items()
     }
     worst = max(differences, key=differences.__getitem__)
-    short = SHORT_NAMES[dtype]
-    return [
+    short, loss = SHORT_NAMES[dtype], float(loss_differences.max())
+    measurements = (
         Measurement(f"{short} losses of {len(batches)} steps, max difference", loss, loss_limit),
         Measurement(f"{short} weight updates, max relative L2 difference", differences[worst], update_limit, worst),
-    ]
+    )
+    losses = {"torch": expected_losses, "JAX": jax_losses}
+    return Compared(
+        measurements,
+        (
+            plots.over_steps(f"Losses in {dtype}", "nats per token", losses),
+            plots.over_steps(
+                "Difference of the losses", "nats per token", {short: loss_differences.tolist()}, loss_limit
+            ),
+            plots.by_parameter("Distance of the weight updates, by parameter", short, differences, update_limit),
+        ),
+    )
 
 
 def _without_key_bias(name: str, update: np.ndarray) -> np.ndarray:

@@ -1,15 +1,17 @@
-"""The report of `verify`: measurements and their tolerances, as a table and as JSON."""
+"""The report of `verify`: measurements, their tolerances and plots, as a table, as JSON and as an HTML page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from gpt2_jax.reporting.plots import Plot, merged
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Measurement:
         return self.tolerance is None or self.value <= self.tolerance  # False for NaN
 
 
+class Compared(NamedTuple):
+    """The result of one comparison: its figures, and plots of the values behind them."""
+
+    measurements: tuple[Measurement, ...]
+    plots: tuple[Plot, ...] = ()
+
+
 @dataclass(frozen=True)
 class Check:
     """A check and its measurements. A skipped check has none."""
@@ -63,6 +72,14 @@ class Check:
     """A remark, or the reason why the check was skipped."""
     first_divergence: str = ""
     """If the check failed: the first activation of the forward pass that differs between the backends."""
+    plots: tuple[Plot, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, comparisons: Iterable[Compared], note: str = "") -> Check:
+        """Make a check of several comparisons. Plots with the same title and axes are joined."""
+        found = [*comparisons]
+        measurements = tuple(measurement for compared in found for measurement in compared.measurements)
+        return cls(name, measurements, note, plots=merged(plot for compared in found for plot in compared.plots))
 
     @property
     def passed(self) -> bool:
@@ -71,6 +88,19 @@ class Check:
     @property
     def skipped(self) -> bool:
         return not self.measurements
+
+    def to_json(self) -> dict[str, Any]:
+        """The check as JSON. Values that are not finite are null."""
+        return {
+            **asdict(self),
+            "passed": self.passed,
+            "skipped": self.skipped,
+            "measurements": [
+                {**asdict(m), "value": m.value if math.isfinite(m.value) else None, "passed": m.passed}
+                for m in self.measurements
+            ],
+            "plots": [plot.to_json() for plot in self.plots],
+        }
 
 
 @dataclass(frozen=True)
@@ -84,6 +114,12 @@ class Report:
     diagnostics: tuple[str, ...] = ()
     """`Checkpoint.diagnostics`."""
     claim: Claim = SAME_FUNCTION
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration of the model."""
+    fingerprint: str = ""
+    """`bridge.fingerprint` of the weights."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """The versions and the device that the report was made with: `gpt2_jax.reporting.environment`."""
 
     @property
     def passed(self) -> bool:
@@ -92,25 +128,23 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON. Values that are not finite are null."""
-        checks = [
-            {
-                **asdict(check),
-                "passed": check.passed,
-                "skipped": check.skipped,
-                "measurements": [
-                    {**asdict(m), "value": m.value if math.isfinite(m.value) else None, "passed": m.passed}
-                    for m in check.measurements
-                ],
-            }
-            for check in self.checks
-        ]
         return {
             "source": self.source,
             "details": dict(self.details),
             "diagnostics": list(self.diagnostics),
             "passed": self.passed,
-            "checks": checks,
+            "checks": [check.to_json() for check in self.checks],
+            "config": dict(self.config),
+            "fingerprint": self.fingerprint,
+            "environment": dict(self.environment),
         }
+
+    def to_html(self) -> str:
+        """The report as an HTML page in one file, without scripts. The JSON has every number that it draws."""
+        from gpt2_jax.parity.html import to_page
+        from gpt2_jax.reporting.page import render
+
+        return render(to_page(self))
 
     def show(self, console: Console) -> None:
         console.print(Text.assemble(("Parity of ", "bold"), (self.source, "bold cyan")))
@@ -119,7 +153,7 @@ class Report:
         for warning in self.diagnostics:
             console.print(Text(f"  warning: {warning}", style="yellow"))
         console.print(self._table())
-        console.print(self._verdict())
+        console.print(Text(self.verdict, style="bold green" if self.passed else "bold red"))
 
     def _table(self) -> Table:
         table = Table(show_edge=False, pad_edge=False, header_style="bold")
@@ -143,19 +177,21 @@ class Report:
             table.add_section()
         return table
 
-    def _verdict(self) -> Text:
+    @property
+    def verdict(self) -> str:
+        """The last line of the report."""
         run = {check.name for check in self.checks if not check.skipped}
         names = ", ".join(check.name for check in self.checks if check.skipped)
         skipped = f" Skipped: {names}." if names else ""
         failed = [check.name for check in self.checks if not check.passed]
         if failed:
             different = "" if OF_TEXT.issuperset(failed) else f"{self.claim.denial}. "
-            return Text(f"{different}Failed: {', '.join(failed)}.{skipped}", style="bold red")
+            return f"{different}Failed: {', '.join(failed)}.{skipped}"
         if not run:
-            return Text(f"Nothing was checked.{skipped}", style="bold red")
+            return f"Nothing was checked.{skipped}"
         hold = f"{len(run)} checks hold" if len(run) > 1 else "1 check holds"
         claim = f": {self.claim.text}" if run >= self.claim.required else ""
-        return Text(f"{hold}{claim}.{skipped}", style="bold green")
+        return f"{hold}{claim}.{skipped}"
 
 
 def _mark(measurement: Measurement) -> Text:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 import bridge
 from bridge import BridgeError, Checkpoint, SequenceClassifier
 from gpt2_jax.parity.checks import CHECKS, checks_for
 from gpt2_jax.parity.inputs import CheckInputs, choose_tokens, default_length
 from gpt2_jax.parity.report import SAME_CLASSIFIER, SAME_FUNCTION, Report
+from gpt2_jax.reporting.environment import environment
 
 
 def verify(
@@ -70,7 +72,16 @@ def verify(
         results.append(CHECKS[name](inputs))
     title = source or str(model.path or model.format)
     claim = SAME_FUNCTION if classifier is None else SAME_CLASSIFIER
-    return Report(title, details, tuple(results), model.diagnostics, claim)
+    return Report(
+        title,
+        details,
+        tuple(results),
+        model.diagnostics,
+        claim,
+        config=asdict(model.config),
+        fingerprint=bridge.fingerprint(model.tensors),
+        environment=environment(),
+    )
 
 
 def _description(model: Checkpoint, classifier: SequenceClassifier | None) -> str:

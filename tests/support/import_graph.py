@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gpt2_torch.classification", "gpt2_torch.generation", "gpt2_torch.evaluation", "gpt2_torch.training"),
     ("gpt2_torch",),
     ("gpt2_jax.choices", "gpt2_jax.lazy_names"),
-    ("gpt2_jax.console",),
+    ("gpt2_jax.console", "gpt2_jax.reporting"),
     ("gpt2_jax.parallel",),
     ("gpt2_jax.ops",),
     ("gpt2_jax.model",),

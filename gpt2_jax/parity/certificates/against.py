@@ -16,6 +16,7 @@ import numpy as np
 
 import bridge
 import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.plots as plots
 import gpt2_jax.parity.tolerances as tolerances
 from bridge import Checkpoint, GPT2Config
 from bridge.config import TRAINING_ONLY
@@ -25,7 +26,8 @@ from gpt2_jax.parity.certificates.certificate import Certificate, CertificateErr
 from gpt2_jax.parity.certificates.sketch import gradient_sketch
 from gpt2_jax.parity.comparisons import measure_logits
 from gpt2_jax.parity.metrics import max_relative_difference, relative
-from gpt2_jax.parity.report import CERTIFIED, Check, Measurement, Report
+from gpt2_jax.parity.report import CERTIFIED, Check, Compared, Measurement, Report
+from gpt2_jax.reporting.environment import environment
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class CertifiedInputs:
     checkpoint: Checkpoint
     certificate: Certificate
     precision: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the checkpoint's weights."""
+        return bridge.fingerprint(self.checkpoint.tensors)
 
     @cached_property
     def outputs(self) -> Outputs:
@@ -66,7 +73,7 @@ def weights(inputs: CertifiedInputs) -> Check:
     """The weights have every bit of the certified ones."""
     tensors, certificate = inputs.checkpoint.tensors, inputs.certificate
     changed = []
-    if bridge.fingerprint(tensors) != certificate.fingerprint:
+    if inputs.fingerprint != certificate.fingerprint:
         changed = [
             name for name, tensor in tensors.items() if bridge.fingerprint({name: tensor}) != certificate.digests[name]
         ]
@@ -85,10 +92,13 @@ def logits(inputs: CertifiedInputs) -> Check:
     certificate = inputs.certificate
     expected, bounds = certificate.outputs.logits, certificate.bounds
     limit = bounds["logits"] * certificate.largest_logit
-    worst, *others = measure_logits("fp64", expected, inputs.outputs.logits, limit, bounds["kl"], 0.0)
+    positions = certificate.positions.tolist()
+    compared = measure_logits("fp64", expected, inputs.outputs.logits, limit, bounds["kl"], 0.0, positions)
+    worst, *others = compared.measurements
     location = inputs.location(np.abs(expected - inputs.outputs.logits).max(-1))
-    check = Check("logits", (replace(worst, location=location), *others))
-    return inputs.with_first_divergence(replace(check, note=f"largest logit {certificate.largest_logit:.3g}"))
+    note = f"largest logit {certificate.largest_logit:.3g}"
+    check = Check("logits", (replace(worst, location=location), *others), note, plots=compared.plots)
+    return inputs.with_first_divergence(check)
 
 
 def hidden_states(inputs: CertifiedInputs) -> Check:
@@ -96,9 +106,9 @@ def hidden_states(inputs: CertifiedInputs) -> Check:
     differences = inputs.state_differences
     worst = max(differences, key=differences.__getitem__)
     name = f"fp64 max relative difference of {len(differences)} layers"
-    check = Check(
-        "hidden states", (Measurement(name, differences[worst], inputs.certificate.bounds["hidden_states"], worst),)
-    )
+    limit = inputs.certificate.bounds["hidden_states"]
+    curve = plots.by_activation("Differences in fp64, by layer", differences, limit)
+    check = Check("hidden states", (Measurement(name, differences[worst], limit, worst),), plots=(curve,))
     return inputs.with_first_divergence(check)
 
 
@@ -109,7 +119,9 @@ def losses(inputs: CertifiedInputs) -> Check:
     limit = inputs.certificate.bounds["losses"] * inputs.certificate.largest_logit
     name = f"fp64 losses of {difference.size} tokens, max difference, nats"
     measurement = Measurement(name, float(difference.max()), limit, f"row {row}, position {position}")
-    return inputs.with_first_divergence(Check("losses", (measurement,)))
+    title = "Difference of the losses by position, maximum over the rows"
+    curve = plots.by_position(title, "nats", "fp64", difference, bound=limit)
+    return inputs.with_first_divergence(Check("losses", (measurement,), plots=(curve,)))
 
 
 def gradients(inputs: CertifiedInputs) -> Check:
@@ -118,14 +130,17 @@ def gradients(inputs: CertifiedInputs) -> Check:
     actual = gradient_sketch(jax_side.gradients(inputs.checkpoint, certificate.ids, "float64"))
     norms = certificate.gradients[:, 0]
     names = sorted(certificate.digests)
-    measurements = []
+    compared = []
     for column, what in enumerate(("norms", "projections")):
         difference = np.abs(actual[:, column] - certificate.gradients[:, column])
         ratios = [relative(*pair) for pair in zip(difference.tolist(), norms.tolist(), strict=True)]
         worst = int(np.argmax(ratios))
         name = f"fp64 gradients, max relative difference of {len(names)} {what}"
-        measurements.append(Measurement(name, ratios[worst], certificate.bounds[f"gradient_{what}"], names[worst]))
-    return inputs.with_first_divergence(Check("gradients", tuple(measurements)))
+        limit = certificate.bounds[f"gradient_{what}"]
+        values = dict(zip(names, ratios, strict=True))
+        curve = plots.by_parameter("Distance of the gradients, by parameter", what, values, limit)
+        compared.append(Compared((Measurement(name, ratios[worst], limit, names[worst]),), (curve,)))
+    return inputs.with_first_divergence(Check.of("gradients", compared))
 
 
 def padding(inputs: CertifiedInputs) -> Check:
@@ -137,8 +152,10 @@ def padding(inputs: CertifiedInputs) -> Check:
     limit = certificate.bounds["losses"] * certificate.largest_logit
     rows = difference.max(-1, initial=0.0)
     name = f"fp64 losses of {len(rows)} rows padded left, max difference, nats"
-    check = Check("padding", (Measurement(name, float(rows.max()), limit, f"row {rows.argmax()}"),))
-    return inputs.with_first_divergence(check)
+    title = "Difference of the losses of padded rows by position, maximum over the rows"
+    curve = plots.by_position(title, "nats", "fp64", difference, bound=limit)
+    measurement = Measurement(name, float(rows.max()), limit, f"row {rows.argmax()}")
+    return inputs.with_first_divergence(Check("padding", (measurement,), plots=(curve,)))
 
 
 def float32(inputs: CertifiedInputs) -> Check:
@@ -152,10 +169,10 @@ def float32(inputs: CertifiedInputs) -> Check:
     limit = tolerances.logits_fp32(certificate.largest_logit, inputs.checkpoint.config.n_layer, roundoff)
     limit *= certificate.bounds["logits_fp32"] / tolerances.LOGITS_FP32
     kl_limit = tolerances.kl_fp32(roundoff) * certificate.bounds["kl_fp32"] / tolerances.KL_FP32
-    measurements = measure_logits("fp32", expected, actual, limit, kl_limit)
-    return inputs.with_first_divergence(
-        Check("float32", tuple(measurements), note=f"{described(platform, inputs.precision)}, against fp64")
-    )
+    positions = certificate.positions.tolist()
+    compared = measure_logits("fp32", expected, actual, limit, kl_limit, positions=positions)
+    note = f"{described(platform, inputs.precision)}, against fp64"
+    return inputs.with_first_divergence(Check.of("float32", [compared], note))
 
 
 CERTIFIED_CHECKS: Mapping[str, Callable[[CertifiedInputs], Check]] = {
@@ -208,7 +225,16 @@ def verify_against(
         "float32": described(jax.default_backend(), precision),
     }
     title = source or str(checkpoint.path or checkpoint.format)
-    return Report(title, details, tuple(results), checkpoint.diagnostics, CERTIFIED)
+    return Report(
+        title,
+        details,
+        tuple(results),
+        checkpoint.diagnostics,
+        CERTIFIED,
+        config=dataclasses.asdict(checkpoint.config),
+        fingerprint=inputs.fingerprint,
+        environment=environment(),
+    )
 
 
 def described(platform: str, precision: str) -> str:

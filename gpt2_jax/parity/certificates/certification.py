@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -67,8 +68,13 @@ def certify(
     certified = verify_against(checkpoint, certificate, source=source)
     if not certified.passed:
         return certified, None
-    measured = {"verify": report.to_json()["checks"], "against": certified.to_json()["checks"]}
+    measured = {"verify": _measured(report), "against": _measured(certified)}
     return report, replace(certificate, measured=measured)
+
+
+def _measured(report: Report) -> list[dict[str, Any]]:
+    """The checks as JSON, without the plots, which would make the file much larger."""
+    return [{key: value for key, value in check.to_json().items() if key != "plots"} for check in report.checks]
 
 
 def make_certificate(checkpoint: Checkpoint, inputs: CheckInputs) -> Certificate:
