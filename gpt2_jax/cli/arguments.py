@@ -22,6 +22,7 @@ directory named `bundled`."""
 Source = Annotated[Positional[str], arg(metavar="SRC")]
 SourceOrBundled = Annotated[Positional[str], arg(metavar="SRC", help_behavior_hint="(default: bundled)")]
 JsonFile = Annotated[Path | None, arg(metavar="FILE")]
+HtmlFile = Annotated[Path | None, arg(metavar="FILE")]
 
 
 _ACTIVATION_HELP = (

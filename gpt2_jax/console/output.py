@@ -1,4 +1,4 @@
-"""Output shared by the verbs: progress bars, JSON files, and the message for a missing extra."""
+"""Output shared by the verbs: progress bars, report files, and the message for a missing extra."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich.progress import (
@@ -23,7 +23,12 @@ from rich.progress import (
 from bridge import BridgeError, Checkpoint
 from bridge.errors import install_command
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
-from gpt2_jax.console.report_files import require_report_path, write_json_report
+from gpt2_jax.console.report_files import (
+    require_html_path,
+    require_report_path,
+    write_html_report,
+    write_json_report,
+)
 from gpt2_jax.console.terminal import Console
 
 
@@ -75,6 +80,34 @@ def json_writer(
         return lambda value: None
     require_report_path(file, overwrite=overwrite, inputs=inputs)
     return lambda value: write_json_report(file, value, overwrite=overwrite)
+
+
+class Reportable(Protocol):
+    """A result with both kinds of reports."""
+
+    def to_json(self) -> dict[str, Any]: ...
+    def to_html(self) -> str: ...
+
+
+def report_writer(
+    json: Path | None, html: Path | None, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
+) -> Callable[[Reportable], None]:
+    """Return a function that writes `--json FILE` and `--html FILE`, those that are given.
+
+    Call it before the work starts, like `json_writer`.
+    """
+    inputs = [*inputs]
+    write_json = json_writer(json, overwrite, inputs)
+    if html is not None:
+        require_html_path(html, overwrite=overwrite, inputs=inputs, json=json)
+
+    def write(result: Reportable) -> None:
+        if json is not None:
+            write_json(result.to_json())
+        if html is not None:
+            write_html_report(html, result.to_html(), overwrite=overwrite)
+
+    return write
 
 
 def require_torch(what: str) -> None:

@@ -1,4 +1,4 @@
-"""Report files of commands: JSON and plots.
+"""Report files of commands: JSON, HTML pages and plots.
 
 Every report names its generator, so that a later command can recognise it. Only reports are overwritten.
 """
@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 from bridge import BridgeError, __version__
 from bridge.errors import quoted
 from bridge.storage.atomic_writes import new_file
+from gpt2_jax.reporting.markup import GENERATOR, HTML_START
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GENERATOR = "gpt2-bridge"
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 _METADATA_FIELD = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
-_JSON_START = f'{{\n  "generator": "{GENERATOR} '.encode()
+HTML_SUFFIXES = (".html", ".htm")
+_STARTS = (f'{{\n  "generator": "{GENERATOR} '.encode(), HTML_START.encode())
+"""How JSON reports and HTML pages begin."""
 _MAX_PLOT_BYTES = 2**24
 _GENERATED = {
     ".png": re.compile(rb"tEXtSoftware\0gpt2-bridge(?![-\w])"),
@@ -74,12 +76,32 @@ def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) 
     require_report_path(path, overwrite=overwrite)
 
 
+def require_html_path(
+    path: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = (), json: Path | None = None
+) -> None:
+    """Like `require_report_path`, for an HTML page. Its name must end in one of `HTML_SUFFIXES`.
+
+    `json`: the report of the same command, which must be another file.
+    """
+    if json is not None and path.resolve() == json.resolve():
+        raise BridgeError(f"--html and --json both name {quoted(path)}; give two files")
+    if path.suffix not in HTML_SUFFIXES:
+        raise BridgeError(f"--html {quoted(path)}: the name must end in {' or '.join(HTML_SUFFIXES)}")
+    require_report_path(path, overwrite=overwrite, inputs=inputs)
+
+
 def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Write `value` as JSON with its generator. NaN and infinity, which JSON lacks, are written as strings."""
     content = {"generator": f"{GENERATOR} {__version__}", **value}
     text = json.dumps(_json_compatible(content), indent=2, allow_nan=False) + "\n"
     with new_file(path, overwrite=lambda: overwrite and is_report(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_html_report(path: Path, page: str, *, overwrite: bool = False) -> None:
+    """Write an HTML page, which names its generator."""
+    with new_file(path, overwrite=lambda: overwrite and is_report(path)) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def save_plot(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int = 150) -> None:
@@ -90,13 +112,13 @@ def save_plot(figure: Figure, path: Path, *, overwrite: bool = False, dpi: int =
 
 
 def is_report(path: Path) -> bool:
-    """Whether a file is a report or a plot of this project, by its generator."""
+    """Whether a file is a report, a page or a plot of this project, by its generator."""
     if not path.is_file():
         return False
     try:
         with path.open("rb") as file:
-            start = file.read(len(_JSON_START))
-            if start == _JSON_START:
+            start = file.read(max(map(len, _STARTS)))
+            if start.startswith(_STARTS):
                 return True
             pattern = _GENERATED.get(path.suffix)
             return pattern is not None and pattern.search(start + file.read(_MAX_PLOT_BYTES)) is not None

@@ -18,6 +18,7 @@ def diff(
     text: str | None = None,
     batch_size: int = 2,
     seq_len: int = 256,
+    fingerprints: bool = False,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Diff:
     """Compare two checkpoints: configuration, tokenizer, generation settings, tensors, optimizer and function.
@@ -31,6 +32,7 @@ def diff(
         a, b: the checkpoints, in any formats.
         sources: their names in the report.
         function: run both models if the comparison of configurations and tensors does not show that they are identical.
+        fingerprints: also compute the fingerprints of both, which reads the weights once more.
         text, batch_size, seq_len: as in `compare_functions`.
         progress: called with the name of each step or tensor before it is read.
 
@@ -38,7 +40,7 @@ def diff(
         BridgeError: a file of a checkpoint is damaged or not supported, or the arguments are invalid.
     """
     found = compare(a, b, progress)
-    sides = Side.of(a, sources[0]), Side.of(b, sources[1])
+    sides = Side.of(a, sources[0], fingerprints), Side.of(b, sources[1], fingerprints)
     if found.has_identical_model:
         return Diff(*sides, found, None, "the configurations and the weights give the same function")
     if not function:

@@ -10,10 +10,11 @@ import numpy as np
 
 import bridge
 from bridge import BridgeError, Checkpoint
-from gpt2_jax.parity import jax_side, tolerances
+from gpt2_jax.parity import jax_side, plots, tolerances
 from gpt2_jax.parity.activations import activation_differences, first_divergence
 from gpt2_jax.parity.inputs import Tokens, choose_tokens
-from gpt2_jax.parity.metrics import kl_divergence, next_token_loss
+from gpt2_jax.parity.metrics import kl_divergence, next_token_losses
+from gpt2_jax.reporting.plots import Plot
 
 _RESIDUAL_STREAM = re.compile(r"drop|h\.\d+|ln_f")
 """The hidden states that do not depend on the order of heads: the embeddings, each layer's output, the last norm's."""
@@ -43,6 +44,8 @@ class FunctionComparison:
     """Maximum relative difference of the hidden states after the embeddings (`drop`), after each layer and after the
     last norm, computed in float64. Empty if the widths differ."""
     notes: tuple[str, ...] = ()
+    plots: tuple[Plot, ...] = ()
+    """The KL divergence and the losses by position, and the hidden states."""
 
     @property
     def first_departure(self) -> str | None:
@@ -96,7 +99,9 @@ def compare_functions(
             logits.append(jax_side.logits(checkpoint, inputs.ids, None, "float32")[..., :common])
         found = _compare_logits(logits[0], logits[1], inputs, max(a.config.n_layer, b.config.n_layer))
         if a.config.n_embd == b.config.n_embd:
-            found = replace(found, hidden_states=_compare_hidden_states(a, b, inputs.ids, progress))
+            states = _compare_hidden_states(a, b, inputs.ids, progress)
+            curve = plots.by_activation("Differences of hidden states in fp64", states, tolerances.ACTIVATION_FP64)
+            found = replace(found, hidden_states=states, plots=(*found.plots, curve))
     notes = []
     if a.config.vocab_size != b.config.vocab_size:
         notes.append(f"the logits are compared over the {common} tokens that both vocabularies have")
@@ -115,18 +120,20 @@ def _built_in_text(shape: tuple[int, int]) -> str:
 
 def _compare_logits(a_BTV: np.ndarray, b_BTV: np.ndarray, inputs: Tokens, n_layer: int) -> FunctionComparison:
     rows = [*zip(a_BTV, b_BTV, strict=True)]  # compared one at a time, to save memory
-    kl = np.concatenate([kl_divergence(x, y) for x, y in rows])
+    kl_BT = np.stack([kl_divergence(x, y) for x, y in rows])
+    losses = {name: next_token_losses(logits, inputs.ids) for name, logits in (("A", a_BTV), ("B", b_BTV))}
     is_finite = np.isfinite(a_BTV).all(-1) & np.isfinite(b_BTV).all(-1)
     agree = (a_BTV.argmax(-1) == b_BTV.argmax(-1)) & is_finite
     return FunctionComparison(
         tokens=f"{len(inputs.ids)} x {inputs.ids.shape[1]}, {inputs.origin}",
-        loss=(next_token_loss(a_BTV, inputs.ids), next_token_loss(b_BTV, inputs.ids)),
-        kl_mean=float(kl.mean()),
-        kl_max=float(kl.max()),
+        loss=(float(losses["A"].mean()), float(losses["B"].mean())),
+        kl_mean=float(kl_BT.mean()),
+        kl_max=float(kl_BT.max()),
         top1_agreement=float(agree.mean()),
         logits_difference=float(np.max([np.abs(x - y).max() for x, y in rows])),  # NaN, unlike with max
         logits_tolerance=tolerances.logits_fp32(float(np.abs(a_BTV).max()), n_layer),
         hidden_states={},
+        plots=(plots.kl_by_position("KL(A || B)", kl_BT, bound=tolerances.KL_FP32), plots.losses_by_position(losses)),
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import bridge
 from bridge import Checkpoint
 from bridge.comparison import Comparison, TensorComparison
+from gpt2_jax.diff.plots import tensor_plots
+from gpt2_jax.reporting.environment import environment
 
 if TYPE_CHECKING:
     from gpt2_jax.diff.function import FunctionComparison
@@ -26,11 +28,21 @@ class Side:
     path: str
     parameters: int
     diagnostics: tuple[str, ...]
+    config: Mapping[str, Any]
+    fingerprint: str | None = None
+    """`bridge.fingerprint` of the weights. None if it was not computed."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, source: str) -> Side:
-        parameters = bridge.num_parameters(checkpoint.config)
-        return cls(source, checkpoint.format, str(checkpoint.path), parameters, checkpoint.diagnostics)
+    def of(cls, checkpoint: Checkpoint, source: str, with_fingerprint: bool = False) -> Side:
+        return cls(
+            source,
+            checkpoint.format,
+            str(checkpoint.path),
+            bridge.num_parameters(checkpoint.config),
+            checkpoint.diagnostics,
+            asdict(checkpoint.config),
+            bridge.fingerprint(checkpoint.tensors) if with_fingerprint else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Diff:
     """The comparison of the functions. None if the models were not run."""
     not_run: str = ""
     """Why the models were not run."""
+    environment: Mapping[str, str] = field(default_factory=environment)
+    """The versions and the device that the result was computed with."""
 
     @property
     def different_parts(self) -> tuple[str, ...]:
@@ -86,6 +100,7 @@ class Diff:
                     "permutations": [asdict(permutation) for permutation in found.tensors.permutations],
                     "copied_layers": found.tensors.copied_layers,
                     "notes": found.tensors.notes,
+                    "plots": [plot.to_json() for plot in tensor_plots(found.tensors)],
                 },
                 "optimizer": {
                     "missing": found.optimizer.missing,
@@ -94,8 +109,16 @@ class Diff:
                 },
                 "function": None if self.function is None else _function_to_json(self.function),
                 "function_not_run": self.not_run,
+                "environment": self.environment,
             }
         )
+
+    def to_html(self) -> str:
+        """The result as an HTML page in one file, without scripts. The JSON has every number that it draws."""
+        from gpt2_jax.diff.html import to_page
+        from gpt2_jax.reporting.page import render
+
+        return render(to_page(self))
 
 
 def _tokenizer_to_json(found: Comparison) -> dict[str, Any]:
@@ -128,7 +151,7 @@ def _tensor_to_json(tensor: TensorComparison) -> dict[str, Any]:
 
 def _function_to_json(function: FunctionComparison) -> dict[str, Any]:
     derived = {"first_departure": function.first_departure, "within_rounding": function.is_within_rounding}
-    return {**asdict(function), **derived}
+    return {**asdict(function), **derived, "plots": [plot.to_json() for plot in function.plots]}
 
 
 def _finite(value: Any) -> Any:

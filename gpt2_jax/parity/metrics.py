@@ -42,11 +42,16 @@ def max_kl(a_TV: np.ndarray, b_TV: np.ndarray) -> float:
 
 def next_token_loss(logits_BTV: np.ndarray, ids_BT: np.ndarray) -> float:
     """Mean cross entropy of predicting `ids[:, 1:]`, in nats per token."""
+    return float(next_token_losses(logits_BTV, ids_BT).mean(1).mean())
+
+
+def next_token_losses(logits_BTV: np.ndarray, ids_BT: np.ndarray) -> np.ndarray:
+    """Cross entropy [B, T - 1] of predicting `ids[:, 1:]`, in nats."""
     losses = [
-        (_logsumexp(logits[:-1]) - np.take_along_axis(logits[:-1], ids[1:, None], 1)[:, 0]).mean()
+        _logsumexp(logits[:-1]) - np.take_along_axis(logits[:-1], ids[1:, None], 1)[:, 0]
         for logits, ids in zip(logits_BTV, ids_BT, strict=True)
     ]
-    return float(np.mean(losses))
+    return np.stack(losses)
 
 
 def _logsumexp(x_TV: np.ndarray) -> np.ndarray:

@@ -69,6 +69,16 @@ def kl_by_position(
     return by_position(title, "nats per token", series, kl_BT, positions, bound)
 
 
+def losses_by_position(losses_BT: Mapping[str, np.ndarray]) -> Plot:
+    """Plot the mean loss of several models at each position."""
+    series = [
+        Series(name, tuple(range(1, losses.shape[1] + 1)), tuple(losses.mean(0).tolist()))
+        for name, losses in losses_BT.items()
+    ]
+    title = "Loss of each token by its position, mean over the rows"
+    return Plot(title, "position", "nats", tuple(series), scale="linear")
+
+
 def over_steps(title: str, y_label: str, lines: Mapping[str, Sequence[float]], bound: float | None = None) -> Plot:
     """Plot values of training steps 1, 2, ... A plot with a bound is on a log scale."""
     series = [Series(name, tuple(range(1, len(y) + 1)), tuple(map(float, y)), bound) for name, y in lines.items()]

@@ -10,6 +10,15 @@ from typing import Literal
 
 from bridge.errors import escaped
 
+GENERATOR = "gpt2-bridge"
+HTML_START = f"""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="generator" content="{GENERATOR} """
+"""The beginning of every page, by which a later command recognises it."""
+
 Status = Literal["passed", "failed", "skipped", "informational"]
 
 _MARKS: dict[Status, str] = {"passed": "✓", "failed": "✗", "skipped": "–", "informational": "ℹ"}  # noqa: RUF001

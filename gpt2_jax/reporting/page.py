@@ -7,15 +7,9 @@ from dataclasses import dataclass
 
 from bridge import __version__
 from gpt2_jax.reporting.drawing import draw
-from gpt2_jax.reporting.markup import Cell, Mark, Number, Table, html_text, number, slug
+from gpt2_jax.reporting.markup import GENERATOR, HTML_START, Cell, Mark, Number, Table, html_text, number, slug
 from gpt2_jax.reporting.plots import Plot
 from gpt2_jax.reporting.style import STYLE
-
-GENERATOR = "gpt2-bridge"
-HTML_START = (
-    f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="{GENERATOR} '
-)
-"""The beginning of every page, by which a later command recognises it."""
 
 MOST_ROWS = 2000
 """Maximum number of rows in the table of a plot's values. The JSON report has all of them."""

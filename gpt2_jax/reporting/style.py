@@ -48,7 +48,8 @@ footer { margin-top: 2.5rem; padding-top: .5rem; border-top: 1px solid var(--fai
   font-size: .9rem; }
 @media print {
   @page { margin: 1.5cm; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
+  :root { font-size: 10pt; }
+  body { max-width: none; padding: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .scroll, details .scroll { overflow: visible; max-height: none; }
   td.number { white-space: normal; }

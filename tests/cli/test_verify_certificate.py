@@ -154,11 +154,12 @@ def test_the_report_has_the_keys_of_verify(tmp_path: Path) -> None:
     checks = ("--checks", "weights", "configuration")
     assert run("verify", "--against", CERTIFICATE, *checks, "--precision", "high", "--json", file) == 0
     report: dict[str, Any] = json.loads(file.read_text())
-    assert set(report) == {"generator", "source", "details", "diagnostics", "passed", "checks"}
+    about = {"config", "fingerprint", "environment"}
+    assert set(report) == {"generator", "source", "details", "diagnostics", "passed", "checks", *about}
     assert set(report["details"]) == {"model", "tokens", "certificate", "float32"}
     assert "at precision high" in report["details"]["float32"]
     for check in report["checks"]:
-        assert set(check) == {"name", "measurements", "note", "first_divergence", "passed", "skipped"}
+        assert set(check) == {"name", "measurements", "note", "first_divergence", "plots", "passed", "skipped"}
         assert set(check["measurements"][0]) == {"name", "value", "tolerance", "location", "passed"}
 
 

@@ -16,7 +16,7 @@ from bridge.errors import quoted
 from gpt2_jax.cli.arguments import BUNDLED
 from gpt2_jax.cli.verbs.generate import Backend, continued_text
 from gpt2_jax.cli.verbs.verify import finish, progress_bar
-from gpt2_jax.console.output import json_writer, require_torch
+from gpt2_jax.console.output import report_writer, require_torch
 from gpt2_jax.console.terminal import console
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig
 from gpt2_jax.training.presets import PRESETS
@@ -55,7 +55,7 @@ def demo(*, out: Path = Path("demo-output"), data: Play = PLAY, max_steps: int =
     if run.exists() and not overwrite:
         raise BridgeError(f"{quoted(run)} exists; choose another --out, or replace an earlier demo with --overwrite")
     out.mkdir(parents=True, exist_ok=True)
-    write_report = json_writer(report_file, overwrite)
+    write_report = report_writer(report_file, None, overwrite)
     if run.exists():
         remove_run(run)
     from gpt2_jax.cli.run_training import run_training

@@ -7,13 +7,13 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from gpt2_jax.cli.arguments import READING, JsonFile, SourceFlags, given_text
-from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
-from gpt2_jax.console.output import json_writer, status_bar
+from gpt2_jax.cli.arguments import READING, HtmlFile, JsonFile, SourceFlags, given_text
+from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
+from gpt2_jax.console.output import report_writer, status_bar
 from gpt2_jax.console.terminal import console
 
 RULES = (
-    OVERWRITE,
+    Rule(("overwrite",), lambda values: values["json"] is None and values["html"] is None, "without --json or --html"),
     Rule(("text", "text_file", "batch_size", "seq_len"), lambda values: not values["function"], "with --no-function"),
 )
 
@@ -31,6 +31,7 @@ def diff(
     reading_a: Annotated[SourceFlags, arg(name="a")] = READING,
     reading_b: Annotated[SourceFlags, arg(name="b")] = READING,
     json: JsonFile = None,
+    html: HtmlFile = None,
     overwrite: bool = False,
 ) -> int:
     """Show how two checkpoints differ: configuration, tokenizer, generation settings, tensors, optimizer and function.
@@ -38,7 +39,7 @@ def diff(
     Exit code 0 if they are identical, or if nothing that differs changes what the model computes or how it reads and
     generates text. Exit code 1 if they are different. Two steps of a run are RUN/checkpoints/STEP.
 
-    Example: gpt2 diff ./my-gpt2 my-gpt2.gguf --json diff.json
+    Example: gpt2 diff ./my-gpt2 my-gpt2.gguf --json diff.json --html diff.html
 
     Args:
         first: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
@@ -52,10 +53,11 @@ def diff(
         reading_a: how A is read.
         reading_b: how B is read.
         json: also write the result, with every difference, to this file.
-        overwrite: replace the report of an earlier command.
+        html: also write the result with plots as a page for a browser, in one file without scripts.
+        overwrite: replace the report or the page of an earlier command.
     """
     require_effect(locals(), defaults_of(diff), RULES)
-    write_json = json_writer(json, overwrite, (first, second, reading_a.base, reading_b.base, text_file))
+    write = report_writer(json, html, overwrite, (first, second, reading_a.base, reading_b.base, text_file))
     text = given_text(text, text_file)
     a, b = reading_a.load(first), reading_b.load(second)
     from gpt2_jax.diff import diff as run
@@ -70,8 +72,9 @@ def diff(
             text=text,
             batch_size=batch_size,
             seq_len=seq_len,
+            fingerprints=json is not None or html is not None,
             progress=say,
         )
     show(result, console())
-    write_json(result.to_json())
+    write(result)
     return 1 if result.verdict == "different" else 0

@@ -14,9 +14,18 @@ import bridge
 from bridge import Checkpoint
 from bridge.errors import quoted
 from bridge.io import local_path
-from gpt2_jax.cli.arguments import BUNDLED, READING, JsonFile, Reading, SourceFlags, SourceOrBundled, given_text
+from gpt2_jax.cli.arguments import (
+    BUNDLED,
+    READING,
+    HtmlFile,
+    JsonFile,
+    Reading,
+    SourceFlags,
+    SourceOrBundled,
+    given_text,
+)
 from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
-from gpt2_jax.console.output import json_writer, progress, require_torch
+from gpt2_jax.console.output import Reportable, progress, report_writer, require_torch
 from gpt2_jax.console.report_files import require_report_path
 from gpt2_jax.console.terminal import console
 
@@ -45,7 +54,11 @@ ALL_CHECKS: tuple[CheckName, ...] = CheckName.__args__  # type: ignore[attr-defi
 ALL_CERTIFIED_CHECKS: tuple[CertifiedCheckName, ...] = CertifiedCheckName.__args__  # type: ignore[attr-defined]
 
 FILE_RULES = (
-    Rule(("overwrite",), lambda v: v["json"] is None and v["certificate"] is None, "without --json or --certificate"),
+    Rule(
+        ("overwrite",),
+        lambda v: v["json"] is None and v["html"] is None and v["certificate"] is None,
+        "without --json, --html or --certificate",
+    ),
     Rule(("precision", "public_key"), lambda v: v["against"] is None, "without --against"),
     Rule(("signing_key",), lambda v: v["certificate"] is None, "without --certificate"),
     Rule(
@@ -75,6 +88,7 @@ def verify(
     signing_key: Annotated[Path | None, arg(metavar="PEM")] = None,
     public_key: Annotated[Path | None, arg(metavar="PEM")] = None,
     json: JsonFile = None,
+    html: HtmlFile = None,
     overwrite: bool = False,
 ) -> int:
     """Check that PyTorch and JAX compute the same function with this checkpoint and give the same text.
@@ -85,7 +99,7 @@ def verify(
     With --certificate, the outputs of PyTorch are written to a file if all checks pass. With --against, JAX is checked
     against this file, without PyTorch.
 
-    Example: gpt2 verify ./my-gpt2 --json report.json
+    Example: gpt2 verify ./my-gpt2 --json report.json --html report.html
 
     Args:
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
@@ -107,15 +121,16 @@ def verify(
             Signing. Writes FILE.sig and FILE.checkpoint.sig.
         public_key: with --against, require both signatures by this key.
         json: also write the report to this file.
-        overwrite: replace the report, the certificate or the signatures of an earlier command.
+        html: also write the report with plots as a page for a browser, in one file without scripts.
+        overwrite: replace the report, the page, the certificate or the signatures of an earlier command.
     """
     require_effect(locals(), defaults_of(verify), FILE_RULES)
     if against is None:
         require_torch("gpt2 verify")
-    write_json = json_writer(json, overwrite, (source, reading.base, text_file, against))
+    write = report_writer(json, html, overwrite, (source, reading.base, text_file, against))
     _require_allowed_checks(checks, certificate, against)
     if against is not None:
-        return _verify_against(source, reading, against, precision, checks, public_key, write_json)
+        return _verify_against(source, reading, against, precision, checks, public_key, write)
     text = given_text(text, text_file)
     options: dict[str, Any] = {
         "source": source,
@@ -126,15 +141,15 @@ def verify(
         "untrained": untrained,
     }
     if certificate is not None:
-        _require_certificate_path(certificate, overwrite, (source, reading.base, text_file), json)
+        _require_certificate_path(certificate, overwrite, (source, reading.base, text_file), (json, html))
         checkpoint = reading.load(source)
         if signing_key is None:
-            return _certify(checkpoint, certificate, overwrite, options, write_json)
+            return _certify(checkpoint, certificate, overwrite, options, write)
         signed = _signed_files(source, checkpoint)
         _require_signable(certificate, signing_key, overwrite)
-        code = _certify(checkpoint, certificate, overwrite, options, write_json)
+        code = _certify(checkpoint, certificate, overwrite, options, write)
         if code == 0:
-            _sign(certificate, signed, signing_key, json, overwrite)
+            _sign(certificate, signed, signing_key, (json, html), overwrite)
         return code
     model = reading.load_with_classifier(source)
     from gpt2_jax.parity import checks_for
@@ -144,7 +159,7 @@ def verify(
     require_effect({"untrained": untrained, "checks": names}, defaults_of(verify), RULES)
     with progress_bar(names) as begin:
         report = run(model, **options, checks=names, progress=begin)
-    return finish(report, write_json)
+    return finish(report, write)
 
 
 def _require_allowed_checks(checks: tuple[str, ...] | None, certificate: Path | None, against: Path | None) -> None:
@@ -165,12 +180,13 @@ def _require_allowed_checks(checks: tuple[str, ...] | None, certificate: Path | 
 
 
 def _require_certificate_path(
-    file: Path, overwrite: bool, inputs: Iterable[str | Path | None], json: Path | None
+    file: Path, overwrite: bool, inputs: Iterable[str | Path | None], reports: tuple[Path | None, Path | None]
 ) -> None:
     from gpt2_jax.parity.certificates.certificate import is_certificate
 
-    if json is not None and json.resolve() == file.resolve():
-        raise bridge.BridgeError(f"--certificate and --json both name {quoted(file)}; give two files")
+    for flag, report in zip(("--json", "--html"), reports, strict=True):
+        if report is not None and report.resolve() == file.resolve():
+            raise bridge.BridgeError(f"--certificate and {flag} both name {quoted(file)}; give two files")
     require_report_path(file, overwrite=overwrite, inputs=inputs, kind="certificate", is_own=is_certificate)
 
 
@@ -191,10 +207,10 @@ def _require_signable(certificate: Path, key: Path, overwrite: bool) -> None:
         )
 
 
-def _sign(certificate: Path, checkpoint: Path, key: Path, json: Path | None, overwrite: bool) -> None:
+def _sign(certificate: Path, checkpoint: Path, key: Path, reports: Iterable[Path | None], overwrite: bool) -> None:
     from gpt2_jax.parity.certificates.signatures import sign_certificate
 
-    ignored = () if json is None else (json,)
+    ignored = [report for report in reports if report is not None]
     for signature in sign_certificate(certificate, checkpoint, key, ignored=ignored, overwrite=overwrite):
         console().print(f"signature: {quoted(signature)}", soft_wrap=True, highlight=False)
 
@@ -204,14 +220,14 @@ def _certify(
     file: Path,
     overwrite: bool,
     options: dict[str, Any],
-    write_json: Callable[[dict[str, Any]], None],
+    write: Callable[[Reportable], None],
 ) -> int:
     """Run all checks, and write the certificate if they pass."""
     from gpt2_jax.parity import certify, checks_for, write_certificate
 
     with progress_bar((*checks_for(checkpoint), "certificate")) as begin:
         report, certificate = certify(checkpoint, **options, progress=begin)
-    code = finish(report, write_json)
+    code = finish(report, write)
     if certificate is not None:
         write_certificate(certificate, file, overwrite=overwrite)
         console().print(f"certificate: {quoted(file)}, {file.stat().st_size:,} bytes", soft_wrap=True, highlight=False)
@@ -225,7 +241,7 @@ def _verify_against(
     precision: Precision,
     checks: tuple[str, ...] | None,
     public_key: Path | None,
-    write_json: Callable[[dict[str, Any]], None],
+    write: Callable[[Reportable], None],
 ) -> int:
     """Check JAX against a certificate, whose signatures are verified first. Imports no PyTorch."""
     from gpt2_jax.parity import read_certificate, verify_against
@@ -239,7 +255,7 @@ def _verify_against(
         report = verify_against(
             checkpoint, certificate, source=source, precision=precision, checks=names, progress=begin
         )
-    return finish(report, write_json)
+    return finish(report, write)
 
 
 def _verify_signatures(certificate: Path, checkpoint: Path, key: Path) -> None:
@@ -266,8 +282,8 @@ def progress_bar(checks: Iterable[str]) -> Iterator[Callable[[str], None]]:
         yield begin
 
 
-def finish(report: Report, write_json: Callable[[dict[str, Any]], None]) -> int:
-    """Print the report, write the JSON file if requested, and return the exit code."""
+def finish(report: Report, write: Callable[[Reportable], None]) -> int:
+    """Print the report, write the files that were requested, and return the exit code."""
     report.show(console())
-    write_json(report.to_json())
+    write(report)
     return 0 if report.passed else 1
