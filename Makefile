@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 # generator, the tests take half of the time. `make test QUICK_COMPILATION=` compiles as JAX does by default.
 QUICK_COMPILATION := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
 
-.PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-oldest test-newest test-overwriting test-tokenizers fuzz faults check docs bench dist clean
+.PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-browser test-oldest test-newest test-overwriting test-tokenizers fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## convert a model to JAX, verify it, fine-tune it in JAX, and load the result in PyTorch
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -41,6 +41,9 @@ test-gpu: $(INSTALLED)  ## cuDNN's attention, on a machine with a GPU and the `c
 
 test-tpu: $(INSTALLED) $(TPU)/.installed  ## attention and training steps, compiled with the TPU compiler on any Linux machine
 	JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/$(TPU) $(BIN)/python -m pytest -m tpu
+
+test-browser: $(INSTALLED)  ## HTML reports in headless Chromium, where it is installed
+	$(QUICK_COMPILATION) $(BIN)/python -m pytest -m browser
 
 # Older packages use functions that their own newer dependencies deprecate.
 test-oldest: $(OLDEST)/.installed  ## with the lowest versions that pyproject.toml allows; torch as in constraints.txt

@@ -31,7 +31,7 @@ def _rows(tensor: TensorComparison) -> Plot:
         for first in range(start // width * width, stop, width):
             counts[first] += min(stop, first + width) - max(start, first)
     title = (
-        f"Rows of {tensor.name} that differ, of each {width:,}" if width > 1 else f"Rows of {tensor.name} that differ"
+        f"Rows of {tensor.name} that differ, per {width:,} rows" if width > 1 else f"Rows of {tensor.name} that differ"
     )
     series = Series(tensor.name, tuple(counts), tuple(map(float, counts.values())))
     return Plot(title, "row", "number of rows", (series,), "bars")

@@ -131,8 +131,9 @@ def _draw_series(axes: Axes, plot: Plot, k: int, x: np.ndarray, y: np.ndarray) -
     drawn = np.where(np.isfinite(y) & ((y > 0) | (plot.scale == "linear")), y, np.nan)
     color, label = _color(k), _shown(plot.series[k].name)
     if plot.kind == "bars":
-        width = 0.8 * min((b - a for a, b in pairwise(np.unique(x))), default=1.0)
-        axes.bar(x, drawn, width=width, color=color, label=label)
+        step = min((b - a for a, b in pairwise(np.unique(x))), default=1.0)
+        axes.bar(x, drawn, width=0.8 * step, align="edge", color=color, label=label)
+        axes.set_xlim(x.min() - step, x.max() + 2 * step)  # also where all bars are empty
         return
     is_line = plot.kind == "line"
     axes.plot(
@@ -210,7 +211,7 @@ def _inline(svg: str, label: str, id_prefix: str) -> str:
 
     def page_tag(tag: re.Match[str]) -> str:
         """Change a tag, and never the text between two tags, which may come from a file."""
-        found = re.sub(r' id="(\w+)"', lambda m: f' id="{id_prefix}-{m[1]}"' if m[1] in referenced else "", tag[0])
+        found = re.sub(r' id="([^"]+)"', lambda m: f' id="{id_prefix}-{m[1]}"' if m[1] in referenced else "", tag[0])
         found = re.sub(r'(href="|url\()#', rf"\g<1>#{id_prefix}-", found)
         return re.sub(r"#[0-9a-f]{6}\b", lambda m: COLOR_VARIABLES.get(m[0], m[0]), found)
 
