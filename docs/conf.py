@@ -45,6 +45,8 @@ html_title = "gpt2-bridge"
 html_copy_source = False
 html_show_sourcelink = False
 html_static_path: list[str] = []
+html_extra_path = ["_generated/extra"]  # copied to the root of the manual; `figures` fills it after this file is read
+(HERE / html_extra_path[0]).mkdir(parents=True, exist_ok=True)
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

@@ -1,4 +1,4 @@
-"""Draw the figures of the manual from the code and its data into `_generated/`, before the pages are read."""
+"""Draw the figures and the report of the manual from the code into `_generated/`, before the pages are read."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from sphinx.application import Sphinx
 
 import bridge
 from gpt2_jax.parallel.sharding import make_mesh
+from gpt2_jax.parity import verify
 from gpt2_jax.plan.compiled import describe_step
 from gpt2_jax.plan.suggest import can_shard, estimated_memory, possible_meshes, state_bytes_on
 from gpt2_jax.training import PRESETS
@@ -104,6 +105,13 @@ def memory_by_mesh(file: Path) -> None:
     _save(figure, file)
 
 
+def parity_report(file: Path) -> None:
+    """Write the report of `gpt2 verify bundled --html`, without the checks that have no plots."""
+    checks = ("logits", "hidden-states", "gradients", "training", "padding", "round-trip")
+    report = verify(bridge.load("bundled"), source="bundled", seq_len=64, checks=checks)
+    file.write_text(report.to_html(), encoding="utf-8")
+
+
 def _save(figure: plt.Figure, file: Path) -> None:
     # Fixed ids and no date, so that every build writes the same bytes.
     with plt.rc_context({"svg.hashsalt": file.name}):
@@ -111,13 +119,18 @@ def _save(figure: plt.Figure, file: Path) -> None:
     plt.close(figure)
 
 
-FIGURES = {"architecture.svg": architecture, "loss.svg": loss_curve, "memory-by-mesh.svg": memory_by_mesh}
+FIGURES = {
+    "architecture.svg": architecture,
+    "loss.svg": loss_curve,
+    "memory-by-mesh.svg": memory_by_mesh,
+    "extra/parity-of-bundled.html": parity_report,
+}
 
 
 def _draw(app: Sphinx) -> None:
     directory = Path(app.srcdir) / "_generated"
-    directory.mkdir(exist_ok=True)
     for name, draw in FIGURES.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
         draw(directory / name)
 
 
