@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bridge.comparison import Difference, TensorComparison
 from bridge.errors import quoted
 from gpt2_jax.diff.plots import tensor_plots
-from gpt2_jax.diff.result import Diff, Side
 from gpt2_jax.diff.wording import (
     EFFECTS,
     TENSOR_COLUMNS,
@@ -22,6 +22,9 @@ from gpt2_jax.diff.wording import (
 )
 from gpt2_jax.reporting.markup import Cell, Mark, Number, Table, facts
 from gpt2_jax.reporting.page import Page, Section
+
+if TYPE_CHECKING:
+    from gpt2_jax.diff.result import Diff, Side
 
 MOST_ROWS = 500
 """Maximum number of rows of a table. The JSON report has all of them."""

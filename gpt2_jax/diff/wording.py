@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.comparison import Comparison, TensorComparison
 from bridge.errors import quoted
-from gpt2_jax.diff.result import Diff
 
 if TYPE_CHECKING:
     from gpt2_jax.diff.function import FunctionComparison
+    from gpt2_jax.diff.result import Diff
 
 _MOST_IN_ORDER, _MOST_RANGES = 12, 4
 _LONGEST_VALUE = 48
