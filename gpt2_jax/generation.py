@@ -14,12 +14,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 import bridge.generation.decoder
 from bridge.generation.config import GenerationConfig
-from bridge.generation.output import ENDED, INVALID, Candidates, Chunk, concatenate
-from bridge.generation.processors import LogitsProcessors, padded_ids, seen_tokens
+from bridge.generation.output import Candidates, Chunk, concatenate
+from bridge.generation.processors import LogitsProcessors
+from bridge.generation.prompts import Prompts, check_ids
+from gpt2_jax.batch_invariance import SLOTS, BatchInvarianceError, SlotModel
+from gpt2_jax.decoding_state import State, add_token, first_state, next_token, prompt_history
 from gpt2_jax.logits_processors import History, on_device, process_logits
 from gpt2_jax.model import GPT2, check_shape
 from gpt2_jax.ops.kv_cache import KVCache, empty_cache
-from gpt2_jax.sampling import select_token
+from gpt2_jax.slot_decoding import decode_group, prefill_group
 
 SMALLEST_BUCKET = 16
 """The smallest compiled cache length. Longer ones are powers of two, up to the model's positions."""
@@ -33,6 +36,8 @@ def generate(
     params: Mapping[str, Any],
     input_ids: Int[Array, "B T"],
     generation_config: GenerationConfig | None = None,
+    *,
+    batch_invariant: bool = False,
     **overrides: Any,
 ) -> Int[Array, "B*num_return_sequences T+new"]:
     """Return each prompt followed by `max_new_tokens` new tokens.
@@ -44,6 +49,7 @@ def generate(
         params: the model's parameters.
         input_ids: prompts of one length.
         generation_config: the configuration.
+        batch_invariant: compute each row with the same bits in every batch; see `Decoder`.
         **overrides: fields of `bridge.GenerationConfig`, which replace those of `generation_config`. Without
             `generation_config`, `max_new_tokens` is required.
 
@@ -53,26 +59,8 @@ def generate(
     check_shape(input_ids)
     config = GenerationConfig.of(generation_config, overrides)
     prompts = np.asarray(input_ids)
-    outputs = Decoder(model, params).generate(prompts.tolist(), config)
+    outputs = Decoder(model, params, batch_invariant=batch_invariant).generate(prompts.tolist(), config)
     return jnp.asarray(concatenate(prompts, outputs, config))
-
-
-class _State(NamedTuple):
-    """The state of the loop over tokens. R rows, V vocabulary, N the maximum number of new tokens."""
-
-    cache: KVCache
-    ids_RN: Int[Array, "R N"]
-    """`ENDED` before a token is selected and after the end of a row; `INVALID` if no token could be selected."""
-    logprobs_RN: Float[Array, "R N"] | None
-    noise_RN: Float[Array, "R N"]
-    history_RS: Int[Array, "R S"] | None
-    """`ids_RS` of the `History`."""
-    seen_RV: Bool[Array, "R V"] | None
-    """`seen_RV` of the `History`."""
-    ended_R: Bool[Array, " R"]
-    eos_token_ids: Int[Array, " eos"]
-    processors: LogitsProcessors
-    num_new: Int[Array, ""]
 
 
 class _Beams(NamedTuple):
@@ -89,7 +77,11 @@ _Candidates = tuple[Int[Array, "R N"], Float[Array, "R N"], Float[Array, "R N"]]
 """`bridge.generation.output.Candidates` on the device."""
 
 
-class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
+_Groups = tuple[tuple[State, int], ...]
+"""The states and numbers of rows that are decoded together: all rows or, with `batch_invariant`, `SLOTS` at most."""
+
+
+class Decoder(bridge.generation.decoder.Decoder[_Groups, _Beams]):
     """Generation from one model and its parameters, in one compiled loop per bucket of lengths.
 
     The decoding loop is compiled once for each combination of the number of rows, the cache length (see `bucket`) and
@@ -102,14 +94,40 @@ class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
             for every token.
         dtype: the dtype of the parameters and the computation. None keeps both. bfloat16 halves the bytes that are read
             for every token, which determine the speed on GPU and TPU.
+        batch_invariant: compute each row with the same bits in every batch, for every division of its tokens into
+            prompt and new tokens, and in `token_logprobs`. Only on CPU with one thread (NPROC=1), without beam search,
+            and slower.
+
+    Raises `BatchInvarianceError` if `batch_invariant` is not possible here.
     """
 
-    def __init__(self, model: GPT2, params: Mapping[str, Any], *, dtype: DTypeLike | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT2,
+        params: Mapping[str, Any],
+        *,
+        dtype: DTypeLike | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
         self.config = model.config
         self.model = model.clone(scan=False, dtype=model.dtype if dtype is None else jnp.dtype(dtype))
         # Moved to the device once; numpy arrays would be copied there in every call.
         params = jax.tree.map(jnp.asarray, params)
         self.params = params if dtype is None and not model.scan else _prepare(model, dtype, params)
+        self.slots = SlotModel(self.model, self.params) if batch_invariant else None
+
+    def token_logprobs(self, rows: Prompts) -> list[Float[np.ndarray, " T-1"]]:
+        """Return log p of each token but the first of each row, in nats. Needs `batch_invariant`.
+
+        They have the bits of the log-probabilities that `generate` returns for the same tokens. Raises the errors of
+        `generate`, and `ValueError` for a row without tokens or with more than `n_positions`.
+        """
+        if self.slots is None:
+            raise ValueError("token_logprobs needs a Decoder with batch_invariant=True; gpt2_jax.evaluate needs none")
+        check_ids(self.config, rows)
+        if not all(0 < len(row) <= self.config.n_positions for row in rows):
+            raise ValueError(f"token_logprobs: a row must have 1 to n_positions={self.config.n_positions} tokens")
+        return [self.slots.token_logprobs(row) for row in rows]
 
     def _prefill(
         self,
@@ -120,41 +138,45 @@ class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
         noise: np.ndarray,
         ended: np.ndarray,
         copies: int,
-    ) -> _State:
+    ) -> _Groups:
+        if self.slots is not None:
+            length, groups = bucket(max_length, self.config.n_positions), []
+            ids, num_padding = np.repeat(ids, copies, axis=0), np.repeat(num_padding, copies)
+            for first in range(0, len(ids), SLOTS):
+                part = slice(first, first + SLOTS)
+                rows = ids[part], num_padding[part], noise[part], ended[part]
+                groups.append((prefill_group(self.slots, *rows, length, generation_config), len(ids[part])))
+            return tuple(groups)
         cache, logits_RV = self._prefill_cache(ids, num_padding, max_length)
         if copies > 1:
             cache, logits_RV = _repeat_rows(copies, cache, logits_RV)
-        R, S = noise.shape[0], cache.max_length
-        processors = on_device(generation_config, self.config.vocab_size)
-        history, seen = self._history(processors, ids, num_padding, S, copies)
-        state = _State(
-            cache=cache,
-            ids_RN=jnp.full((R, S), ENDED, jnp.int32),
-            logprobs_RN=jnp.zeros((R, S), jnp.float32) if generation_config.logprobs else None,
-            noise_RN=jnp.asarray(np.pad(noise, ((0, 0), (0, S - noise.shape[1])))),
-            history_RS=history,
-            seen_RV=seen,
-            ended_R=jnp.asarray(ended),
-            eos_token_ids=jnp.asarray(generation_config.eos_token_ids, jnp.int32),
-            processors=processors,
-            num_new=jnp.zeros((), jnp.int32),
-        )
-        return _first_token(state, logits_RV)
+        vocab_size = self.config.vocab_size
+        state = first_state(cache, ids, vocab_size, generation_config, noise, ended, copies)
+        return ((next_token(state, logits_RV), len(noise)),)
 
-    def _decode(self, state: _State, steps: int) -> _State:
-        return _decode_loop(self.model, self.params, state, steps)
+    def _decode(self, groups: _Groups, steps: int) -> _Groups:
+        if self.slots is not None:
+            return tuple((decode_group(self.slots, state, steps), rows) for state, rows in groups)
+        return tuple((_decode_loop(self.model, self.params, state, steps), rows) for state, rows in groups)
 
-    def _chunk(self, state: _State, first: int, count: int) -> Chunk:
+    def _chunk(self, groups: _Groups, first: int, count: int) -> Chunk:
         new = slice(first, first + count)
-        logprobs = None if state.logprobs_RN is None else np.asarray(state.logprobs_RN)[:, new]
-        return Chunk(np.asarray(state.ids_RN)[:, new], logprobs)
+        ids = [np.asarray(state.ids_RN)[:rows, new] for state, rows in groups]
+        logprobs = [
+            np.asarray(state.logprobs_RN)[:rows, new] for state, rows in groups if state.logprobs_RN is not None
+        ]
+        return Chunk(np.concatenate(ids), np.concatenate(logprobs) if logprobs else None)
 
     def prefill_beams(
         self, ids: np.ndarray, num_padding: np.ndarray, max_length: int, config: GenerationConfig, num_candidates: int
     ) -> tuple[_Beams, Candidates]:
+        if self.slots is not None:
+            raise BatchInvarianceError("batch_invariant does not support beam search; set num_beams=1")
         cache, logits_RV = _repeat_rows(config.num_beams, *self._prefill_cache(ids, num_padding, max_length))
         processors = on_device(config, self.config.vocab_size)
-        history, seen = self._history(processors, ids, num_padding, cache.max_length, config.num_beams)
+        history, seen = prompt_history(
+            processors, ids, num_padding, self.config.vocab_size, cache.max_length, config.num_beams
+        )
         beams = _Beams(cache, history, seen, processors, jnp.zeros((), jnp.int32))
         return beams, _on_host(_most_likely(num_candidates, beams, logits_RV))
 
@@ -163,15 +185,6 @@ class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
     ) -> tuple[_Beams, Candidates]:
         beams, candidates = _decode_beams(self.model, num_candidates, self.params, beams, parents, tokens)
         return beams, _on_host(candidates)
-
-    def _history(
-        self, processors: LogitsProcessors, ids: np.ndarray, num_padding: np.ndarray, max_length: int, copies: int
-    ) -> tuple[Array | None, Array | None]:
-        """Return what the processors need of the prompts' tokens: `ids_RS` and `seen_RV` of a `History`."""
-        history = padded_ids(ids, num_padding, max_length, copies)
-        needs_seen = processors.repetition_penalty is not None
-        seen = jnp.asarray(seen_tokens(history, self.config.vocab_size)) if needs_seen else None
-        return jnp.asarray(history) if processors.needs_ids else None, seen
 
     def _prefill_cache(
         self, ids: np.ndarray, num_padding: np.ndarray, max_length: int
@@ -227,56 +240,20 @@ def _prefill_chunks(
     return cache._replace(length=length), _apply_head(model, params, x_BD)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _first_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
-    return _add_token(state, logits_RV)
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode_loop(model: GPT2, params: Mapping[str, Any], state: _State, steps: int) -> _State:
+def _decode_loop(model: GPT2, params: Mapping[str, Any], state: State, steps: int) -> State:
     """Select `steps` more tokens in each row, or fewer if all rows end earlier."""
     end = state.num_new + steps
 
-    def is_unfinished(state: _State) -> Bool[Array, ""]:
+    def is_unfinished(state: State) -> Bool[Array, ""]:
         return (state.num_new < end) & ~state.ended_R.all()
 
-    def step(state: _State) -> _State:
+    def step(state: State) -> State:
         last_R1 = jax.lax.dynamic_slice_in_dim(state.ids_RN, state.num_new - 1, 1, axis=1)
         x_RTD, cache = _apply_decode(model, params, jnp.maximum(last_R1, 0), state.cache)
-        return _add_token(state._replace(cache=cache), _apply_head(model, params, x_RTD[:, 0]))
+        return add_token(state._replace(cache=cache), _apply_head(model, params, x_RTD[:, 0]))
 
     return jax.lax.while_loop(is_unfinished, step, state)
-
-
-def _add_token(state: _State, logits_RV: Float[Array, "R V"]) -> _State:
-    """Select one more token in each row that has not ended."""
-    write, n = jax.lax.dynamic_update_slice_in_dim, state.num_new
-    history = History(state.history_RS, state.seen_RV, state.cache.length, n)
-    processed_RV = process_logits(logits_RV, state.processors, history)
-    token_R = select_token(processed_RV, state.noise_RN[:, n], state.processors)
-    logprobs_RN = state.logprobs_RN
-    if logprobs_RN is not None:
-        logprobs_RV = jax.nn.log_softmax(logits_RV.astype(jnp.float32), axis=-1)
-        logprobs_RN = write(logprobs_RN, jnp.take_along_axis(logprobs_RV, token_R[:, None], axis=1), n, axis=1)
-    history = history.followed_by(token_R)
-    invalid_R = _are_invalid(logits_RV)
-    if state.processors.temperature is not None and state.processors.change_scores:
-        invalid_R |= jnp.isinf(processed_RV.max(-1))  # no token is left to sample
-    invalid_R &= ~state.ended_R
-    new_R = jnp.where(state.ended_R, ENDED, jnp.where(invalid_R, INVALID, token_R))
-    return state._replace(
-        ids_RN=write(state.ids_RN, new_R[:, None], n, axis=1),
-        logprobs_RN=logprobs_RN,
-        history_RS=history.ids_RS,
-        seen_RV=history.seen_RV,
-        ended_R=state.ended_R | (token_R[:, None] == state.eos_token_ids).any(-1) | invalid_R.any(),
-        num_new=history.num_new,
-    )
-
-
-def _are_invalid(logits_RV: Float[Array, "R V"]) -> Bool[Array, " R"]:
-    """Whether a row has NaN or +inf, or only -inf; see `bridge.generation.output.INVALID`."""
-    return jnp.isnan(logits_RV).any(-1) | jnp.isinf(logits_RV.max(-1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

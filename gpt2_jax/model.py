@@ -33,8 +33,12 @@ from gpt2_jax.ops.dtypes import wide_dtype
 from gpt2_jax.ops.kv_cache import KVCache
 from gpt2_jax.ops.linear import project, project_to_vocabulary
 from gpt2_jax.ops.norm import scaled_norm
+from gpt2_jax.ops.slot_attention import Slots, append_slots, slot_attention
 from gpt2_jax.parallel.remat import POLICIES, PROJECTED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, constrain, gathered
+
+Attend = Callable[[int, Array, Array, Array, float | Array], Array]
+"""Attention in decoding, which adds keys and values to a cache: (layer, q, k, v [B T H K], scale) -> [B T H K]."""
 
 
 class Embedding(nn.Module):
@@ -175,21 +179,9 @@ class MultiHeadAttention(nn.Module):
         )
         return self.c_proj(context_BTHK)
 
-    def decode(
-        self,
-        x: Float[Array, "B T D"],
-        keys_NKS: Float[Array, "N K S"],
-        values_NSK: Float[Array, "N S K"],
-        mask: Bool[Array, "B 1 T S"],
-        length: Int[Array, ""],
-        *,
-        layer_index: int = 0,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "N K S"], Float[Array, "N S K"]]:
-        """Self-attention of T more tokens. Also returns the cache, with their keys and values after `length`."""
-        q_BTHK, k_BTHK, v_BTHK = self.c_attn(x, x, x)
-        keys_NKS, values_NSK = kv_cache.append(keys_NKS, values_NSK, k_BTHK, v_BTHK, length)
-        context_BTHK = cached_attention(q_BTHK, keys_NKS, values_NSK, mask, scale=self._scale(layer_index))
-        return self.c_proj(context_BTHK), keys_NKS, values_NSK
+    def decode(self, x: Float[Array, "B T D"], attend: Attend, layer_index: int) -> Float[Array, "B T D"]:
+        """Self-attention of T more tokens, with the keys and values of a cache."""
+        return self.c_proj(attend(layer_index, *self.c_attn(x, x, x), self._scale(layer_index)))
 
     def _scale(self, layer_index: int | Int[Array, ""]) -> float | Array:
         scale: float | Array = 1.0
@@ -252,22 +244,10 @@ class GPT2Layer(nn.Module):
         x = x + self.drop(attended, deterministic=deterministic)
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=deterministic)
 
-    def decode(
-        self,
-        x: Float[Array, "B T D"],
-        keys_NKS: Float[Array, "N K S"],
-        values_NSK: Float[Array, "N S K"],
-        mask: Bool[Array, "B 1 T S"],
-        length: Int[Array, ""],
-        *,
-        layer_index: int = 0,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "N K S"], Float[Array, "N S K"]]:
+    def decode(self, x: Float[Array, "B T D"], attend: Attend, layer_index: int) -> Float[Array, "B T D"]:
         """Run the layer for T more tokens; see `MultiHeadAttention.decode`."""
-        attended, keys_NKS, values_NSK = self.attn.decode(
-            self.ln_1(x), keys_NKS, values_NSK, mask, length, layer_index=layer_index
-        )
-        x = x + attended
-        return x + self.mlp(self.ln_2(x)), keys_NKS, values_NSK
+        x = x + self.attn.decode(self.ln_1(x), attend, layer_index)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT2(nn.Module):
@@ -357,18 +337,46 @@ class GPT2(nn.Module):
         Args:
             cache: needs T free positions. No row may have more than `n_positions` tokens. Neither is checked.
         """
-        if self.scan:
-            raise ValueError("decoding needs one set of parameters per layer; use `bridge.unstack_layers` or a Decoder")
         index_T = cache.length + jnp.arange(input_ids.shape[1])
         index_S = jnp.arange(cache.max_length)
         padding_B1 = cache.num_padding[:, None]
         mask_BTS = (index_S <= index_T[:, None]) & (index_S >= padding_B1[..., None])
-        x = self.wte(input_ids) + self.wpe(jnp.clip(index_T - padding_B1, min=0))
         keys, values = [*cache.keys], [*cache.values]
-        for i, layer in enumerate(self.h):
-            x, keys[i], values[i] = layer.decode(x, keys[i], values[i], mask_BTS[:, None], cache.length, layer_index=i)
+
+        def attend(i: int, q: Array, k: Array, v: Array, scale: float | Array) -> Array:
+            keys[i], values[i] = kv_cache.append(keys[i], values[i], k, v, cache.length)
+            return cached_attention(q, keys[i], values[i], mask_BTS[:, None], scale=scale)
+
+        x = self._decode_layers(input_ids, jnp.clip(index_T - padding_B1, min=0), attend)
         length = cache.length + input_ids.shape[1]
-        return self.ln_f(x), KVCache(tuple(keys), tuple(values), cache.num_padding, length)
+        return x, KVCache(tuple(keys), tuple(values), cache.num_padding, length)
+
+    def decode_slots(
+        self, ids_M: Int[Array, " M"], slots: Slots, cache: KVCache
+    ) -> tuple[Float[Array, "M D"], KVCache]:
+        """Run one token in each slot; see `gpt2_jax.ops.slot_attention`. Several may be of one row, in order.
+
+        Returns the last hidden states, and the cache with the keys and values of the tokens. Rows of this cache are not
+        padded. Requires `scan=False`.
+        """
+        keys, values = [*cache.keys], [*cache.values]
+
+        def attend(i: int, q: Array, k: Array, v: Array, scale: float | Array) -> Array:
+            keys[i], values[i] = append_slots(keys[i], values[i], k[0], v[0], slots)
+            return slot_attention(q[0], keys[i], values[i], slots, scale=scale)[None]
+
+        x = self._decode_layers(ids_M[None], jnp.asarray(slots.position_M)[None], attend)
+        return x[0], cache._replace(keys=tuple(keys), values=tuple(values))
+
+    def _decode_layers(
+        self, input_ids: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend
+    ) -> Float[Array, "B T D"]:
+        if self.scan:
+            raise ValueError("decoding needs one set of parameters per layer; use `bridge.unstack_layers` or a Decoder")
+        x = self.wte(input_ids) + self.wpe(positions)
+        for i, layer in enumerate(self.h):
+            x = layer.decode(x, attend, i)
+        return self.ln_f(x)
 
     def head(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the logits of the next token, in at least float32. bfloat16 would give many of them the same value."""
