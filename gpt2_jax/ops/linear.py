@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gpt2_jax.ops.dtypes import wide_dtype
+from gpt2_jax.parallel.sharding import axes_of_mesh
 
 SUMMANDS = 16
 """A single row times a matrix is computed as the sum of this many products, each over a part of the inputs. XLA on CPU
@@ -21,6 +22,14 @@ XLA on CPU then reads 20 GB/s for 8 rows, and 11 with one product."""
 
 FEW_ROWS = 16
 
+TERMS, TERMS_HIGHEST = 384, 128
+"""XLA on CPU adds up the terms of a float32 product in one chain, and the rounding error grows with its length. Sums of
+several products over fewer terms round less. 384 terms cost no time in a product with at least `MANY_ROWS` rows. 128
+terms do, and are used with `jax.default_matmul_precision("highest")`. With fewer rows, slicing the kernel takes longer
+than the product."""
+
+MANY_ROWS = 256
+
 
 def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """Return x embedding^T, in at least float32."""
@@ -30,6 +39,12 @@ def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "
     def product(x: Array, embedding: Array) -> Array:
         return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
+    if rows > FEW_ROWS and _is_highest() and _sums_in_parts(x):
+
+        def in_parts(x: Array, embedding: Array) -> Array:
+            return _sum_of_parts(x.reshape(-1, D), embedding, 1, TERMS).reshape(*x.shape[:-1], V)
+
+        return jax.lax.platform_dependent(x, embedding, cpu=in_parts, default=product)
     if rows > FEW_ROWS or V % BLOCKS:
         return product(x, embedding)
 
@@ -54,6 +69,14 @@ def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> F
         return jax.lax.dot_general(x, kernel, ((inputs, kernel_inputs), ((), ())))
 
     rows, n_in = x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
+    terms = TERMS_HIGHEST if _is_highest() else TERMS
+
+    def in_parts(x: Array, kernel: Array) -> Array:
+        y = _sum_of_parts(x.reshape(-1, n_in), kernel.reshape(n_in, -1), 0, terms)
+        return y.reshape(*rows, *kernel.shape[axes:])
+
+    if math.prod(rows) >= (2 if _is_highest() else MANY_ROWS) and n_in > terms and _sums_in_parts(x):
+        return jax.lax.platform_dependent(x, kernel, cpu=in_parts, default=product)
     if math.prod(rows) != 1 or n_in % SUMMANDS:
         return product(x, kernel)
 
@@ -66,6 +89,35 @@ def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> F
         return summed.astype(kernel.dtype).reshape(*rows, *kernel.shape[axes:])
 
     return jax.lax.platform_dependent(x, kernel, cpu=in_summands, default=product)
+
+
+def _is_highest() -> bool:
+    return jax.config.jax_default_matmul_precision in ("highest", "float32")
+
+
+def _sums_in_parts(x: Array) -> bool:
+    """Whether sums over parts round less: in float32, because other dtypes round each part or need no accuracy.
+
+    On a mesh, slices of a sharded axis would have to be moved between devices.
+    """
+    return x.dtype == jnp.float32 and not axes_of_mesh()
+
+
+def _sum_of_parts(x: Float[Array, "R N"], kernel: Float[Array, "..."], axis: int, terms: int) -> Float[Array, "R M"]:
+    """Contract x with this axis of the kernel, as a sum of products over `terms` terms, added in pairs."""
+    n_in, contracted = x.shape[1], (((1,), (axis,)), ((), ()))
+    sums = [
+        jax.lax.dot_general(
+            x[:, start : start + terms],
+            jax.lax.slice_in_dim(kernel, start, min(start + terms, n_in), axis=axis),
+            contracted,
+        )
+        for start in range(0, n_in, terms)
+    ]
+    while len(sums) > 1:
+        pairs = [a + b for a, b in zip(sums[::2], sums[1::2], strict=False)]
+        sums = pairs + sums[2 * len(pairs) :]
+    return sums[0]
 
 
 def _project_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
