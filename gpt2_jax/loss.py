@@ -17,8 +17,8 @@ def summed_loss(
     """Return the sum of `cross_entropy` over a batch, in nats.
 
     Args:
-        batch: `input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and with padding
-            `attention_mask` [B, T], 1 for tokens and 0 for padding.
+        batch: `input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and optionally
+            `attention_mask`, `segment_ids` and `position_ids` [B, T], as in the model's call.
         dropout_key: apply dropout at the configured rates.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
@@ -26,6 +26,8 @@ def summed_loss(
         {"params": params},
         batch["input_ids"],
         batch.get("attention_mask"),
+        segment_ids=batch.get("segment_ids"),
+        position_ids=batch.get("position_ids"),
         deterministic=dropout_key is None,
         rngs=rngs,
         method="last_hidden_state",

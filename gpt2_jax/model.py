@@ -152,6 +152,7 @@ class MultiHeadAttention(nn.Module):
         value: Float[Array, "B S D"],
         mask: Bool[Array, "#B #H #T S"] | None = None,
         *,
+        segment_ids: Int[Array, "B T"] | None = None,
         is_causal: bool = False,
         layer_index: int | Int[Array, ""] = 0,
         deterministic: bool = True,
@@ -160,6 +161,7 @@ class MultiHeadAttention(nn.Module):
         Args:
             mask: True where a query may attend to a key; None allows all. A query that may attend to
                 no key attends to all of them equally, so that padding stays finite.
+            segment_ids: also mask every key whose id is not the query's. Requires T == S.
             is_causal: also mask every key after the query. Requires T == S.
             layer_index: counted from 0; used by `scale_attn_by_inverse_layer_idx`.
             deterministic: False applies dropout to the attention weights, with the "dropout" rng.
@@ -171,6 +173,7 @@ class MultiHeadAttention(nn.Module):
             k_BSHK,
             v_BSHK,
             mask,
+            segment_ids=segment_ids,
             is_causal=is_causal,
             scale=self._scale(layer_index),
             dropout_rate=self.config.attn_pdrop if drops else 0.0,
@@ -213,7 +216,7 @@ class FeedForward(nn.Module):
 class GPT2Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3).
 
-    Causal by default. `mask` is as in `MultiHeadAttention`.
+    Causal by default. `mask` and `segment_ids` are as in `MultiHeadAttention`.
     """
 
     config: GPT2Config
@@ -233,13 +236,21 @@ class GPT2Layer(nn.Module):
         x: Float[Array, "B T D"],
         mask: Bool[Array, "#B #H #T S"] | None = None,
         *,
+        segment_ids: Int[Array, "B T"] | None = None,
         is_causal: bool = True,
         layer_index: int | Int[Array, ""] = 0,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         normed = self.ln_1(x)
         attended = self.attn(
-            normed, normed, normed, mask, is_causal=is_causal, layer_index=layer_index, deterministic=deterministic
+            normed,
+            normed,
+            normed,
+            mask,
+            segment_ids=segment_ids,
+            is_causal=is_causal,
+            layer_index=layer_index,
+            deterministic=deterministic,
         )
         x = x + self.drop(attended, deterministic=deterministic)
         return x + self.drop(self.mlp(self.ln_2(x)), deterministic=deterministic)
@@ -290,6 +301,8 @@ class GPT2(nn.Module):
         input_ids: Int[Array, "B T"],
         attention_mask: Int[Array, "B T"] | None = None,
         *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T V"]:
         """Return the logits of the next token after each position.
@@ -298,16 +311,29 @@ class GPT2(nn.Module):
             input_ids: token ids, each below `vocab_size`.
             attention_mask: 1 for tokens, 0 for padding, left or right. Positions count tokens
                 only. The logits at padding are finite and have no meaning.
+            segment_ids: the document of each token, for several documents in a row; 0 is padding. A
+                token attends only to tokens with its own id, so each document gives what it gives alone.
+                Replaces `attention_mask`.
+            position_ids: the row of `wpe` for each token. By default, the number of tokens before it in its
+                row, without padding, or in its segment.
             deterministic: False applies dropout at the configured rates, and requires
                 `rngs={"dropout": key}` in `apply`.
 
         Raises:
-            ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
-            IndexError: for an id outside the vocabulary. Values cannot be checked inside `jit`:
-                there, such an id makes all logits of its row NaN. A negative id counts from the
-                end, and an id of a padding row of `vocab_multiple` is not detected.
+            ValueError: for a sequence longer than `n_positions`, for a mask, segments or positions of
+                another shape, or for a mask together with segments.
+            IndexError: for an id outside the vocabulary or a position outside `n_positions`. Values
+                cannot be checked inside `jit`: there, such an id makes all logits of its row NaN. A
+                negative id counts from the end, and an id of a padding row of `vocab_multiple` is not
+                detected.
         """
-        x = self.last_hidden_state(input_ids, attention_mask, deterministic=deterministic)
+        x = self.last_hidden_state(
+            input_ids,
+            attention_mask,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            deterministic=deterministic,
+        )
         return self.head(x).astype(self.dtype)
 
     def last_hidden_state(
@@ -315,14 +341,19 @@ class GPT2(nn.Module):
         input_ids: Int[Array, "B T"],
         attention_mask: Int[Array, "B T"] | None = None,
         *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        position_ids: Int[Array, "B T"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         """Return the output of the final norm, which `head` maps to the logits. Arguments as in `__call__`."""
-        check_inputs(self.config, input_ids, attention_mask)
+        check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
-        x = constrain(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)), BATCH_AXES, None, None)
+        if position_ids is None:
+            position_ids = positions(input_ids, attention_mask, segment_ids)
+        x = constrain(self.wte(input_ids) + self.wpe(position_ids), BATCH_AXES, None, None)
         x = self.drop(x, deterministic=deterministic)
-        x = self._scan_layers(x, mask, deterministic) if self.scan else self._loop_layers(x, mask, deterministic)
+        apply_layer = self._layer_function(mask, segment_ids, deterministic)
+        x = self._scan_layers(apply_layer, x) if self.scan else self._loop_layers(apply_layer, x)
         return self.ln_f(x)
 
     def decode(self, input_ids: Int[Array, "B T"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -336,6 +367,7 @@ class GPT2(nn.Module):
 
         Args:
             cache: needs T free positions. No row may have more than `n_positions` tokens. Neither is checked.
+                A row of the cache is one sequence, so there are no segments.
         """
         index_T = cache.length + jnp.arange(input_ids.shape[1])
         index_S = jnp.arange(cache.max_length)
@@ -384,20 +416,20 @@ class GPT2(nn.Module):
         logits = project_to_vocabulary(x.astype(self.dtype), head.embedding.astype(self.dtype))
         return logits[..., : self.config.vocab_size]
 
-    def _loop_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
-        apply_layer = self._layer_function(mask, deterministic)
+    def _loop_layers(self, apply_layer: Callable[..., tuple[Array, None]], x: Array) -> Array:
         for i, layer in enumerate(self.h):
             x = apply_layer(layer, x, i)[0]
         return x
 
-    def _scan_layers(self, x: Array, mask: Array | None, deterministic: bool) -> Array:
-        apply_layer = self._layer_function(mask, deterministic)
+    def _scan_layers(self, apply_layer: Callable[..., tuple[Array, None]], x: Array) -> Array:
         scan = nn.scan(apply_layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
         return scan(self.h, x, jnp.arange(self.config.n_layer))[0]
 
-    def _layer_function(self, mask: Array | None, deterministic: bool) -> Callable[..., tuple[Array, None]]:
+    def _layer_function(
+        self, mask: Array | None, segment_ids: Array | None, deterministic: bool
+    ) -> Callable[..., tuple[Array, None]]:
         def apply_layer(layer: GPT2Layer, x: Array, layer_index: int | Array) -> tuple[Array, None]:
-            x = layer(x, mask, layer_index=layer_index, deterministic=deterministic)
+            x = layer(x, mask, segment_ids=segment_ids, layer_index=layer_index, deterministic=deterministic)
             return constrain(x, BATCH_AXES, None, None), None
 
         if self.remat == "none":
@@ -410,8 +442,16 @@ class GPT2(nn.Module):
         return Embedding(rows, c.n_embd, c.initializer_range, rows_axis, self.dtype, self.param_dtype)
 
 
-def positions(input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:
-    """Return the row of `wpe` for each token: the number of tokens before it, without padding."""
+def positions(
+    input_ids: Int[Array, "B T"],
+    attention_mask: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Int[Array, "#B T"]:
+    """Return the row of `wpe` for each token: the number of tokens before it, without padding and other segments."""
+    if segment_ids is not None:  # the token's rank among all, minus the rank of the first token of its segment
+        order = jnp.argsort(segment_ids, axis=1, stable=True)
+        first = jax.vmap(jnp.searchsorted)(jnp.take_along_axis(segment_ids, order, axis=1), segment_ids)
+        return jnp.argsort(order, axis=1) - first
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
     return jnp.clip(jnp.cumsum(attention_mask.astype(bool), axis=1, dtype=jnp.int32) - 1, min=0)
@@ -425,17 +465,33 @@ def check_shape(input_ids: Array) -> None:
         )
 
 
-def check_inputs(config: GPT2Config, input_ids: Array, attention_mask: Array | None = None) -> None:
+def check_inputs(
+    config: GPT2Config,
+    input_ids: Array,
+    attention_mask: Array | None = None,
+    segment_ids: Array | None = None,
+    position_ids: Array | None = None,
+) -> None:
     """Raise the errors that `GPT2.__call__` documents."""
     check_shape(input_ids)
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {attention_mask.shape}, but input_ids has {input_ids.shape}")
-    if isinstance(input_ids, jax.core.Tracer) or not input_ids.size:
+    others = {"attention_mask": attention_mask, "segment_ids": segment_ids, "position_ids": position_ids}
+    for name, array in others.items():
+        if array is not None and array.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {array.shape}, but input_ids has {input_ids.shape}")
+    if attention_mask is not None and segment_ids is not None:
+        raise ValueError("pass attention_mask or segment_ids, not both; segment_ids are 0 at padding")
+    check_values(input_ids, config.vocab_size, "token ids from {} to {}; the vocabulary is 0 to {}")
+    check_values(position_ids, config.n_positions, "position_ids from {} to {}; the positions are 0 to {}")
+
+
+def check_values(ids: Array | None, size: int, message: str) -> None:
+    """Raise `IndexError` for ids outside 0 ... size - 1, if their values are known."""
+    if ids is None or isinstance(ids, jax.core.Tracer) or not ids.size:
         return
-    if getattr(input_ids, "is_fully_addressable", True):  # ids sharded over hosts cannot be read either
-        ids = np.asarray(input_ids)  # with jax.numpy, this would be traced
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= config.vocab_size:
-            raise IndexError(f"token ids from {low} to {high}; the vocabulary is 0 to {config.vocab_size - 1}")
+    if getattr(ids, "is_fully_addressable", True):  # ids sharded over hosts cannot be read either
+        values = np.asarray(ids)  # with jax.numpy, this would be traced
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= size:
+            raise IndexError(message.format(low, high, size - 1))

@@ -15,8 +15,13 @@ def summed_loss(model: GPT2, batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
     """Return the sum of `cross_entropy` over a batch, in nats.
 
     Args:
-        batch: `input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and with padding
-            `attention_mask` [B, T], 1 for tokens and 0 for padding.
+        batch: `input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and optionally
+            `attention_mask`, `segment_ids` and `position_ids` [B, T], as in the model's call.
     """
-    logits_BTV = model(batch["input_ids"], batch.get("attention_mask"))
+    logits_BTV = model(
+        batch["input_ids"],
+        batch.get("attention_mask"),
+        segment_ids=batch.get("segment_ids"),
+        position_ids=batch.get("position_ids"),
+    )
     return cross_entropy(logits_BTV, batch["labels"]).sum()

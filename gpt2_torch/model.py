@@ -95,6 +95,7 @@ class MultiHeadAttention(nn.Module):
         value: Float[Tensor, "B S D"],
         mask: Bool[Tensor, "#B #H #T S"] | None = None,
         *,
+        segment_ids: Int[Tensor, "B T"] | None = None,
         is_causal: bool = False,
         layer_index: int = 0,
     ) -> Float[Tensor, "B T D"]:
@@ -102,6 +103,7 @@ class MultiHeadAttention(nn.Module):
         Args:
             mask: True where a query may attend to a key; None allows all. A query that may attend to
                 no key attends to all of them equally, so that padding stays finite.
+            segment_ids: also mask every key whose id is not the query's. Requires T == S.
             is_causal: also mask every key after the query. Requires T == S.
             layer_index: counted from 0; used by `scale_attn_by_inverse_layer_idx`.
         """
@@ -111,6 +113,7 @@ class MultiHeadAttention(nn.Module):
             k_BSHK,
             v_BSHK,
             mask,
+            segment_ids=segment_ids,
             is_causal=is_causal,
             scale=self._scale(layer_index),
             dropout_rate=self.config.attn_pdrop if self.training else 0.0,
@@ -169,7 +172,7 @@ class FeedForward(nn.Module):
 class GPT2Layer(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)): pre-norm residuals (section 2.3).
 
-    Causal by default. `mask` is as in `MultiHeadAttention`.
+    Causal by default. `mask` and `segment_ids` are as in `MultiHeadAttention`.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -185,11 +188,14 @@ class GPT2Layer(nn.Module):
         x: Float[Tensor, "B T D"],
         mask: Bool[Tensor, "#B #H #T S"] | None = None,
         *,
+        segment_ids: Int[Tensor, "B T"] | None = None,
         is_causal: bool = True,
         layer_index: int = 0,
     ) -> Float[Tensor, "B T D"]:
         normed = self.ln_1(x)
-        attended = self.attn(normed, normed, normed, mask, is_causal=is_causal, layer_index=layer_index)
+        attended = self.attn(
+            normed, normed, normed, mask, segment_ids=segment_ids, is_causal=is_causal, layer_index=layer_index
+        )
         x = x + self.drop(attended)
         return x + self.drop(self.mlp(self.ln_2(x)))
 
@@ -229,7 +235,12 @@ class GPT2(nn.Module):
         self.register_load_state_dict_pre_hook(canonicalize_names)
 
     def forward(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        *,
+        segment_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Return the logits of the next token after each position.
 
@@ -237,22 +248,38 @@ class GPT2(nn.Module):
             input_ids: token ids, each below `vocab_size`.
             attention_mask: 1 for tokens, 0 for padding, which may be on the left or right. Positions
                 count tokens only. The logits at padding are finite and have no meaning.
+            segment_ids: the document of each token, for several documents in a row; 0 is padding. A
+                token attends only to tokens with its own id, so each document gives what it gives alone.
+                Replaces `attention_mask`.
+            position_ids: the row of `wpe` for each token. By default, the number of tokens before it in its
+                row, without padding, or in its segment.
 
         Raises:
-            ValueError: for a sequence longer than `n_positions`, or a mask of another shape.
-            IndexError: for an id outside the vocabulary (on CPU; a GPU raises a device-side assertion).
+            ValueError: for a sequence longer than `n_positions`, for a mask, segments or positions of
+                another shape, or for a mask together with segments.
+            IndexError: for an id outside the vocabulary or a position outside `n_positions` (on CPU; a GPU
+                raises a device-side assertion).
         """
-        return self.head(self.last_hidden_state(input_ids, attention_mask))
+        return self.head(
+            self.last_hidden_state(input_ids, attention_mask, segment_ids=segment_ids, position_ids=position_ids)
+        )
 
     def last_hidden_state(
-        self, input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None = None
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        *,
+        segment_ids: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the output of the final norm, which `head` maps to the logits. Arguments as in `forward`."""
-        check_inputs(self.config, input_ids, attention_mask)
+        check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        x = self.drop(self.wte(input_ids) + self.wpe(positions(input_ids, attention_mask)))
+        if position_ids is None:
+            position_ids = positions(input_ids, attention_mask, segment_ids)
+        x = self.drop(self.wte(input_ids) + self.wpe(position_ids))
         for i, layer in enumerate(self.h):
-            x = layer(x, mask, layer_index=i)
+            x = layer(x, mask, segment_ids=segment_ids, layer_index=i)
         return self.ln_f(x)
 
     def decode(self, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B T D"]:
@@ -265,7 +292,8 @@ class GPT2(nn.Module):
         meaning there.
 
         Args:
-            cache: needs T free positions. No row may have more than `n_positions` tokens.
+            cache: needs T free positions. No row may have more than `n_positions` tokens. A row of the cache is one
+                sequence, so there are no segments.
         """
         end = cache.length + input_ids.shape[1]
         index_T = torch.arange(cache.length, end, device=input_ids.device)
@@ -307,8 +335,15 @@ class GPT2(nn.Module):
         return model.eval()
 
 
-def positions(input_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None) -> Int[Tensor, "#B T"]:
-    """Return the row of `wpe` for each token: the number of tokens before it, without padding."""
+def positions(
+    input_ids: Int[Tensor, "B T"],
+    attention_mask: Int[Tensor, "B T"] | None = None,
+    segment_ids: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "#B T"]:
+    """Return the row of `wpe` for each token: the number of tokens before it, without padding and other segments."""
+    if segment_ids is not None:  # the token's rank among all, minus the rank of the first token of its segment
+        in_order, order = segment_ids.sort(dim=1, stable=True)
+        return order.argsort(dim=1) - torch.searchsorted(in_order, segment_ids)
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return (attention_mask.bool().cumsum(dim=1) - 1).clamp(min=0)
@@ -322,17 +357,32 @@ def check_shape(input_ids: Tensor) -> None:
         )
 
 
-def check_inputs(config: GPT2Config, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+def check_inputs(
+    config: GPT2Config,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> None:
     """Raise the errors that `GPT2.forward` documents."""
     check_shape(input_ids)
     if input_ids.shape[1] > config.n_positions:
         raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
-    if attention_mask is not None and attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but input_ids has {tuple(input_ids.shape)}"
-        )
+    others = {"attention_mask": attention_mask, "segment_ids": segment_ids, "position_ids": position_ids}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but input_ids has {tuple(input_ids.shape)}")
+    if attention_mask is not None and segment_ids is not None:
+        raise ValueError("pass attention_mask or segment_ids, not both; segment_ids are 0 at padding")
+    check_values(input_ids, config.vocab_size, "token ids from {} to {}; the vocabulary is 0 to {}")
+    check_values(position_ids, config.n_positions, "position_ids from {} to {}; the positions are 0 to {}")
+
+
+def check_values(ids: Tensor | None, size: int, message: str) -> None:
+    """Raise `IndexError` for ids outside 0 ... size - 1, if they are on the CPU."""
     # Reading values would wait for a GPU, and would break the graph of torch.compile.
-    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling() and input_ids.numel():
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= config.vocab_size:
-            raise IndexError(f"token ids from {low} to {high}; the vocabulary is 0 to {config.vocab_size - 1}")
+    if ids is None or ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        raise IndexError(message.format(low, high, size - 1))

@@ -21,8 +21,8 @@ from gpt2_torch.loss import summed_loss
 from gpt2_torch.model import GPT2
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and with padding
-`attention_mask` [B, T], 1 for tokens and 0 for padding."""
+"""`input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and optionally
+`attention_mask`, `segment_ids` and `position_ids` [B, T], as in the model's call."""
 
 
 def adamw(

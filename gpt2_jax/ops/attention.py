@@ -2,18 +2,20 @@
 
 `xla` supports all arguments. The others support only causal attention without a mask or dropout, and never hold all
 scores in memory: `blockwise` for CPU (`gpt2_jax.ops.blockwise_attention`), cuDNN's flash attention for GPU (Dao et al.
-2022), and the splash kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention).
+2022), and the splash kernel for TPU (jax.experimental.pallas.ops.tpu.splash_attention). `blockwise` and `splash` take
+segments.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gpt2_jax.choices import SPLASH_BLOCKS, Implementation, obstacle
 from gpt2_jax.ops.blockwise_attention import causal_attention_by_blocks
@@ -28,6 +30,7 @@ def attention(
     v_BSHK: Float[Array, "B S H K"],
     mask: Bool[Array, "#B #H #T S"] | None,
     *,
+    segment_ids: Int[Array, "B T"] | None = None,
     is_causal: bool,
     scale: float | Float[Array, ""],
     dropout_rate: float = 0.0,
@@ -41,43 +44,51 @@ def attention(
 
     Args:
         mask: True where a query may attend to a key. None allows all.
+        segment_ids: also mask every key whose id is not the query's. Requires T == S.
         is_causal: also mask every key after the query. Requires T == S.
         dropout_key: required if `dropout_rate` is above 0.
         implementation: "auto" selects a fast one for `jax.default_backend()`, dtype and length, and `xla` with a
-            mask, with dropout, without queries, or if nothing is faster. An explicit name also allows compilation for
-            another device.
+            mask, with dropout, without queries, or if no faster one supports the arguments. An explicit name also
+            allows compilation for another device.
 
     Raises `ValueError` for arguments that the named implementation does not support.
     """
     T, S = q_BTHK.shape[1], k_BSHK.shape[1]
-    if is_causal and T != S:
-        raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
+    if (is_causal or segment_ids is not None) and T != S:
+        kind = "causal attention" if is_causal else "attention with segment_ids"
+        raise ValueError(f"{kind} needs as many queries as keys, not {T} and {S}; pass a mask instead")
     if T == 0:  # the other implementations reduce over scores, which are empty here
         implementation = "xla"
     only_causal = is_causal and mask is None and dropout_rate == 0.0
+    arrays, has_segments = (q_BTHK.dtype, T, q_BTHK.shape[3]), segment_ids is not None
     if implementation == "auto":
-        implementation = fastest(_platform(), q_BTHK.dtype, T, q_BTHK.shape[3]) if only_causal else "xla"
+        implementation = fastest(_platform(), *arrays, has_segments=has_segments) if only_causal else "xla"
     if implementation == "xla":
-        causal = jnp.tril(jnp.ones((T, S), bool)) if is_causal else None
-        visible = causal if mask is None else mask if causal is None else mask & causal
+        visible = _visible(mask, segment_ids, T if is_causal else None)
         return _xla(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
-    if problem := obstacle(implementation, q_BTHK.dtype, T, q_BTHK.shape[3]):
+    if problem := obstacle(implementation, *arrays, has_segments=has_segments):
         raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'xla'")
     if not only_causal:
         raise ValueError(f"attention={implementation!r} is for causal attention without a mask or dropout; use 'xla'")
-    fast = {"blockwise": _by_blocks, "cudnn": _cudnn, "splash": _splash}[implementation]
-    return fast(_scaled(q_BTHK, scale), k_BSHK, v_BSHK)
+    q_BTHK = _scaled(q_BTHK, scale)
+    if implementation == "cudnn":
+        return _cudnn(q_BTHK, k_BSHK, v_BSHK)
+    fast = {"blockwise": _by_blocks, "splash": _splash}[implementation]
+    return fast(q_BTHK, k_BSHK, v_BSHK, segment_ids)
 
 
-def fastest(platform: str, dtype: jnp.dtype, length: int, head_size: int) -> Implementation:
+def fastest(
+    platform: str, dtype: jnp.dtype, length: int, head_size: int, *, has_segments: bool = False
+) -> Implementation:
     """Return the fastest implementation for causal attention without a mask or dropout.
 
     Args:
         platform: as `jax.default_backend()` names it.
+        has_segments: whether there are `segment_ids`.
     """
     fast: Implementation
     fast = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")  # type: ignore[assignment]
-    return "xla" if obstacle(fast, dtype, length, head_size) else fast
+    return "xla" if obstacle(fast, dtype, length, head_size, has_segments=has_segments) else fast
 
 
 def _platform() -> str:
@@ -102,34 +113,53 @@ def _scaled(q: Array, scale: float | Array) -> Array:
     return (q.astype(wide_dtype(q)) * scale).astype(q.dtype)
 
 
-def _by_blocks(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+def _visible(
+    mask: Bool[Array, "#B #H #T S"] | None, segment_ids: Int[Array, "B T"] | None, causal_length: int | None
+) -> Bool[Array, "#B #H #T S"] | None:
+    """Return the mask of all conditions together, or None if there are none."""
+    conditions = [] if mask is None else [mask]
+    if segment_ids is not None:
+        conditions.append(segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    if causal_length is not None:
+        conditions.append(jnp.tril(jnp.ones((causal_length, causal_length), bool)))
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def _by_blocks(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segment_ids: Array | None = None) -> Array:
     q_BHTK, k_BHSK, v_BHSK = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
-    return causal_attention_by_blocks(q_BHTK, k_BHSK, v_BHSK).swapaxes(1, 2)
+    return causal_attention_by_blocks(q_BHTK, k_BHSK, v_BHSK, segment_ids).swapaxes(1, 2)
 
 
 def _cudnn(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
     return jax.nn.dot_product_attention(q_BTHK, k_BSHK, v_BSHK, is_causal=True, scale=1.0, implementation="cudnn")
 
 
-def _splash(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, interpret: bool = False) -> Array:
+def _splash(
+    q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segment_ids: Array | None = None, interpret: bool = False
+) -> Array:
     """The splash kernel, sharded over the mesh of `jax.set_mesh`, because XLA does not partition kernels by itself.
 
     An axis of the arrays that the mesh does not divide is replicated.
     """
 
-    def local(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array) -> Array:
+    def local(q_BTHK: Array, k_BSHK: Array, v_BSHK: Array, segment_ids: Array | None) -> Array:
+        from jax.experimental.pallas.ops.tpu import splash_attention  # imported here because it is slow
+
         kernel = _splash_kernel(q_BTHK.shape[2], q_BTHK.shape[1], interpret)
-        return jax.vmap(kernel)(q_BTHK.swapaxes(1, 2), k_BSHK.swapaxes(1, 2), v_BSHK.swapaxes(1, 2)).swapaxes(1, 2)
+        heads = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
+        segments = None if segment_ids is None else splash_attention.SegmentIds(segment_ids, segment_ids)
+        return jax.vmap(kernel)(*heads, segments).swapaxes(1, 2)
 
     axes = axes_of_mesh()
     if not axes:
-        return local(q_BTHK, k_BSHK, v_BSHK)
+        return local(q_BTHK, k_BSHK, v_BSHK, segment_ids)
     divides_rows, divides_heads = q_BTHK.shape[0] % batch_parts(axes) == 0, q_BTHK.shape[2] % axes.get(TENSOR, 1) == 0
     batch = tuple(axis for axis in BATCH_AXES if axis in axes) if divides_rows else ()
     heads = TENSOR if TENSOR in axes and divides_heads else None
     spec = PartitionSpec(batch or None, None, heads, None)
-    sharded = jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
-    return sharded(q_BTHK, k_BSHK, v_BSHK)
+    specs = (spec, spec, spec, PartitionSpec(batch or None, None))
+    sharded = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
+    return sharded(q_BTHK, k_BSHK, v_BSHK, segment_ids)
 
 
 def _splash_kernel(heads: int, length: int, interpret: bool) -> Any:

@@ -7,11 +7,12 @@ from the logarithms of its row sums (Dao et al. 2022, "FlashAttention", algorith
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax.ops.dtypes import wide_dtype
 from gpt2_jax.parallel.remat import ATTENDED
@@ -23,17 +24,23 @@ noise of the fastest."""
 
 @jax.custom_vjp
 def causal_attention_by_blocks(
-    q_BHTK: Float[Array, "B H T K"], k_BHSK: Float[Array, "B H S K"], v_BHSK: Float[Array, "B H S K"]
+    q_BHTK: Float[Array, "B H T K"],
+    k_BHSK: Float[Array, "B H S K"],
+    v_BHSK: Float[Array, "B H S K"],
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B H T K"]:
-    """Return softmax(q k^T) v with a causal mask and S = T. Scores are in at least float32."""
-    return _forward(q_BHTK, k_BHSK, v_BHSK)[0]
+    """Return softmax(q k^T) v with a causal mask and S = T. Scores are in at least float32.
+
+    With `segment_ids`, a query attends only to the keys with its own id.
+    """
+    return _forward(q_BHTK, k_BHSK, v_BHSK, segment_ids)[0]
 
 
-def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[Array, tuple[Array | None, ...]]:
     contexts, log_sums = [], []
     for begin, end in _blocks(q.shape[2]):
         scores = jnp.einsum("BHTK,BHSK->BHTS", q[:, :, begin:end], k[:, :, :end], preferred_element_type=wide_dtype(q))
-        scores = jnp.where(jnp.arange(end) <= jnp.arange(begin, end)[:, None], scores, -jnp.inf)
+        scores = jnp.where(_visible(begin, end, segment_ids), scores, -jnp.inf)
         largest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         sums = weights.sum(-1, keepdims=True)
@@ -43,11 +50,11 @@ def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
         contexts.append((context / sums).astype(v.dtype))
         log_sums.append((largest + jnp.log(sums))[..., 0])
     context, log_sums = (checkpoint_name(jnp.concatenate(parts, 2), ATTENDED) for parts in (contexts, log_sums))
-    return context, (q, k, v, context, log_sums)
+    return context, (q, k, v, segment_ids, context, log_sums)
 
 
-def _backward(residuals: tuple[Array, ...], d_context: Array) -> tuple[Array, Array, Array]:
-    q, k, v, context, log_sums = residuals
+def _backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segment_ids, context, log_sums = residuals
     wide = wide_dtype(q)
     # The scores have keys before queries, because XLA on CPU takes three times as long for products that sum over the
     # first axis of the scores.
@@ -57,7 +64,7 @@ def _backward(residuals: tuple[Array, ...], d_context: Array) -> tuple[Array, Ar
         rows = slice(begin, end)
         q_block, d_block, keys, values = q[:, :, rows], d_context[:, :, rows], k[:, :, :end], v[:, :, :end]
         scores = jnp.einsum("BHSK,BHTK->BHST", keys, q_block, preferred_element_type=wide)
-        visible = jnp.arange(end)[:, None] <= jnp.arange(begin, end)
+        visible = _visible(begin, end, segment_ids).swapaxes(-1, -2)
         # Masked before the exponential, which could overflow: infinity times 0 is NaN.
         weights = jnp.exp(jnp.where(visible, scores - log_sums[:, :, None, rows], -jnp.inf))
         d_weights = jnp.einsum("BHSK,BHTK->BHST", values, d_block, preferred_element_type=wide)
@@ -67,10 +74,18 @@ def _backward(residuals: tuple[Array, ...], d_context: Array) -> tuple[Array, Ar
         )
         d_k = d_k.at[:, :, :end].add(jnp.einsum("BHST,BHTK->BHSK", d_scores, q_block, preferred_element_type=wide))
         d_queries.append(jnp.einsum("BHSK,BHST->BHKT", keys, d_scores))
-    return jnp.concatenate(d_queries, 3).swapaxes(2, 3), d_k.astype(k.dtype), d_v.astype(v.dtype)
+    return jnp.concatenate(d_queries, 3).swapaxes(2, 3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 causal_attention_by_blocks.defvjp(_forward, _backward)
+
+
+def _visible(begin: int, end: int, segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "... T S"]:
+    """Return which keys before `end` the queries begin ... end - 1 attend to: [T, S], or with segments [B, 1, T, S]."""
+    visible = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
+    if segment_ids is None:
+        return visible
+    return visible & (segment_ids[:, None, begin:end, None] == segment_ids[:, None, None, :end])
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:

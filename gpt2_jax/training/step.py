@@ -18,8 +18,8 @@ from gpt2_jax.training.optimizer import clip_factor
 from gpt2_jax.training.state import TrainState
 
 Batch = Mapping[str, Any]
-"""`input_ids` [B, T]; `labels` [B, T], the next tokens, or `IGNORE_INDEX` for positions that do not count; and with
-padding, `attention_mask` [B, T], 1 for tokens and 0 for padding."""
+"""`input_ids` [B, T]; `labels` [B, T], the next tokens, or `IGNORE_INDEX` for positions that do not count; and
+optionally `attention_mask`, `segment_ids` and `position_ids` [B, T], as in the model's call."""
 
 Metrics = dict[str, Array]
 

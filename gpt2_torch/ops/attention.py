@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -16,6 +16,7 @@ def attention(
     v_BSHK: Float[Tensor, "B S H K"],
     mask: Bool[Tensor, "#B #H #T S"] | None,
     *,
+    segment_ids: Int[Tensor, "B T"] | None = None,
     is_causal: bool,
     scale: float,
     dropout_rate: float = 0.0,
@@ -25,14 +26,19 @@ def attention(
 
     Args:
         mask: True where a query may attend to a key. None allows all.
+        segment_ids: also mask every key whose id is not the query's. Requires T == S.
         is_causal: also mask every key after the query. Requires T == S.
         upcast: compute in at least float32 for every dtype of q, k and v, under autocast too.
 
-    Raises `ValueError` for causal attention with T != S.
+    Raises `ValueError` for causal attention or segments with T != S.
     """
     T, S, dtype = q_BTHK.shape[1], k_BSHK.shape[1], v_BSHK.dtype
-    if is_causal and T != S:
-        raise ValueError(f"causal attention needs as many queries as keys, not {T} and {S}; pass a mask instead")
+    if (is_causal or segment_ids is not None) and T != S:
+        kind = "causal attention" if is_causal else "attention with segment_ids"
+        raise ValueError(f"{kind} needs as many queries as keys, not {T} and {S}; pass a mask instead")
+    if segment_ids is not None:
+        same_segment = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        mask = same_segment if mask is None else mask & same_segment
     if upcast:
         wide = torch.promote_types(dtype, torch.float32)
         q_BTHK, k_BSHK, v_BSHK = q_BTHK.to(wide), k_BSHK.to(wide), v_BSHK.to(wide)

@@ -1,8 +1,9 @@
 """Compile attention for four TPUs on a machine without TPUs. test_jax_attention.py runs it in a separate process.
 
-    python for_tpu.py splash|dots|full|plain LENGTH FILE
+    python for_tpu.py splash|segments|dots|full|xla LENGTH FILE
 
-Writes the compiled program for value and gradients to FILE. `dots` and `full` are the splash kernel with that `remat`.
+Writes the compiled program for value and gradients to FILE. `dots` and `full` are the splash kernel with that `remat`;
+`segments` is the splash kernel with `segment_ids`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,19 @@ def program(name: str, length: int) -> str:
     spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, TENSOR, None))
     heads = jax.ShapeDtypeStruct((4, length, 12, 64), jnp.bfloat16, sharding=spread)
 
-    def layer(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
+    ids = jax.ShapeDtypeStruct((4, length), jnp.int32, sharding=rows)
+
+    def layer(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> jax.Array:
         kind = "xla" if name == "xla" else "splash"
-        return jnp.sin(attention(q, k, v, None, is_causal=True, scale=0.125, implementation=kind).astype(jnp.float32))
+        segments = ids if name == "segments" else None
+        context = attention(q, k, v, None, segment_ids=segments, is_causal=True, scale=0.125, implementation=kind)
+        return jnp.sin(context.astype(jnp.float32))
 
     layer = jax.checkpoint(layer, policy=POLICIES[name]) if name in POLICIES else layer
     with jax.set_mesh(mesh):
-        total = jax.value_and_grad(lambda *qkv: layer(*qkv).sum(), (0, 1, 2))
-        return jax.jit(total).lower(heads, heads, heads).compile().as_text()
+        total = jax.value_and_grad(lambda *given: layer(*given).sum(), (0, 1, 2))
+        return jax.jit(total).lower(heads, heads, heads, ids).compile().as_text()
 
 
 if __name__ == "__main__":

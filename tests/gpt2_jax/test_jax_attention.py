@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,24 @@ LENGTHS = (1, 3, 255, 256, 257, 600)
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def implementation(name: str, scale: float | jax.Array = SCALE) -> Attention:
-    return lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=scale, implementation=name)  # type: ignore
+def implementation(name: Any, scale: float | jax.Array = SCALE, *, segment_ids: jax.Array | None = None) -> Attention:
+    return lambda q, k, v: attention(
+        q, k, v, None, segment_ids=segment_ids, is_causal=True, scale=scale, implementation=name
+    )
 
 
-def interpreted_splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def interpreted_splash(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
     """Run the TPU's kernel on any machine. It takes scaled queries."""
-    return _splash(q / math.sqrt(q.shape[-1]), k, v, interpret=True)
+    return _splash(q / math.sqrt(q.shape[-1]), k, v, segment_ids, interpret=True)
+
+
+def segments(length: int) -> jax.Array:
+    """Return a few segments per row, whose borders are at other places in each row, and padding at the end."""
+    return -jnp.sort(-jax.random.randint(jax.random.key(0), (B, length), 0, 6))
+
+
+def shuffled_segments(length: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(0), (B, length), 0, 6)
 
 
 def heads(length: int, dtype: Any = np.float32, *, seed: int = 0, size: int = K) -> list[jax.Array]:
@@ -86,6 +98,33 @@ def test_blockwise_rounds_only_to_its_dtype(length: int, dtype: Any, tolerance: 
     assert {array.dtype for array in found} == {jnp.dtype(dtype)}
     exact = value_and_gradients(implementation("xla"), *(array.astype(np.float64) for array in given))
     assert_close(found, exact, tolerance)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_blockwise_equals_xla_with_segments_in_float64(length: int, x64: None) -> None:
+    given = heads(length, np.float64)
+    for segment_ids in (segments(length), shuffled_segments(length)):
+        found, expected = (
+            value_and_gradients(implementation(name, segment_ids=segment_ids), *given) for name in ("blockwise", "xla")
+        )
+        assert_close(found, expected, FLOAT64)
+
+
+def test_segments_are_a_mask(x64: None) -> None:
+    given, segment_ids = heads(9, np.float64), np.array([[1, 1, 1, 4, 4, 2, 0, 0, 0], [3, 0, 3, 5, 3, 5, 5, 0, 5]])
+    mask = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & np.tri(9, dtype=bool)
+    expected = value_and_gradients(lambda q, k, v: attention(q, k, v, mask, is_causal=False, scale=SCALE), *given)
+    for name in ("xla", "blockwise"):
+        found = value_and_gradients(implementation(name, segment_ids=jnp.asarray(segment_ids)), *given)
+        assert_close(found, expected, FLOAT64)
+
+
+def test_segments_and_a_mask_hide_keys_together_without_causality(x64: None) -> None:
+    q, k, v, _ = heads(9, np.float64)
+    segment_ids, mask = segments(9), np.random.default_rng(0).random((B, 1, 9, 9)) < 0.5
+    both = mask & np.asarray(segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    found = attention(q, k, v, mask, segment_ids=segment_ids, is_causal=False, scale=SCALE)
+    np.testing.assert_array_equal(found, attention(q, k, v, both, is_causal=False, scale=SCALE))
 
 
 @pytest.mark.parametrize("name", ["xla", "blockwise"])
@@ -130,6 +169,8 @@ def test_blockwise_supports_vmap_and_second_derivatives(larger: float, x64: None
         return jax.jit(jax.vmap(jax.grad(squares, (0, 1, 2))))(larger * q, k, v)
 
     assert_close(slope(implementation("blockwise")), slope(implementation("xla")), larger * FLOAT64)
+    with_segments = (implementation(name, segment_ids=jnp.array([[1, 1, 2, 2, 2]])) for name in ("blockwise", "xla"))
+    assert_close(*map(slope, with_segments), larger * FLOAT64)
 
 
 @pytest.mark.parametrize("length", [128, 256])
@@ -137,6 +178,13 @@ def test_the_tpu_kernel_equals_xla(length: int) -> None:
     given = heads(length, size=8)
     found = value_and_gradients(interpreted_splash, *given)
     assert_close(found, value_and_gradients(implementation("xla", 1 / math.sqrt(8)), *given), FLOAT32)
+
+
+def test_the_tpu_kernel_equals_xla_with_segments() -> None:
+    given, segment_ids = heads(256, size=8), segments(256)
+    found = value_and_gradients(partial(interpreted_splash, segment_ids=segment_ids), *given)
+    expected = value_and_gradients(implementation("xla", 1 / math.sqrt(8), segment_ids=segment_ids), *given)
+    assert_close(found, expected, FLOAT32)
 
 
 @pytest.mark.parametrize(
@@ -174,11 +222,13 @@ def has_all_scores(program: str, length: int) -> bool:
     return any(s.count(length) >= 2 or math.prod(s) >= B * H * length**2 for s in shapes(program))
 
 
-def test_blockwise_never_holds_all_scores() -> None:
+@pytest.mark.parametrize("segmented", [False, True], ids=["causal", "segments"])
+def test_blockwise_never_holds_all_scores(segmented: bool) -> None:
     length = 1024
     abstract = [jax.ShapeDtypeStruct((B, length, H, K), jnp.float32)] * 4
+    segment_ids = segments(length) if segmented else None
     programs = {
-        name: value_and_gradients.lower(implementation(name), *abstract).compile().as_text()
+        name: value_and_gradients.lower(implementation(name, segment_ids=segment_ids), *abstract).compile().as_text()
         for name in ("xla", "blockwise")
     }
     assert {name: has_all_scores(program, length) for name, program in programs.items()} == {
@@ -190,7 +240,7 @@ def test_blockwise_never_holds_all_scores() -> None:
 def test_the_tpu_kernel_and_blockwise_compute_the_same_on_a_mesh(tmp_path: Path) -> None:
     """Rows are sharded over two axes and heads over a third, in a process with eight devices, without communication."""
     results = eight_devices.run("spread_attention", tmp_path)
-    for name in ("splash", "blockwise"):
+    for name in ("splash", "blockwise", "splash segments", "blockwise segments"):
         found, expected = ([results[f"{where}/{name}/{i}"] for i in range(4)] for where in ("mesh", "plain"))
         assert_close(found, expected, FLOAT32)
         assert results[f"parts/{name}"].tolist() == [1, 128, 2, 8]
@@ -223,6 +273,11 @@ def test_the_fastest_depends_on_platform_dtype_length_and_head_size(
 ) -> None:
     assert fastest(platform, jnp.dtype(dtype), length, head_size) == name
     assert fastest(platform, dtype, length, head_size) == name
+
+
+@pytest.mark.parametrize(("platform", "name"), [("cpu", "blockwise"), ("gpu", "xla"), ("tpu", "splash")])
+def test_the_fastest_supports_segments(platform: str, name: str) -> None:
+    assert fastest(platform, jnp.dtype(jnp.bfloat16), 1024, 64, has_segments=True) == name
 
 
 def test_auto_takes_the_fastest_and_xla_for_a_mask_or_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +321,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": (
         {"implementation": "blockwise", "dropout_rate": 0.1},
         "'blockwise' is for causal attention without a mask",
+    ),
+    "cudnn with segments": (
+        {"implementation": "cudnn", "dtype": jnp.bfloat16, "size": 64, "segment_ids": jnp.ones((B, 7), int)},
+        "'cudnn' does not support segment_ids, which packed documents have; use 'auto' or 'xla'",
+    ),
+    "segments of other keys": (
+        {"is_causal": False, "keys": 4, "segment_ids": jnp.ones((B, 7), int)},
+        "attention with segment_ids needs as many queries as keys, not 7 and 4",
     ),
     "every key": ({"implementation": "blockwise", "is_causal": False}, "'blockwise' is for causal attention"),
     "other keys than queries": ({"implementation": "xla", "keys": 4}, "as many queries as keys, not 7 and 4"),
@@ -312,7 +375,8 @@ def test_the_tpu_kernel_compiles_for_a_mesh_of_tpus(tmp_path: Path) -> None:
     length = 1024
     quiet = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    for name, kernels, scores in (("splash", 3, False), ("dots", 3, False), ("full", 4, False), ("xla", 0, True)):
+    kinds = ("splash", 3, False), ("segments", 3, False), ("dots", 3, False), ("full", 4, False), ("xla", 0, True)
+    for name, kernels, scores in kinds:
         command = [sys.executable, str(Path(__file__).with_name("for_tpu.py")), name, str(length), tmp_path / name]
         child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert child.returncode == 0, child.stderr

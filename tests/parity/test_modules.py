@@ -295,6 +295,6 @@ def test_the_two_model_files_define_the_same_classes_and_functions_in_the_same_o
 
     expected = ["Embedding", "Projection", "LayerNorm", "QKVProjection"]
     expected += ["MultiHeadAttention", "FeedForward", "GPT2Layer", "GPT2"]
-    expected += ["positions", "check_shape", "check_inputs"]
+    expected += ["positions", "check_shape", "check_inputs", "check_values"]
     assert definitions(gpt2_torch.model) == expected
     assert definitions(gpt2_jax.model) == expected

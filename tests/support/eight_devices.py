@@ -5,6 +5,7 @@ python eight_devices.py NAME FILE.npz
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -47,32 +48,39 @@ def make_mesh() -> jax.sharding.Mesh:
 def spread_attention() -> dict[str, Any]:
     """Return values and gradients of `xla` attention on one device, and of the other implementations on a mesh.
 
-    For the latter, also returns the collectives in the program and the shape of a device's shard.
+    Each is also computed with segments. On the mesh, also returns the collectives in the program and the shape of a
+    device's shard.
     """
     rng = np.random.default_rng(0)
     q, k, v, d = (jnp.asarray(rng.normal(size=(4, 128, 4, 8)), jnp.float32) for _ in range(4))
-    functions = {
-        "splash": lambda q, k, v: _splash(q * 0.3, k, v, interpret=True),
-        "blockwise": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="blockwise"),
-        "xla": lambda q, k, v: attention(q, k, v, None, is_causal=True, scale=0.3, implementation="xla"),
-    }
+    ids = jnp.asarray(np.sort(rng.integers(0, 5, (4, 128))), jnp.int32)
 
-    def value_and_gradients(name: str, *given: jax.Array) -> list[jax.Array]:
-        value, pullback = jax.vjp(functions[name], *given[:3])
-        return [value, *pullback(given[3])]
+    def value_and_gradients(kind: str, q: jax.Array, k: jax.Array, v: jax.Array, d: jax.Array, ids: jax.Array) -> Any:
+        name, _, segmented = kind.partition(" ")
+        segments = ids if segmented else None
+
+        def function(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            if name == "splash":
+                return _splash(q * 0.3, k, v, segments, interpret=True)
+            return attention(q, k, v, None, segment_ids=segments, is_causal=True, scale=0.3, implementation=name)
+
+        value, pullback = jax.vjp(function, q, k, v)
+        return [value, *pullback(d)]
 
     compiled, results = jax.jit(value_and_gradients, static_argnums=0), {}
-    plain = compiled("xla", q, k, v, d)
+    plain = {end: compiled(f"xla{end}", q, k, v, d, ids) for end in ("", " segments")}
     mesh = make_mesh()
     spread = NamedSharding(mesh, PartitionSpec(BATCH_AXES, None, TENSOR, None))
     with jax.set_mesh(mesh):
         given = [jax.device_put(x, spread) for x in (q, k, v, d)]
-        for name in ("splash", "blockwise"):
+        given.append(jax.device_put(ids, NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))))
+        for name, end in itertools.product(("splash", "blockwise"), plain):
+            name += end
             program = compiled.lower(name, *given).compile()
             moves = re.findall(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)\(", program.as_text())
             found = program(*given)
             results |= {f"mesh/{name}/{i}": x for i, x in enumerate(found)}
-            results |= {f"plain/{name}/{i}": x for i, x in enumerate(plain)}
+            results |= {f"plain/{name}/{i}": x for i, x in enumerate(plain[end])}
             results |= {f"moves/{name}": moves, f"parts/{name}": found[0].addressable_shards[0].data.shape}
     return results
 
