@@ -1,13 +1,14 @@
 """Batches from a token stream. Each batch is computed from the number of its step; grain reads ahead on threads.
 
 A batch is a dictionary of int32 [B, T] arrays: `input_ids`; `labels`, the next tokens, or `IGNORE_INDEX` for positions
-that do not count; and for documents `attention_mask`, 1 for tokens and 0 for padding.
+that do not count; for documents `attention_mask`, 1 for tokens and 0 for padding; and for packed documents
+`segment_ids`, the number of the document in its row, or 0 for padding.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -19,10 +20,11 @@ from jaxtyping import Int
 
 from bridge import IGNORE_INDEX
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.packing import Packing, packed_batch, packing
 from gpt2_jax.data.token_stream import TokenStream
 
 Batch = dict[str, Int[np.ndarray, "B T"]]
-Examples = Literal["stream", "documents"]
+Examples = Literal["stream", "documents", "packed"]
 
 READING = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 """A batch is a few dozen reads, so two threads are faster than any training step. Eight batches hide a slow disk."""
@@ -55,12 +57,14 @@ def training_batches(
         examples: "stream": consecutive windows of seq_len + 1 tokens. Each epoch starts at another random offset, so
             that the borders between windows move; fewer than two windows of tokens are left out at the ends.
             "documents": each document is one example, truncated to `seq_len` and padded on the right.
+            "packed": several documents fill one row (`gpt2_jax.data.packing`). The same documents share a row in every
+            epoch, and each epoch has another order of the rows.
         rows: the rows of each batch that this process reads.
 
     Raises:
-        DataError: the stream is too short, or `examples` is "documents" and the document ends are unknown.
+        DataError: the stream is too short, or `examples` is not "stream" and the document ends are unknown.
     """
-    source = _Documents(stream, seq_len, seed) if examples == "documents" else _Windows(stream, seq_len, seed)
+    source = _SOURCES[examples](stream, seq_len, seed)
     return iter(grain.MapDataset.source(_Batches(source, batch_size, rows))[start_step:].to_iter_dataset(READING))
 
 
@@ -73,7 +77,7 @@ def evaluation_batches(
     examples: Examples = "stream",
     rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
-    """Yield the examples of the stream once, in order.
+    """Yield the examples of the stream once, in order; packed rows, in the order of the packing.
 
     Windows do not overlap and start at the first token; tokens after the last whole window are not used. The last batch
     is filled with rows whose labels are all `IGNORE_INDEX`, so that all batches have the same shape.
@@ -82,7 +86,7 @@ def evaluation_batches(
         max_batches: yield at most this many batches, with examples evenly spaced over the stream.
         examples, rows: as for `training_batches`.
     """
-    source = _Documents(stream, seq_len) if examples == "documents" else _Windows(stream, seq_len)
+    source = _SOURCES[examples](stream, seq_len)
     num_batches = min(-(-source.count // batch_size), max_batches or sys.maxsize)
     wanted = min(num_batches * batch_size, source.count)
     indices = np.arange(wanted) * source.count // wanted
@@ -137,11 +141,7 @@ class _Documents:
     masked = True
 
     def __post_init__(self) -> None:
-        if self.stream.document_ends is None:
-            raise DataError(
-                "these token files do not store where documents end, so documents cannot be examples; "
-                "use --examples stream, or give the text"
-            )
+        _require_document_ends(self.stream)
 
     @cached_property
     def count(self) -> int:
@@ -160,10 +160,57 @@ class _Documents:
 
 
 @dataclass(frozen=True)
+class _PackedRows:
+    """The rows of packed documents as numbered examples: in order, or with a seed, shuffled within each epoch."""
+
+    stream: TokenStream
+    seq_len: int
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require_document_ends(self.stream)
+        if not self.count:  # computes the packing now, because several threads would compute it at the same time
+            raise DataError(f"the {'validation data' if self.seed is None else 'data'} has no tokens")
+
+    @cached_property
+    def packing(self) -> Packing:
+        assert self.stream.document_ends is not None
+        return packing(self.stream.document_ends, self.seq_len)
+
+    @property
+    def count(self) -> int:
+        return len(self.packing)
+
+    def spans(self, number: int) -> list[tuple[int, int]]:
+        """Return start and stop in the stream of each piece of example `number`."""
+        k = number
+        if self.seed is not None:
+            epoch, k = divmod(number, self.count)
+            k = _shuffled(k, self.count, self.seed, epoch)
+        return self.packing.spans(k)
+
+
+_Source = _Windows | _Documents | _PackedRows
+_SOURCES: dict[Examples, Callable[..., _Source]] = {
+    "stream": _Windows,
+    "documents": _Documents,
+    "packed": _PackedRows,
+}
+
+
+def _require_document_ends(stream: TokenStream) -> None:
+    if stream.document_ends is None:
+        raise DataError(
+            "these token files do not store where documents end, so documents cannot be examples; "
+            "use --examples stream, or give the text"
+        )
+
+
+@dataclass(frozen=True)
 class _Batches:
     """Training batches as a random-access source for grain: item s is the batch of step s."""
 
-    examples: _Windows | _Documents
+    examples: _Source
     batch_size: int
     rows: slice
 
@@ -179,7 +226,7 @@ class _Batches:
 class _EvaluationBatches:
     """Evaluation batches as a random-access source for grain."""
 
-    examples: _Windows | _Documents
+    examples: _Source
     indices: np.ndarray
     batch_size: int
     rows: slice
@@ -197,8 +244,10 @@ class _EvaluationBatches:
         return batch
 
 
-def _batch(examples: _Windows | _Documents, numbers: Sequence[int]) -> Batch:
-    """Return a batch whose rows are these examples. Each has 1 to seq_len + 1 tokens."""
+def _batch(examples: _Source, numbers: Sequence[int]) -> Batch:
+    """Return a batch whose rows are these examples. Each window or document has 1 to seq_len + 1 tokens."""
+    if isinstance(examples, _PackedRows):
+        return packed_batch(examples.stream, [examples.spans(number) for number in numbers], examples.seq_len)
     tokens = examples.stream.read_spans(map(examples.span, numbers))
     if not examples.masked:
         rows = np.stack(tokens)

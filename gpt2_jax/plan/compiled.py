@@ -126,10 +126,12 @@ def _attention(config: TrainConfig, mesh: Mesh) -> Implementation:
         return config.attention
     if config.model.attn_pdrop > 0 or config.examples == "documents":
         return "xla"
-    return fastest(platform, jnp.dtype(config.dtype), config.seq_len, config.model.head_size)
+    arrays = jnp.dtype(config.dtype), config.seq_len, config.model.head_size
+    return fastest(platform, *arrays, has_segments=config.examples == "packed")
 
 
 def _batch(config: TrainConfig, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
-    names = ("input_ids", "labels", *(("attention_mask",) if config.examples == "documents" else ()))
+    more = {"stream": (), "documents": ("attention_mask",), "packed": ("segment_ids",)}
+    names = ("input_ids", "labels", *more[config.examples])
     array = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=rows.sharding)
     return dict.fromkeys(names, array)

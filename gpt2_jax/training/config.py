@@ -82,8 +82,9 @@ class TrainConfig:
     special_tokens: Literal["match", "as-text", "error"] = "match"
     """An added token, such as <|endoftext|>, in the text of --data is one token (match), text like any other (as-text),
     or an error."""
-    examples: Literal["stream", "documents"] = "stream"
-    """stream: windows of one long text; documents: each document is one padded, masked example."""
+    examples: Literal["stream", "documents", "packed"] = "stream"
+    """stream: windows of one long text; documents: each document is one padded, masked example; packed: several
+    documents fill one sequence, and tokens attend only to their own document."""
     init_from: str | None = None
     """Start from the weights of this checkpoint: any source that `gpt2 inspect` reads."""
     source_activation: str | None = None
@@ -234,7 +235,7 @@ def _attention_problems(c: TrainConfig) -> Iterator[str]:
     """Yield why the chosen attention cannot run this configuration. `auto` and `xla` can run every one."""
     if c.attention in ("auto", "xla") or c.attention not in get_args(Implementation):
         return
-    if problem := obstacle(c.attention, c.dtype, c.seq_len, c.model.head_size):
+    if problem := obstacle(c.attention, c.dtype, c.seq_len, c.model.head_size, has_segments=c.examples == "packed"):
         yield f"attention={c.attention}: {problem}"
     if c.model.attn_pdrop > 0 or c.examples == "documents":
         yield f"attention={c.attention}: does not support attn_pdrop above 0 or --examples documents; xla does"

@@ -193,6 +193,10 @@ def test_without_a_home_directory_nothing_is_cached(monkeypatch: pytest.MonkeyPa
         (["--attention", "splash", "--seq-len", "100"], "takes lengths that are multiples of 128, not 100"),
         (["--attention", "blockwise", "--attn-pdrop", "0.1"], "attn_pdrop"),
         (["--attention", "blockwise", "--examples", "documents"], "--examples documents"),
+        (
+            ["--attention", "cudnn", "--dtype", "bfloat16", "--examples", "packed"],
+            "attention=cudnn: does not support segment_ids, which packed documents have",
+        ),
     ],
 )
 def test_unavailable_attention_is_refused_before_the_run_is_created(

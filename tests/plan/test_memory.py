@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -63,12 +64,19 @@ def test_state_bytes_of_the_largest_model() -> None:
     assert not can_shard(state, {"data": 1, "fsdp": 1, "tensor": 2})  # 25 heads
 
 
-def test_a_described_step_has_the_arguments_of_training() -> None:
-    config = replace(PRESETS["gpt2"], examples="documents", batch_size=4, num_microbatches=2)
+@pytest.mark.parametrize(
+    ("examples", "third", "attention"),
+    [
+        ("documents", "attention_mask", "xla"),  # the only implementation that supports a mask
+        ("packed", "segment_ids", "blockwise"),
+    ],
+)
+def test_a_described_step_has_the_arguments_of_training(examples: Any, third: str, attention: str) -> None:
+    config = replace(PRESETS["gpt2"], examples=examples, batch_size=4, num_microbatches=2)
     step = describe_step(config, make_mesh("data=1"))
-    assert set(step.batch) == {"input_ids", "labels", "attention_mask"}
+    assert set(step.batch) == {"input_ids", "labels", third}
     assert step.batch["labels"].shape == (4, 1024)
-    assert step.config.attention == step.model.attention == "xla"  # the only implementation that supports a mask
+    assert step.config.attention == step.model.attention == attention
     assert state_bytes(step).batch == 3 * 4 * 4 * 1024
     for kernel in ("cudnn", "splash"):
         with pytest.raises(PlanError, match=f"attention={kernel}: not available on cpu"):

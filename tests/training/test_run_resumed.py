@@ -49,7 +49,7 @@ CHANGES: dict[str, Any] = {
     "ema_decay": 0.9,
     "dtype": "bfloat16",
     "scan": False,
-    "examples": "documents",
+    "examples": "packed",
     "validation_fraction": 0.2,
     "vocab_multiple": 64,
     "n_layer": 3,
