@@ -1,0 +1,110 @@
+"""Training on documents of log-normal length: tokens per second with padded rows and with packed rows.
+
+    python -m tests.benchmarks.packing [--preset shakespeare] [--seq-len 256] [--batch-size 16] [--steps 4] [--rounds 7]
+
+A token counts if it has a label. The rows alternate between padded documents, packed documents and a stream, which has
+no padding and no segments. Ratios are taken within a round. The data are random tokens, read as a run reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+import jax
+import numpy as np
+
+from bridge import IGNORE_INDEX
+from gpt2_jax.data import TokenStream, training_batches
+from gpt2_jax.data.batches import Examples
+from gpt2_jax.data.packing import packing
+from gpt2_jax.data.token_stream import open_tokens
+from gpt2_jax.training import PRESETS, TrainConfig, init_state, make_optimizer, make_train_step
+from gpt2_jax.training.state import make_model
+
+DOCUMENTS = 20_000
+SIGMA = 1.0
+"""Of the logarithm of the length. The median length is a quarter of a row."""
+
+
+def document_lengths(seq_len: int) -> np.ndarray:
+    return np.random.default_rng(0).lognormal(np.log(seq_len / 4), SIGMA, DOCUMENTS).astype(np.int64) + 1
+
+
+def open_documents(directory: Path, lengths: np.ndarray, vocab_size: int) -> TokenStream:
+    path = directory / "tokens.bin"
+    np.random.default_rng(1).integers(0, vocab_size, lengths.sum(), np.uint16).tofile(path)
+    return TokenStream.of(open_tokens(path)[0].files, document_ends=np.cumsum(lengths))
+
+
+def timed_steps(config: TrainConfig, stream: TokenStream, examples: Examples, steps: int) -> Callable[[], tuple]:
+    """Return a function that trains for some steps. It returns the seconds per step and the tokens per second."""
+    model = make_model(config)
+    tx = make_optimizer(config.optimizer, config.max_steps)
+    train_step = make_train_step(model, tx)
+    batches = training_batches(
+        stream, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, examples=examples
+    )
+    state = init_state(model.init(jax.random.key(0), next(batches)["input_ids"])["params"], tx)
+
+    def run(steps: int = steps) -> tuple[float, float]:
+        nonlocal state
+        tokens, start = 0, time.perf_counter()
+        for batch in islice(batches, steps):
+            state, metrics = train_step(state, batch)
+            tokens += int((batch["labels"] != IGNORE_INDEX).sum())
+        jax.block_until_ready(metrics)
+        seconds = time.perf_counter() - start
+        return seconds / steps, tokens / seconds
+
+    run(2)  # compiles
+    return run
+
+
+def described(values: list[float], digits: int = 2) -> str:
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="shakespeare", choices=PRESETS)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    lengths = document_lengths(options.seq_len)
+    start = time.perf_counter()
+    rows = len(packing(np.cumsum(lengths), options.seq_len))
+    packing_seconds = time.perf_counter() - start
+    kept = int(np.minimum(lengths, options.seq_len).sum())
+    print(f"{len(lengths)} documents, {lengths.mean():.0f} tokens on average, longest {lengths.max()}")
+    print(f"documents: {len(lengths)} rows, padding {1 - kept / (len(lengths) * options.seq_len):.2%}")
+    print(
+        f"packed: {rows} rows, padding {1 - lengths.sum() / (rows * options.seq_len):.2%}, in {packing_seconds:.2f} s"
+    )
+    config = replace(
+        PRESETS[options.preset], seq_len=options.seq_len, batch_size=options.batch_size, num_microbatches=1
+    )
+    config = replace(config, model=replace(config.model, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+    with tempfile.TemporaryDirectory() as scratch:
+        stream = open_documents(Path(scratch), lengths, config.model.vocab_size)
+        runs = {kind: timed_steps(config, stream, kind, options.steps) for kind in get_args(Examples)}
+        rounds = [{kind: run() for kind, run in runs.items()} for _ in range(options.rounds)]
+    for kind in runs:
+        print(f"{kind:10} ms per step {described([1e3 * found[kind][0] for found in rounds], 0)}", end="  ")
+        print(f"tokens per second {described([found[kind][1] for found in rounds], 0)}")
+    for other in ("documents", "stream"):
+        ratios = [found["packed"][1] / found[other][1] for found in rounds]
+        print(f"tokens per second, packed / {other}: {described(ratios)}")
+
+
+if __name__ == "__main__":
+    main()
