@@ -64,7 +64,7 @@ def _backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Array, Arra
         rows = slice(begin, end)
         q_block, d_block, keys, values = q[:, :, rows], d_context[:, :, rows], k[:, :, :end], v[:, :, :end]
         scores = jnp.einsum("BHSK,BHTK->BHST", keys, q_block, preferred_element_type=wide)
-        visible = _visible(begin, end, segment_ids).swapaxes(-1, -2)
+        visible = _visible(begin, end, segment_ids, keys_first=True)
         # Masked before the exponential, which could overflow: infinity times 0 is NaN.
         weights = jnp.exp(jnp.where(visible, scores - log_sums[:, :, None, rows], -jnp.inf))
         d_weights = jnp.einsum("BHSK,BHTK->BHST", values, d_block, preferred_element_type=wide)
@@ -80,12 +80,20 @@ def _backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Array, Arra
 causal_attention_by_blocks.defvjp(_forward, _backward)
 
 
-def _visible(begin: int, end: int, segment_ids: Int[Array, "B T"] | None) -> Bool[Array, "... T S"]:
-    """Return which keys before `end` the queries begin ... end - 1 attend to: [T, S], or with segments [B, 1, T, S]."""
-    visible = jnp.arange(end) <= jnp.arange(begin, end)[:, None]
+def _visible(
+    begin: int, end: int, segment_ids: Int[Array, "B T"] | None, *, keys_first: bool = False
+) -> Bool[Array, "..."]:
+    """Return which keys before `end` the queries begin ... end - 1 attend to: [T, S], or with segments [B, 1, T, S].
+
+    `keys_first` exchanges the axes T and S.
+    """
+    query_axis, key_axis = (-1, -2) if keys_first else (-2, -1)
+    index_T, index_S = jnp.arange(begin, end), jnp.arange(end)
+    visible = jnp.expand_dims(index_S, query_axis) <= jnp.expand_dims(index_T, key_axis)
     if segment_ids is None:
         return visible
-    return visible & (segment_ids[:, None, begin:end, None] == segment_ids[:, None, None, :end])
+    of_queries, of_keys = segment_ids[:, None, begin:end], segment_ids[:, None, :end]
+    return visible & (jnp.expand_dims(of_keys, query_axis) == jnp.expand_dims(of_queries, key_axis))
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
