@@ -7,8 +7,7 @@ precision, because GPUs and TPUs by default round float32 operands to a narrower
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -36,16 +35,9 @@ from gpt2_jax.parity.activations import (
     torch_name,
 )
 from gpt2_jax.parity.inputs import AdamW
+from gpt2_jax.parity.precision import full_precision
 
 NAME = "gpt2_jax"
-
-
-@contextmanager
-def full_precision(dtype: str, precision: str = "highest") -> Iterator[None]:
-    """Enable float64 and the given precision of matrix products within the block. float64 runs on the CPU."""
-    device = jax.devices("cpu")[0] if dtype == "float64" else None
-    with jax.enable_x64(True), jax.default_matmul_precision(precision), jax.default_device(device):
-        yield
 
 
 def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
