@@ -18,7 +18,7 @@ Transform = Callable[[np.ndarray], np.ndarray]
 
 _WORDS = {"o": "out", "i": "in", "h": "height", "w": "width", "d": "depth", "v": "row", "c": "channel", "g": "gates"}
 
-_BY_RANK = {2: ("oi", "io"), 3: ("oiw", "wio"), 4: ("oihw", "hwio", "ohwi"), 5: ("oidhw", "dhwio")}
+_BY_RANK = {1: ("o",), 2: ("oi", "io"), 3: ("oiw", "wio"), 4: ("oihw", "hwio", "ohwi"), 5: ("oidhw", "dhwio")}
 """The layouts in use for weights of each rank. They are tried where the layout of a side is not known."""
 
 
