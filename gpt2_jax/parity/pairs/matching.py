@@ -123,7 +123,7 @@ class _Side:
         self.shapes = {name: array.shape for name, array in arrays.items()}
         self.tied = tied(arrays)
         by_name = {name: layout_by_name(name, len(shape)) for name, shape in self.shapes.items()}
-        self.layouts = {**by_name, **(layouts or {})}
+        self.layouts = {**by_name, **{name: layout for name, layout in (layouts or {}).items() if layout.axes}}
         self.order = {name: k for k, name in reversed([*enumerate(order)])}
 
     def sizes(self, name: str) -> tuple[int, ...]:

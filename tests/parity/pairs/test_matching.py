@@ -160,7 +160,7 @@ def test_a_table_of_matches_is_validated() -> None:
     good = [Match("a", "a", lambda x: x.T, "by hand")]
     assert match_names(left, right, good).unmatched_left == ("b",)
     for bad, message in (
-        (Match("a", "a", lambda x: x, ""), "has the shape"),
+        (Match("a", "a", lambda x: x, ""), "transformed to"),
         (Match("c", "a", lambda x: x.T, ""), "'c' is not a name of the left side"),
         (Match("b", "b", lambda x: x, ""), "'b' appears twice on the left side"),
     ):

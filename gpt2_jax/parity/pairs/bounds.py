@@ -1,0 +1,115 @@
+"""Tolerances of a comparison of two sides, derived from the depth, the width and the dtype of the computation.
+
+The unit of all bounds is the unit round-off u of a dtype: 2^-53 for float64, 2^-24 for float32 and 2^-8 for bfloat16.
+A correct implementation differs from another one by rounding alone. How much depends on the model: each layer adds
+errors and amplifies earlier ones. So the error of the reference in float32 is measured, and scaled to float64: the same
+operations make the same number of roundings, of which each is u64 / u32 = 2^-29 times as large.
+
+Small arrays can be exact in float32 by chance. So an error counts as at least sqrt(L) u, a random walk of one rounding
+for each of L layers. Where a side cannot compute in float32, it counts as sqrt(K L) u, for sums of K terms (Higham,
+"Accuracy and Stability of Numerical Algorithms", section 2.8).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+ROUNDOFF: Mapping[str, float] = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
+"""Unit round-off: half the spacing at 1."""
+
+SHORT_NAMES: Mapping[str, str] = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+
+MARGIN = 12.0
+"""Allowed difference of two sides, relative to the error of one. Both have errors (sqrt(2)). The largest of many errors
+of one is up to twice that of the other. One chain of additions has sqrt(16) times the error of 16 chains, which are
+what the vector units of a CPU add."""
+
+RATIO = 8.0
+"""Allowed error of one side in float32 or bfloat16, relative to that of the other: `MARGIN` without the sqrt(2)."""
+
+Norm = Callable[[np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a computation."""
+
+    depth: int
+    """L: the number of matrices and convolutions, at least 1."""
+    width: int
+    """K: the largest number of terms of a sum, at least 1."""
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[int, ...]]) -> Size:
+        """The size of a model with parameters of these shapes.
+
+        >>> Size.of([(64, 16), (64,), (8, 64, 3, 3)])
+        Size(depth=2, width=576)
+        """
+        weights = [shape for shape in shapes if len(shape) > 1]
+        terms = [max(shape) if len(shape) == 2 else math.prod(shape[1:]) for shape in weights]
+        return cls(max(1, len(weights)), max([1, *terms]))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A tolerance and its reason."""
+
+    value: float
+    reason: str
+
+
+def deviation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """|a - b| in float64, where equal infinities do not differ."""
+    with np.errstate(invalid="ignore"):
+        return np.where(a == b, 0.0, np.abs(a.astype(np.float64) - b.astype(np.float64)))
+
+
+def largest(x: np.ndarray) -> float:
+    """max |x|, or 0 for an empty array."""
+    return float(np.abs(x).max(initial=0.0))
+
+
+def l2(x: np.ndarray) -> float:
+    return float(np.linalg.norm(x.reshape(-1)))
+
+
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+
+
+def fp64_bound(exact: np.ndarray, in_float32: np.ndarray | None, size: Size, norm: Norm = largest) -> Bound:
+    """The tolerance of the difference of two sides in float64.
+
+    Args:
+        exact: what the reference computes in float64.
+        in_float32: the same in float32, or None if it cannot compute in float32.
+        norm: the norm of the difference.
+    """
+    u, scale = ROUNDOFF["float64"], norm(np.where(np.isfinite(exact), exact, 0.0))
+    if in_float32 is None:
+        units = math.sqrt(size.width * size.depth)
+        return Bound(MARGIN * units * u * scale, f"{MARGIN:g} x sqrt(K L) u, K={size.width}, L={size.depth}, u=2^-53")
+    measured, least = norm(deviation(in_float32, exact)) * u / ROUNDOFF["float32"], math.sqrt(size.depth) * u * scale
+    if not math.isfinite(measured):  # overflow in float32
+        measured = 0.0
+    reason = f"{MARGIN:g} x the fp32 error x 2^-29" if measured > least else f"{MARGIN:g} x sqrt(L) u, L={size.depth}"
+    return Bound(MARGIN * max(measured, least), reason)
+
+
+def error_ratio(
+    exact: np.ndarray, left: np.ndarray, right: np.ndarray, dtype: str, size: Size, norm: Norm = rms
+) -> tuple[float, float]:
+    """The error of the right side in `dtype` relative to that of the left side, and its tolerance.
+
+    Both errors are against float64. An error below one rounding of each layer counts as that.
+    """
+    least = ROUNDOFF[dtype] * math.sqrt(size.depth) * norm(np.where(np.isfinite(exact), exact, 0.0))
+    ours, theirs = (max(norm(deviation(side, exact)), least) for side in (left, right))
+    if not math.isfinite(ours) or not math.isfinite(theirs):
+        return (1.0 if ours == theirs else math.inf), RATIO
+    return (theirs / ours if ours else 1.0), RATIO
