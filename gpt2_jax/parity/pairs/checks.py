@@ -9,7 +9,7 @@ import numpy as np
 
 from bridge.errors import bullet_list
 from gpt2_jax.parity.pairs.bounds import SHORT_NAMES, Bound, deviation, error_ratio, fp64_bound, l2, largest
-from gpt2_jax.parity.pairs.explain import explain, same_as_another, where_differs
+from gpt2_jax.parity.pairs.explain import explain, explain_update, same_as_another, where_differs
 from gpt2_jax.parity.pairs.matching import tied
 from gpt2_jax.parity.pairs.padding import Pad
 from gpt2_jax.parity.pairs.runs import Runs, aligned, transformed
@@ -161,7 +161,13 @@ def intermediates(runs: Runs) -> Check:
     worst, place, divergence, compared = 0.0, "", "", 0
     for name, other in pairs.items():
         a, b = left[name].astype(np.float64), aligned(left[name], right[other].astype(np.float64))
-        if b is None or left[name].dtype.kind in "iub":
+        if left[name].dtype.kind in "iub":
+            continue
+        if b is None:
+            # Arrays of other ranks, or with their axes in another order, cannot be compared.
+            if a.ndim == right[other].ndim and a.size != right[other].size:
+                worst, place = float("inf"), place or name
+                divergence = divergence or f"{name}: shapes {a.shape} and {right[other].shape}"
             continue
         compared += 1
         bound = _bound(runs, "intermediates", name, a).value
@@ -172,7 +178,7 @@ def intermediates(runs: Runs) -> Check:
                 divergence += f"; {hint}"
         if not ratio <= worst:
             worst, place = ratio, name
-    if not compared:
+    if not compared and not divergence:
         return Check("intermediates", note="no module of one side has a counterpart with the same shape")
     title = f"fp64 max difference of {compared} intermediates / tolerance"
     return Check("intermediates", (Measurement(title, worst, 1.0, place),), first_divergence=divergence)
@@ -234,8 +240,8 @@ def state(runs: Runs) -> Check:
         found.append(measurement)
         if not measurement.passed:
             divergence = divergence or f"{m.left} at {where_differs(a, b, bound.value)}"
-            if hint := explain(a - before, b - before):
-                lines.append(f"{m.left}, update: {hint}")
+            if hint := explain_update(before, a, b):
+                lines.append(f"{m.left}: {hint}")
     return Check("state", tuple(found), "; ".join(lines), divergence)
 
 

@@ -38,6 +38,7 @@ def _explanations(a: np.ndarray, b: np.ndarray, blocks: Sequence[str]) -> Iterat
             if np.array_equal(x.astype(dtype).astype(np.float64), y):
                 yield f"the {side} side is rounded to {name}"
     yield _transposed(a, b)
+    yield _flipped(a, b)
     yield from _permuted(a, b, blocks)
     yield _affine(a, b)
 
@@ -59,6 +60,18 @@ def _transposed(a: np.ndarray, b: np.ndarray) -> str:
     for order in itertools.permutations(range(a.ndim)):
         if order != tuple(range(a.ndim)) and np.array_equal(a, b.transpose(order)):
             return "copied without its transpose" if a.ndim == 2 else f"equal after a transpose by {order}"
+    return ""
+
+
+def _flipped(a: np.ndarray, b: np.ndarray) -> str:
+    for count in range(1, min(a.ndim, 5) + 1):
+        for axes in itertools.combinations(range(a.ndim), count):
+            if np.array_equal(a, np.flip(b, axes)):
+                return (
+                    f"reversed along axes {', '.join(map(str, axes))}"
+                    if count > 1
+                    else f"reversed along axis {axes[0]}"
+                )
     return ""
 
 
@@ -106,6 +119,27 @@ def _affine(a: np.ndarray, b: np.ndarray) -> str:
     ratio = float(np.vdot(a, b) / max(np.vdot(a, a), np.finfo(np.float64).tiny))
     if ratio and np.abs(b - ratio * a).max() <= _RESIDUAL * scale:
         return f"the right side is {ratio:.6g} times the left side"
+    return ""
+
+
+def explain_update(before: np.ndarray, left: np.ndarray, right: np.ndarray) -> str:
+    """How the update of a running average on the right side differs from that on the left side.
+
+    A side computes (1 - m) before + m x. If the right side uses k m and the same x, its update is k times the other. If
+    it uses the same m and x / k, `right` is a linear combination of `left` and `before`, from which k follows.
+    """
+    a, b = left - before, right - before
+    ratio = float(np.vdot(a, b) / max(np.vdot(a, a), np.finfo(np.float64).tiny))
+    if np.abs(b - ratio * a).max() <= _RESIDUAL * np.abs(b - a).max():
+        return f"the right side moves {ratio:.6g} times as far as the left side: another momentum"
+    columns = np.stack([left.reshape(-1), before.reshape(-1)], 1)
+    (scale, _), residual, *_ = np.linalg.lstsq(columns, right.reshape(-1), rcond=None)
+    if left.size > 2 and residual.size and residual[0] <= (_RESIDUAL * np.abs(right - left).max()) ** 2:
+        count = 1 / (1 - scale) if scale < 1 - _RESIDUAL**2 else 0.0
+        if count > 1.5 and abs(count - round(count)) < _RESIDUAL * count:
+            return (
+                f"the left side averages the unbiased variance of {round(count)} values, the right side the biased one"
+            )
     return ""
 
 

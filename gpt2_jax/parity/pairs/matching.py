@@ -149,6 +149,7 @@ def _paired(left: _Side, right: _Side, names: Mapping[str, str | None]) -> Pairs
         ("same name", lambda name: name),
         ("same name by convention", normalised),
         ("same name by convention", lambda name: without_wrappers(normalised(name))),
+        ("same last part of the name", _own_name),
     )
     for reason, key in keys:
         used = {other for other, _ in pairs.values()}
@@ -159,7 +160,12 @@ def _paired(left: _Side, right: _Side, names: Mapping[str, str | None]) -> Pairs
                 given = rename(name) != name
                 pairs[name] = (theirs[value], "given" if given else reason)
     _pair_by_place(left, right, pairs, excluded)
-    return pairs
+    return {name: pairs[name] for name in left.shapes if name in pairs}
+
+
+def _own_name(name: str) -> str:
+    """The last part of a name, such as `weight_ih`, unless it is common, such as `weight`."""
+    return name if normalised(name)[-1] in KNOWN_ROLES else role_name(name)
 
 
 def _unique(items: Iterable[tuple[object, str]]) -> dict[object, str]:

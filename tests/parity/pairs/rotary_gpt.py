@@ -111,7 +111,8 @@ class Choices:
     interleaved: bool = False
     """Rotate neighbours, as in GPT-J, instead of halves, as in GPT-NeoX."""
     base: float = 10_000.0
-    first_position: int = 0
+    query_offset: int = 0
+    """Added to the positions of queries, but not of keys."""
     eps: float = 1e-6
     plus_one: bool = True
     seen_ahead: int = 0
@@ -122,8 +123,10 @@ class Choices:
     tile_heads: bool = False
     """Repeat the key heads as 0 1 0 1 instead of 0 0 1 1."""
     sees_padding: bool = False
-    counts_padding: bool = False
     float32_norm: bool = False
+    constant_rms: bool = False
+    """No gradient through the root mean square of a norm."""
+    residual_of_norm: bool = False
     dropout: float = 0.0
 
 
@@ -135,7 +138,8 @@ class Norm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros, x.shape[-1:])
         dtype = x.dtype
         x = x.astype(jnp.float32) if self.choices.float32_norm else x
-        y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.choices.eps)
+        inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.choices.eps)
+        y = x * (jax.lax.stop_gradient(inverse) if self.choices.constant_rms else inverse)
         return y.astype(dtype) * (scale + 1 if self.choices.plus_one else scale)
 
 
@@ -149,9 +153,8 @@ class Attention(nn.Module):
         q = nn.DenseGeneral((c.heads, c.head), use_bias=False, name="q_proj")(x)
         k = nn.DenseGeneral((c.kv_heads, c.head), use_bias=False, name="k_proj")(x)
         v = nn.DenseGeneral((c.kv_heads, c.head), use_bias=False, name="v_proj")(x)
-        counted = jnp.ones_like(mask) if choices.counts_padding else mask
-        positions = jnp.maximum(jnp.cumsum(counted, -1) - 1, 0) + choices.first_position
-        q, k = (self.rotate(each, positions) for each in (q, k))
+        positions = jnp.maximum(jnp.cumsum(mask, -1) - 1, 0)
+        q, k = self.rotate(q, positions + choices.query_offset), self.rotate(k, positions)
         groups = c.heads // c.kv_heads
         k, v = ((jnp.tile(e, (1, 1, groups, 1)) if choices.tile_heads else jnp.repeat(e, groups, 2)) for e in (k, v))
         scale = 1 / math.sqrt(c.head) if choices.scale is None else choices.scale
@@ -180,8 +183,8 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        norm, c = Norm(self.choices, name="input_norm"), self.config
-        x = x + Attention(c, self.choices, name="attn")(norm(x), mask)
+        c, normed = self.config, Norm(self.choices, name="input_norm")(x)
+        x = (normed if self.choices.residual_of_norm else x) + Attention(c, self.choices, name="attn")(normed, mask)
         y = nn.Dense(c.feed_forward, name="up_proj")(Norm(self.choices, name="post_norm")(x))
         y = nn.Dropout(self.choices.dropout, deterministic=not self.choices.dropout)(y)
         return x + nn.Dense(c.width, name="down_proj")(nn.gelu(y, approximate=self.choices.tanh_gelu))
