@@ -6,14 +6,15 @@ errors and amplifies earlier ones. So the error of the reference in float32 is m
 operations make the same number of roundings, of which each is u64 / u32 = 2^-29 times as large.
 
 Small arrays can be exact in float32 by chance. So an error counts as at least sqrt(L) u, a random walk of one rounding
-for each of L layers. Where a side cannot compute in float32, it counts as sqrt(K L) u, for sums of K terms (Higham,
-"Accuracy and Stability of Numerical Algorithms", section 2.8).
+for each of L layers, and that of a gradient as at least the median of all gradients. Where a side cannot compute in
+float32, an error counts as sqrt(K L) u, for sums of K terms (Higham, "Accuracy and Stability of Numerical Algorithms",
+section 2.8).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,13 +83,16 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
-def fp64_bound(exact: np.ndarray, in_float32: np.ndarray | None, size: Size, norm: Norm = largest) -> Bound:
+def fp64_bound(
+    exact: np.ndarray, in_float32: np.ndarray | None, size: Size, norm: Norm = largest, typical: float = 0.0
+) -> Bound:
     """The tolerance of the difference of two sides in float64.
 
     Args:
         exact: what the reference computes in float64.
         in_float32: the same in float32, or None if it cannot compute in float32.
         norm: the norm of the difference.
+        typical: the `typical_error` of arrays of the same kind. An error counts as at least that.
     """
     u, scale = ROUNDOFF["float64"], norm(np.where(np.isfinite(exact), exact, 0.0))
     if in_float32 is None:
@@ -97,18 +101,36 @@ def fp64_bound(exact: np.ndarray, in_float32: np.ndarray | None, size: Size, nor
     measured, least = norm(deviation(in_float32, exact)) * u / ROUNDOFF["float32"], math.sqrt(size.depth) * u * scale
     if not math.isfinite(measured):  # overflow in float32
         measured = 0.0
+    measured = max(measured, typical * u * scale)
     reason = f"{MARGIN:g} x the fp32 error x 2^-29" if measured > least else f"{MARGIN:g} x sqrt(L) u, L={size.depth}"
     return Bound(MARGIN * max(measured, least), reason)
 
 
+def typical_error(exact: Sequence[np.ndarray], in_float32: Sequence[np.ndarray], norm: Norm) -> float:
+    """The median error of arrays in float32 relative to their norms, in units of the round-off.
+
+    The gradients of one pass have similar errors, because each is a product of the same backward pass. The gradient of
+    a small parameter can be exact by chance, and then its own error says nothing.
+    """
+    errors = [norm(deviation(a, b)) / norm(b) for a, b in zip(in_float32, exact, strict=True) if norm(b)]
+    return float(np.median(errors)) / ROUNDOFF["float32"] if errors else 0.0
+
+
 def error_ratio(
-    exact: np.ndarray, left: np.ndarray, right: np.ndarray, dtype: str, size: Size, norm: Norm = rms
+    exact: np.ndarray,
+    left: np.ndarray,
+    right: np.ndarray,
+    dtype: str,
+    size: Size,
+    norm: Norm = rms,
+    typical: float = 0.0,
 ) -> tuple[float, float]:
     """The error of the right side in `dtype` relative to that of the left side, and its tolerance.
 
-    Both errors are against float64. An error below one rounding of each layer counts as that.
+    Both errors are against float64. An error below one rounding of each layer, or below the `typical` one, counts as
+    that.
     """
-    least = ROUNDOFF[dtype] * math.sqrt(size.depth) * norm(np.where(np.isfinite(exact), exact, 0.0))
+    least = ROUNDOFF[dtype] * max(math.sqrt(size.depth), typical) * norm(np.where(np.isfinite(exact), exact, 0.0))
     ours, theirs = (max(norm(deviation(side, exact)), least) for side in (left, right))
     if not math.isfinite(ours) or not math.isfinite(theirs):
         return (1.0 if ours == theirs else math.inf), RATIO

@@ -8,7 +8,16 @@ from dataclasses import replace
 import numpy as np
 
 from bridge.errors import bullet_list
-from gpt2_jax.parity.pairs.bounds import SHORT_NAMES, Bound, deviation, error_ratio, fp64_bound, l2, largest
+from gpt2_jax.parity.pairs.bounds import (
+    SHORT_NAMES,
+    Bound,
+    deviation,
+    error_ratio,
+    fp64_bound,
+    l2,
+    largest,
+    typical_error,
+)
 from gpt2_jax.parity.pairs.explain import explain, explain_update, same_as_another, where_differs
 from gpt2_jax.parity.pairs.matching import tied
 from gpt2_jax.parity.pairs.padding import Pad
@@ -195,14 +204,15 @@ def gradients(runs: Runs) -> Check:
     if not matches:
         return Check("gradients", note="no trainable parameter has a counterpart")
     ratios: dict[str, dict[str, float]] = {"fp64": {}, "fp32": {}}
-    limit = 1.0
+    limit, rounded = 1.0, in_float32[0][1] if in_float32[0] else {}
+    known = [m.left for m in matches if m.left in rounded]
+    typical = typical_error([left[n] for n in known], [rounded[n] for n in known], l2)
     for m in matches:
-        a, b = left[m.left].astype(np.float64), transformed(m, right[m.right])
-        rounded = in_float32[0][1][m.left].astype(np.float64) if in_float32[0] else None
-        ratios["fp64"][m.left] = _ratio(l2(b - a), fp64_bound(a, rounded, runs.size, l2).value)
-        if rounded is not None and in_float32[1]:
-            other = transformed(m, in_float32[1][1][m.right])
-            ratios["fp32"][m.left], limit = error_ratio(a, rounded, other, "float32", runs.size, l2)
+        a, b, ours = left[m.left].astype(np.float64), transformed(m, right[m.right]), rounded.get(m.left)
+        ratios["fp64"][m.left] = _ratio(l2(b - a), fp64_bound(a, ours, runs.size, l2, typical).value)
+        if ours is not None and in_float32[1]:
+            theirs = transformed(m, in_float32[1][1][m.right])
+            ratios["fp32"][m.left], limit = error_ratio(a, ours, theirs, "float32", runs.size, l2, typical)
     titles = {"fp64": "max L2 difference / tolerance", "fp32": "max error vs fp64, right / left"}
     found = []
     for short, each in ratios.items():

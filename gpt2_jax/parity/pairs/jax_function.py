@@ -135,10 +135,12 @@ class JaxSide:
         return float(loss), {each: np.asarray(gradients[each]) for each in self._floats if each in gradients}
 
     def _arguments(self, inputs: Inputs, dtype: str) -> tuple[Leaves, tuple[jax.Array, ...], jax.Array]:
-        floats = {each: jnp.asarray(array, dtype) for each, array in self._floats.items()}
-        others = {each: jnp.asarray(array) for each, array in self._others.items()}
-        arrays = tuple(jnp.asarray(x, dtype) if _is_float(x) else jnp.asarray(x) for x in inputs)
-        return {**floats, **others}, arrays, jnp.uint32(next(self._calls))
+        def cast(array: np.ndarray) -> jax.Array:
+            # numpy casts, because JAX would compile a program for each shape.
+            return jnp.asarray(array.astype(jnp.dtype(dtype)) if _is_float(array) else array)
+
+        leaves = {each: cast(array) for each, array in {**self._floats, **self._others}.items()}
+        return leaves, tuple(map(cast, inputs)), jnp.asarray(np.uint32(next(self._calls)))
 
     def _traced(self, leaves: Leaves, inputs: tuple[jax.Array, ...], call: jax.Array) -> tuple[Any, Leaves]:
         self._recorder = Recorder(is_array)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from parity.pairs import lstm, mistakes
 from parity.pairs.mistakes import MISTAKES, Mistake, Pair, named, report_of, text_of, verdict
@@ -21,8 +23,8 @@ def test_the_place_is_named(mistake: Mistake) -> None:
 @pytest.mark.parametrize(
     "pair", [mistakes.gpt(), mistakes.block(), mistakes.cell()], ids=["GPT", "ResNet block", "LSTM cell"]
 )
-def test_nothing_is_named_without_a_mistake(pair: Pair) -> None:
-    left, right, inputs = pair()  # type: ignore[operator]
+def test_nothing_is_named_without_a_mistake(pair: Callable[[], Pair]) -> None:
+    left, right, inputs = pair()
     report = compare(left, right, inputs)
     assert failures(report) == {}
     assert (named(report), report.diagnostics) == (("", ""), ())
