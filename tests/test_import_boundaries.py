@@ -125,6 +125,22 @@ except SystemExit as ended:
     assert_runs_without((*TORCH, "gpt2_torch"), code, tmp_path / "source", tmp_path / "certificate")
 
 
+def test_jax_sides_and_goldens_are_compared_without_torch(tmp_path: Path) -> None:
+    code = """
+import numpy as np
+from flax import linen as nn
+from gpt2_jax.parity import compare, function_side, golden_side, linen_side, save_golden
+params = {"kernel": np.arange(6.0).reshape(2, 3), "bias": np.ones(3)}
+inputs = [np.ones((4, 2))]
+function = function_side(lambda p, x: x @ p["kernel"] + p["bias"], params)
+save_golden(sys.argv[2], function, inputs)
+for left in (function, golden_side(sys.argv[2])):
+    report = compare(left, linen_side(nn.Dense(3), {"params": params}), inputs)
+    assert report.passed, report
+"""
+    assert_runs_without((*TORCH, "gpt2_torch"), code, tmp_path / "golden")
+
+
 HEAVY = (*JAX, *TORCH, "gpt2_torch", "orbax", "grain", "tensorstore", "tokenizers", "matplotlib")
 """Packages whose import takes a noticeable time. Verbs that do not need them must start without them."""
 

@@ -1,6 +1,9 @@
-"""Checks that `gpt2_torch` and `gpt2_jax` compute the same function, and certificates of the result.
+"""Checks that two implementations compute the same function.
 
-`verify` and `certify` need PyTorch; `verify_against` does not.
+`verify` checks `gpt2_torch` and `gpt2_jax`, and `certify` keeps the result. Both need PyTorch; `verify_against` does
+not.
+`compare` checks any two implementations of any model: PyTorch modules, Flax modules, JAX functions, and saved goldens.
+Of these, only `torch_side` needs PyTorch.
 
 Modules are imported when a name is first used.
 """
@@ -20,6 +23,16 @@ if TYPE_CHECKING:
     from gpt2_jax.parity.certificates.certification import certify
     from gpt2_jax.parity.certificates.signatures import SignatureError, sign, verify_signature
     from gpt2_jax.parity.checks import CHECKS, checks_for
+    from gpt2_jax.parity.pairs.compare import PAIR_CHECKS, compare
+    from gpt2_jax.parity.pairs.flax_module import linen_side, nnx_side
+    from gpt2_jax.parity.pairs.golden import GoldenError, GoldenSide, golden_side, save_golden
+    from gpt2_jax.parity.pairs.jax_function import JaxSide, function_side
+    from gpt2_jax.parity.pairs.layouts import Layout
+    from gpt2_jax.parity.pairs.matching import Match, Matching, match_names
+    from gpt2_jax.parity.pairs.names import MatchError
+    from gpt2_jax.parity.pairs.padding import pad_tokens
+    from gpt2_jax.parity.pairs.sides import Description, Forward, Side, SideError
+    from gpt2_jax.parity.pairs.torch_module import TorchSide, torch_side
     from gpt2_jax.parity.report import Check, Measurement, Report
     from gpt2_jax.parity.verification import verify
 else:
@@ -36,6 +49,16 @@ else:
             "gpt2_jax.parity.certificates.certification": ("certify",),
             "gpt2_jax.parity.certificates.signatures": ("SignatureError", "sign", "verify_signature"),
             "gpt2_jax.parity.checks": ("CHECKS", "checks_for"),
+            "gpt2_jax.parity.pairs.compare": ("PAIR_CHECKS", "compare"),
+            "gpt2_jax.parity.pairs.flax_module": ("linen_side", "nnx_side"),
+            "gpt2_jax.parity.pairs.golden": ("GoldenError", "GoldenSide", "golden_side", "save_golden"),
+            "gpt2_jax.parity.pairs.jax_function": ("JaxSide", "function_side"),
+            "gpt2_jax.parity.pairs.layouts": ("Layout",),
+            "gpt2_jax.parity.pairs.matching": ("Match", "Matching", "match_names"),
+            "gpt2_jax.parity.pairs.names": ("MatchError",),
+            "gpt2_jax.parity.pairs.padding": ("pad_tokens",),
+            "gpt2_jax.parity.pairs.sides": ("Description", "Forward", "Side", "SideError"),
+            "gpt2_jax.parity.pairs.torch_module": ("TorchSide", "torch_side"),
             "gpt2_jax.parity.report": ("Check", "Measurement", "Report"),
             "gpt2_jax.parity.verification": ("verify",),
         },
@@ -44,16 +67,38 @@ else:
 __all__ = [
     "CERTIFIED_CHECKS",
     "CHECKS",
+    "PAIR_CHECKS",
     "Certificate",
     "CertificateError",
     "Check",
+    "Description",
+    "Forward",
+    "GoldenError",
+    "GoldenSide",
+    "JaxSide",
+    "Layout",
+    "Match",
+    "MatchError",
+    "Matching",
     "Measurement",
     "Report",
+    "Side",
+    "SideError",
     "SignatureError",
+    "TorchSide",
     "certify",
     "checks_for",
+    "compare",
+    "function_side",
+    "golden_side",
+    "linen_side",
+    "match_names",
+    "nnx_side",
+    "pad_tokens",
     "read_certificate",
+    "save_golden",
     "sign",
+    "torch_side",
     "verify",
     "verify_against",
     "verify_signature",

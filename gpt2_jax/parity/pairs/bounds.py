@@ -1,14 +1,18 @@
 """Tolerances of a comparison of two sides, derived from the depth, the width and the dtype of the computation.
 
 The unit of all bounds is the unit round-off u of a dtype: 2^-53 for float64, 2^-24 for float32 and 2^-8 for bfloat16.
-A correct implementation differs from another one by rounding alone. How much depends on the model: each layer adds
-errors and amplifies earlier ones. So the error of the reference in float32 is measured, and scaled to float64: the same
-operations make the same number of roundings, of which each is u64 / u32 = 2^-29 times as large.
 
-Small arrays can be exact in float32 by chance. So an error counts as at least sqrt(L) u, a random walk of one rounding
-for each of L layers, and that of a gradient as at least the median of all gradients. Where a side cannot compute in
-float32, an error counts as sqrt(K L) u, for sums of K terms (Higham, "Accuracy and Stability of Numerical Algorithms",
-section 2.8).
+float64 decides whether two functions are equal. Correct implementations differ by rounding alone. How much depends on
+the model: each layer adds errors and amplifies earlier ones. So the error of each side in float32, against its own
+float64, is measured and scaled: the same operations make the same number of roundings, of which each is
+u64 / u32 = 2^-29 times as large. Small arrays can be exact in float32 by chance. So an error counts as at least
+sqrt(L) u, a random walk of one rounding for each of L layers, and that of a gradient as at least the median of all
+gradients. Where no side can compute in float32, an error counts as sqrt(K L) u, for sums of K terms (Higham, "Accuracy
+and Stability of Numerical Algorithms", section 2.8).
+
+In float32 and bfloat16, the error of the right side must not be much larger than that of the left side. A sum over N
+rows and positions of a batch, in a gradient or a mean, may be one chain of additions on one side only. So an error
+counts as at least sqrt(max(L, N)) u.
 """
 
 from __future__ import annotations
@@ -42,18 +46,27 @@ class Size:
     depth: int
     """L: the number of matrices and convolutions, at least 1."""
     width: int
-    """K: the largest number of terms of a sum, at least 1."""
+    """K: the largest number of terms in a product with a matrix or a convolution, at least 1."""
+    rows: int = 1
+    """N: the number of rows of a batch times the number of positions in a row, at least 1."""
 
     @classmethod
-    def of(cls, shapes: Iterable[tuple[int, ...]]) -> Size:
-        """The size of a model with parameters of these shapes.
+    def of(cls, shapes: Iterable[tuple[int, ...]], inputs: Sequence[np.ndarray] = ()) -> Size:
+        """The size of a model with parameters of these shapes, on these inputs.
 
-        >>> Size.of([(64, 16), (64,), (8, 64, 3, 3)])
-        Size(depth=2, width=576)
+        Positions are all axes of integers, the last axes of images [N, C, H, W], and the axes of other inputs but the
+        last.
+
+        >>> Size.of([(64, 16), (64,), (8, 64, 3, 3)], [np.zeros((2, 16))])
+        Size(depth=2, width=576, rows=2)
         """
         weights = [shape for shape in shapes if len(shape) > 1]
         terms = [max(shape) if len(shape) == 2 else math.prod(shape[1:]) for shape in weights]
-        return cls(max(1, len(weights)), max([1, *terms]))
+        rows = [
+            x.size // (1 if x.dtype.kind in "iub" or x.ndim < 2 else x.shape[1 if x.ndim == 4 else -1] or 1)
+            for x in inputs
+        ]
+        return cls(max(1, len(weights)), max([1, *terms]), max([1, *rows]))
 
 
 @dataclass(frozen=True)
@@ -83,27 +96,31 @@ def rms(x: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
+def rounding_error(exact: np.ndarray, in_float32: np.ndarray, norm: Norm = largest) -> float:
+    """The error of a side in float32 against its own float64. 0 if it overflows."""
+    error = norm(deviation(in_float32, exact))
+    return error if math.isfinite(error) else 0.0
+
+
 def fp64_bound(
-    exact: np.ndarray, in_float32: np.ndarray | None, size: Size, norm: Norm = largest, typical: float = 0.0
+    exact: np.ndarray, errors: Sequence[float], size: Size, norm: Norm = largest, typical: float = 0.0
 ) -> Bound:
     """The tolerance of the difference of two sides in float64.
 
     Args:
         exact: what the reference computes in float64.
-        in_float32: the same in float32, or None if it cannot compute in float32.
+        errors: the `rounding_error` of each side that can compute in float32.
         norm: the norm of the difference.
         typical: the `typical_error` of arrays of the same kind. An error counts as at least that.
     """
     u, scale = ROUNDOFF["float64"], norm(np.where(np.isfinite(exact), exact, 0.0))
-    if in_float32 is None:
+    if not errors:
         units = math.sqrt(size.width * size.depth)
         return Bound(MARGIN * units * u * scale, f"{MARGIN:g} x sqrt(K L) u, K={size.width}, L={size.depth}, u=2^-53")
-    measured, least = norm(deviation(in_float32, exact)) * u / ROUNDOFF["float32"], math.sqrt(size.depth) * u * scale
-    if not math.isfinite(measured):  # overflow in float32
-        measured = 0.0
-    measured = max(measured, typical * u * scale)
-    reason = f"{MARGIN:g} x the fp32 error x 2^-29" if measured > least else f"{MARGIN:g} x sqrt(L) u, L={size.depth}"
-    return Bound(MARGIN * max(measured, least), reason)
+    measured = max(max(errors) / ROUNDOFF["float32"], typical * scale)
+    if measured > math.sqrt(size.depth) * scale:
+        return Bound(MARGIN * measured * u, f"{MARGIN:g} x the fp32 error x 2^-29")
+    return Bound(MARGIN * math.sqrt(size.depth) * u * scale, f"{MARGIN:g} x sqrt(L) u, L={size.depth}, u=2^-53")
 
 
 def typical_error(exact: Sequence[np.ndarray], in_float32: Sequence[np.ndarray], norm: Norm) -> float:
@@ -127,10 +144,13 @@ def error_ratio(
 ) -> tuple[float, float]:
     """The error of the right side in `dtype` relative to that of the left side, and its tolerance.
 
-    Both errors are against float64. An error below one rounding of each layer, or below the `typical` one, counts as
-    that.
+    Both errors are against float64. An error below sqrt(max(L, N)) u, or below the `typical` one, counts as that.
     """
-    least = ROUNDOFF[dtype] * max(math.sqrt(size.depth), typical) * norm(np.where(np.isfinite(exact), exact, 0.0))
+    least = (
+        ROUNDOFF[dtype]
+        * max(math.sqrt(max(size.depth, size.rows)), typical)
+        * norm(np.where(np.isfinite(exact), exact, 0.0))
+    )
     ours, theirs = (max(norm(deviation(side, exact)), least) for side in (left, right))
     if not math.isfinite(ours) or not math.isfinite(theirs):
         return (1.0 if ours == theirs else math.inf), RATIO

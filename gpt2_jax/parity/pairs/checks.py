@@ -1,4 +1,4 @@
-"""The checks of `compare`. Each is a function from the runs of both sides to a `Check`."""
+"""The checks of `compare` that run both sides. Each is a function from their runs to a `Check`."""
 
 from __future__ import annotations
 
@@ -7,93 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 
-from bridge.errors import bullet_list
 from gpt2_jax.parity.pairs.bounds import (
     SHORT_NAMES,
-    Bound,
     deviation,
     error_ratio,
     fp64_bound,
     l2,
     largest,
+    rounding_error,
     typical_error,
 )
 from gpt2_jax.parity.pairs.explain import explain, explain_update, same_as_another, where_differs
-from gpt2_jax.parity.pairs.matching import tied
 from gpt2_jax.parity.pairs.padding import Pad
+from gpt2_jax.parity.pairs.parameter_checks import and_hint, listed
 from gpt2_jax.parity.pairs.runs import Runs, aligned, transformed
-from gpt2_jax.parity.pairs.sides import Arrays, Inputs, SideError
+from gpt2_jax.parity.pairs.sides import Arrays, SideError
 from gpt2_jax.parity.report import Check, Measurement
-
-_MOST_EXPLAINED = 8
-"""Parameters that are described one by one in a report."""
-
-
-def names(runs: Runs) -> Check:
-    """Every parameter has a counterpart on the other side, and every output."""
-    matching = runs.matching
-    measurements = []
-    for side, unmatched in enumerate((matching.unmatched_left, matching.unmatched_right)):
-        arrays, layouts = runs.parameters(side), runs.description(side).layouts
-        missing = [name for name in unmatched if name not in layouts or layouts[name].required]
-        title = f"parameters only in {runs.sides[side].name}, of {len(arrays)}"
-        if arrays and (matching.matches or unmatched):
-            measurements.append(Measurement(title, len(missing), 0, _listed(missing)))
-    notes = [f"{count} x {reason}" for reason, count in _counted(m.reason for m in matching.matches).items()]
-    measurements += _without_counterpart(runs, "outputs", 0)
-    measurements += _without_counterpart(runs, "intermediates", None)
-    return Check("names", tuple(measurements), note="; ".join(notes[:_MOST_EXPLAINED]))
-
-
-def _without_counterpart(runs: Runs, section: str, tolerance: int | None) -> list[Measurement]:
-    arrays = [getattr(runs.forward(side, runs.dtypes[0]), section) for side in (0, 1)]
-    pairs = runs.pairs(*arrays)
-    missing = [[n for n in arrays[0] if n not in pairs], [n for n in arrays[1] if n not in pairs.values()]]
-    found = []
-    for side, unmatched in enumerate(missing):
-        if unmatched or tolerance is not None:
-            title = f"{section} only in {runs.sides[side].name}, of {len(arrays[side])}"
-            found.append(Measurement(title, len(unmatched), tolerance, _listed(unmatched)))
-    return found
-
-
-def parameters(runs: Runs) -> Check:
-    """Matched parameters have the same values, in the layout of the left side."""
-    matching, left, right = runs.matching, runs.parameters(0), runs.parameters(1)
-    if not matching.matches and not matching.misfits:
-        return Check("parameters", note="a side has no parameters")
-    wrong = {m.left: m for m in matching.matches if not _same(left[m.left], transformed(m, right[m.right]))}
-    found = [Measurement(f"parameters that differ, of {len(matching.matches)}", len(wrong), 0, _listed([*wrong]))]
-    if matching.misfits:
-        shapes = "parameters whose shapes do not fit"
-        found.append(Measurement(shapes, len(matching.misfits), 0, _listed([m.left for m in matching.misfits])))
-    layouts = runs.description(0).layouts
-    lines = [
-        f"{m.left} and {m.right}: {m.reason}{_and(explain(left[m.left], right[m.right]))}" for m in matching.misfits
-    ]
-    for name, match in wrong.items():
-        a, b = left[name].astype(np.float64), transformed(match, right[match.right])
-        blocks = layouts[name].blocks if name in layouts else ()
-        others = {other: each for other, each in left.items() if other != name and each.shape == a.shape}
-        same = same_as_another(b, {other: each.astype(np.float64) for other, each in others.items()})
-        why = f"has the values of {same}" if same else explain(a, b, blocks) or where_differs(a, b, 0.0)
-        lines.append(f"{name} and {match.right}: {why}")
-    lines += _ties(runs)
-    shown = bullet_list(lines, _MOST_EXPLAINED).replace("  - ", "") if lines else ""
-    return Check("parameters", tuple(found), shown)
-
-
-def _ties(runs: Runs) -> list[str]:
-    """Parameters that are one array on one side, and two on the other."""
-    matching, lines = runs.matching, []
-    partners = {m.left: m.right for m in matching.matches}
-    for side, names in enumerate((partners, {right: left for left, right in partners.items()})):
-        other = tied(runs.parameters(1 - side))
-        for name, first in tied(runs.parameters(side)).items():
-            a, b = names.get(name), names.get(first)
-            if a and b and other.get(a, a) != other.get(b, b):
-                lines.append(f"{name} is tied to {first} in {runs.sides[side].name}; {a} is not tied to {b}")
-    return lines
 
 
 def outputs(runs: Runs) -> Check:
@@ -103,7 +32,7 @@ def outputs(runs: Runs) -> Check:
     found, reasons, divergence = [], [], ""
     for name, other in pairs.items():
         a, b = left[name].astype(np.float64), aligned(left[name], right[other].astype(np.float64))
-        bound = _bound(runs, "outputs", name, a)
+        bound = fp64_bound(a, runs.rounding("outputs", {0: name, 1: other}), runs.size)
         title = f"fp64 {name}, max difference"
         if b is None:
             shapes = f"shapes {a.shape} and {right[other].shape}"
@@ -179,7 +108,7 @@ def intermediates(runs: Runs) -> Check:
                 divergence = divergence or f"{name}: shapes {a.shape} and {right[other].shape}"
             continue
         compared += 1
-        bound = _bound(runs, "intermediates", name, a).value
+        bound = fp64_bound(a, runs.rounding("intermediates", {0: name, 1: other}), runs.size).value
         ratio = _ratio(_difference(a, b), bound)
         if not divergence and not ratio <= 1:
             divergence = f"{name} at {where_differs(a, b, bound)}"
@@ -208,11 +137,14 @@ def gradients(runs: Runs) -> Check:
     known = [m.left for m in matches if m.left in rounded]
     typical = typical_error([left[n] for n in known], [rounded[n] for n in known], l2)
     for m in matches:
-        a, b, ours = left[m.left].astype(np.float64), transformed(m, right[m.right]), rounded.get(m.left)
-        ratios["fp64"][m.left] = _ratio(l2(b - a), fp64_bound(a, ours, runs.size, l2, typical).value)
-        if ours is not None and in_float32[1]:
-            theirs = transformed(m, in_float32[1][1][m.right])
-            ratios["fp32"][m.left], limit = error_ratio(a, ours, theirs, "float32", runs.size, l2, typical)
+        a, b = left[m.left].astype(np.float64), transformed(m, right[m.right])
+        a32, b32 = rounded.get(m.left), None
+        if in_float32[1] is not None:
+            b32 = transformed(m, in_float32[1][1][m.right])
+        errors = [rounding_error(x, y, l2) for x, y in ((a, a32), (b, b32)) if y is not None]
+        ratios["fp64"][m.left] = _ratio(l2(b - a), fp64_bound(a, errors, runs.size, l2, typical).value)
+        if a32 is not None and b32 is not None:
+            ratios["fp32"][m.left], limit = error_ratio(a, a32, b32, "float32", runs.size, l2, typical)
     titles = {"fp64": "max L2 difference / tolerance", "fp32": "max error vs fp64, right / left"}
     found = []
     for short, each in ratios.items():
@@ -228,7 +160,7 @@ def gradients(runs: Runs) -> Check:
     first = departing[-1]
     match = next(m for m in matches if m.left == first)
     hint = explain(left[first], transformed(match, right[match.right]))
-    return Check("gradients", tuple(found), f"{note}{_and(hint)}", f"{first}, the first in the backward pass")
+    return Check("gradients", tuple(found), f"{note}{and_hint(hint)}", f"{first}, the first in the backward pass")
 
 
 def state(runs: Runs) -> Check:
@@ -244,8 +176,8 @@ def state(runs: Runs) -> Check:
         before = old[m.left].astype(np.float64)
         a = left[m.left].astype(np.float64) if m.left in left else before
         b = transformed(m, right[m.right]) if m.right in right else transformed(m, runs.parameters(1)[m.right])
-        rounded = runs.forward(0, "float32").state.get(m.left) if "float32" in runs.dtypes else None
-        bound = fp64_bound(a, None if rounded is None else rounded.astype(np.float64), runs.size)
+        names = {0: m.left} if m.left in left else {1: m.right}
+        bound = fp64_bound(a, runs.rounding("state", names), runs.size)
         measurement = Measurement(f"fp64 {m.left}, max difference", _difference(a, b), bound.value)
         found.append(measurement)
         if not measurement.passed:
@@ -260,14 +192,12 @@ def determinism(runs: Runs) -> Check:
     found, notes, divergence = [], [], ""
     for side, each in enumerate(runs.sides):
         first, second = runs.forward(side, "float64"), runs.run(side, runs.inputs, "float64")
-        in_float32 = runs.forward(side, "float32") if "float32" in runs.dtypes else None
         different = 0
         for section in ("intermediates", "outputs"):
             again = getattr(second, section)
             for name, array in getattr(first, section).items():
                 a, b = (x.astype(np.float64) for x in (array, again.get(name, np.empty(0))))
-                rounded = getattr(in_float32, section).get(name) if in_float32 else None
-                bound = fp64_bound(a, None if rounded is None else rounded.astype(np.float64), runs.size).value
+                bound = fp64_bound(a, runs.rounding(section, {side: name}), runs.size).value
                 different += a.tobytes() != b.tobytes()
                 if a.shape != b.shape or not _difference(a, b) <= bound:
                     divergence = divergence or f"{name} of {each.name}"
@@ -277,7 +207,7 @@ def determinism(runs: Runs) -> Check:
         if different and ok:
             notes.append(f"{each.name} is not bit-reproducible: {different} arrays change within rounding")
         if training := runs.description(side).training:
-            notes.append(f"{each.name} is in training mode: {_listed(list(training))}")
+            notes.append(f"{each.name} is in training mode: {listed(list(training))}")
     return Check("determinism", tuple(found), "; ".join(notes), divergence)
 
 
@@ -287,10 +217,13 @@ def padding(runs: Runs, pads: Mapping[str, Pad]) -> Check:
     for title, pad in pads.items():
         inputs, unpad = pad(runs.inputs)
         for side, each in enumerate(runs.sides):
-            alone, padded = runs.forward(side, "float64").outputs, runs.run(side, _checked(inputs), "float64").outputs
+            alone = runs.forward(side, "float64").outputs
+            padded = runs.run(side, tuple(map(np.asarray, inputs)), "float64").outputs
+            if missing := [name for name in alone if name not in padded]:
+                raise SideError(each.name, missing[0], "the pass with padding does not return this output")
             for name, array in alone.items():
                 a, b = array.astype(np.float64), unpad(padded[name].astype(np.float64))
-                bound = _bound(runs, "outputs", name, a, side).value
+                bound = fp64_bound(a, runs.rounding("outputs", {side: name}), runs.size).value
                 location = where_differs(a, b, bound) if a.shape == b.shape else f"shapes {a.shape} and {b.shape}"
                 value = _difference(a, b) if a.shape == b.shape else float("inf")
                 found.append(Measurement(f"{each.name}, {title} vs unpadded, {name}", value, bound, location))
@@ -313,16 +246,6 @@ def with_note(check: Check, note: str) -> Check:
     return replace(check, note="; ".join(filter(None, (check.note, note))))
 
 
-def _bound(runs: Runs, section: str, name: str, exact: np.ndarray, side: int = 0) -> Bound:
-    rounded = None
-    if "float32" in runs.dtypes:
-        try:
-            rounded = getattr(runs.forward(side, "float32"), section).get(name)
-        except SideError:
-            rounded = None
-    return fp64_bound(exact, None if rounded is None else rounded.astype(np.float64), runs.size)
-
-
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """max |a - b|. NaN if there is any."""
     return largest(deviation(a, b))
@@ -332,27 +255,3 @@ def _ratio(difference: float, bound: float) -> float:
     if difference == 0:
         return 0.0
     return difference / bound if bound else float("inf")
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.astype(np.float64), b, equal_nan=True)
-
-
-def _checked(inputs: Inputs) -> Inputs:
-    return tuple(np.asarray(array) for array in inputs)
-
-
-def _listed(names: list[str]) -> str:
-    more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _counted(values: object) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for value in values:  # type: ignore[attr-defined]
-        counts[value] = counts.get(value, 0) + 1
-    return counts
-
-
-def _and(hint: str) -> str:
-    return f"; {hint}" if hint else ""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from bridge import BridgeError
-from gpt2_jax.parity.pairs import checks as all_checks
+from gpt2_jax.parity.pairs import checks as pass_checks
+from gpt2_jax.parity.pairs import parameter_checks
 from gpt2_jax.parity.pairs.matching import Names
 from gpt2_jax.parity.pairs.padding import Pad
 from gpt2_jax.parity.pairs.runs import Runs
@@ -20,13 +21,13 @@ SAME_PAIR = Claim(
 SAME_OUTPUTS = Claim("the outputs are the same", "NOT the same function", frozenset({"outputs"}))
 
 PAIR_CHECKS: Mapping[str, Callable[[Runs], Check]] = {
-    "names": all_checks.names,
-    "parameters": all_checks.parameters,
-    "outputs": all_checks.outputs,
-    "intermediates": all_checks.intermediates,
-    "gradients": all_checks.gradients,
-    "state": all_checks.state,
-    "determinism": all_checks.determinism,
+    "names": parameter_checks.names,
+    "parameters": parameter_checks.parameters,
+    "outputs": pass_checks.outputs,
+    "intermediates": pass_checks.intermediates,
+    "gradients": pass_checks.gradients,
+    "state": pass_checks.state,
+    "determinism": pass_checks.determinism,
 }
 """The checks in the order of the report, except padding, which needs `pads`."""
 
@@ -84,8 +85,8 @@ def compare(
 
 def _run(name: str, runs: Runs, pads: Mapping[str, Pad]) -> Check:
     if name == "padding":
-        return all_checks.guarded(name, lambda: all_checks.padding(runs, pads))
-    return all_checks.guarded(name, lambda: PAIR_CHECKS[name](runs))
+        return pass_checks.guarded(name, lambda: pass_checks.padding(runs, pads))
+    return pass_checks.guarded(name, lambda: PAIR_CHECKS[name](runs))
 
 
 def _require_known(checks: list[str], dtypes: tuple[str, ...], left: Side, right: Side) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bridge.errors import escaped
-from gpt2_jax.parity.pairs.bounds import Size
+from gpt2_jax.parity.pairs.bounds import Size, rounding_error
 from gpt2_jax.parity.pairs.matching import Match, Matching, Names, match_names
 from gpt2_jax.parity.pairs.names import normalised, renaming, without_wrappers
 from gpt2_jax.parity.pairs.sides import Arrays, Description, Forward, Inputs, Side, SideError
@@ -76,7 +76,7 @@ class Runs:
     def size(self) -> Size:
         """Depth and width of the left model, or of the right one if the left one is a golden."""
         arrays = self.parameters(0) or self.parameters(1)
-        return Size.of(array.shape for array in arrays.values())
+        return Size.of((array.shape for array in arrays.values()), self.inputs)
 
     @cached_property
     def matching(self) -> Matching:
@@ -134,6 +134,25 @@ class Runs:
             return renamed if renamed != name or base not in owners else owners[base] + name[len(base) :]
 
         return by_parameters, excluded
+
+    def rounding(self, section: str, names: Mapping[int, str]) -> list[float]:
+        """The error in float32 of an array of each side: of its outputs, intermediates or state.
+
+        Args:
+            names: side -> the name of the array.
+        """
+        found = []
+        for side, name in names.items():
+            try:
+                exact = getattr(self.forward(side, "float64"), section)[name]
+                rounded = (
+                    getattr(self.forward(side, "float32"), section).get(name) if "float32" in self.dtypes else None
+                )
+            except SideError:  # the check of float32 reports it
+                continue
+            if rounded is not None and rounded.shape == exact.shape:
+                found.append(rounding_error(exact, rounded))
+        return found
 
     def _order(self, side: int) -> tuple[str, ...]:
         """Modules in the order of the forward pass, or nothing if the pass fails, which `forward` reports."""
