@@ -19,8 +19,7 @@ from gpt2_jax.parity.activations import activation_differences
 from gpt2_jax.parity.inputs import AdamW, CheckInputs
 from gpt2_jax.parity.metrics import kl_divergence, relative, relative_l2_difference, rms
 from gpt2_jax.parity.report import Compared, Measurement
-
-SHORT_NAMES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+from gpt2_jax.parity.tolerances import SHORT_NAMES
 
 Gradients = Callable[[Checkpoint, np.ndarray, str], dict[str, np.ndarray]]
 """The function `gradients` of `torch_side` or `transformers_side`."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+SHORT_NAMES: Mapping[str, str] = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+"""The names of dtypes in reports."""
+
 LOGITS_FP64 = 1e-10
 """Maximum difference, relative to the largest logit. Two correct implementations differ by about 1e-14. An error in the
 seventh digit of a constant gives about 1e-7. This tolerance separates the two clearly."""

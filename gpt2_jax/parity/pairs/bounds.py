@@ -23,10 +23,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ROUNDOFF: Mapping[str, float] = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
-"""Unit round-off: half the spacing at 1."""
+from gpt2_jax.parity.metrics import rms
+from gpt2_jax.parity.tolerances import ROUNDOFF_BF16, ROUNDOFF_FP32
 
-SHORT_NAMES: Mapping[str, str] = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}
+ROUNDOFF: Mapping[str, float] = {"float64": 2.0**-53, "float32": ROUNDOFF_FP32, "bfloat16": ROUNDOFF_BF16}
+"""Unit round-off: half the spacing at 1."""
 
 MARGIN = 12.0
 """Allowed difference of two sides, relative to the error of one. Both have errors (sqrt(2)). The largest of many errors
@@ -90,10 +91,6 @@ def largest(x: np.ndarray) -> float:
 
 def l2(x: np.ndarray) -> float:
     return float(np.linalg.norm(x.reshape(-1)))
-
-
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
 
 
 def rounding_error(exact: np.ndarray, in_float32: np.ndarray, norm: Norm = largest) -> float:

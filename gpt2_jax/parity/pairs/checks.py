@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 
 from gpt2_jax.parity.pairs.bounds import (
-    SHORT_NAMES,
     deviation,
     error_ratio,
     fp64_bound,
@@ -23,13 +22,15 @@ from gpt2_jax.parity.pairs.parameter_checks import and_hint, listed
 from gpt2_jax.parity.pairs.runs import Runs, aligned, transformed
 from gpt2_jax.parity.pairs.sides import Arrays, SideError
 from gpt2_jax.parity.report import Check, Measurement
+from gpt2_jax.parity.tolerances import SHORT_NAMES
 
 
 def outputs(runs: Runs) -> Check:
     """Outputs are equal in float64, and as close to float64 in float32 and bfloat16 as the reference."""
     left, right = runs.forward(0, "float64").outputs, runs.forward(1, "float64").outputs
     pairs = runs.pairs(left, right)
-    found, reasons, divergence = [], [], ""
+    found, hints, divergence = [], [], ""
+    reasons: dict[str, list[str]] = {}
     for name, other in pairs.items():
         a, b = left[name].astype(np.float64), aligned(left[name], right[other].astype(np.float64))
         bound = fp64_bound(a, runs.rounding("outputs", {0: name, 1: other}), runs.size)
@@ -41,13 +42,14 @@ def outputs(runs: Runs) -> Check:
             continue
         measurement = Measurement(title, _difference(a, b), bound.value, where_differs(a, b, bound.value))
         found.append(measurement)
-        reasons.append(f"tolerance of {name}: {bound.reason}")
+        reasons.setdefault(bound.reason, []).append(name)
         if not measurement.passed:
             divergence = divergence or f"{name} at {measurement.location}"
-            reasons += [f"{name}: {hint}" for hint in _hints(runs, a, b, right, other) if hint]
+            hints += [f"{name}: {hint}" for hint in _hints(runs, a, b, right, other) if hint]
         found += _errors(runs, name, other, a)
     found += [Measurement(f"fp64 {n}, in one side only", float("inf"), 0.0, n) for n in left if n not in pairs]
-    return Check("outputs", tuple(found), "; ".join(reasons), divergence)
+    notes = [f"tolerance of {listed(names)}: {reason}" for reason, names in reasons.items()]
+    return Check("outputs", tuple(found), "; ".join([*notes, *hints]), divergence)
 
 
 def _errors(runs: Runs, name: str, other: str, exact: np.ndarray) -> list[Measurement]:
@@ -65,7 +67,7 @@ def _errors(runs: Runs, name: str, other: str, exact: np.ndarray) -> list[Measur
             continue
         if b is not None:
             ratio, limit = error_ratio(exact, a, b, dtype, runs.size)
-            found.append(Measurement(title, ratio, limit))
+            found.append(Measurement(title, ratio, limit, name))
     return found
 
 

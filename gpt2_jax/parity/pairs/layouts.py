@@ -105,7 +105,7 @@ def candidates(
     found: dict[str, Transform] = {}
     for a, b in pairs:
         if (transform := between(a, b, left_shape, right_shape)) is not None:
-            found[f"[{_spelled(b)}] for [{_spelled(a)}]"] = transform
+            found[f"both [{_spelled(a)}]" if a == b else f"[{_spelled(b)}] for [{_spelled(a)}]"] = transform
     if not pairs and tuple(left_shape) == tuple(right_shape):
         return {"": lambda x: x}
     return found

@@ -143,6 +143,19 @@ def in_bfloat16() -> Pair:
     return mlp.torch_mlp_side(), linen_side(Net(), {"params": mlp.weights()}), mlp.inputs()
 
 
+def half_precision_products() -> Pair:
+    def call(params: Any, x: jax.Array) -> jax.Array:
+        for k in range(3):
+            kernel = params[f"fc{k}"]["kernel"]
+            if x.dtype == jnp.float32:  # as GPUs and TPUs do by default
+                x, kernel = (y.astype(jnp.bfloat16).astype(jnp.float32) for y in (x, kernel))
+            x = x @ kernel + params[f"fc{k}"]["bias"]
+            x = jnp.tanh(x) if k < 2 else x
+        return x
+
+    return mlp.torch_mlp_side(), function_side(call, mlp.weights()), mlp.inputs()
+
+
 MIXED = "layers.0.attn.o_proj:input"
 HEAD = {"head": {"kernel": np.random.default_rng(0).normal(size=(32, 40)).astype(np.float32)}}
 Q = "layers.0.attn.q_proj.weight"
@@ -247,6 +260,7 @@ GPT = [
         {"pads": {"padded left": pad_tokens("left")}},
     ),
     Mistake("MLP", "a layer in bfloat16", in_bfloat16, "intermediates", "fc1", "flax computes fc1 in bfloat16"),
+    Mistake("MLP", "products in half precision", half_precision_products, "outputs", "output"),
 ]
 
 
