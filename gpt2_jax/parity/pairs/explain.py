@@ -90,13 +90,12 @@ def _permuted(a: np.ndarray, b: np.ndarray, blocks: Sequence[str]) -> Iterator[s
 def _order(order: list[int], axis: int, blocks: Sequence[str]) -> str:
     """Describe a permutation by its largest blocks, or as an interleaving."""
     n = len(order)
-    sizes = [size for size in range(n // 2, 0, -1) if n % size == 0]
+    sizes = [size for size in range(n // 2, 1, -1) if n % size == 0]
     for size in sizes:
         starts = order[::size]
-        if size > 1 or n <= 16:
-            if all(start % size == 0 for start in starts) and order == [s + k for s in starts for k in range(size)]:
-                names = [blocks[s // size] if len(blocks) * size == n and axis == 0 else str(s // size) for s in starts]
-                return f"blocks of {size} along axis {axis} in the order {', '.join(names)}"
+        if all(start % size == 0 for start in starts) and order == [s + k for s in starts for k in range(size)]:
+            names = [blocks[s // size] if len(blocks) * size == n and axis == 0 else str(s // size) for s in starts]
+            return f"blocks of {size} along axis {axis} in the order {', '.join(names)}"
     for size in sizes:
         if order == [*np.arange(n).reshape(-1, size).T.flat]:
             return f"axis {axis} interleaved: every {size}th element is adjacent"
@@ -105,7 +104,7 @@ def _order(order: list[int], axis: int, blocks: Sequence[str]) -> str:
                 inner = np.arange(n).reshape(n // outer, -1, size).swapaxes(1, 2)
                 if order == [*inner.flat]:
                     return f"axis {axis} interleaved within blocks of {outer}: every {size}th element is adjacent"
-    return f"axis {axis} permuted"
+    return f"axis {axis} in the order {', '.join(map(str, order))}" if n <= 16 else f"axis {axis} permuted"
 
 
 def _affine(a: np.ndarray, b: np.ndarray) -> str:
