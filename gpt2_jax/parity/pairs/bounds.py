@@ -34,8 +34,10 @@ MARGIN = 12.0
 of one is up to twice that of the other. One chain of additions has sqrt(16) times the error of 16 chains, which are
 what the vector units of a CPU add."""
 
-RATIO = 8.0
-"""Allowed error of one side in float32 or bfloat16, relative to that of the other: `MARGIN` without the sqrt(2)."""
+RATIO: Mapping[str, float] = {"float32": 24.0, "bfloat16": 8.0}
+"""Allowed error of one side, relative to that of the other: `MARGIN` without the sqrt(2). In float32, times 3, because
+elementary functions such as tanh and erf are accurate to several units on one side and to one on the other. In
+bfloat16, both round them to the same value."""
 
 Norm = Callable[[np.ndarray], float]
 
@@ -150,5 +152,5 @@ def error_ratio(
     )
     ours, theirs = (max(norm(deviation(side, exact)), least) for side in (left, right))
     if not math.isfinite(ours) or not math.isfinite(theirs):
-        return (1.0 if ours == theirs else math.inf), RATIO
-    return (theirs / ours if ours else 1.0), RATIO
+        return (1.0 if ours == theirs else math.inf), RATIO[dtype]
+    return (theirs / ours if ours else 1.0), RATIO[dtype]
