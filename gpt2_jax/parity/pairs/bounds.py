@@ -47,11 +47,11 @@ class Size:
     """The size of a computation."""
 
     depth: int
-    """L: the number of matrices and convolutions, at least 1."""
+    """The number of matrices and convolutions (L), at least 1."""
     width: int
-    """K: the largest number of terms in a product with a matrix or a convolution, at least 1."""
+    """The largest number of terms in a product with a matrix or a convolution (K), at least 1."""
     rows: int = 1
-    """N: the number of rows of a batch times the number of positions in a row, at least 1."""
+    """The number of rows of a batch times the number of positions in a row (N), at least 1."""
 
     @classmethod
     def of(cls, shapes: Iterable[tuple[int, ...]], inputs: Sequence[np.ndarray] = ()) -> Size:

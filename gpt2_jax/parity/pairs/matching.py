@@ -32,7 +32,7 @@ class Match:
     left: str
     right: str
     transform: Transform
-    """Takes the right array to the left layout."""
+    """Takes the right array to the left layout. Gradients are compared only if it does no more than move elements."""
     reason: str
 
 

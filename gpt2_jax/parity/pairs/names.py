@@ -91,4 +91,4 @@ def closest(name: str, known: Sequence[str]) -> str:
 
 
 def is_below(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith((f"{prefix}.", f"{prefix}/", f"{prefix}:", f"{prefix}["))
+    return name == prefix or name.startswith((f"{prefix}.", f"{prefix}/", f"{prefix}:", f"{prefix}[", f"{prefix}#"))

@@ -20,6 +20,7 @@ from gpt2_jax.parity import Check, Report
 from gpt2_jax.parity.pairs.compare import compare
 from gpt2_jax.parity.pairs.flax_module import linen_side, nnx_side
 from gpt2_jax.parity.pairs.jax_function import function_side
+from gpt2_jax.parity.pairs.matching import Match
 from gpt2_jax.parity.pairs.names import MatchError
 from gpt2_jax.parity.pairs.sides import Description, Forward, Inputs, Side
 
@@ -99,6 +100,63 @@ def test_names_that_can_be_paired_in_two_ways_are_an_error() -> None:
         compare(mlp.torch_mlp_side(), right, mlp.inputs())
     names = {f"fc{k}.{leaf}": f"{'xyz'[k]}.{n}" for k in range(3) for n, leaf in enumerate(("weight", "bias"))}
     assert failures(compare(mlp.torch_mlp_side(), right, mlp.inputs(), names=names)) == {}
+
+
+class Renamed(nn.Module):
+    """The network of `mlp` with other names for two layers."""
+
+    wrong: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        x = nn.tanh(nn.Dense(mlp.WIDTHS[1], name="stem")(x))
+        x = nn.tanh(nn.Dense(mlp.WIDTHS[2], name="fc1")(x) + self.wrong)
+        return {"y": nn.Dense(mlp.WIDTHS[3], name="top")(x)}
+
+
+def renamed(wrong: bool = False) -> Side:
+    params = mlp.weights()
+    params = {"stem": params["fc0"], "fc1": params["fc1"], "top": params["fc2"]}
+    return linen_side(Renamed(wrong), {"params": params}, name="renamed")
+
+
+def test_given_names_hold_for_parameters_intermediates_and_outputs() -> None:
+    names = {"fc0": "stem", "fc2": "top", "output": "y"}
+    report = compare(mlp.torch_mlp_side(), renamed(), mlp.inputs(), names=names)
+    assert failures(report) == {}
+    assert check_of(report, "intermediates").measurements[0].name.startswith("fp64 max difference of 6 ")
+    report = compare(mlp.torch_mlp_side(), renamed(wrong=True), mlp.inputs(), names=names, checks=["intermediates"])
+    assert check_of(report, "intermediates").first_divergence.startswith("fc2:input at [")
+
+
+def test_an_excluded_module_is_not_compared() -> None:
+    params = mlp.weights()
+    params["fc1"]["bias"] += 1
+    right = linen_side(mlp.LinenMLP(), {"params": params})
+    excluded = compare(
+        mlp.torch_mlp_side(), right, mlp.inputs(), names={"fc1": None}, checks=["parameters", "intermediates"]
+    )
+    assert check_of(excluded, "parameters").passed
+    assert check_of(excluded, "intermediates").first_divergence.startswith("fc2:input at [")
+
+
+def test_a_table_of_matches_gives_the_transforms() -> None:
+    stored = {name: layer["kernel"].T * 2 for name, layer in mlp.weights().items()}
+    biases = {f"b{k}": layer["bias"] for k, layer in enumerate(mlp.weights().values())}
+
+    def call(params: Any, x: jax.Array) -> jax.Array:
+        for k in range(3):
+            x = x @ (params[f"fc{k}"].T / 2) + params[f"b{k}"]
+            x = jnp.tanh(x) if k < 2 else x
+        return x
+
+    table = [Match(f"fc{k}.weight", f"fc{k}", lambda w: w / 2, "stored twice as large") for k in range(3)]
+    table += [Match(f"fc{k}.bias", f"b{k}", lambda b: b, "another name") for k in range(3)]
+    right = function_side(call, {**stored, **biases})
+    report = compare(mlp.torch_mlp_side(), right, mlp.inputs(), names=table)
+    assert failures(report) == {}
+    assert check_of(report, "gradients").note.endswith("more than move elements: fc0.weight, fc1.weight, fc2.weight")
+    assert check_of(report, "names").note == "3 x stored twice as large; 3 x another name"
 
 
 class Scripted:
