@@ -1,0 +1,1 @@
+"""The kind of the first difference of two trainers, from evidence only."""
