@@ -5,6 +5,7 @@ A mistake is a recipe that differs on one side.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gpt2_jax.parity.pairs.training.optax_trainer import optax_trainer, record_gradients
 from gpt2_jax.parity.pairs.training.torch_trainer import torch_trainer
-from gpt2_jax.parity.pairs.training.optax_trainer import optax_trainer
 from gpt2_jax.parity.pairs.training.trainers import Trainer
 
 IGNORE = -100
@@ -63,6 +64,8 @@ class Recipe:
     ema_debias: bool = False
     frozen: str = ""
     """A parameter that is not given to the optimizer."""
+    records: bool = False
+    """Whether JAX records the gradients that the optimizer receives."""
     dtype: str = "float64"
     offset: int = 0
     """Use the batch that comes this many later in the list."""
@@ -79,7 +82,7 @@ def parameters(recipe: Recipe, seed: int = 0) -> dict[str, np.ndarray]:
     if recipe.kind == "tokens":
         found["embed.weight"] = rng.normal(scale=0.7, size=(VOCABULARY, recipe.width))
         sizes[0] = recipe.width
-    for k, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for k, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
         found[f"layers.{k}.weight"] = rng.normal(scale=1.5 / math.sqrt(n_in), size=(n_out, n_in))
         found[f"layers.{k}.bias"] = rng.normal(scale=0.1, size=n_out)
     outputs = VOCABULARY if recipe.kind == "tokens" else CLASSES
@@ -256,6 +259,7 @@ def optax_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
     decay = optax.add_decayed_weights(recipe.weight_decay, mask)
     parts = [] if recipe.clip is None else [optax.clip_by_global_norm(recipe.clip)]
+    parts += [record_gradients()] if recipe.records else []
     adam = optax.scale_by_adam(recipe.b1, recipe.b2, recipe.eps, nesterov=recipe.nesterov)
     if recipe.amsgrad:
         adam = optax.scale_by_amsgrad(recipe.b1, recipe.b2, recipe.eps)

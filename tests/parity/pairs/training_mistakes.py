@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from parity.pairs.recipes import Recipe, batches, optax_optimizer, train_in_jax, train_in_torch
 from rich.console import Console
 from rich.table import Table
 
 from gpt2_jax.parity.pairs.training.compare import compare_training
 from gpt2_jax.parity.pairs.training.result import TrainingComparison
-from parity.pairs.recipes import Recipe, batches, optax_optimizer, train_in_jax, train_in_torch
 
 MLP = Recipe()
 TOKENS = Recipe(kind="tokens", depth=1)
@@ -150,6 +150,41 @@ def warm(step: int) -> float:
     return min(1.0, (step + 1) / 4)
 
 
+def sign_of_momentum(recipe: Recipe) -> optax.GradientTransformation:
+    return optax.lion(recipe.lr, recipe.b1, recipe.b2)
+
+
+def with_noise(recipe: Recipe) -> optax.GradientTransformation:
+    return optax.chain(optax.add_noise(1e-3, 0.55, jax.random.key(0)), optax_optimizer(recipe))
+
+
+def twice_as_fast(name: str) -> Optimizer:
+    """Another learning rate for one parameter."""
+
+    def optimizer(recipe: Recipe) -> optax.GradientTransformation:
+        scale = optax.stateless(lambda u, p: {n: 2 * x if n == name else x for n, x in u.items()})
+        return optax.chain(optax_optimizer(recipe), scale)
+
+    return optimizer
+
+
+def limited_update(recipe: Recipe) -> optax.GradientTransformation:
+    """Clip the update instead of the gradient."""
+    return optax.chain(optax_optimizer(recipe), optax.clip_by_global_norm(0.05))
+
+
+def with_trust_ratio(recipe: Recipe) -> optax.GradientTransformation:
+    return optax.lamb(recipe.lr, recipe.b1, recipe.b2, recipe.eps, weight_decay=recipe.weight_decay)
+
+
+def with_centralized_gradients(recipe: Recipe) -> optax.GradientTransformation:
+    return optax.chain(optax.centralize(), optax_optimizer(recipe))
+
+
+def with_rectification(recipe: Recipe) -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_radam(recipe.b1, recipe.b2, recipe.eps), optax.scale_by_learning_rate(recipe.lr))
+
+
 BIASES = ("layers.0.bias", "layers.1.bias")
 FIRST, SECOND = "first moment", "second moment"
 
@@ -160,12 +195,23 @@ MISTAKES = [
     Mistake("padding counts in the loss", "loss mask", 1, "loss", TOKENS, {"ignores": False}, per_token=True),
     Mistake("mean over padding too", "loss reduction", 1, "loss", TOKENS, {"reduction": "all"}, per_token=True),
     Mistake("sum for mean", "loss reduction", 1, "loss", change={"reduction": "sum"}, values=(1.0, 8.0)),
-    Mistake("clipping forgotten", "gradient clipping", 1, FIRST, replace(MLP, clip=0.3), {"clip": None}, values=(0.3, None)),
-    Mistake("clipped to half", "gradient clipping", 1, FIRST, replace(MLP, clip=0.3), {"clip": 0.15}, values=(0.3, 0.15)),
+    Mistake(
+        "clipping forgotten", "gradient clipping", 1, FIRST, replace(MLP, clip=0.3), {"clip": None}, values=(0.3, None)
+    ),
+    Mistake(
+        "clipped to half", "gradient clipping", 1, FIRST, replace(MLP, clip=0.3), {"clip": 0.15}, values=(0.3, 0.15)
+    ),
     Mistake("clipped by value", "gradient clipping", 1, FIRST, optimizer=clipped_by_value),
     Mistake("SGD, clipping forgotten", "gradient clipping", 1, "momentum", replace(SGD, clip=0.3), {"clip": None}),
     Mistake(
-        *("microbatches not divided", "gradient accumulation", 1, FIRST, replace(MLP, microbatches=2), {"divides": False}),
+        *(
+            "microbatches not divided",
+            "gradient accumulation",
+            1,
+            FIRST,
+            replace(MLP, microbatches=2),
+            {"divides": False},
+        ),
         values=(1.0, 2.0),
     ),
     Mistake("microbatches divided twice", "gradient accumulation", 1, FIRST, optimizer=scaled_gradients(0.25)),
@@ -197,13 +243,29 @@ MISTAKES = [
     Mistake("no bias correction of v", "bias correction", 1, "update", optimizer=adam_with(no_correction_of_v)),
     Mistake("optax's own weight decay", "weight decay", 1, "update", change={"weight_decay": 1e-4}, values=(0.1, 1e-4)),
     Mistake("biases not decayed", "weight decay", 1, "update", change={"decay_biases": False}, names=BIASES),
-    Mistake("biases decayed", "weight decay", 1, "update", replace(MLP, decay_biases=False), {"decay_biases": True}, names=BIASES),
+    Mistake(
+        "biases decayed",
+        "weight decay",
+        1,
+        "update",
+        replace(MLP, decay_biases=False),
+        {"decay_biases": True},
+        names=BIASES,
+    ),
     Mistake("L2 for decoupled decay", "weight decay", 1, FIRST, change={"optimizer": "adam"}),
     Mistake("SGD without decay", "weight decay", 1, "momentum", SGD, {"weight_decay": 0.0}),
     Mistake("AMSGrad", "amsgrad", 2, "update", change={"amsgrad": True}),
     Mistake("Nesterov's Adam", "nesterov", 1, "update", change={"nesterov": True}),
     Mistake("SGD, Nesterov", "nesterov", 1, "update", SGD, {"nesterov": True}),
-    Mistake("average decays at another rate", "average", 1, "average", replace(MLP, ema=0.9), {"ema": 0.99}, values=(0.9, 0.99)),
+    Mistake(
+        "average decays at another rate",
+        "average",
+        1,
+        "average",
+        replace(MLP, ema=0.9),
+        {"ema": 0.99},
+        values=(0.9, 0.99),
+    ),
     Mistake("average before the step", "average", 1, "average", replace(MLP, ema=0.9), {"ema_before": True}),
     Mistake("average with bias correction", "average", 1, "average", replace(MLP, ema=0.9), {"ema_debias": True}),
     Mistake("first moment in bfloat16", "dtype", 1, FIRST, optimizer=narrow_moments),
@@ -224,6 +286,24 @@ MISTAKES = [
 ]
 
 
+UNKNOWN = [
+    Mistake("one learning rate doubled", "unknown", 1, "update", optimizer=twice_as_fast("head.weight")),
+    Mistake("the update clipped", "unknown", 1, "update", optimizer=limited_update),
+    Mistake("LAMB for AdamW", "unknown", 1, "update", optimizer=with_trust_ratio),
+    Mistake("RAdam for AdamW", "unknown", 1, "update", optimizer=with_rectification),
+    Mistake("Lion for AdamW", "unknown", 1, FIRST, optimizer=sign_of_momentum),
+    Mistake("gradients centralized", "unknown", 1, FIRST, optimizer=with_centralized_gradients),
+    Mistake("gradients with noise", "unknown", 1, FIRST, optimizer=with_noise),
+    Mistake("loss scale of 1024 not undone", "unknown", 1, FIRST, optimizer=scaled_gradients(1024.0)),
+    Mistake("gradients scaled by 0.3", "unknown", 1, FIRST, optimizer=scaled_gradients(0.3)),
+    Mistake("hidden units standardized", "unknown", 1, "loss", change={"standardize": True}),
+    Mistake("padding counts, without losses per token", "unknown", 1, "loss", TOKENS, {"ignores": False}),
+    Mistake("two mistakes in the update", "unknown", 1, "update", change={"lr": 2e-2, "eps": 1e-5}),
+    Mistake("two mistakes in the first moment", "unknown", 1, FIRST, change={"b1": 0.8, "optimizer": "adam"}),
+]
+"""Mistakes of other kinds, and several at once. No kind that is listed may be named for them."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", default="float64", choices=("float64", "float32"))
@@ -231,7 +311,7 @@ def main() -> None:
     arguments = parser.parse_args()
     table = Table("mistake", "kind", "diagnosis", "first difference")
     verdicts: Counter[str] = Counter()
-    for mistake in MISTAKES:
+    for mistake in [*MISTAKES, *UNKNOWN]:
         result = compare(mistake, arguments.dtype)
         kind = "not detected" if result.diagnosis is None else result.diagnosis.kind
         verdicts["right" if kind == mistake.kind else kind if kind in ("unknown", "not detected") else "wrong"] += 1
@@ -240,7 +320,10 @@ def main() -> None:
             for sentence in result.diagnosis.evidence:
                 table.add_row("", "", "", f"  {sentence}")
     Console(width=np.iinfo(np.int16).max if arguments.evidence else 120).print(table)
-    print(f"{len(MISTAKES)} mistakes in {arguments.dtype}: " + ", ".join(f"{n} {what}" for what, n in verdicts.items()))
+    print(
+        f"{len(MISTAKES) + len(UNKNOWN)} mistakes in {arguments.dtype}: "
+        + ", ".join(f"{n} {what}" for what, n in verdicts.items())
+    )
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def compare_training(
     if not batches:
         raise BridgeError("compare_training needs at least one batch")
     parameters = left.parameters(), right.parameters()
-    matching = pair_parameters(*parameters, names)
+    matching = pair_parameters(left, right, names)
     if not matching.matches:
         raise BridgeError("the two trainers have no parameter in common; give names={left: right}")
     dtype = _claimed([*parameters[0].values(), *parameters[1].values()]) if dtype is None else dtype

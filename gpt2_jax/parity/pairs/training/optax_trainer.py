@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from gpt2_jax.parity.pairs.training.trainers import Arrays, Step, Trainer, TrainerError, numpy_seed, scalar
 
@@ -99,7 +100,6 @@ def optax_trainer(
 
     Parameters have dotted names, such as `layers.0.kernel`.
 
-    >>> import optax
     >>> optimizer = optax.sgd(0.5)
     >>> def step(params, state, batch):
     ...     loss, gradients = jax.value_and_grad(lambda params: (params["w"] * batch).sum())(params)
@@ -111,6 +111,26 @@ def optax_trainer(
     [0.5, 0.0]
     """
     return OptaxTrainer(params, state, step, ema, loss, name)
+
+
+class RecordedGradients(NamedTuple):
+    """The state of `record_gradients`."""
+
+    gradients: Any
+
+
+def record_gradients() -> optax.GradientTransformation:
+    """Return a transformation that changes nothing and keeps the gradients, so that `compare_training` sees them.
+
+    Place it in a chain where the gradients should be compared: after clipping, before the optimizer, to compare what
+    PyTorch's optimizer receives. Without it, a difference of gradients shows in the first moments.
+
+    >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), record_gradients(), optax.adamw(1e-3))
+    """
+    return optax.GradientTransformation(
+        lambda params: RecordedGradients(jax.tree.map(jnp.zeros_like, params)),
+        lambda updates, state, params=None: (updates, RecordedGradients(updates)),
+    )
 
 
 def named_arrays(tree: Any) -> dict[str, np.ndarray]:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2_jax.parity.pairs.layouts import Layout
+from gpt2_jax.parity.pairs.torch_module import module_layouts
 from gpt2_jax.parity.pairs.training.trainers import Arrays, Step, Trainer, numpy_seed, scalar
 from gpt2_torch.arrays import array_from_tensor
 
@@ -43,6 +45,9 @@ class TorchTrainer(Trainer):
 
     def parameters(self) -> Arrays:
         return {name: _array(p) for name, p in self._named()}
+
+    def layouts(self) -> Mapping[str, Layout]:
+        return module_layouts(self._module)
 
     def state(self) -> Arrays:
         arrays = {}

@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge import BridgeError
 from bridge.errors import quoted
+from gpt2_jax.parity.pairs.layouts import Layout
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -50,6 +51,10 @@ class Trainer(ABC):
     @abstractmethod
     def step(self, batch: Any) -> Step:
         """Train for one step."""
+
+    def layouts(self) -> Mapping[str, Layout]:
+        """The layouts of parameters whose module's kind is known."""
+        return {}
 
     def state(self) -> Arrays:
         """The optimizer state before the next step, with the names of `Step.state`."""

@@ -81,15 +81,16 @@ class History:
         )
 
 
-def pair_parameters(left: Arrays, right: Arrays, names: Names) -> Matching:
+def pair_parameters(left: Trainer, right: Trainer, names: Names) -> Matching:
     """Match the parameters of two trainers. Equal sets of names and shapes need no convention.
 
     Raises:
         MatchError: see `match_names`.
     """
-    if names is None and {n: a.shape for n, a in left.items()} == {n: a.shape for n, a in right.items()}:
-        return Matching(tuple(Match(name, name, _same, "same name") for name in left))
-    return match_names(left, right, names)
+    ours, theirs = left.parameters(), right.parameters()
+    if names is None and {n: a.shape for n, a in ours.items()} == {n: a.shape for n, a in theirs.items()}:
+        return Matching(tuple(Match(name, name, _same, "same name") for name in ours))
+    return match_names(ours, theirs, names, left_layouts=left.layouts(), right_layouts=right.layouts())
 
 
 def aliases(arrays: Arrays, unmatched: Sequence[str], matched: Sequence[str]) -> dict[str, str]:

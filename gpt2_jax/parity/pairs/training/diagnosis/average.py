@@ -26,8 +26,8 @@ def diagnose_average(evidence: Evidence) -> Diagnosis:
             f"{SOURCES[other]}."
         )
         return Diagnosis("average", (sentence,))
-    values = 1 - weights[evidence.step - 1].value, 1 - others[evidence.step - 1].value
-    shown = [", ".join(f"{1 - w.value:.6g}" for w in each[:5]) for each in (weights, others)]
+    values = _decay(weights[evidence.step - 1]), _decay(others[evidence.step - 1])
+    shown = [", ".join(f"{_decay(w):.6g}" for w in each[:5]) for each in (weights, others)]
     fact = f"The decay of the average is {shown[0]} at steps 1, 2, ... on {evidence.left.name} and {shown[1]} on "
     sentences = [fact + f"{evidence.right.name}."]
     for k, each in enumerate((weights, others)):
@@ -36,6 +36,10 @@ def diagnose_average(evidence: Evidence) -> Diagnosis:
     if not any(a.differs(b) for a, b in zip(weights, others, strict=True)):
         return unknown(f"The average of {evidence.name} differs, and its decay does not.")
     return Diagnosis("average", tuple(sentences), values=values)
+
+
+def _decay(weight: Estimate) -> float:
+    return 1 - weight.value if weight.differs(1.0) else 0.0
 
 
 def _identify(side: History, unit: float) -> tuple[str, list[Estimate]] | None:

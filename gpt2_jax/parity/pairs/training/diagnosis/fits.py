@@ -118,7 +118,11 @@ class UpdateFit:
     decay: Mapping[str, Estimate]
     residual: float
     second: Estimate = field(default_factory=lambda: Estimate(0.0, 0.0))
-    """The coefficient of the moment before the step, or of the gradient, in Nesterov's form."""
+    """The coefficient of the moment before the step in Nesterov's form."""
+
+    @property
+    def accepted(self) -> bool:
+        return self.residual <= ACCEPTED
 
 
 FORMS = ("plain", "inside", "amsgrad", "nesterov")

@@ -80,7 +80,7 @@ def _if_not_the_gradient(evidence: Evidence, factor: float, fact: str) -> Diagno
     """The second moment shows whether the gradient or its weight 1 - b1 is scaled."""
     left, right = evidence.at
     if SQUARE not in left.state or SQUARE not in right.state:
-        return None
+        return unknown(fact, "Without second moments on both sides, the gradient or its weight 1 - b1 may be scaled.")
     ratio = _square_ratio(evidence)
     if ratio is None:
         return unknown(fact, "The second moments have no constant ratio.")

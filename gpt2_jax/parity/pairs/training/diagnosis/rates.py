@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpt2_jax.parity.pairs.training.diagnosis.evidence import Diagnosis, Evidence, unknown
-from gpt2_jax.parity.pairs.training.diagnosis.fits import Estimate, UpdateFit
+from gpt2_jax.parity.pairs.training.diagnosis.fits import Estimate, UpdateFit, fit_update
 from gpt2_jax.parity.pairs.training.transitions import SQUARE
 
 MIN_STEPS = 3
@@ -87,11 +87,25 @@ def diagnose_rates(evidence: Evidence, left: Identified, right: Identified, epsi
         return Diagnosis(
             "learning rate", (fact, f"The factor is constant. The learning rate is {shown}."), values=values
         )
+    shift = _shift(rates, errors)
+    if shift is None and not _is_schedule(evidence):
+        return unknown(fact, "With the same state, the factor depends on the batch, or a side cannot repeat a step.")
     sentences = [fact, *(_listed_rates(side.name, r) for side, r in zip(evidence.sides, rates, strict=True))]
-    if (shift := _shift(rates, errors)) is not None:
+    if shift is not None:
         later = evidence.sides[1 if shift < 0 else 0].name
-        sentences.append(f"The schedule of {later} is the other's, {abs(shift)} steps later.")
+        steps = "1 step" if abs(shift) == 1 else f"{abs(shift)} steps"
+        sentences.append(f"The schedule of {later} is the other's, {steps} later.")
     return Diagnosis("learning rate schedule", tuple(sentences), values=values)
+
+
+def _is_schedule(evidence: Evidence) -> bool:
+    """Whether the rate of the step is the same for all batches, which it is not where updates are clipped."""
+    for transitions in evidence.replayed:
+        fits = [fit_update(t, evidence.unit, "plain") for t in transitions or ()]
+        rates = [fit.rate for fit in fits if fit is not None and fit.accepted]
+        if len(rates) < 2 or len(rates) < len(fits) or any(rate.differs(rates[0]) for rate in rates):
+            return False
+    return True
 
 
 def _listed_rates(name: str, rates: Sequence[float]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gpt2_jax.parity.pairs.training.diagnosis.evidence import Diagnosis, Evidence, listed, norm, unknown
-from gpt2_jax.parity.pairs.training.diagnosis.fits import ACCEPTED, FORMS, Estimate, UpdateFit, fit_update, linear_fit
+from gpt2_jax.parity.pairs.training.diagnosis.fits import FORMS, Estimate, UpdateFit, fit_update, linear_fit
 from gpt2_jax.parity.pairs.training.diagnosis.rates import (
     Identified,
     bias_correction,
@@ -25,7 +25,7 @@ def identify(side: History, unit: float) -> Identified | None:
         fits = [fit_update(t, unit, form) for t in side.transitions]
         if form == "nesterov":  # the first step has no moment before it, so it does not determine this form
             fits = [fit for fit in fits if fit is not None]
-        if fits and all(fit is not None and fit.residual <= ACCEPTED for fit in fits):
+        if fits and all(fit is not None and fit.accepted for fit in fits):
             found = Identified(form, tuple(fit for fit in fits if fit is not None))
             if form != "nesterov" or any(fit.second.differs(0.0) for fit in found.fits):
                 return found
