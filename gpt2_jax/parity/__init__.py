@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from gpt2_jax.parity.pairs.padding import pad_tokens
     from gpt2_jax.parity.pairs.sides import Description, Forward, Side, SideError
     from gpt2_jax.parity.pairs.torch_module import TorchSide, torch_side
+    from gpt2_jax.parity.pairs.training.compare import compare_training
+    from gpt2_jax.parity.pairs.training.diagnosis.evidence import Diagnosis
+    from gpt2_jax.parity.pairs.training.optax_trainer import optax_trainer, record_gradients
+    from gpt2_jax.parity.pairs.training.result import Departure, TrainingComparison
+    from gpt2_jax.parity.pairs.training.torch_trainer import torch_trainer
+    from gpt2_jax.parity.pairs.training.trainers import Step, Trainer
     from gpt2_jax.parity.report import Check, Measurement, Report
     from gpt2_jax.parity.verification import verify
 else:
@@ -59,6 +65,21 @@ else:
             "gpt2_jax.parity.pairs.padding": ("pad_tokens",),
             "gpt2_jax.parity.pairs.sides": ("Description", "Forward", "Side", "SideError"),
             "gpt2_jax.parity.pairs.torch_module": ("TorchSide", "torch_side"),
+            "gpt2_jax.parity.pairs.training.compare": ("compare_training",),
+            "gpt2_jax.parity.pairs.training.diagnosis.evidence": ("Diagnosis",),
+            "gpt2_jax.parity.pairs.training.optax_trainer": (
+                "optax_trainer",
+                "record_gradients",
+            ),
+            "gpt2_jax.parity.pairs.training.result": (
+                "Departure",
+                "TrainingComparison",
+            ),
+            "gpt2_jax.parity.pairs.training.torch_trainer": ("torch_trainer",),
+            "gpt2_jax.parity.pairs.training.trainers": (
+                "Step",
+                "Trainer",
+            ),
             "gpt2_jax.parity.report": ("Check", "Measurement", "Report"),
             "gpt2_jax.parity.verification": ("verify",),
         },
@@ -71,7 +92,9 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "Check",
+    "Departure",
     "Description",
+    "Diagnosis",
     "Forward",
     "GoldenError",
     "GoldenSide",
@@ -85,20 +108,27 @@ __all__ = [
     "Side",
     "SideError",
     "SignatureError",
+    "Step",
     "TorchSide",
+    "Trainer",
+    "TrainingComparison",
     "certify",
     "checks_for",
     "compare",
+    "compare_training",
     "function_side",
     "golden_side",
     "linen_side",
     "match_names",
     "nnx_side",
+    "optax_trainer",
     "pad_tokens",
     "read_certificate",
+    "record_gradients",
     "save_golden",
     "sign",
     "torch_side",
+    "torch_trainer",
     "verify",
     "verify_against",
     "verify_signature",

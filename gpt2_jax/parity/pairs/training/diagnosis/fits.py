@@ -194,7 +194,7 @@ def _gauss_newton(
 ) -> UpdateFit | None:
     """Fit rate and decay linearly and epsilon by Gauss-Newton steps, from a first value of epsilon."""
     mixed = 0.0  # the weight of `earlier` relative to m
-    for _ in range(MAX_ITERATIONS):
+    for iteration in range(MAX_ITERATIONS + 1):
         numerator = m if earlier is None else {name: m[name] + mixed * earlier[name] for name in m}
         with np.errstate(divide="ignore", invalid="ignore"):
             s = {name: np.sqrt(x + epsilon) if inside else np.sqrt(x) + epsilon for name, x in v.items()}
@@ -214,10 +214,10 @@ def _gauss_newton(
         mixed = fit.coefficients[2].value / rate if earlier is not None else 0.0
         error, step = fit.coefficients[1].error / abs(rate), change / rate
         following = max(epsilon + step, epsilon / 10)
-        if abs(following - epsilon) <= max(1e-9 * epsilon, 0.01 * error):
+        if abs(following - epsilon) <= max(1e-13 * epsilon, 0.01 * error) or iteration == MAX_ITERATIONS:
             second = fit.coefficients[2] if earlier is not None else Estimate(0.0, 0.0)
             # Without convergence, for example because epsilon would have to be negative, the form explains nothing.
-            residual = fit.residual if abs(step) <= max(SIGNIFICANT * error, 1e-6 * epsilon) else np.inf
+            residual = fit.residual if abs(step) <= max(SIGNIFICANT * error, 1e-9 * epsilon) else np.inf
             return UpdateFit(
                 fit.coefficients[0].times(-1), Estimate(epsilon, error), _negated(fit.decay), residual, second
             )
