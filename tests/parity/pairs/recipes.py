@@ -302,7 +302,8 @@ def train_in_jax(
         d, t = recipe.ema, state["step"]
         if recipe.ema_debias:
             raw = jax.tree.map(lambda e, p: d * e + (1 - d) * p, state["raw"], params)
-            return {**state, "raw": raw, "ema": jax.tree.map(lambda e: e / (1 - d**t), raw)}
+            correction = jnp.asarray([1 - d**k for k in range(64)], recipe.dtype)[t]  # exact, as in PyTorch
+            return {**state, "raw": raw, "ema": jax.tree.map(lambda e: e / correction, raw)}
         return {**state, "ema": jax.tree.map(lambda e, p: d * e + (1 - d) * p, state["ema"], params)}
 
     @jax.jit

@@ -26,6 +26,11 @@ GROWTH = 8.0
 """A relative difference d of the path that the parameters have taken changes gradients by about d relative to
 themselves. Curvature makes it more in some directions."""
 
+CORRECTION = 1000.0
+"""1 - b2^t of Adam's bias correction has the absolute rounding error of 1, so the relative one is 1 / (1 - b2) times
+the unit round-off. This allows for b2 up to 0.999. optax computes it in the dtype of the parameters, PyTorch in
+float64."""
+
 QUANTITIES = (
     "parameters before training",
     "state before training",
@@ -196,7 +201,7 @@ class Bounds:
         with np.errstate(divide="ignore", invalid="ignore"):
             rates = np.where((s > 100 * ds) & (m > 100 * dm), update * s / m, np.nan)
             rate = float(np.nanquantile(rates, 0.9)) if np.isfinite(rates).any() else float(update.max(initial=0.0))
-            bound = rate * (dm + m / s * ds) / s + self.relative * update
+            bound = rate * (dm + m / s * ds) / s + (self.relative + CORRECTION * self.unit) * update
         bound = np.where(s <= 2 * ds, np.inf, bound)
         return np.where(is_zero & (m == 0), self.relative * update.max(initial=0.0), bound)  # without any gradient
 

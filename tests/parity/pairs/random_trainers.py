@@ -1,0 +1,127 @@
+"""Compare random correct pairs of trainers, PyTorch and JAX, and report how much of the bounds rounding uses.
+
+    PYTHONPATH=.:tests python -m parity.pairs.random_trainers --pairs 1000 --state trainers.json
+
+Exits with 1 at the first pair that does not pass. Ctrl-C stops it, and the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from parity.pairs.recipes import Recipe, batches, train_in_jax, train_in_torch
+
+from gpt2_jax.parity.pairs.training.compare import compare_training
+from gpt2_jax.parity.pairs.training.result import TrainingComparison
+
+
+def _schedule(rng: np.random.Generator) -> Any:
+    warm, total = int(rng.integers(0, 4)), int(rng.integers(4, 12))
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return step / warm
+        return 0.5 * (1 + float(np.cos(np.pi * min(1.0, step / total))))
+
+    return factor
+
+
+def random_recipe(seed: int) -> tuple[Recipe, int, int]:
+    """Return a recipe, the number of steps, and the rows of a batch."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*choices: Any) -> Any:
+        return choices[int(rng.integers(len(choices)))]
+
+    kind, optimizer = draw("mlp", "tokens"), draw("adamw", "adamw", "adam", "sgd")
+    momentum = draw(0.0, 0.5, 0.9)
+    recipe = Recipe(
+        kind=kind,
+        width=int(rng.integers(3, 33)),
+        depth=int(rng.integers(1, 5)),
+        standardize=draw(False, False, True),
+        tied=kind == "tokens" and draw(False, True),
+        reduction=draw("mean", "mean", "all", "sum"),
+        optimizer=optimizer,
+        lr=float(10 ** rng.uniform(-4, -1.5)),
+        b1=draw(0.8, 0.9, 0.95),
+        b2=draw(0.9, 0.95, 0.99, 0.999),
+        eps=draw(1e-10, 1e-8, 1e-6, 1e-3),
+        weight_decay=draw(0.0, 1e-4, 1e-2, 0.1),
+        decay_biases=draw(True, False),
+        momentum=momentum,
+        nesterov=optimizer == "sgd" and momentum > 0 and draw(True, False),
+        clip=draw(None, None, 0.1, 1.0),
+        schedule=draw(None, _schedule(rng)),
+        microbatches=draw(1, 1, 2, 4),
+        divides=draw(True, True, False),
+        ema=draw(None, 0.9, 0.999),
+        ema_before=draw(False, False, True),
+        ema_debias=draw(False, False, True),
+        frozen=draw("", "", "layers.0.bias", "layers.0.weight"),
+        records=draw(True, False),
+        dtype=draw("float64", "float32"),
+    )
+    if recipe.ema_before and recipe.ema_debias:
+        recipe = Recipe(**{**vars(recipe), "ema_debias": False})
+    return recipe, int(rng.integers(2, 9)), draw(4, 8, 16)
+
+
+def compare_random(seed: int) -> tuple[Recipe, TrainingComparison]:
+    """Train the random recipe of a seed in both frameworks."""
+    recipe, steps, rows = random_recipe(seed)
+    data = batches(recipe, steps, rows, seed)
+    with jax.enable_x64(recipe.dtype == "float64"):
+        sides = train_in_torch(recipe, data, seed), train_in_jax(recipe, data, seed)
+        return recipe, compare_training(*sides, range(steps))
+
+
+def ratios(result: TrainingComparison) -> dict[str, float]:
+    """Quantity -> the largest difference relative to its bound."""
+    return {c.name: c.measurements[0].value for c in result.report.checks if c.name != "names"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--state", type=Path, help="keep the progress here, to continue after an interruption")
+    arguments = parser.parse_args()
+    state: dict[str, Any] = {"next": arguments.seed, "worst": {}, "least": None, "kinds": {}}
+    if arguments.state is not None and arguments.state.exists():
+        state = json.loads(arguments.state.read_text())
+    kinds, start = Counter(state["kinds"]), time.perf_counter()
+    for seed in range(state["next"], arguments.seed + arguments.pairs):
+        recipe, result = compare_random(seed)
+        if not result.passed:
+            sys.exit(f"--pairs 1 --seed {seed}: {result.departure or result.problem}\n{result.diagnosis}\n{recipe}")
+        found = ratios(result)
+        for name, ratio in found.items():
+            if ratio > state["worst"].get(name, (0.0, 0))[0]:
+                state["worst"][name] = ratio, seed
+        largest = max(found.values())
+        state["least"] = largest if state["least"] is None else min(state["least"], largest)
+        kinds[f"{recipe.optimizer} {recipe.dtype}"] += 1
+        state |= {"next": seed + 1, "kinds": kinds}
+        if arguments.state is not None:
+            arguments.state.write_text(json.dumps(state))
+        jax.clear_caches()  # each pair compiles its own step
+    print(
+        f"{state['next'] - arguments.seed} random pairs of correct trainers pass ({time.perf_counter() - start:.0f} s)"
+    )
+    print(", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items())))
+    for name, (ratio, seed) in state["worst"].items():
+        print(f"{name}: largest difference / bound {ratio:.3g}, of seed {seed}")
+    print(f"the largest of each pair is at least {state['least']:.3g}")
+
+
+if __name__ == "__main__":
+    main()
