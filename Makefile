@@ -62,8 +62,10 @@ test-tokenizers: $(INSTALLED)  ## a million strings and 1,500 directories, again
 	PYTHONPATH=.:tests $(BIN)/python -m tokenizing.driver --strings 40000
 	PYTHONPATH=.:tests $(BIN)/python -m tokenizing.driver --directories 1500
 
-test-pairs: $(INSTALLED)  ## 1,000 random pairs of correct models, none of which may fail; after Ctrl-C, the same command continues
+test-pairs: $(INSTALLED)  ## 1,000 random pairs of correct models and of trainers, none of which may fail; after Ctrl-C, the same command continues
 	$(QUICK_COMPILATION) PYTHONPATH=.:tests $(BIN)/python -m parity.pairs.random_pairs --pairs 1000 --state .pairs.json && rm .pairs.json
+	$(QUICK_COMPILATION) PYTHONPATH=.:tests $(BIN)/python -m parity.pairs.random_trainers --pairs 1000 --state .trainers.json && rm .trainers.json
+	$(QUICK_COMPILATION) PYTHONPATH=.:tests $(BIN)/python -m parity.pairs.random_trainers --mistakes 200
 
 FAULTS := kills every_call corruptions full_disks signals two_processes fresh_runs
 faults: $(INSTALLED)  ## kills, damage, full disks and signals on small runs, which must resume; an hour or more

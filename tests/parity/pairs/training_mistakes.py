@@ -195,6 +195,7 @@ MISTAKES = [
     Mistake("padding counts in the loss", "loss mask", 1, "loss", TOKENS, {"ignores": False}, per_token=True),
     Mistake("mean over padding too", "loss reduction", 1, "loss", TOKENS, {"reduction": "all"}, per_token=True),
     Mistake("sum for mean", "loss reduction", 1, "loss", change={"reduction": "sum"}, values=(1.0, 8.0)),
+    Mistake("sum for mean of counted labels", "loss reduction", 1, "loss", TOKENS, {"reduction": "sum"}),
     Mistake(
         "clipping forgotten", "gradient clipping", 1, FIRST, replace(MLP, clip=0.3), {"clip": None}, values=(0.3, None)
     ),

@@ -67,7 +67,7 @@ def _weight(t: Transition, source: str, unit: float) -> Estimate | None:
 
 def _bias_corrected(weights: list[Estimate]) -> float | None:
     """The decay d, if the weights are (1 - d) / (1 - d^t)."""
-    if len(weights) < 3 or weights[0].differs(1.0):
+    if len(weights) < 3 or weights[0].differs(1.0) or weights[1].value <= 0:
         return None
     decay = 1 / weights[1].value - 1  # (1 - d) / (1 - d^2) = 1 / (1 + d)
     expected = [(1 - decay) / (1 - decay**t) for t in range(1, len(weights) + 1)] if 0 < decay < 1 else []

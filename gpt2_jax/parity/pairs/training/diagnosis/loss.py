@@ -125,7 +125,21 @@ def _reduction(evidence: Evidence) -> Diagnosis | None:
         left_name, right_name = (side.name for side in evidence.sides)
         sentence = f"The loss of {right_name} is {factor:.8g} times that of {left_name} on all batches{what}."
         return Diagnosis("loss reduction", (sentence,), values=(1.0, factor))
-    return _by_count(evidence, ratios, errors, sizes)
+    return _sum_for_mean(evidence, ratios, errors) or _by_count(evidence, ratios, errors, sizes)
+
+
+def _sum_for_mean(evidence: Evidence, ratios: np.ndarray, errors: np.ndarray) -> Diagnosis | None:
+    """A sum on one side and a mean over the counted items on the other: ratios that are whole numbers."""
+    for counts, limits, k in ((ratios, errors, 1), (1 / ratios, errors / ratios**2, 0)):
+        is_whole = (np.abs(counts - np.rint(counts)) <= limits).all() and (counts > 1.5).all()
+        if is_whole and limits.max() < 0.01 and len(counts) >= 3:
+            names = evidence.sides[k].name, evidence.sides[1 - k].name
+            shown = ", ".join(f"{round(c)}" for c in counts[:5])
+            sentence = (
+                f"The loss of {names[0]} is that of {names[1]} times a whole number, on the batches {shown}: a sum "
+            )
+            return Diagnosis("loss reduction", (sentence + "in place of a mean.",))
+    return None
 
 
 def _by_count(evidence: Evidence, ratios: np.ndarray, errors: np.ndarray, sizes: list[int]) -> Diagnosis | None:

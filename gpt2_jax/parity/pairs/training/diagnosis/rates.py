@@ -47,9 +47,10 @@ def learning_rate(evidence: Evidence, rate: float, k: int) -> tuple[float, bool]
 
 
 def ratios(left: Identified, right: Identified) -> list[float]:
-    """The rate of the right side relative to the left one at every step; infinite where the left one is zero."""
+    """The rate of the right side relative to the left one at every step: infinite where the left one is zero, NaN where
+    both are."""
     pairs = zip(left.rates, right.rates, strict=False)
-    return [b.value / a.value if a.value else (np.inf if b.value else 1.0) for a, b in pairs]
+    return [b.value / a.value if a.value else (np.inf if b.value else np.nan) for a, b in pairs]
 
 
 def factor_errors(left: Identified, right: Identified) -> list[float]:
@@ -59,7 +60,7 @@ def factor_errors(left: Identified, right: Identified) -> list[float]:
 
 
 def listed_factors(factors: Sequence[float]) -> str:
-    return ", ".join(f"{factor:.8g}" for factor in factors[:6])
+    return ", ".join("any" if np.isnan(factor) else f"{factor:.8g}" for factor in factors[:6])
 
 
 def diagnose_rates(evidence: Evidence, left: Identified, right: Identified, epsilon: bool) -> Diagnosis:
@@ -79,10 +80,9 @@ def diagnose_rates(evidence: Evidence, left: Identified, right: Identified, epsi
         [learning_rate(evidence, fit.rate.value, k)[0] for k, fit in enumerate(side.fits)] for side in (left, right)
     ]
     values = (rates[0][evidence.step - 1], rates[1][evidence.step - 1])
-    is_moving = all(0 < factor < np.inf for factor in factors)
-    if is_moving and all(
-        abs(ratio / factors[0] - 1) <= error + errors[0] for ratio, error in zip(factors, errors, strict=True)
-    ):
+    known = [(f, e) for f, e in zip(factors, errors, strict=True) if not np.isnan(f)]
+    is_constant = all(0 < f < np.inf and abs(f / known[0][0] - 1) <= e + known[0][1] for f, e in known)
+    if is_constant and len(known) > 1:
         shown = " and ".join(f"{v:.6g} on {side.name}" for v, side in zip(values, evidence.sides, strict=True))
         return Diagnosis(
             "learning rate", (fact, f"The factor is constant. The learning rate is {shown}."), values=values
@@ -125,7 +125,7 @@ def _shift(rates: Sequence[Sequence[float]], errors: Sequence[float]) -> int | N
 def bias_correction(evidence: Evidence, factors: Sequence[float], errors: Sequence[float]) -> Diagnosis | None:
     """Whether the factors of all steps are those of a correction that one side lacks, or makes for another step."""
     betas = next((b for b in evidence.betas if b is not None), None)
-    if SQUARE not in evidence.at[0].state or betas is None or len(factors) < MIN_STEPS:
+    if SQUARE not in evidence.at[0].state or betas is None or np.isfinite(factors).sum() < MIN_STEPS - 1:
         return None
     counts = np.array([step_count(evidence, k) for k in range(len(factors))])
 
@@ -145,7 +145,7 @@ def bias_correction(evidence: Evidence, factors: Sequence[float], errors: Sequen
         wrong[f"corrects the bias of the moments for {k} steps later"] = later
     for what, expected in wrong.items():
         for k, predicted in ((1, expected), (0, 1 / expected)):
-            if (np.abs(np.asarray(factors) / predicted - 1) <= np.asarray(errors) + 1e-7).all():
+            if np.nanmax(np.abs(np.asarray(factors) / predicted - 1) - np.asarray(errors)) <= 1e-7:
                 fact = f"{evidence.sides[k].name} {what}: the part of the moments in the update differs by the factors "
                 fact += f"{listed_factors(factors)}, and b1 {betas[0]:.6g} and b2 {betas[1]:.6g} predict "
                 return Diagnosis("bias correction", (fact + f"{listed_factors([*predicted])}.",))

@@ -34,10 +34,10 @@ def identify(side: History, unit: float) -> Identified | None:
 
 def diagnose_update(evidence: Evidence) -> Diagnosis:
     """Explain a difference of updates."""
-    if not any(kind in t.state for t in evidence.at for kind in (MOMENT, MOMENTUM)):
-        return _without_state(evidence)
     left, right = (identify(side, evidence.unit) for side in evidence.sides)
     if left is None or right is None:
+        if not any(kind in t.state for t in evidence.at for kind in (MOMENT, MOMENTUM)):
+            return _without_state(evidence)
         names = [side.name for side, found in zip(evidence.sides, (left, right), strict=True) if found is None]
         return unknown(
             f"The update of {evidence.name} differs, and the moments are equal. The updates of "
@@ -185,21 +185,14 @@ def _without_state(evidence: Evidence) -> Diagnosis:
     )
     if decays or not ratio.differs(1.0):
         return unknown(f"The updates differ in their scale, and by a multiple of {listed(decays)}.")
-    return _scaled_update(evidence, ratio, fact)
+    return _scaled_update(evidence, fact)
 
 
-def _scaled_update(evidence: Evidence, ratio: Estimate, fact: str) -> Diagnosis:
+def _scaled_update(evidence: Evidence, fact: str) -> Diagnosis:
     left, right = evidence.replays
-    if left is None or right is None or len(left) < 2:
+    if left is None or right is None:
         return unknown(fact)
     norms = np.array([[_update_norm(evidence, k, step) for step in steps] for k, steps in enumerate((left, right))])
-    factors = norms[1] / norms[0]
-    whole = max(ratio.value, 1 / ratio.value)
-    if (np.abs(factors / ratio.value - 1) <= 1e-6).all():
-        same_gradients = all(t.gradients is not None for t in evidence.at)
-        if abs(whole - round(whole)) <= 1e-6 * whole and not same_gradients:
-            return unknown(fact, "The factor is the same on all batches: the learning rate, or accumulation.")
-        return Diagnosis("learning rate", (fact, "The factor is the same on all batches."))
     for k in (0, 1):
         top = norms[k].max()
         reached = norms[k] >= top * (1 - 1e-5)
@@ -208,7 +201,9 @@ def _scaled_update(evidence: Evidence, ratio: Estimate, fact: str) -> Diagnosis:
                 f"On all batches, the update of {evidence.sides[k].name} has at most the norm {top:.6g}, and up to it "
             )
             return Diagnosis("gradient clipping", (fact, sentence + "equals the other's: it clips gradients."))
-    return unknown(fact)
+    return unknown(
+        fact, "Without a state or gradients on both sides, the learning rate, its schedule or the gradient differs."
+    )
 
 
 def _update_norm(evidence: Evidence, k: int, step: object) -> float:
