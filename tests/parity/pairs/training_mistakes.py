@@ -132,18 +132,14 @@ def rounded_parameters(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(optax_optimizer(recipe), rounded)
 
 
-def count_from_ten(recipe: Recipe) -> optax.GradientTransformation:
+def counting_twice(recipe: Recipe) -> optax.GradientTransformation:
     tx = optax_optimizer(recipe)
-
-    def init(params: Any) -> Any:
-        state = tx.init(params)
-        return (state[0]._replace(count=state[0].count), *state[1:])
 
     def update(gradients: Any, state: Any, params: Any) -> Any:
         updates, state = tx.update(gradients, state, params)
         return updates, (state[0]._replace(count=state[0].count + 1), *state[1:])
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(tx.init, update)
 
 
 def warm(step: int) -> float:
@@ -283,7 +279,7 @@ MISTAKES = [
         *("head not tied", "tied weights", 1, FIRST, replace(TOKENS, tied=True), {"tied": False}),
         names=("embed.weight", "head.weight"),
     ),
-    Mistake("step counted twice", "step count", 1, "step count", optimizer=count_from_ten, values=(1, 2)),
+    Mistake("step counted twice", "step count", 1, "step count", optimizer=counting_twice, values=(1, 2)),
 ]
 
 
