@@ -10,7 +10,7 @@ import numpy as np
 
 import bridge
 from bridge import BridgeError, Checkpoint
-from gpt2_jax.parity import jax_side, plots, tolerances
+from gpt2_jax.parity import jax_gpt2, plots, tolerances
 from gpt2_jax.parity.activations import activation_differences, first_divergence
 from gpt2_jax.parity.inputs import Tokens, choose_tokens
 from gpt2_jax.parity.metrics import kl_divergence, next_token_losses
@@ -96,7 +96,7 @@ def compare_functions(
         logits = []
         for name, checkpoint in (("A", a), ("B", b)):
             progress(f"logits of {name}")
-            logits.append(jax_side.logits(checkpoint, inputs.ids, None, "float32")[..., :common])
+            logits.append(jax_gpt2.logits(checkpoint, inputs.ids, None, "float32")[..., :common])
         found = _compare_logits(logits[0], logits[1], inputs, max(a.config.n_layer, b.config.n_layer))
         if a.config.n_embd == b.config.n_embd:
             states = _compare_hidden_states(a, b, inputs.ids, progress)
@@ -143,6 +143,6 @@ def _compare_hidden_states(
     sides = []
     for name, checkpoint in (("A", a), ("B", b)):
         progress(f"hidden states of {name}")
-        sides.append(jax_side.activations(checkpoint, ids, None, lambda name: bool(_RESIDUAL_STREAM.fullmatch(name))))
+        sides.append(jax_gpt2.activations(checkpoint, ids, None, lambda name: bool(_RESIDUAL_STREAM.fullmatch(name))))
     common = {name: states for name, states in sides[0].items() if name in sides[1]}
     return activation_differences(common, sides[1], np.ones(ids.shape, bool))

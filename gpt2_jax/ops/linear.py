@@ -92,7 +92,7 @@ def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> F
 
 
 def _is_highest() -> bool:
-    return jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return jax.config.jax_default_matmul_precision in ("highest", "float32")  # type: ignore[attr-defined]
 
 
 def _sums_in_parts(x: Array) -> bool:

@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 import bridge
-import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.jax_gpt2 as jax_gpt2
 import gpt2_jax.parity.plots as plots
 import gpt2_jax.parity.text_checks as text_checks
 import gpt2_jax.parity.tolerances as tolerances
-import gpt2_jax.parity.torch_side as torch_side
-import gpt2_jax.parity.transformers_side as transformers_side
+import gpt2_jax.parity.torch_gpt2 as torch_gpt2
+import gpt2_jax.parity.transformers_gpt2 as transformers_gpt2
 from bridge import Checkpoint, SequenceClassifier
 from bridge.conversion import mixed_dtypes
 from bridge.storage.tensors import LazyTensor, same_bytes
@@ -40,12 +40,12 @@ FP64_TRAIN_BYTES = 2 * 2**30
 
 def logits(inputs: CheckInputs) -> Check:
     """The logits are equal in float64, float32 and bfloat16."""
-    exact = torch_side.logits(inputs.checkpoint, inputs.ids, None, "float64")
-    actual = jax_side.logits(inputs.checkpoint, inputs.ids, None, "float64")
+    exact = torch_gpt2.logits(inputs.checkpoint, inputs.ids, None, "float64")
+    actual = jax_gpt2.logits(inputs.checkpoint, inputs.ids, None, "float64")
     compared = [compare_logits("float64", exact, actual, inputs.n_layer)]
     for dtype in ("float32", "bfloat16"):
-        expected = torch_side.logits(inputs.checkpoint, inputs.ids, None, dtype)
-        actual = jax_side.logits(inputs.checkpoint, inputs.ids, None, dtype)
+        expected = torch_gpt2.logits(inputs.checkpoint, inputs.ids, None, dtype)
+        actual = jax_gpt2.logits(inputs.checkpoint, inputs.ids, None, dtype)
         compared += (
             compare_logits(dtype, expected, actual, inputs.n_layer),
             compare_errors(dtype, exact, expected, actual),
@@ -56,7 +56,7 @@ def logits(inputs: CheckInputs) -> Check:
 
 def hidden_states(inputs: CheckInputs) -> Check:
     """All activations, inside and after every layer, are equal in float64."""
-    differences = compare_activations(torch_side, inputs)
+    differences = compare_activations(torch_gpt2, inputs)
     worst = max(differences, key=differences.__getitem__)
     name = f"fp64 max relative difference of {len(differences)} activations"
     measurement = Measurement(name, differences[worst], tolerances.ACTIVATION_FP64, worst)
@@ -66,27 +66,27 @@ def hidden_states(inputs: CheckInputs) -> Check:
 
 def gradients(inputs: CheckInputs) -> Check:
     """The gradients of the loss are equal for every parameter, in float64 and float32."""
-    return _with_location(Check.of("gradients", [compare_gradients(torch_side.gradients, inputs)]), inputs)
+    return _with_location(Check.of("gradients", [compare_gradients(torch_gpt2.gradients, inputs)]), inputs)
 
 
 def training(inputs: CheckInputs) -> Check:
     """Ten steps of AdamW, with torch.optim and with optax, give equal losses and equal weights."""
-    compared = compare_training(torch_side, "float32", inputs)
+    compared = compare_training(torch_gpt2, "float32", inputs)
     # Weights, gradients and two moments, of 8 bytes each.
     if bridge.num_parameters(inputs.checkpoint.config) * 4 * 8 > FP64_TRAIN_BYTES:
         return Check.of("training", [compared], note="fp64 skipped: it needs more than 2 GiB per backend")
-    return Check.of("training", [compare_training(torch_side, "float64", inputs), compared])
+    return Check.of("training", [compare_training(torch_gpt2, "float64", inputs), compared])
 
 
 def padding(inputs: CheckInputs) -> Check:
     """Rows of different lengths, padded left or right in one batch, give the same logits as each row alone."""
     rows = inputs.rows_of_different_lengths()
-    unpadded = [torch_side.logits(inputs.checkpoint, row[None], None, "float64")[0] for row in rows]
+    unpadded = [torch_gpt2.logits(inputs.checkpoint, row[None], None, "float64")[0] for row in rows]
     compared: list[Compared] = []
     divergence = ""
     for side in ("left", "right"):
         ids, mask = pad(rows, side)
-        for backend in (torch_side, jax_side):
+        for backend in (torch_gpt2, jax_gpt2):
             batch = backend.logits(inputs.checkpoint, ids, mask, "float64")
             differences = [max_relative_difference(batch[i][mask[i] == 1], row) for i, row in enumerate(unpadded)]
             worst = int(np.argmax(differences))
@@ -96,7 +96,7 @@ def padding(inputs: CheckInputs) -> Check:
             curve = plots.by_length(f"{backend.NAME}, padded {side}", rows, differences, tolerances.PADDING_FP64)
             compared.append(Compared((measurement,), (curve,)))
         if not measurement.passed and not divergence:
-            divergence = first_divergence(compare_activations(torch_side, inputs, ids, mask))
+            divergence = first_divergence(compare_activations(torch_gpt2, inputs, ids, mask))
     return replace(Check.of("padding", compared), first_divergence=divergence)
 
 
@@ -132,7 +132,7 @@ def prediction(inputs: CheckInputs) -> Check:
     uniform = math.log(inputs.checkpoint.config.vocab_size)
     limit = None if inputs.untrained else tolerances.PREDICTION
     measurements = []
-    for backend in (torch_side, jax_side):
+    for backend in (torch_gpt2, jax_gpt2):
         logits = backend.logits(inputs.checkpoint, inputs.ids, None, "float32")
         loss = next_token_loss(logits, inputs.ids)
         name = f"{backend.NAME} loss {loss:.4f} nats per token, relative to ln(V) = {uniform:.4f}"
@@ -147,15 +147,15 @@ def transformers(inputs: CheckInputs) -> Check:
     """The model of transformers gives equal logits and gradients."""
     name = "transformers"
     try:
-        transformers_side.require_model(inputs.checkpoint)
-    except transformers_side.UnavailableError as reason:
+        transformers_gpt2.require_model(inputs.checkpoint)
+    except transformers_gpt2.UnavailableError as reason:
         return Check(name, note=str(reason))
     compared = []
     for dtype in ("float64", "float32"):
-        expected = transformers_side.logits(inputs.checkpoint, inputs.ids, dtype)
-        actual = jax_side.logits(inputs.checkpoint, inputs.ids, None, dtype)
+        expected = transformers_gpt2.logits(inputs.checkpoint, inputs.ids, dtype)
+        actual = jax_gpt2.logits(inputs.checkpoint, inputs.ids, None, dtype)
         compared.append(compare_logits(dtype, expected, actual, inputs.n_layer))
-    compared.append(compare_gradients(transformers_side.gradients, inputs))
+    compared.append(compare_gradients(transformers_gpt2.gradients, inputs))
     return _with_location(Check.of(name, compared), inputs)
 
 
@@ -168,20 +168,20 @@ def classification(inputs: CheckInputs) -> Check:
     if classifier is None:
         return Check(name, note="the checkpoint has no classification head")
     batches, note = _batches_to_classify(inputs, classifier)
-    others = [jax_side]
+    others = [jax_gpt2]
     try:
-        transformers_side.require_model(classifier.checkpoint)
-        others.append(transformers_side)
-    except transformers_side.UnavailableError as reason:
+        transformers_gpt2.require_model(classifier.checkpoint)
+        others.append(transformers_gpt2)
+    except transformers_gpt2.UnavailableError as reason:
         note += f"; without a third opinion: {reason}"
     ids, measurements = np.concatenate([*batches.values()]), []  # together, to compile once
     for dtype in ("float64", "float32"):
-        expected = torch_side.class_logits(classifier, ids, dtype)
+        expected = torch_gpt2.class_logits(classifier, ids, dtype)
         for side in others:
             actual = side.class_logits(classifier, ids, dtype)
             halves = zip(batches, np.split(expected, len(batches)), np.split(actual, len(batches)), strict=True)
             for batch, a, b in halves:
-                title = f"logits of classes, {batch}, {side.NAME} vs {torch_side.NAME}"
+                title = f"logits of classes, {batch}, {side.NAME} vs {torch_gpt2.NAME}"
                 measurements.append(compare_class_logits(title, dtype, a, b, inputs.n_layer))
     return Check(name, tuple(measurements), note)
 
@@ -199,7 +199,7 @@ def _with_location(check: Check, inputs: CheckInputs) -> Check:
     """Add the first divergent activation to a check that failed."""
     if check.passed:
         return check
-    return replace(check, first_divergence=first_divergence(compare_activations(torch_side, inputs)))
+    return replace(check, first_divergence=first_divergence(compare_activations(torch_gpt2, inputs)))
 
 
 CHECKS: Mapping[str, Callable[[CheckInputs], Check]] = {

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
-import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.jax_gpt2 as jax_gpt2
 import gpt2_jax.parity.plots as plots
 import gpt2_jax.parity.tolerances as tolerances
 from bridge import Checkpoint
@@ -22,7 +22,7 @@ from gpt2_jax.parity.report import Compared, Measurement
 from gpt2_jax.parity.tolerances import SHORT_NAMES
 
 Gradients = Callable[[Checkpoint, np.ndarray, str], dict[str, np.ndarray]]
-"""The function `gradients` of `torch_side` or `transformers_side`."""
+"""The function `gradients` of `torch_gpt2` or `transformers_gpt2`."""
 
 
 def compare_logits(dtype: str, expected: np.ndarray, actual: np.ndarray, n_layer: int) -> Compared:
@@ -104,7 +104,7 @@ def compare_gradients(expected: Gradients, inputs: CheckInputs) -> Compared:
     measurements, curves = [], []
     for dtype, limit in (("float64", tolerances.GRADIENT_FP64), ("float32", tolerances.GRADIENT_FP32)):
         reference = expected(inputs.checkpoint, inputs.gradient_ids, dtype)
-        actual = jax_side.gradients(inputs.checkpoint, inputs.gradient_ids, dtype)
+        actual = jax_gpt2.gradients(inputs.checkpoint, inputs.gradient_ids, dtype)
         differences = {
             name: relative_l2_difference(actual[name], reference[name]) if name in reference else math.inf
             for name in actual
@@ -124,7 +124,7 @@ def compare_training(side: ModuleType, dtype: str, inputs: CheckInputs) -> Compa
     }[dtype]
     batches = inputs.train_batches()
     expected_losses, expected = side.train(inputs.checkpoint, batches, dtype, AdamW())
-    jax_losses, actual = jax_side.train(inputs.checkpoint, batches, dtype, AdamW())
+    jax_losses, actual = jax_gpt2.train(inputs.checkpoint, batches, dtype, AdamW())
     loss_differences = np.abs(np.subtract(expected_losses, jax_losses))
     differences = {
         name: relative_l2_difference(
@@ -169,11 +169,11 @@ def compare_activations(
     """Maximum relative difference of every activation, in float64, in the order of the forward pass.
 
     Args:
-        side: `torch_side`.
+        side: `torch_gpt2`.
         ids: token ids instead of those of `inputs`.
         mask: 1 at tokens and 0 at padding. Padding is not compared.
     """
     ids = inputs.ids if ids is None else ids
     expected = side.activations(inputs.checkpoint, ids, mask)
-    actual = jax_side.activations(inputs.checkpoint, ids, mask)
+    actual = jax_gpt2.activations(inputs.checkpoint, ids, mask)
     return activation_differences(expected, actual, np.ones(ids.shape, bool) if mask is None else mask == 1)

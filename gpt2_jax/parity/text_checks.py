@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-import gpt2_jax.parity.jax_side as jax_side
-import gpt2_jax.parity.torch_side as torch_side
-import gpt2_jax.parity.transformers_side as transformers_side
+import gpt2_jax.parity.jax_gpt2 as jax_gpt2
+import gpt2_jax.parity.torch_gpt2 as torch_gpt2
+import gpt2_jax.parity.transformers_gpt2 as transformers_gpt2
 from bridge import Tokenizer, TokenizerError
 from bridge.comparison.strings import difficult_strings, encodable
 from bridge.comparison.token_ids import Ids, Reader, first_difference, no_token
@@ -50,8 +50,8 @@ def tokenizer(inputs: CheckInputs) -> Check:
     if ours is None:
         return Check(name, note=inputs.tokens.no_tokenizer)
     try:
-        theirs = transformers_side.tokenizer(inputs.checkpoint)
-    except transformers_side.UnavailableError as reason:
+        theirs = transformers_gpt2.tokenizer(inputs.checkpoint)
+    except transformers_gpt2.UnavailableError as reason:
         return Check(name, (_round_trip(ours),), f"round trip instead of a comparison: {reason}")
     return Check(name, tuple(_against_transformers(ours, theirs, inputs.checkpoint.config.vocab_size)))
 
@@ -60,7 +60,7 @@ def _against_transformers(ours: Tokenizer, theirs: Any, vocab_size: int) -> Iter
     # Use the added tokens of both sides, because each side may lack tokens of the other. transformers also adds special
     # tokens whose ids are outside the vocabulary. The model has no embedding for these.
     markers = [*ours.added, *(token for token, id in theirs.get_added_vocab().items() if id < vocab_size)]
-    readers = Reader(transformers_side.NAME, theirs.convert_ids_to_tokens), Reader(OURS, ours.token_of)
+    readers = Reader(transformers_gpt2.NAME, theirs.convert_ids_to_tokens), Reader(OURS, ours.token_of)
     refused, ids_differ, texts_differ = [], [], []
     strings = _strings(ours, markers)
     for text in strings:
@@ -70,8 +70,8 @@ def _against_transformers(ours: Tokenizer, theirs: Any, vocab_size: int) -> Iter
             refused.append(f"{quoted(text)}: {error}")
             continue
         try:  # transformers cannot encode a lone surrogate; this project encodes it as U+FFFD
-            expected = transformers_side.encode(theirs, without_lone_surrogates(text))
-        except transformers_side.UnavailableError as reason:
+            expected = transformers_gpt2.encode(theirs, without_lone_surrogates(text))
+        except transformers_gpt2.UnavailableError as reason:
             ids_differ.append(f"{quoted(text)}: {reason}")
             continue
         if ids != expected:
@@ -149,16 +149,16 @@ def generation(inputs: CheckInputs) -> Check:
     try:
         overrides = _overrides(inputs, prompts)
         config = inputs.generation_defaults.config(prompts.shape[1], **overrides)
-        expected = torch_side.generate(inputs.checkpoint, prompts, config)
-        actual = jax_side.generate(inputs.checkpoint, prompts, config)
+        expected = torch_gpt2.generate(inputs.checkpoint, prompts, config)
+        actual = jax_gpt2.generate(inputs.checkpoint, prompts, config)
     except InvalidLogits as error:
         return Check(name, (count("texts without a next token", [str(error)]),))
-    measurements = [_compare_ids(inputs, prompts, torch_side.NAME, expected, jax_side.NAME, actual)]
+    measurements = [_compare_ids(inputs, prompts, torch_gpt2.NAME, expected, jax_gpt2.NAME, actual)]
     note = f"{sum(len(row) < config.max_new_tokens for row in expected)} of {len(expected)} texts end before the limit"
     try:
         for measurement in _against_generate(inputs, prompts, overrides, expected):
             measurements.append(measurement)
-    except transformers_side.UnavailableError as reason:
+    except transformers_gpt2.UnavailableError as reason:
         note += f"; not fully compared with transformers: {reason}"
     return Check(name, tuple(measurements), note)
 
@@ -174,7 +174,7 @@ def _overrides(inputs: CheckInputs, prompts: np.ndarray) -> dict[str, Any]:
         found["max_new_tokens"] = most
     if defaults.settings.get("num_beams", 1) > MOST_BEAMS:
         found["num_beams"] = MOST_BEAMS
-    first = torch_side.generate(inputs.checkpoint, prompts[:1], defaults.config(length, **found))[0]
+    first = torch_gpt2.generate(inputs.checkpoint, prompts[:1], defaults.config(length, **found))[0]
     return {**found, "eos_token_id": (*defaults.eos_token_ids, first[len(first) // 2])}
 
 
@@ -183,18 +183,18 @@ def _against_generate(
 ) -> Iterable[Measurement]:
     """Compare with transformers' `generate`: its ids, the settings that it reads itself, and its text."""
     defaults, checkpoint = inputs.generation_defaults, inputs.checkpoint
-    transformers_side.require_model(checkpoint)
+    transformers_gpt2.require_model(checkpoint)
     if defaults.not_applied:
-        raise transformers_side.UnavailableError(f"not all settings are supported: {'; '.join(defaults.not_applied)}")
-    settings = transformers_side.generation_settings(checkpoint)
-    expected = transformers_side.generate(checkpoint, prompts, settings, **overrides)
-    yield _compare_ids(inputs, prompts, transformers_side.NAME, expected, torch_side.NAME, found)
+        raise transformers_gpt2.UnavailableError(f"not all settings are supported: {'; '.join(defaults.not_applied)}")
+    settings = transformers_gpt2.generation_settings(checkpoint)
+    expected = transformers_gpt2.generate(checkpoint, prompts, settings, **overrides)
+    yield _compare_ids(inputs, prompts, transformers_gpt2.NAME, expected, torch_gpt2.NAME, found)
     if settings.eos_token_id is not None:  # without one, this project ends a text at the tokenizer's end of sequence
         theirs, ours = {*np.ravel(settings.eos_token_id).tolist()}, {*defaults.eos_token_ids}
         differing = [f"{sorted(theirs)} in transformers, {sorted(ours)} in {OURS}"] if theirs != ours else []
         yield count("sets of end-of-sequence ids that differ from those of transformers", differing)
     if inputs.tokens.tokenizer is not None:
-        decode, wanted = inputs.tokens.tokenizer.decode, transformers_side.tokenizer(checkpoint).decode
+        decode, wanted = inputs.tokens.tokenizer.decode, transformers_gpt2.tokenizer(checkpoint).decode
         texts = [(wanted(a), decode(b)) for a, b in zip(expected, found, strict=True)]
         differing = [_difference_of_texts(a, a, b) for a, b in texts if a != b]
         yield count("generated texts that differ from those of transformers", differing)

@@ -22,7 +22,7 @@ import gpt2_jax
 import gpt2_torch
 from bridge import CheckpointError, ConversionError, SequenceClassifier
 from bridge.storage.tensors import LazyTensor
-from gpt2_jax.parity import Check, checks_for, jax_side, transformers_side, verify
+from gpt2_jax.parity import Check, checks_for, jax_gpt2, transformers_gpt2, verify
 
 ERROR = 1e-5  # of logits of about 1 in float32
 LABELS = ["negative", "neutral", "positive"]
@@ -212,7 +212,7 @@ def test_verify_classifies_one_row_without_padding_and_works_without_transformer
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs(tmp_path, pad_token_id=None)
-    monkeypatch.setattr(transformers_side, "is_installed", lambda: False)
+    monkeypatch.setattr(transformers_gpt2, "is_installed", lambda: False)
     check = check_of(tmp_path)
     assert check.passed
     assert [m.name.split(" logits")[0] for m in check.measurements] == ["fp64", "fp32"]
@@ -245,7 +245,7 @@ def score_with_labels_reversed(patch: pytest.MonkeyPatch) -> None:
 
 def padding_is_classified(patch: pytest.MonkeyPatch) -> None:
     right = gpt2_jax.GPT2ForSequenceClassification
-    patch.setattr(jax_side, "GPT2ForSequenceClassification", lambda c, n, pad, *dtypes: right(c, n, pad - 1, *dtypes))
+    patch.setattr(jax_gpt2, "GPT2ForSequenceClassification", lambda c, n, pad, *dtypes: right(c, n, pad - 1, *dtypes))
 
 
 @pytest.mark.usefixtures("quick_compilation")

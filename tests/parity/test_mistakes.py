@@ -19,7 +19,7 @@ from support.models import TINY, random_checkpoint
 
 import bridge
 import gpt2_jax.model as jax_model
-from gpt2_jax.parity import Check, checks, jax_side, verify
+from gpt2_jax.parity import Check, checks, jax_gpt2, verify
 
 CONFIG = replace(TINY, n_layer=3, scale_attn_by_inverse_layer_idx=True)
 LENGTH = 12
@@ -272,7 +272,7 @@ def loss_without_shift(patch: Patch) -> None:
     def loss(logits: Any, ids: Any) -> Any:
         return optax.softmax_cross_entropy_with_integer_labels(logits, ids).mean()
 
-    patch.setattr(jax_side, "next_token_loss", loss)
+    patch.setattr(jax_gpt2, "next_token_loss", loss)
 
 
 def frozen_positions(patch: Patch) -> None:

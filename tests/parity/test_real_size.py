@@ -13,7 +13,7 @@ import transformers
 
 import bridge
 from bridge import Checkpoint
-from gpt2_jax.parity import Check, jax_side, tolerances, torch_side, transformers_side, verify
+from gpt2_jax.parity import Check, jax_gpt2, tolerances, torch_gpt2, transformers_gpt2, verify
 from gpt2_jax.parity.metrics import max_kl, rms
 
 pytestmark = pytest.mark.slow
@@ -62,8 +62,8 @@ def test_verify_passes(directory: Path) -> None:
 @pytest.mark.parametrize(("scale_up", "limit"), [(False, LOGITS_FP32), (True, SCALED_LOGITS_FP32)])
 def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_up: bool, limit: float) -> None:
     checkpoint = scaled(bridge.load(directory)) if scale_up else bridge.load(directory)
-    sides = {side.NAME: side.logits(checkpoint, ids, None, "float32") for side in (torch_side, jax_side)}
-    sides[transformers_side.NAME] = transformers_side.logits(checkpoint, ids, "float32")
+    sides = {side.NAME: side.logits(checkpoint, ids, None, "float32") for side in (torch_gpt2, jax_gpt2)}
+    sides[transformers_gpt2.NAME] = transformers_gpt2.logits(checkpoint, ids, "float32")
     names = list(sides)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
@@ -72,16 +72,16 @@ def test_logits_agree_between_all_three(directory: Path, ids: np.ndarray, scale_
             print(f"{a} - {b}: max logit difference {difference:.2e}, max KL {kl:.2e}")
             assert difference <= limit
             assert kl <= tolerances.KL_FP32
-    exact = torch_side.logits(checkpoint, ids, None, "float64")
+    exact = torch_gpt2.logits(checkpoint, ids, None, "float64")
     print(f"largest logit {np.abs(exact).max():.1f}")
     errors = {name: rms(logits - exact) for name, logits in sides.items()}
     largest = {name: np.abs(logits - exact).max() for name, logits in sides.items()}
     for name in names:
         print(f"{name} from float64: root mean square {errors[name]:.2e}, largest {largest[name]:.2e}")
-    assert errors[jax_side.NAME] <= errors[torch_side.NAME]
+    assert errors[jax_gpt2.NAME] <= errors[torch_gpt2.NAME]
     del sides
     gc.collect()
-    ours = jax_side.logits(checkpoint, ids, None, "float64")
+    ours = jax_gpt2.logits(checkpoint, ids, None, "float64")
     assert np.abs(ours - exact).max() <= tolerances.LOGITS_FP64 * np.abs(exact).max()
 
 

@@ -21,7 +21,7 @@ from bridge.comparison.strings import difficult_strings
 from bridge.tokenizers import tokenizer as tokenizer_module
 from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.readers.huggingface import Files
-from gpt2_jax.parity import Check, jax_side, transformers_side, verify
+from gpt2_jax.parity import Check, jax_gpt2, transformers_gpt2, verify
 from gpt2_jax.parity.inputs import CheckInputs, choose_tokens
 from gpt2_jax.parity.text_checks import tokenizer as tokenizer_check
 
@@ -46,7 +46,7 @@ def check_of_tokenizer(checkpoint: Checkpoint) -> Check:
 
 
 def without_transformers(patch: Patch) -> None:
-    patch.setattr(transformers_side, "is_installed", lambda: False)
+    patch.setattr(transformers_gpt2, "is_installed", lambda: False)
 
 
 def failures(check: Check) -> dict[str, str]:
@@ -242,11 +242,11 @@ def test_weights_with_nan_fail() -> None:
 
 
 def jax_ignores_the_end(patch: Patch) -> None:
-    class Endless(jax_side.Decoder):
+    class Endless(jax_gpt2.Decoder):
         def generate(self, prompts: Any, config: GenerationConfig) -> Any:
             return super().generate(prompts, replace(config, eos_token_id=None))
 
-    patch.setattr(jax_side, "Decoder", Endless)
+    patch.setattr(jax_gpt2, "Decoder", Endless)
 
 
 def read(wrong: Callable[[bridge.GenerationDefaults], bridge.GenerationDefaults]) -> Callable[[Patch], None]:

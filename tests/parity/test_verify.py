@@ -21,7 +21,7 @@ import bridge
 import gpt2_torch
 from bridge import Checkpoint
 from gpt2_jax.cli import main
-from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_side, verify
+from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_gpt2, verify
 from gpt2_jax.parity.inputs import BUILT_IN_TEXT, CheckInputs, choose_tokens, default_length
 from gpt2_jax.parity.report import SAME_CLASSIFIER
 from gpt2_torch.ops.cross_entropy import next_token_loss
@@ -79,7 +79,7 @@ def test_models_with_other_attention_options_pass() -> None:
 
 
 def test_the_transformers_check_is_skipped_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_side, "is_installed", lambda: False)
+    monkeypatch.setattr(transformers_gpt2, "is_installed", lambda: False)
     (check,) = verify(random_checkpoint(CONFIG), checks=("transformers",), seq_len=5).checks
     assert check.skipped
     assert "not installed" in check.note

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import bridge
-import gpt2_jax.parity.jax_side as jax_side
+import gpt2_jax.parity.jax_gpt2 as jax_gpt2
 import gpt2_jax.parity.plots as plots
 import gpt2_jax.parity.tolerances as tolerances
 from bridge import Checkpoint, GPT2Config
@@ -46,7 +46,7 @@ class CertifiedInputs:
     @cached_property
     def outputs(self) -> Outputs:
         """What JAX computes in float64."""
-        return jax_side.outputs(self.checkpoint, self.certificate.ids, None, self.certificate.positions, "float64")
+        return jax_gpt2.outputs(self.checkpoint, self.certificate.ids, None, self.certificate.positions, "float64")
 
     @cached_property
     def state_differences(self) -> dict[str, float]:
@@ -127,7 +127,7 @@ def losses(inputs: CertifiedInputs) -> Check:
 def gradients(inputs: CertifiedInputs) -> Check:
     """The gradient of the mean loss has the same norm, and the same dot product with random signs, in float64."""
     certificate = inputs.certificate
-    actual = gradient_sketch(jax_side.gradients(inputs.checkpoint, certificate.ids, "float64"))
+    actual = gradient_sketch(jax_gpt2.gradients(inputs.checkpoint, certificate.ids, "float64"))
     norms = certificate.gradients[:, 0]
     names = sorted(certificate.digests)
     compared = []
@@ -147,7 +147,7 @@ def padding(inputs: CertifiedInputs) -> Check:
     """Rows of different lengths, padded on the left, have the same losses in float64."""
     certificate = inputs.certificate
     none = np.array([], np.int64)
-    actual = jax_side.outputs(inputs.checkpoint, certificate.padded_ids, certificate.padded_mask, none, "float64")
+    actual = jax_gpt2.outputs(inputs.checkpoint, certificate.padded_ids, certificate.padded_mask, none, "float64")
     difference = np.abs(actual.losses - certificate.padded_losses)
     limit = certificate.bounds["losses"] * certificate.largest_logit
     rows = difference.max(-1, initial=0.0)
@@ -163,7 +163,7 @@ def float32(inputs: CertifiedInputs) -> Check:
     certificate = inputs.certificate
     platform, expected = jax.default_backend(), certificate.outputs.logits
     roundoff = tolerances.matmul_roundoff(platform, inputs.precision)
-    actual = jax_side.outputs(
+    actual = jax_gpt2.outputs(
         inputs.checkpoint, certificate.ids, None, certificate.positions, "float32", inputs.precision
     ).logits
     limit = tolerances.logits_fp32(certificate.largest_logit, inputs.checkpoint.config.n_layer, roundoff)

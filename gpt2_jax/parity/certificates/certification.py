@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import bridge
-import gpt2_jax.parity.torch_side as torch_side
+import gpt2_jax.parity.torch_gpt2 as torch_gpt2
 from bridge import BridgeError, Checkpoint
 from gpt2_jax.parity.certificates.against import verify_against
 from gpt2_jax.parity.certificates.certificate import MOST_BYTES, Certificate, certificate_bytes
@@ -91,11 +91,11 @@ def make_certificate(checkpoint: Checkpoint, inputs: CheckInputs) -> Certificate
         tokens=inputs.tokens.origin,
         ids=ids,
         positions=positions,
-        outputs=torch_side.outputs(checkpoint, ids, None, positions, "float64"),
-        gradients=gradient_sketch(torch_side.gradients(checkpoint, ids, "float64")),
+        outputs=torch_gpt2.outputs(checkpoint, ids, None, positions, "float64"),
+        gradients=gradient_sketch(torch_gpt2.gradients(checkpoint, ids, "float64")),
         padded_ids=padded_ids,
         padded_mask=padded_mask,
-        padded_losses=torch_side.outputs(checkpoint, padded_ids, padded_mask, none, "float64").losses,
+        padded_losses=torch_gpt2.outputs(checkpoint, padded_ids, padded_mask, none, "float64").losses,
     )
 
 

@@ -1,4 +1,4 @@
-"""What `gpt2_jax` computes from a checkpoint. `torch_side` has the same functions.
+"""What `gpt2_jax` computes from a checkpoint. `torch_gpt2` has the same functions.
 
 All functions take and return numpy arrays and keep no parameters afterwards. Matrix products run at the highest
 precision, because GPUs and TPUs by default round float32 operands to a narrower format.

@@ -1,4 +1,4 @@
-"""What `gpt2_torch` computes from a checkpoint. `jax_side` has the same functions.
+"""What `gpt2_torch` computes from a checkpoint. `jax_gpt2` has the same functions.
 
 All functions take and return numpy arrays and keep no model afterwards.
 """
