@@ -57,7 +57,7 @@ _SIZE = (4.6, 3.4)
 
 _LONGEST_NAME, _LONGEST_LABEL = 28, 60
 _MOST_NAMED_TICKS, _MOST_LAYER_TICKS = 12, 8
-_MOST_MARKED = 64
+_MOST_MARKED = 32
 """Lines with more points have no markers."""
 _MAX_DRAWN = 1e300
 """Larger values are drawn as not finite, because matplotlib computes with differences and margins of values."""

@@ -33,7 +33,8 @@ import bridge
 from bridge import BridgeError
 from bridge.formats import FORMATS, WRITABLE
 from gpt2_jax.cli import main as gpt2
-from gpt2_jax.console.report_files import require_plot_path, save_plot
+from gpt2_jax.console.report_files import require_html_path, require_plot_path, save_plot, write_html_report
+from gpt2_jax.reporting.markup import HTML_START
 from gpt2_jax.training import loop
 from gpt2_jax.training.run import directory as runs
 
@@ -51,6 +52,7 @@ WEIGHTS = {
     "llmc": r"model\.bin",
     "gguf": r"model\.gguf",
 }
+PAGE = f'{HTML_START}{bridge.__version__}">'
 FOREIGN = {
     "thesis.txt": b"years of work",
     "config.json": b'{"port": 8080}',
@@ -62,6 +64,7 @@ FOREIGN = {
     "manifest.json": b'{"files": ["thesis.txt"]}',
     "report.json": b'{"profit": 3}',
     "loss.png": b"\x89PNG of somebody",
+    "page.html": b"<!doctype html>\n<title>gpt2-bridge</title>",
     "letter.docx": b"PK\x03\x04 not a checkpoint",
     "other.pt": b"PK\x03\x04archive/data.pkl",
     "model.gguf": b"GGUF\x03\x00\x00\x00",
@@ -163,14 +166,16 @@ def templates(home: Path) -> dict[str, Path]:
     runs.create(home / "begun", RECIPE, data_for(RECIPE, home))
     silently(lambda: gpt2(["inspect", str(home / "flax"), "--json", str(home / "inspected.json")]))
     save_plot(Figure(), home / "drawn.png")
+    write_html_report(home / "page.html", PAGE)
     return (
         made
         | {"home": home}
-        | {name: home / name for name in ("tokenizer", "run", "begun", "inspected.json", "drawn.png")}
+        | {name: home / name for name in ("tokenizer", "run", "begun", "inspected.json", "drawn.png", "page.html")}
     )
 
 
-OWNERS = {"run": "run", "begun": "begun", "tokenizer": "tokenizer", "inspected.json": "report", "drawn.png": "report"}
+REPORTS = ("inspected.json", "drawn.png", "page.html")
+OWNERS = {"run": "run", "begun": "begun", "tokenizer": "tokenizer"} | dict.fromkeys(REPORTS, "report")
 
 
 def build(root: Path, made: dict[str, Path], rng: random.Random) -> Tree:
@@ -228,8 +233,8 @@ def choose(tree: Tree, made: dict[str, Path], rng: random.Random) -> Writing:
     target = here if rng.random() < 0.8 else here.parent / "fresh" if here.is_file() else here / "fresh"
     chosen = Chosen(tree, made, rng, target, overwrite=rng.random() < 0.6)
     suited = {"run": [end, remove], "begun": [begin, remove], "tokenizer": [tokenizer]}.get(chosen.template, [])
-    suited += [report, plot] if OWNERS.get(chosen.template) == "report" else []
-    every = [save, save, convert, convert, report, plot, tokenizer, begin, end, remove]
+    suited += [report, plot, page] if OWNERS.get(chosen.template) == "report" else []
+    every = [save, save, convert, convert, report, plot, page, tokenizer, begin, end, remove]
     return rng.choice(suited if suited and rng.random() < 0.6 else every)(chosen)
 
 
@@ -279,8 +284,23 @@ def plot(c: Chosen) -> Writing:
     return Writing(f"plot to {file}, overwrite={c.overwrite}", act, _replaces_report(c, file), file.resolve())
 
 
+def page(c: Chosen) -> Writing:
+    file = _report_file(c)
+
+    def act() -> int:
+        require_html_path(file, overwrite=c.overwrite)
+        write_html_report(file, PAGE, overwrite=c.overwrite)
+        return 0
+
+    return Writing(f"page to {file}, overwrite={c.overwrite}", act, _replaces_report(c, file), file.resolve())
+
+
 def _report_file(c: Chosen) -> Path:
-    return c.target if c.rng.random() < 0.5 else c.target / c.rng.choice(["report.json", "config.json", "loss.png"])
+    return (
+        c.target
+        if c.rng.random() < 0.5
+        else c.target / c.rng.choice(["report.json", "config.json", "loss.png", "page.html"])
+    )
 
 
 def _replaces_report(c: Chosen, file: Path) -> Callable[[Path], bool]:
