@@ -291,7 +291,7 @@ def test_the_json_report_has_every_part(tmp_path: Path) -> None:
     found = json.loads(report.read_text())
     assert [*found] == [
         *("generator", "a", "b", "verdict", "different", "config", "extra", "tokenizer", "generation"),
-        *("chat_templates", "tensors", "optimizer", "function", "function_not_run"),
+        *("chat_templates", "tensors", "optimizer", "function", "function_not_run", "environment"),
     ]
     assert (found["verdict"], found["different"]) == ("different", ["tensors"])
     [tensor] = [tensor for tensor in found["tensors"]["tensors"] if tensor["status"] != "identical"]
