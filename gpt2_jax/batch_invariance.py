@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -35,11 +35,6 @@ class BatchInvarianceError(BridgeError):
     """Batch-invariant results cannot be had with this device, number of threads or model."""
 
 
-def use_one_thread() -> None:
-    """Let XLA compute on one CPU thread. It has no effect after JAX has initialized its backends."""
-    os.environ[THREADS] = "1"
-
-
 @dataclass(frozen=True)
 class SlotModel:
     """A model with one set of parameters per layer, which computes tokens in slots.
@@ -49,6 +44,8 @@ class SlotModel:
 
     model: GPT2
     params: Mapping[str, Any]
+    _checked: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
+    """Numbers of rows and lengths of the caches whose programs have been tested."""
 
     def __post_init__(self) -> None:
         if (platform := jax.default_backend()) != "cpu":
@@ -72,7 +69,10 @@ class SlotModel:
         """
         length = -(-max_length // KEY_BLOCK) * KEY_BLOCK
         cache = empty_cache(self.model.config, jnp.zeros(rows, jnp.int32), length, self.model.dtype)
-        return self.check(cache)
+        if (rows, length) not in self._checked:
+            cache = self.check(cache)
+            self._checked.add((rows, length))
+        return cache
 
     def check(self, cache: KVCache) -> KVCache:
         """Return the cache after computing one token in all slots at once, whose results must have the same bits.

@@ -23,6 +23,7 @@ from bridge.conversion import mixed_dtypes
 from bridge.storage.tensors import LazyTensor, same_bytes
 from gpt2_jax.parity.activations import first_divergence
 from gpt2_jax.parity.comparisons import (
+    SHORT_NAMES,
     compare_activations,
     compare_class_logits,
     compare_errors,
@@ -186,6 +187,18 @@ def classification(inputs: CheckInputs) -> Check:
     return Check(name, tuple(measurements), note)
 
 
+def batch_invariance(inputs: CheckInputs) -> Check:
+    """With `batch_invariant`, rows of different lengths get the same bits alone, in a batch and without a cache."""
+    name, rows = "batch invariance", [row.tolist() for row in inputs.rows_of_different_lengths()]
+    measurements = []
+    for dtype in ("float32", "bfloat16"):
+        found = jax_side.batch_invariant_outputs(inputs.checkpoint, rows, dtype)
+        for comparison, different in found.items():
+            title = f"{SHORT_NAMES[dtype]} rows of {len(rows)} with other bits, {comparison}"
+            measurements.append(Measurement(title, different, 0))
+    return Check(name, tuple(measurements), "generation with batch_invariant, on one thread")
+
+
 def _batches_to_classify(inputs: CheckInputs, classifier: SequenceClassifier) -> tuple[dict[str, np.ndarray], str]:
     """Return name -> ids, and a remark. Without a padding id, only single rows can be classified."""
     rows, pad_token_id = inputs.rows_of_different_lengths(), classifier.pad_token_id
@@ -214,14 +227,18 @@ CHECKS: Mapping[str, Callable[[CheckInputs], Check]] = {
     "tokenizer": text_checks.tokenizer,
     "generation": text_checks.generation,
     "classification": classification,
+    "batch-invariance": batch_invariance,
 }
 """In the order of the report. The keys are the names in `gpt2 verify --checks`."""
+
+ON_REQUEST = ("batch-invariance",)
+"""Checks that run only if they are named, because they need one thread."""
 
 OF_LANGUAGE_MODELS = ("prediction", "generation")
 OF_CLASSIFIERS = ("classification",)
 
 
 def checks_for(checkpoint: Checkpoint | SequenceClassifier) -> tuple[str, ...]:
-    """Return the names of the checks that apply to a language model or to a classifier."""
+    """Return the names of the checks that run by default for a language model or a classifier."""
     others = OF_LANGUAGE_MODELS if isinstance(checkpoint, SequenceClassifier) else OF_CLASSIFIERS
-    return tuple(name for name in CHECKS if name not in others)
+    return tuple(name for name in CHECKS if name not in (*others, *ON_REQUEST))

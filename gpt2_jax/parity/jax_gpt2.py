@@ -39,6 +39,9 @@ from gpt2_jax.parity.precision import full_precision
 
 NAME = "gpt2_jax"
 
+BATCH_INVARIANT_NEW = 16
+"""New tokens in the check of batch invariance."""
+
 
 def logits(checkpoint: Checkpoint, ids: np.ndarray, mask: np.ndarray | None, dtype: str) -> np.ndarray:
     """Logits [B, T, V] in float64, computed in `dtype`."""
@@ -150,6 +153,25 @@ def generate(checkpoint: Checkpoint, prompts: np.ndarray, config: GenerationConf
     with full_precision("float64"):
         outputs = Decoder(*_model(checkpoint, "float64")).generate(prompts.tolist(), config)
     return [output.ids for [output] in outputs]
+
+
+def batch_invariant_outputs(checkpoint: Checkpoint, rows: list[list[int]], dtype: str) -> dict[str, int]:
+    """How many rows get other bits than in one batch: alone, and without a cache. Raises `BatchInvarianceError`.
+
+    A few tokens are generated greedily after half of each row's tokens.
+    """
+    new = min(BATCH_INVARIANT_NEW, checkpoint.config.n_positions // 4)
+    prompts = [row[: max(1, len(row) // 2)] for row in rows]
+    config = GenerationConfig(max(1, new), logprobs=True)
+    decoder = Decoder(*_model(checkpoint, "float32"), dtype=jnp.dtype(dtype), batch_invariant=True)
+    together = [output for [output] in decoder.generate(prompts, config)]
+    alone = [decoder.generate([prompt], config)[0][0] for prompt in prompts]
+    whole = decoder.token_logprobs([prompt + output.ids for prompt, output in zip(prompts, together, strict=True)])
+    uncached = [found[len(prompt) - 1 :].tolist() for prompt, found in zip(prompts, whole, strict=True)]
+    return {
+        "alone vs in a batch": sum(a != b for a, b in zip(alone, together, strict=True)),
+        "uncached vs cached": sum(a != b.logprobs for a, b in zip(uncached, together, strict=True)),
+    }
 
 
 def class_logits(classifier: SequenceClassifier, ids: np.ndarray, dtype: str) -> np.ndarray:

@@ -27,8 +27,7 @@ ROWS = 19
 NEW = 6
 DECODING: Mapping[str, dict[str, Any]] = {
     "greedy": {},
-    "sampled": {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.3, "seed": 3},
-    "two of each": {"temperature": 1.0, "num_return_sequences": 2},
+    "two samples": {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.3, "num_return_sequences": 2},
 }
 
 

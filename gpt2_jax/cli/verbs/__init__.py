@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -38,6 +39,9 @@ VERBS: Mapping[str, Verb] = {
     "demo": Verb("demo", "demo", "Convert, verify, fine-tune and export a small model.", compiles=True, trains=True),
 }
 
+BATCH_INVARIANCE = "batch-invariance"
+"""The check of `gpt2 verify` that needs one thread, as `--batch-invariant` does."""
+
 DESCRIPTION = """GPT-2 in PyTorch and JAX, and a bridge between them.
 
 Run `gpt2 VERB --help` for the flags of a verb, and `gpt2 --version` for the version.
@@ -67,6 +71,8 @@ def load_verb(name: str, words: Sequence[str], *, own_process: bool = False) -> 
     def run(*args: Any, **kwargs: Any) -> Any:
         from gpt2_jax.console.process import enable_compilation_cache, restart_with_huge_pages
 
+        if kwargs.get("batch_invariant") or BATCH_INVARIANCE in (kwargs.get("checks") or ()):
+            os.environ["NPROC"] = "1"  # the number of threads, which XLA reads when JAX starts
         if verb.trains:
             restart_with_huge_pages()
         enable_compilation_cache()

@@ -54,6 +54,8 @@ RULES = (
     Rule(("length_penalty", "early_stopping"), lambda v: v["config"].num_beams == 1, "without --num-beams above 1"),
 )
 
+OF_JAX = Rule(("batch_invariant",), lambda values: values["backend"] != "jax", "without --backend jax")
+
 Backend = Literal["jax", "torch"]
 Float32OrBfloat16 = Literal["float32", "bfloat16"]
 
@@ -93,6 +95,7 @@ def generate(
     special_tokens: SpecialTokensFlag = "match",
     chat: Chat = NO_CHAT,
     dtype: Annotated[Float32OrBfloat16 | None, arg(metavar="float32|bfloat16")] = None,
+    batch_invariant: bool = False,
     json: JsonFile = None,
     overwrite: bool = False,
 ) -> None:
@@ -115,10 +118,12 @@ def generate(
             ordinary text (as-text; for untrusted prompts), or as an error (error).
         dtype: the dtype of the weights and the computation; bfloat16 halves the memory traffic and is faster on GPU and
             TPU.
+        batch_invariant: give each prompt the same tokens and log-probabilities, bit for bit, whatever other prompts
+            there are. Only with JAX on CPU, on one thread, without beam search, and slower.
         json: also write prompts, texts, ids and log-probabilities to this file.
         overwrite: replace the report of an earlier command.
     """
-    require_effect(locals(), defaults_of(generate), (OVERWRITE,))
+    require_effect(locals(), defaults_of(generate), (OVERWRITE, OF_JAX))
     require_effect(vars(chat), vars(NO_CHAT), (NEEDS_CHAT,))
     write_json = json_writer(json, overwrite, (source, reading.base, lines))
     checkpoint = reading.load_with_warnings(source)
@@ -144,7 +149,7 @@ def generate(
         return config
 
     policy = policy_of(special_tokens)
-    with open_decoder(backend, checkpoint, dtype) as decoder:
+    with open_decoder(backend, checkpoint, dtype, batch_invariant) as decoder:
 
         def stream(text: str, history: Sequence[tuple[str, str]] = ()) -> Iterator[str]:
             [ids] = chat.encode(tokenizer, [text], policy, history)
@@ -178,7 +183,10 @@ def _asks_for_several(config: GenerationConfig, decoding: DecodingFlags) -> bool
 
 @contextmanager
 def open_decoder(
-    backend: Backend, checkpoint: Checkpoint, dtype: Float32OrBfloat16 | None = None
+    backend: Backend,
+    checkpoint: Checkpoint,
+    dtype: Float32OrBfloat16 | None = None,
+    batch_invariant: bool = False,
 ) -> Iterator[Decoder[Any, Any]]:
     """Yield the checkpoint's decoder, in the given dtype; by default float32, or float64 if that is stored."""
     if backend == "torch":
@@ -195,7 +203,7 @@ def open_decoder(
         from gpt2_jax.ops.linear import BLOCKS
 
         with jax_model(checkpoint, vocab_multiple=BLOCKS) as (model_, params):
-            yield gpt2_jax.Decoder(model_, params, dtype=dtype)
+            yield gpt2_jax.Decoder(model_, params, dtype=dtype, batch_invariant=batch_invariant)
 
 
 def continued_text(backend: Backend, checkpoint: Checkpoint, prompt: str, config: GenerationConfig) -> str:
