@@ -46,6 +46,7 @@ ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("--preset gpt2", LARGE),
     ("--topology", TPU),
     ("--interactive", TERMINAL),
+    ("--batch-invariant", "it needs one thread before JAX starts; tests/cli runs it in a separate process"),
     ("--certificate", LONG),
     ("--public-key", "it needs a key and two signatures; tests/cli/test_verify_certificate.py makes them"),
     ("bench", LONG),
