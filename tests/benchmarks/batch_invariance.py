@@ -31,9 +31,8 @@ def main() -> None:
     options = parser.parse_args()
     model = gpt2_jax.GPT2(GPT2Config(), vocab_multiple=DECODE_VOCAB_MULTIPLE)
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    decoders = {
-        name: gpt2_jax.Decoder(model, params, batch_invariant=name == "invariant") for name in ("", "invariant")
-    }
+    plain, invariant = (gpt2_jax.Decoder(model, params, batch_invariant=value) for value in (False, True))
+    decoders = {"plain": plain, "invariant": invariant}
     rng, new = np.random.default_rng(0), options.new_tokens
     cases = {f"{r} rows": (rng.integers(0, 50257, (r, PROMPT_LENGTH)).tolist(), new) for r in ROWS}
     cases[f"a prompt of {LONG_PROMPT}, one new token"] = rng.integers(0, 50257, (1, LONG_PROMPT)).tolist(), 1
