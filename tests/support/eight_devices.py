@@ -18,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bridge import GPT2Config
+from gpt2_jax import GPT2, summed_loss
 from gpt2_jax.ops.attention import _splash, attention
 from gpt2_jax.ops.cross_entropy import summed_cross_entropy
-from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR
+from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, shardings
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,6 +108,30 @@ def spread_loss() -> dict[str, Any]:
     results = {f"one/{i}": x for i, x in enumerate(jax.tree.leaves(one))}
     results |= {f"eight/{i}": x for i, x in enumerate(jax.tree.leaves(eight))}
     return results | {"parts": [shard.data.shape for shard in eight[1][0].addressable_shards]}
+
+
+def spread_packed_documents() -> dict[str, Any]:
+    """Return loss and gradients of a batch with segments on one device and on a mesh, and the mesh's logits' shard."""
+    config = GPT2Config(vocab_size=32, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    model, rng = GPT2(config, scan=True), np.random.default_rng(0)
+    batch = {
+        "input_ids": jnp.asarray(rng.integers(0, 32, (8, 16)), jnp.int32),
+        "labels": jnp.asarray(rng.integers(0, 32, (8, 16)), jnp.int32),
+        "segment_ids": jnp.asarray(-np.sort(-rng.integers(0, 5, (8, 16))), jnp.int32),
+    }
+    params = model.init(jax.random.key(0), batch["input_ids"])["params"]
+    compiled = jax.jit(jax.value_and_grad(lambda params, batch: summed_loss(model, params, batch)))
+    results = {f"plain/{i}": x for i, x in enumerate(jax.tree.leaves(compiled(params, batch)))}
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
+        given = jax.device_put(params, shardings(params, mesh))
+        rows = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+        found = compiled(given, rows)
+        logits = jax.jit(lambda p, b: model.apply({"params": p}, b["input_ids"], segment_ids=b["segment_ids"]))(
+            given, rows
+        )
+    results |= {f"mesh/{i}": x for i, x in enumerate(jax.tree.leaves(found))}
+    return results | {"part": logits.addressable_shards[0].data.shape}
 
 
 if __name__ == "__main__":

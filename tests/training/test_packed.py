@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support import eight_devices
 from support.implementations import jax_model
 from support.models import random_checkpoint
 from support.training_runs import all_weights, recipe, records, run_in, stop_at
@@ -25,6 +26,9 @@ from tests.data.token_files import nanogpt
 
 FLOAT64 = 1e-12
 """Losses of a few nats and gradients, relative to the largest: sums in another order."""
+
+FLOAT32 = 1e-5
+"""The same in float32."""
 
 LENGTHS = (3, 9, 1, 12, 4, 12, 20, 2, 7, 5, 13, 6, 30, 11, 8)
 """The lengths of the documents. Three are longer than a row."""
@@ -103,6 +107,16 @@ def test_an_evaluation_equals_that_of_padded_documents(stream: TokenStream, x64:
         sums.append((float(sum(loss for loss, _ in found)), int(sum(count for _, count in found))))
     assert sums[0][1] == sums[1][1] == len(short) - 6
     np.testing.assert_allclose(sums[0][0], sums[1][0], rtol=FLOAT64)
+
+
+def test_a_mesh_computes_the_loss_and_the_gradients_of_one_device(tmp_path: Path) -> None:
+    """Rows over two axes, weights over three. The order by segment stays within a row."""
+    results = eight_devices.run("spread_packed_documents", tmp_path)
+    names = [name.removeprefix("plain/") for name in results if name.startswith("plain/")]
+    assert len(names) > 10 and results["part"][0] == 2
+    for name in names:
+        expected = results[f"plain/{name}"]
+        np.testing.assert_allclose(results[f"mesh/{name}"], expected, rtol=0, atol=FLOAT32 * np.abs(expected).max())
 
 
 def write_documents(directory: Path, number: int = 60) -> Path:
