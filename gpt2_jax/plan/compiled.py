@@ -131,7 +131,7 @@ def _attention(config: TrainConfig, mesh: Mesh) -> Implementation:
 
 
 def _batch(config: TrainConfig, rows: Rows) -> dict[str, jax.ShapeDtypeStruct]:
-    more = {"stream": (), "documents": ("attention_mask",), "packed": ("segment_ids",)}
-    names = ("input_ids", "labels", *more[config.examples])
+    third = {"documents": ("attention_mask",), "packed": ("segment_ids",)}.get(config.examples, ())
+    names = ("input_ids", "labels", *third)
     array = jax.ShapeDtypeStruct((config.batch_size, config.seq_len), jnp.int32, sharding=rows.sharding)
     return dict.fromkeys(names, array)

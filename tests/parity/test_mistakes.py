@@ -141,12 +141,12 @@ def round_one_weight(tree: dict[str, Any]) -> None:
 
 def positions_from_one(patch: Patch) -> None:
     right = jax_model.positions
-    patch.setattr(jax_model, "positions", lambda ids, mask: right(ids, mask) + 1)
+    patch.setattr(jax_model, "positions", lambda *given: right(*given) + 1)
 
 
 def positions_ignore_the_mask(patch: Patch) -> None:
     right = jax_model.positions
-    patch.setattr(jax_model, "positions", lambda ids, mask: right(ids, None))
+    patch.setattr(jax_model, "positions", lambda ids, *others: right(ids))
 
 
 def with_attention(change: Callable[[dict[str, Any], Any], None]) -> Callable[[Patch], None]:
@@ -214,26 +214,24 @@ def with_layer(call: Callable[..., Any]) -> Callable[[Patch], None]:
     return lambda patch: patch.setattr(jax_model, "GPT2Layer", wrong)
 
 
-def post_norm(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, deterministic: bool = True) -> Any:
+def post_norm(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, **others: Any) -> Any:
     x = layer.ln_1(x + layer.attn(x, x, x, mask, is_causal=True, layer_index=layer_index))
     return layer.ln_2(x + layer.mlp(x))
 
 
-def no_residual(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, deterministic: bool = True) -> Any:
+def no_residual(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, **others: Any) -> Any:
     y = layer.ln_1(x)
     x = x + layer.attn(y, y, y, mask, is_causal=True, layer_index=layer_index)
     return layer.mlp(layer.ln_2(x))
 
 
-def side_by_side(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, deterministic: bool = True) -> Any:
+def side_by_side(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, **others: Any) -> Any:
     """GPT-J's layer: attention and feed-forward have the same input."""
     y = layer.ln_1(x)
     return x + layer.attn(y, y, y, mask, is_causal=True, layer_index=layer_index) + layer.mlp(layer.ln_2(x))
 
 
-def every_layer_the_first(
-    layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, deterministic: bool = True
-) -> Any:
+def every_layer_the_first(layer: Any, x: Any, mask: Any = None, *, layer_index: Any = 0, **others: Any) -> Any:
     y = layer.ln_1(x)
     x = x + layer.attn(y, y, y, mask, is_causal=True, layer_index=0)
     return x + layer.mlp(layer.ln_2(x))
