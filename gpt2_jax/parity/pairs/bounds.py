@@ -132,6 +132,15 @@ def typical_error(exact: Sequence[np.ndarray], in_float32: Sequence[np.ndarray],
     return float(np.median(errors)) / ROUNDOFF["float32"] if errors else 0.0
 
 
+def usual_size(gradients: Sequence[np.ndarray]) -> float:
+    """The median of the root mean squares of gradients.
+
+    A gradient can be zero but for rounding, as that of the bias of keys. The rounding is then that of terms of this
+    size.
+    """
+    return float(np.median([rms(x) for x in gradients if x.size] or [0.0]))
+
+
 def error_ratio(
     exact: np.ndarray,
     left: np.ndarray,
@@ -140,10 +149,12 @@ def error_ratio(
     size: Size,
     norm: Norm = rms,
     typical: float = 0.0,
+    scale: float = 0.0,
 ) -> tuple[float, float]:
     """The error of the right side in `dtype` relative to that of the left side, and its tolerance.
 
-    Both errors are against float64. An error below sqrt(max(L, N)) u, or below the `typical` one, counts as that.
+    Both errors are against float64. An error below sqrt(max(L, N)) u, or below the `typical` one, counts as that. It is
+    relative to the norm of `exact`, or to `scale` if that is larger.
     """
     least = (
         ROUNDOFF[dtype]

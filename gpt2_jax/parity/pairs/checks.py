@@ -15,6 +15,7 @@ from gpt2_jax.parity.pairs.bounds import (
     largest,
     rounding_error,
     typical_error,
+    usual_size,
 )
 from gpt2_jax.parity.pairs.explain import explain, explain_update, same_as_another, where_differs
 from gpt2_jax.parity.pairs.matching import Match
@@ -141,6 +142,7 @@ def gradients(runs: Runs) -> Check:
     ratios: dict[str, dict[str, float]] = {"fp64": {}, "fp32": {}}
     limit, rounded = 1.0, in_float32[0][1] if in_float32[0] else {}
     known = [m.left for m in matches if m.left in rounded]
+    usual = usual_size([left[n] for n in known])
     typical = typical_error([left[n] for n in known], [rounded[n] for n in known], l2)
     for m in matches:
         a, b = left[m.left].astype(np.float64), transformed(m, right[m.right])
@@ -150,7 +152,9 @@ def gradients(runs: Runs) -> Check:
         errors = [rounding_error(x, y, l2) for x, y in ((a, a32), (b, b32)) if y is not None]
         ratios["fp64"][m.left] = _ratio(l2(b - a), fp64_bound(a, errors, runs.size, l2, typical).value)
         if a32 is not None and b32 is not None:
-            ratios["fp32"][m.left], limit = error_ratio(a, a32, b32, "float32", runs.size, l2, typical)
+            ratios["fp32"][m.left], limit = error_ratio(
+                a, a32, b32, "float32", runs.size, l2, typical, usual * a.size**0.5
+            )
     titles = {"fp64": "max L2 difference / tolerance", "fp32": "max error vs fp64, right / left"}
     found = []
     for short, each in ratios.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -155,3 +156,32 @@ def test_a_buffer_may_be_missing_on_the_other_side() -> None:
     params = {"fc": {name: p.detach().numpy() for name, p in module.fc.named_parameters()}}
     right = function_side(lambda p, x: x @ p["fc"]["weight"].T + p["fc"]["bias"], params)
     assert failures(compare(torch_side(module), right, mlp.inputs())) == {}
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_alarm() -> None:
+    """Softmax does not depend on the bias of the keys."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(5, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.q(x) @ self.k(x).transpose(-1, -2)).softmax(-1) @ self.v(x)
+
+    def call(params: Any, x: jax.Array) -> jax.Array:
+        q, k, v = (x @ params[n]["weight"].T + params[n]["bias"] for n in "qkv")
+        return jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module = Attention()
+        params = {n: {leaf: p.detach().numpy() for leaf, p in getattr(module, n).named_parameters()} for n in "qkv"}
+        x = np.random.default_rng(seed).normal(size=(2, 7, 5))
+        _, exact = torch_side(module).gradients((x,), "float64") or (0, {})
+        assert np.abs(exact["k.bias"]).max() < 1e-14 * np.abs(exact["v.bias"]).max()
+        report = compare(torch_side(module), function_side(call, params), [x], checks=["gradients"])
+        assert failures(report) == {}
+        biased = {**params, "k": {**params["k"], "bias": params["k"]["bias"] + 1}}
+        report = compare(torch_side(module), function_side(call, biased), [x], checks=["parameters", "gradients"])
+        assert {*failures(report)} >= {"parameters"}
