@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from gpt2_jax.parity.metrics import rms
 from gpt2_jax.parity.pairs.bounds import (
     deviation,
     error_ratio,
@@ -49,13 +50,13 @@ def outputs(runs: Runs) -> Check:
         if not measurement.passed:
             divergence = divergence or f"{name} at {measurement.location}"
             hints += [f"{name}: {hint}" for hint in _hints(runs, a, b, right, other) if hint]
-        found += _errors(runs, name, other, a)
+        found += _errors(runs, name, other, a, rms(deviation(a, b)))
     found += [Measurement(f"fp64 {n}, in one side only", float("inf"), 0.0, n) for n in left if n not in pairs]
     notes = [f"tolerance of {listed(names)}: {reason}" for reason, names in reasons.items()]
     return Check("outputs", tuple(found), "; ".join([*notes, *hints]), divergence)
 
 
-def _errors(runs: Runs, name: str, other: str, exact: np.ndarray) -> list[Measurement]:
+def _errors(runs: Runs, name: str, other: str, exact: np.ndarray, difference: float) -> list[Measurement]:
     """The errors of one output against float64, right over left, in each narrower dtype."""
     found = []
     for dtype in runs.dtypes:
@@ -69,7 +70,7 @@ def _errors(runs: Runs, name: str, other: str, exact: np.ndarray) -> list[Measur
             found.append(Measurement(title, float("inf"), 0.0, str(error)))
             continue
         if b is not None:
-            ratio, limit = error_ratio(exact, a, b, dtype, runs.size)
+            ratio, limit = error_ratio(exact, a, b, dtype, runs.size, difference=difference)
             found.append(Measurement(title, ratio, limit, name))
     return found
 
@@ -153,7 +154,7 @@ def gradients(runs: Runs) -> Check:
         ratios["fp64"][m.left] = _ratio(l2(b - a), fp64_bound(a, errors, runs.size, l2, typical).value)
         if a32 is not None and b32 is not None:
             ratios["fp32"][m.left], limit = error_ratio(
-                a, a32, b32, "float32", runs.size, l2, typical, usual * a.size**0.5
+                a, a32, b32, "float32", runs.size, l2, typical, usual * a.size**0.5, l2(b - a)
             )
     titles = {"fp64": "max L2 difference / tolerance", "fp32": "max error vs fp64, right / left"}
     found = []

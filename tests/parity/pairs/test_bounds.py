@@ -65,9 +65,11 @@ def test_the_ratio_of_errors() -> None:
     noise = np.random.default_rng(1).normal(size=X.shape)
     ratio, limit = error_ratio(X, X + 1e-6 * noise, X + 5e-6 * noise, "float32", size)
     assert ratio == pytest.approx(5, rel=1e-6)
-    assert limit == RATIO["float32"]
+    assert limit == RATIO
     assert error_ratio(X, X, X, "float32", size)[0] == 1
     # 2^-24 for each of 100 rows is what a chain of additions loses.
     tiny = X + 2.0**-24 * noise
     assert error_ratio(X, X, tiny, "float32", Size(1, 1, rows=100))[0] == 1
+    # A difference of 2^-50 in float64 is one of 2^-21 in float32.
+    assert error_ratio(X, X, X + 2.0**-20, "float32", size, difference=2.0**-50)[0] == pytest.approx(2, rel=1e-6)
     assert error_ratio(X, X, X + np.inf, "float32", size)[0] == np.inf
