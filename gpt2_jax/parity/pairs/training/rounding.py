@@ -206,14 +206,17 @@ class Bounds:
         return np.where(is_zero & (m == 0), self.relative * update.max(initial=0.0), bound)  # without any gradient
 
     def _averages(self, left: Transition, right: Transition) -> list[Distance]:
-        """An average of parameters differs at most by their largest difference."""
+        """An average of parameters differs at most by their largest difference, so this ratio may be close to 1."""
         found = []
         for name in left.before:
             a, b = left.moment(AVERAGE, name), right.moment(AVERAGE, name)
-            earlier = np.abs(left.moment(AVERAGE, name, before=True) - right.moment(AVERAGE, name, before=True))
-            moved = [np.abs(wide(left.before[name]) - wide(right.before[name]))]
-            moved.append(np.abs(wide(left.after[name]) - wide(right.after[name])))
-            bound = earlier + sum(moved) + 8 * self.unit * np.maximum(np.abs(a), np.abs(wide(left.after[name])))
+            averaged = [
+                (left.moment(AVERAGE, name, before=True), right.moment(AVERAGE, name, before=True)),
+                (wide(left.before[name]), wide(right.before[name])),
+                (wide(left.after[name]), wide(right.after[name])),
+            ]
+            size = np.max([np.abs(x) for x, _ in averaged], axis=0)
+            bound = sum(np.abs(x - y) for x, y in averaged) + 16 * self.unit * size
             found.append(self._distance("average", name, a, b, bound))
         return found
 
