@@ -18,7 +18,7 @@ from gpt2_jax.parity.pairs.training.transitions import AVERAGE, COUNT, MOMENT, M
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24}
 """Unit round-off: half the spacing of the dtype at 1."""
 
-MARGIN = 16.0
+MARGIN = 32.0
 """Multiple of the expected rounding. `python -m parity.pairs.random_trainers` measures how much of it correct pairs
 use."""
 
