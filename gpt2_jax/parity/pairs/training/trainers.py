@@ -6,7 +6,8 @@ The trainer for PyTorch is in `torch_trainer`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,15 +86,12 @@ def scalar(loss: Any, name: str) -> float:
         raise TrainerError(f"{name}: the step must return a loss with one value, not {quoted(str(loss))}") from error
 
 
-class numpy_seed:
+@contextmanager
+def numpy_seed(seed: int) -> Iterator[None]:
     """Seed numpy's global generator within the block, and restore it afterwards."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.before = np.random.get_state()
-        np.random.seed(self.seed)
-
-    def __exit__(self, *exception: object) -> None:
-        np.random.set_state(self.before)
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)

@@ -113,7 +113,7 @@ def _frozen(evidence: Evidence) -> Diagnosis | None:
     """Parameters that only one side trains, or that only on one side have a gradient."""
     if evidence.quantity == "average":
         return None
-    for k, (side, other) in enumerate((evidence.sides, evidence.sides[::-1])):
+    for side, other in (evidence.sides, evidence.sides[::-1]):
         still = [n for n in side.transitions[0].before if _is_still(side.transitions, n)]
         frozen = [n for n in still if not _is_still(other.transitions, n)]
         if frozen and evidence.name in frozen and len(frozen) < len(side.transitions[0].before):
@@ -129,8 +129,6 @@ def _frozen(evidence: Evidence) -> Diagnosis | None:
                 else f"The optimizer of {side.name} has no state for it, as if the parameter were not given to it."
             )
             return Diagnosis("frozen parameter", (steps, reason), tuple(frozen), (None, None))
-        if k == 0 or evidence.quantity not in ("gradient", "first moment", "momentum"):
-            continue
     return _without_gradient(evidence)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from gpt2_jax.parity.pairs.training.diagnosis.betas import fit_betas
 from gpt2_jax.parity.pairs.training.rounding import Bounds
 from gpt2_jax.parity.pairs.training.trainers import Step
-from gpt2_jax.parity.pairs.training.transitions import MOMENT, MOMENTUM, SQUARE, History, Transition, wide
+from gpt2_jax.parity.pairs.training.transitions import History, Transition, wide
 
 Kind = Literal[
     "initialization",
@@ -177,8 +177,8 @@ def unknown(*evidence: str) -> Diagnosis:
     return Diagnosis("unknown", evidence)
 
 
-NARROW = {"bfloat16": (8, 127), "float16": (11, 15), "float32": (24, 127)}
-"""dtype -> significant bits and largest exponent."""
+NARROW = {"bfloat16": 8, "float16": 11, "float32": 24}
+"""dtype -> significant bits."""
 
 MIN_ELEMENTS = 8
 """Values of a narrow dtype by chance are unlikely among this many."""
@@ -190,17 +190,18 @@ def narrow_dtype(values: np.ndarray, others: np.ndarray, unit: float) -> str | N
     Args:
         unit: the unit round-off of the claimed dtype.
     """
-    for dtype, (bits, _) in NARROW.items():
+    for dtype, bits in NARROW.items():
         if 2.0**-bits <= unit:
             continue
         scale = np.abs(others).max(initial=0.0)
         is_small = np.abs(values - others).max(initial=0.0) <= 16 * 2.0**-bits * scale
-        if is_small and _is_rounded(values, bits, unit) and not _is_rounded(others, bits, unit):
+        if is_small and is_rounded(values, bits, unit) and not is_rounded(others, bits, unit):
             return dtype
     return None
 
 
-def _is_rounded(values: np.ndarray, bits: int, unit: float) -> bool:
+def is_rounded(values: np.ndarray, bits: int, unit: float) -> bool:
+    """Whether all values have at most this many significant bits, and at least one is not zero."""
     mantissa, _ = np.frexp(values[values != 0])
     scaled = mantissa * 2.0**bits
     # A later product by a constant rounds once more in the claimed dtype.
@@ -214,6 +215,3 @@ def listed(names: Sequence[str]) -> str:
 
 def norm(tensors: Mapping[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(float((wide(x) ** 2).sum()) for x in tensors.values())))
-
-
-__all__ = ["MOMENT", "MOMENTUM", "SQUARE", "Diagnosis", "Evidence", "Kind", "listed", "narrow_dtype", "norm", "unknown"]

@@ -7,7 +7,7 @@ import math
 import jax
 import numpy as np
 
-from gpt2_jax.parity.pairs.training.diagnosis.evidence import NARROW, Diagnosis, Evidence, _is_rounded, unknown
+from gpt2_jax.parity.pairs.training.diagnosis.evidence import NARROW, Diagnosis, Evidence, is_rounded, unknown
 from gpt2_jax.parity.pairs.training.trainers import Step
 from gpt2_jax.parity.pairs.training.transitions import wide
 
@@ -93,10 +93,10 @@ def _spread(replays: list[Step]) -> float:
 def _dtype(evidence: Evidence) -> Diagnosis | None:
     losses = [t.loss for t in evidence.at]
     for k in (0, 1):
-        for dtype, (bits, _) in NARROW.items():
+        for dtype, bits in NARROW.items():
             if 2.0**-bits <= evidence.unit or abs(losses[0] - losses[1]) > 256 * 2.0**-bits * abs(losses[1 - k]):
                 continue
-            rounded = [_is_rounded(np.asarray([loss]), bits, 0.0) for loss in losses]
+            rounded = [is_rounded(np.asarray([loss]), bits, 0.0) for loss in losses]
             if rounded[k] and not rounded[1 - k]:
                 side = evidence.sides[k].name
                 narrow = {str(a.dtype) for a in evidence.at[k].before.values()}

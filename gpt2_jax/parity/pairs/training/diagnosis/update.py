@@ -34,6 +34,12 @@ def identify(side: History, unit: float) -> Identified | None:
 
 def diagnose_update(evidence: Evidence) -> Diagnosis:
     """Explain a difference of updates."""
+    kinds = [{MOMENT, SQUARE, MOMENTUM} & t.state.keys() for t in evidence.at]
+    if kinds[0] != kinds[1]:  # the same coefficient then means something else on each side
+        shown = " and ".join(
+            f"{', '.join(sorted(k)) or 'none'} on {s.name}" for k, s in zip(kinds, evidence.sides, strict=True)
+        )
+        return unknown(f"The optimizers keep different states: {shown}.")
     left, right = (identify(side, evidence.unit) for side in evidence.sides)
     if left is None or right is None:
         if not any(kind in t.state for t in evidence.at for kind in (MOMENT, MOMENTUM)):
