@@ -8,13 +8,15 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import quoted
 from bridge.formats.trainers.run import RUN
+from gpt2_jax.data.compression import open_stream
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.file_kinds import record_format
 
 STDLIB = "stdlib"
 """The name of the source that every machine has: the running interpreter's standard library."""
@@ -35,7 +37,7 @@ _CUT = re.compile(r"(?<=\S)(?=[ \n])")
 
 @dataclass(frozen=True)
 class Document:
-    """One text file. `name` is its path inside the source, with slashes on every system."""
+    """One file, of text or of records. `name` is its path inside the source, with slashes on every system."""
 
     name: str
     path: Path
@@ -72,12 +74,9 @@ class Document:
 
     def _decoded(self) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8-sig")()  # skips a byte-order mark at the start
-        try:
-            with self.path.open("rb") as file:
-                while block := file.read(BLOCK_BYTES):
-                    yield decoder.decode(block)
-        except OSError as error:
-            raise DataError(f"cannot read {quoted(self.path)}: {error.strerror}") from error
+        with open_stream(self.path) as file:
+            while block := file.read(BLOCK_BYTES):
+                yield decoder.decode(block)
         decoder.decode(b"", final=True)
 
 
@@ -87,11 +86,21 @@ class Documents:
 
     source: str
     files: tuple[Document, ...]
+    key = ""
+    """Part of the key of caches made from these texts; see `gpt2_jax.data.records.files.Records`."""
 
     @property
     def size(self) -> int:
         """Bytes of all documents."""
         return sum(document.size for document in self.files)
+
+    def texts(self) -> Iterator[tuple[str, int]]:
+        """Yield the text in blocks, each with the number of bytes of the files that were read so far."""
+        read = 0
+        for document in self.readable():
+            read += document.size
+            for text in document.blocks():
+                yield text, read
 
     def readable(self) -> Iterator[Document]:
         """Return the documents that are text. Other files in a directory are skipped; a single file must be text."""
@@ -101,21 +110,34 @@ class Documents:
 def find_documents(source: str | Path) -> Documents:
     """Return the documents of a text file, a directory, a glob, or `stdlib`.
 
+    Raises `DataError` as `find_files` does, and if a file holds records.
+    """
+    found = find_files(source)
+    if records := next((file for file in found.files if record_format(file.path)), None):
+        raise DataError(
+            f"{quoted(records.path)} holds records, and this command reads text; give text files, or a glob of them"
+        )
+    return found
+
+
+def find_files(source: str | Path) -> Documents:
+    """Return the files of a source, of text or of records.
+
     Hidden and empty files are skipped, and in a directory also the files of training runs. Several documents are sorted
     by a hash of their names. That order is the same on every machine and independent of the names' meaning, so that the
-    last tenth is a fair sample. Raises `DataError` if there is no document.
+    last tenth is a fair sample. Raises `DataError` if there is no file.
     """
     if not str(source):
         raise DataError(f"the data has an empty name; give a file, a directory, a glob, or {STDLIB}")
     if str(source) == STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        return _sorted(source, root, (p for p in _walk(root, _NOT_STDLIB) if p.suffix == ".py"))
+        return in_order(source, root, (p for p in _walk(root, _NOT_STDLIB) if p.suffix == ".py"))
     path = Path(source).absolute()
     if path.is_dir():
-        return _sorted(source, path, _walk(path))
+        return in_order(source, path, _walk(path))
     if path.is_file():
-        return _sorted(source, path.parent, [path])
-    return _sorted(source, _root_of_glob(path), matching_files(path))
+        return in_order(source, path.parent, [path])
+    return in_order(source, _root_of_glob(path), matching_files(path))
 
 
 def matching_files(source: str | Path) -> list[Path]:
@@ -128,7 +150,8 @@ def matching_files(source: str | Path) -> list[Path]:
     raise DataError(f"{quoted(Path(source))} does not exist; give a file, a directory, a glob, or {STDLIB}")
 
 
-def _sorted(source: str | Path, root: Path, paths: Iterator[Path] | list[Path]) -> Documents:
+def in_order(source: str | Path, root: Path, paths: Iterable[Path]) -> Documents:
+    """Return files below `root` as documents, without empty ones, in the order of `find_files`."""
     documents = []
     for path in paths:
         try:

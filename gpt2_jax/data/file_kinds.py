@@ -1,0 +1,38 @@
+"""The kind of a data file by its name: plain or compressed, text or records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+Compression = Literal["gzip", "xz", "zstd"]
+RecordFormat = Literal["json lines", "json", "csv", "tsv", "parquet", "arrow"]
+
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
+_FORMATS: dict[str, RecordFormat] = {
+    ".jsonl": "json lines",
+    ".ndjson": "json lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+RECORD_SUFFIXES = tuple(_FORMATS)
+
+
+def compression_of(path: Path) -> Compression | None:
+    """Return how a file is compressed, by the last suffix of its name."""
+    return _COMPRESSIONS.get(path.suffix.lower())
+
+
+def record_format(path: Path) -> RecordFormat | None:
+    """Return the format of a file of records, by the suffix of its name, or None for text.
+
+    >>> record_format(Path("train.jsonl.gz"))
+    'json lines'
+    >>> record_format(Path("book.txt.gz")) is None
+    True
+    """
+    plain = path.with_suffix("") if compression_of(path) else path
+    return _FORMATS.get(plain.suffix.lower())
