@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from gpt2_jax.data.batches import Batch, evaluation_batches, training_batches
     from gpt2_jax.data.dataset import Data, open_data
     from gpt2_jax.data.errors import DataError
-    from gpt2_jax.data.token_cache import TaskProgress
+    from gpt2_jax.data.records.schema import RecordOptions
+    from gpt2_jax.data.token_cache_writer import TaskProgress
     from gpt2_jax.data.token_stream import TokenStream
     from gpt2_jax.data.tokenizers import make_tokenizer
 else:
@@ -19,7 +20,8 @@ else:
             "gpt2_jax.console.cache": ("cache_directory",),
             "gpt2_jax.data.errors": ("DataError",),
             "gpt2_jax.data.dataset": ("Data", "open_data"),
-            "gpt2_jax.data.token_cache": ("TaskProgress",),
+            "gpt2_jax.data.records.schema": ("RecordOptions",),
+            "gpt2_jax.data.token_cache_writer": ("TaskProgress",),
             "gpt2_jax.data.tokenizers": ("make_tokenizer",),
             "gpt2_jax.data.token_stream": ("TokenStream",),
             "gpt2_jax.data.batches": ("Batch", "evaluation_batches", "training_batches"),
@@ -30,6 +32,7 @@ __all__ = [
     "Batch",
     "Data",
     "DataError",
+    "RecordOptions",
     "TaskProgress",
     "TokenStream",
     "cache_directory",

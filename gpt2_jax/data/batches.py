@@ -248,15 +248,16 @@ def _batch(examples: _Source, numbers: Sequence[int]) -> Batch:
     """Return a batch whose rows are these examples. Each window or document has 1 to seq_len + 1 tokens."""
     if isinstance(examples, _PackedRows):
         return packed_batch(examples.stream, [examples.spans(number) for number in numbers], examples.seq_len)
-    tokens = examples.stream.read_spans(map(examples.span, numbers))
+    spans = [*map(examples.span, numbers)]
+    tokens = examples.stream.read_spans(spans)
+    targets = examples.stream.read_targets(spans, tokens)
     if not examples.masked:
-        rows = np.stack(tokens)
-        return {"input_ids": rows[:, :-1].copy(), "labels": rows[:, 1:].copy()}
+        return {"input_ids": np.stack(tokens)[:, :-1].copy(), "labels": np.stack(targets)[:, 1:].copy()}
     ids = np.zeros((len(tokens), examples.seq_len), np.int32)
     labels, mask = np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids)
-    for row, document in enumerate(tokens):
+    for row, (document, target) in enumerate(zip(tokens, targets, strict=True)):
         ids[row, : len(document)] = document[: examples.seq_len]
-        labels[row, : len(document) - 1] = document[1:]
+        labels[row, : len(document) - 1] = target[1:]
         mask[row, : len(document)] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 

@@ -82,7 +82,7 @@ def open_stream(path: Path) -> Iterator[Stream]:
 
 
 def require_bounded(path: Path, size: int, produced: int) -> None:
-    """Raise `DataError` if a file of `size` bytes, of which all or a part was read, gave `produced` bytes of content."""
+    """Raise `DataError` if the first `size` bytes of a file gave too much content, `produced` bytes."""
     if produced > max(EXPANSION_CHECKED_FROM, MOST_EXPANSION * size):
         raise DataError(
             f"{quoted(path)} expands to more than {MOST_EXPANSION} times its size, like a decompression bomb; if you "

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
+from typing import Literal
 
 import numpy as np
 
 from bridge.errors import quoted
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
-from gpt2_jax.data.documents import Documents, find_documents
+from gpt2_jax.data.documents import STDLIB, Documents, find_documents
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.token_cache import CachedText, TaskProgress, cached_text, open_cached
+from gpt2_jax.data.records.encoding import cached_records
+from gpt2_jax.data.records.files import Records, RecordSource, find_records
+from gpt2_jax.data.records.schema import RecordOptions
+from gpt2_jax.data.token_cache import CachedText, cached_text, open_cached
+from gpt2_jax.data.token_cache_writer import TaskProgress, described
 from gpt2_jax.data.token_stream import TokenStream, is_token_cache, is_token_source, open_tokens
-from gpt2_jax.data.tokenizers import make_tokenizer
+from gpt2_jax.data.tokenizers import Corpus, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,11 @@ class Data:
     """None for token files without a given tokenizer."""
     description: str
     """One line to print."""
+
+    @property
+    def usual_examples(self) -> Literal["stream", "documents"]:
+        """Windows of one stream for text; one example per record for records of which not all tokens count."""
+        return "stream" if self.train.counts is None else "documents"
 
     @property
     def fingerprint(self) -> str:
@@ -45,35 +56,47 @@ def open_data(
     vocab_size: int | None = None,
     validation: str | Path | None = None,
     validation_fraction: float = 0.1,
+    records: RecordOptions = RecordOptions(),  # noqa: B008 - frozen
     cache: str | Path | None = None,
     progress: TaskProgress | None = None,
 ) -> Data:
-    """Open a text or token source; text is encoded into the cache on first use.
+    """Open a source of text, records or tokens; text and records are encoded into the cache on first use.
 
     Args:
-        source: a text file, a directory or glob of text files, or `stdlib`; or token files (nanoGPT's `.bin`, llm.c's
-            shards, `.npy`): one file, a glob, a directory of them, or a directory of the token cache.
+        source: a text file, a directory or glob of text files, or `stdlib`; or records (JSON lines, JSON, CSV, TSV,
+            Parquet, Arrow): one file, a glob, a directory of them, or a directory that `datasets` saved; or token
+            files (nanoGPT's `.bin`, llm.c's shards, `.npy`): one file, a glob, a directory of them, or a directory of
+            the token cache. Text and records may be compressed (`.gz`, `.xz`, `.zst`).
         tokenizer: a tokenizer, or an argument for `make_tokenizer`. Token files need none.
         special_tokens: what to do where text contains an added token, such as `<|endoftext|>`; see `Tokenizer.encode`.
             nanoGPT's data has `as_text`.
         vocab_size: the vocabulary size that BPE is trained to. Reading an id that the tokenizer does not have is an
             error; without a tokenizer, so is an id of vocab_size or more.
         validation: another source for validation. The default is the token files with val in their names, if there are
-            others too; otherwise, the last `validation_fraction` of the tokens. That split is at a document boundary if
-            one is near; a single text file is split as in nanoGPT.
+            others too, and the split for validation of records; otherwise, the last `validation_fraction` of the
+            tokens. That split is at a document boundary if one is near, and always between records with a completion;
+            a single text file is split as in nanoGPT.
+        records: how records are read.
         cache: a directory for encoded text; default `cache_directory()`.
 
     Raises `DataError` if a source is missing, damaged or empty.
     """
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
-    found = [_locate(s) for s in (source, validation) if s is not None]
+    found = [_locate(s, records) for s in (source, validation) if s is not None]
+    if records.is_given and not any(isinstance(f, RecordSource) for f in found):
+        raise DataError(
+            f"{quoted(source)} does not hold records, so names of fields (--text-field, --prompt-field, "
+            "--completion-field, --messages-field) and --skip-bad-records have no effect; leave them out"
+        )
     chosen = _tokenizer(tokenizer, found, source, vocab_size, cache, progress)
     limit = vocab_size if chosen is None else chosen.vocab_size
 
-    def encoded(documents: Documents) -> CachedText:
-        assert chosen is not None  # text has a tokenizer
-        return cached_text(documents, chosen, special_tokens=special_tokens, cache=cache, progress=progress)
+    def encoded(part: Documents | Records) -> CachedText:
+        assert chosen is not None  # text and records have a tokenizer
+        if isinstance(part, Records):
+            return cached_records(part, chosen, special_tokens=special_tokens, cache=cache, progress=progress)
+        return cached_text(part, chosen, special_tokens=special_tokens, cache=cache, progress=progress)
 
     opened = [_open(f, encoded, limit, progress) for f in found]
 
@@ -82,19 +105,27 @@ def open_data(
         held_out = opened[1].validation or opened[1].train
     elif held_out is None and validation_fraction:
         train, held_out = split(train, validation_fraction)
-    skipped = sum(o.skipped for o in opened)
-    return Data(train, held_out, chosen, _description(str(source), train, held_out, chosen, skipped))
+    skipped, left_out = sum(o.skipped for o in opened), sum((Counter(o.left_out) for o in opened), Counter[str]())
+    description = _description(str(source), train, held_out, chosen)
+    return Data(train, held_out, chosen, ", ".join([description, *_exclusions(skipped, left_out)]))
 
 
 def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:
-    """Split off the last `fraction` of the stream, at a document boundary if one is near."""
+    """Split off the last `fraction` of the stream, at a document boundary if one is near.
+
+    A stream in which some tokens do not count is always split at a boundary.
+    """
     at = int(len(stream) * (1 - fraction))
     ends = stream.document_ends
     if ends is not None and len(ends) > 1:
         near = int(np.searchsorted(ends, at))
+        if stream.counts is not None:
+            near = min(near, len(ends) - 2)  # the last end leaves nothing for validation
         nearest = min(ends[max(0, near - 1) : near + 1].tolist(), key=lambda end: abs(end - at))
-        if abs(nearest - at) <= (len(stream) - at) / 2:
+        if stream.counts is not None or abs(nearest - at) <= (len(stream) - at) / 2:
             at = nearest
+    elif stream.counts is not None:
+        raise DataError("one record cannot be split for training and validation; give more, or --validation-data")
     if not 0 < at < len(stream):
         raise DataError(f"{len(stream)} tokens cannot be split for training and validation; give more data")
     return stream.part(0, at), stream.part(at, len(stream))
@@ -105,23 +136,32 @@ class _Opened:
     train: TokenStream
     validation: TokenStream | None = None
     skipped: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-def _locate(source: str | Path) -> Documents | Path:
-    """Return the documents of a text source, or the path or glob of token files."""
+def _locate(source: str | Path, options: RecordOptions) -> Documents | RecordSource | Path:
+    """Return the documents of a text source, the records, or the path or glob of token files."""
     if is_token_source(source):
         return Path(source).absolute()
+    if str(source) not in (STDLIB, "") and (records := find_records(source, options)) is not None:
+        return records
     return find_documents(source)
 
 
 def _open(
-    found: Documents | Path,
-    encoded: Callable[[Documents], CachedText],
+    found: Documents | RecordSource | Path,
+    encoded: Callable[[Documents | Records], CachedText],
     vocab_size: int | None,
     progress: TaskProgress | None,
 ) -> _Opened:
     if isinstance(found, Documents):
         return _of_text(encoded(found), vocab_size)
+    if isinstance(found, RecordSource):
+        train = _of_text(encoded(found.train), vocab_size)
+        if found.validation is None:
+            return train
+        held_out = _of_text(encoded(found.validation), vocab_size)
+        return replace(train, validation=held_out.train, left_out=Counter(train.left_out) + Counter(held_out.left_out))
     if not is_token_cache(found):
         return _Opened(*open_tokens(found, vocab_size))
     if (text := open_cached(found, progress)) is None:
@@ -132,31 +172,31 @@ def _open(
 
 
 def _of_text(text: CachedText, vocab_size: int | None) -> _Opened:
-    return _Opened(text.tokens.of_vocabulary(vocab_size), skipped=text.skipped)
+    return _Opened(text.tokens.of_vocabulary(vocab_size), skipped=text.skipped, left_out=text.left_out)
 
 
 def _tokenizer(
     wanted: Tokenizer | str | None,
-    found: list[Documents | Path],
+    found: list[Documents | RecordSource | Path],
     source: str | Path,
     vocab_size: int | None,
     cache: str | Path | None,
     progress: TaskProgress | None,
 ) -> Tokenizer | None:
-    texts = [f for f in found if isinstance(f, Documents)]
+    texts = [f.train if isinstance(f, RecordSource) else f for f in found if not isinstance(f, Path)]
     if wanted is None and texts:
         raise DataError(f"{quoted(source)} is text; give a tokenizer: gpt2, bytes, characters, bpe, or a directory")
     if not isinstance(wanted, str):
         return wanted
     # Characters that occur only in the validation text need ids too.
-    files = [file for text in (texts if wanted == "characters" else texts[:1]) for file in text.files]
-    documents = Documents(str(source), tuple(files)) if isinstance(found[0], Documents) else None
-    return make_tokenizer(wanted, documents, vocab_size, cache=cache, progress=progress)
+    parts: list[Documents | Records] = texts if wanted == "characters" else texts[:1]
+    if wanted == "characters" and isinstance(found[0], RecordSource) and found[0].validation is not None:
+        parts = [*parts, found[0].validation]
+    corpus = None if isinstance(found[0], Path) else Corpus(str(source), tuple(parts))
+    return make_tokenizer(wanted, corpus, vocab_size, cache=cache, progress=progress)
 
 
-def _description(
-    source: str, train: TokenStream, validation: TokenStream | None, tokenizer: Tokenizer | None, skipped: int
-) -> str:
+def _description(source: str, train: TokenStream, validation: TokenStream | None, tokenizer: Tokenizer | None) -> str:
     parts = [f"{_escaped(source)}: {len(train):,} tokens"]
     if tokenizer is not None:
         parts[0] += f" ({_escaped(tokenizer.name)})"
@@ -165,10 +205,15 @@ def _description(
     if validation is not None:
         parts[0] += " for training"
         parts.append(f"{len(validation):,} for validation")
+    return ", ".join(parts)
+
+
+def _exclusions(skipped: int, left_out: Mapping[str, int]) -> Iterator[str]:
     if skipped:
         files = "1 file was" if skipped == 1 else f"{skipped:,} files were"
-        parts.append(f"{files} skipped: not UTF-8 text")
-    return ", ".join(parts)
+        yield f"{files} skipped: not UTF-8 text"
+    if left_out:
+        yield described(left_out)
 
 
 def _escaped(name: str) -> str:

@@ -103,8 +103,8 @@ def packed_batch(
 ) -> dict[str, Int[np.ndarray, "B T"]]:
     """Return a batch of `input_ids`, `labels` and `segment_ids` [B, T].
 
-    Segments are numbered from 1 in each row, and padding is 0. The label of a token is the next token of its segment;
-    the last token of a segment has `IGNORE_INDEX`.
+    Segments are numbered from 1 in each row, and padding is 0. The label of a token is the next token of its segment, if
+    that counts in the loss; the last token of a segment has `IGNORE_INDEX`.
 
     Args:
         rows: for each row, start and stop in the stream of its pieces.
@@ -112,13 +112,14 @@ def packed_batch(
     ids = np.zeros((len(rows), seq_len), np.int32)
     labels, segments = np.full_like(ids, IGNORE_INDEX), np.zeros_like(ids)
     places = [(row, number) for row, spans in enumerate(rows) for number in range(1, len(spans) + 1)]
-    pieces = stream.read_spans(chain.from_iterable(rows))
+    spans = [*chain.from_iterable(rows)]
+    pieces = stream.read_spans(spans)
     end = 0
-    for (row, number), piece in zip(places, pieces, strict=True):
+    for (row, number), piece, target in zip(places, pieces, stream.read_targets(spans, pieces), strict=True):
         begin = end if number > 1 else 0
         end = begin + len(piece)
         ids[row, begin:end] = piece
-        labels[row, begin : end - 1] = piece[1:]
+        labels[row, begin : end - 1] = target[1:]
         segments[row, begin:end] = number
     return {"input_ids": ids, "labels": labels, "segment_ids": segments}
 

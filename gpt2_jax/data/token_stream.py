@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from bridge import IGNORE_INDEX
 from bridge.errors import quoted
 from gpt2_jax.data.documents import STDLIB, matching_files
 from gpt2_jax.data.errors import DataError
@@ -44,6 +45,8 @@ class TokenStream:
     """For the concatenated files: the position one past each document's last token."""
     content: str | None = None
     """The hash of all tokens, if known."""
+    counts: TokenStream | None = None
+    """For each token, 1 if it counts in the loss and 0 if not; None if all tokens count."""
 
     @classmethod
     def of(
@@ -62,7 +65,8 @@ class TokenStream:
 
     def part(self, start: int, stop: int) -> TokenStream:
         """Return tokens start ... stop - 1 as a stream."""
-        return replace(self, start=self.start + start, stop=self.start + stop)
+        counts = None if self.counts is None else self.counts.part(start, stop)
+        return replace(self, start=self.start + start, stop=self.start + stop, counts=counts)
 
     def of_vocabulary(self, size: int | None) -> TokenStream:
         """Return a stream that checks ids against a vocabulary of `size` when they are read."""
@@ -85,6 +89,13 @@ class TokenStream:
             self._joined([self._checked(next(read[index]), index, start) for index, start, _ in span])
             for span in pieces
         ]
+
+    def read_targets(self, spans: Sequence[tuple[int, int]], ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return `ids`, read from these spans, with `IGNORE_INDEX` in place of the tokens that do not count."""
+        if self.counts is None:
+            return list(ids)
+        counts = self.counts.read_spans(spans)
+        return [np.where(count, one, np.int32(IGNORE_INDEX)) for count, one in zip(counts, ids, strict=True)]
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield the parts of a span: the index of each file, and start and stop in it."""

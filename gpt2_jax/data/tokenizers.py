@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import bridge
 from bridge.errors import BridgeError, quoted
@@ -21,16 +23,51 @@ from bridge.tokenizers.saving import save_tokenizer
 from bridge.tokenizers.tokenizer import Tokenizer
 from gpt2_jax.console.cache import cache_directory
 from gpt2_jax.data.bpe_training import train_bpe
-from gpt2_jax.data.documents import Documents
+from gpt2_jax.data.documents import Document
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.token_cache import TaskProgress, cache_key
+from gpt2_jax.data.token_cache import cache_key
+from gpt2_jax.data.token_cache_writer import Source, TaskProgress
 
 MADE_FROM_TEXT = ("characters", "bpe")
 
 
+class TextSource(Source, Protocol):
+    """What a tokenizer is made from: `Documents`, `gpt2_jax.data.records.files.Records`, or a `Corpus` of them."""
+
+    @property
+    def key(self) -> str: ...
+    def texts(self) -> Iterator[tuple[str, int]]: ...
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Several sources of text as one."""
+
+    source: str
+    parts: tuple[TextSource, ...]
+
+    @property
+    def files(self) -> tuple[Document, ...]:
+        return tuple(file for part in self.parts for file in part.files)
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def key(self) -> str:
+        return "".join(part.key for part in self.parts)
+
+    def texts(self) -> Iterator[tuple[str, int]]:
+        before = 0
+        for part in self.parts:
+            yield from ((text, before + read) for text, read in part.texts())
+            before += part.size
+
+
 def make_tokenizer(
     spec: str,
-    documents: Documents | None = None,
+    documents: TextSource | None = None,
     vocab_size: int | None = None,
     *,
     cache: str | Path | None = None,
@@ -62,7 +99,7 @@ def make_tokenizer(
         )
     if spec == "bpe" and vocab_size is None:
         raise DataError("a BPE tokenizer is trained to a size; give vocab_size")
-    made_by = f"bpe {vocab_size}" if spec == "bpe" else spec
+    made_by = (f"bpe {vocab_size}" if spec == "bpe" else spec) + documents.key
     directory = cache_directory(cache) / f"tokenizer-{cache_key(documents, made_by)}"
     tokenizer = _load_cached(directory)
     if tokenizer is None:
@@ -73,7 +110,7 @@ def make_tokenizer(
     return tokenizer
 
 
-def _make_from_text(documents: Documents, vocab_size: int | None, progress: TaskProgress | None) -> Tokenizer:
+def _make_from_text(documents: TextSource, vocab_size: int | None, progress: TaskProgress | None) -> Tokenizer:
     if vocab_size is not None:
         return train_bpe(_texts(documents, progress, "training BPE"), vocab_size)
     characters: set[str] = set()
@@ -82,13 +119,11 @@ def _make_from_text(documents: Documents, vocab_size: int | None, progress: Task
     return character_tokenizer(characters)
 
 
-def _texts(documents: Documents, progress: TaskProgress | None, doing: str) -> Iterator[str]:
-    done = 0
-    for document in documents.readable():
-        yield from document.blocks()
-        done += document.size
+def _texts(documents: TextSource, progress: TaskProgress | None, doing: str) -> Iterator[str]:
+    for text, read in documents.texts():
+        yield text
         if progress:
-            progress(doing, done, documents.size)
+            progress(doing, read, documents.size)
 
 
 def _load(path: Path) -> Tokenizer:
@@ -96,7 +131,11 @@ def _load(path: Path) -> Tokenizer:
         raise DataError(
             f"the tokenizer {quoted(str(path))} must be gpt2, bytes, characters, bpe, or a directory that has one"
         )
-    return bridge.load(path).tokenizer() if (path / "config.json").exists() else load_tokenizer(path, NO_LIMIT)
+    if (path / "config.json").exists():
+        return bridge.load(path).tokenizer()
+    tokenizer = load_tokenizer(path, NO_LIMIT)
+    tokenizer.chat_directory = path
+    return tokenizer
 
 
 def _load_cached(directory: Path) -> Tokenizer | None:

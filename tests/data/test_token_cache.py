@@ -322,15 +322,15 @@ def test_an_interrupted_encoding_leaves_nothing_and_ends_its_threads(folder: Pat
 
 def test_two_processes_may_write_the_same_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process finishes while this one writes. This one then uses the existing files."""
-    write = token_cache._write
+    write = token_cache.write_tokens
     streams = []
 
     def overtaken(*arguments: object) -> None:
         write(*arguments)  # type: ignore[arg-type]
-        monkeypatch.setattr(token_cache, "_write", write)
+        monkeypatch.setattr(token_cache, "write_tokens", write)
         streams.append(encoded(folder))
 
-    monkeypatch.setattr(token_cache, "_write", overtaken)
+    monkeypatch.setattr(token_cache, "write_tokens", overtaken)
     streams.append(encoded(folder))
     assert read_all(streams[0]) == read_all(streams[1])
     assert streams[0].files == streams[1].files

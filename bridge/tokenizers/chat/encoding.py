@@ -35,7 +35,7 @@ def apply_chat_template(
     Args:
         name: the name of the template, or None for the default one.
     """
-    return render(_template(tokenizer, name), [messages], _with_special_tokens(tokenizer, variables))[0]
+    return render(template_of(tokenizer, name), [messages], with_special_tokens(tokenizer, variables))[0]
 
 
 def encode_conversations(
@@ -46,17 +46,33 @@ def encode_conversations(
     special_tokens: SpecialTokenPolicy,
 ) -> list[list[int]]:
     """Return the ids of each conversation. See `Tokenizer.encode_conversations`."""
-    template, variables = _template(tokenizer, name), _with_special_tokens(tokenizer, variables)
+    template, variables = template_of(tokenizer, name), with_special_tokens(tokenizer, variables)
     if special_tokens == "match":
         texts = render(template, conversations, variables)
         return tokenizer.encode_batch(texts, add_special_tokens=False)
+    ids = []
+    for parts in render_in_parts(tokenizer, template, conversations, variables):
+        ids.append(tokenizer.encode_parts(parts))
+        text = "".join(part for part, _ in parts)
+        if special_tokens == "error" and ids[-1] != tokenizer.encode(text, add_special_tokens=False):
+            _raise_for_token(tokenizer, parts)
+    return ids
+
+
+def render_in_parts(
+    tokenizer: Tokenizer, template: ChatTemplate, conversations: Sequence[Messages], variables: Mapping[str, Any]
+) -> list[Parts]:
+    """Return the text of each conversation in parts. Those that the template wrote are trusted.
+
+    Raises `TokenizerError` if the two cannot be distinguished.
+    """
     _require_no_unmarked_token(tokenizer, conversations)
     marks = _marks(template.text, conversations, variables)
     # A template may strip messages, so white space at their ends stays outside the marks unless a token contains some.
     around_space = any(character.isspace() for token in tokenizer.added for character in token)
     marked = [_with_marks(messages, marks, around_space) for messages in conversations]
     texts = list(map(without_lone_surrogates, render(template, [*conversations, *marked], variables)))
-    ids = []
+    found = []
     for text, with_marks in zip(texts[: len(conversations)], texts[len(conversations) :], strict=True):
         parts = _parts(with_marks, marks)
         if parts is None or "".join(part for part, _ in parts) != text:
@@ -64,19 +80,19 @@ def encode_conversations(
                 f"{template.where}: the chat template changes the messages so much that their text cannot be "
                 "distinguished from its own; use special_tokens='match' (--special-tokens) if you trust the messages"
             )
-        ids.append(tokenizer.encode_parts(parts))
-        if special_tokens == "error" and ids[-1] != tokenizer.encode(text, add_special_tokens=False):
-            _raise_for_token(tokenizer, parts)
-    return ids
+        found.append(parts)
+    return found
 
 
-def _template(tokenizer: Tokenizer, name: str | None) -> ChatTemplate:
+def template_of(tokenizer: Tokenizer, name: str | None) -> ChatTemplate:
+    """Return the template of this name, by default the default one. Raises `TokenizerError` if there is none."""
     directory = tokenizer.chat_directory
     found = {} if directory is None else read_chat_templates(directory)
     return select_chat_template(found, name, quoted(directory or tokenizer.name))
 
 
-def _with_special_tokens(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> dict[str, Any]:
+def with_special_tokens(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the variables of a template, with the tokenizer's special tokens by role."""
     return {f"{role}_token": token for role, token in tokenizer.special.by_role().items()} | dict(variables)
 
 

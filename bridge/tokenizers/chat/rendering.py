@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -35,11 +35,37 @@ def render(template: ChatTemplate, conversations: Sequence[Messages], variables:
         TokenizerError: jinja2 is not installed, a conversation is not valid, or the template fails or takes too much
             time or memory. The message names the file and the line of the template.
     """
-    _require_jinja()
-    lines = [as_json({"template": template.text, "variables": dict(variables)})]
-    lines += [as_json(_without_none(messages)) for messages in conversations]
+    texts = []
+    for text in render_each(template, conversations, variables):
+        if isinstance(text, TokenizerError):
+            raise text
+        texts.append(text)
+    return texts
+
+
+def render_each(
+    template: ChatTemplate, conversations: Sequence[Messages], variables: Mapping[str, Any]
+) -> Iterator[str | TokenizerError]:
+    """Yield the text of each conversation, or why the template cannot render it.
+
+    The arguments and errors are those of `render`; it raises only if jinja2 is missing or a conversation is not valid.
+    """
+    require_jinja()
+    request = as_json({"template": template.text, "variables": dict(variables)})
+    lines = [as_json(_without_none(messages)) for messages in conversations]
+    while lines:  # a process that exceeds its limits ends, and the next one continues
+        done = _run_sandbox([request, *lines])
+        answers = [json.loads(line) for line in done.stdout.splitlines()]
+        for answer in answers:
+            yield answer["text"] if "text" in answer else _problem(template, answer)
+        if len(answers) < len(lines):
+            yield _ended(template, done.returncode)
+        lines = lines[len(answers) + 1 :]
+
+
+def _run_sandbox(lines: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-P", sandbox.__file__],
         input="\n".join(lines).encode(),
         stdout=subprocess.PIPE,
@@ -47,22 +73,25 @@ def render(template: ChatTemplate, conversations: Sequence[Messages], variables:
         env={**environment, "PYTHONPATH": os.pathsep.join(filter(os.path.isabs, sys.path))},
         check=False,
     )
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    if answers and "problem" in answers[-1]:
-        problem, detail, line = (answers[-1][key] for key in ("problem", "detail", "line"))
-        where = template.where + (f", line {line}" if line else "")
-        raise TokenizerError(f"{where}: the chat template {problem}" + (f": {quoted(detail, 400)}" if detail else ""))
-    if len(answers) < len(conversations):
-        why = (
-            f"takes more than {sandbox.SECONDS} seconds"
-            if done.returncode == -signal.SIGPROF
-            else f"ended its process with the status {done.returncode}"
-        )
-        raise TokenizerError(f"{template.where}: the chat template {why}; correct it, or use another template")
-    return [answer["text"] for answer in answers]
 
 
-def _require_jinja() -> None:
+def _problem(template: ChatTemplate, answer: Mapping[str, Any]) -> TokenizerError:
+    problem, detail, line = (answer[key] for key in ("problem", "detail", "line"))
+    where = template.where + (f", line {line}" if line else "")
+    return TokenizerError(f"{where}: the chat template {problem}" + (f": {quoted(detail, 400)}" if detail else ""))
+
+
+def _ended(template: ChatTemplate, status: int) -> TokenizerError:
+    why = (
+        f"takes more than {sandbox.SECONDS} seconds"
+        if status == -signal.SIGPROF
+        else f"ended its process with the status {status}"
+    )
+    return TokenizerError(f"{template.where}: the chat template {why}; correct it, or use another template")
+
+
+def require_jinja() -> None:
+    """Raise `TokenizerError` if jinja2 is not installed or is too old."""
     try:
         found = metadata.version("jinja2")
     except metadata.PackageNotFoundError:

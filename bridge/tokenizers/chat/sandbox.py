@@ -4,8 +4,7 @@ A template is an untrusted program. Jinja's sandbox denies access to Python, but
 time or memory. The template therefore runs in a process with system limits and without its parent's environment.
 
 The first line of standard input is `{"template": ..., "variables": ...}`. Each further line is the messages of one
-conversation, and is answered with one line, `{"text": ...}` or `{"problem": ..., "detail": ..., "line": ...}`. The
-process ends after the first problem.
+conversation, and is answered with one line, `{"text": ...}` or `{"problem": ..., "detail": ..., "line": ...}`.
 
 Source: `_cached_compile_jinja_template` in transformers' utils/chat_template_utils.py (version 5.23), rewritten.
 """
@@ -41,8 +40,6 @@ def main() -> None:
         except Exception as error:
             answer = _described(error) | {"line": _line_of(error)}
         print(json.dumps(answer), flush=True)
-        if "problem" in answer:
-            return
 
 
 def sandboxed_environment() -> Any:
