@@ -21,7 +21,9 @@ from gpt2_jax.training.run.identity import has_run_json, stored_identity
 DEFAULT_PRESET, DEFAULT_FINETUNING_PRESET = "nano", "finetune"
 
 _SOURCE = ("init_from", "source_activation", "base", "drop_extra_heads")
-_DATA = ("data", "validation_data", "validation_fraction", "tokenizer", "special_tokens", "examples", *_SOURCE)
+_RECORDS = ("text_field", "prompt_field", "completion_field", "messages_field", "skip_bad_records")
+_TEXT = ("data", "validation_data", "validation_fraction", "tokenizer", "special_tokens")
+_DATA = (*_TEXT, *_RECORDS, "examples", *_SOURCE)
 _DEVICE = ("mesh", "dtype", "scan", "remat", "attention", "vocab_multiple", "deterministic")
 _REPORT = (
     "eval_every",
@@ -37,7 +39,13 @@ _REPORT = (
 _IN_OTHER_GROUPS = {"preset", "model", "optimizer", *_DATA, *_DEVICE, *_REPORT}
 _TRAINING = tuple(f.name for f in fields(TrainConfig) if f.name not in _IN_OTHER_GROUPS)
 
-_METAVARS = {"init_from": "SRC", "base": "SRC", "wandb": "PROJECT", "mesh": "AXIS=N,..."}
+_METAVARS = {
+    "init_from": "SRC",
+    "base": "SRC",
+    "wandb": "PROJECT",
+    **dict.fromkeys(_RECORDS[:4], "NAME"),
+    "mesh": "AXIS=N,...",
+}
 
 
 def _names(part: type) -> list[str]:

@@ -12,10 +12,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 import bridge
 from bridge import BridgeError, Checkpoint
 from bridge.formats.trainers.run import steps
+from gpt2_jax.cli.examples import shown_examples
 from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes, sizes_asked_for
 from gpt2_jax.console.output import json_writer, progress
 from gpt2_jax.console.terminal import Console, console, print_error
-from gpt2_jax.data import Data, open_data
+from gpt2_jax.data import Data, RecordOptions, open_data, training_batches
 from gpt2_jax.data.special_tokens import policy_of
 from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, leave
 from gpt2_jax.training import NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
@@ -24,6 +25,7 @@ from gpt2_jax.training.preemption import PreemptionHandler
 from gpt2_jax.training.run.directory import require_available
 from gpt2_jax.training.run.identity import has_run_json, stored_identity
 from gpt2_jax.training.run.metrics import require_packages
+from gpt2_jax.training.state import examples_of
 
 DIVERGED = 1
 """The exit code of a run that stopped because of a loss or gradient that is not finite."""
@@ -83,10 +85,10 @@ def run_training(
     the run has other sizes.
     """
     screen = console() if is_first() else Console(quiet=True)
+    say = screen.print
     if is_first():  # before text is tokenised, which may take long
         require_packages(config)
         require_available(out, resume=resume)
-    say = screen.print
     resumes = broadcast_from_first(resume and has_run_json(out))
     if resume and not resumes:
         say(f"no run at {out}; starting a new one", soft_wrap=True)
@@ -129,6 +131,28 @@ def run_training(
     return outcome
 
 
+def preview(config: TrainConfig, out: Path, number: int, *, resume: bool, cache: Path | None) -> None:
+    """Print the first training examples, and what counts in the loss. Nothing is trained, and no run is created."""
+    if number < 1:
+        raise BridgeError(f"--show-examples {number}: must be at least 1")
+    resumes = resume and has_run_json(out)
+    source = bridge.load(out) if resumes and steps(out) else _initial_checkpoint(config)
+    tokenizer = chosen_tokenizer(config, source, stored_identity(out) if resumes else None)
+    data = _open_data(config, tokenizer, source, cache)
+    config = resolve_config(config, data, None if config.init_from is None else source)
+    screen = console()
+    screen.print(data.description, soft_wrap=True)
+    batches = training_batches(
+        data.train,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        examples=examples_of(config, data),
+    )
+    for example in shown_examples(batches, number, data.tokenizer):
+        screen.print(example, soft_wrap=True)
+
+
 def _initial_checkpoint(config: TrainConfig) -> Checkpoint | None:
     if config.init_from is None:
         return None
@@ -151,6 +175,15 @@ def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, c
             vocab_size=config.model.vocab_size if source is None else source.config.vocab_size,
             validation=config.validation_data,
             validation_fraction=config.validation_fraction,
+            records=RecordOptions(
+                text_field=config.text_field,
+                prompt_field=config.prompt_field,
+                completion_field=config.completion_field,
+                messages_field=config.messages_field,
+                skip_bad=config.skip_bad_records,
+                # A row holds seq_len tokens, and the label of the last one.
+                max_tokens=None if config.examples == "stream" else config.seq_len + 1,
+            ),
             cache=cache,
             progress=lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total),
         )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from gpt2_jax.data.token_cache_writer import TaskProgress, described
 from gpt2_jax.data.token_stream import TokenStream, is_token_cache, is_token_source, open_tokens
 from gpt2_jax.data.tokenizers import Corpus, make_tokenizer
 
+if TYPE_CHECKING:
+    from gpt2_jax.data.batches import Examples  # imports grain, which this module does not need
+
 
 @dataclass(frozen=True)
 class Data:
@@ -37,7 +40,7 @@ class Data:
     """One line to print."""
 
     @property
-    def usual_examples(self) -> Literal["stream", "documents"]:
+    def usual_examples(self) -> Examples:
         """Windows of one stream for text; one example per record for records of which not all tokens count."""
         return "stream" if self.train.counts is None else "documents"
 

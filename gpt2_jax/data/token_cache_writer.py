@@ -131,4 +131,5 @@ def _encode(
 def described(left_out: Mapping[str, int]) -> str:
     """Describe how many records were left out, by reason."""
     reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.items())
-    return f"{sum(left_out.values()):,} records were left out: {reasons}"
+    total = sum(left_out.values())
+    return f"{total:,} record{'s were' if total > 1 else ' was'} left out: {reasons}"

@@ -69,8 +69,9 @@ class TrainConfig:
     """The update rule."""
 
     data: str = "stdlib"
-    """A text file, a directory or glob of text, `stdlib` (Python's own), or token files: nanoGPT's .bin,
-    llm.c's shards, .npy."""
+    """A text file, a directory or glob of text, `stdlib` (Python's own); records: .jsonl, .json, .csv, .tsv, .parquet,
+    or a directory that `datasets` saved; or token files: nanoGPT's .bin, llm.c's shards, .npy. Text and records may be
+    compressed: .gz, .xz, .zst."""
     validation_data: str | None = None
     """The validation text or tokens, if they are not part of --data."""
     validation_fraction: float = 0.1
@@ -82,9 +83,21 @@ class TrainConfig:
     special_tokens: Literal["match", "as-text", "error"] = "match"
     """An added token, such as <|endoftext|>, in the text of --data is one token (match), text like any other (as-text),
     or an error."""
-    examples: Literal["stream", "documents", "packed"] = "stream"
+    text_field: str | None = None
+    """The field of each record of --data that has its text (default: text)."""
+    prompt_field: str | None = None
+    """The field with the prompt, which does not count in the loss (default: prompt)."""
+    completion_field: str | None = None
+    """The field with the completion of the prompt (default: completion)."""
+    messages_field: str | None = None
+    """The field with the messages of a chat, of which the assistant's count in the loss (default: messages)."""
+    skip_bad_records: bool = False
+    """Leave out and count the records that cannot be used, such as completions that are longer than --seq-len. By
+    default the first one is an error."""
+    examples: Literal["auto", "stream", "documents", "packed"] = "auto"
     """stream: windows of one long text; documents: each document is one padded, masked example; packed: several
-    documents fill one sequence, and tokens attend only to their own document."""
+    documents fill one sequence, and tokens attend only to their own document; auto: documents for records with
+    completions or messages, and stream for all others."""
     init_from: str | None = None
     """Start from the weights of this checkpoint: any source that `gpt2 inspect` reads."""
     source_activation: str | None = None
@@ -228,6 +241,10 @@ def _combination_problems(c: TrainConfig) -> Iterator[str]:
         yield f"tokenizer={c.tokenizer}: needs init_from, which is not given"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
+    fields = ("text_field", "completion_field", "messages_field")
+    kinds = [f for f in fields if getattr(c, f) or (f == "completion_field" and c.prompt_field)]
+    if len(kinds) > 1:
+        yield f"{', '.join(kinds)}: name the fields of one kind of records"
     yield from _attention_problems(c)
 
 

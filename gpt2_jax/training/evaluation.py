@@ -18,7 +18,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.training.batch_placement import microbatch_rows
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
-from gpt2_jax.training.state import TrainState
+from gpt2_jax.training.state import TrainState, examples_of
 from gpt2_jax.training.step import EvalStep
 
 SAMPLE_TEMPERATURE = 0.8
@@ -43,7 +43,7 @@ def validation_loss(
         batch_size=rows.size,
         seq_len=config.seq_len,
         max_batches=config.eval_batches and config.eval_batches * config.num_microbatches,
-        examples=config.examples,
+        examples=examples_of(config, data),
         rows=rows.own,
     )
     sums: list[tuple[jax.Array, jax.Array]] = []

@@ -34,7 +34,7 @@ from gpt2_jax.training.run.identity import description, has_run_json, run_argume
 from gpt2_jax.training.run.metrics import require_packages
 from gpt2_jax.training.run.outcome import Outcome, finish
 from gpt2_jax.training.run.report import Report
-from gpt2_jax.training.state import TrainState, abstract_state, initial_state, make_model, require_finite
+from gpt2_jax.training.state import TrainState, abstract_state, examples_of, initial_state, make_model, require_finite
 from gpt2_jax.training.step import make_eval_step, make_train_step
 
 
@@ -212,7 +212,7 @@ class Loop:
             seq_len=c.seq_len,
             seed=c.seed,
             start_step=start_step,
-            examples=c.examples,
+            examples=examples_of(c, self.setup.data),
             rows=self.setup.rows.own,
         )
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from bridge import Checkpoint
 from gpt2_jax.data import Data
+from gpt2_jax.data.batches import Examples
 from gpt2_jax.loading import sharded_params
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import require_device
@@ -54,7 +55,8 @@ def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False)
 def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
     """Return the configuration with the final model sizes: the checkpoint's, or the tokenizer's vocabulary.
 
-    Dropout rates are never taken from the checkpoint. Raises `TrainingError` if the model has too few positions.
+    Dropout rates are never taken from the checkpoint. `examples` "auto" becomes what suits the data. Raises
+    `TrainingError` if the model has too few positions.
     """
     model = config.model
     if init_from is not None:
@@ -67,7 +69,12 @@ def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None
         raise TrainingError(
             f"seq_len={config.seq_len}: the model has n_positions={positions}; choose --seq-len {positions} or less"
         )
-    return replace(config, model=model)
+    return replace(config, model=model, examples=examples_of(config, data))
+
+
+def examples_of(config: TrainConfig, data: Data) -> Examples:
+    """Return the kind of examples: the configured one, or for "auto" the usual one for the data."""
+    return data.usual_examples if config.examples == "auto" else config.examples
 
 
 def make_model(config: TrainConfig) -> GPT2:

@@ -104,7 +104,7 @@ def test_a_run_prints_its_size_losses_and_files(trained: Path) -> None:
 
 def test_flags_override_the_preset_and_are_stored(trained: Path) -> None:
     stored = stored_identity(trained / "run").config
-    assert stored == replace(RECIPE, data=str(trained / "text.txt"))
+    assert stored == replace(RECIPE, data=str(trained / "text.txt"), examples="stream")  # "auto" for text
 
 
 def test_the_export_is_the_same_function_in_every_implementation(trained: Path) -> None:

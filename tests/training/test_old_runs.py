@@ -46,7 +46,7 @@ def test_its_configuration_has_the_new_names(old: Path) -> None:
     assert config["num_microbatches"] == written["config"]["accumulate"] == 2
     assert config["max_grad_norm"] == written["config"]["clip_norm"] == 0.5
     same = config.keys() & written["config"].keys()
-    assert len(same) == len(config) - 4 - 3  # 4 were renamed; base, drop_extra_heads and special_tokens were added
+    assert len(same) == len(config) - 4 - 3 - 5  # 4 were renamed; 3 and those for records were added
     assert {name: config[name] for name in same} == {name: written["config"][name] for name in same}
 
 

@@ -30,6 +30,7 @@ RULES = (
     Rule(("decay_steps",), lambda v: v["schedule"] != "cosine", "without --schedule cosine"),
     Rule(("decay_fraction",), lambda v: v["schedule"] != "wsd", "without --schedule wsd"),
     Rule(("sample_prompt",), lambda v: v["sample_tokens"] == 0, "with --sample-tokens 0"),
+    Rule(("json", "tensorboard", "wandb"), lambda v: v["show_examples"] is not None, "with --show-examples"),
     OVERWRITE,
 )
 
@@ -51,6 +52,7 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
         resume: bool = False,
         accept_changes: bool = False,
         cache: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint=DEFAULT_CACHE)] = None,
+        show_examples: Annotated[int | None, arg(metavar="N", help_behavior_hint="")] = None,
         json: JsonFile = None,
         overwrite: bool = False,
         distributed: bool = False,
@@ -70,6 +72,8 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
             resume: continue from the newest checkpoint in RUN, with the flags that it was started with.
             accept_changes: resume although flags or data changed.
             cache: the directory for tokenised text.
+            show_examples: print the first N training examples, token by token, with what counts in the loss, and exit
+                without training.
             json: also write the result to this file.
             overwrite: replace the report of an earlier command. A run is never overwritten.
             distributed: train with several processes that all run this command. They find each other on TPU pods and
@@ -85,11 +89,21 @@ def train_command(default: TrainConfig, own_process: bool = False) -> Callable[.
             _join(coordinator, processes, process)
         elif (coordinator, processes, process) != (None, None, None):
             raise BridgeError("--coordinator, --processes and --process require --distributed")
-        options = {"resume": resume, "accept_changes": accept_changes, "overwrite": overwrite, "json": json}
+        options = {
+            "resume": resume,
+            "accept_changes": accept_changes,
+            "overwrite": overwrite,
+            "json": json,
+            "show_examples": show_examples,
+        }
         _check_flags(values, options, flat(default), cache)
         if own_process and not distributed:
             enable_compilation_cache()
-        from gpt2_jax.cli.run_training import train_and_report  # not at the top, because it imports JAX
+        from gpt2_jax.cli.run_training import preview, train_and_report  # not at the top, because it imports JAX
+
+        if show_examples is not None:
+            preview(from_flat(values), out, show_examples, resume=resume, cache=cache)
+            return 0
 
         return train_and_report(
             from_flat(values),
@@ -116,7 +130,7 @@ def _check_flags(
     values: Mapping[str, Any], options: Mapping[str, Any], defaults: Mapping[str, Any], cache: Path | None
 ) -> None:
     """Raise `BridgeError` for flags that have no effect together, and for a cache that is an input."""
-    usual = {**defaults, **dict.fromkeys(("resume", "accept_changes", "overwrite"), False)}
+    usual = {**defaults, **dict.fromkeys(("resume", "accept_changes", "overwrite"), False), "json": None}
     require_effect({**values, **options}, usual, RULES)
     _require_cache(cache, (values["data"], values["validation_data"], values["init_from"], values["base"]))
     _require_effect_on_tokens(values, usual, cache)

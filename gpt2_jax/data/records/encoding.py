@@ -44,8 +44,8 @@ def cached_records(
 
     Each record is one document. A text is encoded as a text file is. A prompt and its completion are encoded
     separately, as at generation; the completion and the end-of-sequence token after it count in the loss. Of a
-    conversation, the replies of the assistant count; see `bridge.tokenizers.chat.turns`. A conversation ends with the
-    end-of-sequence token, unless the template writes it at the end.
+    conversation, the replies of the assistant count; see `bridge.tokenizers.chat.turns`. The end-of-sequence token
+    follows each conversation, unless the template writes it in or after the last message.
 
     Args:
         special_tokens: what to do where a text contains an added token; see `Tokenizer.encode`. The tokens that a chat
@@ -167,8 +167,7 @@ class _Encoder:
                 self._ids(message["content"])  # raises for an added token
         parts = [(self._ids_of_segment(segment), segment.is_reply) for segment in segments]
         end = np.array(self.tokenizer.eos_token_ids, np.uint32)
-        last = parts[-1][0]
-        if len(end) and not np.array_equal(last[-len(end) :], end):
+        if not np.isin(end, parts[-1][0]).any():
             parts.append((end, segments[-1].is_reply))
         return parts
 
@@ -195,5 +194,5 @@ class _Encoder:
         total = sum(len(ids) for ids, _ in parts)
         if self.records.schema.masked and limit is not None and total > limit:
             raise BadRecord(
-                "longer than --seq-len", f"has {total} tokens, and --seq-len has room for {limit}; raise --seq-len"
+                "longer than --seq-len", f"has {total} tokens, and an example at most {limit}", "raise --seq-len"
             )

@@ -68,9 +68,7 @@ class Records:
         `where`: the file and the line, for the message.
         """
         if bad.reason != EMPTY_TEXT and not self.options.skip_bad:
-            raise DataError(
-                f"{where}: {bad}; correct it, or leave out and count such records with --skip-bad-records"
-            ) from None
+            raise _bad_record_error(where, bad) from None
 
 
 @dataclass(frozen=True)
@@ -151,10 +149,12 @@ def _columns(path: Path, options: RecordOptions) -> list[str] | None:
             if not isinstance(row.values, BadRecord):
                 return list(row.values)
             if not options.skip_bad:
-                raise DataError(
-                    f"{row.place_in(path)}: {row.values}; correct it, or leave out such records with --skip-bad-records"
-                )
+                raise _bad_record_error(row.place_in(path), row.values)
     return None
+
+
+def _bad_record_error(where: str, bad: BadRecord) -> DataError:
+    return DataError(f"{where}: {bad}; {bad.remedy}, or leave out and count such records with --skip-bad-records")
 
 
 def _require_records_only(found: Documents) -> None:

@@ -21,8 +21,9 @@ MOST_ROW_BYTES = 2**24
 class BadRecord(ValueError):
     """A record cannot be used. The reader of the next record is not affected."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", remedy: str = "correct it") -> None:
         super().__init__(detail or reason)
+        self.remedy = remedy
         self.reason = reason
         """Why, in words that follow a number of records, such as "not valid JSON"."""
 

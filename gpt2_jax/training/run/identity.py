@@ -32,7 +32,17 @@ RENAMED_SINCE_1 = {
 """Fields of the configuration in version 1 of run.json -> their names in version 2."""
 ATTENTION_RENAMED_SINCE_1 = {"plain": "xla", "blocks": "blockwise"}
 """Values of `attention` in version 1 of run.json -> their names in version 2."""
-ADDED_LATER = {"source_activation": None, "base": None, "drop_extra_heads": False, "special_tokens": "as-text"}
+ADDED_LATER = {
+    "source_activation": None,
+    "base": None,
+    "drop_extra_heads": False,
+    "special_tokens": "as-text",
+    "text_field": None,
+    "prompt_field": None,
+    "completion_field": None,
+    "messages_field": None,
+    "skip_bad_records": False,
+}
 """Fields that earlier runs of either version did not store, with the value that these runs used."""
 
 _ENVIRONMENT = ("XLA_FLAGS", "NPROC", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "NVIDIA_TF32_OVERRIDE")
