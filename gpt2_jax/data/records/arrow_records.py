@@ -74,11 +74,28 @@ def _opened(path: Path, format: RecordFormat) -> Iterator[_Table]:
         ) from None
 
 
+class _Bounded:
+    """A file that is never asked for more bytes than it has. pyarrow trusts the lengths in a file."""
+
+    closed = False
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, os.fstat(file.fileno()).st_size
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        rest = max(0, self._size - self._file.tell())
+        return self._file.read(rest if size < 0 else min(size, rest))
+
+    def close(self) -> None:
+        pass  # whoever opened the file closes it
+
+
 def _parquet(pyarrow: Any, file: BinaryIO) -> _Table:
     from pyarrow import parquet
 
     opened = parquet.ParquetFile(
-        pyarrow.PythonFile(file, mode="r"),
+        pyarrow.PythonFile(_Bounded(file), mode="r"),
         pre_buffer=False,
         buffer_size=2**20,  # reads pages one by one instead of whole columns
         thrift_string_size_limit=_MOST_METADATA_BYTES,
@@ -96,7 +113,7 @@ def _arrow(pyarrow: Any, file: BufferedReader) -> _Table:
     from pyarrow import ipc
 
     is_file = file.peek(len(_ARROW_FILE)).startswith(_ARROW_FILE)
-    reader = (ipc.open_file if is_file else ipc.open_stream)(pyarrow.PythonFile(file, mode="r"))
+    reader = (ipc.open_file if is_file else ipc.open_stream)(pyarrow.PythonFile(_Bounded(file), mode="r"))
 
     def batches(fields: Sequence[str]) -> Iterable[Any]:
         for batch in (reader.get_batch(k) for k in range(reader.num_record_batches)) if is_file else reader:

@@ -59,7 +59,9 @@ def _text(value: Any, name: str) -> str:
         kind = "null" if value is None else type(value).__name__
         raise BadRecord("with a field of another type", f"the field {quoted(name)} is {kind} and not text")
     if "\0" in value:
-        raise BadRecord("with a NUL character", f"the field {quoted(name)} has a NUL character, which text has not")
+        raise BadRecord(
+            "with a NUL character", f"the field {quoted(name)} has a NUL character, which text does not have"
+        )
     return value
 
 

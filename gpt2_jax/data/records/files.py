@@ -109,8 +109,6 @@ def rows_of(path: Path, schema: Schema) -> Iterator[Row]:
         _require_columns(arrow_records.columns_of(path, format), schema, path)
         yield from arrow_records.rows(path, format, schema.kind, schema.fields)
         return
-    if schema.kind == "messages" and format in ("csv", "tsv"):
-        raise DataError(f"{quoted(path)}: messages cannot be in {format.upper()}; write the records as JSON lines")
     with open_stream(path) as stream:
         if format in ("csv", "tsv"):
             yield from csv_records.rows(path, stream, format, lambda columns: _require_columns(columns, schema, path))
@@ -132,8 +130,17 @@ def _schema(found: Documents, options: RecordOptions) -> Schema:
     """Return the schema that fits the first record."""
     for file in found.files:
         if (columns := _columns(file.path, options)) is not None:
-            return choose_schema(columns, options, quoted(file.path))
+            schema = choose_schema(columns, options, quoted(file.path))
+            if schema.kind == "messages":
+                _require_lists(found)
+            return schema
     raise DataError(f"{quoted(found.source)} has no records")
+
+
+def _require_lists(found: Documents) -> None:
+    """Raise `DataError` for files whose fields cannot be lists of messages."""
+    if table := next((file.path for file in found.files if record_format(file.path) in ("csv", "tsv")), None):
+        raise DataError(f"{quoted(table)}: CSV and TSV cannot hold messages; write the records as JSON lines")
 
 
 def _columns(path: Path, options: RecordOptions) -> list[str] | None:

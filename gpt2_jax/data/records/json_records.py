@@ -80,7 +80,9 @@ class _Array:
         self._at = 0
 
     def error(self, problem: str) -> DataError:
-        return DataError(f"{place(self.path, 'record', self.number)}: {problem}; correct or write the file again")
+        return DataError(
+            f"{place(self.path, 'record', max(1, self.number))}: {problem}; correct or write the file again"
+        )
 
     def next_character(self) -> str:
         """Return the next character that is not white space, empty at the end of the file."""
