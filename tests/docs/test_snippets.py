@@ -8,6 +8,8 @@ tutorials; here their commands are only parsed.
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +78,9 @@ def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> 
     shutil.copy(bridge.BUNDLED / "parity.certificate", root / "my-gpt2.certificate")
     shutil.copytree(root / "my-gpt2", root / "my-chat-gpt2")
     (root / "my-chat-gpt2" / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}assistant:", encoding="utf-8"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}",
+        encoding="utf-8",
     )
     shutil.copytree(root / "my-gpt2", root / "my-classifier")
     weights = root / "my-classifier" / "model.safetensors"
@@ -89,6 +93,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> 
     bridge.save(nanogpt, root / "ckpt.pt", format="nanogpt")
     text = (bridge.BUNDLED / "validation.txt").read_text(encoding="utf-8")
     (root / "input.txt").write_text(text[:20_000], encoding="utf-8")
+    (root / "pairs.jsonl").write_text('{"prompt": "2 + 2 =", "completion": " 4"}\n' * 20, encoding="utf-8")
+    (root / "questions.csv").write_text("question,answer\n" + "Who?,I\n" * 20, encoding="utf-8")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    (root / "chats.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 20, encoding="utf-8")
+    (root / "articles").mkdir()
+    with gzip.open(root / "articles" / "one.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps({'body': line})}\n" for line in text[:20_000].splitlines())
     (root / "my-text").mkdir()
     (root / "my-text" / "one.txt").write_text(text[:20_000], encoding="utf-8")
     (root / "prompts.txt").write_text("ROMEO:\nJULIET:\n", encoding="utf-8")

@@ -20,25 +20,8 @@ from tests.data.records.record_files import WRITERS, write, write_saved_dataset
 pytest.importorskip("pyarrow")
 transformers = pytest.importorskip("transformers")
 
-WORDS = [
-    "To",
-    "be,",
-    "or",
-    "not",
-    "to",
-    "be:\n\n",
-    "",
-    "that",
-    "is",
-    '"the',
-    'question";',
-    "naïve,",
-    "日本語,",
-    "\ttab",
-    "<|endoftext|>",
-    "x",
-]
-TEXTS = [{"id": i, "text": " ".join(WORDS[i % 7 :] * (i % 3 + 1))} for i in range(11)]
+TEXT = 'To be, or not to be:\n\n  that is "the question"; naïve, 日本語, \ttab <|endoftext|> x'
+TEXTS = [{"id": i, "text": TEXT[3 * i :] * (i % 3 + 1)} for i in range(11)]
 PAIRS = [{"prompt": f"What is {i} + {i}?", "completion": f" {i + i},\n" + "so" * (i % 4), "id": i} for i in range(11)]
 CHATS = [
     {

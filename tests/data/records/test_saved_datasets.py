@@ -88,7 +88,7 @@ def test_a_damaged_description_is_refused(tmp_path: Path, name: str, content: st
 
 def test_a_directory_above_a_saved_dataset_is_refused(tmp_path: Path) -> None:
     write_saved_dataset(tmp_path / "all" / "saved", [{"text": "a"}])
-    with pytest.raises(DataError, match="contains a saved data set; give its directory, '.*all/saved'"):
+    with pytest.raises(DataError, match=r"contains a saved data set; give its directory, '.*all/saved'"):
         opened(tmp_path / "all")
 
 
