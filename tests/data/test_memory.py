@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 from pathlib import Path
 
@@ -34,3 +36,11 @@ def test_a_large_text_is_encoded_with_flat_memory(tmp_path: Path) -> None:
     line = "def function_of_some_length(argument: int) -> int:\n    return argument + 1\n\n"
     (tmp_path / "text.py").write_text(line * (128 * MIB // len(line)))
     assert growth_while_encoding(tmp_path / "text.py", tmp_path / "cache") < MAX_FOR_ENCODING
+
+
+def test_a_large_file_of_records_is_encoded_with_flat_memory(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "data.jsonl.gz", "wt", compresslevel=1) as file:
+        for k in range(64 * 1024):
+            row = {"prompt": f"The prompt {k} of many records.", "completion": f"It is {k * k}; " * 64}
+            file.write(json.dumps(row) + "\n")
+    assert growth_while_encoding(tmp_path / "data.jsonl.gz", tmp_path / "cache") < MAX_FOR_ENCODING
