@@ -75,7 +75,8 @@ def cached_text(
         special_tokens: what to do where the text contains an added token; see `Tokenizer.encode`.
     """
     key = _encoding_key(tokenizer, special_tokens)
-    encoding = Encoding(tokenizer, key, lambda: text_blocks(documents, tokenizer, special_tokens))
+    if_empty = f"none of its {len(documents.files)} files is UTF-8"
+    encoding = Encoding(tokenizer, key, lambda: text_blocks(documents, tokenizer, special_tokens), if_empty)
     return cached(documents, encoding, cache, progress)
 
 

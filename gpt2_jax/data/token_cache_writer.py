@@ -49,6 +49,8 @@ class Encoding:
     """What distinguishes it from other encodings of the same files."""
     tasks: Callable[[], Tasks]
     """Returns the tasks that encode the source."""
+    if_empty: str
+    """Why the source has no text, if nothing was left out."""
     masked: bool = False
     """Whether some tokens do not count in the loss."""
 
@@ -71,8 +73,8 @@ def write_tokens(directory: Path, source: Source, encoding: Encoding, progress: 
         about |= _encode(source, run_in_order(encoding.tasks()), files, np.dtype(about["dtype"]), progress)
     if not about["characters"]:
         left_out = about.get("left_out")
-        why = f"none of its {len(source.files)} files is UTF-8"
-        raise DataError(f"{quoted(source.source)} has no text: {described(left_out) if left_out else why}")
+        why = described(left_out) if left_out else encoding.if_empty
+        raise DataError(f"{quoted(Path(source.source))} has no text: {why}")
     (directory / SIDECAR).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 

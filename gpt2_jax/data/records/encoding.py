@@ -16,7 +16,7 @@ from bridge.tokenizers.chat.turns import Segment, UnstableTemplateError, render_
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
 from gpt2_jax.data.blocks import Block, Tasks
 from gpt2_jax.data.documents import BLOCK_BYTES, Document
-from gpt2_jax.data.records.examples import Example, Message, example_of, texts_in
+from gpt2_jax.data.records.examples import Example, Message, example_of, texts_in, work_of
 from gpt2_jax.data.records.files import Records, rows_of
 from gpt2_jax.data.records.rows import BadRecord
 from gpt2_jax.data.special_tokens import around_documents
@@ -56,7 +56,8 @@ def cached_records(
         TokenizerError: the tokenizer has no chat template, or its template cannot be used for training.
     """
     encoder = _Encoder(records, tokenizer, special_tokens)
-    return cached(records, Encoding(tokenizer, encoder.key, encoder.tasks, records.schema.masked), cache, progress)
+    encoding = Encoding(tokenizer, encoder.key, encoder.tasks, "it has no records", records.schema.masked)
+    return cached(records, encoding, cache, progress)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class _Encoder:
             found: Example | BadRecord
             try:
                 found = example_of(row, self.records.schema)
-                size += sum(map(len, texts_in(found)))
+                size += work_of(found)
             except BadRecord as bad:
                 found = bad
             waiting.append(_Place(found, row.place_in(file.path)))
@@ -165,6 +166,8 @@ class _Encoder:
         if self.special_tokens == "error":
             for message in messages:
                 self._ids(message["content"])  # raises for an added token
+        if not any(segment.is_reply for segment in segments):
+            raise BadRecord("with an empty completion", "its messages have no text in the chat template")
         parts = [(self._ids_of_segment(segment), segment.is_reply) for segment in segments]
         end = np.array(self.tokenizer.eos_token_ids, np.uint32)
         if not np.isin(end, parts[-1][0]).any():

@@ -17,7 +17,9 @@ EMPTY_TEXT = "with an empty text"
 """The reason for leaving out an empty text, which is not an error: data sets use it to separate sections."""
 
 MOST_TURNS = 256
-"""Limit on the assistant's messages of one conversation. The chat template is rendered once or twice for each."""
+"""Limit on the assistant's messages of one conversation. The chat template renders its beginning twice for each."""
+MOST_RENDERED = 2**24
+"""Limit on the characters of a conversation times its messages of the assistant."""
 
 
 def example_of(row: Row, schema: Schema) -> Example:
@@ -35,6 +37,12 @@ def example_of(row: Row, schema: Schema) -> Example:
     if not texts[1]:
         raise BadRecord("with an empty completion", f"the field {quoted(schema.fields[1])} is empty")
     return texts[0], texts[1]
+
+
+def work_of(example: Example) -> int:
+    """Return the number of characters that are encoded or rendered for an example."""
+    replies = sum(message["role"] == "assistant" for message in example) if isinstance(example, list) else 1
+    return replies * sum(map(len, texts_in(example)))
 
 
 def texts_in(example: Example) -> Iterator[str]:
@@ -82,6 +90,8 @@ def _messages(value: Any, name: str) -> list[Message]:
         raise BadRecord(
             "with too many messages", f"{quoted(name)} has more than {MOST_TURNS} messages of the assistant"
         )
+    if work_of(value) > MOST_RENDERED:
+        raise BadRecord("with too many messages", f"{quoted(name)} has too much text for {len(turns)} replies")
     if empty := next((k for k in turns if not value[k]["content"]), 0):
         raise BadRecord("with an empty completion", f"{quoted(f'{name}[{empty}].content')} is empty")
     return value

@@ -134,7 +134,7 @@ def _schema(found: Documents, options: RecordOptions) -> Schema:
             if schema.kind == "messages":
                 _require_lists(found)
             return schema
-    raise DataError(f"{quoted(found.source)} has no records")
+    raise DataError(f"{quoted(Path(found.source))} has no records")
 
 
 def _require_lists(found: Documents) -> None:
@@ -169,13 +169,13 @@ def _require_records_only(found: Documents) -> None:
     for directory in {file.path.parent for file in found.files}:
         if saved_datasets.is_saved_dataset(directory):
             raise DataError(
-                f"{quoted(found.source)} contains a saved data set; give its directory, {quoted(directory)}"
+                f"{quoted(Path(found.source))} contains a saved data set; give its directory, {quoted(directory)}"
             )
     texts = [file.path for file in found.files if record_format(file.path) is None]
     if texts:
         records = next(file.path for file in found.files if record_format(file.path))
         raise DataError(
-            f"{quoted(found.source)} has both records, such as {quoted(records.name)}, and text, such as "
+            f"{quoted(Path(found.source))} has both records, such as {quoted(records.name)}, and text, such as "
             f"{quoted(texts[0].name)}; name the files of one kind with a glob, such as 'DIRECTORY/**/*"
             f"{quoted(''.join(records.suffixes[-2:]))[1:]}"
         )

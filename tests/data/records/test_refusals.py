@@ -62,6 +62,10 @@ BAD_CHATS = {
     of_messages(REPLY): ("begins with the assistant", "that begin with the assistant"),
     of_messages(USER, {**REPLY, "content": ""}): ("'messages[1].content' is empty", "with an empty completion"),
     of_messages(*[USER, REPLY] * 257): ("has more than 256 messages of the assistant", "with too many messages"),
+    of_messages(*[{**USER, "content": "a" * 4000}, REPLY] * 80): (
+        "too much text for 80 replies",
+        "with too many messages",
+    ),
     of_messages({**USER, "content": "rude"}, REPLY): (
         "rejects the messages: 'no'",
         "that the tokenizer or its template",
@@ -139,6 +143,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "values.jsonl": (b'{"text": [' + b"{}," * 600_000 + b"{}]}", "line 1 holds more than 2097152 values, or"),
     "values.json": (b'[{"text": [' + b"{}," * 600_000 + b"{}]}]", "record 1 holds more than 2097152 values, or"),
     "header.csv": (b"a;b\nc;d\n", "its fields are 'a;b'"),
+    "only-header.csv": (b"text\n", "only-header.csv' has no text"),
     "twice.csv": (b"text,text\na,b\n", "line 1: the column 'text' occurs 2 times"),
     "quote.csv": (b'text\n"a"b\n', "line 2: is not valid CSV: "),
     "open.csv": (b'text\n"a\n', "line 2: is not valid CSV: 'unexpected end of data'"),
