@@ -103,8 +103,8 @@ def packed_batch(
 ) -> dict[str, Int[np.ndarray, "B T"]]:
     """Return a batch of `input_ids`, `labels` and `segment_ids` [B, T].
 
-    Segments are numbered from 1 in each row, and padding is 0. The label of a token is the next token of its segment, if
-    that counts in the loss; the last token of a segment has `IGNORE_INDEX`.
+    Segments are numbered from 1 in each row, and padding is 0. The label of a token is the next token of its segment,
+    or `IGNORE_INDEX` if that does not count in the loss. The last token of a segment has `IGNORE_INDEX` too.
 
     Args:
         rows: for each row, start and stop in the stream of its pieces.

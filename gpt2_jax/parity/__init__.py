@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from gpt2_jax.parity.certificates.signatures import SignatureError, sign, verify_signature
     from gpt2_jax.parity.checks import CHECKS, checks_for
     from gpt2_jax.parity.pairs.compare import PAIR_CHECKS, compare
-    from gpt2_jax.parity.pairs.flax_module import linen_side, nnx_side
-    from gpt2_jax.parity.pairs.golden import GoldenError, GoldenSide, golden_side, save_golden
-    from gpt2_jax.parity.pairs.jax_function import JaxSide, function_side
-    from gpt2_jax.parity.pairs.layouts import Layout
-    from gpt2_jax.parity.pairs.matching import Match, Matching, match_names
-    from gpt2_jax.parity.pairs.names import MatchError
+    from gpt2_jax.parity.pairs.matching.layouts import Layout
+    from gpt2_jax.parity.pairs.matching.match import Match, Matching, match_names
+    from gpt2_jax.parity.pairs.matching.names import MatchError
     from gpt2_jax.parity.pairs.padding import pad_tokens
-    from gpt2_jax.parity.pairs.sides import Description, Forward, Side, SideError
-    from gpt2_jax.parity.pairs.torch_module import TorchSide, torch_side
+    from gpt2_jax.parity.pairs.sides.flax_module import linen_side, nnx_side
+    from gpt2_jax.parity.pairs.sides.golden import GoldenError, GoldenSide, golden_side, save_golden
+    from gpt2_jax.parity.pairs.sides.jax_function import JaxSide, function_side
+    from gpt2_jax.parity.pairs.sides.side import Description, Forward, Side, SideError
+    from gpt2_jax.parity.pairs.sides.torch_module import TorchSide, torch_side
     from gpt2_jax.parity.pairs.training.compare import compare_training
     from gpt2_jax.parity.pairs.training.diagnosis.evidence import Diagnosis
     from gpt2_jax.parity.pairs.training.optax_trainer import optax_trainer, record_gradients
@@ -56,15 +56,15 @@ else:
             "gpt2_jax.parity.certificates.signatures": ("SignatureError", "sign", "verify_signature"),
             "gpt2_jax.parity.checks": ("CHECKS", "checks_for"),
             "gpt2_jax.parity.pairs.compare": ("PAIR_CHECKS", "compare"),
-            "gpt2_jax.parity.pairs.flax_module": ("linen_side", "nnx_side"),
-            "gpt2_jax.parity.pairs.golden": ("GoldenError", "GoldenSide", "golden_side", "save_golden"),
-            "gpt2_jax.parity.pairs.jax_function": ("JaxSide", "function_side"),
-            "gpt2_jax.parity.pairs.layouts": ("Layout",),
-            "gpt2_jax.parity.pairs.matching": ("Match", "Matching", "match_names"),
-            "gpt2_jax.parity.pairs.names": ("MatchError",),
+            "gpt2_jax.parity.pairs.sides.flax_module": ("linen_side", "nnx_side"),
+            "gpt2_jax.parity.pairs.sides.golden": ("GoldenError", "GoldenSide", "golden_side", "save_golden"),
+            "gpt2_jax.parity.pairs.sides.jax_function": ("JaxSide", "function_side"),
+            "gpt2_jax.parity.pairs.matching.layouts": ("Layout",),
+            "gpt2_jax.parity.pairs.matching.match": ("Match", "Matching", "match_names"),
+            "gpt2_jax.parity.pairs.matching.names": ("MatchError",),
             "gpt2_jax.parity.pairs.padding": ("pad_tokens",),
-            "gpt2_jax.parity.pairs.sides": ("Description", "Forward", "Side", "SideError"),
-            "gpt2_jax.parity.pairs.torch_module": ("TorchSide", "torch_side"),
+            "gpt2_jax.parity.pairs.sides.side": ("Description", "Forward", "Side", "SideError"),
+            "gpt2_jax.parity.pairs.sides.torch_module": ("TorchSide", "torch_side"),
             "gpt2_jax.parity.pairs.training.compare": ("compare_training",),
             "gpt2_jax.parity.pairs.training.diagnosis.evidence": ("Diagnosis",),
             "gpt2_jax.parity.pairs.training.optax_trainer": (

@@ -192,7 +192,7 @@ def batch_invariance(inputs: CheckInputs) -> Check:
     name, rows = "batch invariance", [row.tolist() for row in inputs.rows_of_different_lengths()]
     measurements = []
     for dtype in ("float32", "bfloat16"):
-        found = jax_side.batch_invariant_outputs(inputs.checkpoint, rows, dtype)
+        found = jax_gpt2.batch_invariant_outputs(inputs.checkpoint, rows, dtype)
         for comparison, different in found.items():
             title = f"{SHORT_NAMES[dtype]} rows of {len(rows)} with other bits, {comparison}"
             measurements.append(Measurement(title, different, 0))

@@ -19,12 +19,12 @@ from gpt2_jax.parity.pairs.bounds import (
     usual_size,
 )
 from gpt2_jax.parity.pairs.explain import explain, explain_update, same_as_another, where_differs
-from gpt2_jax.parity.pairs.matching import Match
+from gpt2_jax.parity.pairs.matching.match import Match
 from gpt2_jax.parity.pairs.padding import Pad
 from gpt2_jax.parity.pairs.parameter_checks import and_hint, listed
-from gpt2_jax.parity.pairs.projection import projection_weights
 from gpt2_jax.parity.pairs.runs import Runs, aligned, transformed
-from gpt2_jax.parity.pairs.sides import Arrays, SideError
+from gpt2_jax.parity.pairs.sides.projection import projection_weights
+from gpt2_jax.parity.pairs.sides.side import Arrays, SideError
 from gpt2_jax.parity.report import Check, Measurement
 from gpt2_jax.parity.tolerances import SHORT_NAMES
 

@@ -9,10 +9,10 @@ import numpy as np
 from bridge import BridgeError
 from gpt2_jax.parity.pairs import checks as pass_checks
 from gpt2_jax.parity.pairs import parameter_checks
-from gpt2_jax.parity.pairs.matching import Names
+from gpt2_jax.parity.pairs.matching.match import Names
 from gpt2_jax.parity.pairs.padding import Pad
 from gpt2_jax.parity.pairs.runs import Runs
-from gpt2_jax.parity.pairs.sides import DTYPES, Side, SideError
+from gpt2_jax.parity.pairs.sides.side import DTYPES, Side, SideError
 from gpt2_jax.parity.report import Check, Claim, Report
 
 SAME_PAIR = Claim(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gpt2_jax.parity.pairs.sides import Inputs
+from gpt2_jax.parity.pairs.sides.side import Inputs
 
 Unpad = Callable[[np.ndarray], np.ndarray]
 Pad = Callable[[Inputs], tuple[Inputs, Unpad]]

@@ -8,7 +8,7 @@ import numpy as np
 
 from bridge.errors import bullet_list
 from gpt2_jax.parity.pairs.explain import explain, same_as_another, where_differs
-from gpt2_jax.parity.pairs.matching import tied
+from gpt2_jax.parity.pairs.matching.match import tied
 from gpt2_jax.parity.pairs.runs import Runs, transformed
 from gpt2_jax.parity.report import Check, Measurement
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from bridge.errors import escaped
 from gpt2_jax.parity.pairs.bounds import Size, rounding_error
-from gpt2_jax.parity.pairs.matching import Match, Matching, Names, match_names
-from gpt2_jax.parity.pairs.names import normalised, renaming, without_wrappers
-from gpt2_jax.parity.pairs.sides import Arrays, Description, Forward, Inputs, Side, SideError
+from gpt2_jax.parity.pairs.matching.match import Match, Matching, Names, match_names
+from gpt2_jax.parity.pairs.matching.names import normalised, renaming, without_wrappers
+from gpt2_jax.parity.pairs.sides.side import Arrays, Description, Forward, Inputs, Side, SideError
 
 T = TypeVar("T")
 

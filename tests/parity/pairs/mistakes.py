@@ -24,11 +24,11 @@ from parity.pairs import lstm, mlp, resnet, rotary_gpt
 
 from gpt2_jax.parity import Report
 from gpt2_jax.parity.pairs.compare import compare
-from gpt2_jax.parity.pairs.flax_module import linen_side
-from gpt2_jax.parity.pairs.jax_function import function_side
 from gpt2_jax.parity.pairs.padding import pad_tokens
-from gpt2_jax.parity.pairs.sides import Side
-from gpt2_jax.parity.pairs.torch_module import torch_side
+from gpt2_jax.parity.pairs.sides.flax_module import linen_side
+from gpt2_jax.parity.pairs.sides.jax_function import function_side
+from gpt2_jax.parity.pairs.sides.side import Side
+from gpt2_jax.parity.pairs.sides.torch_module import torch_side
 
 FORWARD = ("names", "parameters", "outputs", "intermediates")
 Pair = tuple[Side, Side, tuple[np.ndarray, ...]]

@@ -12,9 +12,9 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from gpt2_jax.parity.pairs.flax_module import linen_side, nnx_side
-from gpt2_jax.parity.pairs.jax_function import function_side
-from gpt2_jax.parity.pairs.sides import Side
+from gpt2_jax.parity.pairs.sides.flax_module import linen_side, nnx_side
+from gpt2_jax.parity.pairs.sides.jax_function import function_side
+from gpt2_jax.parity.pairs.sides.side import Side
 
 WIDTHS = (5, 8, 8, 3)
 
@@ -81,7 +81,7 @@ def torch_mlp(params: dict[str, dict[str, np.ndarray]] | None = None) -> Any:
 
 
 def torch_mlp_side() -> Side:
-    from gpt2_jax.parity.pairs.torch_module import torch_side
+    from gpt2_jax.parity.pairs.sides.torch_module import torch_side
 
     return torch_side(torch_mlp())
 

@@ -32,11 +32,11 @@ from parity.pairs.mistakes import Pair
 
 from gpt2_jax.parity import Report
 from gpt2_jax.parity.pairs.compare import compare
-from gpt2_jax.parity.pairs.flax_module import linen_side, nnx_side
-from gpt2_jax.parity.pairs.jax_function import function_side
 from gpt2_jax.parity.pairs.padding import Pad, pad_tokens
-from gpt2_jax.parity.pairs.sides import DTYPES, Side
-from gpt2_jax.parity.pairs.torch_module import torch_side
+from gpt2_jax.parity.pairs.sides.flax_module import linen_side, nnx_side
+from gpt2_jax.parity.pairs.sides.jax_function import function_side
+from gpt2_jax.parity.pairs.sides.side import DTYPES, Side
+from gpt2_jax.parity.pairs.sides.torch_module import torch_side
 
 Rng = np.random.Generator
 ACTIVATIONS: Mapping[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {

@@ -18,11 +18,11 @@ from rich.console import Console
 from bridge import BridgeError
 from gpt2_jax.parity import Check, Report
 from gpt2_jax.parity.pairs.compare import compare
-from gpt2_jax.parity.pairs.flax_module import linen_side, nnx_side
-from gpt2_jax.parity.pairs.jax_function import function_side
-from gpt2_jax.parity.pairs.matching import Match
-from gpt2_jax.parity.pairs.names import MatchError
-from gpt2_jax.parity.pairs.sides import Description, Forward, Inputs, Side
+from gpt2_jax.parity.pairs.matching.match import Match
+from gpt2_jax.parity.pairs.matching.names import MatchError
+from gpt2_jax.parity.pairs.sides.flax_module import linen_side, nnx_side
+from gpt2_jax.parity.pairs.sides.jax_function import function_side
+from gpt2_jax.parity.pairs.sides.side import Description, Forward, Inputs, Side
 
 
 def failures(report: Report) -> dict[str, list[str]]:

@@ -27,7 +27,7 @@ import bridge
 import gpt2_jax
 import gpt2_torch
 from bridge import BridgeError
-from gpt2_jax.parity.pairs.matching import Match, MatchError
+from gpt2_jax.parity.pairs.matching.match import Match, MatchError
 from gpt2_jax.parity.pairs.training.compare import compare_training
 from gpt2_jax.parity.pairs.training.optax_trainer import optax_trainer
 from gpt2_jax.parity.pairs.training.result import TrainingComparison

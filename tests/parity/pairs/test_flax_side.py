@@ -14,9 +14,9 @@ from parity.pairs import mlp
 from parity.pairs.test_compare import check_of, failures
 
 from gpt2_jax.parity.pairs.compare import compare
-from gpt2_jax.parity.pairs.flax_module import linen_side, nnx_side
-from gpt2_jax.parity.pairs.jax_function import function_side
-from gpt2_jax.parity.pairs.sides import SideError
+from gpt2_jax.parity.pairs.sides.flax_module import linen_side, nnx_side
+from gpt2_jax.parity.pairs.sides.jax_function import function_side
+from gpt2_jax.parity.pairs.sides.side import SideError
 
 
 class Net(nn.Module):

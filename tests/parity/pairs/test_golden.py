@@ -13,10 +13,10 @@ from parity.pairs.test_compare import failures
 from bridge import BridgeError
 from bridge.containers.safetensors import read_file, write_file
 from bridge.storage.tensors import LazyTensorMap
-from gpt2_jax.parity.pairs import golden
+from gpt2_jax.parity.pairs.sides import golden
 from gpt2_jax.parity.pairs.compare import compare
-from gpt2_jax.parity.pairs.flax_module import linen_side
-from gpt2_jax.parity.pairs.golden import GoldenError, golden_side, save_golden
+from gpt2_jax.parity.pairs.sides.flax_module import linen_side
+from gpt2_jax.parity.pairs.sides.golden import GoldenError, golden_side, save_golden
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpt2_jax.parity.pairs.layouts import Layout
-from gpt2_jax.parity.pairs.matching import Match, match_names, tied
-from gpt2_jax.parity.pairs.names import MatchError, normalised
+from gpt2_jax.parity.pairs.matching.layouts import Layout
+from gpt2_jax.parity.pairs.matching.match import Match, match_names, tied
+from gpt2_jax.parity.pairs.matching.names import MatchError, normalised
 
 LINEAR = Layout("oi", "torch.nn.Linear.weight")
 KERNEL = Layout("io", "nn.Dense.kernel")

@@ -14,9 +14,9 @@ from parity.pairs.test_compare import check_of, failures
 from torch import nn
 
 from gpt2_jax.parity.pairs.compare import compare
-from gpt2_jax.parity.pairs.jax_function import function_side
-from gpt2_jax.parity.pairs.sides import SideError
-from gpt2_jax.parity.pairs.torch_module import module_layouts, torch_side
+from gpt2_jax.parity.pairs.sides.jax_function import function_side
+from gpt2_jax.parity.pairs.sides.side import SideError
+from gpt2_jax.parity.pairs.sides.torch_module import module_layouts, torch_side
 
 
 class Net(nn.Module):

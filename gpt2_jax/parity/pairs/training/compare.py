@@ -12,7 +12,7 @@ import numpy as np
 
 from bridge import BridgeError
 from bridge.errors import bullet_list, quoted
-from gpt2_jax.parity.pairs.matching import Matching, Names
+from gpt2_jax.parity.pairs.matching.match import Matching, Names
 from gpt2_jax.parity.pairs.training.diagnosis.diagnose import Evidence, diagnose
 from gpt2_jax.parity.pairs.training.result import SAME_TRAINING, Departure, Problem, TrainingComparison
 from gpt2_jax.parity.pairs.training.rounding import QUANTITIES, UNIT, Bounds, Distance

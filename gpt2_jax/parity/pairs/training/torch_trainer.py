@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_jax.parity.pairs.layouts import Layout
-from gpt2_jax.parity.pairs.torch_module import module_layouts
+from gpt2_jax.parity.pairs.matching.layouts import Layout
+from gpt2_jax.parity.pairs.sides.torch_module import module_layouts
 from gpt2_jax.parity.pairs.training.trainers import Arrays, Step, Trainer, numpy_seed, scalar
 from gpt2_torch.arrays import array_from_tensor
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from bridge import BridgeError
 from bridge.errors import quoted
-from gpt2_jax.parity.pairs.layouts import Layout
+from gpt2_jax.parity.pairs.matching.layouts import Layout
 
 Arrays = Mapping[str, np.ndarray]
 

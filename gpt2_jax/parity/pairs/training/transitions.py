@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2_jax.parity.pairs.matching import Match, Matching, Names, match_names
+from gpt2_jax.parity.pairs.matching.match import Match, Matching, Names, match_names
 from gpt2_jax.parity.pairs.training.trainers import Arrays, Step, Trainer
 
 MOMENT, SQUARE, MOMENTUM, COUNT, AVERAGE = "exp_avg", "exp_avg_sq", "momentum_buffer", "count", "ema"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bridge.errors import bullet_list, quoted
-from gpt2_jax.parity.pairs.layouts import Layout, Transform, candidates, layout_by_name, merged
-from gpt2_jax.parity.pairs.names import (
+from gpt2_jax.parity.pairs.matching.layouts import Layout, Transform, candidates, layout_by_name, merged
+from gpt2_jax.parity.pairs.matching.names import (
     KNOWN_ROLES,
     MatchError,
     closest,

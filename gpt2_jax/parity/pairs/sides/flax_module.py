@@ -12,9 +12,9 @@ from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gpt2_jax.parity.pairs.jax_function import JaxSide, Leaves
-from gpt2_jax.parity.pairs.layouts import Layout
-from gpt2_jax.parity.pairs.recording import Recorder
+from gpt2_jax.parity.pairs.matching.layouts import Layout
+from gpt2_jax.parity.pairs.sides.jax_function import JaxSide, Leaves
+from gpt2_jax.parity.pairs.sides.recording import Recorder
 
 _SPATIAL = {1: "w", 2: "hw", 3: "dhw"}
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from gpt2_jax.parity.pairs.layouts import Layout
-from gpt2_jax.parity.pairs.sides import OUTPUT
+from gpt2_jax.parity.pairs.matching.layouts import Layout
+from gpt2_jax.parity.pairs.sides.side import OUTPUT
 
 IsArray = Callable[[Any], bool]
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt2_jax.parity.pairs.layouts import Layout
-from gpt2_jax.parity.pairs.projection import projection_weights
-from gpt2_jax.parity.pairs.recording import Recorder, named_outputs
-from gpt2_jax.parity.pairs.sides import DTYPES, Arrays, Description, Forward, Inputs, SideError
+from gpt2_jax.parity.pairs.matching.layouts import Layout
+from gpt2_jax.parity.pairs.sides.projection import projection_weights
+from gpt2_jax.parity.pairs.sides.recording import Recorder, named_outputs
+from gpt2_jax.parity.pairs.sides.side import DTYPES, Arrays, Description, Forward, Inputs, SideError
 from gpt2_torch.arrays import array_from_tensor, tensor_from_array
 
 _WEIGHTS: tuple[tuple[type, str], ...] = (

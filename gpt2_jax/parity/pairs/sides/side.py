@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from bridge import BridgeError
-from gpt2_jax.parity.pairs.layouts import Layout
+from gpt2_jax.parity.pairs.matching.layouts import Layout
 
 Arrays = Mapping[str, np.ndarray]
 """Name -> array."""

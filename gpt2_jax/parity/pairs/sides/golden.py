@@ -22,7 +22,7 @@ from bridge.storage.atomic_writes import new_file
 from bridge.storage.json_text import parse_plain_object
 from bridge.storage.stored_file import StoredFile
 from bridge.storage.tensors import LazyTensorMap
-from gpt2_jax.parity.pairs.sides import Arrays, Description, Forward, Inputs, Side
+from gpt2_jax.parity.pairs.sides.side import Arrays, Description, Forward, Inputs, Side
 
 KIND = "gpt2-bridge golden"
 VERSION = 1

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt2_jax.parity.pairs.layouts import Layout
-from gpt2_jax.parity.pairs.projection import projection_weights
-from gpt2_jax.parity.pairs.recording import Recorder, named_leaves, named_outputs
-from gpt2_jax.parity.pairs.sides import DTYPES, Arrays, Description, Forward, Inputs, SideError
+from gpt2_jax.parity.pairs.matching.layouts import Layout
+from gpt2_jax.parity.pairs.sides.projection import projection_weights
+from gpt2_jax.parity.pairs.sides.recording import Recorder, named_leaves, named_outputs
+from gpt2_jax.parity.pairs.sides.side import DTYPES, Arrays, Description, Forward, Inputs, SideError
 from gpt2_jax.parity.precision import full_precision
 
 Leaves = dict[str, jax.Array]
