@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -250,3 +251,17 @@ def test_padding_of_packed_documents_is_a_small_part() -> None:
     packed: Packing = packing(np.cumsum(lengths), 1024)
     assert 1 - lengths.sum() / (1024 * len(packed)) < 0.001
     assert 1 - np.minimum(lengths, 1024).sum() / (1024 * len(lengths)) > 0.6
+
+
+def test_tokens_that_do_not_count_are_no_labels(tmp_path: Path) -> None:
+    lengths = random_lengths(5)
+    (tmp_path / "counts").mkdir()
+    counts = np.random.default_rng(6).integers(0, 2, sum(lengths))
+    files = open_tokens(nanogpt(tmp_path / "counts" / "tokens.bin", counts))[0].files
+    plain = stream_of(tmp_path, lengths)
+    masked = replace(plain, counts=TokenStream.of(files))
+    for all_count, some_count in zip(batches(plain, 20), batches(masked, 20), strict=True):
+        labels = all_count["labels"]
+        expected = np.where((labels != IGNORE_INDEX) & (counts[labels] == 1), labels, IGNORE_INDEX)
+        np.testing.assert_array_equal(some_count["labels"], expected)
+        np.testing.assert_array_equal(some_count["input_ids"], all_count["input_ids"])

@@ -13,8 +13,8 @@ from parity.pairs.test_compare import failures
 from bridge import BridgeError
 from bridge.containers.safetensors import read_file, write_file
 from bridge.storage.tensors import LazyTensorMap
-from gpt2_jax.parity.pairs.sides import golden
 from gpt2_jax.parity.pairs.compare import compare
+from gpt2_jax.parity.pairs.sides import golden
 from gpt2_jax.parity.pairs.sides.flax_module import linen_side
 from gpt2_jax.parity.pairs.sides.golden import GoldenError, golden_side, save_golden
 
