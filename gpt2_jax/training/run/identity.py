@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,8 @@ class Identity:
     @classmethod
     def of(cls, config: TrainConfig, data: Data) -> Identity:
         tokenizer = None if data.tokenizer is None else tokenizer_fingerprint(data.tokenizer)
+        if config.examples == "auto":  # it was not resolved, and resolves to the same for the same data
+            config = replace(config, examples=data.usual_examples)
         return cls(config, data.fingerprint, tokenizer)
 
     def differences(self, other: Identity) -> list[str]:
@@ -81,7 +83,7 @@ class Identity:
 def run_arguments(config: TrainConfig, data: Data) -> dict[str, Any]:
     """Return the arguments that must be equal on all processes. Paths of data may differ between machines."""
     identity = Identity.of(config, data)
-    fields = {name: value for name, value in flat(config).items() if name not in PATH_FIELDS}
+    fields = {name: value for name, value in flat(identity.config).items() if name not in PATH_FIELDS}
     return {**fields, "data": identity.data, "tokenizer": identity.tokenizer}
 
 
@@ -90,7 +92,7 @@ def description(config: TrainConfig, data: Data) -> dict[str, Any]:
     identity = Identity.of(config, data)
     return {
         "version": VERSION,
-        "config": flat(config),
+        "config": flat(identity.config),
         "data": identity.data,
         "tokenizer": identity.tokenizer,
         "versions": {"gpt2-bridge": __version__} | {n: version(n) for n in ("jax", "jaxlib", "flax", "optax")},
