@@ -33,8 +33,8 @@ def shown_examples(batches: Iterator[Batch], number: int, tokenizer: Tokenizer |
 def _tokens(batch: Batch, row: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the ids of an example, and whether each counts: whether it is the label of the token before it."""
     inputs, labels = batch["input_ids"][row], batch["labels"][row]
-    if (mask := batch.get("attention_mask")) is not None:
-        inputs, labels = inputs[mask[row] == 1], labels[mask[row] == 1]
+    if (mask := batch.get("attention_mask", batch.get("segment_ids"))) is not None:
+        inputs, labels = inputs[mask[row] > 0], labels[mask[row] > 0]
     counts = np.concatenate([[False], labels != IGNORE_INDEX])
     ids = np.append(inputs, labels[-1])
     return (ids, counts) if counts[-1] else (ids[:-1], counts[:-1])

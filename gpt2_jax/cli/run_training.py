@@ -181,8 +181,8 @@ def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, c
                 completion_field=config.completion_field,
                 messages_field=config.messages_field,
                 skip_bad=config.skip_bad_records,
-                # A row holds seq_len tokens, and the label of the last one.
-                max_tokens=None if config.examples == "stream" else config.seq_len + 1,
+                # A padded row holds seq_len tokens, and the label of the last one.
+                max_tokens={"stream": None, "packed": config.seq_len}.get(config.examples, config.seq_len + 1),
             ),
             cache=cache,
             progress=lambda doing, done, total: bar.update(task, description=doing, completed=done, total=total),
