@@ -1,9 +1,9 @@
 """Computation of tokens whose bits do not depend on the batch, on CPU with one thread.
 
-A product with 1 row and one with 8 rows are different kernels, which add in different orders. Here, every token is
+Products with 1 row and with 8 rows use different kernels, which add in different orders. Here, every token is
 computed by the same compiled program, in one of `SLOTS` slots (He 2025, "Defeating Nondeterminism in LLM Inference",
-fixes the tiles of each kernel for the same purpose). A token's result can then depend on nothing but its own row, if
-all slots add in the same order. `SlotModel.check` tests that with the compiled program, before any result is used.
+fixes the tiles of each kernel for the same purpose). If all slots add in the same order, the result of a token depends
+only on its own row. `SlotModel.check` tests this order with the compiled program before any result is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ THREADS = "NPROC"
 
 
 class BatchInvarianceError(BridgeError):
-    """Batch-invariant results cannot be had with this device, number of threads or model."""
+    """Batch-invariant results are not available with this device, number of threads or model."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class SlotModel:
         return cache
 
     def check(self, cache: KVCache) -> KVCache:
-        """Return the cache after computing one token in all slots at once, whose results must have the same bits.
+        """Compute one token in all slots at once, whose results must have the same bits, and return the cache.
 
-        The order of additions does not depend on the numbers, so one token shows a difference for all.
+        The order of additions does not depend on the values, so one token is enough to detect a difference.
         """
         zeros = np.zeros(SLOTS, np.int32)
         x_MD, cache = _run(self.model, self.params, zeros, Slots(zeros, zeros, SLOTS), cache)

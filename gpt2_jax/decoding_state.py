@@ -90,7 +90,7 @@ def add_token(state: State, logits_RV: Float[Array, "R V"], logprobs_RV: Float[A
     """Select one more token in each row that has not ended.
 
     Args:
-        logprobs_RV: the log-softmax of the logits. It is computed if the state needs it and it is not given.
+        logprobs_RV: the log-softmax of the logits. By default, it is computed if the state needs it.
     """
     write, n = jax.lax.dynamic_update_slice_in_dim, state.num_new
     history = History(state.history_RS, state.seen_RV, state.cache.length, n)

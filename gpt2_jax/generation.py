@@ -119,8 +119,8 @@ class Decoder(bridge.generation.decoder.Decoder[_Groups, _Beams]):
     def token_logprobs(self, rows: Prompts) -> list[Float[np.ndarray, " T-1"]]:
         """Return log p of each token but the first of each row, in nats. Needs `batch_invariant`.
 
-        They have the bits of the log-probabilities that `generate` returns for the same tokens. Raises the errors of
-        `generate`, and `ValueError` for a row without tokens or with more than `n_positions`.
+        They have the same bits as the log-probabilities that `generate` returns for the same tokens. Raises the errors
+        of `generate`, and `ValueError` for a row without tokens or with more than `n_positions`.
         """
         if self.slots is None:
             raise ValueError("token_logprobs needs a Decoder with batch_invariant=True; gpt2_jax.evaluate needs none")

@@ -312,8 +312,8 @@ class GPT2(nn.Module):
             attention_mask: 1 for tokens, 0 for padding, left or right. Positions count tokens
                 only. The logits at padding are finite and have no meaning.
             segment_ids: the document of each token, for several documents in a row; 0 is padding. A
-                token attends only to tokens with its own id, so each document gives what it gives alone.
-                Replaces `attention_mask`.
+                token attends only to tokens with its own id, so the outputs of each document equal those of the
+                document alone. Replaces `attention_mask`.
             position_ids: the row of `wpe` for each token. By default, the number of tokens before it in its
                 row, without padding, or in its segment.
             deterministic: False applies dropout at the configured rates, and requires

@@ -1,4 +1,4 @@
-"""Read a file, decompressed, as a stream. Memory stays bounded whatever the file holds."""
+"""Read a file, decompressed, as a stream. Memory is bounded for any content."""
 
 from __future__ import annotations
 

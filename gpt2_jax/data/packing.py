@@ -19,7 +19,7 @@ from bridge import IGNORE_INDEX
 from gpt2_jax.data.token_stream import TokenStream
 
 WINDOW = 2**16
-"""Pieces that are packed together. More would hardly save padding: at this size, the rows that are not full are few."""
+"""Pieces that are packed together. Larger groups would hardly reduce padding: at this size, few rows are not full."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ FILES = {SIDECAR, ENDS, COUNTS, *TOKENS.values()}
 
 
 class Source(Protocol):
-    """What text is read from: `Documents`, or `gpt2_jax.data.records.files.Records`."""
+    """A source of text: `Documents`, or `gpt2_jax.data.records.files.Records`."""
 
     @property
     def source(self) -> str: ...
@@ -50,7 +50,7 @@ class Encoding:
     tasks: Callable[[], Tasks]
     """Returns the tasks that encode the source."""
     if_empty: str
-    """Why the source has no text, if nothing was left out."""
+    """The reason to report for a source without text if no record was left out."""
     masked: bool = False
     """Whether some tokens do not count in the loss."""
 

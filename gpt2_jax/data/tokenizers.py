@@ -32,7 +32,8 @@ MADE_FROM_TEXT = ("characters", "bpe")
 
 
 class TextSource(Source, Protocol):
-    """What a tokenizer is made from: `Documents`, `gpt2_jax.data.records.files.Records`, or a `Corpus` of them."""
+    """The text that a tokenizer is trained on: `Documents`, `gpt2_jax.data.records.files.Records`, or a `Corpus` of
+    them."""
 
     @property
     def key(self) -> str: ...

@@ -1,4 +1,4 @@
-"""The page of a `Diff`: the verdict, each part that was compared, and what it was made with."""
+"""The HTML page of a `Diff`: the verdict, each part that was compared, and the versions and the device."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ XLA on CPU then reads 20 GB/s for 8 rows, and 11 with one product."""
 FEW_ROWS = 16
 
 TERMS, TERMS_HIGHEST = 384, 128
-"""XLA on CPU adds up the terms of a float32 product in one chain, and the rounding error grows with its length. Sums of
-several products over fewer terms round less. 384 terms cost no time in a product with at least `MANY_ROWS` rows. 128
-terms do, and are used with `jax.default_matmul_precision("highest")`. With fewer rows, slicing the kernel takes longer
-than the product."""
+"""XLA on CPU accumulates the terms of a float32 product sequentially, and the rounding error grows with their number.
+Sums of several products over fewer terms have smaller errors. 384 terms cost no time in a product with at least
+`MANY_ROWS` rows. 128 terms cost time, and are used only with `jax.default_matmul_precision("highest")`. With fewer
+rows, slicing the kernel takes longer than the product."""
 
 MANY_ROWS = 256
 
@@ -96,7 +96,7 @@ def _is_highest() -> bool:
 
 
 def _sums_in_parts(x: Array) -> bool:
-    """Whether sums over parts round less: in float32, because other dtypes round each part or need no accuracy.
+    """Whether sums over parts have smaller errors: only in float32. Other dtypes round each part or need no accuracy.
 
     On a mesh, slices of a sharded axis would have to be moved between devices.
     """

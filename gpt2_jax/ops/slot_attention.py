@@ -1,4 +1,4 @@
-"""Attention of single tokens to a key/value cache, in an order of operations that no other token changes.
+"""Attention of single tokens to a key/value cache, in an order of operations that does not depend on other tokens.
 
 The tokens are in *slots*: any tokens of any rows of the cache. A loop computes one slot after another, and the keys of
 a slot in blocks of a fixed length, so every product and every sum has a fixed shape. A row's position p is at index p

@@ -1,4 +1,4 @@
-"""The page of a `Report`: its verdict, its checks with the failed ones first, and what it was made with."""
+"""The HTML page of a `Report`: its verdict, its checks with the failed ones first, the versions and the device."""
 
 from __future__ import annotations
 

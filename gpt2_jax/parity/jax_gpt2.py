@@ -156,9 +156,9 @@ def generate(checkpoint: Checkpoint, prompts: np.ndarray, config: GenerationConf
 
 
 def batch_invariant_outputs(checkpoint: Checkpoint, rows: list[list[int]], dtype: str) -> dict[str, int]:
-    """How many rows get other bits than in one batch: alone, and without a cache. Raises `BatchInvarianceError`.
+    """Count the rows whose bits differ from those in one batch: alone, and without a cache.
 
-    A few tokens are generated greedily after half of each row's tokens.
+    A few tokens are generated greedily after half of each row's tokens. Raises `BatchInvarianceError`.
     """
     new = min(BATCH_INVARIANT_NEW, checkpoint.config.n_positions // 4)
     prompts = [row[: max(1, len(row) // 2)] for row in rows]

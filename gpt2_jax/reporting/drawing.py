@@ -60,7 +60,7 @@ _MOST_NAMED_TICKS, _MOST_LAYER_TICKS = 12, 8
 _MOST_MARKED = 32
 """Lines with more points have no markers."""
 _MAX_DRAWN = 1e300
-"""Larger values are drawn as not finite, because matplotlib computes with differences and margins of values."""
+"""Larger values are drawn as not finite, because matplotlib's axis limits and margins would overflow."""
 
 
 def draw(plot: Plot, id_prefix: str) -> str:

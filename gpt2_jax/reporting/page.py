@@ -14,7 +14,7 @@ from gpt2_jax.reporting.style import STYLE
 MOST_ROWS = 2000
 """Maximum number of rows in the table of a plot's values. The JSON report has all of them."""
 
-# The page needs no script and no other file, so a browser must not load any, whatever the text of a checkpoint is.
+# The page needs no script and no other file, so a browser must not load any, whatever text a checkpoint contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 

@@ -1,9 +1,9 @@
 """Which part of a rendered conversation is the assistant's, for training on it.
 
 A chat template is a program, so the boundary is found by rendering. The conversation before a message of the assistant,
-rendered with `add_generation_prompt`, is what the model is given at generation. The conversation up to and with that
-message begins with the same text. The rest is the message and what the template writes after it: what the model has to
-generate.
+rendered with `add_generation_prompt`, is what the model is given at generation. The rendering up to and including that
+message begins with the same text. The rest is the message and what the template writes after it, which is what the
+model has to generate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class UnstableTemplateError(TokenizerError):
-    """The text of a conversation does not begin with the text of its beginning."""
+    """The rendering of a conversation does not begin with the rendering of its first messages."""
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def verify(
         untrained: the weights are random, so do not check that they predict text.
         checks: run only these. weights, configuration, losses and float32 need --against, which has no training,
             round-trip, prediction, transformers, tokenizer, generation, classification and batch-invariance.
-            batch-invariance runs only if it is named here, and lets JAX compute on one thread.
+            batch-invariance runs only if it is named here, and limits JAX to one thread.
         certificate: if all checks pass, write a certificate to this file: the tokens, and PyTorch's float64 outputs.
         against: check JAX alone against this certificate. Needs no PyTorch.
         precision: the precision of JAX's float32 matrix products in the check float32 of --against.

@@ -75,7 +75,7 @@ def _opened(path: Path, format: RecordFormat) -> Iterator[_Table]:
 
 
 class _Bounded:
-    """A file that is never asked for more bytes than it has. pyarrow trusts the lengths in a file."""
+    """A file that never reads more bytes than it has, because pyarrow trusts the lengths in a file."""
 
     closed = False
 

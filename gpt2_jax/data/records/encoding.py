@@ -43,7 +43,7 @@ def cached_records(
     """Return the tokens of records, encoded into the cache if they are not there yet.
 
     Each record is one document. A text is encoded as a text file is. A prompt and its completion are encoded
-    separately, as at generation; the completion and the end-of-sequence token after it count in the loss. Of a
+    separately, as at generation; the completion and the end-of-sequence token after it count in the loss. In a
     conversation, the replies of the assistant count; see `bridge.tokenizers.chat.turns`. The end-of-sequence token
     follows each conversation, unless the template writes it in or after the last message.
 
@@ -52,7 +52,7 @@ def cached_records(
             template writes are always matched.
 
     Raises:
-        DataError: a file is damaged, or a record cannot be used and is not to be left out.
+        DataError: a file is damaged, or a record cannot be used and `skip_bad` is false.
         TokenizerError: the tokenizer has no chat template, or its template cannot be used for training.
     """
     encoder = _Encoder(records, tokenizer, special_tokens)
@@ -183,7 +183,7 @@ class _Encoder:
         return self.tokenizer.encode_to_numpy(segment.text, special_tokens="match", add_special_tokens=False)
 
     def _rendered(self, conversations: Sequence[Sequence[Message]]) -> list[Sequence[Segment] | TokenizerError]:
-        """Render conversations, or tell why the template cannot render them."""
+        """Render conversations, or return why the template cannot render them."""
         if not conversations:
             return []
         rendered = render_turns(self.tokenizer, conversations, trust_messages=self.special_tokens != "as_text")

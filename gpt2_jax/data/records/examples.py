@@ -1,4 +1,4 @@
-"""The text of a record: validated, and in the parts of which some count in the loss."""
+"""The text of a record, validated and split into the parts that count in the loss and those that do not."""
 
 from __future__ import annotations
 

@@ -4,17 +4,17 @@ The unit of all bounds is the unit round-off u of a dtype: 2^-53 for float64, 2^
 
 float64 decides whether two functions are equal. Correct implementations differ by rounding alone. How much depends on
 the model: each layer adds errors and amplifies earlier ones. So the error of each side in float32, against its own
-float64, is measured and scaled: the same operations make the same number of roundings, of which each is
-u64 / u32 = 2^-29 times as large. Small arrays can be exact in float32 by chance. So an error counts as at least
-sqrt(L) u, a random walk of one rounding for each of L layers, and that of a gradient as at least the median of all
-gradients. Where no side can compute in float32, an error counts as sqrt(K L) u, for sums of K terms (Higham, "Accuracy
-and Stability of Numerical Algorithms", section 2.8).
+float64, is measured and scaled: the same operations make the same number of rounding errors, each u64 / u32 = 2^-29
+times as large. Small arrays can be exact in float32 by chance. So an error counts as at least sqrt(L) u, a random walk
+of one rounding for each of L layers, and that of a gradient as at least the median of all gradients. Where no side can
+compute in float32, an error counts as sqrt(K L) u, for sums of K terms (Higham, "Accuracy and Stability of Numerical
+Algorithms", section 2.8).
 
-In float32 and bfloat16, the error of the right side must not be much larger than that of the left side. A sum over N
-rows and positions of a batch, in a gradient or a mean, may be one chain of additions on one side only. So an error
-counts as at least sqrt(max(L, N)) u. Elementary functions such as tanh are accurate to several units on one side and to
-one on the other, which a model can amplify. The difference of the sides in float64 shows by how much, so an error also
-counts as at least that, times u / u64.
+In float32 and bfloat16, the error of the right side must not be much larger than that of the left side. One side may
+accumulate a sum over N rows and positions of a batch, in a gradient or a mean, sequentially, and the other in parts. So
+an error counts as at least sqrt(max(L, N)) u. Elementary functions such as tanh may be accurate to several units on one
+side and to one on the other. A model can amplify this. The difference of the sides in float64 shows by how much, so an
+error also counts as at least that, times u / u64.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ROUNDOFF: Mapping[str, float] = {"float64": 2.0**-53, "float32": ROUNDOFF_FP32, 
 
 MARGIN = 12.0
 """Allowed difference of two sides, relative to the error of one. Both have errors (sqrt(2)). The largest of many errors
-of one is up to twice that of the other. One chain of additions has sqrt(16) times the error of 16 chains, which are
-what the vector units of a CPU add."""
+of one is up to twice that of the other. Sequential accumulation has sqrt(16) times the error of 16 parallel
+accumulators, as in the vector units of a CPU."""
 
 RATIO = 8.0
 """Allowed error of one side in float32 or bfloat16, relative to that of the other: `MARGIN` without the sqrt(2)."""
@@ -57,8 +57,8 @@ class Size:
     def of(cls, shapes: Iterable[tuple[int, ...]], inputs: Sequence[np.ndarray] = ()) -> Size:
         """The size of a model with parameters of these shapes, on these inputs.
 
-        Positions are all axes of integers, the last axes of images [N, C, H, W], and the axes of other inputs but the
-        last.
+        Positions are all axes of integer inputs, the last two axes of images [N, C, H, W], and all axes of other inputs
+        but the last.
 
         >>> Size.of([(64, 16), (64,), (8, 64, 3, 3)], [np.zeros((2, 16))])
         Size(depth=2, width=576, rows=2)
@@ -126,7 +126,7 @@ def typical_error(exact: Sequence[np.ndarray], in_float32: Sequence[np.ndarray],
     """The median error of arrays in float32 relative to their norms, in units of the round-off.
 
     The gradients of one pass have similar errors, because each is a product of the same backward pass. The gradient of
-    a small parameter can be exact by chance, and then its own error says nothing.
+    a small parameter can be exact by chance, and its own error is then not representative.
     """
     errors = [norm(deviation(a, b)) / norm(b) for a, b in zip(in_float32, exact, strict=True) if norm(b)]
     return float(np.median(errors)) / ROUNDOFF["float32"] if errors else 0.0
@@ -135,8 +135,8 @@ def typical_error(exact: Sequence[np.ndarray], in_float32: Sequence[np.ndarray],
 def usual_size(gradients: Sequence[np.ndarray]) -> float:
     """The median of the root mean squares of gradients.
 
-    A gradient can be zero but for rounding, as that of the bias of keys. The rounding is then that of terms of this
-    size.
+    A gradient can be zero except for rounding, as for the bias of keys. Its rounding error then comes from terms of
+    this size.
     """
     return float(np.median([rms(x) for x in gradients if x.size] or [0.0]))
 
@@ -154,8 +154,8 @@ def error_ratio(
 ) -> tuple[float, float]:
     """The error of the right side in `dtype` relative to that of the left side, and its tolerance.
 
-    Both errors are against float64. An error counts as at least sqrt(max(L, N)) u, as the `typical` one, both relative
-    to the norm of `exact` or to `scale`, and as the `difference` of the sides in float64, times u / u64.
+    Both errors are against float64. Each counts as at least the largest of sqrt(max(L, N)) u and the `typical` error,
+    both relative to the norm of `exact` or to `scale`, and the `difference` of the sides in float64 times u / u64.
     """
     least = (
         ROUNDOFF[dtype]

@@ -76,7 +76,7 @@ def _errors(runs: Runs, name: str, other: str, exact: np.ndarray, difference: fl
 
 
 def _hints(runs: Runs, a: np.ndarray, b: np.ndarray, right: Arrays, other: str) -> list[str]:
-    """What the values of two different outputs tell."""
+    """What the values of two different outputs show."""
     scale = largest(a) * 1e-12
     candidates = {n: x.astype(np.float64) for n, x in right.items() if n != other}
     same = same_as_another(a, candidates, scale)
@@ -87,7 +87,7 @@ def _hints(runs: Runs, a: np.ndarray, b: np.ndarray, right: Arrays, other: str) 
 
 
 def _narrow(runs: Runs) -> list[str]:
-    """The first intermediate of each side that is not in float64, although float64 was asked for."""
+    """The first intermediate of each side that is not in float64, although float64 was requested."""
     found = []
     for side in (0, 1):
         forward = runs.forward(side, "float64")
@@ -177,7 +177,7 @@ def gradients(runs: Runs) -> Check:
 
 
 def _moves_elements(match: Match, shape: tuple[int, ...]) -> bool:
-    """Whether a transform only moves elements. Gradients are transformed as their parameters only then."""
+    """Whether a transform only moves elements. Only then can gradients be transformed like their parameters."""
     x = projection_weights([shape])[0]
     return np.array_equal(np.sort(match.transform(x).reshape(-1)), np.sort(x.reshape(-1)))
 
@@ -252,7 +252,7 @@ def padding(runs: Runs, pads: Mapping[str, Pad]) -> Check:
 
 
 def guarded(name: str, check: Callable[[], Check]) -> Check:
-    """Run a check. A side that fails makes it fail, with the side, the place and the message."""
+    """Run a check. If a side fails, the check fails with the side, the place and the message."""
     try:
         return check()
     except SideError as error:

@@ -122,7 +122,7 @@ def _affine(a: np.ndarray, b: np.ndarray) -> str:
 
 
 def explain_update(before: np.ndarray, left: np.ndarray, right: np.ndarray) -> str:
-    """How the update of a running average on the right side differs from that on the left side.
+    """How the update of a running average differs between the right side and the left side.
 
     A side computes (1 - m) before + m x. If the right side uses k m and the same x, its update is k times the other. If
     it uses the same m and x / k, `right` is a linear combination of `left` and `before`, from which k follows.

@@ -10,7 +10,7 @@ from gpt2_jax.parity.pairs.sides.side import Inputs
 
 Unpad = Callable[[np.ndarray], np.ndarray]
 Pad = Callable[[Inputs], tuple[Inputs, Unpad]]
-"""Returns padded inputs, and a function that takes an output of them to the shape of one without padding."""
+"""Returns padded inputs, and a function that removes the padding from an output."""
 
 
 def pad_tokens(side: str, *, by: int = 3, ids: int = 0, mask: int = 1, pad_token_id: int = 0) -> Pad:

@@ -1,4 +1,4 @@
-"""The checks of `compare` that need no pass: names, and values of parameters."""
+"""The checks of `compare` that need no forward pass: names, and values of parameters."""
 
 from __future__ import annotations
 

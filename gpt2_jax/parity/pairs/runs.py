@@ -1,4 +1,4 @@
-"""The runs of two sides on the same inputs. Each is made once. A side that fails is an error that names it."""
+"""The runs of two sides on the same inputs. Each run is made once. If a side fails, the error names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Match the names of two sides: the user's mapping, equal names, names by convention, and places that fit only once."""
+"""Match the names of two sides: by the user's mapping, by equality, by convention, and by unique places."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Match:
     left: str
     right: str
     transform: Transform
-    """Takes the right array to the left layout. Gradients are compared only if it does no more than move elements."""
+    """Transforms the right array to the left layout. Gradients are compared only if it only moves elements."""
     reason: str
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """Two names that match, but whose shapes no layout of their kinds reconciles."""
+    """Two names that match, but whose shapes do not agree in any layout of their kinds."""
 
     left: str
     right: str
@@ -71,7 +71,7 @@ def match_names(
 ) -> Matching:
     """Match the parameters of two sides.
 
-    Names are matched, in this order, by `names`, if they are equal, if they are equal by convention (`h.0`, `layers_0`
+    Names are matched in this order: by `names`, by equality, by convention (`h.0`, `layers_0`
     and `blocks.0`; `kernel`, `scale`, `embedding` and `weight`), and by the place in the forward pass or the shape, if
     only one pairing is possible.
 
@@ -260,7 +260,7 @@ def _chosen(ours: str, theirs: str, layouts: list[str], votes: set[str]) -> tupl
     if role_name(ours) == role_name(theirs):
         return layouts[0], "because the names are the same"
     raise MatchError(
-        f"{ours} and {theirs} are square, and nothing tells how their axes correspond: {' or '.join(layouts)}. Give "
+        f"{ours} and {theirs} are square, and their layouts are ambiguous: {' or '.join(layouts)}. Give "
         f"layouts={{{theirs!r}: 'io'}} or 'oi' to the side whose layout is not known ([in, out] or [out, in])"
     )
 

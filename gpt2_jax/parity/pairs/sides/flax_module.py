@@ -175,7 +175,7 @@ def nnx_side(
 
 @contextmanager
 def _recorded(module: Any, recorder: Recorder, intermediates: bool) -> Iterator[None]:
-    """Record the calls of all modules below `module`, by their classes, which have their own `__call__` again later."""
+    """Record the calls of all modules below `module`. Their classes are patched, and restored afterwards."""
     paths = {id(child): ".".join(map(str, path)) for path, child in nnx.iter_modules(module)}
     classes = {type(child) for _, child in nnx.iter_modules(module) if "__call__" in vars(type(child))}
     originals = {each: vars(each)["__call__"] for each in classes}

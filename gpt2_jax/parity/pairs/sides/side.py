@@ -50,7 +50,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a side without its numbers."""
+    """The layouts of a side's parameters, and its modes."""
 
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     """Parameter name -> layout, where the kind of its module is known."""

@@ -38,7 +38,7 @@ _IN_TRAINING = (
     nn.RNNBase,
     nn.MultiheadAttention,
 )
-"""Modules that compute something else in training mode, unless their dropout is 0."""
+"""Modules that compute a different function in training mode, unless their dropout is 0."""
 
 
 def torch_side(

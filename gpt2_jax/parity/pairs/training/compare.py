@@ -49,8 +49,8 @@ def compare_training(
         right: the other trainer.
         batches: one batch for each step. Ten or fewer are enough; at least three are needed to recognize a schedule.
         names: left name -> right name, or a list of `Match`; see `match_names`.
-        dtype: "float64" or "float32", in which both sides claim to train. By default, the wider of the parameters'
-            dtypes.
+        dtype: "float64" or "float32": the dtype in which both sides are meant to train. By default, the wider of the
+            parameters' dtypes.
 
     Raises:
         MatchError: `names` is not valid, or the names are ambiguous.

@@ -120,10 +120,10 @@ class RecordedGradients(NamedTuple):
 
 
 def record_gradients() -> optax.GradientTransformation:
-    """Return a transformation that changes nothing and keeps the gradients, so that `compare_training` sees them.
+    """Return a transformation that changes nothing and stores the gradients for `compare_training`.
 
     Place it in a chain where the gradients should be compared: after clipping, before the optimizer, to compare what
-    PyTorch's optimizer receives. Without it, a difference of gradients shows in the first moments.
+    PyTorch's optimizer receives. Without it, a difference of gradients is found in the first moments.
 
     >>> optimizer = optax.chain(optax.clip_by_global_norm(1.0), record_gradients(), optax.adamw(1e-3))
     """

@@ -30,7 +30,7 @@ class Departure:
     difference: float
     """The largest absolute difference, of sqrt(v) for second moments."""
     bound: float
-    """What rounding explains there."""
+    """The largest difference there that rounding explains."""
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.quantity}" + (f" of {self.name}" if self.name else "")

@@ -2,7 +2,7 @@
 
 The bounds are elementwise, because Adam divides each element by its own size: an element whose gradient is rounding
 noise, such as a bias before a normalization or the bias of attention's keys, moves by a whole learning rate in a random
-direction. Such an element is found by comparing sqrt(v) with the noise of the gradient, and is left out from then on.
+direction. Such an element is found by comparing sqrt(v) with the noise of the gradient, and is excluded from then on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ use."""
 
 GROWTH = 8.0
 """A relative difference d of the path that the parameters have taken changes gradients by about d relative to
-themselves. Curvature makes it more in some directions."""
+themselves. Curvature amplifies it in some directions."""
 
 CORRECTION = 1000.0
 """1 - b2^t of Adam's bias correction has the absolute rounding error of 1, so the relative one is 1 / (1 - b2) times

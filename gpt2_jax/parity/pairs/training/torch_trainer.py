@@ -17,7 +17,7 @@ from gpt2_jax.parity.pairs.training.trainers import Arrays, Step, Trainer, numpy
 from gpt2_torch.arrays import array_from_tensor
 
 STATES = {"square_avg": "exp_avg_sq", "step": "count"}
-"""Names in `optimizer.state` that `Step.state` writes in another way."""
+"""Names in `optimizer.state` that differ in `Step.state`."""
 
 SETTINGS = ("lr", "betas", "momentum", "dampening", "nesterov", "eps", "weight_decay", "amsgrad")
 """Hyperparameters of `optimizer.param_groups` that are recorded."""
@@ -114,7 +114,7 @@ class TorchTrainer(Trainer):
 
     @contextmanager
     def _restored(self, snapshot: Any) -> Iterator[None]:
-        """Go back to a snapshot within the block."""
+        """Restore a snapshot within the block."""
         present = self.snapshot()
         try:
             self._load(snapshot)

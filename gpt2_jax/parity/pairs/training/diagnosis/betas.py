@@ -25,7 +25,7 @@ def fit_betas(transitions: Sequence[Transition], unit: float) -> tuple[float, fl
 
 
 def _snapped(beta: float) -> float:
-    """Hyperparameters are short decimals. A fitted value that is one but for rounding is taken for it."""
+    """Hyperparameters are short decimals. A fitted value within rounding of one is replaced by it."""
     return round(beta, 6) if abs(beta - round(beta, 6)) < 1e-9 else beta
 
 

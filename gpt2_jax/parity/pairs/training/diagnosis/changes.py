@@ -1,4 +1,4 @@
-"""The difference of two gradients or moments, as multiples of what it can come from."""
+"""The difference of two gradients or moments, as a linear combination of its possible causes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Name the kind of the first difference of two trainers, from evidence only.
 
-The first quantity that differs decides which kinds are possible. A kind is named only if what it predicts agrees with
-all elements of all tensors to within rounding, and "unknown" otherwise.
+The first quantity that differs decides which kinds are possible. A kind is named only if its prediction agrees with all
+elements of all tensors to within rounding. Otherwise the diagnosis is "unknown".
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _tied(evidence: Evidence) -> Diagnosis | None:
 
 
 def _is_random_looking(array: np.ndarray) -> bool:
-    """Whether equal values are no coincidence, as they are for biases of zero and scales of one."""
+    """Whether equal values are unlikely to be a coincidence, unlike biases of zero and scales of one."""
     return len(np.unique(array)) >= min(3, array.size) and array.size > 1
 
 

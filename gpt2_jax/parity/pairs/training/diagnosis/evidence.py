@@ -71,7 +71,7 @@ class Evidence:
     snapshots: tuple[Any, Any]
     """Of both sides before the step."""
     tied: tuple[Mapping[str, str], Mapping[str, str]] = field(default=({}, {}))
-    """For each side, an unmatched parameter -> the matched one that it was equal to."""
+    """For each side, unmatched parameter -> the matched parameter with equal values."""
 
     @property
     def sides(self) -> tuple[History, History]:
@@ -185,7 +185,7 @@ MIN_ELEMENTS = 8
 
 
 def narrow_dtype(values: np.ndarray, others: np.ndarray, unit: float) -> str | None:
-    """The dtype narrower than claimed to which `values` are rounded, if `others` are not, and differ by its rounding.
+    """The dtype, narrower than claimed, to which `values` but not `others` are rounded, if they differ by its rounding.
 
     Args:
         unit: the unit round-off of the claimed dtype.

@@ -1,4 +1,4 @@
-"""Least-squares fits that identify what an optimizer computed, from the tensors that a step left behind.
+"""Least-squares fits that identify what an optimizer computed, from the tensors after a step.
 
 Each element of each tensor is one equation, and its rounding error is known. A form is accepted only if it explains
 every element to within its rounding error.
@@ -36,7 +36,7 @@ class Estimate:
 
     def differs(self, other: Estimate | float) -> bool:
         value, error = (other.value, other.error) if isinstance(other, Estimate) else (other, 0.0)
-        # Below 1e-12 of a value, rounding of the hyperparameters themselves counts.
+        # Below 1e-12 of a value, the rounding of the hyperparameters themselves is significant.
         noise = SIGNIFICANT * (self.error + error) + 1e-12 * max(abs(self.value), abs(value))
         return abs(self.value - value) > noise
 

@@ -85,7 +85,7 @@ def _data_order(evidence: Evidence) -> Diagnosis | None:
 
 
 def _spread(replays: list[Step]) -> float:
-    """The mean distance of the losses of neighbouring batches. One much smaller is no coincidence."""
+    """The mean distance of the losses of neighboring batches. A much smaller one is not a coincidence."""
     losses = [replay.loss for replay in replays]
     return (max(losses) - min(losses)) / len(losses)
 
@@ -116,7 +116,7 @@ def _reduction(evidence: Evidence) -> Diagnosis | None:
     ratios = np.array([b / a for a, b in pairs])
     errors = np.array([_tolerance(evidence, a, b) * (1 / abs(a) + abs(b) / a**2) for a, b in pairs])
     if _spread(left) <= 1e3 * errors.max() or errors.max() > 1e-3:
-        return None  # equal losses, or losses too inexact, do not show a ratio
+        return None  # equal or too inexact losses do not determine a ratio
     sizes = _sizes(evidence.batch)
     if (np.abs(ratios - ratios[0]) <= errors + errors[0]).all():
         factor = float(ratios[0])

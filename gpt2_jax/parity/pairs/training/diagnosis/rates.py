@@ -99,7 +99,7 @@ def diagnose_rates(evidence: Evidence, left: Identified, right: Identified, epsi
 
 
 def _is_schedule(evidence: Evidence) -> bool:
-    """Whether the rate of the step is the same for all batches, which it is not where updates are clipped."""
+    """Whether the rate of the step is the same for all batches. Where updates are clipped, it is not."""
     for transitions in evidence.replayed:
         fits = [fit_update(t, evidence.unit, "plain") for t in transitions or ()]
         rates = [fit.rate for fit in fits if fit is not None and fit.accepted]
@@ -123,7 +123,7 @@ def _shift(rates: Sequence[Sequence[float]], errors: Sequence[float]) -> int | N
 
 
 def bias_correction(evidence: Evidence, factors: Sequence[float], errors: Sequence[float]) -> Diagnosis | None:
-    """Whether the factors of all steps are those of a correction that one side lacks, or makes for another step."""
+    """Whether all factors are those of a bias correction that one side lacks or does for another step."""
     betas = next((b for b in evidence.betas if b is not None), None)
     if SQUARE not in evidence.at[0].state or betas is None or np.isfinite(factors).sum() < MIN_STEPS - 1:
         return None

@@ -18,10 +18,10 @@ MAX_ACCUMULATION = 64
 
 
 def diagnose_scaling(evidence: Evidence, factor: float, fact: str) -> Diagnosis:
-    """Explain why the gradient of the right side is `factor` times the left one. `fact` says so."""
+    """Explain why the right gradient is `factor` times the left one. `fact` is the sentence that states this."""
     norms = _norms(evidence)
     if norms is None:
-        return unknown(fact, "Neither clipping nor accumulation can be told, because a side cannot repeat steps.")
+        return unknown(fact, "Clipping and accumulation cannot be distinguished, because a side cannot repeat steps.")
     left, right = norms
     if (found := _clipping(evidence, left, right, fact)) is not None:
         return found
@@ -42,7 +42,7 @@ def _is_whole(value: float, evidence: Evidence) -> bool:
 
 
 def _loss_scaled(evidence: Evidence, factor: float) -> bool:
-    """Whether small losses have the same ratio, so that the loss itself is scaled."""
+    """Whether small losses have the same ratio, which means that the loss itself is scaled."""
     left, right = (t.loss for t in evidence.at)
     return left != 0 and abs(right / left / factor - 1) < 1e-3
 
@@ -78,7 +78,7 @@ def _norm(evidence: Evidence, left: Transition, right: Transition) -> tuple[floa
 
 
 def _clipping(evidence: Evidence, left: np.ndarray, right: np.ndarray, fact: str) -> Diagnosis | None:
-    """One side's norms reach a common largest value that the other's exceed, or both sides' do, with other values."""
+    """One side's norms have a common maximum that the other's exceed, or both sides have different maxima."""
     limits = [_limit(norms) for norms in (left, right)]
     if limits == [None, None]:
         return None
@@ -98,7 +98,7 @@ def _clipping(evidence: Evidence, left: np.ndarray, right: np.ndarray, fact: str
     if not explained:
         return None
     if limits[0] is not None and limits[1] is not None and abs(limits[0] / limits[1] - 1) <= SAME_NORM:
-        sentences.append("The norms are equal but for the 1e-6 that clip_grad_norm_ adds before it divides.")
+        sentences.append("The norms are equal except for the 1e-6 that clip_grad_norm_ adds before it divides.")
     norms = f"Norms of the gradients on all batches: {_shown(left)} on {evidence.left.name}, {_shown(right)} on "
     return Diagnosis(
         "gradient clipping", (fact, norms + f"{evidence.right.name}.", *sentences), values=(limits[0], limits[1])
