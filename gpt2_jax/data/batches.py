@@ -58,7 +58,7 @@ def training_batches(
             that the borders between windows move; fewer than two windows of tokens are left out at the ends.
             "documents": each document is one example, truncated to `seq_len` and padded on the right.
             "packed": several documents fill one row (`gpt2_jax.data.packing`). The same documents share a row in every
-            epoch, and each epoch has another order of the rows.
+            epoch, and each epoch has a different order of rows.
         rows: the rows of each batch that this process reads.
 
     Raises:
@@ -77,7 +77,7 @@ def evaluation_batches(
     examples: Examples = "stream",
     rows: slice = ALL_ROWS,
 ) -> Iterator[Batch]:
-    """Yield the examples of the stream once, in order; packed rows, in the order of the packing.
+    """Yield the examples of the stream once, in order. Packed rows are in the order of the packing.
 
     Windows do not overlap and start at the first token; tokens after the last whole window are not used. The last batch
     is filled with rows whose labels are all `IGNORE_INDEX`, so that all batches have the same shape.
@@ -161,7 +161,7 @@ class _Documents:
 
 @dataclass(frozen=True)
 class _PackedRows:
-    """The rows of packed documents as numbered examples: in order, or with a seed, shuffled within each epoch."""
+    """The rows of packed documents as numbered examples: in order, or shuffled within each epoch if `seed` is given."""
 
     stream: TokenStream
     seq_len: int

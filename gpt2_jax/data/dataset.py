@@ -41,7 +41,7 @@ class Data:
 
     @property
     def usual_examples(self) -> Examples:
-        """Windows of one stream for text; one example per record for records of which not all tokens count."""
+        """`stream` if all tokens count in the loss, and `documents` (one example per record) if not."""
         return "stream" if self.train.counts is None else "documents"
 
     @property

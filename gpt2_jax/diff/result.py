@@ -114,7 +114,7 @@ class Diff:
         )
 
     def to_html(self) -> str:
-        """The result as an HTML page in one file, without scripts. The JSON has every number that it draws."""
+        """The result as an HTML page in one file, without scripts. The JSON report has every number that is drawn."""
         from gpt2_jax.diff.html import to_page
         from gpt2_jax.reporting.page import render
 

@@ -125,7 +125,7 @@ def function_rows(function: FunctionComparison) -> list[tuple[str, str]]:
         ("KL(A || B) per token, mean and maximum", f"{function.kl_mean:.4g}, {function.kl_max:.4g}"),
         ("the same most likely token", f"{function.top1_agreement:.2%}"),
         ("largest difference of a logit", f"{function.logits_difference:.4g}"),
-        ("what rounding explains of it", f"{function.logits_tolerance:.4g}"),
+        ("largest difference that rounding explains", f"{function.logits_tolerance:.4g}"),
         ("first hidden state beyond rounding", _first_departure(function)),
     ]
 

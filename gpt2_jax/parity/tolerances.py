@@ -29,9 +29,10 @@ KL_FP32 = 1e-9
 """Nats per token. Logits that differ by d change a distribution by about d^2 / 2, and 1e-5 gives 5e-11."""
 
 ERROR_RATIO_FP32 = 1.25
-"""RMS error against float64, JAX / PyTorch, at the highest precision of matrix products. On CPU, JAX then adds up at
-most 128 terms in one chain (`gpt2_jax.ops.linear.TERMS_HIGHEST`), and MKL some hundreds. Measured are 0.91 with 124M
-parameters and 0.89 to 0.91 with the bundled model, on one kind of CPU. The rest is for other CPUs and models."""
+"""RMS error against float64, JAX / PyTorch, at the highest precision of matrix products. On CPU, JAX then accumulates
+at most 128 terms sequentially (`gpt2_jax.ops.linear.TERMS_HIGHEST`), and MKL some hundreds. The measured ratio is 0.91
+with 124M parameters and 0.89 to 0.91 with the bundled model, on one kind of CPU. The rest is for other CPUs and
+models."""
 
 ERROR_RATIO_BF16 = 1.25
 """The same in bfloat16. The rounding of stored activations dominates, and is equal in both."""

@@ -58,8 +58,8 @@ def render_turns(
         trust_messages: whether special tokens in the text of a message are special tokens.
 
     Returns:
-        For each conversation, its parts, or why the template cannot render it: an `UnstableTemplateError` if it renders
-        the beginning of the conversation in another way when the conversation continues.
+        For each conversation, its parts, or why the template cannot render it: an `UnstableTemplateError` if its
+        rendering of the first messages changes when the conversation continues.
 
     Raises:
         TokenizerError: there is no template.
