@@ -343,7 +343,7 @@ def positions(
     """Return the row of `wpe` for each token: the number of tokens before it, without padding and other segments."""
     if segment_ids is not None:  # the token's rank among all, minus the rank of the first token of its segment
         in_order, order = segment_ids.sort(dim=1, stable=True)
-        return order.argsort(dim=1) - torch.searchsorted(in_order, segment_ids)
+        return order.argsort(dim=1) - torch.searchsorted(in_order, segment_ids.contiguous())
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return (attention_mask.bool().cumsum(dim=1) - 1).clamp(min=0)

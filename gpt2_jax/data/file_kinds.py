@@ -11,6 +11,8 @@ RecordFormat = Literal["json lines", "json", "csv", "tsv", "parquet", "arrow"]
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".xz": "xz", ".zst": "zstd"}
 _FORMATS: dict[str, RecordFormat] = {
     ".jsonl": "json lines",
+    ".jsonlines": "json lines",
+    ".jl": "json lines",
     ".ndjson": "json lines",
     ".json": "json",
     ".csv": "csv",

@@ -18,6 +18,8 @@ import gpt2_jax
 from bridge import GPT2Config
 from gpt2_jax.parity import verify
 
+pytestmark = pytest.mark.usefixtures("batch_invariance")
+
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run `gpt2 ARGUMENTS` in a process of its own, with the number of threads that the command chooses."""

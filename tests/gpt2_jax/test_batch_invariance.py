@@ -22,10 +22,12 @@ from bridge import GenerationConfig
 from gpt2_jax.batch_invariance import SLOTS, BatchInvarianceError
 
 TESTS = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("batch_invariance")
+
 SETTINGS_OF_TESTS = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.processes)])
 def test_a_row_has_the_same_bits_alone_in_batches_in_pieces_and_uncached(dtype: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS_OF_TESTS}
     environment |= {"NPROC": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
@@ -34,9 +36,10 @@ def test_a_row_has_the_same_bits_alone_in_batches_in_pieces_and_uncached(dtype: 
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     without = results.pop("without batch_invariant")
-    assert len({*without}) == 2, "the rounding of this batch shows nothing"
     assert len(results) == 12  # 3 rows greedily and with two samples each; pieces, streams and slides
     assert {name: len({*values}) for name, values in results.items() if len({*values}) != 1} == {}
+    if len({*without}) == 1:
+        pytest.skip("on this CPU, the bits of this batch are also equal without batch_invariant, so this shows nothing")
 
 
 @pytest.fixture

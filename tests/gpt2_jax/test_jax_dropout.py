@@ -101,9 +101,13 @@ def test_every_sublayer_of_every_layer_draws_its_own_mask(scan: bool):
         lambda path, leaf: leaf + 1 if [k.key for k in path][-2:] == ["c_proj", "bias"] else leaf, params
     )
     x = jnp.zeros((20, 10, config.n_embd))
-    run = GPT2._scan_layers if scan else GPT2._loop_layers
-    apply = jax.jit(functools.partial(model.apply, method=run), static_argnums=(2, 3))
-    out = apply({"params": params}, x, None, False, rngs={"dropout": random_key(5)})
+
+    def layers(model: GPT2, x: jax.Array) -> jax.Array:
+        apply_layer = model._layer_function(mask=None, segment_ids=None, deterministic=False)
+        return model._scan_layers(apply_layer, x) if scan else model._loop_layers(apply_layer, x)
+
+    apply = jax.jit(functools.partial(model.apply, method=layers))
+    out = apply({"params": params}, x, rngs={"dropout": random_key(5)})
     kept = np.asarray(out / 2).astype(int)
     frequencies = np.bincount(kept.ravel(), minlength=5) / kept.size
     binomial = np.array([math.comb(4, n) / 16 for n in range(5)])

@@ -240,7 +240,7 @@ def test_the_loop_over_tokens_copies_no_cache():
     """With a layout that the products cannot read in place, XLA would copy the cache of every layer for every token."""
     decoder = Decoder(*jax_model(random_checkpoint(replace(SMALL, n_positions=64))))
     generation_config = GenerationConfig(20, temperature=1.0)
-    state = decoder._prefill(
+    [(state, _)] = decoder._prefill(
         *left_padded([[1, 2, 3]]), 64, generation_config, uniform_noise(generation_config), np.zeros(1, bool), 1
     )
     size = state.cache.keys[0].size

@@ -147,7 +147,7 @@ def verify(
         checkpoint = reading.load(source)
         if signing_key is None:
             return _certify(checkpoint, certificate, overwrite, options, write)
-        signed = _signed_files(source, checkpoint)
+        signed = _signed_directory(source, reading, checkpoint)
         _require_signable(certificate, signing_key, overwrite)
         code = _certify(checkpoint, certificate, overwrite, options, write)
         if code == 0:
@@ -192,10 +192,15 @@ def _require_certificate_path(
     require_report_path(file, overwrite=overwrite, inputs=inputs, kind="certificate", is_own=is_certificate)
 
 
-def _signed_files(source: str, checkpoint: Checkpoint) -> Path:
-    """The directory or file to sign. Of a run, only the checkpoint that was read is signed."""
+def _signed_directory(source: str, reading: SourceFlags, checkpoint: Checkpoint) -> Path:
+    """The directory to sign. Of a run, only the checkpoint that was read is signed."""
+    if reading.base is not None:
+        raise bridge.BridgeError("signatures do not cover --base; merge the adapter first, with gpt2 convert")
     read = checkpoint.source
-    return read if read is not None and read.is_dir() else local_path(source)
+    path = read if read is not None and read.is_dir() else local_path(source)
+    if not path.is_dir():  # its configuration, its tokenizer or its other shards may be in files beside it
+        raise bridge.BridgeError(f"{quoted(source)} is a file, and signatures cover directories; give its directory")
+    return path
 
 
 def _require_signable(certificate: Path, key: Path, overwrite: bool) -> None:
@@ -250,7 +255,7 @@ def _verify_against(
 
     checkpoint = reading.load(source)
     if public_key is not None:
-        _verify_signatures(file, _signed_files(source, checkpoint), public_key)
+        _verify_signatures(file, _signed_directory(source, reading, checkpoint), public_key)
     certificate = read_certificate(file)
     names = ALL_CERTIFIED_CHECKS if checks is None else checks
     with progress_bar(names) as begin:

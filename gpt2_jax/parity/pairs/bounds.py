@@ -108,7 +108,7 @@ def fp64_bound(
 
     Args:
         exact: what the reference computes in float64.
-        errors: the `rounding_error` of each side that can compute in float32.
+        errors: the `rounding_error` of each side that can compute in float32, the reference first.
         norm: the norm of the difference.
         typical: the `typical_error` of arrays of the same kind. An error counts as at least that.
     """
@@ -116,7 +116,9 @@ def fp64_bound(
     if not errors:
         units = math.sqrt(size.width * size.depth)
         return Bound(MARGIN * units * u * scale, f"{MARGIN:g} x sqrt(K L) u, K={size.width}, L={size.depth}, u=2^-53")
-    measured = max(max(errors) / ROUNDOFF["float32"], typical * scale)
+    # The side under test must not raise its own tolerance, so its error counts as at most `RATIO` times the first one.
+    first = max(errors[0] / ROUNDOFF["float32"], typical * scale, math.sqrt(size.depth) * scale)
+    measured = max(min(max(errors) / ROUNDOFF["float32"], RATIO * first), typical * scale)
     if measured > math.sqrt(size.depth) * scale:
         return Bound(MARGIN * measured * u, f"{MARGIN:g} x the fp32 error x 2^-29")
     return Bound(MARGIN * math.sqrt(size.depth) * u * scale, f"{MARGIN:g} x sqrt(L) u, L={size.depth}, u=2^-53")
@@ -155,14 +157,16 @@ def error_ratio(
     """The error of the right side in `dtype` relative to that of the left side, and its tolerance.
 
     Both errors are against float64. Each counts as at least the largest of sqrt(max(L, N)) u and the `typical` error,
-    both relative to the norm of `exact` or to `scale`, and the `difference` of the sides in float64 times u / u64.
+    both relative to the norm of `exact` or to `scale`, and the `difference` of the sides in float64 times u / u64. That
+    counts as at most `RATIO` times the error of the left side, so that the right side cannot raise its own tolerance.
     """
     least = (
         ROUNDOFF[dtype]
         * max(math.sqrt(max(size.depth, size.rows)), typical)
         * norm(np.where(np.isfinite(exact), exact, 0.0))
     )
-    least = max(least, difference * ROUNDOFF[dtype] / ROUNDOFF["float64"])
+    amplified = difference * ROUNDOFF[dtype] / ROUNDOFF["float64"]
+    least = max(least, min(amplified, RATIO * max(norm(deviation(left, exact)), least)))
     ours, theirs = (max(norm(deviation(side, exact)), least) for side in (left, right))
     if not math.isfinite(ours) or not math.isfinite(theirs):
         return (1.0 if ours == theirs else math.inf), RATIO

@@ -51,7 +51,9 @@ def outputs(runs: Runs) -> Check:
             divergence = divergence or f"{name} at {measurement.location}"
             hints += [f"{name}: {hint}" for hint in _hints(runs, a, b, right, other) if hint]
         found += _errors(runs, name, other, a, rms(deviation(a, b)))
-    found += [Measurement(f"fp64 {n}, in one side only", float("inf"), 0.0, n) for n in left if n not in pairs]
+    alone = [n for n in left if n not in pairs and not runs.is_excluded(n)]
+    alone += [n for n in right if n not in pairs.values()]
+    found += [Measurement(f"fp64 {n}, in one side only", float("inf"), 0.0, n) for n in alone]
     notes = [f"tolerance of {listed(names)}: {reason}" for reason, names in reasons.items()]
     return Check("outputs", tuple(found), "; ".join([*notes, *hints]), divergence)
 
@@ -156,8 +158,15 @@ def gradients(runs: Runs) -> Check:
             ratios["fp32"][m.left], limit = error_ratio(
                 a, a32, b32, "float32", runs.size, l2, typical, usual * a.size**0.5, l2(b - a)
             )
+    one_sided = _with_one_gradient(runs, left, right)
+    losses = [np.array(left_loss), np.array(right_loss)]
+    errors = [rounding_error(x, np.array(each[0])) for x, each in zip(losses, in_float32, strict=True) if each]
+    bound = fp64_bound(losses[0], errors, replace(runs.size, depth=max(runs.size.depth, runs.size.rows)))
     titles = {"fp64": "max L2 difference / tolerance", "fp32": "max error vs fp64, right / left"}
-    found = []
+    found = [
+        Measurement("fp64 loss, difference", _difference(*losses), bound.value),
+        Measurement("parameters with a gradient on one side only", len(one_sided), 0, listed(one_sided)),
+    ]
     for short, each in ratios.items():
         if each:
             tolerance = 1.0 if short == "fp64" else limit
@@ -174,6 +183,16 @@ def gradients(runs: Runs) -> Check:
     match = next(m for m in matches if m.left == first)
     hint = explain(left[first], transformed(match, right[match.right]))
     return Check("gradients", tuple(found), f"{note}{and_hint(hint)}", f"{first}, the first in the backward pass")
+
+
+def _with_one_gradient(runs: Runs, left: Arrays, right: Arrays) -> list[str]:
+    """The matched parameters that only one side trains. The other may have frozen or detached them."""
+    buffers = [runs.description(side).buffers for side in (0, 1)]
+    return [
+        m.left
+        for m in runs.matching.matches
+        if (m.left in left) != (m.right in right) and m.left not in buffers[0] and m.right not in buffers[1]
+    ]
 
 
 def _moves_elements(match: Match, shape: tuple[int, ...]) -> bool:
@@ -211,7 +230,7 @@ def determinism(runs: Runs) -> Check:
     found, notes, divergence = [], [], ""
     for side, each in enumerate(runs.sides):
         first, second = runs.forward(side, "float64"), runs.run(side, runs.inputs, "float64")
-        different = 0
+        different, place = 0, ""
         for section in ("intermediates", "outputs"):
             again = getattr(second, section)
             for name, array in getattr(first, section).items():
@@ -219,11 +238,11 @@ def determinism(runs: Runs) -> Check:
                 bound = fp64_bound(a, runs.rounding(section, {side: name}), runs.size).value
                 different += a.tobytes() != b.tobytes()
                 if a.shape != b.shape or not _difference(a, b) <= bound:
-                    divergence = divergence or f"{name} of {each.name}"
-        ok = not divergence.endswith(f" of {each.name}")
+                    place = place or f"{name} of {each.name}"
+        divergence = divergence or place
         title = f"{each.name}, arrays that change in a second run"
-        found.append(Measurement(title, different, None if different and ok else 0, divergence if not ok else ""))
-        if different and ok:
+        found.append(Measurement(title, different, None if different and not place else 0, place))
+        if different and not place:
             notes.append(f"{each.name} is not bit-reproducible: {different} arrays change within rounding")
         if training := runs.description(side).training:
             notes.append(f"{each.name} is in training mode: {listed(list(training))}")

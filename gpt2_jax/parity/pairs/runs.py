@@ -121,6 +121,10 @@ class Runs:
                     used.add(other)
         return found
 
+    def is_excluded(self, name: str) -> bool:
+        """Whether the user's mapping leaves out this name of the left side."""
+        return self._renaming[1](name)
+
     @cached_property
     def _renaming(self) -> tuple[Callable[[str], str], Callable[[str], bool]]:
         """Rename a left module by the user's mapping, or as its parameters are matched."""

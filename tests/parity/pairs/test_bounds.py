@@ -71,5 +71,8 @@ def test_the_ratio_of_errors() -> None:
     tiny = X + 2.0**-24 * noise
     assert error_ratio(X, X, tiny, "float32", Size(1, 1, rows=100))[0] == 1
     # A difference of 2^-50 in float64 is one of 2^-21 in float32.
-    assert error_ratio(X, X, X + 2.0**-20, "float32", size, difference=2.0**-50)[0] == pytest.approx(2, rel=1e-6)
+    left = X + 2.0**-23
+    assert error_ratio(X, left, X + 2.0**-20, "float32", size, difference=2.0**-50)[0] == pytest.approx(2, rel=1e-6)
+    # It counts as at most RATIO times the error of the left side.
+    assert error_ratio(X, left, X + 2.0**-18, "float32", size, difference=1.0)[0] == pytest.approx(4, rel=1e-6)
     assert error_ratio(X, X, X + np.inf, "float32", size)[0] == np.inf

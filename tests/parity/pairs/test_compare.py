@@ -225,7 +225,55 @@ def test_other_shapes_and_names_are_reported() -> None:
     assert check_of(report, "outputs").first_divergence == "output: shapes (3,) and (2,)"
     pair = Scripted(lambda inputs, dtype: Forward({"a": np.zeros(3), "output": twice(inputs, dtype).outputs["output"]}))
     report = compare(good, pair, [np.arange(3.0)], dtypes=["float64"], checks=["names", "outputs"])
-    assert failures(report) == {"names": ["outputs only in scripted, of 2: 1 > 0 at a"]}
+    assert failures(report) == {
+        "names": ["outputs only in scripted, of 2: 1 > 0 at a"],
+        "outputs": ["fp64 a, in one side only: inf > 0.0 at a"],
+    }
+    report = compare(pair, good, [np.arange(3.0)], dtypes=["float64"], names={"a": None}, checks=["outputs"])
+    assert failures(report) == {}
+
+
+def linear(w: np.ndarray, change: Callable[[str], Callable[[Any], Any]], name: str) -> Side:
+    def function(params: Any, x: jax.Array) -> jax.Array:
+        return change(str(x.dtype))(x @ params["w"].astype(x.dtype))
+
+    return function_side(function, {"w": w}, name=name)
+
+
+@pytest.mark.parametrize("wrong", [{"float32": 1000.0, "float64": 2e-6}, {"float32": 0.01, "float64": 4e-12}], ids=str)
+def test_the_side_under_test_cannot_raise_its_own_tolerance(wrong: dict[str, float]) -> None:
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((3, 3)), rng.standard_normal((4, 3))
+    right = linear(w, lambda dtype: lambda y: y + wrong[dtype], "right")
+    left = linear(w, lambda dtype: lambda y: y, "left")
+    report = compare(left, right, [x], checks=["outputs"], dtypes=["float64", "float32"])
+    assert not report.passed
+
+
+def test_a_parameter_that_one_side_does_not_train_is_named() -> None:
+    torch = pytest.importorskip("torch")
+    from gpt2_jax.parity.pairs.sides.torch_module import torch_side
+
+    modules = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    modules[1].weight.requires_grad_(False)
+    sides = [torch_side(module, name=name) for name, module in zip(("left", "right"), modules, strict=True)]
+    report = compare(*sides, [np.ones((2, 4))], checks=["gradients"])
+    assert failures(report) == {"gradients": ["parameters with a gradient on one side only: 1 > 0 at weight"]}
+
+
+def test_losses_that_differ_by_a_constant_are_reported() -> None:
+    rng = np.random.default_rng(0)
+    params, x = {"w": rng.standard_normal((3, 3))}, rng.standard_normal((4, 3))
+    sides = [
+        function_side(
+            lambda params, x: x @ params["w"], params, loss=lambda y, x, add=add: (y**2).sum() + add, name=f"plus {add}"
+        )
+        for add in (0.0, 5.0)
+    ]
+    [check] = compare(*sides, [x], checks=["gradients"]).checks
+    [failed] = [m for m in check.measurements if not m.passed]
+    assert (failed.name, round(failed.value, 9)) == ("fp64 loss, difference", 5.0)
 
 
 def test_a_random_side_is_found() -> None:

@@ -12,7 +12,7 @@ def test_a_correct_pair_passes(seed: int) -> None:
     assert result.passed, (result.departure, result.diagnosis, result.problem, recipe)
 
 
-@pytest.mark.parametrize("seed", range(1_000_000, 1_000_010))
+@pytest.mark.parametrize("seed", range(1_000_000, 1_000_004))
 def test_no_random_mistake_is_named_wrongly(seed: int) -> None:
     kind, _, change, result = compare_mistake(seed)
     found = "not detected" if result.diagnosis is None else result.diagnosis.kind

@@ -113,7 +113,7 @@ class JaxSide:
         except Exception:
             recorder = self._recorder
         training = tuple(f"{path} ({kind})" for path, kind in recorder.training.items())
-        return Description({**recorder.layouts, **self._layouts}, training)
+        return Description({**recorder.layouts, **self._layouts}, training=training)
 
     def forward(self, inputs: Inputs, dtype: str) -> Forward:
         values = self._checked(lambda: self._forward(*self._arguments(inputs, dtype), dtype=dtype), dtype)

@@ -54,6 +54,8 @@ class Description:
 
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     """Parameter name -> layout, where the kind of its module is known."""
+    buffers: frozenset[str] = frozenset()
+    """Names in `parameters()` that are not trained, such as running statistics, where the side knows them."""
     training: tuple[str, ...] = ()
     """Modules that are in training mode: dropout that is on, and norms that use the statistics of the batch."""
 

@@ -82,7 +82,8 @@ class TorchSide:
             for path, child in self._module.named_modules()
             if child.training and isinstance(child, _IN_TRAINING) and getattr(child, "p", getattr(child, "dropout", 1))
         ]
-        return Description(module_layouts(self._module), tuple(training))
+        buffers = frozenset(name for name, _ in self._module.named_buffers(remove_duplicate=False))
+        return Description(module_layouts(self._module), buffers, tuple(training))
 
     def forward(self, inputs: Inputs, dtype: str) -> Forward:
         with self._copy(dtype) as (module, recorder), torch.no_grad():
