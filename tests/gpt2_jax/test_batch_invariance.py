@@ -27,7 +27,8 @@ pytestmark = pytest.mark.usefixtures("batch_invariance")
 SETTINGS_OF_TESTS = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.processes)])
+@pytest.mark.processes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_row_has_the_same_bits_alone_in_batches_in_pieces_and_uncached(dtype: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS_OF_TESTS}
     environment |= {"NPROC": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}

@@ -246,6 +246,7 @@ def test_only_the_needed_rows_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(entry.rows(0, len(entry.read())), entry.read())
 
 
+@pytest.mark.mesh
 def test_foreign_meshes_are_not_used(tmp_path: Path) -> None:
     """Meshes with other axis names, with some of our names, and inside a `shard_map` over one of them."""
     found = on_eight_devices("foreign_meshes", tmp_path)

@@ -323,6 +323,7 @@ def gpt2_names() -> list[Match]:
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.mistakes
 @pytest.mark.parametrize(
     ("optimizer", "kind"),
     [
