@@ -90,7 +90,7 @@ class TrainConfig:
     completion_field: str | None = None
     """The field with the completion of the prompt (default: completion)."""
     messages_field: str | None = None
-    """The field with the messages of a chat, of which the assistant's count in the loss (default: messages)."""
+    """The field with the messages of a chat. Only the assistant's count in the loss (default: messages)."""
     skip_bad_records: bool = False
     """Leave out and count the records that cannot be used, such as completions that are longer than --seq-len. By
     default the first one is an error."""

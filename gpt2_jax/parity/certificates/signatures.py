@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -144,10 +145,9 @@ def _key_of(signature: Path) -> str | None:
 
 def _import(name: str) -> Any:
     try:
-        from model_signing import hashing, signing, verifying
+        return import_module(f"model_signing.{name}")
     except ModuleNotFoundError as error:
         raise BridgeError("signatures need the package model-signing: pip install 'gpt2-bridge[signing]'") from error
-    return {"hashing": hashing, "signing": signing, "verifying": verifying}[name]
 
 
 @contextmanager

@@ -279,11 +279,6 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name, (measurement,), error.message, f"{error.place} of {error.side}".removeprefix(" of "))
 
 
-def with_note(check: Check, note: str) -> Check:
-    """Add to the note of a check."""
-    return replace(check, note="; ".join(filter(None, (check.note, note))))
-
-
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """max |a - b|. NaN if there is any."""
     return largest(deviation(a, b))

@@ -42,7 +42,7 @@ def compare(
     dtypes: Iterable[str] = DTYPES,
     pads: Mapping[str, Pad] | None = None,
 ) -> Report:
-    """Compare two sides, of which the left one is the reference.
+    """Compare two sides. The left one is the reference.
 
     Args:
         left: the reference: what `torch_side`, `linen_side`, `nnx_side`, `function_side` or `golden_side` returns.
