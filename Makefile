@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 # generator, the tests take half of the time. `make test QUICK_COMPILATION=` compiles as JAX does by default.
 QUICK_COMPILATION := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS=--xla_cpu_use_fusion_emitters=false
 
-.PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-browser test-oldest test-newest test-overwriting test-tokenizers test-mistakes test-pairs fuzz faults check docs bench dist clean
+.PHONY: help demo test test-fast test-slow test-processes test-peers test-mesh test-gpu test-tpu test-browser test-oldest test-newest test-overwriting test-tokenizers test-thorough test-pairs fuzz faults check docs bench dist clean
 
 demo: $(INSTALLED)  ## convert a model to JAX, verify it, fine-tune it in JAX, and load the result in PyTorch
 	$(BIN)/gpt2 demo --out demo-output --overwrite
@@ -62,8 +62,8 @@ test-tokenizers: $(INSTALLED)  ## a million strings and 1,500 directories, again
 	PYTHONPATH=.:tests $(BIN)/python -m tokenizing.driver --strings 40000
 	PYTHONPATH=.:tests $(BIN)/python -m tokenizing.driver --directories 1500
 
-test-mistakes: $(INSTALLED)  ## the planted mistakes in other models and trainers, of which `make test` runs a sixth
-	$(QUICK_COMPILATION) $(BIN)/python -m pytest -n 2 --dist worksteal -m mistakes
+test-thorough: $(INSTALLED)  ## the cases of parametrized tests that `make test` leaves out
+	$(QUICK_COMPILATION) $(BIN)/python -m pytest -n 2 --dist worksteal -m thorough
 
 test-pairs: $(INSTALLED)  ## 1,000 random pairs of correct models and of trainers, none of which may fail; after Ctrl-C, the same command continues
 	$(QUICK_COMPILATION) PYTHONPATH=.:tests $(BIN)/python -m parity.pairs.random_pairs --pairs 1000 --state .pairs.json && rm .pairs.json

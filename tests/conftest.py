@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import jax
 import pytest
 from support.compilations import KEEP_ALL, kept_compilations
+from support.samples import mark_thorough
 
 MEMORY_DISK = Path("/dev/shm")
 MEMORY_DISK_BYTES = 4 * 2**30
@@ -50,8 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_DISK))  # pytest reads it on first use
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--fast`, keep only the first case of each test, and no lengthy tests."""
+    """Mark the cases that `make test` leaves out. With `--fast`, keep one case of each test that is not lengthy."""
+    mark_thorough(items)
     if not config.getoption("--fast"):
         return
     kept: dict[str, pytest.Item] = {}

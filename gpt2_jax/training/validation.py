@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def type_problems(part: Any) -> Iterator[str]:
 
     A bool is not an int, an int is a float, and text must not contain NUL.
     """
-    for name, hint in get_type_hints(type(part)).items():
+    for name, hint in _type_hints(type(part)).items():
         value, allowed = getattr(part, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if not any(_has_type(value, one) for one in allowed):
             yield f"{name}={_shown(value)}: must be {' or '.join(_TYPE_NAMES.get(one, 'text') for one in allowed)}"
@@ -85,7 +86,7 @@ def type_problems(part: Any) -> Iterator[str]:
 
 def choice_problems(part: Any) -> Iterator[str]:
     """Yield the fields declared as `Literal` whose value is not one of the choices."""
-    for name, hint in get_type_hints(type(part)).items():
+    for name, hint in _type_hints(type(part)).items():
         if get_origin(hint) is Literal and getattr(part, name) not in get_args(hint):
             yield f"{name}={_shown(getattr(part, name))}: must be one of {', '.join(get_args(hint))}"
 
@@ -99,6 +100,10 @@ def range_problems(part: Any) -> Iterator[str]:
         if type(value) is int and value >= 2**31 and name != "seed":
             reason = ", as steps are counted in 32 bits" if name in _STEP_COUNTS else ""
             yield f"{name}={value}: must be below {2**31}{reason}"
+
+
+_type_hints = functools.cache(get_type_hints)
+"""The hints of a class, which take a millisecond to evaluate."""
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -84,6 +84,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(("first", "second", "model", "dtype"), PAIRS)
 def test_every_pair_of_formats_carries_the_model(
     tmp_path: Path, first: str, second: str, model: str, dtype: str

@@ -41,6 +41,7 @@ def test_a_prompt_has_the_same_bits_alone_and_among_others(model: Path, tmp_path
     assert len(found["alone"]["logprobs"]) == 8
 
 
+@pytest.mark.thorough
 @needs_torch
 def test_verify_runs_the_check_if_it_is_named(model: Path) -> None:
     done = command("verify", model, "--checks", "batch-invariance")

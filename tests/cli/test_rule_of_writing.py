@@ -281,6 +281,7 @@ def _save(source: str, target: str, seed: int, to: str, begin: object) -> None:
             raise SystemExit(2) from None
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["out", "out.gguf"])
 def test_two_processes_that_write_one_target_leave_one_whole_result(tmp_path: Path, name: str) -> None:
     context = multiprocessing.get_context("spawn")
@@ -379,6 +380,7 @@ VERBS_WITH_JSON = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)], ids=["", "overwrite"])
 @pytest.mark.parametrize("name", ["x.gguf", "model/model.safetensors", "model/config.json", "text.txt", "model"])
 @pytest.mark.parametrize("verb", [pytest.param(v, marks=needs_torch if v == "verify" else ()) for v in VERBS_WITH_JSON])

@@ -130,6 +130,7 @@ def test_the_help_of_a_resumed_run_escapes_its_defaults(tmp_path: Path, capsys: 
     assert SHOWN[:9] in printed(capsys)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("quick_compilation")
 def test_training_prints_no_control_character(named: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / f"{NAME}.txt"

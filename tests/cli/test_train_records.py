@@ -43,6 +43,7 @@ def train(data: str, *flags: object) -> int:
     return gpt2("train", *shared, *SIZES.split(), *REPORTS.split(), *flags)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", ROWS)
 def test_a_run_on_each_kind(here: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(f"{kind}.jsonl") == 0

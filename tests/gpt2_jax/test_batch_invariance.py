@@ -55,6 +55,7 @@ def decoder(dtype: Any = None, **form: Any) -> gpt2_jax.Decoder:
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("form", [{}, {"scan": True}, {"vocab_multiple": 64}], ids=str)
 def test_log_probabilities_are_those_of_the_model(form: dict[str, Any]) -> None:

@@ -100,6 +100,7 @@ def test_blockwise_rounds_only_to_its_dtype(length: int, dtype: Any, tolerance: 
     assert_close(found, exact, tolerance)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_blockwise_equals_xla_with_segments_in_float64(length: int, x64: None) -> None:
     given = heads(length, np.float64)
@@ -237,6 +238,7 @@ def test_blockwise_never_holds_all_scores(segmented: bool) -> None:
     }
 
 
+@pytest.mark.thorough
 def test_the_tpu_kernel_and_blockwise_compute_the_same_on_a_mesh(tmp_path: Path) -> None:
     """Rows are sharded over two axes and heads over a third, in a process with eight devices, without communication."""
     results = eight_devices.run("spread_attention", tmp_path)

@@ -143,6 +143,7 @@ def counted() -> Decoder:
     return Decoder(*jax_model(random_checkpoint(COMPILED)))
 
 
+@pytest.mark.thorough
 def test_any_number_of_lengths_takes_one_compilation_per_bucket(counted: Decoder):
     rng, caches, prompts = np.random.default_rng(0), set(), set()
     for _ in range(50):

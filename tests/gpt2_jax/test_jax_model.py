@@ -57,6 +57,7 @@ def test_parameters_are_those_of_the_table(tied: bool, bias: bool, vocab_multipl
     assert found == expected_shapes(config, scan=scan, rows=320 if vocab_multiple == 64 else config.vocab_size)
 
 
+@pytest.mark.sampled(2)
 @each_form
 @pytest.mark.parametrize("initializer_range", [0.02, 0.05])
 def test_initial_weights_have_the_published_deviations(initializer_range: float, scan: bool):

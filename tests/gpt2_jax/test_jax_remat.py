@@ -38,6 +38,7 @@ def loss_of(config: GPT2Config, **form: Any) -> Callable[..., Any]:
     return jax.value_and_grad(lambda params, batch, key: summed_loss(GPT2(config, **form), params, batch, key))
 
 
+@pytest.mark.sampled(3)
 @each_form
 @pytest.mark.parametrize("drops", [False, True], ids=["whole", "dropped"])
 def test_loss_and_gradients_do_not_depend_on_the_policy(scan: bool, drops: bool, x64: None) -> None:
@@ -88,6 +89,7 @@ def test_each_policy_saves_fewer_bytes_than_the_one_before(scan: bool, attention
     assert none > dots > full
 
 
+@pytest.mark.sampled(2)
 @each_attention
 def test_each_policy_gives_a_program_that_needs_fewer_bytes(attention: str) -> None:
     """This holds only with a loop, because XLA on CPU merges recomputations of unrolled layers with the first ones."""

@@ -180,6 +180,7 @@ def test_eight_devices_compute_the_same_as_one(tmp_path: Path) -> None:
 SMALL = replace(TINY, n_layer=2)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("multiple", [1, 64])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])

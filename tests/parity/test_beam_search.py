@@ -92,6 +92,7 @@ def test_all_implementations_find_the_same_texts_with_trained_weights() -> None:
         assert ids(decoder, [prompt], generation_config) == [expected], name
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [-0.5, 0.0, 1.0, 2.0])
 def test_the_search_ends_when_it_does_in_transformers(length_penalty: float, early_stopping: Any) -> None:
@@ -150,6 +151,7 @@ def test_beams_that_cover_all_first_tokens_find_the_best_of_all_texts(
     np.testing.assert_allclose(ranks, [rank for rank, _ in best], rtol=0, atol=LOGPROB_ROUNDING)
 
 
+@pytest.mark.sampled(3)
 @each_backend
 @pytest.mark.parametrize("eos_token_ids", [(), tuple(range(0, SMALL.vocab_size, 20))], ids=["no stop ids", "many"])
 @pytest.mark.parametrize("processors", [{}, PROCESSORS], ids=["plain", "processors"])

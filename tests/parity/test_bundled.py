@@ -45,6 +45,7 @@ def test_it_is_small_and_complete() -> None:
     assert sum(path.stat().st_size for path in BUNDLED.iterdir()) <= MOST_BYTES
 
 
+@pytest.mark.thorough
 def test_its_validation_loss_is_the_one_that_training_reported(
     checkpoint: Checkpoint, validation_ids: np.ndarray
 ) -> None:
@@ -72,6 +73,7 @@ def test_verify_passes_on_trained_weights(checkpoint: Checkpoint) -> None:
     assert report.passed, report.to_json()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_all_implementations_continue_a_prompt_identically(checkpoint: Checkpoint, prompt: str) -> None:
     ids = checkpoint.tokenizer().encode(prompt, special_tokens="as_text")

@@ -65,6 +65,7 @@ def recipe(checkpoint: Checkpoint, ids: np.ndarray, context: int, stride: int) -
     return weighted_sum / weights, nats, predicted
 
 
+@pytest.mark.sampled(3)
 @each_shape
 @each_backend
 def test_the_results_equal_those_of_transformers(evaluate: Evaluate, n: int, context: int, stride: int):
@@ -118,6 +119,7 @@ def test_each_token_is_predicted_from_its_window(evaluate: Evaluate, x64: None):
     assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=10 * FP64)
 
 
+@pytest.mark.sampled(3)
 @each_backend
 @pytest.mark.parametrize("batch_size", [1, 2, 9, 100])
 def test_the_batch_size_does_not_matter(evaluate: Evaluate, batch_size: int, x64: None):

@@ -46,6 +46,7 @@ def expected(activation: str) -> tuple[Checkpoint, np.ndarray, np.ndarray]:
     return checkpoint, logits_of_torch(model_from_checkpoint(checkpoint)), logits_of_jax(*in_jax)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scan", [False, True], ids=["layers", "stacked"])
 @pytest.mark.parametrize("format", WRITABLE)
 def test_both_backends_compute_the_same_from_every_format(tmp_path: Path, format: str, scan: bool) -> None:

@@ -147,6 +147,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.sampled(5)
 @each_backend
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_row_does_not_depend_on_the_others(name: str, backend: str, small: Decoders) -> None:
@@ -220,6 +221,7 @@ def test_a_full_row_continues_from_its_last_half(temperature: float, backend: st
         assert output.ids == plain_continuation(prompt, generation_config), length
 
 
+@pytest.mark.sampled(2)
 @each_backend
 @pytest.mark.parametrize("chunk_size", [None, 3])
 def test_new_tokens_are_counted_across_slides(chunk_size: int | None, backend: str, small: Decoders) -> None:

@@ -135,6 +135,7 @@ def generated_by_transformers(directory: Path, prompt: list[int], **fields: Any)
     return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("length", PROMPTS)
 @pytest.mark.parametrize("name", [*GREEDY, *(f"beams: {name}" for name in BEAMS)])
 def test_ids_and_end_are_those_of_transformers(name: str, length: int, directory: Path, small: Decoders) -> None:
@@ -262,6 +263,7 @@ NAMED: Mapping[str, Settings | None] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("in_config", [name for name in NAMED if name != "no file"])
 @pytest.mark.parametrize("in_file", NAMED)
 def test_the_end_is_that_of_transformers_or_one_that_it_ignores(

@@ -254,6 +254,7 @@ def assert_keeps(found: np.ndarray, logits: np.ndarray, kept: np.ndarray, undeci
 # Single processors
 
 
+@pytest.mark.sampled(3)
 @each_backend
 @each_value
 @pytest.mark.parametrize("V", [7, 257, 50257])
@@ -330,6 +331,7 @@ COMBINATIONS = [
 V, COPIES = 300, 40  # two blocks of tokens in `gpt2_jax`; rows of each distribution
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("names", COMBINATIONS, ids=lambda names: "+".join(names) or "none")
 def test_both_backends_sample_by_inverting_the_cumulative_probability(names: tuple[str, ...]) -> None:
     """So both backends select the same token for the same noise."""
@@ -368,6 +370,7 @@ def inverse_cumulative(logits: np.ndarray, noise: np.ndarray) -> tuple[np.ndarra
     return wanted, np.abs(ends - noise[:, None]).min(-1) < CUMULATIVE
 
 
+@pytest.mark.sampled(3)
 @each_sample_token
 @pytest.mark.parametrize("V", [7, 257, 700, 50257])
 def test_rounding_never_samples_a_removed_token(sample_token: SampleToken, V: int) -> None:
@@ -424,6 +427,7 @@ OURS = uniform_noise(GenerationConfig(DRAWS // 250, num_return_sequences=250, se
 EVERY_FILTER = {"repetition_penalty": 1.2, "temperature": 1.3, "top_k": 40, "top_p": 0.95, "min_p": 0.02}
 
 
+@pytest.mark.sampled(5)
 @each_sample_token
 @pytest.mark.parametrize(
     ("values", "noise"),
@@ -627,6 +631,7 @@ def test_processors_that_are_off_return_the_logits_unchanged(backend: str) -> No
 # Typical, epsilon and eta sampling
 
 
+@pytest.mark.sampled(3)
 @each_backend
 @pytest.mark.parametrize("V", [7, 257, 50257])
 @pytest.mark.parametrize(
@@ -669,6 +674,7 @@ def truncation_rounding(name: str, value: float, logits: np.ndarray) -> np.ndarr
     return close | (np.abs(sum_before - value) < TORCH_SUM * (sum_before > 0))
 
 
+@pytest.mark.sampled(3)
 @each_sample_token
 @pytest.mark.parametrize("names", [("typical_p",), ("epsilon_cutoff",), ("eta_cutoff",), ("top_k", "typical_p")])
 def test_truncated_distributions_are_sampled(sample_token: SampleToken, names: tuple[str, ...]) -> None:

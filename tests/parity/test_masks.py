@@ -46,6 +46,7 @@ def padded_batch(side: str) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask.astype(np.int64)
 
 
+@pytest.mark.sampled(2)
 @each_backend
 @each_side
 def test_each_row_equals_the_row_alone(side: str, logits: Logits, checkpoint: Checkpoint):
@@ -83,6 +84,7 @@ def test_a_mask_of_ones_equals_no_mask(logits: Logits, checkpoint: Checkpoint):
     assert np.abs(logits(checkpoint, ids, np.ones_like(ids)) - logits(checkpoint, ids)).max() <= FP64_ABSOLUTE
 
 
+@pytest.mark.sampled(5)
 @each_backend
 @pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.int32, np.uint8])
 def test_the_mask_may_be_bool_or_any_integer(dtype: type, logits: Logits, checkpoint: Checkpoint):

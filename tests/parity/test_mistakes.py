@@ -396,6 +396,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_verify_detects_the_mistake_and_names_its_location(mistake: Mistake, monkeypatch: Patch) -> None:
     checkpoint = random_checkpoint(CONFIG)
@@ -411,6 +412,7 @@ def test_verify_detects_the_mistake_and_names_its_location(mistake: Mistake, mon
         )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("check", sorted({mistake.check for mistake in MISTAKES}))
 def test_the_check_passes_without_a_mistake(check: str) -> None:
     report = verify(random_checkpoint(CONFIG), seq_len=LENGTH, checks=(check.replace(" ", "-"),))

@@ -228,6 +228,7 @@ def test_feed_forward_equals_its_formula(activation: str, x64: None):
 SPECIAL = [0.0, -0.0, 6.0, -6.0, 1e-30, -1e-30, 88.0, -88.0, 1e4, -1e4]  # kinks, and where exponentials overflow
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("dtype", "relative"), [(np.float64, 1e-12), (np.float32, 4e-6)], ids=["float64", "float32"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_their_gradients_equal_those_of_transformers(

@@ -63,6 +63,7 @@ def kept(fields: Fields) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in REWRITTEN}
 
 
+@pytest.mark.sampled(5)
 @each_model
 def test_the_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     path = directory(tmp_path / "model", name)
@@ -112,6 +113,7 @@ def assert_named(left_out: tuple[str, ...], original: Checkpoint, format: str) -
         assert is_named != isinstance(original.tokenizer(), ByteLevelBPE)
 
 
+@pytest.mark.sampled(5)
 @each_model
 def test_every_format_carries_the_model_or_names_the_field(tmp_path: Path, name: str) -> None:
     source = directory(tmp_path / "model", name)
@@ -203,6 +205,7 @@ def ended() -> set[str]:
     return set()
 
 
+@pytest.mark.sampled(5)
 @each_model
 def test_text_and_its_end_are_those_of_transformers(tmp_path: Path, name: str, ended: set[str]) -> None:
     path = text_directory(tmp_path / "model", name)

@@ -132,6 +132,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise_attention, "BLOCK", 8)
 
 
+@pytest.mark.sampled(3)
 @each_logits
 @each_packing
 @each_seed
@@ -152,6 +153,7 @@ def alone_by_torch(checkpoint: Checkpoint, batch: Batch) -> list[np.ndarray]:
         return [model(ids[row, document][None])[0].numpy() for row, document in documents(batch["segment_ids"])]
 
 
+@pytest.mark.sampled(3)
 @each_gradients
 @pytest.mark.parametrize("packing", ["one after the other", "interleaved"])
 def test_gradients_equal_the_sum_over_the_documents_alone(

@@ -225,6 +225,7 @@ each_form_and_dtype = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.sampled(3)
 @each_form_and_dtype
 def test_the_backends_train_alike(form: str, dtype: str) -> None:
     ours, reference = full_run(jax_run, form, dtype), full_run(torch_run, form, dtype)
@@ -317,6 +318,7 @@ def average_the_microbatches(patch: Patch) -> None:
     patch.setattr(torch_train, "train_step", step)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("introduce", "shows_in"),
     [
@@ -370,6 +372,7 @@ def swap_query_and_value(state: AdamWState) -> AdamWState:
     return replace(state, exp_avg_sq={**state.exp_avg_sq, name: np.concatenate([value, key, query], axis=1)})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("run", [torch_run, jax_run], ids=["into-torch", "into-jax"])
 @pytest.mark.parametrize(
     "spoil", [lose_the_count, count_one_too_many, lose_the_moments, lose_one_moment, swap_query_and_value]

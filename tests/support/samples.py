@@ -1,16 +1,25 @@
-"""Samples of long lists of cases, so that `make test` stays short."""
+"""Samples of the cases of parametrized tests, so that `make test` stays short.
+
+A test with the marker `sampled(every)` has many similar cases. `make test` runs one of `every`, and
+`make test-thorough` runs all others.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import pytest
 
 
-def mostly_marked(cases: Iterable[Any], every: int = 6) -> list[Any]:
-    """The cases, with the marker `mistakes` on all but one of `every`."""
-    return [
-        case if index % every == 0 else pytest.param(case, marks=pytest.mark.mistakes)
-        for index, case in enumerate(cases)
-    ]
+def mark_thorough(items: Iterable[pytest.Item]) -> None:
+    """Add the marker `thorough` to the cases of sampled tests that `make test` leaves out."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if (sampled := item.get_closest_marker("sampled")) is None:
+            continue
+        (every,) = sampled.args
+        test = item.nodeid.partition("[")[0]
+        if seen[test] % every:
+            item.add_marker(pytest.mark.thorough)
+        seen[test] += 1

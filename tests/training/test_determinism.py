@@ -88,6 +88,7 @@ def test_the_command_sets_up_its_process_before_it_trains(
     assert RECIPE.deterministic is False
 
 
+@pytest.mark.processes
 def test_the_command_runs_on_one_thread_and_records_that_in_the_manifest(tmp_path: Path) -> None:
     code = """
 import sys

@@ -10,6 +10,7 @@ from fuzz.driver import DATA, fuzz
 MUTANTS = 300
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("format", DATA)
 def test_a_damaged_file_is_refused_or_read_correctly(tmp_path: Path, format: str) -> None:
     outcome = fuzz(format, MUTANTS, tmp_path)

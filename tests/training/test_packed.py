@@ -109,6 +109,7 @@ def test_an_evaluation_equals_that_of_padded_documents(stream: TokenStream, x64:
     np.testing.assert_allclose(sums[0][0], sums[1][0], rtol=FLOAT64)
 
 
+@pytest.mark.mesh
 def test_a_mesh_computes_the_loss_and_the_gradients_of_one_device(tmp_path: Path) -> None:
     """Rows over two axes, weights over three. The order by segment stays within a row."""
     results = eight_devices.run("spread_packed_documents", tmp_path)
@@ -128,6 +129,7 @@ def write_documents(directory: Path, number: int = 60) -> Path:
     return texts
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("changes", [{}, {"num_microbatches": 2, "attention": "xla", "scan": False, "remat": "none"}])
 def test_a_run_learns(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = recipe(data=str(write_documents(tmp_path)), examples="packed", learning_rate=3e-2, **changes)

@@ -100,6 +100,7 @@ def test_both_paths_have_the_same_loss_at_every_step() -> None:
     np.testing.assert_allclose(fast, plain, rtol=0, atol=EQUAL)
 
 
+@pytest.mark.thorough
 def test_in_bfloat16_both_paths_have_the_same_mean_error() -> None:
     exact = curve("plain", "float32")
     fast, plain = (np.abs(curve(path, "bfloat16") - exact) for path in ("fast", "plain"))

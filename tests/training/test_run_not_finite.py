@@ -48,6 +48,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, step: int, *, before: bool, ema: boo
     monkeypatch.setattr(loop, "make_train_step", make_poisoned)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("field", "message"), [("opt_state", "the optimizer's state"), ("ema_params", "the moving average of the weights")]
 )
@@ -74,6 +75,7 @@ def test_a_non_finite_state_is_not_saved(
     assert steps(tmp_path / "run") == []
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("at", "before", "message", "kept"),
     [

@@ -148,6 +148,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("make", "message"), BOMBS.values(), ids=BOMBS)
 def test_a_bomb_is_refused_within_the_budget(make: Callable[[], bytes], message: str) -> None:
     content = make()

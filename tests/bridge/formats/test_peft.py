@@ -610,6 +610,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("damage", "says"), BAD.values(), ids=BAD)
 def test_a_bad_adapter_is_refused(

@@ -556,6 +556,7 @@ def _large_vocabulary(count: int) -> bytes:
     return b"{" + b",".join(b'"%d":%d' % (i, i) for i in range(count)) + b"}"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", [11, 50257], ids=["small model", "GPT-2"])
 @pytest.mark.parametrize("files", LARGE_FILES.values(), ids=LARGE_FILES)
 def test_a_large_file_is_refused_in_little_time_and_memory(

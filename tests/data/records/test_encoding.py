@@ -114,6 +114,7 @@ def test_prompts_and_completions(tmp_path: Path, bundled: Path, name: str) -> No
     assert data.usual_examples == "documents"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("template", [CHATML, LLAMA_2])
 @pytest.mark.parametrize("name", ["a.jsonl", "array.json", "a.parquet", "stream.arrow"])
 def test_messages(tmp_path: Path, template: str, name: str) -> None:

@@ -89,6 +89,7 @@ def test_a_bad_record_is_named_or_counted(tmp_path: Path, line: bytes) -> None:
     assert data.description.endswith(f"2 records were left out: 2 {reason}")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("line", BAD_CHATS, ids=lambda line: line[:60])
 def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "tokenizer").mkdir()

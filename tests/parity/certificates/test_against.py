@@ -78,6 +78,7 @@ def test_settings_of_training_and_equal_widths_may_differ(checkpoint: Checkpoint
     assert verify_against(other, certificate, checks=["configuration"]).passed
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "changes", [{"layer_norm_epsilon": 1.001e-5}, {"activation_function": "gelu"}], ids=["epsilon", "activation"]
 )

@@ -66,6 +66,7 @@ def compare(left: Recipe, right: Recipe, **kwargs: Any) -> TrainingComparison:
         return compare_training(train_in_torch(left, data), train_in_jax(right, data), range(len(data)), **kwargs)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", CORRECT)
 def test_a_correct_pair_passes(name: str, dtype: str) -> None:
@@ -323,7 +324,7 @@ def gpt2_names() -> list[Match]:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.mistakes
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("optimizer", "kind"),
     [

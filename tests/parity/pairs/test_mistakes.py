@@ -8,12 +8,12 @@ import pytest
 from parity.pairs import lstm, mistakes
 from parity.pairs.mistakes import MISTAKES, Mistake, Pair, named, report_of, text_of, verdict
 from parity.pairs.test_compare import failures
-from support.samples import mostly_marked
 
 from gpt2_jax.parity.pairs.compare import compare
 
 
-@pytest.mark.parametrize("mistake", mostly_marked(MISTAKES), ids=lambda mistake: f"{mistake.model}, {mistake.name}")
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: f"{mistake.model}, {mistake.name}")
 def test_the_place_is_named(mistake: Mistake) -> None:
     report = report_of(mistake)
     assert named(report) == (mistake.check, mistake.place)
@@ -21,6 +21,7 @@ def test_the_place_is_named(mistake: Mistake) -> None:
     assert verdict(mistake, report) == "right"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "pair", [mistakes.gpt(), mistakes.block(), mistakes.cell()], ids=["GPT", "ResNet block", "LSTM cell"]
 )

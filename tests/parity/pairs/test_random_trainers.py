@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 from parity.pairs.random_trainers import compare_mistake, compare_random
-from support.samples import mostly_marked
 
 
-@pytest.mark.parametrize("seed", mostly_marked(range(1_000_000, 1_000_020), every=4))
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("seed", range(1_000_000, 1_000_020))
 def test_a_correct_pair_passes(seed: int) -> None:
     recipe, result = compare_random(seed)
     assert result.passed, (result.departure, result.diagnosis, result.problem, recipe)
 
 
-@pytest.mark.mistakes
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(1_000_000, 1_000_010))
 def test_no_random_mistake_is_named_wrongly(seed: int) -> None:
     kind, _, change, result = compare_mistake(seed)

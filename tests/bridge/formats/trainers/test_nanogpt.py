@@ -632,6 +632,7 @@ def copied(value: Any) -> Any:
     return [copied(part) for part in value] if isinstance(value, list) else value
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("change", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_file_that_is_not_nanogpts_is_refused_by_name(
     tmp_path: Path,
