@@ -79,6 +79,7 @@ assert logits.shape == (2, 17, 257) and logits.isfinite().all()
     assert_runs_without((*JAX, "transformers"), code, huggingface_directory(tmp_path / "source"))
 
 
+@pytest.mark.processes
 @needs_torch
 def test_the_reference_trains_without_jax(tmp_path: Path) -> None:
     code = """
@@ -106,6 +107,7 @@ assert logits.shape == (2, 17, 257) and np.isfinite(logits).all()
     assert_runs_without((*TORCH, "gpt2_torch"), code, huggingface_directory(tmp_path / "source"))
 
 
+@pytest.mark.processes
 @needs_torch
 def test_a_checkpoint_is_verified_against_a_certificate_without_torch(tmp_path: Path) -> None:
     from gpt2_jax.parity import write_certificate
@@ -125,6 +127,7 @@ except SystemExit as ended:
     assert_runs_without((*TORCH, "gpt2_torch"), code, tmp_path / "source", tmp_path / "certificate")
 
 
+@pytest.mark.processes
 def test_jax_sides_and_goldens_are_compared_without_torch(tmp_path: Path) -> None:
     code = """
 import numpy as np

@@ -28,6 +28,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough
 def test_a_prompt_has_the_same_bits_alone_and_among_others(model: Path, tmp_path: Path) -> None:
     (tmp_path / "lines").write_text("We hold these truths\nWe\nHe has\n")
     found: dict[str, dict[str, Any]] = {}

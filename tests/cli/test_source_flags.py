@@ -73,6 +73,7 @@ def test_verify_names_what_is_left_out(classifier: Path, capsys: pytest.CaptureF
     assert f"warning: {LEFT_OUT}" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @needs_torch
 def test_verify_checks_the_head_unless_it_is_left_out(
     classifier: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -459,7 +459,7 @@ def test_every_field_has_a_line_of_help(part: type) -> None:
 # In a child process, because the signal goes to a process.
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.processes
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_exports_and_sets_the_exit_code(
     trained: Path, tmp_path: Path, number: signal.Signals, code: int

@@ -67,6 +67,7 @@ def test_log_probabilities_are_those_of_the_model(form: dict[str, Any]) -> None:
     np.testing.assert_allclose(np.stack(found[:-1]), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("one_thread")
 def test_the_tokens_are_those_of_the_other_decoder() -> None:
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6]]

@@ -289,6 +289,7 @@ for fields in ({}, {"temperature": 1.0}):
 """
 
 
+@pytest.mark.mesh
 def test_sharded_parameters_give_the_same_tokens(tmp_path: Path):
     """In a separate process, because JAX fixes the number of devices when it starts."""
     model = huggingface_directory(tmp_path / "model", SMALL)

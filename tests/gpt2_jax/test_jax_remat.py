@@ -82,6 +82,7 @@ def compiled(remat: Remat, attention: str) -> Any:
     return jax.jit(jax.value_and_grad(loss)).lower(parameters, BATCH).compile()
 
 
+@pytest.mark.sampled(2)
 @each_form
 @each_attention
 def test_each_policy_saves_fewer_bytes_than_the_one_before(scan: bool, attention: str) -> None:

@@ -106,14 +106,14 @@ def test_logits_agree_in_float64(config: GPT2Config, x64: None):
         assert relative_error(a, b) <= FP64_RELATIVE, pair
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("config", COVERING, ids=name_of)
 def test_logits_of_the_scanned_form_agree_in_float64(config: GPT2Config, x64: None):
     checkpoint, ids = random_checkpoint(config, np.float64), random_ids(config)
     assert relative_error(jax_logits(checkpoint, ids, scan=True), torch_logits(checkpoint, ids)) <= FP64_RELATIVE
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("config", COVERING, ids=name_of)
 def test_logits_agree_in_float32(config: GPT2Config):
     checkpoint, ids = float32_checkpoint(config), random_ids(config)
@@ -169,7 +169,7 @@ def largest_gradient_error(answers: dict[str, dict[str, np.ndarray]]) -> float:
     )
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("config", COVERING, ids=name_of)
 def test_gradients_of_every_parameter_agree_in_float64(config: GPT2Config, x64: None):
     answers = gradients(random_checkpoint(config, np.float64), random_ids(config))
@@ -185,7 +185,7 @@ def test_gradients_of_the_scanned_form_agree_in_float64(config: GPT2Config, x64:
     assert largest_gradient_error({"gpt2_torch": reference, "gpt2_jax scanned": scanned}) <= FP64_RELATIVE
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("config", COVERING[::2], ids=name_of)
 def test_gradients_of_every_parameter_agree_in_float32(config: GPT2Config):
     assert largest_gradient_error(gradients(float32_checkpoint(config), random_ids(config))) <= FP32_GRADIENT
@@ -218,7 +218,7 @@ def test_padding_the_vocabulary_does_not_change_the_logits(scan: bool, tied: boo
     assert relative_error(padded, jax_logits(checkpoint, ids, scan=scan)) <= FP64_RELATIVE
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3), (0, 0)], ids=str)
 @pytest.mark.parametrize("form", [{}, {"jit": True}, {"scan": True}], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])

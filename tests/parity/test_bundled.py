@@ -68,6 +68,7 @@ def test_its_validation_loss_is_the_one_that_training_reported(
     assert abs(reference_nats / labels.size - reported) < SAME_LOSS
 
 
+@pytest.mark.thorough
 def test_verify_passes_on_trained_weights(checkpoint: Checkpoint) -> None:
     report = verify(checkpoint, seq_len=64)
     assert report.passed, report.to_json()

@@ -64,6 +64,7 @@ def prompts(bundled: Checkpoint) -> list[list[int]]:
     return [ids[2000 * i : 2000 * i + 1 + 2 * i] for i in range(20)]
 
 
+@pytest.mark.thorough
 def test_all_implementations_generate_the_same_greedy_text(
     bundled: Checkpoint, trained: Decoders, prompts: list[list[int]]
 ) -> None:

@@ -37,6 +37,7 @@ def test_all_checks_pass_on_a_random_model() -> None:
     assert [check.name for check in report.checks if check.skipped] == ["prediction", "tokenizer"]
 
 
+@pytest.mark.thorough
 def test_the_default_length_detects_mistakes_in_the_second_half_of_the_positions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

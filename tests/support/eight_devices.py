@@ -33,7 +33,7 @@ def run(name: str, directory: Path) -> dict[str, np.ndarray]:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-W", "error", __file__, name, str(file)]

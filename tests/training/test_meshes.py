@@ -41,7 +41,7 @@ def on_eight_devices(name: str, directory: Path, *arguments: str, x64: bool = Fa
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_ENABLE_X64": str(int(x64)),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     command = [sys.executable, "-W", "error", on_meshes.__file__, name, str(file), *arguments]

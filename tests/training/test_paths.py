@@ -93,6 +93,7 @@ def small_blocks_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt2_jax.ops.cross_entropy, "default_chunk_bytes", lambda: 4 * BATCH * CONFIG.vocab_size * 14)
 
 
+@pytest.mark.thorough
 def test_both_paths_have_the_same_loss_at_every_step() -> None:
     fast, plain = curve("fast", "float32"), curve("plain", "float32")
     print(f"largest difference in {STEPS} steps: {np.abs(fast - plain).max():.1e} nats")

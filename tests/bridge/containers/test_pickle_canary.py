@@ -191,6 +191,7 @@ def test_every_payload_is_refused_and_none_runs(tmp_path: Path) -> None:
     print(f"{len(found)} payloads")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("call", "event"),
     {

@@ -574,6 +574,7 @@ def test_a_large_file_is_refused_in_little_time_and_memory(
         tracemalloc.stop()
 
 
+@pytest.mark.thorough
 def test_a_vocabulary_of_262144_tokens_loads_for_a_model_with_as_many_rows(tmp_path: Path) -> None:
     """Tokens are pairs of a low and a high byte, and pairs of these, so that no merge crosses a token's border."""
     rows = 2**18
@@ -746,6 +747,7 @@ def test_without_files_a_vocabulary_of_openais_size_is_openais(tmp_path: Path, m
     assert ours.encode("Hello, world") == [15496, 11, 995]
 
 
+@pytest.mark.thorough
 @needs_openai_cache
 def test_openais_vocabulary_in_a_pretty_printed_file_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest form of the file: each merge in a list, indented, and escaped to ASCII."""
