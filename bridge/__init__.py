@@ -10,8 +10,8 @@ from bridge.conversion import canonicalize, stack_layers, to_flax, to_torch, uns
 from bridge.diagnostics import find_diagnostics, fingerprint
 from bridge.errors import BridgeError, CheckpointError, ConfigError, ConversionError, NoTokenizerError, TokenizerError
 from bridge.evaluation import IGNORE_INDEX
-from bridge.formats.peft import save_lora
-from bridge.formats.sequence_classifier import SequenceClassifier, load_classifier, save_classifier
+from bridge.formats.peft import load_lora, save_lora
+from bridge.formats.sequence_classifier import SequenceClassifier, load_classifier, new_classifier, save_classifier
 from bridge.generation.config import GenerationConfig
 from bridge.generation.defaults import GenerationDefaults, generation_defaults
 from bridge.generation.text import TextOutput, generate_text, stream_text
@@ -58,7 +58,9 @@ __all__ = [
     "generation_defaults",
     "load",
     "load_classifier",
+    "load_lora",
     "merge_lora",
+    "new_classifier",
     "num_parameters",
     "padded_vocab_size",
     "parameters",

@@ -7,9 +7,14 @@ from gpt2_jax.lazy_names import lazy_names
 if TYPE_CHECKING:
     from bridge import GPT2_SIZES, GenerationConfig, GPT2Config, __version__
     from gpt2_jax.classification import GPT2ForSequenceClassification, classifier_from_params, model_from_classifier
+    from gpt2_jax.classification_scores import ClassificationScores, score_classification
+    from gpt2_jax.dpo import DPOLoss, dpo_loss, sequence_log_probs
     from gpt2_jax.evaluation import evaluate
     from gpt2_jax.generation import Decoder, generate
     from gpt2_jax.loading import checkpoint_from_params, from_pretrained, model_from_checkpoint, sharded_params
+    from gpt2_jax.lora.config import LoRAConfig
+    from gpt2_jax.lora.conversion import adapter_from_lora, lora_from_adapter
+    from gpt2_jax.lora.parameters import lora_init, merge_lora
     from gpt2_jax.loss import summed_loss
     from gpt2_jax.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
     from gpt2_jax.ops.cross_entropy import cross_entropy, next_token_loss, summed_cross_entropy
@@ -25,6 +30,8 @@ else:
                 "classifier_from_params",
                 "model_from_classifier",
             ),
+            "gpt2_jax.classification_scores": ("ClassificationScores", "score_classification"),
+            "gpt2_jax.dpo": ("DPOLoss", "dpo_loss", "sequence_log_probs"),
             "gpt2_jax.evaluation": ("evaluate",),
             "gpt2_jax.generation": ("Decoder", "generate"),
             "gpt2_jax.loading": (
@@ -33,6 +40,9 @@ else:
                 "model_from_checkpoint",
                 "sharded_params",
             ),
+            "gpt2_jax.lora.config": ("LoRAConfig",),
+            "gpt2_jax.lora.conversion": ("adapter_from_lora", "lora_from_adapter"),
+            "gpt2_jax.lora.parameters": ("lora_init", "merge_lora"),
             "gpt2_jax.loss": ("summed_loss",),
             "gpt2_jax.model": ("GPT2", "FeedForward", "GPT2Layer", "MultiHeadAttention"),
             "gpt2_jax.ops.cross_entropy": ("cross_entropy", "next_token_loss", "summed_cross_entropy"),
@@ -44,6 +54,8 @@ else:
 __all__ = [
     "GPT2",
     "GPT2_SIZES",
+    "ClassificationScores",
+    "DPOLoss",
     "Decoder",
     "FeedForward",
     "GPT2Config",
@@ -51,19 +63,27 @@ __all__ = [
     "GPT2Layer",
     "GenerationConfig",
     "KVCache",
+    "LoRAConfig",
     "MultiHeadAttention",
     "__version__",
+    "adapter_from_lora",
     "checkpoint_from_params",
     "classifier_from_params",
     "cross_entropy",
+    "dpo_loss",
     "empty_cache",
     "evaluate",
     "from_pretrained",
     "generate",
+    "lora_from_adapter",
+    "lora_init",
     "make_mesh",
+    "merge_lora",
     "model_from_checkpoint",
     "model_from_classifier",
     "next_token_loss",
+    "score_classification",
+    "sequence_log_probs",
     "sharded_params",
     "shardings",
     "summed_cross_entropy",

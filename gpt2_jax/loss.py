@@ -12,7 +12,12 @@ from gpt2_jax.ops.cross_entropy import summed_cross_entropy
 
 
 def summed_loss(
-    model: GPT2, params: Any, batch: Mapping[str, Any], dropout_key: PRNGKeyArray | None = None
+    model: GPT2,
+    params: Any,
+    batch: Mapping[str, Any],
+    dropout_key: PRNGKeyArray | None = None,
+    *,
+    lora: Any = None,
 ) -> Float[Array, ""]:
     """Return the sum of `cross_entropy` over a batch, in nats.
 
@@ -20,10 +25,12 @@ def summed_loss(
         batch: `input_ids` [B, T]; `labels` [B, T], the token after each position, or `IGNORE_INDEX`; and optionally
             `attention_mask`, `segment_ids` and `position_ids` [B, T], as in the model's call.
         dropout_key: apply dropout at the configured rates.
+        lora: the adapter, for a model with `lora` set.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
     hidden_BTD: Any = model.apply(
-        {"params": params},
+        variables,
         batch["input_ids"],
         batch.get("attention_mask"),
         segment_ids=batch.get("segment_ids"),

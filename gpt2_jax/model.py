@@ -25,7 +25,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config, padded_vocab_size
+from bridge.conversion import STACK
 from gpt2_jax.choices import Implementation, Remat
+from gpt2_jax.lora.branch import COLLECTION, low_rank_update
+from gpt2_jax.lora.config import LoRAConfig
 from gpt2_jax.ops import kv_cache
 from gpt2_jax.ops.activations import ACTIVATIONS
 from gpt2_jax.ops.attention import attention, cached_attention
@@ -69,11 +72,15 @@ class Projection(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    lora: LoRAConfig | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch n_in"]) -> Float[Array, "*batch n_out"]:
+    def __call__(self, x: Float[Array, "*batch n_in"], *, deterministic: bool = True) -> Float[Array, "*batch n_out"]:
         kernel = self.param("kernel", nn.initializers.normal(self.std), self.shape, self.param_dtype)
-        y = project(x.astype(self.dtype), kernel.astype(self.dtype), self.input_axes)
+        x = x.astype(self.dtype)
+        y = project(x, kernel.astype(self.dtype), self.input_axes)
+        if (update := low_rank_update(self, self.lora, x, self.input_axes, deterministic)) is not None:
+            y = y + update
         if self.use_bias:
             outputs = self.shape[self.input_axes :]
             y = y + self.param("bias", nn.initializers.zeros, outputs, self.param_dtype).astype(self.dtype)
@@ -103,10 +110,16 @@ class QKVProjection(nn.Module):
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    lora: LoRAConfig | None = None
 
     @nn.compact
     def __call__(
-        self, query: Float[Array, "B T D"], key: Float[Array, "B S D"], value: Float[Array, "B S D"]
+        self,
+        query: Float[Array, "B T D"],
+        key: Float[Array, "B S D"],
+        value: Float[Array, "B S D"],
+        *,
+        deterministic: bool = True,
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B S H K"], Float[Array, "B S H K"]]:
         c = self.config
         shape = (3, c.n_head, c.head_size)
@@ -115,16 +128,22 @@ class QKVProjection(nn.Module):
         kernel_D3HK, bias_3HK = kernel.astype(self.dtype), bias.astype(self.dtype)
         if query is key and key is value:  # self-attention: one product
             qkv = project(query.astype(self.dtype), kernel_D3HK, 1)
+            if (update := self._update(query, deterministic)) is not None:
+                qkv = qkv + update
             qkv = constrain(qkv + bias_3HK if c.bias else qkv, BATCH_AXES, None, None, TENSOR, None)
             qkv = checkpoint_name(qkv, PROJECTED)
             # Split instead of indexed: the derivative of indexing is a sum of three arrays that are mostly zero.
             q_BTHK, k_BSHK, v_BSHK = (part.squeeze(2) for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
             return q_BTHK, k_BSHK, v_BSHK
-        q_BTHK, k_BSHK, v_BSHK = (
-            jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel_D3HK[:, i]) + bias_3HK[i]
-            for i, x in enumerate((query, key, value))
-        )
-        return q_BTHK, k_BSHK, v_BSHK
+        parts = []
+        for i, x in enumerate((query, key, value)):
+            part = jnp.einsum("BTD,DHK->BTHK", x.astype(self.dtype), kernel_D3HK[:, i]) + bias_3HK[i]
+            update = self._update(x, deterministic)
+            parts.append(part if update is None else part + update[:, :, i])
+        return parts[0], parts[1], parts[2]
+
+    def _update(self, x: Array, deterministic: bool) -> Array | None:
+        return low_rank_update(self, self.lora, x.astype(self.dtype), 1, deterministic)
 
 
 class MultiHeadAttention(nn.Module):
@@ -138,12 +157,13 @@ class MultiHeadAttention(nn.Module):
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     attention: Implementation = "auto"
+    lora: LoRAConfig | None = None
 
     def setup(self) -> None:
-        self.c_attn = QKVProjection(self.config, self.dtype, self.param_dtype)
+        self.c_attn = QKVProjection(self.config, self.dtype, self.param_dtype, self.lora)
         c = self.config
         shape = (c.n_head, c.head_size, c.n_embd)
-        self.c_proj = Projection(shape, c.residual_std, 2, c.bias, self.dtype, self.param_dtype)
+        self.c_proj = Projection(shape, c.residual_std, 2, c.bias, self.dtype, self.param_dtype, self.lora)
 
     def __call__(
         self,
@@ -166,7 +186,7 @@ class MultiHeadAttention(nn.Module):
             layer_index: counted from 0; used by `scale_attn_by_inverse_layer_idx`.
             deterministic: False applies dropout to the attention weights, with the "dropout" rng.
         """
-        q_BTHK, k_BSHK, v_BSHK = self.c_attn(query, key, value)
+        q_BTHK, k_BSHK, v_BSHK = self.c_attn(query, key, value, deterministic=deterministic)
         drops = not deterministic and self.config.attn_pdrop > 0.0
         context_BTHK = attention(
             q_BTHK,
@@ -180,7 +200,7 @@ class MultiHeadAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if drops else None,
             implementation=self.attention,
         )
-        return self.c_proj(context_BTHK)
+        return self.c_proj(context_BTHK, deterministic=deterministic)
 
     def decode(self, x: Float[Array, "B T D"], attend: Attend, layer_index: int) -> Float[Array, "B T D"]:
         """Self-attention of T more tokens, with the keys and values of a cache."""
@@ -201,16 +221,17 @@ class FeedForward(nn.Module):
     config: GPT2Config
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    lora: LoRAConfig | None = None
 
     def setup(self) -> None:
         c = self.config
         inward, outward = (c.n_embd, c.feed_forward_size), (c.feed_forward_size, c.n_embd)
-        self.c_fc = Projection(inward, c.initializer_range, 1, c.bias, self.dtype, self.param_dtype)
-        self.c_proj = Projection(outward, c.residual_std, 1, c.bias, self.dtype, self.param_dtype)
+        self.c_fc = Projection(inward, c.initializer_range, 1, c.bias, self.dtype, self.param_dtype, self.lora)
+        self.c_proj = Projection(outward, c.residual_std, 1, c.bias, self.dtype, self.param_dtype, self.lora)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        inner = constrain(self.c_fc(x), BATCH_AXES, None, TENSOR)
-        return self.c_proj(ACTIVATIONS[self.config.activation_function](inner))
+    def __call__(self, x: Float[Array, "B T D"], *, deterministic: bool = True) -> Float[Array, "B T D"]:
+        inner = constrain(self.c_fc(x, deterministic=deterministic), BATCH_AXES, None, TENSOR)
+        return self.c_proj(ACTIVATIONS[self.config.activation_function](inner), deterministic=deterministic)
 
 
 class GPT2Layer(nn.Module):
@@ -223,12 +244,13 @@ class GPT2Layer(nn.Module):
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     attention: Implementation = "auto"
+    lora: LoRAConfig | None = None
 
     def setup(self) -> None:
         self.ln_1 = LayerNorm(self.config, self.dtype, self.param_dtype)
-        self.attn = MultiHeadAttention(self.config, self.dtype, self.param_dtype, self.attention)
+        self.attn = MultiHeadAttention(self.config, self.dtype, self.param_dtype, self.attention, self.lora)
         self.ln_2 = LayerNorm(self.config, self.dtype, self.param_dtype)
-        self.mlp = FeedForward(self.config, self.dtype, self.param_dtype)
+        self.mlp = FeedForward(self.config, self.dtype, self.param_dtype, self.lora)
         self.drop = nn.Dropout(self.config.resid_pdrop)
 
     def __call__(
@@ -253,7 +275,7 @@ class GPT2Layer(nn.Module):
             deterministic=deterministic,
         )
         x = x + self.drop(attended, deterministic=deterministic)
-        return x + self.drop(self.mlp(self.ln_2(x)), deterministic=deterministic)
+        return x + self.drop(self.mlp(self.ln_2(x), deterministic=deterministic), deterministic=deterministic)
 
     def decode(self, x: Float[Array, "B T D"], attend: Attend, layer_index: int) -> Float[Array, "B T D"]:
         """Run the layer for T more tokens; see `MultiHeadAttention.decode`."""
@@ -275,6 +297,8 @@ class GPT2(nn.Module):
             always have `vocab_size` columns.
         remat: which activations of a layer are saved for the backward pass; see `gpt2_jax.parallel.remat`.
         attention: the implementation; see `gpt2_jax.ops.attention.attention`.
+        lora: apply an adapter (`gpt2_jax.lora_init`) with these settings. Its factors are not in the parameters, but in
+            the collection "lora": `model.apply({"params": params, "lora": lora}, ids)`.
     """
 
     config: GPT2Config
@@ -284,6 +308,7 @@ class GPT2(nn.Module):
     vocab_multiple: int = 1
     remat: Remat = "none"
     attention: Implementation = "auto"
+    lora: LoRAConfig | None = None
 
     def setup(self) -> None:
         c = self.config
@@ -291,7 +316,7 @@ class GPT2(nn.Module):
         self.wte = self._embedding(rows)
         self.wpe = self._embedding(c.n_positions, None)
         self.drop = nn.Dropout(c.embd_pdrop)
-        layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype, self.attention)
+        layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype, self.attention, self.lora)
         self.h: Any = layer() if self.scan else [layer() for _ in range(c.n_layer)]
         self.ln_f = LayerNorm(c, self.dtype, self.param_dtype)
         self.lm_head = None if c.tie_word_embeddings else self._embedding(rows)
@@ -346,6 +371,7 @@ class GPT2(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         """Return the output of the final norm, which `head` maps to the logits. Arguments as in `__call__`."""
+        self._check_adapter()
         check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         if position_ids is None:
@@ -405,6 +431,7 @@ class GPT2(nn.Module):
     ) -> Float[Array, "B T D"]:
         if self.scan:
             raise ValueError("decoding needs one set of parameters per layer; use `bridge.unstack_layers` or a Decoder")
+        self._check_adapter()
         x = self.wte(input_ids) + self.wpe(positions)
         for i, layer in enumerate(self.h):
             x = layer.decode(x, attend, i)
@@ -416,13 +443,28 @@ class GPT2(nn.Module):
         logits = project_to_vocabulary(x.astype(self.dtype), head.embedding.astype(self.dtype))
         return logits[..., : self.config.vocab_size]
 
+    def _check_adapter(self) -> None:
+        """Raise `ValueError` if there is an adapter that the model does not apply, or the other way round."""
+        if self.is_initializing() or self.has_variable(COLLECTION, STACK if self.scan else f"{STACK}_0") == bool(
+            self.lora
+        ):
+            return
+        raise ValueError(
+            "the model has lora set, and the variables have no adapter of its form; "
+            'apply it to {"params": params, "lora": lora}, or merge the adapter and use model.clone(lora=None)'
+            if self.lora
+            else "the variables have an adapter, and the model has no lora; use GPT2(..., lora=LoRAConfig(...))"
+        )
+
     def _loop_layers(self, apply_layer: Callable[..., tuple[Array, None]], x: Array) -> Array:
         for i, layer in enumerate(self.h):
             x = apply_layer(layer, x, i)[0]
         return x
 
     def _scan_layers(self, apply_layer: Callable[..., tuple[Array, None]], x: Array) -> Array:
-        scan = nn.scan(apply_layer, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True})
+        scan = nn.scan(
+            apply_layer, variable_axes={"params": 0, COLLECTION: 0}, split_rngs={"params": True, "dropout": True}
+        )
         return scan(self.h, x, jnp.arange(self.config.n_layer))[0]
 
     def _layer_function(

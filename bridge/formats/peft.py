@@ -22,7 +22,7 @@ from bridge.adapters.lora import LoRA, LoRAUpdate, merge_lora
 from bridge.adapters.peft_config import FILE, PeftConfig, read_peft_config
 from bridge.checkpoint import Checkpoint
 from bridge.containers.safetensors import write_file
-from bridge.errors import ConversionError, bullet_list, quoted
+from bridge.errors import CheckpointError, ConversionError, bullet_list, quoted
 from bridge.finite import rejecting_non_finite
 from bridge.formats.directory import CARRIED_FILES, GENERATION_CONFIG, write_json
 from bridge.formats.format import Format
@@ -86,6 +86,21 @@ def read(weights: Path, base: Checkpoint, drop_extra_heads: bool = False) -> Che
     )
 
 
+def load_lora(source: str | Path) -> LoRA:
+    """Read an adapter that PEFT or `save_lora` wrote, without its base. Tensors are read on access.
+
+    Args:
+        source: the directory of the adapter, or its file of weights.
+
+    Raises a `BridgeError` if there is no adapter, or it is one that `bridge.load` refuses.
+    """
+    found = find(Path(source).absolute())
+    if not found:
+        raise CheckpointError(f"{quoted(source)} has no LoRA adapter: {FILE} with {' or '.join(WEIGHTS)}")
+    tensors, _ = tensors_of_file(found[0])
+    return _lora(tensors, read_peft_config(found[0].parent), drop_extra_heads=False)[0]
+
+
 def save_lora(
     lora: LoRA, directory: str | Path, *, base_model: str | None = None, allow_non_finite: bool = False
 ) -> None:
@@ -101,12 +116,18 @@ def save_lora(
         CheckpointError: the directory exists and is not empty, or cannot be written.
         ConversionError: the adapter has no update, or its updates differ in `rank_stabilized`.
     """
+    with new_directory(directory) as new:
+        write_lora(lora, new, base_model, allow_non_finite)
+
+
+def write_lora(lora: LoRA, directory: Path, base_model: str | None, allow_non_finite: bool = False) -> None:
+    """Write the files of `save_lora` into an existing directory. Raises `ConversionError` as `save_lora`."""
     if len({update.rank_stabilized for update in lora.updates.values()}) != 1:
         raise ConversionError("an adapter needs at least one update, and the same kind of scaling for all updates")
-    with new_directory(directory) as new:
-        write_json(new / FILE, _fields(lora, base_model))
-        tensors = LazyTensorMap(_stored_tensors(lora))
-        write_file(new / WEIGHTS[0], tensors if allow_non_finite else rejecting_non_finite(tensors), {"format": "pt"})
+    write_json(directory / FILE, _fields(lora, base_model))
+    tensors = LazyTensorMap(_stored_tensors(lora))
+    stored = tensors if allow_non_finite else rejecting_non_finite(tensors)
+    write_file(directory / WEIGHTS[0], stored, {"format": "pt"})
 
 
 def _lora(tensors: Mapping[str, LazyTensor], config: PeftConfig, drop_extra_heads: bool) -> tuple[LoRA, list[str]]:

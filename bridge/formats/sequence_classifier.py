@@ -8,7 +8,7 @@ Source: https://github.com/huggingface/transformers, models/gpt2/modeling_gpt2.p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,35 @@ class SequenceClassifier:
         Raises `ConversionError` if the tensors are not those of this model.
         """
         return _classifier(LazyTensorMap.of(tensors), self.checkpoint)
+
+
+def new_classifier(
+    checkpoint: Checkpoint, labels: Sequence[str], *, pad_token_id: int | None = None, seed: int = 0
+) -> SequenceClassifier:
+    """Return a classifier with the weights of a language model and a random head, to train it.
+
+    The head is drawn from a normal distribution with standard deviation `initializer_range`, as in transformers. The
+    head of the language model is left out.
+
+    Args:
+        labels: the names of the labels, for `id2label` of `config.json`.
+        pad_token_id: the id of padding, which a batch of several rows needs. By default, that of the checkpoint.
+
+    Raises `ConversionError` for labels that are not different, or a padding id outside the vocabulary.
+    """
+    config = replace(checkpoint.config, tie_word_embeddings=True)
+    if not labels or len({*labels}) != len(labels):
+        raise ConversionError(f"labels={quoted(list(labels))}: must be at least one label, and all different")
+    if pad_token_id is not None and not 0 <= pad_token_id < config.vocab_size:
+        raise ConversionError(f"pad_token_id={pad_token_id}: the vocabulary has {config.vocab_size} tokens")
+    extra = {**checkpoint.extra, "id2label": {str(k): label for k, label in enumerate(labels)}}  # as JSON has it
+    extra["label2id"] = {label: k for k, label in enumerate(labels)}
+    if pad_token_id is not None:
+        extra["pad_token_id"] = pad_token_id
+    tensors = LazyTensorMap({n: entry for n, entry in checkpoint.tensors.entries.items() if n != "lm_head.weight"})
+    score = np.random.default_rng(seed).normal(0.0, config.initializer_range, (len(labels), config.n_embd))
+    base = replace(checkpoint, config=config, tensors=tensors, extra=extra, optimizer=None)
+    return SequenceClassifier(base, LazyTensor.of(score.astype(np.float32)))
 
 
 def is_classifier(source: str | Path) -> bool:

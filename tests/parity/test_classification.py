@@ -262,3 +262,20 @@ def test_verify_detects_a_wrong_head(
     failed = [m for m in check["measurements"] if not m["passed"]]
     assert {m["name"].split(", ")[2] for m in failed} == {"gpt2_jax vs gpt2_torch"}
     assert failed[0]["location"].startswith("row ")
+
+
+def test_a_new_classifier_has_the_weights_of_the_model_and_named_labels(tmp_path: Path) -> None:
+    base = random_checkpoint(TINY)
+    classifier = bridge.new_classifier(base, LABELS, pad_token_id=PAD, seed=3)
+    bridge.save_classifier(classifier, tmp_path / "new")
+    model = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "new")
+    assert model.config.id2label == dict(enumerate(LABELS)) and model.config.pad_token_id == PAD
+    assert torch.equal(model.transformer.h[1].attn.c_attn.weight, torch.tensor(base.tensors["h.1.attn.c_attn.weight"]))
+    assert abs(float(model.score.weight.detach().std()) / TINY.initializer_range - 1) < 0.25
+    assert np.abs(logits_of_jax(classifier, padded_ids()) - logits_of(model, padded_ids())).max() < ERROR
+
+
+@pytest.mark.parametrize(("labels", "pad"), [([], None), (["a", "a"], None), (["a"], 257)])
+def test_labels_and_padding_that_cannot_be_are_refused(labels: list[str], pad: int | None) -> None:
+    with pytest.raises(ConversionError, match=r"labels=|pad_token_id=257: the vocabulary has 257"):
+        bridge.new_classifier(random_checkpoint(TINY), labels, pad_token_id=pad)

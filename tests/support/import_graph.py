@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gpt2_jax.console", "gpt2_jax.reporting"),
     ("gpt2_jax.parallel",),
     ("gpt2_jax.ops",),
+    ("gpt2_jax.lora",),
     ("gpt2_jax.model",),
     (
         "gpt2_jax.loss",
@@ -56,6 +57,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gpt2_jax.decoding_state",),
     ("gpt2_jax.slot_decoding",),
     ("gpt2_jax.classification", "gpt2_jax.generation", "gpt2_jax.evaluation", "gpt2_jax.hardware"),
+    ("gpt2_jax.classification_scores", "gpt2_jax.dpo"),
     ("gpt2_jax",),
     ("gpt2_jax.data",),
     ("gpt2_jax.training",),
