@@ -76,17 +76,20 @@ _GPU_PEAKS = {
 _BFLOAT16_PEAKS = {**_GPU_PEAKS, **{kind: chip.flops for chip in _TPU_CHIPS for kind in chip.device_kinds}}
 
 
-def flops_per_token(config: GPT2Config, length: int) -> float:
+def flops_per_token(config: GPT2Config, length: int, trained: float = 1.0) -> float:
     """FLOPs of one training step per token, forward and backward, excluding recomputation.
 
     6 N + 12 L D T, where N counts every parameter except the position embedding. Causality is not subtracted.
     Source: Chowdhery et al. 2022 (PaLM), appendix B; nanoGPT reports the same figure.
 
+    Args:
+        trained: the fraction of the weights that have gradients. 2 N of the 6 N compute them.
+
     >>> f"{flops_per_token(bridge.GPT2_SIZES['gpt2'], 1024):.3g}"
     '8.55e+08'
     """
     weights = bridge.num_parameters(config) - config.n_positions * config.n_embd
-    return 6 * weights + 12 * config.n_layer * config.n_embd * length
+    return (4 + 2 * trained) * weights + 12 * config.n_layer * config.n_embd * length
 
 
 def peak_flops(dtype: str) -> tuple[float, str]:

@@ -65,6 +65,18 @@ def about(directory: Path) -> dict[str, Any]:
     return _read(directory)["about"]
 
 
+def recorded_sha256(directory: Path, name: str) -> str:
+    """Return the SHA-256 of a file that the manifest records, without checking the file.
+
+    Raises `CheckpointError` if the manifest is missing or was changed, or does not record the file.
+    """
+    files = _read(directory)["files"]
+    if name not in files:
+        raise CheckpointError(f"{quoted(directory / name)} is not in the manifest")
+    sha256: str = files[name]["sha256"]
+    return sha256
+
+
 def verify(directory: Path, *, from_disk: bool = False) -> dict[str, Any]:
     """Return the `about` of the manifest after verifying every file.
 

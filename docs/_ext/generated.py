@@ -19,6 +19,7 @@ from bridge.config import config_diagnostics
 from bridge.config_fields import MUST_BE, STATED, UNSUPPORTED
 from gpt2_jax.cli import main
 from gpt2_jax.cli.verbs import VERBS
+from gpt2_jax.lora import LoRAConfig
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig
 from gpt2_jax.training.config import flat
 
@@ -45,7 +46,7 @@ def help_of(*verb: str) -> str:
 
 def configuration() -> str:
     """Return a table per dataclass: field, default, meaning."""
-    return "\n".join(_table(part) for part in (TrainConfig, OptimizerConfig, GPT2Config))
+    return "\n".join(_table(part) for part in (TrainConfig, OptimizerConfig, LoRAConfig, GPT2Config))
 
 
 def _table(part: type) -> str:
@@ -53,9 +54,9 @@ def _table(part: type) -> str:
     default = part()
     rows = [f"## {part.__name__}", "", "| field | flag | default | meaning |", "|---|---|---|---|"]
     for name in part.__dataclass_fields__:  # type: ignore[attr-defined]
-        if name in ("model", "optimizer") and part is TrainConfig:
+        if name in ("model", "optimizer", "lora") and part is TrainConfig:
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = ("--lora-" if part is LoRAConfig else "--") + name.replace("_", "-")
         meaning = " ".join(documented.get((part.__name__, name), [])).strip()
         rows.append(f"| `{name}` | `{flag}` | {_shown(getattr(default, name))} | {_cell(meaning)} |")
     return "\n".join([*rows, ""])

@@ -41,7 +41,7 @@ def device_info() -> dict[str, Any]:
 
 def _train(job: dict[str, Any]) -> Action:
     config = from_flat(job["config"])
-    model, tx = make_model(config), make_optimizer(config.optimizer, config.max_steps)
+    model, tx = make_model(config), make_optimizer(config.optimizer, config.max_steps, config.model.n_layer)
     state = initial_state(config, model, tx, None, make_mesh(devices=jax.devices()[:1]))
     train_step = make_train_step(model, tx, seed=config.seed, max_grad_norm=config.optimizer.max_grad_norm)
     ids = job["ids"].astype(np.int32)

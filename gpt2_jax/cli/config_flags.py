@@ -14,6 +14,7 @@ from bridge import BridgeError, GPT2Config
 from gpt2_jax.cli.dataclass_flags import flags_of
 from gpt2_jax.cli.parsing import REGISTRY
 from gpt2_jax.console.suggestions import did_you_mean
+from gpt2_jax.lora.config import LoRAConfig
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM, OptimizerConfig, TrainConfig, flat
 from gpt2_jax.training.presets import PRESETS
 from gpt2_jax.training.run.identity import has_run_json, stored_identity
@@ -36,7 +37,7 @@ _REPORT = (
     "tensorboard",
     "wandb",
 )
-_IN_OTHER_GROUPS = {"preset", "model", "optimizer", *_DATA, *_DEVICE, *_REPORT}
+_IN_OTHER_GROUPS = {"preset", "model", "optimizer", "lora", "freeze", *_DATA, *_DEVICE, *_REPORT}
 _TRAINING = tuple(f.name for f in fields(TrainConfig) if f.name not in _IN_OTHER_GROUPS)
 
 _METAVARS = {
@@ -45,6 +46,7 @@ _METAVARS = {
     "wandb": "PROJECT",
     **dict.fromkeys(_RECORDS[:4], "NAME"),
     "mesh": "AXIS=N,...",
+    "freeze": "REGEX",
 }
 
 
@@ -60,6 +62,13 @@ _GROUPS: Mapping[str, tuple[str, list[tuple[str, Any]]]] = {
         flags_of(GPT2Config, _names(GPT2Config)),
     ),
     "optimizer": ("The update rule and its schedule.", flags_of(OptimizerConfig, _names(OptimizerConfig))),
+    "parts": (
+        "What to train, if not all weights: an adapter, or the parameters that are not frozen.",
+        [
+            *((f"lora_{name}", flag) for name, flag in flags_of(LoRAConfig, _names(LoRAConfig))),
+            *flags_of(TrainConfig, ["freeze"], _METAVARS),
+        ],
+    ),
     "device": ("Devices, precision, and how the step is compiled.", flags_of(TrainConfig, _DEVICE, _METAVARS)),
     "report": ("Evaluations, samples, logs and checkpoints.", flags_of(TrainConfig, _REPORT, _METAVARS)),
 }

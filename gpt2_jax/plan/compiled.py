@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.errors import JaxRuntimeError
 from jax.sharding import Mesh
 
@@ -71,14 +72,18 @@ def describe_step(config: TrainConfig, mesh: Mesh) -> AbstractStep:
     rows = batch_rows(config, mesh)
     # Initialise with "auto", because this process's devices may not support the attention of the mesh's devices.
     model = make_model(replace(config, attention="auto"))
-    state = abstract_state(config, model, make_optimizer(config.optimizer, config.max_steps), mesh)
+    state = abstract_state(config, model, _optimizer(config), mesh)
     config = replace(config, attention=_attention(config, mesh))
     return AbstractStep(config, mesh, state, _batch(config, rows), model.clone(attention=config.attention))
 
 
+def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, config.max_steps, config.model.n_layer)
+
+
 def compile_step(step: AbstractStep) -> Program:
     """Compile the step as `gpt2 train` does."""
-    config, tx = step.config, make_optimizer(step.config.optimizer, step.config.max_steps)
+    config, tx = step.config, _optimizer(step.config)
     train_step: Any = make_train_step(
         step.model,
         tx,

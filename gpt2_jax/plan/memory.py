@@ -49,7 +49,7 @@ class Peak:
 def state_bytes(step: AbstractStep) -> StateBytes:
     """Sizes of the step's arguments on one device."""
     return StateBytes(
-        parameters=device_bytes(step.state.params),
+        parameters=device_bytes((step.state.params, step.state.frozen)),
         optimizer=device_bytes(step.state.opt_state),
         ema=device_bytes(step.state.ema_params),
         batch=device_bytes(step.batch),

@@ -11,12 +11,15 @@ from typing import Any, Literal, get_args
 from bridge import GPT2Config
 from bridge.errors import bullet_list, quoted
 from gpt2_jax.choices import Implementation, Remat, obstacle
+from gpt2_jax.lora.config import LoRAConfig
 from gpt2_jax.training.errors import TrainingError
-from gpt2_jax.training.validation import choice_problems, range_problems, type_problems
+from gpt2_jax.training.validation import choice_problems, pattern_problem, range_problems, type_problems
 
 TOKENIZER_OF_INIT_FROM = "init-from"
 """The value of `TrainConfig.tokenizer` for the tokenizer of the checkpoint in `init_from`, if it has one."""
 
+_LORA = "lora_"
+"""The prefix of the flags of `LoRAConfig`."""
 _MESH = re.compile(r"[\w=, -]{1,100}", re.ASCII)
 
 
@@ -49,6 +52,9 @@ class OptimizerConfig:
     LayerNorms."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this value, as torch does; None disables clipping."""
+    layer_decay: float = 1.0
+    """Multiply the learning rate of each layer by this factor relative to the layer above it (layer-wise learning rate
+    decay). The final norm and an untied head have the full rate, and the embeddings the lowest."""
     muon_learning_rate: float = 0.02
     """For muon: the highest learning rate of the layers' projections, under the same schedule."""
     muon_momentum: float = 0.95
@@ -67,6 +73,11 @@ class TrainConfig:
     """Sizes of the model. The tokenizer determines the vocabulary; with --init-from SRC, SRC determines all sizes."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The update rule."""
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(rank=0))
+    """The adapter, if one is trained."""
+    freeze: str | None = None
+    """A regular expression. Parameters are not trained if it matches their whole path in the Flax tree, or that of a
+    module that contains them: 'wte|wpe|h_[0-3]', 'h_.*/attn', '.*/bias'."""
 
     data: str = "stdlib"
     """A text file, a directory or glob of text, `stdlib` (Python's own); records: .jsonl, .json, .csv, .tsv, .parquet,
@@ -111,6 +122,8 @@ class TrainConfig:
 
     max_steps: int = 2000
     """The number of optimizer steps of the whole run."""
+    early_stopping: int | None = None
+    """End the run after this many evaluations in a row without a new lowest validation loss."""
     batch_size: int = 16
     """Sequences per optimizer step."""
     seq_len: int = 256
@@ -166,6 +179,11 @@ class TrainConfig:
         if problems := list(_problems(self)):
             raise TrainingError("the training configuration is invalid:\n" + bullet_list(problems))
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether some weights are frozen, by an adapter or by `freeze`."""
+        return self.lora.rank > 0 or self.freeze is not None
+
 
 PATH_FIELDS = frozenset({"data", "validation_data", "init_from", "base"})
 """Fields that are paths. They may differ between the machines of one run."""
@@ -176,6 +194,7 @@ CHANGEABLE_FIELDS = frozenset(
         "validation_data",
         "eval_every",
         "eval_batches",
+        "early_stopping",
         "sample_tokens",
         "sample_prompt",
         "log_every",
@@ -195,7 +214,8 @@ non-finite values, but not the computation itself."""
 def flat(config: TrainConfig) -> dict[str, Any]:
     """Return every field by the name of its flag, with nested fields at the top level."""
     values = dataclasses.asdict(config)
-    return {**values.pop("model"), **values.pop("optimizer"), **values}
+    lora = {_LORA + name: value for name, value in values.pop("lora").items()}
+    return {**values.pop("model"), **values.pop("optimizer"), **lora, **values}
 
 
 def from_flat(values: Mapping[str, Any]) -> TrainConfig:
@@ -210,17 +230,17 @@ def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     rest = {**values}
     model = GPT2Config(**{f.name: rest.pop(f.name) for f in dataclasses.fields(GPT2Config)})
     optimizer = OptimizerConfig(**{f.name: rest.pop(f.name) for f in dataclasses.fields(OptimizerConfig)})
-    return TrainConfig(model=model, optimizer=optimizer, **rest)
+    lora = LoRAConfig(**{f.name: rest.pop(_LORA + f.name) for f in dataclasses.fields(LoRAConfig)})
+    return TrainConfig(model=model, optimizer=optimizer, lora=lora, **rest)
 
 
 def _problems(config: TrainConfig) -> Iterator[str]:
-    parts = (config, config.optimizer)
-    if wrong := [problem for part in parts for problem in type_problems(part)]:
+    parts = (("", config), ("", config.optimizer), (_LORA, config.lora))
+    if wrong := [prefix + problem for prefix, part in parts for problem in type_problems(part)]:
         yield from wrong
         return  # comparing a non-number with a number would raise
-    for part in parts:
-        yield from choice_problems(part)
-        yield from range_problems(part)
+    for prefix, part in parts:
+        yield from (prefix + problem for problem in (*choice_problems(part), *range_problems(part)))
     yield from _combination_problems(config)
 
 
@@ -241,11 +261,24 @@ def _combination_problems(c: TrainConfig) -> Iterator[str]:
         yield f"tokenizer={c.tokenizer}: needs init_from, which is not given"
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
+    yield from _partial_problems(c)
     fields = ("text_field", "completion_field", "messages_field")
     kinds = [f for f in fields if getattr(c, f) or (f == "completion_field" and c.prompt_field)]
     if len(kinds) > 1:
         yield f"{', '.join(kinds)}: name the fields of one kind of records"
     yield from _attention_problems(c)
+
+
+def _partial_problems(c: TrainConfig) -> Iterator[str]:
+    """Yield why these weights cannot be trained alone."""
+    if c.lora.unknown_targets:
+        yield f"lora_targets={quoted(c.lora.targets)}: must name c_attn, attn.c_proj, c_fc or mlp.c_proj, or all-linear"
+    if c.lora.rank and c.freeze is not None:
+        yield f"freeze={quoted(c.freeze)}: has no effect with lora_rank, which freezes all weights"
+    if c.lora.rank and c.optimizer.optimizer == "muon":
+        yield "optimizer=muon: updates projections, which lora_rank freezes; use adamw"
+    if c.freeze is not None and (problem := pattern_problem(c.freeze)):
+        yield f"freeze={quoted(c.freeze)}: {problem}"
 
 
 def _attention_problems(c: TrainConfig) -> Iterator[str]:

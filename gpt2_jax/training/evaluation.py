@@ -18,6 +18,7 @@ from gpt2_jax.model import GPT2
 from gpt2_jax.training.batch_placement import microbatch_rows
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
+from gpt2_jax.training.partial import whole_params
 from gpt2_jax.training.state import TrainState, examples_of
 from gpt2_jax.training.step import EvalStep
 
@@ -50,7 +51,7 @@ def validation_loss(
     for batch in batches:
         check()
         jax.block_until_ready(sums[-2:-1])  # at most one batch ahead, to handle a signal promptly
-        sums.append(eval_step(weights(state), rows.put(batch)))
+        sums.append(eval_step(weights(state), rows.put(batch), state.frozen))
     count = sum(int(count) for _, count in sums)
     if not count:
         raise TrainingError(
@@ -91,8 +92,8 @@ def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prom
     """Return a sample of the model, drawn with the same seed at every evaluation."""
     assert data.tokenizer is not None  # there is a prompt
     new = generate(
-        model,
-        weights(state),
+        model.clone(lora=None),
+        whole_params(model, weights(state), state.frozen),
         jnp.asarray([prompt]),
         max_new_tokens=min(config.sample_tokens, config.model.n_positions - len(prompt)),
         temperature=SAMPLE_TEMPERATURE,
@@ -102,5 +103,5 @@ def sample(config: TrainConfig, model: GPT2, state: TrainState, data: Data, prom
 
 
 def weights(state: TrainState) -> Any:
-    """Return the weights that are evaluated, sampled from and exported."""
+    """Return the trained weights that are evaluated, sampled from and exported."""
     return state.params if state.ema_params is None else state.ema_params

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -16,6 +17,8 @@ from jax.sharding import Mesh
 from bridge import Checkpoint
 from bridge.errors import quoted
 from bridge.formats.trainers.run import CHECKPOINTS, steps
+from bridge.formats.trainers.run_base import BASE, base_digest, read_base
+from bridge.storage import manifest
 from gpt2_jax.console.terminal import Console
 from gpt2_jax.data import Batch, Data, training_batches
 from gpt2_jax.model import GPT2
@@ -27,6 +30,7 @@ from gpt2_jax.training.determinism import require_deterministic
 from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
 from gpt2_jax.training.evaluation import encoded_prompt, require_validation, sample, validation_loss
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gpt2_jax.training.partial import trained_fraction
 from gpt2_jax.training.preemption import Preempted, PreemptionHandler
 from gpt2_jax.training.run import directory
 from gpt2_jax.training.run.checkpointing import Checkpoints
@@ -34,7 +38,15 @@ from gpt2_jax.training.run.identity import description, has_run_json, run_argume
 from gpt2_jax.training.run.metrics import require_packages
 from gpt2_jax.training.run.outcome import Outcome, finish
 from gpt2_jax.training.run.report import Report
-from gpt2_jax.training.state import TrainState, abstract_state, examples_of, initial_state, make_model, require_finite
+from gpt2_jax.training.state import (
+    TrainState,
+    abstract_state,
+    examples_of,
+    frozen_params,
+    initial_state,
+    make_model,
+    require_finite,
+)
 from gpt2_jax.training.step import make_eval_step, make_train_step
 
 
@@ -68,6 +80,8 @@ def train(
     setup = Setup.of(config, data)  # first, so that an invalid configuration creates no run
     is_resumed, is_new = _prepare_directory(run, config, data, init_from, resume, accept_changes)
     about = description(config, data)
+    if config.is_partial:
+        about["base"] = broadcast_from_first(base_digest(run) if is_first() else None)
     console = console or Console(quiet=not is_first())
     say = partial(console.print, soft_wrap=True)
     with directory.locked(run) if is_first() else nullcontext(), preemption or PreemptionHandler() as preemption:
@@ -77,11 +91,12 @@ def train(
                     directory.require_created_by(run, config, data)
                 state = initial_state(config, setup.model, setup.tx, init_from, setup.mesh)
             else:
-                state = _restored_state(setup, run, checkpoints)
+                state = _restored_state(setup, run, checkpoints, about)
             if is_resumed and is_first():  # only after the stored state was found to fit the configuration
                 directory.write_description(run, config, data, init_from)
             schedule = learning_rate_schedule(config.optimizer, config.max_steps)
-            with Report(console, run, config, int(state.step), schedule, setup.mesh.size) as report:
+            trained = trained_fraction(state.params, state.frozen)
+            with Report(console, run, config, int(state.step), schedule, setup.mesh.size, trained) as report:
                 loop = Loop(setup, state, checkpoints, report, preemption)
                 loop.run()
         return finish(run, about, int(loop.state.step), None if loop.is_complete else preemption.received, say)
@@ -112,7 +127,7 @@ class Setup:
         if is_first():
             require_packages(config)
         prompt = encoded_prompt(config, data)
-        model, tx = make_model(config), make_optimizer(config.optimizer, config.max_steps)
+        model, tx = make_model(config), make_optimizer(config.optimizer, config.max_steps, config.model.n_layer)
         mesh = make_mesh(config.mesh)
         state = abstract_state(config, model, tx, mesh)
         return cls(config, data, model, tx, mesh, batch_rows(config, mesh), state, prompt)
@@ -133,6 +148,8 @@ def _prepare_directory(
             directory.require_unchanged(run, config, data)
     # Without a checkpoint, there is nothing to resume, so the tokenizer of the run may differ.
     is_new = broadcast_from_first(not (is_resumed and bool(steps(run))))
+    if is_new and config.is_partial:
+        directory.require_base(init_from)
     if is_first():
         directory.require_replaceable_export(run)
         if is_new:
@@ -142,13 +159,19 @@ def _prepare_directory(
     return is_resumed, is_new
 
 
-def _restored_state(setup: Setup, run: Path, checkpoints: Checkpoints) -> TrainState:
-    """Return the state of the newest valid checkpoint."""
+def _restored_state(setup: Setup, run: Path, checkpoints: Checkpoints, about: Mapping[str, Any]) -> TrainState:
+    """Return the state of the newest valid checkpoint. `about` has the digest of the run's base, if it has one."""
     newest = checkpoints.latest()
     if newest is None:
         raise TrainingError(f"none of the checkpoints in {quoted(run)} is valid; start again with another --out")
     directory.require_steps_left(run, setup.config, newest)
-    return checkpoints.restore(newest, setup.abstract_state)
+    state = checkpoints.restore(newest, setup.abstract_state._replace(frozen=None))
+    if not setup.config.is_partial:
+        return state
+    if manifest.about(run / CHECKPOINTS / str(newest)).get("base") != about["base"]:
+        raise TrainingError(f"{quoted(run / BASE)} is not the base of this run; restore it, or start again")
+    base = Checkpoint(setup.config.model, read_base(run, setup.config.model), "memory")
+    return state._replace(frozen=frozen_params(setup.config, setup.model, base, setup.mesh))
 
 
 class Loop:
@@ -168,6 +191,8 @@ class Loop:
         self.val_loss = None if checkpoints.newest is None else checkpoints.loss(checkpoints.newest)
         """The validation loss of `state`, if it was evaluated."""
         self.best = checkpoints.lowest_loss()
+        self.losses = report.validation_losses()
+        """The validation loss of every evaluation so far."""
         self.eval_step = preemption.interruptible(make_eval_step(setup.model), setup.mesh)
         train_step = make_train_step(
             setup.model,
@@ -193,6 +218,8 @@ class Loop:
         start, put = int(self.state.step), self.setup.rows.put
         self.preemption.check()
         self.initial_evaluation(start)
+        if self.stops_early:
+            return
         batches = self.batches(start)
         previous = None
         for step in range(start + 1, self.config.max_steps + 1):
@@ -203,6 +230,8 @@ class Loop:
             self.report.stepped(step, metrics)
             self.checkpoints.check()
             self.after_step(step)
+            if self.stops_early:
+                return
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         c = self.config
@@ -231,6 +260,7 @@ class Loop:
             if missed:
                 self.checkpoints.add_loss(start, loss)
                 self.val_loss, self.best = loss, min(loss, self.best)
+            self.losses.append(loss)
             self.report.write(start, {"val_loss": loss})
 
     def after_step(self, step: int) -> None:
@@ -248,6 +278,8 @@ class Loop:
                     with suppress(Preempted):
                         record["val_loss"] = self.val_loss = loss = self.validate()
                         saves, self.best = saves or loss < self.best, min(loss, self.best)
+                        self.losses.append(loss)
+                        saves = saves or self.stops_early
                 if logs or evaluates:  # before saving: a resumed run keeps the records up to its checkpoint
                     self.report.write(step, record)
                 if saves:
@@ -260,7 +292,14 @@ class Loop:
 
     @property
     def is_complete(self) -> bool:
-        return int(self.state.step) >= self.config.max_steps and self.val_loss is not None
+        at_end = self.stops_early or int(self.state.step) >= self.config.max_steps
+        return at_end and self.val_loss is not None
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the last `early_stopping` evaluations gave no new lowest loss."""
+        patience, losses = self.config.early_stopping, self.losses
+        return patience is not None and bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= patience
 
     def is_evaluated(self, step: int) -> bool:
         return step % self.config.eval_every == 0 or step == self.config.max_steps
@@ -273,4 +312,4 @@ class Loop:
         if int(self.state.step) > 0:  # at step 0, there is no update to check
             require_finite(self.state)
         self.report.flush()  # even after a system crash, no checkpoint may be newer than the log
-        self.checkpoints.save(self.state, self.val_loss)
+        self.checkpoints.save(self.state._replace(frozen=None), self.val_loss)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from bridge.conversion import STACK
 from bridge.parameter_table import DECAYS
+from gpt2_jax.lora.branch import A, B
 from gpt2_jax.training.config import OptimizerConfig
 
 # For Muon: the input and output axes of each projection, by the end of its path. All other axes (a leading layer axis,
@@ -23,15 +28,25 @@ MATRIX_AXES: Mapping[tuple[str, ...], MuonDimensionNumbers] = {
     ("mlp", "c_proj", "kernel"): MuonDimensionNumbers(reduction_axis=(-2,), output_axis=(-1,)),
 }
 
+_DECAYS = {**DECAYS, A: True, B: True}
+
 Params = Mapping[str, Any]
 
 
-def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, max_steps: int, n_layer: int | None = None) -> optax.GradientTransformation:
     """Return the optax transformation from clipped gradients to updates, for a run of `max_steps` steps.
 
     AdamW: Loshchilov and Hutter 2019. Muon: Jordan et al. 2024 (github.com/KellerJordan/Muon), for the layers'
     projections. Their updates are orthogonal matrices times sqrt(max(1, outputs / inputs)).
+
+    Args:
+        n_layer: the number of layers of the model, for `layer_decay` below 1.
     """
+    if config.layer_decay != 1.0:
+        if n_layer is None:
+            raise ValueError(f"layer_decay={config.layer_decay} needs n_layer, the number of layers of the model")
+        whole = make_optimizer(replace(config, layer_decay=1.0), max_steps)
+        return _then(whole, scale_by_layer(config.layer_decay, n_layer))
     schedule = learning_rate_schedule(config, max_steps)
     adamw = optax.adamw(
         schedule, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=decay_mask
@@ -46,6 +61,44 @@ def make_optimizer(config: OptimizerConfig, max_steps: int) -> optax.GradientTra
         optax.scale_by_learning_rate(lambda step: ratio * schedule(step)),
     )
     return optax.partition({"muon": muon, "adamw": adamw}, _labels)
+
+
+def scale_by_layer(decay: float, n_layer: int) -> optax.GradientTransformation:
+    """Return a transformation for layer-wise learning rate decay, to apply after the optimizer.
+
+    It multiplies the updates of the embeddings by decay^(L + 1), those of layer i by decay^(L - i), counted from 0, and
+    leaves those of the final norm and an untied head unchanged. Sources: Clark et al. 2020, "ELECTRA"; Bao et al. 2021,
+    "BEiT", whose code has these exponents.
+
+    >>> updates = {"wte": {"embedding": 1.0}, "h_0": {"ln_1": {"scale": 1.0}}, "ln_f": {"scale": 1.0}}
+    >>> scale_by_layer(0.5, n_layer=1).update(updates, optax.EmptyState())[0]
+    {'h_0': {'ln_1': {'scale': 0.5}}, 'ln_f': {'scale': 1.0}, 'wte': {'embedding': 0.25}}
+    """
+
+    def scaled(path: tuple[Any, ...], update: Any) -> Any:
+        top = path[0].key
+        if top in ("wte", "wpe"):
+            return update * decay ** (n_layer + 1)
+        if top == STACK:
+            factors = decay ** np.arange(n_layer, 0, -1.0)
+            return update * jnp.asarray(factors, update.dtype).reshape(-1, *[1] * (update.ndim - 1))
+        layer = re.fullmatch(rf"{STACK}_(\d+)", top)
+        return update * decay ** (n_layer - int(layer[1])) if layer else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+def _then(first: optax.GradientTransformation, scaling: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return `first` followed by a transformation without state, with the state of `first` alone.
+
+    The state of a run keeps its form, so that AdamW's state is found in it.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = first.update(updates, state, params)
+        return scaling.update(updates, optax.EmptyState(), params)[0], state
+
+    return optax.GradientTransformation(first.init, update)
 
 
 def learning_rate_schedule(config: OptimizerConfig, max_steps: int) -> Callable[[Any], Any]:
@@ -79,12 +132,12 @@ def clip_factor(norm: Float[Array, ""], max_norm: float | None) -> Float[Array, 
 def decay_mask(params: Params) -> Any:
     """Return a tree of booleans: True for parameters that weight decay applies to.
 
-    Projections and embeddings decay; biases and LayerNorms do not. This is the mask for `optax.adamw`. It depends on
-    the names of the parameters and not on their number of axes, because stacked layers give biases a second axis:
-    `mask = x.ndim > 1` would decay them.
+    Projections, embeddings and the factors of an adapter decay; biases and LayerNorms do not. This is the mask for
+    `optax.adamw`. It depends on the names of the parameters and not on their number of axes, because stacked layers
+    give biases a second axis: `mask = x.ndim > 1` would decay them.
 
     Args:
-        params: a Flax tree of this model, with layers stacked or not, or a tree of the same structure.
+        params: a Flax tree of this model or an adapter, with layers stacked or not, or a tree of the same structure.
 
     Raises:
         KeyError: a parameter is not one of GPT-2's.
@@ -100,7 +153,7 @@ def decay_mask(params: Params) -> Any:
         {'bias': False, 'kernel': True}
         >>> tx = optax.adamw(1e-3, weight_decay=0.1, mask=decay_mask)
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: DECAYS[path[-1].key], params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _DECAYS[path[-1].key], params)
 
 
 def _matrix_axes(path: tuple[Any, ...]) -> MuonDimensionNumbers | None:

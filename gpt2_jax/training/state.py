@@ -17,11 +17,16 @@ from bridge import Checkpoint
 from gpt2_jax.data import Data
 from gpt2_jax.data.batches import Examples
 from gpt2_jax.loading import sharded_params
+from gpt2_jax.lora.parameters import lora_init
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.attention import require_device
 from gpt2_jax.parallel.sharding import shardings
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
+from gpt2_jax.training.partial import freeze_params
+
+_LORA_STREAM = 2**31
+"""Folded into the seed's key for the adapter. Dropout folds in steps, which are below."""
 
 
 class TrainState(NamedTuple):
@@ -37,9 +42,12 @@ class TrainState(NamedTuple):
     """The exponential moving average of the parameters, if enabled."""
     skipped: Any = None
     """The number of steps whose update was discarded because the loss or gradient was not finite."""
+    frozen: Any = None
+    """The parameters that are not trained, if there are any. With an adapter, they are the whole model, and `params`
+    is the adapter. Checkpoints do not have them."""
 
 
-def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
+def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False, frozen: Any = None) -> TrainState:
     """Return the state before the first step, for `make_train_step`.
 
     Args:
@@ -47,9 +55,11 @@ def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False)
             training step donates its state, so do not use them afterwards.
         tx: the optimizer.
         ema: also keep an exponential moving average of the parameters.
+        frozen: the parameters that are not trained: the second part of `freeze_params`, or those of the model if
+            `params` is an adapter.
     """
     mean = jax.tree.map(jnp.copy, params) if ema else None  # copied: donated buffers must be distinct
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), mean, jnp.zeros((), jnp.int32))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), mean, jnp.zeros((), jnp.int32), frozen)
 
 
 def resolve_config(config: TrainConfig, data: Data, init_from: Checkpoint | None = None) -> TrainConfig:
@@ -90,6 +100,7 @@ def make_model(config: TrainConfig) -> GPT2:
         vocab_multiple=config.vocab_multiple,
         remat=config.remat,
         attention=config.attention,
+        lora=config.lora if config.lora.rank else None,
     )
 
 
@@ -106,7 +117,7 @@ def initial_state(
         params = sharded_params(
             init_from, mesh, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple
         )
-        init = partial(init_state, tx=tx, ema=config.ema_decay is not None)
+        init = partial(_state_of, config, model, tx)
         return jax.jit(init, out_shardings=placement, donate_argnums=0)(params)
     # This program runs once. On CPU, optimizing it takes longer than the faster program saves.
     options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
@@ -134,9 +145,27 @@ def random_state(
     model = model.clone(attention="xla")  # it accepts every sequence length, and weights do not depend on it
 
     def init(key: Any, ids: Any) -> TrainState:
-        return init_state(model.init(key, ids)["params"], tx, ema=config.ema_decay is not None)
+        return _state_of(config, model, tx, model.init(key, ids)["params"])
 
     return init
+
+
+def split_params(config: TrainConfig, model: GPT2, params: Any) -> tuple[Any, Any]:
+    """Return what is trained and what is frozen (None if nothing is). A new adapter is drawn from the seed."""
+    if config.lora.rank:
+        return lora_init(jax.random.fold_in(jax.random.key(config.seed), _LORA_STREAM), model), params
+    return (params, None) if config.freeze is None else freeze_params(params, config.freeze)
+
+
+def frozen_params(config: TrainConfig, model: GPT2, base: Checkpoint, mesh: Mesh) -> Any:
+    """Return the frozen part of the base's parameters, on the mesh."""
+    params = sharded_params(base, mesh, param_dtype=jnp.float32, scan=config.scan, vocab_multiple=config.vocab_multiple)
+    return params if config.lora.rank else split_params(config, model, params)[1]
+
+
+def _state_of(config: TrainConfig, model: GPT2, tx: optax.GradientTransformation, params: Any) -> TrainState:
+    trained, frozen = split_params(config, model, params)
+    return init_state(trained, tx, ema=config.ema_decay is not None, frozen=frozen)
 
 
 def _init_arguments(config: TrainConfig) -> tuple[Any, Any]:

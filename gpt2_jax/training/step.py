@@ -15,6 +15,7 @@ from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import constrain_tree
 from gpt2_jax.training.optimizer import clip_factor
+from gpt2_jax.training.partial import model_variables
 from gpt2_jax.training.state import TrainState
 
 Batch = Mapping[str, Any]
@@ -24,7 +25,7 @@ optionally `attention_mask`, `segment_ids` and `position_ids` [B, T], as in the 
 Metrics = dict[str, Array]
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[Any, Batch], tuple[Float[Array, ""], Int[Array, ""]]]
+EvalStep = Callable[[Any, Batch, Any], tuple[Float[Array, ""], Int[Array, ""]]]
 
 
 def make_train_step(
@@ -44,7 +45,8 @@ def make_train_step(
     the sharding of `gpt2_jax.parallel.sharding`.
 
     Args:
-        model: the model, whose loss is `gpt2_jax.loss.summed_loss`.
+        model: the model, whose loss is `gpt2_jax.loss.summed_loss`. If it has `lora` set, the state's `params` are the
+            adapter, and `frozen` are the parameters.
         tx: any optax transformation. Gradients are already clipped when it receives them.
         seed: the seed of dropout. Step s uses `fold_in(key(seed), s)`.
         num_microbatches: split the batch into this many parts, which run one after the other, to save memory. It must
@@ -75,14 +77,17 @@ def make_train_step(
         >>> int(state.step), sorted(metrics)
         (3, ['grad_norm', 'loss', 'skipped'])
     """
-    has_dropout = max(model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop) > 0.0
-
-    def total_loss(params: Any, batch: Batch, key: Array) -> Float[Array, ""]:
-        return summed_loss(model, params, batch, key if has_dropout else None)
+    rates = (model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop)
+    has_dropout = max(*rates, model.lora.dropout if model.lora else 0.0) > 0.0
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         # Loss and gradients, summed over the labels of all microbatches.
         key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def total_loss(trained: Any, batch: Batch, key: Array) -> Float[Array, ""]:
+            params, lora = model_variables(model, trained, state.frozen)
+            return summed_loss(model, params, batch, key if has_dropout else None, lora=lora)
+
         value_and_grad = jax.value_and_grad(total_loss)
         total, grads = _summed_over_microbatches(value_and_grad, state.params, batch, key, num_microbatches)
         grads = constrain_tree(grads)  # each device needs only the sums of its own shard
@@ -99,7 +104,7 @@ def make_train_step(
         if ema_decay is not None:
             mean = optax.incremental_update(params, mean, ema_step_size(ema_decay, state.step - state.skipped + 1))
 
-        after = TrainState(state.step + 1, params, opt_state, mean, state.skipped)
+        after = TrainState(state.step + 1, params, opt_state, mean, state.skipped, state.frozen)
         if skip_non_finite:
             after = _skipped_unless(jnp.isfinite(total) & jnp.isfinite(norm), after, state)
         return constrain_tree(after), {"loss": total / count, "grad_norm": norm, "skipped": after.skipped}
@@ -108,11 +113,15 @@ def make_train_step(
 
 
 def make_eval_step(model: GPT2) -> EvalStep:
-    """Return a compiled `eval_step(params, batch) -> (summed loss in nats, number of counted labels)`."""
+    """Return a compiled `eval_step(params, batch, frozen) -> (summed loss in nats, number of counted labels)`.
+
+    `params` and `frozen` are those of a `TrainState`; `frozen` is None if all parameters are trained.
+    """
 
     @jax.jit
-    def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
-        return summed_loss(model, params, batch), (batch["labels"] != IGNORE_INDEX).sum()
+    def eval_step(trained: Any, batch: Batch, frozen: Any = None) -> tuple[Array, Array]:
+        params, lora = model_variables(model, trained, frozen)
+        return summed_loss(model, params, batch, lora=lora), (batch["labels"] != IGNORE_INDEX).sum()
 
     return eval_step
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -52,6 +53,7 @@ RANGES: dict[str, Range] = {
     "seed": UINT32,
     "sample_tokens": NOT_NEGATIVE,
     "ema_decay": BETWEEN_0_AND_1,
+    "early_stopping": AT_LEAST_ONE,
     # OptimizerConfig
     "learning_rate": POSITIVE,
     "epsilon": POSITIVE,
@@ -64,10 +66,16 @@ RANGES: dict[str, Range] = {
     "beta2": DECAY_RATE,
     "muon_momentum": DECAY_RATE,
     "decay_fraction": FRACTION,
+    "layer_decay": FRACTION,
     "max_grad_norm": Range(POSITIVE.contains, "must be positive, or None"),
+    # LoRAConfig
+    "rank": NOT_NEGATIVE,
+    "alpha": POSITIVE,
+    "dropout": DECAY_RATE,
 }
 """The ranges of all numeric fields. None, where a field allows it, is always in range."""
 
+_LONGEST_PATTERN = 1000
 _STEP_COUNTS = frozenset({"max_steps", "eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps"})
 
 
@@ -104,6 +112,23 @@ def range_problems(part: Any) -> Iterator[str]:
 
 _type_hints = functools.cache(get_type_hints)
 """The hints of a class, which take a millisecond to evaluate."""
+
+
+def pattern_problem(pattern: str) -> str | None:
+    """Return why a regular expression is not accepted, or None.
+
+    A run.json may come from somebody else, and some expressions take exponential time. Accepted are alternatives of
+    characters, classes and at most three repetitions each, none of them of a group.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        return f"must have at most {_LONGEST_PATTERN} characters"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is not a regular expression: {error}"
+    if re.search(r"\)[*+?{]|\(\?", pattern) or any(len(re.findall("[*+{]", p)) > 3 for p in pattern.split("|")):
+        return "is too complex; use no repeated groups, and at most three of * + { between two |"
+    return None
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -12,6 +12,7 @@ from support.refusals import within_budget
 from support.training_runs import recipe
 
 from bridge import GPT2_SIZES, BridgeError, GPT2Config
+from gpt2_jax.lora import LoRAConfig
 from gpt2_jax.training import PRESETS, OptimizerConfig, TrainConfig, TrainingError
 from gpt2_jax.training.config import CHANGEABLE_FIELDS, flat, from_flat
 
@@ -74,14 +75,16 @@ def test_the_edges_of_the_ranges_are_allowed() -> None:
 
 
 def test_flags_have_unique_names() -> None:
-    """The fields of the three dataclasses become flags of one namespace. Only `optimizer` occurs twice."""
-    outer, model, optimizer = (
-        {f.name for f in dataclasses.fields(c)} for c in (TrainConfig, GPT2Config, OptimizerConfig)
+    """The fields of the four dataclasses become flags of one namespace. Only `optimizer` occurs twice."""
+    outer, model, optimizer, lora = (
+        {f.name for f in dataclasses.fields(c)} for c in (TrainConfig, GPT2Config, OptimizerConfig, LoRAConfig)
     )
+    lora = {f"lora_{name}" for name in lora}
+    assert not outer & lora
     assert not outer & model
     assert not model & optimizer
     assert outer & optimizer == {"optimizer"}
-    assert set(flat(TrainConfig())) == outer - {"model"} | model | optimizer
+    assert set(flat(TrainConfig())) == outer - {"model", "lora"} | model | optimizer | lora
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -18,7 +18,7 @@ def test_the_moving_average_is_evaluated(tmp_path: Path) -> None:
     state = loop.TrainState(jax.numpy.int32(1), "weights", None, "their mean")
     seen = []
 
-    def eval_step(params: Any, batch: Any) -> tuple[float, int]:
+    def eval_step(params: Any, batch: Any, frozen: Any) -> tuple[float, int]:
         seen.append(params)
         return 1.0, 2
 
@@ -31,14 +31,16 @@ def test_the_moving_average_is_evaluated(tmp_path: Path) -> None:
 def test_validation_data_without_a_label_is_an_error(tmp_path: Path) -> None:
     state = loop.TrainState(jax.numpy.int32(0), {}, {})
     with pytest.raises(TrainingError, match="nothing to predict"):
-        loop.validation_loss(lambda params, batch: (0.0, 0), RECIPE, data_for(RECIPE, tmp_path), state, make_mesh())
+        loop.validation_loss(
+            lambda params, batch, frozen: (0.0, 0), RECIPE, data_for(RECIPE, tmp_path), state, make_mesh()
+        )
 
 
 def test_an_evaluation_batch_has_the_rows_of_a_microbatch(tmp_path: Path) -> None:
     """A batch that is trained in 40 microbatches does not fit on a device at once. The windows stay the same."""
     seen = []
 
-    def eval_step(params: Any, batch: Any) -> tuple[float, int]:
+    def eval_step(params: Any, batch: Any, frozen: Any) -> tuple[float, int]:
         seen.append(batch["input_ids"])
         return 1.0, 1
 

@@ -1,8 +1,9 @@
 """A run directory of `gpt2 train`: `config.json`, the tokenizer, and numbered Orbax checkpoints.
 
 A run is read as its checkpoint with the lowest validation loss, or its newest if none was evaluated. A path
-`RUN/checkpoints/STEP` is read as that checkpoint. Every file is first verified against the manifest; in a run, damaged
-checkpoints are skipped with a warning. If the run keeps an exponential moving average (EMA) of the weights, the average
+`RUN/checkpoints/STEP` is read as that checkpoint. If the run trains an adapter or a part of the weights, they are
+merged into its base (`run_base.py`). Every file is first verified against the manifest; in a run, damaged checkpoints
+are skipped with a warning. If the run keeps an exponential moving average (EMA) of the weights, the average
 is read. Orbax stores arrays with tensorstore, which does not need JAX (`bridge.containers.ocdbt`).
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bridge.adapters.lora import LoRA
 from bridge.checkpoint import Checkpoint
 from bridge.config import GPT2Config, config_diagnostics, harmless_fields
 from bridge.containers.ocdbt import StoredArray, open_arrays
@@ -21,6 +23,7 @@ from bridge.conversion import STACK
 from bridge.errors import CheckpointError, bullet_list, quoted
 from bridge.formats.directory import CONFIG, read_config, read_json, tensors_of_tree
 from bridge.formats.format import Format
+from bridge.formats.trainers.run_base import BASE, adapter, is_partial, with_base
 from bridge.optimizer_state import AdamWState
 from bridge.storage import manifest
 from bridge.storage.tensors import LazyTensor, LazyTensorMap, first_rows
@@ -52,13 +55,20 @@ def read(path: Path) -> Checkpoint:
     else:
         run, step = path, path / CHECKPOINTS / str(best_valid_step(path, skipped.append))
     config, fields = read_config(run / CONFIG)
-    tensors = _canonical(_weights(step / "state"), config, step)
+    about, arrays = manifest.about(step), _weights(step / "state")
+    base = run / BASE if is_partial(about) else None
+    if base is None:
+        tensors = _canonical(arrays, config, step)
+    else:
+        tensors = with_base(run, about, _leaves(arrays, config), config)
     notes = (f"read from {CHECKPOINTS}/{step.name}", *skipped, *config_diagnostics(fields))
-    return Checkpoint(config, tensors, NAME, run, harmless_fields(fields), notes, source=step)
+    return Checkpoint(config, tensors, NAME, run, harmless_fields(fields), notes, source=step, base_source=base)
 
 
 def adamw_state(step: Path, config: GPT2Config) -> AdamWState | None:
-    """Return AdamW's state in a checkpoint of a run, or None if AdamW does not update every parameter, as with Muon.
+    """Return AdamW's state in a checkpoint of a run, or None if AdamW does not update every parameter.
+
+    Muon updates the projections itself, and a run may train a part of the weights alone.
 
     If the run keeps an average of the weights, the state belongs to the weights that are trained and not to the
     average.
@@ -69,6 +79,8 @@ def adamw_state(step: Path, config: GPT2Config) -> AdamWState | None:
 
     Raises `CheckpointError` or `ConversionError` for a damaged state.
     """
+    if is_partial(manifest.about(step)):
+        return None
     arrays = open_arrays(step / "state")
     moments = [_below(arrays, f"{_ADAMW}.{name}.") for name in ("mu", "nu")]
     count = arrays.get(f"{_ADAMW}.count")
@@ -78,6 +90,21 @@ def adamw_state(step: Path, config: GPT2Config) -> AdamWState | None:
         raise CheckpointError(f"{quoted(step)}: the step count of AdamW is not a number; use another checkpoint")
     exp_avg, exp_avg_sq = (_canonical(moment, config, step) for moment in moments)
     return AdamWState(int(count.read()), exp_avg, exp_avg_sq)
+
+
+def adapter_of(step: Path, config: GPT2Config) -> LoRA | None:
+    """Return the adapter in a checkpoint of a run, or None if the run trains none.
+
+    Args:
+        step: `Checkpoint.source` of the run.
+        config: the configuration of the model.
+
+    Raises `CheckpointError` or `ConversionError` for a damaged checkpoint.
+    """
+    about = manifest.about(step)
+    if not is_partial(about) or not about["config"].get("lora_rank"):
+        return None
+    return adapter(about, _leaves(_weights(step / "state"), config), config)
 
 
 def steps(run: Path) -> list[int]:
@@ -197,12 +224,16 @@ def _below(arrays: Mapping[str, StoredArray], prefix: str) -> dict[str, StoredAr
 
 
 def _canonical(arrays: Mapping[str, StoredArray], config: GPT2Config, step: Path) -> LazyTensorMap:
-    """Return a Flax tree as canonical tensors, without the padding of the vocabulary."""
-    entries = {
+    """Return a Flax tree as canonical tensors."""
+    return tensors_of_tree(_leaves(arrays, config), config, step)
+
+
+def _leaves(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, LazyTensor]:
+    """Return the leaves of a Flax tree with unstacked layers, without the padding of the vocabulary."""
+    return {
         name: _without_padding(entry, config) if name in ("wte/embedding", "lm_head/embedding") else entry
         for name, entry in _unstacked(arrays, config).items()
     }
-    return tensors_of_tree(entries, config, step)
 
 
 def _unstacked(arrays: Mapping[str, StoredArray], config: GPT2Config) -> dict[str, LazyTensor]:

@@ -29,6 +29,11 @@ RULES = (
     Rule(("min_learning_rate",), lambda v: v["schedule"] == "constant", "with --schedule constant"),
     Rule(("decay_steps",), lambda v: v["schedule"] != "cosine", "without --schedule cosine"),
     Rule(("decay_fraction",), lambda v: v["schedule"] != "wsd", "without --schedule wsd"),
+    Rule(
+        ("lora_alpha", "lora_targets", "lora_dropout", "lora_rslora"),
+        lambda v: not v["lora_rank"],
+        "without --lora-rank",
+    ),
     Rule(("sample_prompt",), lambda v: v["sample_tokens"] == 0, "with --sample-tokens 0"),
     Rule(("json", "tensorboard", "wandb"), lambda v: v["show_examples"] is not None, "with --show-examples"),
     OVERWRITE,

@@ -22,6 +22,7 @@ from bridge.formats.directory import (
     write_json,
 )
 from bridge.formats.trainers.run import CHECKPOINTS, RUN, first_valid, steps
+from bridge.formats.trainers.run_base import BASE, write_base
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import (
     Replaceable,
@@ -42,12 +43,12 @@ from gpt2_jax.training.run.metrics import METRICS, PLOT, TENSORBOARD, WANDB_ID
 if TYPE_CHECKING:
     from gpt2_jax.data import Data
 
-EXPORT, LOCK = "export", ".lock"
+EXPORT, ADAPTER, LOCK = "export", "adapter", ".lock"
 VISIBILITY_TIMEOUT = 90
 """Seconds. With default settings, NFS may cache for this long that a file does not exist."""
 _COMPANIONS = (*TOKENIZER_FILES, GENERATION_CONFIG)
 _FILES = (RUN, CONFIG, LOCK, METRICS, PLOT, WANDB_ID, *_COMPANIONS)
-_FOLDERS = (CHECKPOINTS, EXPORT, TENSORBOARD, CHAT_TEMPLATE_FOLDER)
+_FOLDERS = (CHECKPOINTS, EXPORT, ADAPTER, BASE, TENSORBOARD, CHAT_TEMPLATE_FOLDER)
 """The names of the files and directories that training writes into the directory of a run."""
 
 
@@ -57,7 +58,7 @@ def create(
     """Create the directory of a new run.
 
     The tokenizer files, the generation settings and the further fields of `config.json` are those of `init_from`, so
-    that the export has them unchanged.
+    that the export has them unchanged. A run that trains a part of the weights also has `init_from` as its base.
 
     With `resume`, restart a run that ended before its first checkpoint: its configuration and tokenizer are replaced,
     and no other file changes.
@@ -70,10 +71,16 @@ def create(
     if _is_vacant(run):
         with new_directory(run) as directory:
             _write_new(directory, config, data, init_from)
+            if config.is_partial:
+                with new_directory(directory / BASE) as base:
+                    write_base(base, require_base(init_from))
         return
     with locked(run):
         if steps(run):
             raise _run_exists_error(run)
+        if config.is_partial:
+            with new_directory(run / BASE, replaceable=manifest.recorded(run / BASE).__contains__) as base:
+                write_base(base, require_base(init_from))
         with TemporaryDirectory() as temporary:
             _write_new(Path(temporary), config, data, init_from)
             written = [path for path in Path(temporary).rglob("*") if path.is_file()]
@@ -131,21 +138,29 @@ def remove(run: Path) -> None:
 
 
 def require_replaceable_export(run: Path) -> None:
-    """Raise `CheckpointError` if the export of a run holds files that training did not write."""
-    if (run / EXPORT).exists():
-        require_replaceable(run / EXPORT, replaceable_export(run))
+    """Raise `CheckpointError` if the exports of a run hold files that training did not write."""
+    for name in (EXPORT, ADAPTER):
+        if (run / name).exists():
+            require_replaceable(run / name, replaceable_export(run, name))
 
 
-def replaceable_export(run: Path) -> Replaceable:
+def replaceable_export(run: Path, name: str = EXPORT) -> Replaceable:
     """Return which files an export of this run may replace: those in the manifest of the earlier export."""
-    return manifest.recorded(run / EXPORT).__contains__
+    return manifest.recorded(run / name).__contains__
+
+
+def require_base(init_from: Checkpoint | None) -> Checkpoint:
+    """Return the initial checkpoint. Raises `TrainingError` if a run that trains a part of the weights has none."""
+    if init_from is None:
+        raise TrainingError("an adapter (lora_rank) and frozen parameters (freeze) need a model; give it to init_from")
+    return init_from
 
 
 def _written_by_training(run: Path) -> set[str]:
     names = {*_FILES, *(f"{folder}/" for folder in _FOLDERS)}
     names |= {path.relative_to(run).as_posix() for path in (run / TENSORBOARD).glob("events.out.tfevents.*")}
     names |= {*chat_template_files(run)}
-    for folder in (EXPORT, *(f"{CHECKPOINTS}/{step}" for step in steps(run))):
+    for folder in (EXPORT, ADAPTER, BASE, *(f"{CHECKPOINTS}/{step}" for step in steps(run))):
         if recorded := manifest.recorded(run / folder):
             names |= {f"{folder}/", *(f"{folder}/{name}" for name in recorded)}
     return names

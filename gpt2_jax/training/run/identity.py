@@ -42,6 +42,14 @@ ADDED_LATER = {
     "completion_field": None,
     "messages_field": None,
     "skip_bad_records": False,
+    "layer_decay": 1.0,
+    "freeze": None,
+    "early_stopping": None,
+    "lora_rank": 0,
+    "lora_alpha": 16.0,
+    "lora_targets": "c_attn",
+    "lora_dropout": 0.0,
+    "lora_rslora": False,
 }
 """Fields that earlier runs of either version did not store, with the value that these runs used."""
 

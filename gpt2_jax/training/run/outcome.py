@@ -11,12 +11,13 @@ from typing import Any
 
 import bridge
 from bridge.errors import quoted
-from bridge.formats.trainers.run import CHECKPOINTS, best_valid_step, validation_loss
+from bridge.formats.peft import write_lora
+from bridge.formats.trainers.run import CHECKPOINTS, adapter_of, best_valid_step, validation_loss
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import new_directory
 from gpt2_jax.console.report_files import is_report
 from gpt2_jax.parallel.distributed import broadcast_from_first, is_first
-from gpt2_jax.training.run.directory import EXPORT, replaceable_export
+from gpt2_jax.training.run.directory import ADAPTER, EXPORT, replaceable_export
 from gpt2_jax.training.run.metrics import PLOT, plot_losses
 
 
@@ -35,10 +36,13 @@ class Outcome:
     """The signal that ended the run before its last step."""
     export: Path
     plot: Path
+    adapter: Path | None = None
+    """The trained adapter in PEFT's format; `export` has it merged."""
 
     def to_json(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        paths = {name: str(values[name]) for name in ("run", "export", "plot")}
+        paths: dict[str, str | None] = {name: str(values[name]) for name in ("run", "export", "plot")}
+        paths["adapter"] = None if self.adapter is None else str(self.adapter)
         return {**values, **paths, "stopped_by": self.stopped_by and self.stopped_by.name}
 
 
@@ -57,16 +61,22 @@ def finish(
         stopped_by: the signal that ended the run, if one did.
         say: called with a message about every damaged checkpoint that is skipped.
     """
-    best, loss = 0, None
+    best, loss, adapter = 0, None, None
     if is_first():
         best = best_valid_step(run, say)
         loss = validation_loss(run, best)
         with new_directory(run / EXPORT, replaceable=replaceable_export(run)) as export:
-            bridge.save(bridge.load(run / CHECKPOINTS / str(best)).with_biases(), export, format="huggingface")
+            checkpoint = bridge.load(run / CHECKPOINTS / str(best))
+            bridge.save(checkpoint.with_biases(), export, format="huggingface")
             manifest.commit(export, {**about, "step": best, "val_loss": loss})
+        adapter = adapter_of(run / CHECKPOINTS / str(best), checkpoint.config)
+        if adapter is not None:
+            with new_directory(run / ADAPTER, replaceable=replaceable_export(run, ADAPTER)) as folder:
+                write_lora(adapter, folder, about["config"]["init_from"])
+                manifest.commit(folder, {**about, "step": best, "val_loss": loss})
         if (run / PLOT).exists() and not is_report(run / PLOT):
             say(f"{quoted(run / PLOT)} was not drawn by this version of gpt2 train and is kept")
         else:
             plot_losses(run)
-    best, loss = broadcast_from_first((best, loss))
-    return Outcome(run, step, best, loss, stopped_by, run / EXPORT, run / PLOT)
+    best, loss, has_adapter = broadcast_from_first((best, loss, adapter is not None))
+    return Outcome(run, step, best, loss, stopped_by, run / EXPORT, run / PLOT, run / ADAPTER if has_adapter else None)

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gpt2_jax.console.terminal import Console
 from gpt2_jax.hardware import flops_per_token, peak_flops
-from gpt2_jax.parallel.distributed import is_first
+from gpt2_jax.parallel.distributed import broadcast_from_first, is_first
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import NonFiniteLoss
-from gpt2_jax.training.run.metrics import Metrics
+from gpt2_jax.training.run.metrics import Metrics, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 100
 """The run ends after this many consecutive steps without a finite loss and gradient: it will not recover."""
@@ -34,6 +34,7 @@ class Report:
         out: the console for printed lines.
         schedule: step -> learning rate.
         devices: the number of devices of the mesh, for the MFU.
+        trained: the fraction of the weights that are trained, for the MFU.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class Report:
         start_step: int,
         schedule: Callable[[int], Any],
         devices: int = 1,
+        trained: float = 1.0,
     ) -> None:
-        self._out, self._config, self._schedule = out, config, schedule
+        self._out, self._run, self._config, self._schedule = out, run, config, schedule
         self._metrics = Metrics(run, config, start_step) if is_first() else None
-        self._flops_per_step = flops_per_token(config.model, config.seq_len) * config.batch_size * config.seq_len
+        tokens_per_step = config.batch_size * config.seq_len
+        self._flops_per_step = flops_per_token(config.model, config.seq_len, trained) * tokens_per_step
         peak, source = peak_flops(config.dtype)
         self._peak = devices * peak
         each = f" on each of {devices} devices" if devices > 1 else ""
@@ -124,6 +127,11 @@ class Report:
             self._metrics.write(step, values)
         if values.get("val_loss") is not None:
             self.say(f"step {step:>6}  validation loss {values['val_loss']:.4f}  {self._status}")
+
+    def validation_losses(self) -> list[float]:
+        """Return the validation losses of the run so far, in order."""
+        records = read_metrics(self._run) if is_first() else []
+        return broadcast_from_first([record["val_loss"] for record in records if "val_loss" in record])
 
     def flush(self) -> None:
         """Wait until all logged records are on the disk."""
