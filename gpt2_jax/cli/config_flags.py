@@ -47,6 +47,7 @@ _METAVARS = {
     **dict.fromkeys(_RECORDS[:4], "NAME"),
     "mesh": "AXIS=N,...",
     "freeze": "REGEX",
+    "validation_data": "[NAME=]PATH",
 }
 
 

@@ -20,6 +20,7 @@ from gpt2_jax.data import Data, RecordOptions, open_data, training_batches
 from gpt2_jax.data.special_tokens import policy_of
 from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, leave
 from gpt2_jax.training import NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
+from gpt2_jax.training.config import validation_sets
 from gpt2_jax.training.errors import is_out_of_memory
 from gpt2_jax.training.preemption import PreemptionHandler
 from gpt2_jax.training.run.directory import require_available
@@ -47,7 +48,7 @@ def train_and_report(
     With several processes, only the first one writes the report. If a signal stopped the run, this function ends the
     process.
     """
-    inputs = (config.data, config.validation_data, config.init_from, config.base)
+    inputs = (config.data, *validation_sets(config.validation_data).values(), config.init_from, config.base)
     write_json = json_writer(json if is_first() else None, overwrite, inputs)
     try:
         outcome = run_training(config, out, default=default, resume=resume, accept_changes=accept_changes, cache=cache)
@@ -173,7 +174,7 @@ def _open_data(config: TrainConfig, tokenizer: Any, source: Checkpoint | None, c
             tokenizer=tokenizer,
             special_tokens=policy_of(config.special_tokens),
             vocab_size=config.model.vocab_size if source is None else source.config.vocab_size,
-            validation=config.validation_data,
+            validation=validation_sets(config.validation_data),
             validation_fraction=config.validation_fraction,
             records=RecordOptions(
                 text_field=config.text_field,

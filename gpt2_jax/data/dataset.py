@@ -38,6 +38,8 @@ class Data:
     """None for token files without a given tokenizer."""
     description: str
     """One line to print."""
+    validation_sets: Mapping[str, TokenStream] = field(default_factory=dict)
+    """The named validation sets, in order, if they have names. The first one is `validation`."""
 
     @property
     def usual_examples(self) -> Examples:
@@ -57,7 +59,7 @@ def open_data(
     tokenizer: Tokenizer | str | None = None,
     special_tokens: SpecialTokenPolicy = "match",
     vocab_size: int | None = None,
-    validation: str | Path | None = None,
+    validation: str | Path | Mapping[str, str] | None = None,
     validation_fraction: float = 0.1,
     records: RecordOptions = RecordOptions(),  # noqa: B008 - frozen
     cache: str | Path | None = None,
@@ -78,7 +80,7 @@ def open_data(
         validation: another source for validation. The default is the token files with val in their names, if there are
             others too, and the split for validation of records; otherwise, the last `validation_fraction` of the
             tokens. That split is at a document boundary if one is near, and always between records with a completion;
-            a single text file is split as in nanoGPT.
+            a single text file is split as in nanoGPT. Several sources are a mapping from their names.
         records: how records are read.
         cache: a directory for encoded text; default `cache_directory()`.
 
@@ -86,7 +88,8 @@ def open_data(
     """
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
-    found = [_locate(s, records) for s in (source, validation) if s is not None]
+    sets = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
+    found = [_locate(s, records) for s in (source, *sets.values())]
     if records.is_given and not any(isinstance(f, RecordSource) for f in found):
         raise DataError(
             f"{quoted(source)} does not hold records, so names of fields (--text-field, --prompt-field, "
@@ -104,13 +107,15 @@ def open_data(
     opened = [_open(f, encoded, limit, progress) for f in found]
 
     train, held_out = opened[0].train, opened[0].validation
-    if validation is not None:
-        held_out = opened[1].validation or opened[1].train
+    streams = {name: o.validation or o.train for name, o in zip(sets, opened[1:], strict=True)}
+    if streams:
+        held_out = next(iter(streams.values()))
     elif held_out is None and validation_fraction:
         train, held_out = split(train, validation_fraction)
     skipped, left_out = sum(o.skipped for o in opened), sum((Counter(o.left_out) for o in opened), Counter[str]())
     description = _description(str(source), train, held_out, chosen)
-    return Data(train, held_out, chosen, ", ".join([description, *_exclusions(skipped, left_out)]))
+    named = {name: stream for name, stream in streams.items() if name}
+    return Data(train, held_out, chosen, ", ".join([description, *_exclusions(skipped, left_out)]), named)
 
 
 def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ TOKENIZER_OF_INIT_FROM = "init-from"
 
 _LORA = "lora_"
 """The prefix of the flags of `LoRAConfig`."""
+_NAMED = re.compile(r"(?P<name>[A-Za-z][\w.-]{0,39})=(?P<path>.+)", re.ASCII | re.DOTALL)
 _MESH = re.compile(r"[\w=, -]{1,100}", re.ASCII)
 
 
@@ -83,8 +84,9 @@ class TrainConfig:
     """A text file, a directory or glob of text, `stdlib` (Python's own); records: .jsonl, .json, .csv, .tsv, .parquet,
     or a directory that `datasets` saved; or token files: nanoGPT's .bin, llm.c's shards, .npy. Text and records may be
     compressed: .gz, .xz, .zst."""
-    validation_data: str | None = None
-    """The validation text or tokens, if they are not part of --data."""
+    validation_data: tuple[str, ...] = ()
+    """The validation text or tokens, if they are not part of --data: one path, or several sets as NAME=PATH. The first
+    one decides which checkpoint is best; metrics.jsonl has the loss of each."""
     validation_fraction: float = 0.1
     """The fraction of --data, at its end, that is used for validation."""
     tokenizer: str = "bpe"
@@ -228,10 +230,21 @@ def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     if problems:
         raise TrainingError("the configuration has other fields than this version:\n" + bullet_list(problems))
     rest = {**values}
+    if isinstance(sets := rest["validation_data"], list):
+        rest["validation_data"] = tuple(sets)
     model = GPT2Config(**{f.name: rest.pop(f.name) for f in dataclasses.fields(GPT2Config)})
     optimizer = OptimizerConfig(**{f.name: rest.pop(f.name) for f in dataclasses.fields(OptimizerConfig)})
     lora = LoRAConfig(**{f.name: rest.pop(_LORA + f.name) for f in dataclasses.fields(LoRAConfig)})
     return TrainConfig(model=model, optimizer=optimizer, lora=lora, **rest)
+
+
+def validation_sets(entries: Sequence[str]) -> dict[str, str]:
+    """Return the path of each validation set by its name, in order. A single set may have no name, which is ""."""
+    named = {}
+    for entry in entries:
+        match = _NAMED.fullmatch(entry)
+        named[match["name"] if match else ""] = match["path"] if match else entry
+    return named
 
 
 def _problems(config: TrainConfig) -> Iterator[str]:
@@ -262,6 +275,9 @@ def _combination_problems(c: TrainConfig) -> Iterator[str]:
     if o.decay_steps is not None and o.decay_steps <= o.warmup_steps:
         yield f"decay_steps={o.decay_steps}: must be above warmup_steps={o.warmup_steps}"
     yield from _partial_problems(c)
+    sets = validation_sets(c.validation_data)
+    if len(sets) < len(c.validation_data) or ("" in sets and len(sets) > 1):
+        yield f"validation_data={quoted(list(c.validation_data))}: several sets need different names, as NAME=PATH"
     fields = ("text_field", "completion_field", "messages_field")
     kinds = [f for f in fields if getattr(c, f) or (f == "completion_field" and c.prompt_field)]
     if len(kinds) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -257,11 +257,12 @@ class Loop:
                         f"{error}; remove {CHECKPOINTS}/{start} to continue from an earlier checkpoint"
                     ) from error
                 raise
+            sets = self.validate_sets(loss)
             if missed:
                 self.checkpoints.add_loss(start, loss)
                 self.val_loss, self.best = loss, min(loss, self.best)
             self.losses.append(loss)
-            self.report.write(start, {"val_loss": loss})
+            self.report.write(start, {"val_loss": loss, **sets})
 
     def after_step(self, step: int) -> None:
         """Log, evaluate, save and sample if due after `step`.
@@ -280,6 +281,7 @@ class Loop:
                         saves, self.best = saves or loss < self.best, min(loss, self.best)
                         self.losses.append(loss)
                         saves = saves or self.stops_early
+                        record.update(self.validate_sets(loss))
                 if logs or evaluates:  # before saving: a resumed run keeps the records up to its checkpoint
                     self.report.write(step, record)
                 if saves:
@@ -305,8 +307,20 @@ class Loop:
         return step % self.config.eval_every == 0 or step == self.config.max_steps
 
     def validate(self) -> float:
-        setup = self.setup
-        return validation_loss(self.eval_step, self.config, setup.data, self.state, setup.mesh, self.preemption.check)
+        return self._validation_loss(self.setup.data)
+
+    def validate_sets(self, first_loss: float) -> dict[str, float | None]:
+        """Return the loss of each named validation set, given that of the first one."""
+        data = self.setup.data
+        losses: dict[str, float | None] = {}
+        for name, stream in data.validation_sets.items():
+            is_first_set = stream is data.validation
+            loss = first_loss if is_first_set else self._validation_loss(replace(data, validation=stream))
+            losses[f"val_loss/{name}"] = loss
+        return losses
+
+    def _validation_loss(self, data: Data) -> float:
+        return validation_loss(self.eval_step, self.config, data, self.state, self.setup.mesh, self.preemption.check)
 
     def save(self) -> None:
         if int(self.state.step) > 0:  # at step 0, there is no update to check

@@ -88,7 +88,7 @@ def type_problems(part: Any) -> Iterator[str]:
         value, allowed = getattr(part, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if not any(_has_type(value, one) for one in allowed):
             yield f"{name}={_shown(value)}: must be {' or '.join(_TYPE_NAMES.get(one, 'text') for one in allowed)}"
-        elif isinstance(value, str) and "\0" in value:
+        elif any("\0" in text for text in _texts(value)):
             yield f"{name}={_shown(value)}: must not have a NUL character"
 
 
@@ -134,6 +134,8 @@ def pattern_problem(pattern: str) -> str | None:
 def _has_type(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return isinstance(value, str)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if type(value) is int and hint in (int, float):
         return -(2**63) <= value < 2**63
     if dataclasses.is_dataclass(hint):
@@ -141,8 +143,14 @@ def _has_type(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    return value if isinstance(value, tuple) else (value,) if isinstance(value, str) else ()
+
+
 def _shown(value: Any) -> str:
     """Format a value for a message: text quoted and truncated, a list or an object as its type."""
+    if isinstance(value, tuple):
+        return quoted([*value])
     if isinstance(value, list | dict):
         return type(value).__name__
     return quoted(value) if isinstance(value, str) else quoted(value)[1:-1]

@@ -125,7 +125,7 @@ def test_every_stored_value_is_accepted_or_raises_an_error_of_this_project(name:
                 assert name in message
                 assert message.replace("\n", "").isprintable() and len(message) < 1000
             else:
-                assert type(value) is type(flat(config)[name])
+                assert type(value) is type(json.loads(json.dumps(flat(config)[name])))
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,17 @@ def test_its_configuration_has_the_new_names(old: Path) -> None:
     assert config["num_microbatches"] == written["config"]["accumulate"] == 2
     assert config["max_grad_norm"] == written["config"]["clip_norm"] == 0.5
     same = config.keys() & written["config"].keys()
-    assert len(same) == len(config) - 4 - 3 - 5  # 4 were renamed; 3 and those for records were added
-    assert {name: config[name] for name in same} == {name: written["config"][name] for name in same}
+    # 4 were renamed; 3, those for records, those for adapters and 3 for other methods of fine-tuning were added
+    assert len(same) == len(config) - 4 - 3 - 5 - 5 - 3
+    assert written["config"]["validation_data"] is None
+    expected = {name: written["config"][name] for name in same} | {"validation_data": ()}
+    assert {name: config[name] for name in same} == expected
+
+
+@pytest.mark.parametrize(("stored", "sets"), [(None, ()), ("val.txt", ("val.txt",)), (["a=b"], ("a=b",))])
+def test_one_validation_set_becomes_a_list(old: Path, stored: Any, sets: tuple[str, ...]) -> None:
+    change_config(old, validation_data=stored)
+    assert stored_identity(old).config.validation_data == sets
 
 
 @pytest.mark.parametrize(("before", "now"), [("plain", "xla"), ("blocks", "blockwise"), ("auto", "auto")])

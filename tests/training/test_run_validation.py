@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from support.training_runs import RECIPE, data_for, recipe
+from rich.console import Console
+from support.training_runs import RECIPE, data_for, recipe, records, write_text
 
+from gpt2_jax.data import open_data
 from gpt2_jax.parallel.sharding import make_mesh
-from gpt2_jax.training import TrainingError, loop
+from gpt2_jax.training import TrainingError, loop, resolve_config, train
+from gpt2_jax.training.config import validation_sets
 
 
 def test_the_moving_average_is_evaluated(tmp_path: Path) -> None:
@@ -49,3 +53,43 @@ def test_an_evaluation_batch_has_the_rows_of_a_microbatch(tmp_path: Path) -> Non
         loop.validation_loss(eval_step, recipe(num_microbatches=num_microbatches), data, state, make_mesh())
     assert [len(ids) for ids in seen] == [4, 4, 2, 2, 2, 2]
     np.testing.assert_array_equal(np.concatenate(seen[:2]), np.concatenate(seen[2:]))
+
+
+# Several sets
+
+
+def test_each_set_is_evaluated_and_the_first_decides(
+    tmp_path: Path, quick_compilation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_text(tmp_path)
+    paths = {name: str(tmp_path / f"{name}.txt") for name in ("words", "digits")}
+    Path(paths["words"]).write_text("other words and more of them, " * 40)
+    Path(paths["digits"]).write_text("31415926535897932384626433832795 " * 50)
+    data = open_data(text, tokenizer="bytes", validation=paths, cache=tmp_path / "cache")
+    assert data.validation is data.validation_sets["words"]
+    assert (len(data.validation_sets["words"]), len(data.validation_sets["digits"])) == (30 * 40, 33 * 50)
+    monkeypatch.setattr(
+        loop,
+        "validation_loss",
+        lambda eval_step, config, data, state, mesh, check: len(data.validation) / 10 - int(state.step),
+    )
+    config, said = recipe(max_steps=2, eval_every=2), io.StringIO()
+    outcome = train(resolve_config(config, data), tmp_path / "run", data, console=Console(file=said, width=200))
+    losses = [{name: r[name] for name in r if "val" in name} for r in records(tmp_path / "run")]
+    assert losses == [
+        {"val_loss": 120.0, "val_loss/words": 120.0, "val_loss/digits": 165.0},
+        {"val_loss": 118.0, "val_loss/words": 118.0, "val_loss/digits": 163.0},
+    ]
+    assert outcome.best_val_loss == 118.0
+    assert "validation loss 118.0000 (words 118.0000, digits 163.0000)" in said.getvalue()
+
+
+def test_sets_are_named_in_the_configuration() -> None:
+    assert validation_sets(()) == {}
+    assert validation_sets(("text.txt",)) == {"": "text.txt"}
+    assert validation_sets(("dir/a=b.txt",)) == {"": "dir/a=b.txt"}
+    assert validation_sets(("news=a.txt", "code=b=c.txt")) == {"news": "a.txt", "code": "b=c.txt"}
+    assert recipe(validation_data=["news=a.txt"]).validation_data == ("news=a.txt",)
+    for sets in (["a.txt", "b.txt"], ["news=a.txt", "b.txt"], ["news=a.txt", "news=b.txt"]):
+        with pytest.raises(TrainingError, match="several sets need different names, as NAME=PATH"):
+            recipe(validation_data=sets)

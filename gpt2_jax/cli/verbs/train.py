@@ -15,12 +15,12 @@ from gpt2_jax.cli.arguments import JsonFile
 from gpt2_jax.cli.config_flags import ConfigFlags, config_flags, values_of
 from gpt2_jax.cli.effect import OVERWRITE, Rule, require_effect
 from gpt2_jax.console.process import enable_compilation_cache, restart_with_huge_pages
-from gpt2_jax.training.config import TrainConfig, flat, from_flat
+from gpt2_jax.training.config import TrainConfig, flat, from_flat, validation_sets
 from gpt2_jax.training.determinism import make_deterministic
 
 RULES = (
     Rule(("accept_changes",), lambda v: not v["resume"], "without --resume"),
-    Rule(("validation_fraction",), lambda v: v["validation_data"] is not None, "with --validation-data"),
+    Rule(("validation_fraction",), lambda v: v["validation_data"], "with --validation-data"),
     Rule(
         ("muon_learning_rate", "muon_momentum", "muon_weight_decay"),
         lambda v: v["optimizer"] != "muon",
@@ -137,7 +137,8 @@ def _check_flags(
     """Raise `BridgeError` for flags that have no effect together, and for a cache that is an input."""
     usual = {**defaults, **dict.fromkeys(("resume", "accept_changes", "overwrite"), False), "json": None}
     require_effect({**values, **options}, usual, RULES)
-    _require_cache(cache, (values["data"], values["validation_data"], values["init_from"], values["base"]))
+    inputs = (*_data_of(values), values["init_from"], values["base"])
+    _require_cache(cache, inputs)
     _require_effect_on_tokens(values, usual, cache)
 
 
@@ -157,12 +158,16 @@ def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
         raise BridgeError(f"--cache {quoted(cache)} is a file, or an input of this command; give another directory")
 
 
+def _data_of(values: Mapping[str, Any]) -> list[str]:
+    """Return the sources of training and validation data."""
+    return [values["data"], *validation_sets(values["validation_data"]).values()]
+
+
 def _require_effect_on_tokens(values: Mapping[str, Any], defaults: Mapping[str, Any], cache: Path | None) -> None:
     """Raise `BridgeError` for flags that have no effect on token files."""
     from gpt2_jax.data.token_stream import has_validation_files, is_token_source  # not at the top: it imports jaxtyping
 
-    sources = [source for source in (values["data"], values["validation_data"]) if source is not None]
-    if not all(map(is_token_source, sources)):
+    if not all(map(is_token_source, _data_of(values))):
         return
     problems = []
     if cache is not None:

@@ -139,10 +139,18 @@ def stored_identity(run: Path) -> Identity:
         if written == 1 and isinstance(config, dict):
             config = migrated(config)
         if isinstance(config, dict):
-            config = {**ADDED_LATER, **config}
+            config = _with_validation_sets({**ADDED_LATER, **config})
         return Identity(from_flat(config), data, tokenizer)
     except BridgeError as error:
         raise TrainingError(f"{quoted(path)}: {error}") from error
+
+
+def _with_validation_sets(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with a list of validation sets. Earlier runs stored one path or null."""
+    one = config.get("validation_data", ())
+    if one is None or isinstance(one, str):
+        config["validation_data"] = [] if one is None else [one]
+    return config
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:

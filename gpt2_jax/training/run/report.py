@@ -126,7 +126,9 @@ class Report:
         if self._metrics is not None:
             self._metrics.write(step, values)
         if values.get("val_loss") is not None:
-            self.say(f"step {step:>6}  validation loss {values['val_loss']:.4f}  {self._status}")
+            sets = {name.partition("/")[2]: loss for name, loss in values.items() if name.startswith("val_loss/")}
+            each = f" ({', '.join(f'{name} {loss:.4f}' for name, loss in sets.items())})" if sets else ""
+            self.say(f"step {step:>6}  validation loss {values['val_loss']:.4f}{each}  {self._status}")
 
     def validation_losses(self) -> list[float]:
         """Return the validation losses of the run so far, in order."""
