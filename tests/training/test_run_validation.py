@@ -67,21 +67,24 @@ def test_each_set_is_evaluated_and_the_first_decides(
     Path(paths["digits"]).write_text("31415926535897932384626433832795 " * 50)
     data = open_data(text, tokenizer="bytes", validation=paths, cache=tmp_path / "cache")
     assert data.validation is data.validation_sets["words"]
-    assert (len(data.validation_sets["words"]), len(data.validation_sets["digits"])) == (30 * 40, 33 * 50)
+    assert (len(data.validation_sets["words"]), len(data.validation_sets["digits"])) == (
+        1201,
+        1651,
+    )  # with the end of the text
     monkeypatch.setattr(
         loop,
         "validation_loss",
-        lambda eval_step, config, data, state, mesh, check: len(data.validation) / 10 - int(state.step),
+        lambda eval_step, config, data, state, mesh, check: float(len(data.validation) - int(state.step)),
     )
     config, said = recipe(max_steps=2, eval_every=2), io.StringIO()
     outcome = train(resolve_config(config, data), tmp_path / "run", data, console=Console(file=said, width=200))
     losses = [{name: r[name] for name in r if "val" in name} for r in records(tmp_path / "run")]
     assert losses == [
-        {"val_loss": 120.0, "val_loss/words": 120.0, "val_loss/digits": 165.0},
-        {"val_loss": 118.0, "val_loss/words": 118.0, "val_loss/digits": 163.0},
+        {"val_loss": 1201.0, "val_loss/words": 1201.0, "val_loss/digits": 1651.0},
+        {"val_loss": 1199.0, "val_loss/words": 1199.0, "val_loss/digits": 1649.0},
     ]
-    assert outcome.best_val_loss == 118.0
-    assert "validation loss 118.0000 (words 118.0000, digits 163.0000)" in said.getvalue()
+    assert outcome.best_val_loss == 1199.0
+    assert "validation loss 1199.0000 (words 1199.0000, digits 1649.0000)" in said.getvalue()
 
 
 def test_sets_are_named_in_the_configuration() -> None:
