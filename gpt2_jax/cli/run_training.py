@@ -126,6 +126,8 @@ def run_training(
     )
     best = "" if outcome.best_val_loss is None else f", validation loss {outcome.best_val_loss:.4f}"
     say(f"exported the best step, {outcome.best_step}{best}: {outcome.export}", soft_wrap=True)
+    if outcome.adapter is not None:
+        say(f"the adapter alone, for PEFT: {outcome.adapter}", soft_wrap=True)
     say(f"losses: {out / 'metrics.jsonl'}, {outcome.plot}", soft_wrap=True)
     if outcome.stopped_by is not None:
         say(f"stopped by {outcome.stopped_by.name} and saved at step {outcome.step}; continue with --resume")

@@ -22,14 +22,17 @@ class StateBytes:
     """Bytes on each device between steps."""
 
     parameters: int
+    """Those that are trained: all weights, those that are not frozen, or the adapter."""
     optimizer: int
     ema: int
     """The exponential moving average of the parameters; 0 without one."""
     batch: int
+    frozen: int = 0
+    """The parameters that are not trained."""
 
     @property
     def total(self) -> int:
-        return self.parameters + self.optimizer + self.ema + self.batch
+        return self.parameters + self.optimizer + self.ema + self.batch + self.frozen
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ class Peak:
 def state_bytes(step: AbstractStep) -> StateBytes:
     """Sizes of the step's arguments on one device."""
     return StateBytes(
-        parameters=device_bytes((step.state.params, step.state.frozen)),
+        parameters=device_bytes(step.state.params),
         optimizer=device_bytes(step.state.opt_state),
         ema=device_bytes(step.state.ema_params),
         batch=device_bytes(step.batch),
+        frozen=device_bytes(step.state.frozen),
     )
 
 

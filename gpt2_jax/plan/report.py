@@ -101,6 +101,7 @@ def _memory_table(plan: Plan) -> Table:
     program, state = plan.program, plan.state
     rows: list[tuple[str, int | None]] = [
         ("parameters", state.parameters),
+        ("frozen parameters", state.frozen or None),
         ("optimizer state", state.optimizer),
         ("moving average of parameters", state.ema or None),
         ("batch", state.batch),

@@ -83,7 +83,7 @@ def roofline(
     chip: TpuChip,
 ) -> Roofline:
     """The roofline of a step with this much communication."""
-    flops, recomputed_flops = step_flops(config, mesh)
+    flops, recomputed_flops = step_flops(config, mesh, state.parameters / (state.parameters + state.frozen))
     hbm = hbm_bytes(config, mesh, state)
     return Roofline(
         flops=flops,
@@ -98,17 +98,17 @@ def roofline(
     )
 
 
-def step_flops(config: TrainConfig, mesh: Mapping[str, int]) -> tuple[float, float]:
+def step_flops(config: TrainConfig, mesh: Mapping[str, int], trained: float = 1.0) -> tuple[float, float]:
     """FLOPs of one device and step: those of the model, and those that remat repeats.
 
     `full` repeats the forward pass of each layer. `dots` repeats norms and activation functions, whose FLOPs are not
-    counted.
+    counted. `trained` is the fraction of the weights that have gradients.
     """
     devices = mesh["data"] * mesh["fsdp"] * mesh["tensor"]
     tokens = config.batch_size * config.seq_len / devices
     c = config.model
     forward = 2 * layer_parameters(config) + 4 * c.n_layer * c.n_embd * config.seq_len
-    return tokens * flops_per_token(c, config.seq_len), tokens * forward if config.remat == "full" else 0.0
+    return tokens * flops_per_token(c, config.seq_len, trained), tokens * forward if config.remat == "full" else 0.0
 
 
 def hbm_bytes(config: TrainConfig, mesh: Mapping[str, int], state: StateBytes) -> float:

@@ -103,10 +103,11 @@ def state_bytes_on(config: TrainConfig, state: TrainState, mesh: Mapping[str, in
     placed = jax.tree.map(place, state, shardings(state, _abstract(mesh)))
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
     return StateBytes(
-        parameters=device_bytes((placed.params, placed.frozen)),
+        parameters=device_bytes(placed.params),
         optimizer=device_bytes(placed.opt_state),
         ema=device_bytes(placed.ema_params),
         batch=2 * FLOAT32_BYTES * rows * config.seq_len,  # ids and labels in int32, which is as wide as float32
+        frozen=device_bytes(placed.frozen),
     )
 
 

@@ -30,7 +30,7 @@ from gpt2_jax.training.determinism import require_deterministic
 from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
 from gpt2_jax.training.evaluation import encoded_prompt, require_validation, sample, validation_loss
 from gpt2_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from gpt2_jax.training.partial import trained_fraction
+from gpt2_jax.training.partial import num_values, trained_fraction
 from gpt2_jax.training.preemption import Preempted, PreemptionHandler
 from gpt2_jax.training.run import directory
 from gpt2_jax.training.run.checkpointing import Checkpoints
@@ -96,6 +96,8 @@ def train(
                 directory.write_description(run, config, data, init_from)
             schedule = learning_rate_schedule(config.optimizer, config.max_steps)
             trained = trained_fraction(state.params, state.frozen)
+            if config.is_partial:
+                say(f"training {num_values(state.params):,} values; {num_values(state.frozen):,} are frozen")
             with Report(console, run, config, int(state.step), schedule, setup.mesh.size, trained) as report:
                 loop = Loop(setup, state, checkpoints, report, preemption)
                 loop.run()

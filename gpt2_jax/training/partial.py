@@ -76,8 +76,12 @@ def whole_params(model: GPT2, trained: Any, frozen: Any) -> Any:
 
 def trained_fraction(trained: Any, frozen: Any) -> float:
     """Return the number of trained values relative to all."""
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (trained, frozen)]
-    return sizes[0] / sum(sizes)
+    return num_values(trained) / (num_values(trained) + num_values(frozen))
+
+
+def num_values(tree: Any) -> int:
+    """Return the number of values in the arrays of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _paths_of_layers(path: tuple[str, ...], leaf: Any) -> Iterable[tuple[str, ...]]:

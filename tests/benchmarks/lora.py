@@ -32,18 +32,20 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--lora-only", action="store_true", help="without the sides that train all weights")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         serve(options)
         return
-    workers = {side: start(side) for side in SIDES}
+    sides = [side for side in SIDES if side.endswith("LoRA") or not options.lora_only]
+    workers = {side: start(side) for side in sides}
     before = {side: float(ask(worker, "imported")) for side, worker in workers.items()}
     for worker in workers.values():
         ask(worker, "step")  # compiles
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
+    times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(options.rounds):
         for side, worker in workers.items():
             times[side].append(float(ask(worker, "step")))
@@ -86,7 +88,6 @@ def serve(options: argparse.Namespace) -> None:
     for line in sys.stdin:
         if line.strip() == "step":
             run = run or step()
-            run()
             began = time.perf_counter()
             for _ in range(options.steps):
                 run()

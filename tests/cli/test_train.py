@@ -337,6 +337,8 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
             ("--decay-steps", "900", "--schedule", "wsd"),
             ("--decay-fraction", "0.5"),
             ("--sample-prompt", "x", "--sample-tokens", "0"),
+            ("--lora-alpha", "8"),
+            ("--lora-targets", "c_fc"),
         )
     },
     "size determined by the tokenizer": (

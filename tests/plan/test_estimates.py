@@ -42,6 +42,8 @@ def test_flops_follow_palm_and_full_remat_adds_the_layers_forward_pass() -> None
     tokens, D, L, T = 12 * 16, 24, 2, 16
     model = tokens * (6 * (num_parameters(MODEL) - 16 * D) + 12 * L * D * T)
     assert step_flops(CONFIG, ONE) == (model, 0.0)
+    frozen = step_flops(CONFIG, ONE, trained=0.0)[0]  # a third of 6 N computes gradients of weights
+    assert model - frozen == tokens * 2 * (num_parameters(MODEL) - 16 * D)
     again = tokens * (2 * layer_parameters(CONFIG) + 4 * L * D * T)
     assert step_flops(replace(CONFIG, remat="full"), FOUR) == (model / 4, again / 4)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from bridge import GPT2Config, num_parameters
+from gpt2_jax.lora import LoRAConfig
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.plan.compiled import Program, compile_step, describe_step, parse_out_of_memory
 from gpt2_jax.plan.errors import PlanError
@@ -81,6 +82,15 @@ def test_a_described_step_has_the_arguments_of_training(examples: Any, third: st
     for kernel in ("cudnn", "splash"):
         with pytest.raises(PlanError, match=f"attention={kernel}: not available on cpu"):
             describe_step(replace(PRESETS["gpt2"], attention=kernel), make_mesh("data=1"))
+
+
+def test_an_adapter_alone_has_gradients_and_optimizer_state() -> None:
+    config = replace(PRESETS["gpt2"], lora=LoRAConfig(rank=8), batch_size=4, num_microbatches=1)
+    sizes = state_bytes(describe_step(config, make_mesh("data=1")))
+    assert sizes.frozen == parameter_bytes(config.model, 50304, 1, 1)
+    assert sizes.parameters == 4 * 12 * 8 * (768 + 3 * 768)
+    assert sizes.optimizer == 2 * sizes.parameters + 8
+    assert sizes.total == sizes.frozen + 3 * sizes.parameters + 8 + sizes.batch
 
 
 def test_saved_activation_bytes() -> None:

@@ -7,7 +7,6 @@ The sizes of the model are pairwise different, so that a shape in a compiled pro
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -27,11 +26,13 @@ import bridge
 from bridge import IGNORE_INDEX, GPT2Config
 from bridge.storage.tensors import LazyTensor, LazyTensorMap
 from gpt2_jax.loading import sharded_params
+from gpt2_jax.lora import LoRAConfig
 from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
 from gpt2_jax.parallel.sharding import make_mesh, shardings
 from gpt2_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
 from gpt2_jax.training.batch_placement import batch_rows
+from gpt2_jax.training.partial import model_variables
 from gpt2_jax.training.state import abstract_state, initial_state, make_model, random_state
 
 MODEL = GPT2Config(vocab_size=71, n_positions=24, n_embd=32, n_layer=5, n_head=8)
@@ -48,14 +49,20 @@ V, D, F, L, B, T = 72, MODEL.n_embd, MODEL.feed_forward_size, MODEL.n_layer, CON
 SAME_CURVE = 1e-5
 """Nats. Float32 losses may differ by the order of sums over devices."""
 
+TINY = 1e-30
+"""The first gradient of A is zero, because B is zero."""
+
 ALL = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(sizes) <= 8]
 SOME = [(2, 2, 2)]
 
 
-def curves(dtype: str, which: str, num_microbatches: str = "1") -> dict[str, Any]:
+def curves(dtype: str, which: str, num_microbatches: str = "1", lora_rank: str = "0") -> dict[str, Any]:
     """Return, for each mesh, the difference to one device in losses and gradients, and arrays with a wrong sharding."""
     config = replace(
-        CONFIG, num_microbatches=int(num_microbatches), optimizer=replace(CONFIG.optimizer, weight_decay=0.3)
+        CONFIG,
+        num_microbatches=int(num_microbatches),
+        optimizer=replace(CONFIG.optimizer, weight_decay=0.3),
+        lora=LoRAConfig(rank=int(lora_rank), alpha=64, targets="all-linear"),
     )
     model = make_model(config).clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
     tx = make_optimizer(config.optimizer, config.max_steps)
@@ -66,7 +73,8 @@ def curves(dtype: str, which: str, num_microbatches: str = "1") -> dict[str, Any
         found[_text(sizes)] = {
             "losses": max(abs(a - b) for a, b in zip(losses, other_losses, strict=True)),
             "gradients": max(
-                float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(gradients, other_gradients, strict=True)
+                float(np.abs(a - b).max() / max(np.abs(a).max(), TINY))
+                for a, b in zip(gradients, other_gradients, strict=True)
             ),
             "misplaced": misplaced,
             "learned": losses[0] - other_losses[-1],
@@ -82,9 +90,15 @@ def _curve(
     with jax.set_mesh(mesh):
         state = initial_state(config, model, tx, None, mesh)
         step = make_train_step(model, tx, num_microbatches=config.num_microbatches)
-        loss = functools.partial(summed_loss, model)
+
+        def loss(trained: Any, frozen: Any, batch: Any) -> jax.Array:
+            params, lora = model_variables(model, trained, frozen)
+            return summed_loss(model, params, batch, lora=lora)
+
         own = [rows.put({name: array[rows.own] for name, array in batch.items()}) for batch in _batches(config)]
-        gradients = jax.tree.map(np.asarray, jax.tree.leaves(jax.jit(jax.grad(loss))(state.params, own[0])))
+        gradients = jax.tree.map(
+            np.asarray, jax.tree.leaves(jax.jit(jax.grad(loss))(state.params, state.frozen, own[0]))
+        )
         for batch in own:
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

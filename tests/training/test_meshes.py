@@ -74,6 +74,11 @@ def test_losses_and_gradients_agree_on_every_mesh(dtype: str, num_microbatches: 
 
 
 @pytest.mark.mesh
+def test_an_adapter_is_trained_on_meshes_as_on_one_device(tmp_path: Path) -> None:
+    assert_the_same(on_eight_devices("curves", tmp_path, "float32", "some", "2", "4"), "float32")
+
+
+@pytest.mark.mesh
 def test_arrays_are_sharded_as_in_the_table(tmp_path: Path) -> None:
     model = on_meshes.MODEL
     whole = {p.flax_path[1:]: [model.n_layer, *p.flax_shape] for p in parameters(model) if p.layer is not None}

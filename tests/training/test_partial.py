@@ -17,22 +17,30 @@ import optax
 import pytest
 from support.models import random_checkpoint, random_state
 from support.refusals import within_budget
-from support.training_runs import RECIPE, all_weights, files, recipe, records, run_in
+from support.training_runs import RECIPE, all_weights, data_for, files, recipe, records, run_in
 
 import bridge
 from bridge import Checkpoint, CheckpointError
 from bridge.containers.ocdbt import open_arrays
 from bridge.formats.trainers.run import adamw_state, adapter_of, steps
+from bridge.formats.trainers.run_base import base_digest
 from bridge.storage import manifest
+from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import (
     OptimizerConfig,
     Outcome,
     TrainingError,
+    TrainState,
     freeze_params,
     join_params,
     make_optimizer,
+    resolve_config,
     scale_by_layer,
 )
+from gpt2_jax.training.evaluation import sample
+from gpt2_jax.training.partial import whole_params
+from gpt2_jax.training.run import directory
+from gpt2_jax.training.state import initial_state, make_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODEL = RECIPE.model
@@ -181,6 +189,36 @@ def test_invalid_parts_are_refused_by_name(changes: dict[str, Any], message: str
     with pytest.raises(TrainingError) as raised:
         recipe(**changes)
     assert message in str(raised.value)
+
+
+def test_a_restart_before_the_first_checkpoint_replaces_the_base(tmp_path: Path) -> None:
+    data, run = data_for(RECIPE, tmp_path), tmp_path / "run"
+    config = resolve_config(recipe(**PARTS["adapter"]), data, base())
+    directory.create(run, config, data, init_from=base())
+    first = base_digest(run)
+    directory.create(run, config, data, init_from=random_checkpoint(MODEL, seed=5), resume=True)
+    assert base_digest(run) != first
+    with pytest.raises(TrainingError, match="need a model"):
+        directory.create(run, config, data, resume=True)
+    (run / "base" / "mine.txt").write_text("kept")
+    with pytest.raises(CheckpointError, match=r"mine\.txt"):
+        directory.create(run, config, data, init_from=base(), resume=True)
+    (run / "base" / "mine.txt").unlink()
+    directory.remove(run)
+    assert not run.exists()
+
+
+def test_a_sample_of_an_adapter_is_that_of_the_merged_model(tmp_path: Path) -> None:
+    data = data_for(RECIPE, tmp_path)
+    config = resolve_config(recipe(**PARTS["adapter"], sample_tokens=6), data, base())
+    model, tx = make_model(config), make_optimizer(config.optimizer, 6)
+    with jax.set_mesh(make_mesh("data=1")):
+        state = initial_state(config, model, tx, base(), make_mesh("data=1"))
+    state = state._replace(params=jax.tree.map(lambda x: x + 0.3, state.params))
+    merged = TrainState(state.step, whole_params(model, state.params, state.frozen), None)
+    shown = sample(config, model, state, data, [65, 66])
+    assert shown == sample(config, model.clone(lora=None), merged, data, [65, 66])
+    assert shown != sample(config, model.clone(lora=None), merged._replace(params=state.frozen), data, [65, 66])
 
 
 # The parts as plain functions
