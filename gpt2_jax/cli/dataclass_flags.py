@@ -6,9 +6,11 @@ import ast
 import inspect
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_origin, get_type_hints
 
 from tyro.conf import arg
+
+from gpt2_jax.cli.parsing import NONE
 
 
 def flags_of(part: type, names: Sequence[str], metavars: Mapping[str, str] | None = None) -> list[tuple[str, Any]]:
@@ -17,7 +19,13 @@ def flags_of(part: type, names: Sequence[str], metavars: Mapping[str, str] | Non
     tyro reads field docstrings, too, but keeps their line breaks.
     """
     types, docs, metavars = get_type_hints(part), docs_of(part), metavars or {}
-    return [(name, Annotated[types[name], arg(help=docs[name], metavar=metavars.get(name))]) for name in names]
+
+    def annotated(name: str) -> Any:
+        # The default of a flag with several values may be empty, and tyro would show "(default: )".
+        hint = (lambda default: f"(default: {default or NONE})") if get_origin(types[name]) is tuple else None
+        return Annotated[types[name], arg(help=docs[name], metavar=metavars.get(name), help_behavior_hint=hint)]
+
+    return [(name, annotated(name)) for name in names]
 
 
 def docs_of(part: type) -> dict[str, str]:
