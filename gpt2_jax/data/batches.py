@@ -20,6 +20,7 @@ from jaxtyping import Int
 
 from bridge import IGNORE_INDEX
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.mixture import Mixture, places
 from gpt2_jax.data.packing import Packing, packed_batch, packing
 from gpt2_jax.data.token_stream import TokenStream
 
@@ -38,7 +39,7 @@ examples."""
 
 
 def training_batches(
-    stream: TokenStream,
+    stream: TokenStream | Mixture,
     *,
     batch_size: int,
     seq_len: int,
@@ -54,6 +55,8 @@ def training_batches(
     next.
 
     Args:
+        stream: one stream, or a mixture. The epochs of a mixture's streams are independent: each stream begins its
+            next epoch when all of its own examples were used.
         examples: "stream": consecutive windows of seq_len + 1 tokens. Each epoch starts at another random offset, so
             that the borders between windows move; fewer than two windows of tokens are left out at the ends.
             "documents": each document is one example, truncated to `seq_len` and padded on the right.
@@ -64,7 +67,7 @@ def training_batches(
     Raises:
         DataError: the stream is too short, or `examples` is not "stream" and the document ends are unknown.
     """
-    source = _SOURCES[examples](stream, seq_len, seed)
+    source = _training_source(stream, examples, seq_len, seed)
     return iter(grain.MapDataset.source(_Batches(source, batch_size, rows))[start_step:].to_iter_dataset(READING))
 
 
@@ -141,7 +144,8 @@ class _Documents:
     masked = True
 
     def __post_init__(self) -> None:
-        _require_document_ends(self.stream)
+        # A row holds seq_len tokens, and the label of the last one.
+        _require_documents(self.stream, self.seq_len + 1)
 
     @cached_property
     def count(self) -> int:
@@ -168,7 +172,7 @@ class _PackedRows:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require_document_ends(self.stream)
+        _require_documents(self.stream, self.seq_len)
         if not self.count:  # computes the packing now, because several threads would compute it at the same time
             raise DataError(f"the {'validation data' if self.seed is None else 'data'} has no tokens")
 
@@ -190,6 +194,16 @@ class _PackedRows:
         return self.packing.spans(k)
 
 
+@dataclass(frozen=True)
+class _Mixed:
+    """The examples of several sources, mixed in fixed proportions."""
+
+    sources: tuple[_Source, ...]
+    examples_per_block: tuple[int, ...]
+    seq_len: int
+    seed: int
+
+
 _Source = _Windows | _Documents | _PackedRows
 _SOURCES: dict[Examples, Callable[..., _Source]] = {
     "stream": _Windows,
@@ -198,11 +212,26 @@ _SOURCES: dict[Examples, Callable[..., _Source]] = {
 }
 
 
-def _require_document_ends(stream: TokenStream) -> None:
-    if stream.document_ends is None:
+def _training_source(stream: TokenStream | Mixture, examples: Examples, seq_len: int, seed: int) -> _Source | _Mixed:
+    of_stream = _SOURCES[examples]
+    if isinstance(stream, TokenStream):
+        return of_stream(stream, seq_len, seed)
+    sources = tuple(of_stream(one, seq_len, seed) for one in stream.streams)
+    return _Mixed(sources, stream.examples_per_block, seq_len, seed)
+
+
+def _require_documents(stream: TokenStream, max_tokens: int) -> None:
+    """Raise `DataError` if the document ends are unknown, or if a document with a completion would be cut."""
+    ends = stream.document_ends
+    if ends is None:
         raise DataError(
             "these token files do not store where documents end, so documents cannot be examples; "
             "use --examples stream, or give the text"
+        )
+    if stream.is_masked and (longest := int(np.diff(ends, prepend=0).max())) > max_tokens:
+        raise DataError(
+            f"a record has {longest} tokens, and a row has room for {max_tokens}; choose a larger seq_len, or leave "
+            "such records out with --skip-bad-records (`RecordOptions.max_tokens` and `skip_bad`)"
         )
 
 
@@ -210,7 +239,7 @@ def _require_document_ends(stream: TokenStream) -> None:
 class _Batches:
     """Training batches as a random-access source for grain: item s is the batch of step s."""
 
-    examples: _Source
+    examples: _Source | _Mixed
     batch_size: int
     rows: slice
 
@@ -219,6 +248,8 @@ class _Batches:
 
     def __getitem__(self, step: int) -> Batch:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)[self.rows]
+        if isinstance(self.examples, _Mixed):
+            return _mixed_batch(self.examples, numbers)
         return _batch(self.examples, numbers)
 
 
@@ -242,6 +273,15 @@ class _EvaluationBatches:
         batch = _batch(self.examples, full[self.rows].tolist())
         batch["labels"][~real[self.rows]] = IGNORE_INDEX
         return batch
+
+
+def _mixed_batch(mixed: _Mixed, numbers: Sequence[int]) -> Batch:
+    """Return a batch whose rows are these examples of a mixture, with one read for each source."""
+    batch: Batch = {}
+    for index, rows, own_numbers in places(numbers, mixed.examples_per_block, mixed.seed):
+        for name, values in _batch(mixed.sources[index], own_numbers).items():
+            batch.setdefault(name, np.empty((len(numbers), mixed.seq_len), np.int32))[rows] = values
+    return batch
 
 
 def _batch(examples: _Source, numbers: Sequence[int]) -> Batch:

@@ -63,6 +63,11 @@ class TokenStream:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether some tokens do not count in the loss."""
+        return self.counts is not None
+
     def part(self, start: int, stop: int) -> TokenStream:
         """Return tokens start ... stop - 1 as a stream."""
         counts = None if self.counts is None else self.counts.part(start, stop)

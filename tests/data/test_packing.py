@@ -253,15 +253,33 @@ def test_padding_of_packed_documents_is_a_small_part() -> None:
     assert 1 - np.minimum(lengths, 1024).sum() / (1024 * len(lengths)) > 0.6
 
 
+def masked(plain: TokenStream, directory: Path, counts: np.ndarray) -> TokenStream:
+    """Return the stream with these tokens' counts in the loss, 0 or 1."""
+    directory.mkdir()
+    files = open_tokens(nanogpt(directory / "tokens.bin", counts))[0].files
+    return replace(plain, counts=TokenStream.of(files))
+
+
 def test_tokens_that_do_not_count_are_no_labels(tmp_path: Path) -> None:
-    lengths = random_lengths(5)
-    (tmp_path / "counts").mkdir()
+    lengths = random_lengths(5, largest=LENGTH + 1)
     counts = np.random.default_rng(6).integers(0, 2, sum(lengths))
-    files = open_tokens(nanogpt(tmp_path / "counts" / "tokens.bin", counts))[0].files
     plain = stream_of(tmp_path, lengths)
-    masked = replace(plain, counts=TokenStream.of(files))
-    for all_count, some_count in zip(batches(plain, 20), batches(masked, 20), strict=True):
+    some = masked(plain, tmp_path / "counts", counts)
+    for all_count, some_count in zip(batches(plain, 20), batches(some, 20), strict=True):
         labels = all_count["labels"]
         expected = np.where((labels != IGNORE_INDEX) & (counts[labels] == 1), labels, IGNORE_INDEX)
         np.testing.assert_array_equal(some_count["labels"], expected)
         np.testing.assert_array_equal(some_count["input_ids"], all_count["input_ids"])
+
+
+@pytest.mark.parametrize(("examples", "room"), [("packed", LENGTH), ("documents", LENGTH + 1)])
+def test_a_record_with_a_completion_is_never_cut(tmp_path: Path, examples: str, room: int) -> None:
+    for length, is_refused in ((room, False), (room + 1, True)):
+        lengths = [3, length, 2]
+        (directory := tmp_path / str(length)).mkdir()
+        stream = masked(stream_of(directory, lengths), directory / "counts", np.ones(sum(lengths), int))
+        if is_refused:
+            with pytest.raises(DataError, match=rf"a record has {length} tokens, and a row has room for {room};"):
+                batches(stream, 1, examples=examples)
+        else:
+            assert len(batches(stream, 1, examples=examples)) == 1

@@ -1,0 +1,95 @@
+"""Files that describe a mixture: several sources of data, each with a weight.
+
+[books]
+path = "books/*.txt.gz"
+weight = 0.7
+
+[chats]
+path = "chats.jsonl"
+weight = 0.3
+messages_field = "conversation"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import escaped, quoted
+from bridge.storage.regular_file import read_small_file
+from gpt2_jax.data.documents import STDLIB
+from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.records.schema import RecordOptions
+
+SUFFIX = ".toml"
+_FIELDS = ("text_field", "prompt_field", "completion_field", "messages_field")
+_MAX_BYTES = 2**20
+_MAX_SOURCES = 256
+_MAX_WEIGHT = 1e100
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    """One source of a mixture."""
+
+    name: str
+    path: str
+    """A source as `open_data` takes it. Relative to the directory of the mixture's file."""
+    weight: float
+    records: RecordOptions
+
+
+def is_mixture_file(source: str | Path) -> bool:
+    """Whether a source is a single file with the suffix `.toml`."""
+    return Path(source).suffix == SUFFIX and Path(source).is_file()
+
+
+def read_mixture(path: str | Path, options: RecordOptions) -> tuple[MixtureSource, ...]:
+    """Return the sources that a file describes, in its order.
+
+    Args:
+        options: options of all records. Each source names its own fields.
+
+    Raises:
+        DataError: the file is not TOML, or one of its tables is not a source.
+    """
+    where = quoted(Path(path))
+    if options.named():
+        raise DataError(f"{where} is a mixture; name the fields of each source in it, instead of with flags")
+    try:
+        tables = tomllib.loads(read_small_file(Path(path), _MAX_BYTES, DataError).decode())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
+        raise DataError(f"{where} is not a TOML file: {escaped(str(error), keep='')}") from None
+    except OSError as error:
+        raise DataError(f"cannot read {where}: {error.strerror}") from error
+    if not 1 <= len(tables) <= _MAX_SOURCES:
+        raise DataError(f"{where} has {len(tables)} tables; give one for each source, at most {_MAX_SOURCES}")
+    directory = Path(path).absolute().parent
+    return tuple(
+        _source(f"{where}, [{quoted(name)[1:-1]}]", name, table, directory, options) for name, table in tables.items()
+    )
+
+
+def _source(where: str, name: str, table: Any, directory: Path, options: RecordOptions) -> MixtureSource:
+    if not isinstance(table, Mapping):
+        raise DataError(f"{where} is not a table with path and weight")
+    if unknown := table.keys() - {"path", "weight", *_FIELDS}:
+        known = ", ".join(("path", "weight", *_FIELDS))
+        raise DataError(f"{where} has the key {quoted(min(unknown))}; the keys of a source are {known}")
+    path, weight = table.get("path"), table.get("weight")
+    texts = {key: table[key] for key in ("path", *_FIELDS) if key in table}
+    if not isinstance(path, str) or not path:
+        raise DataError(f"{where} has no path")
+    if wrong := [key for key, value in texts.items() if not isinstance(value, str)]:
+        raise DataError(f"{where}: {wrong[0]} must be a string")
+    if type(weight) not in (int, float) or not 0 < weight < _MAX_WEIGHT:
+        raise DataError(f"{where}: weight must be a number above 0 and below {_MAX_WEIGHT:g}")
+    source = path if path == STDLIB else str(directory / path)
+    if is_mixture_file(source):
+        raise DataError(f"{where}: {quoted(Path(path))} is a mixture itself; list its sources here")
+    fields = {key: value for key, value in texts.items() if key != "path"}
+    return MixtureSource(name, source, float(weight), dataclasses.replace(options, **fields))
