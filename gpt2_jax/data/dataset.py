@@ -15,6 +15,9 @@ from bridge.errors import quoted
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
 from gpt2_jax.data.documents import STDLIB, Documents, find_documents
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.file_kinds import is_mixture_file
+from gpt2_jax.data.mixture import Mixture
+from gpt2_jax.data.mixture_file import MixtureSource, read_mixture
 from gpt2_jax.data.records.encoding import cached_records
 from gpt2_jax.data.records.files import Records, RecordSource, find_records
 from gpt2_jax.data.records.schema import RecordOptions
@@ -31,9 +34,9 @@ if TYPE_CHECKING:
 class Data:
     """The data of a run."""
 
-    train: TokenStream
+    train: TokenStream | Mixture
     validation: TokenStream | None
-    """None if validation_fraction is 0."""
+    """None if validation_fraction is 0. Of a mixture, the part of its first source."""
     tokenizer: Tokenizer | None
     """None for token files without a given tokenizer."""
     description: str
@@ -44,7 +47,7 @@ class Data:
     @property
     def usual_examples(self) -> Examples:
         """`stream` if all tokens count in the loss, and `documents` (one example per record) if not."""
-        return "stream" if self.train.counts is None else "documents"
+        return "stream" if not self.train.is_masked else "documents"
 
     @property
     def fingerprint(self) -> str:
@@ -71,7 +74,8 @@ def open_data(
         source: a text file, a directory or glob of text files, or `stdlib`; or records (JSON lines, JSON, CSV, TSV,
             Parquet, Arrow): one file, a glob, a directory of them, or a directory that `datasets` saved; or token
             files (nanoGPT's `.bin`, llm.c's shards, `.npy`): one file, a glob, a directory of them, or a directory of
-            the token cache. Text and records may be compressed (`.gz`, `.xz`, `.zst`).
+            the token cache. Text and records may be compressed (`.gz`, `.xz`, `.zst`). A single `.toml` file is a
+            mixture of such sources (`gpt2_jax.data.mixture_file`); each has a validation set of its own.
         tokenizer: a tokenizer, or an argument for `make_tokenizer`. Token files need none.
         special_tokens: what to do where text contains an added token, such as `<|endoftext|>`; see `Tokenizer.encode`.
             nanoGPT's data has `as_text`.
@@ -89,13 +93,16 @@ def open_data(
     if not 0 <= validation_fraction < 1:
         raise DataError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1")
     sets = validation if isinstance(validation, Mapping) else {} if validation is None else {"": validation}
-    found = [_locate(s, records) for s in (source, *sets.values())]
+    mixed = read_mixture(source, records) if is_mixture_file(source) else ()
+    parts = mixed or (MixtureSource("", str(source), 1.0, records),)
+    training = [_locate(part.path, part.records) for part in parts]
+    found = [*training, *(_locate(path, records) for path in sets.values())]
     if records.is_given and not any(isinstance(f, RecordSource) for f in found):
         raise DataError(
             f"{quoted(source)} does not hold records, so names of fields (--text-field, --prompt-field, "
             "--completion-field, --messages-field) and --skip-bad-records have no effect; leave them out"
         )
-    chosen = _tokenizer(tokenizer, found, source, vocab_size, cache, progress)
+    chosen = _tokenizer(tokenizer, training, found, source, vocab_size, cache, progress)
     limit = vocab_size if chosen is None else chosen.vocab_size
 
     def encoded(part: Documents | Records) -> CachedText:
@@ -106,16 +113,23 @@ def open_data(
 
     opened = [_open(f, encoded, limit, progress) for f in found]
 
-    train, held_out = opened[0].train, opened[0].validation
-    streams = {name: o.validation or o.train for name, o in zip(sets, opened[1:], strict=True)}
-    if streams:
-        held_out = next(iter(streams.values()))
-    elif held_out is None and validation_fraction:
-        train, held_out = split(train, validation_fraction)
+    streams = {name: o.validation or o.train for name, o in zip(sets, opened[len(parts) :], strict=True)}
+    trains = []
+    for part, one in zip(parts, opened, strict=False):
+        train, held_out = one.train, one.validation
+        if not sets:
+            if held_out is None and validation_fraction:
+                train, held_out = split(train, validation_fraction)
+            if held_out is not None:
+                streams[part.name] = held_out
+        trains.append(train)
+    whole = Mixture.of(trains, [part.weight for part in mixed]) if mixed else trains[0]
+    first = next(iter(streams.values()), None)
     skipped, left_out = sum(o.skipped for o in opened), sum((Counter(o.left_out) for o in opened), Counter[str]())
-    description = _description(str(source), train, held_out, chosen)
+    description = _description(str(source), whole, first, chosen)
+    shares = [f"{part.name} {part.weight / sum(p.weight for p in mixed):.1%}" for part in mixed]
     named = {name: stream for name, stream in streams.items() if name}
-    return Data(train, held_out, chosen, ", ".join([description, *_exclusions(skipped, left_out)]), named)
+    return Data(whole, first, chosen, ", ".join([description, *shares, *_exclusions(skipped, left_out)]), named)
 
 
 def split(stream: TokenStream, fraction: float) -> tuple[TokenStream, TokenStream]:
@@ -185,30 +199,36 @@ def _of_text(text: CachedText, vocab_size: int | None) -> _Opened:
 
 def _tokenizer(
     wanted: Tokenizer | str | None,
+    training: list[Documents | RecordSource | Path],
     found: list[Documents | RecordSource | Path],
     source: str | Path,
     vocab_size: int | None,
     cache: str | Path | None,
     progress: TaskProgress | None,
 ) -> Tokenizer | None:
-    texts = [f.train if isinstance(f, RecordSource) else f for f in found if not isinstance(f, Path)]
-    if wanted is None and texts:
+    def texts_of(sources: list[Documents | RecordSource | Path]) -> list[Documents | Records]:
+        return [s.train if isinstance(s, RecordSource) else s for s in sources if not isinstance(s, Path)]
+
+    if wanted is None and texts_of(found):
         raise DataError(f"{quoted(source)} is text; give a tokenizer: gpt2, bytes, characters, bpe, or a directory")
     if not isinstance(wanted, str):
         return wanted
     # Characters that occur only in the validation text need ids too.
-    parts: list[Documents | Records] = texts if wanted == "characters" else texts[:1]
-    if wanted == "characters" and isinstance(found[0], RecordSource) and found[0].validation is not None:
-        parts = [*parts, found[0].validation]
-    corpus = None if isinstance(found[0], Path) else Corpus(str(source), tuple(parts))
+    parts = texts_of(training)
+    if wanted == "characters":
+        parts = texts_of(found)
+        parts += [s.validation for s in training if isinstance(s, RecordSource) and s.validation is not None]
+    corpus = Corpus(str(source), tuple(parts)) if texts_of(training) else None
     return make_tokenizer(wanted, corpus, vocab_size, cache=cache, progress=progress)
 
 
-def _description(source: str, train: TokenStream, validation: TokenStream | None, tokenizer: Tokenizer | None) -> str:
+def _description(
+    source: str, train: TokenStream | Mixture, validation: TokenStream | None, tokenizer: Tokenizer | None
+) -> str:
     parts = [f"{_escaped(source)}: {len(train):,} tokens"]
     if tokenizer is not None:
         parts[0] += f" ({_escaped(tokenizer.name)})"
-    if train.document_ends is not None:
+    if isinstance(train, TokenStream) and train.document_ends is not None:
         parts[0] += f" in {len(train.document_ends):,} document{'s' * (len(train.document_ends) > 1)}"
     if validation is not None:
         parts[0] += " for training"

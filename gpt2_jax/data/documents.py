@@ -16,7 +16,7 @@ from bridge.errors import quoted
 from bridge.formats.trainers.run import RUN
 from gpt2_jax.data.compression import open_stream
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.file_kinds import record_format
+from gpt2_jax.data.file_kinds import is_mixture_file, record_format
 
 STDLIB = "stdlib"
 """The name of the source that every machine has: the running interpreter's standard library."""
@@ -110,8 +110,12 @@ class Documents:
 def find_documents(source: str | Path) -> Documents:
     """Return the documents of a text file, a directory, a glob, or `stdlib`.
 
-    Raises `DataError` as `find_files` does, and if a file holds records.
+    Raises `DataError` as `find_files` does, and if a file holds records or describes a mixture.
     """
+    if is_mixture_file(source):
+        raise DataError(
+            f"{quoted(Path(source))} describes a mixture, and this command reads text; give one of its sources"
+        )
     found = find_files(source)
     if records := next((file for file in found.files if record_format(file.path)), None):
         raise DataError(

@@ -1,4 +1,4 @@
-"""The kind of a data file by its name: plain or compressed, text or records."""
+"""The kind of a data file by its name: plain or compressed, text, records or a mixture."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ _FORMATS: dict[str, RecordFormat] = {
     ".arrow": "arrow",
 }
 RECORD_SUFFIXES = tuple(_FORMATS)
+
+
+def is_mixture_file(source: str | Path) -> bool:
+    """Whether a source is a single file with the suffix `.toml`, which describes a mixture of sources."""
+    return Path(source).suffix == ".toml" and Path(source).is_file()
 
 
 def compression_of(path: Path) -> Compression | None:

@@ -13,6 +13,7 @@ messages_field = "conversation"
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ from bridge.errors import escaped, quoted
 from bridge.storage.regular_file import read_small_file
 from gpt2_jax.data.documents import STDLIB
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.file_kinds import is_mixture_file
 from gpt2_jax.data.records.schema import RecordOptions
 
-SUFFIX = ".toml"
 _FIELDS = ("text_field", "prompt_field", "completion_field", "messages_field")
+_NAME = re.compile(r"[A-Za-z][\w.-]{0,39}", re.ASCII)
+_NO_OPTIONS = RecordOptions()
 _MAX_BYTES = 2**20
 _MAX_SOURCES = 256
 _MAX_WEIGHT = 1e100
@@ -43,12 +46,7 @@ class MixtureSource:
     records: RecordOptions
 
 
-def is_mixture_file(source: str | Path) -> bool:
-    """Whether a source is a single file with the suffix `.toml`."""
-    return Path(source).suffix == SUFFIX and Path(source).is_file()
-
-
-def read_mixture(path: str | Path, options: RecordOptions) -> tuple[MixtureSource, ...]:
+def read_mixture(path: str | Path, options: RecordOptions = _NO_OPTIONS) -> tuple[MixtureSource, ...]:
     """Return the sources that a file describes, in its order.
 
     Args:
@@ -75,12 +73,14 @@ def read_mixture(path: str | Path, options: RecordOptions) -> tuple[MixtureSourc
 
 
 def _source(where: str, name: str, table: Any, directory: Path, options: RecordOptions) -> MixtureSource:
+    if not _NAME.fullmatch(name):
+        raise DataError(f"{where}: names of sources have letters, digits, '_', '.' and '-', at most 40")
     if not isinstance(table, Mapping):
         raise DataError(f"{where} is not a table with path and weight")
     if unknown := table.keys() - {"path", "weight", *_FIELDS}:
         known = ", ".join(("path", "weight", *_FIELDS))
         raise DataError(f"{where} has the key {quoted(min(unknown))}; the keys of a source are {known}")
-    path, weight = table.get("path"), table.get("weight")
+    path, weight = table.get("path"), table.get("weight", 0)
     texts = {key: table[key] for key in ("path", *_FIELDS) if key in table}
     if not isinstance(path, str) or not path:
         raise DataError(f"{where} has no path")

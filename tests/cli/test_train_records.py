@@ -116,3 +116,19 @@ def test_wrong_names_of_fields_are_refused(
 ) -> None:
     assert train("text.jsonl", *flags) == 2
     assert ("one kind of records" if len(flags) > 2 else "has no field 'nothing'") in capsys.readouterr().err
+
+
+def test_a_mixture_reports_the_loss_of_each_source_and_resumes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = (("prose", "text.jsonl", 3), ("pairs", "completion.jsonl", 1))
+    tables = (f"[{name}]\npath = '{path}'\nweight = {weight}\n" for name, path, weight in sources)
+    Path("mixture.toml").write_text("".join(tables))
+    flags = ("--examples", "packed")
+    assert train("mixture.toml", *flags, "--max-steps", 2) == 0
+    assert train("mixture.toml", *flags, "--resume", "--accept-changes") == 0
+    evaluated = [record for record in records(Path("run")) if "val_loss" in record]
+    assert [record["step"] for record in evaluated] == [0, 2, 4]
+    for record in evaluated:
+        assert record["val_loss"] == record["val_loss/prose"] != record["val_loss/pairs"]
+    Path("mixture.toml").write_text(Path("mixture.toml").read_text().replace("weight = 3", "weight = 2"))
+    assert train("mixture.toml", *flags, "--resume") == 2
+    assert "the tokens are not the same as when the run started" in capsys.readouterr().err

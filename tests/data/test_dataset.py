@@ -12,6 +12,7 @@ from bridge import byte_tokenizer, character_tokenizer, save_tokenizer, tokenize
 from gpt2_jax.data import Data, DataError, evaluation_batches, make_tokenizer, open_data, tokenizers, training_batches
 from gpt2_jax.data.dataset import split
 from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.mixture import Mixture
 from tests.data.token_files import llmc, nanogpt, npy
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(50))
@@ -261,3 +262,46 @@ def test_a_tokenizer_that_cannot_be_made_is_an_error(
 def test_text_needs_a_tokenizer(text_file: Path) -> None:
     with pytest.raises(DataError, match="is text; give a tokenizer"):
         open_data(text_file)
+
+
+@pytest.fixture
+def mixture(text_file: Path, folder: Path, tmp_path: Path) -> Path:
+    nanogpt(tmp_path / "tokens.bin", IDS % 256)
+    sources = {"lines": (text_file.name, 2), "folder": (folder.name, 1), "ids": ("tokens.bin", 1)}
+    path = tmp_path / "mixture.toml"
+    path.write_text("".join(f"[{name}]\npath = '{at}'\nweight = {w}\n" for name, (at, w) in sources.items()))
+    return path
+
+
+def test_each_source_of_a_mixture_is_split(mixture: Path, text_file: Path, folder: Path, tmp_path: Path) -> None:
+    data = opened(mixture, tmp_path / "cache")
+    assert isinstance(data.train, Mixture) and data.train.examples_per_block == (2048, 1024, 1024)
+    alone = [opened(source, tmp_path / "cache") for source in (text_file, folder, tmp_path / "tokens.bin")]
+    assert [s.fingerprint for s in data.train.streams] == [one.train.fingerprint for one in alone]
+    assert [*data.validation_sets] == ["lines", "folder", "ids"]
+    for stream, one in zip(data.validation_sets.values(), alone, strict=True):
+        assert one.validation is not None and stream.fingerprint == one.validation.fingerprint
+    assert data.validation is data.validation_sets["lines"]
+    assert data.description.endswith("for validation, lines 50.0%, folder 25.0%, ids 25.0%")
+
+
+def test_a_mixture_with_another_validation_set_is_not_split(mixture: Path, text_file: Path, tmp_path: Path) -> None:
+    data = opened(mixture, tmp_path / "cache", validation={"own": str(text_file)})
+    assert [*data.validation_sets] == ["own"] and len(data.train) == sum(
+        len(opened(mixture.parent / source, tmp_path / "cache", validation_fraction=0).train)
+        for source in ("text.txt", "texts", "tokens.bin")
+    )
+
+
+def test_a_tokenizer_is_trained_on_all_sources_of_a_mixture(mixture: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts" / "other.txt").write_text("\N{GREEK SMALL LETTER ALPHA}" * 30)
+    tokenizer = opened(mixture, tmp_path / "cache", tokenizer="characters").tokenizer
+    assert (
+        tokenizer is not None
+        and tokenizer.decode(tokenizer.encode("\N{GREEK SMALL LETTER ALPHA}line")) == "\N{GREEK SMALL LETTER ALPHA}line"
+    )
+
+
+def test_a_mixture_is_no_text(mixture: Path) -> None:
+    with pytest.raises(DataError, match=r"mixture.toml' describes a mixture, and this command reads text"):
+        find_documents(mixture)

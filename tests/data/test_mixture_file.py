@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gpt2_jax.data import DataError, RecordOptions
-from gpt2_jax.data.mixture_file import MixtureSource, is_mixture_file, read_mixture
+from gpt2_jax.data.file_kinds import is_mixture_file
+from gpt2_jax.data.mixture_file import MixtureSource, read_mixture
 
 
 def mixture(directory: Path, text: str) -> Path:
@@ -27,7 +28,7 @@ def test_the_sources_of_a_file(tmp_path: Path) -> None:
         path = "/data/chats.jsonl"
         weight = 0.5
         messages_field = "turns"
-        ["python's own"]
+        ["python-3.x"]
         path = "stdlib"
         weight = 1.0
         """,
@@ -37,7 +38,7 @@ def test_the_sources_of_a_file(tmp_path: Path) -> None:
     assert read_mixture(path, options) == (
         MixtureSource("books", str(tmp_path / "books/*.txt"), 3.0, options),
         MixtureSource("chats", "/data/chats.jsonl", 0.5, RecordOptions(None, None, None, "turns", True, 9)),
-        MixtureSource("python's own", "stdlib", 1.0, options),
+        MixtureSource("python-3.x", "stdlib", 1.0, options),
     )
 
 
@@ -57,6 +58,8 @@ def test_the_sources_of_a_file(tmp_path: Path) -> None:
         ("[a]\npath = 'x'\nweight = 1\ntext_field = 2", r"\[a\]: text_field must be a string"),
         ("[a]\npath = 'mixture.toml'\nweight = 1", r"\[a\]: 'mixture.toml' is a mixture itself"),
         ("a = 1", r"\[a\] is not a table with path and weight"),
+        ("['a/b']\npath = 'x'\nweight = 1", r"\[a/b\]: names of sources have letters, digits"),
+        ("[a.b]\npath = 'x'\nweight = 1", r"\[a\] has the key 'b'"),
         ("\n".join(f"[a{i}]\npath = 'x'\nweight = 1" for i in range(257)), "has 257 tables"),
         ("a = " + "[" * 5000, "is not a TOML file"),
         ("a = 1" + "0" * 5000, "is not a TOML file"),

@@ -102,6 +102,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, quick_compilation: None) -> 
         file.writelines(f"{json.dumps({'body': line})}\n" for line in text[:20_000].splitlines())
     (root / "my-text").mkdir()
     (root / "my-text" / "one.txt").write_text(text[:20_000], encoding="utf-8")
+    sources = (("plays", "my-text", 0.7), ("pairs", "pairs.jsonl", 0.3))
+    (root / "mixture.toml").write_text("".join(f"[{n}]\npath = '{path}'\nweight = {w}\n" for n, path, w in sources))
     (root / "prompts.txt").write_text("ROMEO:\nJULIET:\n", encoding="utf-8")
     train = f"--init-from my-gpt2 --data my-text --out runs/mine --cache tokens {SMALLER['finetune']}".split()
     with pytest.MonkeyPatch.context() as patch:

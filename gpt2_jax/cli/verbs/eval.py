@@ -28,7 +28,7 @@ from gpt2_jax.data import open_data
 from gpt2_jax.data.documents import STDLIB, Documents, find_documents
 from gpt2_jax.data.special_tokens import SpecialTokensFlag, around_documents, blocks_to_encode, policy_of
 from gpt2_jax.data.token_cache import SIDECAR
-from gpt2_jax.data.token_stream import is_token_source
+from gpt2_jax.data.token_stream import TokenStream, is_token_source
 
 UNSEEN_SHAKESPEARE = "(default: the part of Shakespeare that the bundled model has not seen)"
 
@@ -118,6 +118,7 @@ def _read(
         return _encode(find_documents(data), checkpoint.tokenizer(), special_tokens, max_tokens, advance)
     opened = open_data(data, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
     stream = opened.train if opened.validation is None else opened.validation
+    assert isinstance(stream, TokenStream)  # token files are no mixture
     return Text(stream.read(0, min(max_tokens, len(stream))))
 
 

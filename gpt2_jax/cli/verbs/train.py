@@ -159,8 +159,13 @@ def _require_cache(cache: Path | None, inputs: Sequence[str | None]) -> None:
 
 
 def _data_of(values: Mapping[str, Any]) -> list[str]:
-    """Return the sources of training and validation data."""
-    return [values["data"], *validation_sets(values["validation_data"]).values()]
+    """Return the sources of training and validation data, with those of a mixture."""
+    from gpt2_jax.data.file_kinds import is_mixture_file  # not at the top: they import numpy
+    from gpt2_jax.data.mixture_file import read_mixture
+
+    data = values["data"]
+    mixed = read_mixture(data) if is_mixture_file(data) else ()
+    return [data, *(part.path for part in mixed), *validation_sets(values["validation_data"]).values()]
 
 
 def _require_effect_on_tokens(values: Mapping[str, Any], defaults: Mapping[str, Any], cache: Path | None) -> None:
