@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +21,22 @@ _FORMATS: dict[str, RecordFormat] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+_DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
 RECORD_SUFFIXES = tuple(_FORMATS)
 
 
 def is_mixture_file(source: str | Path) -> bool:
     """Whether a source is a single file with the suffix `.toml`, which describes a mixture of sources."""
     return Path(source).suffix == ".toml" and Path(source).is_file()
+
+
+def is_dataset_id(source: str | Path) -> bool:
+    """Whether a source is no local path, and may be a data set of the Hugging Face hub.
+
+    >>> is_dataset_id("roneneldan/TinyStories"), is_dataset_id("Salesforce/wikitext:wikitext-2-v1")
+    (True, True)
+    """
+    return _DATASET_ID.fullmatch(str(source)) is not None and not Path(source).exists()
 
 
 def compression_of(path: Path) -> Compression | None:

@@ -24,6 +24,7 @@ from bridge import IGNORE_INDEX
 from bridge.errors import quoted
 from gpt2_jax.data.documents import STDLIB, matching_files
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.file_kinds import is_dataset_id
 from gpt2_jax.data.token_files import SIDECAR, TokenFile, has_magic, is_token_file, token_file
 
 _SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation)(?=[_.-])", re.IGNORECASE)
@@ -181,7 +182,7 @@ def is_token_source(source: str | Path) -> bool:
     directory holds tokens if it belongs to the token cache, or if a file in it has such first bytes or is named
     `train.bin`. A glob names token files if all matching files are token files.
     """
-    if str(source) in (STDLIB, ""):
+    if str(source) in (STDLIB, "") or is_dataset_id(source):
         return False
     path = Path(source)
     if is_token_cache(path):

@@ -83,7 +83,8 @@ class TrainConfig:
     data: str = "stdlib"
     """A text file, a directory or glob of text, `stdlib` (Python's own); records: .jsonl, .json, .csv, .tsv, .parquet,
     or a directory that `datasets` saved; or token files: nanoGPT's .bin, llm.c's shards, .npy. Text and records may be
-    compressed: .gz, .xz, .zst. A .toml file describes a mixture of these, each with a weight."""
+    compressed: .gz, .xz, .zst. A .toml file describes a mixture of these, each with a weight. OWNER/NAME is a data set
+    of the Hugging Face hub."""
     validation_data: tuple[str, ...] = ()
     """The validation text or tokens, if they are not part of --data: one path, or several sets as NAME=PATH. The first
     one decides which checkpoint is best; metrics.jsonl has the loss of each."""

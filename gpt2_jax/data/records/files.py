@@ -11,8 +11,8 @@ from bridge.errors import quoted
 from gpt2_jax.data.compression import open_stream
 from gpt2_jax.data.documents import Document, Documents, find_files
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.file_kinds import record_format
-from gpt2_jax.data.records import arrow_records, csv_records, json_records, saved_datasets
+from gpt2_jax.data.file_kinds import is_dataset_id, record_format
+from gpt2_jax.data.records import arrow_records, csv_records, hub_datasets, json_records, saved_datasets
 from gpt2_jax.data.records.examples import EMPTY_TEXT, Example, example_of, texts_in
 from gpt2_jax.data.records.rows import BadRecord, Row
 from gpt2_jax.data.records.schema import RecordOptions, Schema, choose_schema
@@ -81,7 +81,9 @@ class RecordSource:
 
 
 def find_records(source: str | Path, options: RecordOptions) -> RecordSource | None:
-    """Return the records of a file, a directory, a glob, or a directory of `datasets`; None if the source is text.
+    """Return the records of a file, a directory, a glob, a directory of `datasets` or a data set of the hub.
+
+    None if the source is text.
 
     Files with val, valid or validation in their names are the validation data if others are not, and then files with
     test in their names are not used. Without them, files with test in their names are the validation data.
@@ -89,7 +91,9 @@ def find_records(source: str | Path, options: RecordOptions) -> RecordSource | N
     Raises:
         DataError: there is no file, text and records are mixed, or no schema fits.
     """
-    if saved_datasets.is_saved_dataset(Path(source)):
+    if is_dataset_id(source):
+        train, validation = hub_datasets.find_splits(str(source))
+    elif saved_datasets.is_saved_dataset(Path(source)):
         train, validation = saved_datasets.find_splits(Path(source))
     else:
         found = find_files(source)
