@@ -14,6 +14,7 @@ from bridge.formats.peft import load_lora, save_lora
 from bridge.formats.sequence_classifier import SequenceClassifier, load_classifier, new_classifier, save_classifier
 from bridge.generation.config import GenerationConfig
 from bridge.generation.defaults import GenerationDefaults, generation_defaults
+from bridge.generation.scoring import LogLikelihood, loglikelihood
 from bridge.generation.text import TextOutput, generate_text, stream_text
 from bridge.io import BUNDLED, load, save
 from bridge.names import canonical_names
@@ -41,6 +42,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationDefaults",
     "LoRA",
+    "LogLikelihood",
     "NoTokenizerError",
     "SequenceClassifier",
     "SpecialTokens",
@@ -59,6 +61,7 @@ __all__ = [
     "load",
     "load_classifier",
     "load_lora",
+    "loglikelihood",
     "merge_lora",
     "new_classifier",
     "num_parameters",

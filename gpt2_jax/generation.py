@@ -13,12 +13,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import bridge.generation.decoder
+from bridge import IGNORE_INDEX
+from bridge.evaluation import LabelScores
 from bridge.generation.config import GenerationConfig
 from bridge.generation.output import Candidates, Chunk, concatenate
 from bridge.generation.processors import LogitsProcessors
 from bridge.generation.prompts import Prompts, check_ids
 from gpt2_jax.batch_invariance import SLOTS, BatchInvarianceError, SlotModel
 from gpt2_jax.decoding_state import State, add_token, first_state, next_token, prompt_history
+from gpt2_jax.evaluation import label_scores
 from gpt2_jax.logits_processors import History, on_device, process_logits
 from gpt2_jax.model import GPT2, check_shape
 from gpt2_jax.ops.kv_cache import KVCache, empty_cache
@@ -128,6 +131,15 @@ class Decoder(bridge.generation.decoder.Decoder[_Groups, _Beams]):
         if not all(0 < len(row) <= self.config.n_positions for row in rows):
             raise ValueError(f"token_logprobs: a row must have 1 to n_positions={self.config.n_positions} tokens")
         return [self.slots.token_logprobs(row) for row in rows]
+
+    def score_labels(self, ids: np.ndarray, labels: np.ndarray) -> LabelScores:
+        if self.slots is not None:
+            raise BatchInvarianceError("batch_invariant: use token_logprobs for the log-probabilities of given tokens")
+        (B, T), P = ids.shape, self.config.n_positions
+        missing = ((0, (1 << (B - 1).bit_length()) - B), (0, bucket(T, P) - T))  # to compile few shapes
+        ids, labels = np.pad(ids, missing), np.pad(labels, missing, constant_values=IGNORE_INDEX)
+        nats, ranks = label_scores(self.model, True, self.params, ids, labels)
+        return LabelScores(np.asarray(nats)[:B, :T], np.asarray(ranks)[:B, :T])
 
     def _prefill(
         self,

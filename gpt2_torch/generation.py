@@ -13,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import bridge.generation.decoder
+from bridge.evaluation import LabelScores
 from bridge.generation.config import GenerationConfig
 from bridge.generation.output import ENDED, INVALID, Candidates, Chunk, concatenate
 from bridge.generation.processors import LogitsProcessors, padded_ids, seen_tokens
+from gpt2_torch.evaluation import label_scores
 from gpt2_torch.logits_processors import History, on_device, process_logits
 from gpt2_torch.model import GPT2, check_shape
 from gpt2_torch.ops.kv_cache import KVCache, empty_cache
@@ -78,6 +80,10 @@ class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
 
     def __init__(self, model: GPT2) -> None:
         self.config, self.model = model.config, model
+
+    def score_labels(self, ids: np.ndarray, labels: np.ndarray) -> LabelScores:
+        with _in_eval_mode(self.model):
+            return label_scores(self.model, True, ids, labels)
 
     def _prefill(
         self,

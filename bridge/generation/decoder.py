@@ -1,6 +1,7 @@
 """The decoder: the loop over tokens that both backends share.
 
-A backend subclasses `Decoder` and adds its model: prefill of the prompts, and decoding of one token after another.
+A backend subclasses `Decoder` and adds its model: prefill of the prompts, decoding of one token after another, and the
+scores of given tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.config import GPT2Config
+from bridge.evaluation.labels import LabelScores
 from bridge.generation.beam_search import BeamDecoder, beam_search
 from bridge.generation.config import GenerationConfig, uniform_noise
 from bridge.generation.output import ENDED, INVALID, Chunk, GenerationOutput, InvalidLogits
@@ -97,6 +99,15 @@ class Decoder(BeamDecoder[Beams], Generic[State, Beams]):
     def _within_positions(self, row: list[int]) -> list[int]:
         P = self.config.n_positions
         return row if len(row) < P else row[-max(1, P // 2) :]
+
+    @abstractmethod
+    def score_labels(self, ids: Int[np.ndarray, "B T"], labels: Int[np.ndarray, "B T"]) -> LabelScores:
+        """Return how well the model predicts the label of each position from the ids up to it, with ranks.
+
+        Args:
+            ids: input ids, padded on the right with any ids.
+            labels: a token, or `IGNORE_INDEX` where no score is needed.
+        """
 
     @abstractmethod
     def _prefill(

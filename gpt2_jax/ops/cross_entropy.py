@@ -1,4 +1,4 @@
-"""Cross-entropy of logits against labels, and its sum from the last hidden states without all logits in memory."""
+"""Cross-entropy of logits against labels, its sum without all logits in memory, and the ranks of the labels."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> F
     wide = logits.astype(wide_dtype(logits))
     losses = optax.softmax_cross_entropy_with_integer_labels(wide, jnp.where(counted, labels, 0))
     return jnp.where(counted, losses, 0.0)
+
+
+def label_ranks(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Return the rank of each label among all tokens, 1 for the most likely one, or 0 where it is `IGNORE_INDEX`.
+
+    Of tokens with equal logits, the one with the lower id comes first.
+    """
+    counted_BT = labels != IGNORE_INDEX
+    label_BT1 = jnp.where(counted_BT, labels, 0)[..., None]
+    own_BT1 = jnp.take_along_axis(logits, label_BT1, axis=-1)
+    is_lower_id_BTV = jnp.arange(logits.shape[-1]) < label_BT1
+    is_above_BTV = (logits > own_BT1) | ((logits == own_BT1) & is_lower_id_BTV)
+    return jnp.where(counted_BT, 1 + is_above_BTV.sum(-1), 0)
 
 
 def next_token_loss(logits: Float[Array, "B T V"], input_ids: Int[Array, "B T"]) -> Float[Array, ""]:

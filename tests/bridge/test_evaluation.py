@@ -11,7 +11,16 @@ import pytest
 from support.models import TINY
 
 import bridge
-from bridge.evaluation import IGNORE_INDEX, Evaluation, SlidingWindows
+from bridge.evaluation import (
+    IGNORE_INDEX,
+    DocumentScore,
+    Evaluation,
+    LabelScores,
+    SlidingWindows,
+    TokenizedText,
+    TokenScores,
+    document_scores,
+)
 
 CONFIG = replace(TINY, vocab_size=1000)
 
@@ -78,7 +87,7 @@ def test_a_memory_mapped_file_is_read_batch_by_batch(tmp_path: Path) -> None:
     np.arange(100, 131, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
     ids = np.memmap(tmp_path / "tokens.bin", np.uint16, "r")
     windows = SlidingWindows.of(CONFIG, ids, 8, 3)
-    assert isinstance(windows.ids, np.memmap)
+    assert isinstance(windows.text.ids, np.memmap)
     assert predictions(windows) == predictions(windows_over(31, 8, 3))
 
 
@@ -94,12 +103,20 @@ REFUSED = {
     "stride beyond the context": ({"context": 8, "stride": 9}, "stride=9.*context=8.*skipped"),
     "no stride": ({"stride": 0}, "stride=0"),
     "no batch": ({"batch_size": 0}, "batch_size=0"),
+    "counts of another length": ({"ids": TokenizedText(np.arange(4), np.ones(3, bool))}, r"counts.*\(4,\).*\(3,\)"),
+    "counts that are numbers": ({"ids": TokenizedText(np.arange(4), np.ones(4))}, "counts must be booleans.*float64"),
+    "documents that end early": ({"ids": TokenizedText(np.arange(4), None, np.array([2, 3]))}, "last of which is 4"),
+    "documents that overlap": ({"ids": TokenizedText(np.arange(4), None, np.array([3, 2, 4]))}, "ascending"),
+    "nothing counts": ({"ids": TokenizedText(np.arange(4), np.zeros(4, bool))}, "nothing to predict"),
+    "only a first token counts": ({"ids": TokenizedText(np.arange(4), np.arange(4) == 0)}, "nothing to predict"),
+    "documents of one token": ({"ids": TokenizedText(np.arange(3), None, np.array([1, 2, 3]))}, "nothing to predict"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)
 def test_invalid_arguments_are_refused(arguments: dict, message: str) -> None:
-    ids = np.array(arguments.get("ids", [1, 2, 3]))
+    ids = arguments.get("ids", [1, 2, 3])
+    ids = ids if isinstance(ids, TokenizedText) else np.array(ids)
     with pytest.raises(bridge.BridgeError, match=message):
         SlidingWindows.of(CONFIG, ids, **{k: v for k, v in arguments.items() if k != "ids"})
 
@@ -109,16 +126,63 @@ def test_all_invalid_arguments_are_named_in_one_error() -> None:
         SlidingWindows.of(CONFIG, np.array([]), context=99, batch_size=-1)
 
 
+@pytest.mark.parametrize(("context", "stride"), [(8, 3), (8, 8), (2, 1), (40, 20)])
+def test_the_windows_of_separate_documents_are_those_of_each(context: int, stride: int) -> None:
+    ends = np.array([3, 3, 4, 15, 31])  # one of them is empty, one has a single token
+    text = TokenizedText(np.arange(100, 131), None, ends)
+    expected = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        if end - start > 1:
+            alone = SlidingWindows.of(CONFIG, np.arange(100 + start, 100 + end), context, stride, 3)
+            expected += [(position, seen) for position, seen in predictions(alone)]
+    assert predictions(SlidingWindows.of(CONFIG, text, context, stride, 3)) == expected
+
+
+def test_only_tokens_that_count_are_predicted() -> None:
+    counts = np.arange(31) % 4 == 1
+    windows = SlidingWindows.of(CONFIG, TokenizedText(np.arange(100, 131), counts), 8, 3, 3)
+    found = predictions(windows)
+    assert found == [(p, seen) for p, seen in predictions(windows_over(31, 8, 3)) if counts[p]]
+    ones = (LabelScores((labels != IGNORE_INDEX).astype(float)) for _, labels in windows.batches())
+    evaluation = windows.evaluation(ones)
+    assert (evaluation.nats, evaluation.predicted_tokens, evaluation.loss) == (8.0, 8, 1.0)
+    assert evaluation.transformers_loss is None
+
+
+def test_token_scores_are_at_the_positions_of_the_tokens() -> None:
+    windows = windows_over(31, 8, 8, batch_size=3)  # without overlap, so the first token of a window is not predicted
+
+    def scores(labels: np.ndarray) -> LabelScores:
+        is_label = labels != IGNORE_INDEX
+        return LabelScores(np.where(is_label, labels / 4, 0), np.where(is_label, labels, 0))
+
+    found = windows.evaluation(scores(labels) for _, labels in windows.batches()).token_scores
+    assert found is not None
+    is_predicted = np.arange(31) % 8 > 0
+    np.testing.assert_array_equal(found.ranks, np.where(is_predicted, np.arange(100, 131), 0))
+    np.testing.assert_array_equal(found.nats, np.where(is_predicted, np.arange(100, 131) / 4, np.nan))
+
+
+def test_the_scores_of_documents_add_up_to_the_whole() -> None:
+    ranks = np.array([0, 1, 2, 0, 3, 1])
+    nats = np.array([np.nan, 1.0, 2.0, np.nan, 4.0, 8.0])
+    found = document_scores(TokenScores(nats, ranks), np.array([3, 3, 4, 6]))
+    assert found == [
+        DocumentScore(3, 2, 3.0),
+        DocumentScore(0, 0, 0.0),
+        DocumentScore(1, 0, 0.0),
+        DocumentScore(2, 2, 12.0),
+    ]
+    assert (found[0].loss, found[0].perplexity) == (1.5, pytest.approx(math.exp(1.5)))
+    assert (found[2].loss, found[2].perplexity) == (None, None)
+
+
 def test_losses_are_summed_in_float64() -> None:
     """float32 would round the eighths away."""
     windows = windows_over(31, 8, 3, batch_size=2)
 
-    def losses() -> list[np.ndarray]:
-        return [
-            np.where(labels == IGNORE_INDEX, 0, 2**20 + 0.125).astype(np.float32) for _, labels in windows.batches()
-        ]
-
-    assert windows.evaluation(losses()).nats == 30 * (2**20 + 0.125)
+    losses = [np.where(labels == IGNORE_INDEX, 0, 2**20 + 0.125).astype(np.float32) for _, labels in windows.batches()]
+    assert windows.evaluation(map(LabelScores, losses)).nats == 30 * (2**20 + 0.125)
 
 
 def test_all_figures_are_computed_from_the_sum() -> None:
@@ -133,5 +197,7 @@ def test_all_figures_are_computed_from_the_sum() -> None:
 def test_progress_counts_windows() -> None:
     windows = windows_over(31, 8, 3, batch_size=4)
     calls: list[tuple[int, int]] = []
-    windows.evaluation((np.zeros(ids.shape) for ids, _ in windows.batches()), lambda *call: calls.append(call))
+    windows.evaluation(
+        (LabelScores(np.zeros(ids.shape)) for ids, _ in windows.batches()), lambda *call: calls.append(call)
+    )
     assert calls == [(4, 9), (8, 9), (9, 9)]

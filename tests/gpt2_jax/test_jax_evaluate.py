@@ -11,7 +11,7 @@ from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 import gpt2_jax
-from gpt2_jax.evaluation import _losses
+from gpt2_jax.evaluation import label_scores
 
 SMALL = replace(TINY, n_layer=2)
 TEXT = random_ids(SMALL, batch=1, length=150)[0]
@@ -19,16 +19,16 @@ TEXT = random_ids(SMALL, batch=1, length=150)[0]
 
 def test_one_text_compiles_once_even_with_a_partial_last_window_or_batch() -> None:
     model, params = jax_model(random_checkpoint(SMALL))
-    _losses.clear_cache()
+    label_scores.clear_cache()
     for length in (150, 149, 97):
         gpt2_jax.evaluate(model, params, TEXT[:length], context=24, stride=10, batch_size=4)
-        assert _losses._cache_size() == 1
+        assert label_scores._cache_size() == 1
 
 
 def test_bfloat16_computes_the_loss_in_float32() -> None:
     checkpoint = random_checkpoint(SMALL)
     model, params = gpt2_jax.model_from_checkpoint(checkpoint, dtype="bfloat16")
-    losses = _losses(model, params, TEXT[None, :20], TEXT[None, 1:21])
+    losses, _ = label_scores(model, False, params, TEXT[None, :20], TEXT[None, 1:21])
     assert losses.dtype == np.float32
     wide = gpt2_jax.evaluate(*jax_model(checkpoint), TEXT)
     assert gpt2_jax.evaluate(model, params, TEXT).loss == pytest.approx(wide.loss, rel=2**-7)  # bfloat16's precision

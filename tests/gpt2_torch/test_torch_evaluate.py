@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.implementations import torch_model
@@ -11,7 +12,7 @@ from support.models import TINY, random_checkpoint, random_ids
 
 import bridge
 import gpt2_torch
-from gpt2_torch.evaluation import _losses
+from gpt2_torch.evaluation import label_scores
 
 SMALL = replace(TINY, n_layer=2)
 TEXT = random_ids(SMALL, batch=1, length=150)[0]
@@ -38,15 +39,14 @@ def test_the_mode_is_restored_after_an_error() -> None:
 
 
 def test_nothing_is_saved_for_gradients() -> None:
-    model = torch_model(random_checkpoint(SMALL))
-    ids = torch.from_numpy(TEXT)[None]
-    assert not _losses(model, ids[:, :20], ids[:, 1:21]).requires_grad
+    with torch.autograd.graph.saved_tensors_hooks(pytest.fail, pytest.fail):
+        gpt2_torch.evaluate(torch_model(random_checkpoint(SMALL)), TEXT, token_scores=True)
 
 
 def test_bfloat16_computes_the_loss_in_float32() -> None:
     checkpoint = random_checkpoint(SMALL)
-    model, ids = torch_model(checkpoint).bfloat16(), torch.from_numpy(TEXT)[None]
-    assert _losses(model, ids[:, :20], ids[:, 1:21]).dtype == torch.float32
+    model = torch_model(checkpoint).bfloat16()
+    assert label_scores(model, False, TEXT[None, :20], TEXT[None, 1:21]).nats.dtype == np.float32
     wide = gpt2_torch.evaluate(torch_model(checkpoint), TEXT)
     assert gpt2_torch.evaluate(model, TEXT).loss == pytest.approx(wide.loss, rel=2**-7)  # bfloat16's precision
 

@@ -17,7 +17,7 @@ import bridge.evaluation
 import gpt2_jax
 import gpt2_torch
 from bridge import Checkpoint
-from bridge.evaluation import Evaluation
+from bridge.evaluation import Evaluation, TokenizedText
 from gpt2_jax.ops import cross_entropy as jax_cross_entropy
 from gpt2_torch.ops import cross_entropy as torch_cross_entropy
 
@@ -120,6 +120,33 @@ def test_each_token_is_predicted_from_its_window(evaluate: Evaluate, x64: None):
 
 
 @pytest.mark.sampled(3)
+@each_backend
+def test_the_scores_of_tokens_add_up_and_have_the_ranks_of_the_logits(evaluate: Evaluate, x64: None):
+    checkpoint = random_checkpoint(CONFIG, np.float64)
+    found = evaluate(checkpoint, TEXT, context=40, stride=20, token_scores=True)
+    scores = found.token_scores
+    assert np.nansum(scores.nats) == pytest.approx(found.nats, rel=FP64)
+    with torch.no_grad():
+        logits = transformers_model(checkpoint)(torch.from_numpy(TEXT[:40])[None]).logits[0].numpy()
+    labels = TEXT[1:40]
+    np.testing.assert_array_equal(scores.ranks[:40], [0, *(1 + (logits[range(39), labels] < logits[:-1].T).sum(0))])
+    losses = -(torch.from_numpy(logits[:-1]).log_softmax(-1).numpy())[range(39), labels]
+    np.testing.assert_allclose(scores.nats[1:40], losses, rtol=1e-10)
+
+
+@each_backend
+def test_each_record_is_evaluated_alone_and_only_where_it_counts(evaluate: Evaluate):
+    checkpoint, ids = random_checkpoint(CONFIG), TEXT[:30]
+    counts = np.arange(30) % 3 > 0
+    settings = {"context": 8, "stride": 5, "batch_size": 1, "token_scores": True}
+    found = evaluate(checkpoint, TokenizedText(ids, counts, np.array([12, 30])), **settings)
+    alone = [evaluate(checkpoint, part, **settings).token_scores.nats for part in (ids[:12], ids[12:])]
+    expected = np.where(counts, np.concatenate(alone), np.nan)
+    np.testing.assert_allclose(found.token_scores.nats, expected, rtol=1e-5)
+    assert found.nats == pytest.approx(np.nansum(expected), rel=FP32)
+    assert found.predicted_tokens == np.isfinite(expected).sum() == 20
+
+
 @each_backend
 @pytest.mark.parametrize("batch_size", [1, 2, 9, 100])
 def test_the_batch_size_does_not_matter(evaluate: Evaluate, batch_size: int, x64: None):

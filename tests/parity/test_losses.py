@@ -114,3 +114,16 @@ def test_a_label_outside_the_vocabulary_is_detected(label: int) -> None:
 
 def test_the_ignored_label_is_that_of_pytorch() -> None:
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORE_INDEX
+
+
+def ranks_of(module: str, logits: np.ndarray, labels: np.ndarray) -> list[int]:
+    if module == "torch":
+        return gpt2_torch.ops.cross_entropy.label_ranks(torch.from_numpy(logits), torch.from_numpy(labels))[0].tolist()
+    return gpt2_jax.ops.cross_entropy.label_ranks(jnp.asarray(logits), jnp.asarray(labels))[0].tolist()
+
+
+@pytest.mark.parametrize("module", ["torch", "jax"])
+def test_the_most_likely_label_has_rank_1_and_ties_are_ordered_by_id(module: str) -> None:
+    logits = np.tile(np.array([1.0, 3.0, 2.0, 3.0, -np.inf], np.float32), (1, 6, 1))
+    labels = np.array([[0, 1, 2, 3, 4, IGNORE_INDEX]])
+    assert ranks_of(module, logits, labels) == [4, 1, 3, 2, 5, 0]

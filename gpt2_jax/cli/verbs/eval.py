@@ -175,7 +175,7 @@ def _figures(found: Evaluation, text: Text) -> dict[str, Any]:
         "perplexity_per_word": found.word_perplexity(text.words) if text.words else None,
         "bits_per_byte": found.bits_per_byte(text.bytes) if text.bytes else None,
         "transformers_loss": found.transformers_loss,
-        "transformers_perplexity": exp(found.transformers_loss),
+        "transformers_perplexity": None if found.transformers_loss is None else exp(found.transformers_loss),
     }
     finite = {name: x if x is not None and math.isfinite(x) else None for name, x in figures.items()}
     counts = {"nats": found.nats, "predicted_tokens": found.predicted_tokens, "tokens": found.tokens}

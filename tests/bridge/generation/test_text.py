@@ -66,6 +66,9 @@ class Canned(Decoder[np.ndarray, Any]):
         logprobs = np.broadcast_to(-np.arange(first, first + number, dtype=np.float32) / 8, (len(state), number))
         return Chunk(state[:, first : first + number], logprobs)
 
+    def score_labels(self, *_: Any) -> Any:
+        raise NotImplementedError
+
     def prefill_beams(self, *_: Any) -> Any:
         raise NotImplementedError
 
