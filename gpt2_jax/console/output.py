@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from gpt2_jax.console.report_files import (
     require_html_path,
     require_report_path,
     write_html_report,
+    write_json_lines,
     write_json_report,
 )
 from gpt2_jax.console.terminal import Console
@@ -80,6 +81,16 @@ def json_writer(
         return lambda value: None
     require_report_path(file, overwrite=overwrite, inputs=inputs)
     return lambda value: write_json_report(file, value, overwrite=overwrite)
+
+
+def json_lines_writer(
+    file: Path | None, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
+) -> Callable[[Iterable[Mapping[str, Any]]], None]:
+    """Return a function that writes records as JSON lines, or does nothing without a file. Like `json_writer`."""
+    if file is None:
+        return lambda records: None
+    require_report_path(file, overwrite=overwrite, inputs=inputs)
+    return lambda records: write_json_lines(file, records, overwrite=overwrite)
 
 
 class Reportable(Protocol):

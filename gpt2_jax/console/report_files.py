@@ -1,4 +1,4 @@
-"""Report files of commands: JSON, HTML pages and plots.
+"""Report files of commands: JSON, JSON lines, HTML pages and plots.
 
 Every report names its generator, so that a later command can recognise it. Only reports are overwritten.
 """
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 _METADATA_FIELD = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}
 HTML_SUFFIXES = (".html", ".htm")
-_STARTS = (f'{{\n  "generator": "{GENERATOR} '.encode(), HTML_START.encode())
-"""How JSON reports and HTML pages begin."""
+_STARTS = (
+    f'{{\n  "generator": "{GENERATOR} '.encode(),
+    f'{{"generator": "{GENERATOR} '.encode(),
+    HTML_START.encode(),
+)
+"""How JSON reports, JSON lines and HTML pages begin."""
 _MAX_PLOT_BYTES = 2**24
 _GENERATED = {
     ".png": re.compile(rb"tEXtSoftware\0gpt2-bridge(?![-\w])"),
@@ -64,6 +68,14 @@ def require_report_path(
         raise BridgeError(f"{quoted(path)} is not a {kind} of this command and was not replaced; choose another name")
 
 
+def require_different_files(files: Mapping[str, Path | None]) -> None:
+    """Raise `BridgeError` if two flags name the same file. `files`: flag -> its value."""
+    flags: dict[Path, str] = {}
+    for flag, path in files.items():
+        if path is not None and (other := flags.setdefault(path.resolve(), flag)) != flag:
+            raise BridgeError(f"{other} and {flag} both name {quoted(path)}; give two files")
+
+
 def require_plot_path(path: Path, *, overwrite: bool, json: Path | None = None) -> None:
     """Like `require_report_path`, for a plot. Its name must end in one of `PLOT_FORMATS`.
 
@@ -96,6 +108,18 @@ def write_json_report(path: Path, value: Mapping[str, Any], *, overwrite: bool =
     text = json.dumps(_json_compatible(content), indent=2, allow_nan=False) + "\n"
     with new_file(path, overwrite=lambda: overwrite and is_report(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]], *, overwrite: bool = False) -> None:
+    """Write each record as a line of JSON. The first one also names the generator. Raises for NaN and infinity."""
+    with (
+        new_file(path, overwrite=lambda: overwrite and is_report(path)) as temporary,
+        temporary.open("w", encoding="utf-8") as file,
+    ):
+        generator = {"generator": f"{GENERATOR} {__version__}"}
+        for record in records:
+            file.write(json.dumps({**generator, **record}, allow_nan=False) + "\n")
+            generator = {}
 
 
 def write_html_report(path: Path, page: str, *, overwrite: bool = False) -> None:

@@ -54,14 +54,22 @@ def validation_loss(
         sums.append(eval_step(weights(state), rows.put(batch), state.frozen))
     count = sum(int(count) for _, count in sums)
     if not count:
-        raise TrainingError(
-            "the validation data has nothing to predict, because each of its documents is a single token; "
-            "raise --validation-fraction, or give more data with --validation-data"
-        )
+        raise TrainingError(f"the validation data has nothing to predict, because {_why_nothing_counts(config, data)}")
     mean = sum(float(loss) for loss, _ in sums) / count
     if not math.isfinite(mean):
         raise NonFiniteLoss(f"step {state.step}: validation loss {mean}")
     return mean
+
+
+def _why_nothing_counts(config: TrainConfig, data: Data) -> str:
+    if require_validation(data).counts is not None:
+        return (
+            f"no completion begins within the first seq_len={config.seq_len} tokens of its record; raise --seq-len, or "
+            "give more data with --validation-data"
+        )
+    return (
+        "each of its documents is a single token; raise --validation-fraction, or give more data with --validation-data"
+    )
 
 
 def require_validation(data: Data) -> TokenStream:

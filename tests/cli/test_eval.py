@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from support.tokenizers_for_tests import write_byte_tokenizer
 
 import bridge
 from bridge.tokenizers.loading import byte_tokenizer
-from gpt2_jax.cli.verbs.eval import _encode
+from gpt2_jax.cli.evaluated_text import encode_documents
+from gpt2_jax.data import open_data
 from gpt2_jax.data.documents import find_documents
 from gpt2_jax.data.token_cache import cached_text
 
@@ -79,14 +81,19 @@ def test_documents_are_separated_by_the_end_of_text_token(tmp_path: Path) -> Non
     for name, part in (("a.txt", "one two "), ("b.txt", " three"), ("c.txt", "four")):
         (tmp_path / "texts" / name).write_text(part)
     documents, calls = find_documents(tmp_path / "texts"), []
-    found = _encode(documents, byte_tokenizer(), "match", 1000, lambda *call: calls.append(call))
+    found = encode_documents(documents, byte_tokenizer(), "match", 1000, lambda *call: calls.append(call))
     order = [d.path.read_bytes() for d in documents.readable()]
     assert found.ids.tolist() == [*order[0], 256, *order[1], 256, *order[2]]
     assert (found.words, found.bytes) == (4, 18)
     assert calls[-1] == (18, 18)
-    cut = _encode(documents, byte_tokenizer(), "match", len(order[0]) + 1, lambda *call: None)
+    assert found.names == tuple(d.name for d in documents.files)
+    assert found.document_ends.tolist() == [*(len(order[0]) + 1 + np.array([0, len(order[1]) + 1])), len(found.ids)]
+    cut = encode_documents(documents, byte_tokenizer(), "match", len(order[0]) + 1, lambda *call: None)
     assert cut.ids.tolist() == [*order[0], 256]
     assert cut.bytes == len(order[0])
+
+
+NOT_IN_TOKENS = ("words", "bytes", "documents", "perplexity_per_word", "bits_per_byte")
 
 
 def test_token_files_have_no_words_or_bytes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,8 +101,8 @@ def test_token_files_have_no_words_or_bytes(model: Path, tmp_path: Path, capsys:
     found = figures(tmp_path, model, "--data", tmp_path / "tokens.bin", "--max-tokens", 50)
     assert found["tokens"] == 50
     assert found["perplexity"] > 1
-    assert [found[name] for name in ("words", "bytes", "perplexity_per_word", "bits_per_byte")] == [None] * 4
-    assert capsys.readouterr().out.count("not available") == 4
+    assert [found[name] for name in NOT_IN_TOKENS] == [None] * 5
+    assert capsys.readouterr().out.count("not available") == 5
 
 
 def test_a_directory_of_token_files_evaluates_the_validation_files(model: Path, tmp_path: Path) -> None:
@@ -125,6 +132,103 @@ def test_a_damaged_cache_is_refused(
     assert "is damaged" in capsys.readouterr().err
 
 
+def lines_of(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    for name, part in (("a.txt", TEXT[:50]), ("b.txt", TEXT[50:170]), ("c.txt", "x")):
+        (tmp_path / "texts" / name).write_bytes(part.encode())
+    return tmp_path / "texts"
+
+
+def test_records_of_documents_and_tokens_add_up_to_the_report(model: Path, texts: Path, tmp_path: Path) -> None:
+    files = ("--per-document", tmp_path / "documents.jsonl", "--per-token", tmp_path / "tokens.jsonl")
+    found = figures(tmp_path, model, "--data", texts, *files)
+    documents, tokens = lines_of(tmp_path / "documents.jsonl"), lines_of(tmp_path / "tokens.jsonl")
+    assert documents[0].pop("generator") == tokens[0].pop("generator") == f"gpt2-bridge {bridge.__version__}"
+
+    assert [d["document"] for d in documents] == [0, 1, 2]
+    assert [d["name"] for d in documents] == [d.name for d in find_documents(texts).files]
+    for name in ("tokens", "predicted_tokens"):
+        assert sum(d[name] for d in documents) == found[name]
+    assert sum(d["nats"] for d in documents) == pytest.approx(found["nats"])
+    for one in documents:
+        assert one["loss"] == pytest.approx(one["nats"] / one["predicted_tokens"])
+        assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+
+    raw = b"".join((texts / d["name"]).read_bytes() for d in documents)  # the tokenizer has no token between documents
+    assert [t["id"] for t in tokens] == [*raw]
+    assert [t["position"] for t in tokens] == [*range(len(raw))]
+    assert [t["text"] for t in tokens if t["id"] < 128] == [chr(b) for b in raw if b < 128]
+    assert (tokens[0]["logprob"], tokens[0]["rank"]) == (None, None)
+    assert -sum(t["logprob"] for t in tokens[1:]) == pytest.approx(found["nats"])
+    assert min(t["rank"] for t in tokens[1:]) >= 1 and max(t["rank"] for t in tokens[1:]) <= 256
+    for one in documents:
+        of_document = [t for t in tokens if t["document"] == one["document"]]
+        assert len(of_document) == one["tokens"]
+        assert -sum(t["logprob"] or 0 for t in of_document) == pytest.approx(one["nats"], abs=1e-4)
+    assert (found["documents"], found["separate_documents"]) == (3, False)
+    assert found["fingerprint"] == bridge.fingerprint(bridge.load(model).tensors)
+
+
+@needs_torch
+def test_separate_documents_are_evaluated_as_if_alone(model: Path, texts: Path, tmp_path: Path) -> None:
+    more = ("--backend", "torch")
+    file = tmp_path / "documents.jsonl"
+    found = figures(tmp_path, model, "--data", texts, "--separate-documents", "--per-document", file, *more)
+    for one in lines_of(file):
+        if one["tokens"] > 1:
+            alone = figures(tmp_path, model, "--data", texts / one["name"], *more)
+            assert one["nats"] == pytest.approx(alone["nats"], rel=FP32)
+        else:
+            assert (one["predicted_tokens"], one["loss"], one["perplexity"]) == (0, None, None)
+    assert (found["separate_documents"], found["transformers_loss"]) == (True, None)
+    assert found["predicted_tokens"] == found["tokens"] - 3
+
+
+@needs_torch
+def test_only_completions_of_records_are_scored(tmp_path: Path) -> None:
+    """A cache of prompts and completions, as `gpt2 train` writes it."""
+    config = replace(CONFIG, vocab_size=257)
+    model = huggingface_directory(tmp_path / "model", config)
+    pairs = [(f"{i} + {i} =", f" {i + i}") for i in range(12)]
+    lines = (json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    open_data(tmp_path / "pairs.jsonl", tokenizer=byte_tokenizer(), cache=tmp_path / "cache")
+    [directory] = (tmp_path / "cache").iterdir()
+    file, more = tmp_path / "documents.jsonl", ("--backend", "torch")
+    found = figures(tmp_path, model, "--data", directory, "--per-document", file, *more)
+    import gpt2_torch
+
+    decoder = gpt2_torch.Decoder(gpt2_torch.model_from_checkpoint(bridge.load(model)))
+    ids = [([*prompt.encode()], [*completion.encode(), 256]) for prompt, completion in pairs]
+    expected = bridge.loglikelihood(decoder, ids)
+    assert [one["nats"] for one in lines_of(file)] == pytest.approx([-one.logprob for one in expected], rel=1e-5)
+    assert found["predicted_tokens"] == sum(one.num_tokens for one in expected)
+    assert found["nats"] == pytest.approx(-sum(one.logprob for one in expected), rel=1e-5)
+    assert found["separate_documents"] is True
+
+
+def test_earlier_records_are_replaced_only_on_request(
+    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, foreign = tmp_path / "tokens.jsonl", tmp_path / "foreign.jsonl"
+    foreign.write_text('{"document": 0}\n')
+    arguments = ("eval", model, "--data", text, "--max-tokens", 20, "--per-token")
+    assert run(*arguments, file) == 0
+    before = file.read_bytes()
+    assert run(*arguments, file) == 2
+    assert "exists" in capsys.readouterr().err
+    assert run(*arguments, file, "--overwrite") == 0
+    assert file.read_bytes() == before
+    assert run(*arguments, foreign, "--overwrite") == 2
+    assert "is not a report of this command" in capsys.readouterr().err
+    assert foreign.read_text() == '{"document": 0}\n'
+
+
 def test_perplexity_per_word_that_overflows_is_null(model: Path, tmp_path: Path) -> None:
     (tmp_path / "word.txt").write_text("x" * 900)
     found = figures(tmp_path, model, "--data", tmp_path / "word.txt")
@@ -152,6 +256,10 @@ BAD = {
     "a limit of one token": ("eval", "{model}", "--data", "{tmp}/text.txt", "--max-tokens", "1"),
     "unwritable json": ("eval", "{model}", "--data", "{tmp}/text.txt", "--json", "{tmp}/nowhere/f.json"),
     "unknown backend": ("eval", "{model}", "--data", "{tmp}/text.txt", "--backend", "flax"),
+    "two reports in one file": ("eval", "{model}", "--json", "{tmp}/a.jsonl", "--per-token", "{tmp}/a.jsonl"),
+    "an effect without a report": ("eval", "{model}", "--overwrite"),
+    "documents of a token file": ("eval", "{model}", "--data", "{tmp}/ids.bin", "--per-document", "{tmp}/a.jsonl"),
+    "separate documents of a token file": ("eval", "{model}", "--data", "{tmp}/ids.bin", "--separate-documents"),
     "no tokenizer": ("eval", "{bare}", "--data", "{tmp}/text.txt"),
     "weights not finite": ("eval", "{broken}", "--data", "{tmp}/text.txt"),
 }
@@ -170,6 +278,7 @@ def test_bad_input_exits_with_2_and_a_message(
     for name, content in (("empty.txt", b""), ("one.txt", b"x"), ("latin.txt", "Grüße".encode("latin-1"))):
         (tmp_path / name).write_bytes(content)
     np.array([1, 2, 999, 4] * 3, "<u2").tofile(tmp_path / "foreign.bin")
+    np.array([1, 2, 9, 4] * 3, "<u2").tofile(tmp_path / "ids.bin")
     assert run(*(a.format(tmp=tmp_path, model=model, bare=bare, broken=broken) for a in BAD[why])) == 2
     printed = capsys.readouterr()
     assert "Traceback" not in printed.out + printed.err

@@ -40,6 +40,15 @@ def test_validation_data_without_a_label_is_an_error(tmp_path: Path) -> None:
         )
 
 
+def test_the_error_for_truncated_completions_names_the_length(tmp_path: Path) -> None:
+    records = tmp_path / "pairs.jsonl"
+    records.write_text('{"prompt": "a prompt that is too long", "completion": "b"}\n' * 20)
+    data = open_data(records, tokenizer=RECIPE.tokenizer, cache=tmp_path / "cache")
+    state = loop.TrainState(jax.numpy.int32(0), {}, {})
+    with pytest.raises(TrainingError, match=r"no completion begins within the first seq_len=12 tokens.*--seq-len"):
+        loop.validation_loss(lambda params, batch: (0.0, 0), RECIPE, data, state, make_mesh())
+
+
 def test_an_evaluation_batch_has_the_rows_of_a_microbatch(tmp_path: Path) -> None:
     """A batch that is trained in 40 microbatches does not fit on a device at once. The windows stay the same."""
     seen = []
