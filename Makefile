@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PEERS := .venv-peers
+LM_EVAL := .venv-lm-eval
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 NEWEST_PYTHON ?= python3.13
@@ -30,8 +31,8 @@ test-processes: $(INSTALLED)  ## whole commands in processes of their own, and r
 test-slow: $(INSTALLED)  ## tests at 124M parameters, and of memory
 	OMP_NUM_THREADS=$(shell nproc) $(BIN)/python -m pytest -m slow
 
-test-peers: $(INSTALLED) $(PEERS)/.installed  ## comparisons with transformers 4's Flax, in a separate environment
-	PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python $(BIN)/python -m pytest -m peers
+test-peers: $(INSTALLED) $(PEERS)/.installed $(LM_EVAL)/.installed  ## comparisons with transformers 4's Flax and lm-eval, in separate environments
+	PEERS_PYTHON=$(CURDIR)/$(PEERS)/bin/python LM_EVAL_PYTHON=$(CURDIR)/$(LM_EVAL)/bin/python $(BIN)/python -m pytest -m peers
 
 test-mesh: $(INSTALLED)  ## training on every mesh of eight devices, and in several processes
 	$(BIN)/python -m pytest -m mesh
@@ -100,7 +101,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' Makefile | expand -t 20
 
 clean:
-	rm -rf .venv $(PEERS) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output docs/_build docs/_generated .pytest_cache
+	rm -rf .venv $(PEERS) $(LM_EVAL) $(OLDEST) $(NEWEST) $(DIST) $(TPU) build dist demo-output docs/_build docs/_generated .pytest_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -111,6 +112,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PEERS)/.installed:
 	test -d $(PEERS) || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet transformers==4.57.6 jax==0.10.2 flax==0.12.8
+	touch $@
+
+$(LM_EVAL)/.installed: pyproject.toml constraints.txt
+	test -d $(LM_EVAL) || $(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[torch,transformers,lm-eval]' accelerate peft
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt .ci/oldest.py

@@ -64,6 +64,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "undoc-members": True, "exclude-members": "__new__, __init__"}
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["lm_eval"]  # gpt2_jax.harness imports it
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True  # "Attributes:" describes fields that autodoc lists too

@@ -62,7 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gpt2_jax.data",),
     ("gpt2_jax.training",),
     ("gpt2_jax.parity", "gpt2_jax.plan", "gpt2_jax.bench"),
-    ("gpt2_jax.diff",),
+    ("gpt2_jax.diff", "gpt2_jax.harness", "gpt2_jax.sharing"),
     ("gpt2_jax.cli",),
 )
 """From the lowest layer to the highest. A package represents all its modules; the three top packages represent only
