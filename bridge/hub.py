@@ -1,11 +1,15 @@
-"""Download checkpoints from the Hugging Face hub. Needs the `hub` extra."""
+"""Download checkpoints from the Hugging Face hub, and upload directories to it. Needs the `hub` extra."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from bridge.errors import CheckpointError, install_command, quoted
+from bridge.errors import BridgeError, CheckpointError, bullet_list, install_command, quoted
 from bridge.formats.directory import CARRIED_FILES, CONFIG
 from bridge.formats.recognition import choose_checkpoint
 from bridge.tokenizers.chat.templates import CHAT_TEMPLATE_FOLDER
@@ -51,3 +55,143 @@ def download(repo_id: str) -> Path:
             f"{missing}, and the download from the Hugging Face hub failed ({type(error).__name__}); check the name "
             "and the connection, or download the model on another machine and give its directory"
         ) from error
+
+
+CARD = "README.md"
+_GIT_ATTRIBUTES = ".gitattributes"
+"""The file that the hub itself writes into a new repository."""
+_REFUSALS = {
+    401: "the hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN",
+    403: "the token may not do this; use a token with write access to the owner of the repository",
+    404: "there is no such repository or owner; check the name",
+    409: "it exists and the token cannot read it, or another program is changing it; check the token, and try again",
+    412: "it was changed by another program during the upload, and nothing was uploaded; try again",
+}
+"""HTTP status -> its meaning for an upload."""
+
+
+class HubError(BridgeError):
+    """The hub refused an upload, or it would replace files that may not be replaced."""
+
+
+def has_token() -> bool:
+    """Whether a token for the hub is set (HF_TOKEN) or stored by `hf auth login`."""
+    try:
+        from huggingface_hub import get_token
+    except ImportError:
+        return False
+    return get_token() is not None
+
+
+def upload(
+    directory: Path,
+    repo_id: str,
+    *,
+    message: str,
+    private: bool = False,
+    overwrite: bool = False,
+    is_own_card: Callable[[str], bool] = lambda text: False,
+) -> str:
+    """Upload a directory as one commit and return its address. A new repository is created.
+
+    Args:
+        directory: the files. Its folders are uploaded too.
+        repo_id: owner and name, such as `me/my-gpt2`.
+        message: the first line of the commit.
+        private: create a private repository. An existing one must be private.
+        overwrite: files of the same names may be replaced, except a README.md that is not an own card.
+        is_own_card: whether a README.md with this text may be replaced.
+
+    Raises:
+        HubError: the hub refuses, or a file may not be replaced. Nothing was uploaded. No message has the token.
+    """
+    try:
+        from huggingface_hub import CommitOperationAdd, HfApi
+    except ImportError:
+        raise HubError(f"to upload to the Hugging Face hub, install its extra: {install_command('hub')}") from None
+    api = HfApi()
+    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    head = _asked(repo_id, lambda: _existing(api, repo_id))
+    if head is None:
+        _asked(repo_id, lambda: api.create_repo(repo_id, private=private))
+    else:
+        _require_replaceable(head, repo_id, files, private=private, overwrite=overwrite)
+        if CARD in files and any(sibling.rfilename == CARD for sibling in head.siblings):
+            _require_own_card(_asked(repo_id, lambda: _card(api, repo_id, head.sha)), repo_id, is_own_card)
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    commit = _asked(
+        repo_id,
+        lambda: api.create_commit(
+            repo_id, operations, commit_message=message, parent_commit=None if head is None else head.sha
+        ),
+    )
+    return str(commit.commit_url)
+
+
+def _asked(repo_id: str, request: Callable[[], Any]) -> Any:
+    """Return the result of a request to the hub. Raises `HubError` with its meaning if it fails.
+
+    The error has no cause, because the errors of the client's libraries may refer to the request and its token.
+    """
+    try:
+        return request()
+    except HubError:
+        raise
+    except Exception as error:  # the hub's client also raises errors of its HTTP library and of the system
+        status = _status(error)
+        kind = f"{type(error).__name__}, HTTP {status}" if status else type(error).__name__
+        why = _REFUSALS.get(status or 0, f"the request failed ({kind}); check the connection, and try again")
+        raise HubError(f"{quoted(repo_id)}: {why}") from None
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the HTTP status of an error or of its cause, if it has one."""
+    while error is not None:
+        if (response := getattr(error, "response", None)) is not None:
+            return int(response.status_code)
+        error = error.__cause__
+    return None
+
+
+def _existing(api: Any, repo_id: str) -> Any:
+    """Return the hub's description of a repository, or None if it does not exist."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        return None
+
+
+def _card(api: Any, repo_id: str, revision: str) -> str:
+    with TemporaryDirectory() as folder:
+        path = api.hf_hub_download(repo_id, CARD, revision=revision, cache_dir=folder)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _require_replaceable(head: Any, repo_id: str, files: Iterable[str], *, private: bool, overwrite: bool) -> None:
+    """Raise `HubError` unless these files may be uploaded to an existing repository."""
+    where, new = quoted(repo_id), {*files}
+    if private and not head.private:
+        raise HubError(f"{where} exists and is public; make it private on the hub, or leave --private out")
+    existing = {sibling.rfilename for sibling in head.siblings} - {_GIT_ATTRIBUTES}
+    if not overwrite and (replaced := sorted(existing & new)):
+        raise HubError(
+            f"{where} has files that would be replaced; choose another repository, or replace them with --overwrite:\n"
+            f"{bullet_list(map(quoted, replaced))}"
+        )
+    patterns = [pattern for form in _WEIGHTS for pattern in form]
+    others = [name for name in sorted(existing - new) if any(fnmatch.fnmatch(name, p) for p in patterns)]
+    if others:
+        raise HubError(
+            f"{where} has other weights, which would remain beside the new ones; remove them on the hub first:\n"
+            f"{bullet_list(map(quoted, others))}"
+        )
+
+
+def _require_own_card(text: str, repo_id: str, is_own_card: Callable[[str], bool]) -> None:
+    if not is_own_card(text):
+        raise HubError(
+            f"{quoted(repo_id)} has a {CARD} that gpt2 push did not write, and nothing was uploaded; rename it on the "
+            "hub, or replace it with --replace-card"
+        )

@@ -27,8 +27,9 @@ FLAGS: Mapping[str, Sequence[str]] = {
     "diff": ["--no-function", "--text", "--json"],
     "generate": ["--json"],
     "train": ["--data", "--init-from", "--out", "--resume", "--preset", "--mesh", "--json"],
-    "eval": ["--data", "--json"],
+    "eval": ["--data", "--json", "--per-document", "--per-token"],
     "plan": ["--preset", "--mesh", "--json"],
+    "push": ["--license", "--dry-run", "--no-dry-run", "--json"],
     "bench": ["--preset", "--json"],
     "demo": ["--out"],
 }

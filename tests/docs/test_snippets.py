@@ -41,6 +41,7 @@ HUB, CLOUD, DEVICES, LARGE, LONG, TERMINAL, TPU = (
 )
 ONLY_PARSED: tuple[tuple[str, str], ...] = (
     ("convert gpt2 ", HUB),
+    ("--license mit --private", "it uploads to the Hugging Face hub"),
     ("--init-from gpt2 ", HUB),
     ("--distributed", CLOUD),
     ("plan --devices", "it needs eight devices before JAX starts; tests/plan runs it in a separate process"),

@@ -35,6 +35,7 @@ VERBS: Mapping[str, Verb] = {
     "eval": Verb("eval", "evaluate", "Measure loss, perplexity and bits per byte on a text.", compiles=True),
     "train": Verb("train", "train_command", "Train or fine-tune in JAX, and export for PyTorch.", takes_config=True),
     "plan": Verb("plan", "plan_command", "Estimate memory and time of a step on other devices.", takes_config=True),
+    "push": Verb("push", "push", "Upload a checkpoint to the Hugging Face hub, with a model card."),
     "bench": Verb("bench", "bench", "Measure the speed of JAX, PyTorch and transformers."),
     "demo": Verb("demo", "demo", "Convert, verify, fine-tune and export a small model.", compiles=True, trains=True),
 }
