@@ -39,8 +39,8 @@ def push(
     """Upload a checkpoint to the Hugging Face hub, with a model card written from what is known about it.
 
     The checkpoint is written in Hugging Face format. The card states the license, the model, and what is known about
-    its training: the recipe, the losses, and the fingerprint of the data. Without a token for the hub, or with
-    --dry-run, nothing is sent: the files and the card are printed. Read the card before you upload.
+    its training: the recipe, the losses, and the fingerprint of the data. Without a token for the hub, nothing is sent:
+    the files and the card are printed, as with --dry-run. Read the card before you upload.
 
     Example: gpt2 push runs/mine me/my-gpt2 --license mit --dry-run
 
