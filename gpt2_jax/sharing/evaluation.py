@@ -53,7 +53,7 @@ def read_evaluation(path: Path, fingerprints: Collection[str]) -> EvaluationFact
     report = parse_plain_object(text, where, SharingError, _MOST_ELEMENTS)
     if not is_report(path) or not {"data", "loss", "predicted_tokens", "fingerprint"} <= report.keys():
         raise SharingError(f"{where} is not a report of gpt2 eval --json; make it again with this version")
-    if report["fingerprint"] not in fingerprints:
+    if str(report["fingerprint"]) not in fingerprints:
         raise SharingError(f"{where} is the report of other weights; evaluate this checkpoint again")
     metrics = {name: _metric(report, name, where) for name in METRICS if report.get(name) is not None}
     if not metrics:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import bridge
 from bridge import Checkpoint
+from bridge.checkpoint import GENERATION_CONFIG
 from bridge.errors import quoted
+from bridge.formats.directory import CONFIG, write_json
 from bridge.hub import is_repo_id
 from gpt2_jax.parity.certificates.certificate import Certificate, read_certificate
 from gpt2_jax.sharing.card import CARD, CERTIFICATE, model_card
@@ -17,6 +20,8 @@ from gpt2_jax.sharing.evaluation import read_evaluation
 from gpt2_jax.sharing.facts import ModelFacts, dtypes_of, tokenizer_of
 from gpt2_jax.sharing.run import run_facts
 
+_SETTINGS = (CONFIG, "tokenizer_config.json", GENERATION_CONFIG)
+_PATH_FIELDS = ("_name_or_path", "name_or_path")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -37,7 +42,6 @@ class Export:
 
 def prepare(
     checkpoint: Checkpoint,
-    source: Path,
     repo_id: str,
     directory: Path,
     *,
@@ -48,9 +52,8 @@ def prepare(
     """Write the files of a repository to a new directory.
 
     Args:
-        checkpoint: what is shared. A model without biases is written with zero biases, because Hugging Face's GPT-2
-            requires them.
-        source: where it was read from. If that is a run, the card has its recipe and losses.
+        checkpoint: what `bridge.load` returns. A model without biases is written with zero biases, because Hugging
+            Face's GPT-2 requires them. If it belongs to a run, the card has the run's recipe and losses.
         repo_id: the repository, such as `me/my-gpt2`.
         directory: a path that does not exist.
         license: the identifier of the license in the hub's list, such as `mit`.
@@ -61,7 +64,7 @@ def prepare(
     """
     require_repo_id(repo_id)
     require_license(license)
-    left_out = bridge.save(checkpoint.with_biases(), directory, format="huggingface")
+    left_out = bridge.save(checkpoint.with_biases(), directory, format="huggingface") + _remove_local_paths(directory)
     exported = bridge.load(directory)
     fingerprint = bridge.fingerprint(exported.tensors)
     of_source = fingerprint if checkpoint.config.bias else bridge.fingerprint(checkpoint.tensors)
@@ -71,7 +74,7 @@ def prepare(
         dtypes=dtypes_of(exported),
         fingerprint=fingerprint,
         tokenizer=tokenizer_of(exported),
-        run=run_facts(source, checkpoint.source),
+        run=run_facts(checkpoint),
         evaluation=None if evaluation is None else read_evaluation(evaluation, {fingerprint, of_source}),
         certificate=None if certificate is None else _certificate(certificate, exported, fingerprint),
     )
@@ -94,6 +97,18 @@ def require_license(license: str) -> None:
         raise SharingError(
             f"--license {quoted(license)}: must be an identifier of the hub's list, such as mit, apache-2.0 or other"
         )
+
+
+def _remove_local_paths(directory: Path) -> tuple[str, ...]:
+    """Remove fields that name a directory on this machine. Return one sentence for each."""
+    removed = []
+    for file in sorted(directory.glob("*.json")):
+        fields = json.loads(file.read_text(encoding="utf-8")) if file.name in _SETTINGS else {}
+        names = [name for name in _PATH_FIELDS if name in fields and not is_repo_id(str(fields[name]))]
+        if names:
+            write_json(file, {name: value for name, value in fields.items() if name not in names})
+            removed += [f"{name} in {file.name}, which is a local path" for name in names]
+    return tuple(removed)
 
 
 def _certificate(path: Path, exported: Checkpoint, fingerprint: str) -> Certificate:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from bridge import Checkpoint
+from bridge.errors import quoted
 from bridge.formats.trainers.run import CHECKPOINTS, is_run, validation_loss
+from bridge.storage import manifest
+from gpt2_jax.sharing.errors import SharingError
 from gpt2_jax.training.config import TrainConfig, flat
 from gpt2_jax.training.run.directory import EXPORT
 from gpt2_jax.training.run.identity import stored_identity
@@ -80,33 +83,23 @@ class RunFacts:
         return [found[round(k * (len(found) - 1) / (MOST_POINTS - 1))] for k in range(MOST_POINTS)]
 
 
-def run_facts(source: Path, checkpoint: Path | None) -> RunFacts | None:
-    """Return what is known about the run of a source, or None if the source does not belong to a run.
+def run_facts(checkpoint: Checkpoint) -> RunFacts | None:
+    """Return what is known about the run of a checkpoint, or None if it was not read from a run or its export.
 
-    Args:
-        source: a run, one of its checkpoints, or its export.
-        checkpoint: `Checkpoint.source`, the directory of the checkpoint that was read.
-
-    Raises `TrainingError` if the run's files are damaged.
+    Raises `BridgeError` if the run's files are damaged.
     """
-    run = next((path for path in (source, source.parent, source.parent.parent) if is_run(path)), None)
-    if run is None:
+    path, source = checkpoint.path, checkpoint.source
+    step: Any
+    if path is None or source is None:
         return None
-    step = _step(run, source, checkpoint)
-    if step is None:
+    if source.parent.name == CHECKPOINTS and source.name.isdecimal() and is_run(path):
+        run, step = path, int(source.name)
+    elif path.name == EXPORT and is_run(path.parent):
+        run, step = path.parent, manifest.verify(path).get("step")
+        if type(step) is not int:
+            raise SharingError(f"{quoted(path)}: its manifest has no step; export the run again")
+    else:
         return None
     identity = stored_identity(run)
     records = [record for record in read_metrics(run) if record["step"] <= step]
     return RunFacts(identity.config, identity.data, step, validation_loss(run, step), records)
-
-
-def _step(run: Path, source: Path, checkpoint: Path | None) -> int | None:
-    """Return the step of the checkpoint, or None for another directory inside the run."""
-    if source == run / EXPORT:
-        from bridge.storage import manifest
-
-        step = manifest.verify(source).get("step")
-        return step if type(step) is int else None
-    if checkpoint is not None and checkpoint.parent == run / CHECKPOINTS and checkpoint.name.isdecimal():
-        return int(checkpoint.name)
-    return None

@@ -154,3 +154,28 @@ def test_every_answer_is_that_of_the_hugging_face_model(task: str, backend: str,
         assert all(isinstance(text, str) for text in ours) and sum(len(text) > 10 for text in ours) >= 4
     if task == "choice":
         assert 0 < found["hf"]["metrics"][task]["acc_norm,none"] < 1
+
+
+ERRORS = """
+import bridge
+import pytest
+from lm_eval.api.instance import Instance
+from gpt2_jax.harness import HarnessLM
+
+model = HarnessLM("my-gpt2", dtype="float32", batch_size="auto")
+assert (model.batch_size, model.max_length) == (None, model.decoder.config.n_positions)
+def ask(**settings):
+    return model.generate_until([Instance("generate_until", {}, ("To be", settings), 0)], disable_tqdm=True)
+assert len(ask(max_gen_toks=5, do_sample=True, temperature=0.8, top_k=5)) == 1
+with pytest.raises(bridge.BridgeError, match="num_beams"):
+    ask(max_gen_toks=5, num_beams=2)
+with pytest.raises(bridge.BridgeError, match="n_positions"):
+    ask(max_gen_toks=model.max_length)
+with pytest.raises(bridge.BridgeError, match="JAX_PLATFORMS"):
+    HarnessLM("my-gpt2", device="cuda")
+assert model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("",), 0)], disable_tqdm=True) == [0.0]
+"""
+
+
+def test_settings_that_are_not_supported_are_refused(place: Path, python: str) -> None:
+    run_in(place, python, "-c", ERRORS)

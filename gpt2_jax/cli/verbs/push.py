@@ -11,7 +11,6 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 import bridge
 from bridge import hub
 from bridge.errors import escaped, quoted
-from bridge.io import local_path
 from gpt2_jax.cli.arguments import READING, JsonFile, Reading, Source
 from gpt2_jax.cli.effect import Rule, defaults_of, require_effect
 from gpt2_jax.console.output import json_writer, reading_bar
@@ -71,7 +70,6 @@ def push(
         with reading_bar(reading.load(source), "writing") as checkpoint:
             export = prepare(
                 checkpoint,
-                local_path(source),
                 repo,
                 Path(folder) / "export",
                 license=license,
