@@ -39,7 +39,6 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_
 """Generation settings of a task that have the same name and meaning in `GenerationConfig`."""
 
 
-@register_model("gpt2-bridge")
 class HarnessLM(TemplateLM):
     """A checkpoint in any format, run in JAX, as a model of the harness.
 
@@ -174,3 +173,6 @@ class HarnessLM(TemplateLM):
         """Return the text up to the first stop string, without special tokens, as the model `hf` does."""
         text = self.own_tokenizer.decode(ids, skip_special_tokens=True)
         return text[: min((found for s in stop if (found := text.find(s)) >= 0), default=len(text))]
+
+
+register_model("gpt2-bridge")(HarnessLM)
