@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), as x sigmoid(2 u) (Hendrycks and Gimpel 2016).
 
@@ -23,17 +23,13 @@ def _twice_u(x: Array) -> Array:
     return 2.0 * math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)
 
 
-def _gelu_forward(x: Array) -> tuple[Array, Array]:
+@gelu_tanh.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (dx,) = primals, tangents
     gate = jax.nn.sigmoid(_twice_u(x))
-    slope = 2.0 * math.sqrt(2.0 / math.pi) * (1.0 + 3.0 * 0.044715 * x * x)
-    return x * gate, gate + x * gate * (1.0 - gate) * slope
-
-
-def _gelu_backward(slope: Array, dy: Array) -> tuple[Array]:
-    return (dy * slope,)
-
-
-gelu_tanh.defvjp(_gelu_forward, _gelu_backward)
+    slope_of_gate = 2.0 * math.sqrt(2.0 / math.pi) * (1.0 + 3.0 * 0.044715 * x * x)
+    slope = gate + x * gate * (1.0 - gate) * slope_of_gate
+    return x * gate, dx * slope
 
 
 def relu6(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from gpt2_jax.ops.dtypes import wide_dtype
+from gpt2_jax.ops.linear_call import linear_call
 from gpt2_jax.parallel.remat import ATTENDED
 
 BLOCK = 256
@@ -22,7 +23,7 @@ BLOCK = 256
 noise of the fastest."""
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def causal_attention_by_blocks(
     q_BHTK: Float[Array, "B H T K"],
     k_BHSK: Float[Array, "B H S K"],
@@ -53,7 +54,18 @@ def _forward(q: Array, k: Array, v: Array, segment_ids: Array | None) -> tuple[A
     return context, (q, k, v, segment_ids, context, log_sums)
 
 
-def _backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Array, Array, Array, None]:
+@causal_attention_by_blocks.defjvp
+def _jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    context, residuals = _forward(*primals)
+    return context, linear_call(_tangent, _backward, residuals, tangents[:3], context)
+
+
+def _tangent(residuals: tuple[Any, ...], tangents: tuple[Array, Array, Array]) -> Array:
+    q, k, v, segment_ids, _, _ = residuals
+    return jax.jvp(lambda q, k, v: _forward(q, k, v, segment_ids)[0], (q, k, v), tangents)[1]
+
+
+def _backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Array, Array, Array]:
     q, k, v, segment_ids, context, log_sums = residuals
     wide = wide_dtype(q)
     # The scores have keys before queries, because XLA on CPU takes three times as long for products that sum over the
@@ -74,10 +86,7 @@ def _backward(residuals: tuple[Any, ...], d_context: Array) -> tuple[Array, Arra
         )
         d_k = d_k.at[:, :, :end].add(jnp.einsum("BHST,BHTK->BHSK", d_scores, q_block, preferred_element_type=wide))
         d_queries.append(jnp.einsum("BHSK,BHST->BHKT", keys, d_scores))
-    return jnp.concatenate(d_queries, 3).swapaxes(2, 3), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-causal_attention_by_blocks.defvjp(_forward, _backward)
+    return jnp.concatenate(d_queries, 3).swapaxes(2, 3), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
 def _visible(

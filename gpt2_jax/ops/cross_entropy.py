@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def default_chunk_bytes() -> int:
     return max(2 ** ((memory.get("bytes_limit", 0) // 64).bit_length() - 1), 2**28)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _summed(hidden: Array, embedding: Array, labels: Array, vocab_size: int, length: int) -> Array:
     kernel = gathered(embedding.astype(hidden.dtype))
 
@@ -133,15 +134,15 @@ def _summed_forward(
     return total, (d_hidden, d_embedding.astype(embedding.dtype))
 
 
-def _summed_backward(
-    vocab_size: int, length: int, gradients: tuple[Array, Array], d_total: Array
-) -> tuple[Array, Array, None]:
-    # Computed in d_total's dtype, at least float32: d_total rounded to bfloat16 would scale all gradients wrongly.
-    d_hidden, d_embedding = ((gradient * d_total).astype(gradient.dtype) for gradient in gradients)
-    return d_hidden, d_embedding, None
-
-
-_summed.defvjp(_summed_forward, _summed_backward)
+@_summed.defjvp
+def _summed_jvp(
+    vocab_size: int, length: int, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Any]
+) -> tuple[Array, Array]:
+    total, gradients = _summed_forward(*primals, vocab_size, length)
+    # In total's dtype, at least float32: in reverse mode, its cotangent rounded to bfloat16 would scale all gradients
+    # wrongly.
+    products = (g.astype(total.dtype) * d.astype(total.dtype) for g, d in zip(gradients, tangents[:2], strict=True))
+    return total, sum((product.sum() for product in products), jnp.zeros_like(total))
 
 
 def _chunk_losses(x: Array, labels: Array, kernel: Array, vocab_size: int) -> tuple[Array, Array]:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gpt2_jax.ops.dtypes import wide_dtype
+from gpt2_jax.ops.linear_call import linear_call
+from gpt2_jax.ops.shapes import known_size
 from gpt2_jax.parallel.sharding import axes_of_mesh
 
 SUMMANDS = 16
@@ -34,11 +36,13 @@ MANY_ROWS = 256
 def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """Return x embedding^T, in at least float32."""
     dtype = wide_dtype(x)
-    (V, D), rows = embedding.shape, math.prod(x.shape[:-1])
+    (V, D), rows = embedding.shape, known_size(x.shape[:-1])
 
     def product(x: Array, embedding: Array) -> Array:
         return jax.lax.dot_general(x, embedding, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
+    if rows is None:
+        return product(x, embedding)
     if rows > FEW_ROWS and _is_highest() and _sums_in_parts(x):
 
         def in_parts(x: Array, embedding: Array) -> Array:
@@ -57,7 +61,7 @@ def project_to_vocabulary(x: Float[Array, "*batch D"], embedding: Float[Array, "
     return jax.lax.platform_dependent(x, embedding, cpu=in_blocks, default=product)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> Float[Array, "..."]:
     """Contract the last `axes` axes of `x` with the first `axes` of `kernel`.
 
@@ -69,15 +73,18 @@ def project(x: Float[Array, "..."], kernel: Float[Array, "..."], axes: int) -> F
         return jax.lax.dot_general(x, kernel, ((inputs, kernel_inputs), ((), ())))
 
     rows, n_in = x.shape[: x.ndim - axes], math.prod(kernel.shape[:axes])
+    num_rows = known_size(rows)
     terms = TERMS_HIGHEST if _is_highest() else TERMS
 
     def in_parts(x: Array, kernel: Array) -> Array:
         y = _sum_of_parts(x.reshape(-1, n_in), kernel.reshape(n_in, -1), 0, terms)
         return y.reshape(*rows, *kernel.shape[axes:])
 
-    if math.prod(rows) >= (2 if _is_highest() else MANY_ROWS) and n_in > terms and _sums_in_parts(x):
+    if num_rows is None:
+        return product(x, kernel)
+    if num_rows >= (2 if _is_highest() else MANY_ROWS) and n_in > terms and _sums_in_parts(x):
         return jax.lax.platform_dependent(x, kernel, cpu=in_parts, default=product)
-    if math.prod(rows) != 1 or n_in % SUMMANDS:
+    if num_rows != 1 or n_in % SUMMANDS:
         return product(x, kernel)
 
     def in_summands(x: Array, kernel: Array) -> Array:
@@ -120,8 +127,16 @@ def _sum_of_parts(x: Float[Array, "R N"], kernel: Float[Array, "..."], axis: int
     return sums[0]
 
 
-def _project_forward(x: Array, kernel: Array, axes: int) -> tuple[Array, tuple[Array, Array]]:
-    return project(x, kernel, axes), (x, kernel)
+@project.defjvp
+def _project_jvp(axes: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    y = project(*primals, axes)
+    tangent, backward = (functools.partial(each, axes) for each in (_project_tangent, _project_backward))
+    return y, linear_call(tangent, backward, primals, tangents, y)
+
+
+def _project_tangent(axes: int, residuals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Array:
+    (x, kernel), (dx, d_kernel) = residuals, tangents
+    return project(dx, kernel, axes) + project(x, d_kernel, axes)
 
 
 def _project_backward(axes: int, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -138,8 +153,8 @@ def _kernel_gradient(x: Array, dy: Array, rows: tuple[int, ...], axes: int) -> A
     XLA on CPU transposes the left operand of the product. If that operand is much wider, the operands are exchanged and
     the result is transposed: 28 instead of 50 ms for the feed-forward's second projection at 124M and 1024 tokens.
     """
-    size = max(1, math.prod(x.shape[: len(rows)]))
-    n_in, n_out = x.size // size, dy.size // size
+    size = known_size(x.shape[: len(rows)])
+    n_in, n_out = math.prod(x.shape[len(rows) :]), math.prod(dy.shape[len(rows) :])
 
     def product(x: Array, dy: Array) -> Array:
         return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
@@ -149,9 +164,6 @@ def _kernel_gradient(x: Array, dy: Array, rows: tuple[int, ...], axes: int) -> A
         gradient = jax.lax.dot_general(dy, x, ((rows, rows), ((), ())))
         return gradient.transpose(*range(outputs, outputs + axes), *range(outputs))
 
-    if size * n_in <= size * n_out + n_in * n_out:  # the number of elements that each form transposes
+    if size is None or size * n_in <= size * n_out + n_in * n_out:  # the number of elements that each form transposes
         return product(x, dy)
     return jax.lax.platform_dependent(x, dy, cpu=exchanged, default=product)
-
-
-project.defvjp(_project_forward, _project_backward)

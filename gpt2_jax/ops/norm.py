@@ -7,8 +7,10 @@ import functools
 import jax
 from jaxtyping import Array, Float
 
+from gpt2_jax.ops.linear_call import linear_call
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def scaled_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "*batch D"]:
     """Return (x - mean) / sqrt(variance + epsilon) * scale over the last axis (Ba et al. 2016).
 
@@ -25,12 +27,23 @@ def _norm_forward(x: Array, scale: Array, epsilon: float) -> tuple[Array, tuple[
     return normed * scale, (normed, inverse, scale)
 
 
-def _norm_backward(epsilon: float, residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
+@scaled_norm.defjvp
+def _norm_jvp(epsilon: float, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    y, residuals = _norm_forward(*primals, epsilon)
+    return y, linear_call(_norm_tangent, _norm_backward, residuals, tangents, y)
+
+
+def _norm_tangent(residuals: tuple[Array, Array, Array], tangents: tuple[Array, Array]) -> Array:
+    (normed, inverse, scale), (dx, d_scale) = residuals, tangents
+    return _times_slope(dx, normed, inverse) * scale + normed * d_scale
+
+
+def _norm_backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array]:
     normed, inverse, scale = residuals
-    dn = dy * scale
-    projection = (dn * normed).mean(-1, keepdims=True)
-    dx = (dn - dn.mean(-1, keepdims=True) - normed * projection) * inverse
-    return dx, (dy * normed).sum(tuple(range(dy.ndim - 1)))
+    return _times_slope(dy * scale, normed, inverse), (dy * normed).sum(tuple(range(dy.ndim - 1)))
 
 
-scaled_norm.defvjp(_norm_forward, _norm_backward)
+def _times_slope(d: Array, normed: Array, inverse: Array) -> Array:
+    """Multiply by the derivative of the normalized x by x, which is a symmetric matrix for each row."""
+    projection = (d * normed).mean(-1, keepdims=True)
+    return (d - d.mean(-1, keepdims=True) - normed * projection) * inverse

@@ -168,18 +168,20 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     is left, `x` is returned unchanged.
     """
     mesh_axes = axes_of_mesh()
+    if not mesh_axes:
+        return x
     wanted = [_names(axis) for axis in axes]
     kept = [tuple(name for name in names if name in mesh_axes) for names in wanted]
     parts = [math.prod(mesh_axes[name] for name in names) for names in kept]
     kept = [names if size % n == 0 else () for names, n, size in zip(kept, parts, x.shape, strict=True)]
-    if not mesh_axes or (any(wanted) and not any(kept)):
+    if any(wanted) and not any(kept):
         return x
     free = PartitionSpec.UNCONSTRAINED
     spec = [names or (free if asked else None) for names, asked in zip(kept, wanted, strict=True)]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def gathered(embedding: jax.Array, rows_axis: str | None = TENSOR) -> jax.Array:
     """Return an embedding that is sharded by `rows_axis` only, all-gathered over fsdp.
 
@@ -188,11 +190,13 @@ def gathered(embedding: jax.Array, rows_axis: str | None = TENSOR) -> jax.Array:
     return constrain(embedding, rows_axis, None)
 
 
-def _gradient_of_gathered(rows_axis: str | None, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (constrain(gradient, (rows_axis, FSDP) if rows_axis else None, None),)
-
-
-gathered.defvjp(lambda embedding, rows_axis: (gathered(embedding, rows_axis), None), _gradient_of_gathered)
+@gathered.defjvp
+def _gathered_jvp(
+    rows_axis: str | None, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # The transpose of a constraint is the same constraint.
+    tangent = constrain(tangents[0], (rows_axis, FSDP) if rows_axis else None, None)
+    return gathered(*primals, rows_axis), tangent
 
 
 def axes_of_mesh() -> dict[str, int]:
@@ -207,6 +211,19 @@ def axes_of_mesh() -> dict[str, int]:
     named = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     axes = {name: size for name, size, kind in named if name in AXES and kind == AxisType.Auto}
     return axes if math.prod(axes.values()) > 1 else {}
+
+
+def require_auto_axes(tree: Any) -> None:
+    """Raise `MeshError` if an array is sharded by Explicit axes of a mesh, which the model does not propagate."""
+    for x in jax.tree.leaves(tree):
+        sharding = getattr(jax.typeof(x), "sharding", None)
+        names = {name for axis in getattr(sharding, "spec", ()) if axis is not None for name in _names(axis)}
+        if names:
+            raise MeshError(
+                f"an array of shape {x.shape} is sharded by Explicit axes of its mesh, {', '.join(sorted(names))}; "
+                "make the mesh with Auto axes, by gpt2_jax.make_mesh or with axis_types=(AxisType.Auto, ...) in "
+                "jax.make_mesh, or wrap the call in jax.sharding.auto_axes"
+            )
 
 
 def _specs(tree: Any) -> Any:

@@ -119,6 +119,28 @@ def test_gradients_support_vmap_remat_and_second_derivatives(name: str, x64: Non
     np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING * np.abs(expected).max())
 
 
+FORWARD = ("two axes to two, of more inputs", "one row, one axis to three", "norm", "gelu")
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_and_hessian_vector_products_are_those_of_the_definition(name: str, x64: None) -> None:
+    written, definition, shapes = FUNCTIONS[name]
+    given, directions = tuple(arguments(shapes)), tuple(arguments(shapes, seed=1))
+    every = tuple(range(len(shapes)))
+
+    def derivatives(function: Callable[..., Any]) -> Any:
+        def loss(*x: Any) -> Any:
+            return jnp.sin(function(*x)).sum()
+
+        tangent = jax.jvp(function, given, directions)[1]
+        forward_over_reverse = jax.jvp(jax.grad(loss, every), given, directions)[1]
+        reverse_over_forward = jax.grad(lambda *x: jax.jvp(loss, x, directions)[1], every)(*given)
+        return tangent, forward_over_reverse, reverse_over_forward
+
+    found, expected = (jax.jit(partial(derivatives, f))() for f in (written, definition))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=ROUNDING, atol=100 * ROUNDING), found, expected)
+
+
 @each_function
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_values_and_gradients_have_the_dtype_of_the_inputs(name: str, dtype: Any) -> None:
