@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gpt2_jax.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
     from gpt2_jax.ops.cross_entropy import cross_entropy, next_token_loss, summed_cross_entropy
     from gpt2_jax.ops.kv_cache import KVCache, empty_cache
+    from gpt2_jax.outputs import ModelOutputs, model_outputs
     from gpt2_jax.parallel.sharding import make_mesh, shardings
 else:
     __getattr__, __dir__ = lazy_names(
@@ -47,6 +48,7 @@ else:
             "gpt2_jax.model": ("GPT2", "FeedForward", "GPT2Layer", "MultiHeadAttention"),
             "gpt2_jax.ops.cross_entropy": ("cross_entropy", "next_token_loss", "summed_cross_entropy"),
             "gpt2_jax.ops.kv_cache": ("KVCache", "empty_cache"),
+            "gpt2_jax.outputs": ("ModelOutputs", "model_outputs"),
             "gpt2_jax.parallel.sharding": ("make_mesh", "shardings"),
         },
     )
@@ -64,6 +66,7 @@ __all__ = [
     "GenerationConfig",
     "KVCache",
     "LoRAConfig",
+    "ModelOutputs",
     "MultiHeadAttention",
     "__version__",
     "adapter_from_lora",
@@ -81,6 +84,7 @@ __all__ = [
     "merge_lora",
     "model_from_checkpoint",
     "model_from_classifier",
+    "model_outputs",
     "next_token_loss",
     "score_classification",
     "sequence_log_probs",

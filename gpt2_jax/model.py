@@ -12,7 +12,6 @@ float32. Source: Radford et al. 2019, "Language Models are Unsupervised Multitas
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,14 +30,15 @@ from gpt2_jax.lora.branch import COLLECTION, low_rank_update
 from gpt2_jax.lora.config import LoRAConfig
 from gpt2_jax.ops import kv_cache
 from gpt2_jax.ops.activations import ACTIVATIONS
-from gpt2_jax.ops.attention import attention, cached_attention
+from gpt2_jax.ops.attention import attention, cached_attention, score_scale
 from gpt2_jax.ops.dtypes import wide_dtype
 from gpt2_jax.ops.kv_cache import KVCache
 from gpt2_jax.ops.linear import project, project_to_vocabulary
 from gpt2_jax.ops.norm import scaled_norm
+from gpt2_jax.ops.shapes import exceeds
 from gpt2_jax.ops.slot_attention import Slots, append_slots, slot_attention
 from gpt2_jax.parallel.remat import POLICIES, PROJECTED
-from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, constrain, gathered
+from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, constrain, gathered, require_auto_axes
 
 Attend = Callable[[int, Array, Array, Array, float | Array], Array]
 """Attention in decoding, which adds keys and values to a cache: (layer, q, k, v [B T H K], scale) -> [B T H K]."""
@@ -195,7 +195,7 @@ class MultiHeadAttention(nn.Module):
             mask,
             segment_ids=segment_ids,
             is_causal=is_causal,
-            scale=self._scale(layer_index),
+            scale=score_scale(self.config, layer_index),
             dropout_rate=self.config.attn_pdrop if drops else 0.0,
             dropout_key=self.make_rng("dropout") if drops else None,
             implementation=self.attention,
@@ -204,15 +204,7 @@ class MultiHeadAttention(nn.Module):
 
     def decode(self, x: Float[Array, "B T D"], attend: Attend, layer_index: int) -> Float[Array, "B T D"]:
         """Self-attention of T more tokens, with the keys and values of a cache."""
-        return self.c_proj(attend(layer_index, *self.c_attn(x, x, x), self._scale(layer_index)))
-
-    def _scale(self, layer_index: int | Int[Array, ""]) -> float | Array:
-        scale: float | Array = 1.0
-        if self.config.scale_attn_weights:
-            scale = scale / math.sqrt(self.config.head_size)
-        if self.config.scale_attn_by_inverse_layer_idx:
-            scale = scale / (layer_index + 1)
-        return scale
+        return self.c_proj(attend(layer_index, *self.c_attn(x, x, x), score_scale(self.config, layer_index)))
 
 
 class FeedForward(nn.Module):
@@ -323,11 +315,12 @@ class GPT2(nn.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "B T"],
+        input_ids: Int[Array, "B T"] | None = None,
         attention_mask: Int[Array, "B T"] | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         position_ids: Int[Array, "B T"] | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T V"]:
         """Return the logits of the next token after each position.
@@ -341,12 +334,13 @@ class GPT2(nn.Module):
                 document alone. Replaces `attention_mask`.
             position_ids: the row of `wpe` for each token. By default, the number of tokens before it in its
                 row, without padding, or in its segment.
+            inputs_embeds: the rows of `wte`, or other vectors, instead of `input_ids`.
             deterministic: False applies dropout at the configured rates, and requires
                 `rngs={"dropout": key}` in `apply`.
 
         Raises:
             ValueError: for a sequence longer than `n_positions`, for a mask, segments or positions of
-                another shape, or for a mask together with segments.
+                another shape, for a mask together with segments, or for both or neither of ids and embeddings.
             IndexError: for an id outside the vocabulary or a position outside `n_positions`. Values
                 cannot be checked inside `jit`: there, such an id makes all logits of its row NaN. A
                 negative id counts from the end, and an id of a padding row of `vocab_multiple` is not
@@ -357,32 +351,39 @@ class GPT2(nn.Module):
             attention_mask,
             segment_ids=segment_ids,
             position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
             deterministic=deterministic,
         )
         return self.head(x).astype(self.dtype)
 
     def last_hidden_state(
         self,
-        input_ids: Int[Array, "B T"],
+        input_ids: Int[Array, "B T"] | None = None,
         attention_mask: Int[Array, "B T"] | None = None,
         *,
         segment_ids: Int[Array, "B T"] | None = None,
         position_ids: Int[Array, "B T"] | None = None,
+        inputs_embeds: Float[Array, "B T D"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "B T D"]:
         """Return the output of the final norm, which `head` maps to the logits. Arguments as in `__call__`."""
         self._check_adapter()
         check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids)
+        check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids, inputs_embeds)
+        require_auto_axes((self.variables, input_ids, inputs_embeds))
+        x: Any = inputs_embeds if input_ids is None else self.wte(input_ids)
         mask = None if attention_mask is None else attention_mask.astype(bool)[:, None, None, :]
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, segment_ids)
-        x = constrain(self.wte(input_ids) + self.wpe(position_ids), BATCH_AXES, None, None)
+            position_ids = positions(x[..., 0], attention_mask, segment_ids)
+        x = constrain(x.astype(self.dtype) + self.wpe(position_ids), BATCH_AXES, None, None)
         x = self.drop(x, deterministic=deterministic)
         apply_layer = self._layer_function(mask, segment_ids, deterministic)
         x = self._scan_layers(apply_layer, x) if self.scan else self._loop_layers(apply_layer, x)
         return self.ln_f(x)
 
-    def decode(self, input_ids: Int[Array, "B T"], cache: KVCache) -> tuple[Float[Array, "B T D"], KVCache]:
+    def decode(
+        self, input_ids: Int[Array, "B T"], cache: KVCache, attention_mask: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Run T more tokens of each row, and add their keys and values to the cache.
 
         Use it for prefill, with the tokens of the prompt, and for decoding, with one token at a time.
@@ -394,20 +395,18 @@ class GPT2(nn.Module):
         Args:
             cache: needs T free positions. No row may have more than `n_positions` tokens. Neither is checked.
                 A row of the cache is one sequence, so there are no segments.
+            attention_mask: 1 for tokens, 0 for padding anywhere in the T columns. Later calls skip that padding too.
         """
-        index_T = cache.length + jnp.arange(input_ids.shape[1])
-        index_S = jnp.arange(cache.max_length)
-        padding_B1 = cache.num_padding[:, None]
-        mask_BTS = (index_S <= index_T[:, None]) & (index_S >= padding_B1[..., None])
+        positions_BT, mask_BTS, is_token_BS = kv_cache.new_positions(cache, input_ids.shape[1], attention_mask)
         keys, values = [*cache.keys], [*cache.values]
 
         def attend(i: int, q: Array, k: Array, v: Array, scale: float | Array) -> Array:
             keys[i], values[i] = kv_cache.append(keys[i], values[i], k, v, cache.length)
             return cached_attention(q, keys[i], values[i], mask_BTS[:, None], scale=scale)
 
-        x = self._decode_layers(input_ids, jnp.clip(index_T - padding_B1, min=0), attend)
+        x = self._decode_layers(input_ids, positions_BT, attend)
         length = cache.length + input_ids.shape[1]
-        return x, KVCache(tuple(keys), tuple(values), cache.num_padding, length)
+        return x, KVCache(tuple(keys), tuple(values), cache.num_padding, length, is_token_BS)
 
     def decode_slots(
         self, ids_M: Int[Array, " M"], slots: Slots, cache: KVCache
@@ -432,6 +431,7 @@ class GPT2(nn.Module):
         if self.scan:
             raise ValueError("decoding needs one set of parameters per layer; use `bridge.unstack_layers` or a Decoder")
         self._check_adapter()
+        require_auto_axes((self.variables, input_ids))
         x = self.wte(input_ids) + self.wpe(positions)
         for i, layer in enumerate(self.h):
             x = layer.decode(x, attend, i)
@@ -443,6 +443,7 @@ class GPT2(nn.Module):
         logits = project_to_vocabulary(x.astype(self.dtype), head.embedding.astype(self.dtype))
         return logits[..., : self.config.vocab_size]
 
+    @nn.nowrap
     def _check_adapter(self) -> None:
         """Raise `ValueError` if there is an adapter that the model does not apply, or the other way round."""
         if self.is_initializing() or self.has_variable(COLLECTION, STACK if self.scan else f"{STACK}_0") == bool(
@@ -456,17 +457,23 @@ class GPT2(nn.Module):
             else "the variables have an adapter, and the model has no lora; use GPT2(..., lora=LoRAConfig(...))"
         )
 
+    @nn.nowrap
     def _loop_layers(self, apply_layer: Callable[..., tuple[Array, None]], x: Array) -> Array:
         for i, layer in enumerate(self.h):
             x = apply_layer(layer, x, i)[0]
         return x
 
+    @nn.nowrap
     def _scan_layers(self, apply_layer: Callable[..., tuple[Array, None]], x: Array) -> Array:
         scan = nn.scan(
-            apply_layer, variable_axes={"params": 0, COLLECTION: 0}, split_rngs={"params": True, "dropout": True}
+            apply_layer,
+            # `sow` and `capture_intermediates` fill the intermediates.
+            variable_axes={"params": 0, COLLECTION: 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
         )
         return scan(self.h, x, jnp.arange(self.config.n_layer))[0]
 
+    @nn.nowrap
     def _layer_function(
         self, mask: Array | None, segment_ids: Array | None, deterministic: bool
     ) -> Callable[..., tuple[Array, None]]:
@@ -479,6 +486,7 @@ class GPT2(nn.Module):
         # XLA does not merge a loop body with the code around it, so prevent_cse would only cost time with scan.
         return nn.remat(apply_layer, prevent_cse=not self.scan, policy=POLICIES[self.remat])
 
+    @nn.nowrap
     def _embedding(self, rows: int, rows_axis: str | None = TENSOR) -> Embedding:
         c = self.config
         return Embedding(rows, c.n_embd, c.initializer_range, rows_axis, self.dtype, self.param_dtype)
@@ -490,10 +498,9 @@ def positions(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "#B T"]:
     """Return the row of `wpe` for each token: the number of tokens before it, without padding and other segments."""
-    if segment_ids is not None:  # the token's rank among all, minus the rank of the first token of its segment
-        order = jnp.argsort(segment_ids, axis=1, stable=True)
-        first = jax.vmap(jnp.searchsorted)(jnp.take_along_axis(segment_ids, order, axis=1), segment_ids)
-        return jnp.argsort(order, axis=1) - first
+    if segment_ids is not None:
+        is_same_BTS = segment_ids[:, :, None] == segment_ids[:, None, :]
+        return jnp.tril(is_same_BTS, -1).sum(-1, dtype=jnp.int32)
     if attention_mask is None:
         return jnp.arange(input_ids.shape[1])[None]
     return jnp.clip(jnp.cumsum(attention_mask.astype(bool), axis=1, dtype=jnp.int32) - 1, min=0)
@@ -509,19 +516,27 @@ def check_shape(input_ids: Array) -> None:
 
 def check_inputs(
     config: GPT2Config,
-    input_ids: Array,
+    input_ids: Array | None,
     attention_mask: Array | None = None,
     segment_ids: Array | None = None,
     position_ids: Array | None = None,
+    inputs_embeds: Array | None = None,
 ) -> None:
     """Raise the errors that `GPT2.__call__` documents."""
-    check_shape(input_ids)
-    if input_ids.shape[1] > config.n_positions:
-        raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
+    tokens = inputs_embeds if input_ids is None else input_ids
+    if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("pass either input_ids or inputs_embeds")
+    if tokens is input_ids:
+        check_shape(tokens)
+    elif tokens.ndim != 3 or tokens.shape[2] != config.n_embd:
+        raise ValueError(f"inputs_embeds must have the shape [batch, length, {config.n_embd}], not {tokens.shape}")
+    shape, given = tokens.shape[:2], "inputs_embeds" if input_ids is None else "input_ids"
+    if exceeds(shape[1], config.n_positions):
+        raise ValueError(f"{shape[1]} tokens; the model has n_positions={config.n_positions}")
     others = {"attention_mask": attention_mask, "segment_ids": segment_ids, "position_ids": position_ids}
     for name, array in others.items():
-        if array is not None and array.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {array.shape}, but input_ids has {input_ids.shape}")
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, but {given} has {tokens.shape}")
     if attention_mask is not None and segment_ids is not None:
         raise ValueError("pass attention_mask or segment_ids, not both; segment_ids are 0 at padding")
     check_values(input_ids, config.vocab_size, "token ids from {} to {}; the vocabulary is 0 to {}")

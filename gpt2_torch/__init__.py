@@ -9,6 +9,7 @@ from gpt2_torch.loss import summed_loss
 from gpt2_torch.model import GPT2, FeedForward, GPT2Layer, MultiHeadAttention
 from gpt2_torch.ops.cross_entropy import cross_entropy, next_token_loss
 from gpt2_torch.ops.kv_cache import KVCache, empty_cache
+from gpt2_torch.outputs import ModelOutputs, model_outputs
 
 __all__ = [
     "GPT2",
@@ -20,6 +21,7 @@ __all__ = [
     "GPT2Layer",
     "GenerationConfig",
     "KVCache",
+    "ModelOutputs",
     "MultiHeadAttention",
     "__version__",
     "checkpoint_from_model",
@@ -31,6 +33,7 @@ __all__ = [
     "generate",
     "model_from_checkpoint",
     "model_from_classifier",
+    "model_outputs",
     "next_token_loss",
     "summed_loss",
 ]

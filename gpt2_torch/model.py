@@ -10,7 +10,6 @@ Learners", section 2.3, and the code released with it (gpt-2/src/model.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 import bridge
 from bridge import Checkpoint, GPT2Config
 from gpt2_torch.arrays import normal_tensor, tensor_from_array
+from gpt2_torch.ops import kv_cache
 from gpt2_torch.ops.activations import ACTIVATIONS
-from gpt2_torch.ops.attention import attention
+from gpt2_torch.ops.attention import attention, score_scale
 from gpt2_torch.ops.kv_cache import KVCache
 from gpt2_torch.state_dict import canonicalize_names
 
@@ -115,7 +115,7 @@ class MultiHeadAttention(nn.Module):
             mask,
             segment_ids=segment_ids,
             is_causal=is_causal,
-            scale=self._scale(layer_index),
+            scale=score_scale(self.config, layer_index),
             dropout_rate=self.config.attn_pdrop if self.training else 0.0,
             upcast=self.config.reorder_and_upcast_attn,
         )
@@ -141,18 +141,10 @@ class MultiHeadAttention(nn.Module):
             values_BHSK[:, :, :end].transpose(1, 2),
             mask,
             is_causal=False,
-            scale=self._scale(layer_index),
+            scale=score_scale(self.config, layer_index),
             upcast=self.config.reorder_and_upcast_attn,
         )
         return self.c_proj(context_BTHK.flatten(-2))
-
-    def _scale(self, layer_index: int) -> float:
-        scale = 1.0
-        if self.config.scale_attn_weights:
-            scale = scale / math.sqrt(self.config.head_size)
-        if self.config.scale_attn_by_inverse_layer_idx:
-            scale = scale / (layer_index + 1)
-        return scale
 
 
 class FeedForward(nn.Module):
@@ -236,11 +228,12 @@ class GPT2(nn.Module):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "B T"],
+        input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Int[Tensor, "B T"] | None = None,
         *,
         segment_ids: Int[Tensor, "B T"] | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Return the logits of the next token after each position.
 
@@ -253,36 +246,46 @@ class GPT2(nn.Module):
                 document alone. Replaces `attention_mask`.
             position_ids: the row of `wpe` for each token. By default, the number of tokens before it in its
                 row, without padding, or in its segment.
+            inputs_embeds: the rows of `wte`, or other vectors, instead of `input_ids`.
 
         Raises:
             ValueError: for a sequence longer than `n_positions`, for a mask, segments or positions of
-                another shape, or for a mask together with segments.
+                another shape, for a mask together with segments, or for both or neither of ids and embeddings.
             IndexError: for an id outside the vocabulary or a position outside `n_positions` (on CPU; a GPU
                 raises a device-side assertion).
         """
-        return self.head(
-            self.last_hidden_state(input_ids, attention_mask, segment_ids=segment_ids, position_ids=position_ids)
+        x = self.last_hidden_state(
+            input_ids,
+            attention_mask,
+            segment_ids=segment_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
         )
+        return self.head(x)
 
     def last_hidden_state(
         self,
-        input_ids: Int[Tensor, "B T"],
+        input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Int[Tensor, "B T"] | None = None,
         *,
         segment_ids: Int[Tensor, "B T"] | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the output of the final norm, which `head` maps to the logits. Arguments as in `forward`."""
-        check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids)
+        check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids, inputs_embeds)
+        x = inputs_embeds if input_ids is None else self.wte(input_ids)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, segment_ids)
-        x = self.drop(self.wte(input_ids) + self.wpe(position_ids))
+            position_ids = positions(x[..., 0], attention_mask, segment_ids)
+        x = self.drop(x + self.wpe(position_ids))
         for i, layer in enumerate(self.h):
             x = layer(x, mask, segment_ids=segment_ids, layer_index=i)
         return self.ln_f(x)
 
-    def decode(self, input_ids: Int[Tensor, "B T"], cache: KVCache) -> Float[Tensor, "B T D"]:
+    def decode(
+        self, input_ids: Int[Tensor, "B T"], cache: KVCache, attention_mask: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
         """Run T more tokens of each row, and add their keys and values to the cache.
 
         Use it for prefill, with all tokens of the prompt, and for decoding, with one token at a time. Dropout is not
@@ -294,16 +297,13 @@ class GPT2(nn.Module):
         Args:
             cache: needs T free positions. No row may have more than `n_positions` tokens. A row of the cache is one
                 sequence, so there are no segments.
+            attention_mask: 1 for tokens, 0 for padding anywhere in the T columns. Later calls skip that padding too.
         """
-        end = cache.length + input_ids.shape[1]
-        index_T = torch.arange(cache.length, end, device=input_ids.device)
-        index_S = torch.arange(end, device=input_ids.device)
-        padding_B1 = cache.num_padding[:, None]
-        mask_BTS = (index_S <= index_T[:, None]) & (index_S >= padding_B1[..., None])
-        x = self.wte(input_ids) + self.wpe((index_T - padding_B1).clamp(min=0))
+        positions_BT, mask_BTS, is_token_BS = kv_cache.new_positions(cache, input_ids.shape[1], attention_mask)
+        x = self.wte(input_ids) + self.wpe(positions_BT)
         for i, layer in enumerate(cast("Iterable[GPT2Layer]", self.h)):
             x = layer.decode(x, cache.keys[i], cache.values[i], mask_BTS[:, None], cache.length, layer_index=i)
-        cache.length = end
+        cache.length, cache.is_token = cache.length + input_ids.shape[1], is_token_BS
         return self.ln_f(x)
 
     def head(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
@@ -341,9 +341,9 @@ def positions(
     segment_ids: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "#B T"]:
     """Return the row of `wpe` for each token: the number of tokens before it, without padding and other segments."""
-    if segment_ids is not None:  # the token's rank among all, minus the rank of the first token of its segment
-        in_order, order = segment_ids.sort(dim=1, stable=True)
-        return order.argsort(dim=1) - torch.searchsorted(in_order, segment_ids.contiguous())
+    if segment_ids is not None:
+        is_same_BTS = segment_ids[:, :, None] == segment_ids[:, None, :]
+        return is_same_BTS.tril(-1).sum(-1)
     if attention_mask is None:
         return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return (attention_mask.bool().cumsum(dim=1) - 1).clamp(min=0)
@@ -359,19 +359,29 @@ def check_shape(input_ids: Tensor) -> None:
 
 def check_inputs(
     config: GPT2Config,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
     position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
 ) -> None:
     """Raise the errors that `GPT2.forward` documents."""
-    check_shape(input_ids)
-    if input_ids.shape[1] > config.n_positions:
-        raise ValueError(f"{input_ids.shape[1]} tokens; the model has n_positions={config.n_positions}")
+    tokens = inputs_embeds if input_ids is None else input_ids
+    if tokens is None or (input_ids is not None and inputs_embeds is not None):
+        raise ValueError("pass either input_ids or inputs_embeds")
+    if tokens is input_ids:
+        check_shape(tokens)
+    elif tokens.ndim != 3 or tokens.shape[2] != config.n_embd:
+        raise ValueError(
+            f"inputs_embeds must have the shape [batch, length, {config.n_embd}], not {tuple(tokens.shape)}"
+        )
+    shape, given = tokens.shape[:2], "inputs_embeds" if input_ids is None else "input_ids"
+    if shape[1] > config.n_positions:
+        raise ValueError(f"{shape[1]} tokens; the model has n_positions={config.n_positions}")
     others = {"attention_mask": attention_mask, "segment_ids": segment_ids, "position_ids": position_ids}
     for name, tensor in others.items():
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but input_ids has {tuple(input_ids.shape)}")
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but {given} has {tuple(tokens.shape)}")
     if attention_mask is not None and segment_ids is not None:
         raise ValueError("pass attention_mask or segment_ids, not both; segment_ids are 0 at padding")
     check_values(input_ids, config.vocab_size, "token ids from {} to {}; the vocabulary is 0 to {}")
@@ -383,6 +393,9 @@ def check_values(ids: Tensor | None, size: int, message: str) -> None:
     # Reading values would wait for a GPU, and would break the graph of torch.compile.
     if ids is None or ids.device.type != "cpu" or torch.compiler.is_compiling() or not ids.numel():
         return
-    low, high = int(ids.min()), int(ids.max())
+    try:
+        low, high = int(ids.min()), int(ids.max())
+    except RuntimeError:  # torch.func.vmap and fake tensors do not give values; the look-up checks them under vmap
+        return
     if low < 0 or high >= size:
         raise IndexError(message.format(low, high, size - 1))

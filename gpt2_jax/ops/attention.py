@@ -9,6 +9,7 @@ segments.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from bridge import GPT2Config
 from gpt2_jax.choices import SPLASH_BLOCKS, Implementation, obstacle
 from gpt2_jax.ops.blockwise_attention import causal_attention_by_blocks
 from gpt2_jax.ops.dtypes import wide_dtype
+from gpt2_jax.ops.shapes import known_size
 from gpt2_jax.parallel.remat import ATTENDED
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, axes_of_mesh, batch_parts
 
@@ -57,7 +60,9 @@ def attention(
     if (is_causal or segment_ids is not None) and T != S:
         kind = "causal attention" if is_causal else "attention with segment_ids"
         raise ValueError(f"{kind} needs as many queries as keys, not {T} and {S}; pass a mask instead")
-    if T == 0:  # the other implementations reduce over scores, which are empty here
+    length = known_size((T,))
+    # The other implementations reduce over scores, which must not be empty, and need a length that is not symbolic.
+    if length == 0 or (length is None and implementation == "auto"):
         implementation = "xla"
     only_causal = is_causal and mask is None and dropout_rate == 0.0
     arrays, has_segments = (q_BTHK.dtype, T, q_BTHK.shape[3]), segment_ids is not None
@@ -66,6 +71,8 @@ def attention(
     if implementation == "xla":
         visible = _visible(mask, segment_ids, T if is_causal else None)
         return _xla(q_BTHK, k_BSHK, v_BSHK, visible, scale, dropout_rate, dropout_key)
+    if length is None:
+        raise ValueError(f"attention={implementation!r} needs a fixed length; export with 'auto' or 'xla'")
     if problem := obstacle(implementation, *arrays, has_segments=has_segments):
         raise ValueError(f"attention={implementation!r} {problem}; use 'auto' or 'xla'")
     if not only_causal:
@@ -222,6 +229,20 @@ def cached_attention(
     return context_NTK.reshape(B, H, T, K).swapaxes(1, 2)
 
 
+def attention_weights(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSHK: Float[Array, "B S H K"],
+    mask: Bool[Array, "#B #H #T S"] | None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    is_causal: bool,
+    scale: float | Float[Array, ""],
+) -> Float[Array, "B H T S"]:
+    """Return the weights of the keys in `attention`, softmax(scale q k^T), in at least float32."""
+    scores_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=wide_dtype(k_BSHK))
+    return _weights(scores_BHTS, _visible(mask, segment_ids, q_BTHK.shape[1] if is_causal else None), scale)
+
+
 def _weights(
     scores_BHTS: Float[Array, "B H T S"], mask: Bool[Array, "#B #H #T S"] | None, scale: float | Float[Array, ""]
 ) -> Float[Array, "B H T S"]:
@@ -231,3 +252,13 @@ def _weights(
         # The most negative number and not -inf: a row of -inf would be NaN after softmax.
         scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(dtype).min)
     return jax.nn.softmax(scores_BHTS, axis=-1)
+
+
+def score_scale(config: GPT2Config, layer_index: int | Int[Array, ""]) -> float | Float[Array, ""]:
+    """Return the factor of the scores of a layer, counted from 0."""
+    scale: float | Array = 1.0
+    if config.scale_attn_weights:
+        scale = scale / math.sqrt(config.head_size)
+    if config.scale_attn_by_inverse_layer_idx:
+        scale = scale / (layer_index + 1)
+    return scale

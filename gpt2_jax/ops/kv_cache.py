@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bridge import GPT2Config
 
@@ -27,6 +27,8 @@ class KVCache(NamedTuple):
     """The number of padding positions at the start of each row."""
     length: Int[Array, ""]
     """The number of positions in use, padding included. `GPT2.decode` writes to the positions after them."""
+    is_token: Bool[Array, "B S"] | None = None
+    """Whether each position has a token, if `GPT2.decode` was given a mask. Without one, all after `num_padding` do."""
 
     @property
     def max_length(self) -> int:
@@ -40,7 +42,8 @@ class KVCache(NamedTuple):
             return array.reshape(B, -1, *array.shape[1:])[rows].reshape(-1, *array.shape[1:])
 
         keys, values = (tuple(map(selected, arrays)) for arrays in (self.keys, self.values))
-        return KVCache(keys, values, self.num_padding[rows], self.length)
+        is_token = None if self.is_token is None else self.is_token[rows]
+        return KVCache(keys, values, self.num_padding[rows], self.length, is_token)
 
 
 def empty_cache(config: GPT2Config, num_padding: Int[Array, " B"], max_length: int, dtype: DTypeLike) -> KVCache:
@@ -65,3 +68,23 @@ def append(
     keys_NKS = write(keys_NKS, k_NKT.astype(keys_NKS.dtype), length, axis=2)
     values_NSK = write(values_NSK, v_NTK.astype(values_NSK.dtype), length, axis=1)
     return keys_NKS, values_NSK
+
+
+def new_positions(
+    cache: KVCache, num_new: int, attention_mask: Int[Array, "B T"] | None
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T S"], Bool[Array, "B S"] | None]:
+    """Return the rows of `wpe` for T more positions, the keys that they attend to, and the new `is_token`."""
+    index_T, index_S = cache.length + jnp.arange(num_new), jnp.arange(cache.max_length)
+    padding_B1 = cache.num_padding[:, None]
+    causal_TS, is_token_BS = index_S <= index_T[:, None], cache.is_token
+    if attention_mask is None and is_token_BS is None:
+        return jnp.clip(index_T - padding_B1, min=0), causal_TS & (index_S >= padding_B1[..., None]), None
+    if is_token_BS is None:
+        is_token_BS = index_S >= padding_B1
+    if attention_mask is None:
+        attention_mask = jnp.ones((len(padding_B1), num_new), bool)
+    num_before_B1 = (is_token_BS & (index_S < cache.length)).sum(1, keepdims=True, dtype=jnp.int32)
+    new_BT = attention_mask.astype(bool)
+    is_token_BS = jax.lax.dynamic_update_slice_in_dim(is_token_BS, new_BT, cache.length, axis=1)
+    positions_BT = jnp.clip(num_before_B1 + jnp.cumsum(new_BT, axis=1, dtype=jnp.int32) - 1, min=0)
+    return positions_BT, causal_TS & is_token_BS[:, None], is_token_BS

@@ -63,9 +63,12 @@ class TorchSide:
     def empty_cache(self, padding: tuple[int, ...]) -> gpt2_torch.KVCache:
         return gpt2_torch.empty_cache(self.model.config, torch.tensor(padding), MAX_LENGTH, self.model.wte.weight.dtype)
 
-    def decode(self, ids: np.ndarray, cache: gpt2_torch.KVCache) -> tuple[np.ndarray, Any]:
+    def decode(
+        self, ids: np.ndarray, cache: gpt2_torch.KVCache, mask: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Any]:
+        given = None if mask is None else torch.from_numpy(mask)
         with torch.no_grad():
-            return self.model.head(self.model.decode(torch.from_numpy(ids), cache)).numpy(), cache
+            return self.model.head(self.model.decode(torch.from_numpy(ids), cache, given)).numpy(), cache
 
 
 class JaxSide:
@@ -79,14 +82,16 @@ class JaxSide:
     def empty_cache(self, padding: tuple[int, ...]) -> KVCache:
         return empty_cache(self.decoder.config, jnp.asarray(padding), MAX_LENGTH, self.decoder.model.dtype)
 
-    def decode(self, ids: np.ndarray, cache: Any) -> tuple[np.ndarray, Any]:
-        logits, cache = _extended(self.decoder.model, self.decoder.params, jnp.asarray(ids), cache)
+    def decode(self, ids: np.ndarray, cache: Any, mask: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
+        logits, cache = _extended(self.decoder.model, self.decoder.params, jnp.asarray(ids), cache, mask)
         return np.asarray(logits), cache
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _extended(model: gpt2_jax.GPT2, params: Any, ids: jax.Array, cache: Any) -> tuple[Any, Any]:
-    x, cache = model.apply({"params": params}, ids, cache, method="decode")
+def _extended(
+    model: gpt2_jax.GPT2, params: Any, ids: jax.Array, cache: Any, mask: np.ndarray | None
+) -> tuple[Any, Any]:
+    x, cache = model.apply({"params": params}, ids, cache, mask, method="decode")
     return model.apply({"params": params}, x, method="head"), cache
 
 
@@ -126,6 +131,27 @@ def test_cached_logits_equal_those_of_the_whole_sequence(variant: str, dtype: An
                     assert np.isfinite(found).all(), (name, rows, how)  # at padding, too
                     assert found.dtype == dtype
                     assert relative_error(found[mask > 0], expected) <= ROUNDING[dtype], (name, rows, how)
+
+
+HOLES = np.array([[1] * 13, [0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1], [1, 0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1]])
+"""Rows with padding on the left, inside and on the right of pieces."""
+
+
+@pytest.mark.parametrize("num_padding", [(0, 0, 0), (0, 2, 0)], ids=["mask", "mask and num_padding"])
+def test_a_cache_takes_masks(num_padding: tuple[int, ...]) -> None:
+    """Padding on either side of a piece, and a later call without a mask, equal the whole sequence with the mask."""
+    ids = random_ids(CONFIG, batch=3, length=LENGTH)
+    mask = HOLES
+    for name, side in sides(VARIANTS["plain"], np.float32).items():
+        expected, found = side.logits(random_checkpoint(CONFIG), ids, mask), []
+        cache: Any = side.empty_cache(num_padding)
+        for piece, given in ((slice(0, 5), mask[:, :5]), (slice(5, 10), mask[:, 5:10]), (slice(10, 13), None)):
+            logits, cache = side.decode(ids[:, piece], cache, given)
+            found.append(logits)
+            cache = cache.select_rows(np.array([0, 1, 2]))
+        logits = np.concatenate(found, axis=1)
+        assert np.isfinite(logits).all(), name
+        assert relative_error(logits[mask > 0], expected[mask > 0]) <= ROUNDING[np.float32], name
 
 
 def changed(cache: Any, **fields: Any) -> Any:

@@ -29,7 +29,7 @@ from gpt2_jax.loading import sharded_params
 from gpt2_jax.lora import LoRAConfig
 from gpt2_jax.loss import summed_loss
 from gpt2_jax.model import GPT2
-from gpt2_jax.parallel.sharding import make_mesh, shardings
+from gpt2_jax.parallel.sharding import DATA, TENSOR, make_mesh, shardings
 from gpt2_jax.training import OptimizerConfig, TrainConfig, make_optimizer, make_train_step
 from gpt2_jax.training.batch_placement import batch_rows
 from gpt2_jax.training.partial import model_variables
@@ -170,6 +170,31 @@ def foreign_meshes() -> dict[str, Any]:
     result = jax.jit(mapped)(state.params, ids)
     found["shard_map"] = float(np.abs(np.asarray(result) - expected).max()), result.addressable_shards[0].data.shape[0]
     return found
+
+
+def explicit_meshes() -> dict[str, Any]:
+    """Return, for the loss and gradients inside `auto_axes`, the difference to one device and the first spec."""
+    model = make_model(CONFIG)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    batch = _batches(CONFIG)[0]
+
+    def derivatives(params: Any, batch: Any) -> Any:
+        return jax.value_and_grad(lambda p: summed_loss(model, p, batch))(params)
+
+    loss, gradients = jax.tree.map(np.asarray, jax.jit(derivatives)(params, batch))
+    mesh = jax.make_mesh((4, 2), (DATA, TENSOR))
+    places = jax.tree.map(lambda place: place.spec, shardings(params, make_mesh("data=4,tensor=2")))
+    with jax.set_mesh(mesh):
+        placed = jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), params, places)
+        given = {name: jax.device_put(x, NamedSharding(mesh, PartitionSpec(DATA))) for name, x in batch.items()}
+        automatic = jax.sharding.auto_axes(derivatives, out_sharding=(PartitionSpec(), places))
+        found_loss, found = jax.jit(automatic)(placed, given)
+    pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(found), strict=True)
+    return {
+        "loss": abs(float(found_loss - loss)) / float(loss),
+        "gradients": max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs),
+        "spec": str(jax.typeof(found["wte"]["embedding"]).sharding.spec[0]),
+    }
 
 
 def loaded(directory: str) -> dict[str, Any]:

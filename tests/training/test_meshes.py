@@ -260,6 +260,14 @@ def test_foreign_meshes_are_not_used(tmp_path: Path) -> None:
         assert rows == 2, (name, "each device has its own rows")
 
 
+@pytest.mark.mesh
+def test_explicit_meshes_work_inside_auto_axes(tmp_path: Path) -> None:
+    found = on_eight_devices("explicit_meshes", tmp_path)
+    assert found["loss"] < 1e-6
+    assert found["gradients"] < 1e-5
+    assert found["spec"] == "tensor"
+
+
 def test_a_batch_keeps_its_rows_on_the_mesh() -> None:
     rows = Rows(4, make_mesh("data=1", jax.devices()[:1]))
     batch = {"input_ids": np.arange(12, dtype=np.int32).reshape(4, 3)}
