@@ -65,6 +65,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gpt2_jax.slot_decoding",),
     ("gpt2_jax.classification", "gpt2_jax.generation", "gpt2_jax.evaluation", "gpt2_jax.hardware"),
     ("gpt2_jax.classification_scores", "gpt2_jax.dpo"),
+    ("gpt2_jax.classification", "gpt2_jax.generation", "gpt2_jax.evaluation", "gpt2_jax.hardware", "gpt2_jax.nnx"),
     ("gpt2_jax",),
     ("gpt2_jax.data",),
     ("gpt2_jax.training",),
