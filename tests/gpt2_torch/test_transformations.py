@@ -131,6 +131,7 @@ def test_compile_without_graph_breaks(model: GPT2, compiled: Any, inputs: Mappin
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # PyTorch's own use
 def test_compile_with_inductor_computes_the_same_gradients(model: GPT2) -> None:
     plain = copy.deepcopy(model)
     fast = copy.deepcopy(model)
