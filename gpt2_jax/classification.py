@@ -35,9 +35,9 @@ class GPT2ForSequenceClassification(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.transformer = GPT2(c, self.dtype, self.param_dtype)
+        self.transformer: GPT2 = GPT2(c, self.dtype, self.param_dtype)
         shape = (c.n_embd, self.num_labels)
-        self.score = Projection(shape, c.initializer_range, 1, False, self.dtype, self.param_dtype)
+        self.score: Projection = Projection(shape, c.initializer_range, 1, False, self.dtype, self.param_dtype)
 
     def __call__(self, input_ids: Int[Array, "B T"], *, deterministic: bool = True) -> Float[Array, "B C"]:
         """Return the logits of the labels, from the last token of each row that is not padding.

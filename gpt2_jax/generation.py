@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import bridge.generation.decoder
-from bridge import IGNORE_INDEX
+from bridge import IGNORE_INDEX, GPT2Config
 from bridge.evaluation import LabelScores
 from bridge.generation.config import GenerationConfig
 from bridge.generation.output import Candidates, Chunk, concatenate
@@ -112,12 +112,12 @@ class Decoder(bridge.generation.decoder.Decoder[_Groups, _Beams]):
         dtype: DTypeLike | None = None,
         batch_invariant: bool = False,
     ) -> None:
-        self.config = model.config
-        self.model = model.clone(scan=False, dtype=model.dtype if dtype is None else jnp.dtype(dtype))
+        self.config: GPT2Config = model.config
+        self.model: GPT2 = model.clone(scan=False, dtype=model.dtype if dtype is None else jnp.dtype(dtype))
         # Moved to the device once; numpy arrays would be copied there in every call.
         params = jax.tree.map(jnp.asarray, params)
-        self.params = params if dtype is None and not model.scan else _prepare(model, dtype, params)
-        self.slots = SlotModel(self.model, self.params) if batch_invariant else None
+        self.params: Mapping[str, Any] = params if dtype is None and not model.scan else _prepare(model, dtype, params)
+        self.slots: SlotModel | None = SlotModel(self.model, self.params) if batch_invariant else None
 
     def token_logprobs(self, rows: Prompts) -> list[Float[np.ndarray, " T-1"]]:
         """Return log p of each token but the first of each row, in nats. Needs `batch_invariant`.

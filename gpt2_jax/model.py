@@ -57,7 +57,7 @@ class Embedding(nn.Module):
 
     def setup(self) -> None:
         init = nn.initializers.normal(self.std)
-        self.embedding = self.param("embedding", init, (self.rows, self.width), self.param_dtype)
+        self.embedding: Array = self.param("embedding", init, (self.rows, self.width), self.param_dtype)
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return jnp.take(gathered(self.embedding.astype(self.dtype), self.rows_axis), ids, axis=0)
@@ -160,10 +160,10 @@ class MultiHeadAttention(nn.Module):
     lora: LoRAConfig | None = None
 
     def setup(self) -> None:
-        self.c_attn = QKVProjection(self.config, self.dtype, self.param_dtype, self.lora)
+        self.c_attn: QKVProjection = QKVProjection(self.config, self.dtype, self.param_dtype, self.lora)
         c = self.config
         shape = (c.n_head, c.head_size, c.n_embd)
-        self.c_proj = Projection(shape, c.residual_std, 2, c.bias, self.dtype, self.param_dtype, self.lora)
+        self.c_proj: Projection = Projection(shape, c.residual_std, 2, c.bias, self.dtype, self.param_dtype, self.lora)
 
     def __call__(
         self,
@@ -218,8 +218,12 @@ class FeedForward(nn.Module):
     def setup(self) -> None:
         c = self.config
         inward, outward = (c.n_embd, c.feed_forward_size), (c.feed_forward_size, c.n_embd)
-        self.c_fc = Projection(inward, c.initializer_range, 1, c.bias, self.dtype, self.param_dtype, self.lora)
-        self.c_proj = Projection(outward, c.residual_std, 1, c.bias, self.dtype, self.param_dtype, self.lora)
+        self.c_fc: Projection = Projection(
+            inward, c.initializer_range, 1, c.bias, self.dtype, self.param_dtype, self.lora
+        )
+        self.c_proj: Projection = Projection(
+            outward, c.residual_std, 1, c.bias, self.dtype, self.param_dtype, self.lora
+        )
 
     def __call__(self, x: Float[Array, "B T D"], *, deterministic: bool = True) -> Float[Array, "B T D"]:
         inner = constrain(self.c_fc(x, deterministic=deterministic), BATCH_AXES, None, TENSOR)
@@ -239,11 +243,13 @@ class GPT2Layer(nn.Module):
     lora: LoRAConfig | None = None
 
     def setup(self) -> None:
-        self.ln_1 = LayerNorm(self.config, self.dtype, self.param_dtype)
-        self.attn = MultiHeadAttention(self.config, self.dtype, self.param_dtype, self.attention, self.lora)
-        self.ln_2 = LayerNorm(self.config, self.dtype, self.param_dtype)
-        self.mlp = FeedForward(self.config, self.dtype, self.param_dtype, self.lora)
-        self.drop = nn.Dropout(self.config.resid_pdrop)
+        self.ln_1: LayerNorm = LayerNorm(self.config, self.dtype, self.param_dtype)
+        self.attn: MultiHeadAttention = MultiHeadAttention(
+            self.config, self.dtype, self.param_dtype, self.attention, self.lora
+        )
+        self.ln_2: LayerNorm = LayerNorm(self.config, self.dtype, self.param_dtype)
+        self.mlp: FeedForward = FeedForward(self.config, self.dtype, self.param_dtype, self.lora)
+        self.drop: nn.Dropout = nn.Dropout(self.config.resid_pdrop)
 
     def __call__(
         self,
@@ -305,13 +311,13 @@ class GPT2(nn.Module):
     def setup(self) -> None:
         c = self.config
         rows = padded_vocab_size(c.vocab_size, self.vocab_multiple)
-        self.wte = self._embedding(rows)
-        self.wpe = self._embedding(c.n_positions, None)
-        self.drop = nn.Dropout(c.embd_pdrop)
+        self.wte: Embedding = self._embedding(rows)
+        self.wpe: Embedding = self._embedding(c.n_positions, None)
+        self.drop: nn.Dropout = nn.Dropout(c.embd_pdrop)
         layer = functools.partial(GPT2Layer, c, self.dtype, self.param_dtype, self.attention, self.lora)
         self.h: Any = layer() if self.scan else [layer() for _ in range(c.n_layer)]
-        self.ln_f = LayerNorm(c, self.dtype, self.param_dtype)
-        self.lm_head = None if c.tie_word_embeddings else self._embedding(rows)
+        self.ln_f: LayerNorm = LayerNorm(c, self.dtype, self.param_dtype)
+        self.lm_head: Embedding | None = None if c.tie_word_embeddings else self._embedding(rows)
 
     def __call__(
         self,
@@ -368,7 +374,6 @@ class GPT2(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Return the output of the final norm, which `head` maps to the logits. Arguments as in `__call__`."""
         self._check_adapter()
-        check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids)
         check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids, inputs_embeds)
         require_auto_axes((self.variables, input_ids, inputs_embeds))
         x: Any = inputs_embeds if input_ids is None else self.wte(input_ids)

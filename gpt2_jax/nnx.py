@@ -47,7 +47,7 @@ class GPT2(nnx.Module):
         """
         if (rngs is None) == (params is None):
             raise ValueError("pass either rngs, for random parameters, or params")
-        self.linen = model.GPT2(config, **options)
+        self.linen: model.GPT2 = model.GPT2(config, **options)
         self.deterministic = True
         if rngs is not None:
             params = self.linen.init(rngs.params(), jnp.zeros((1, 1), jnp.int32))["params"]

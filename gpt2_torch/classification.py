@@ -21,8 +21,8 @@ class GPT2ForSequenceClassification(nn.Module):
 
     def __init__(self, config: GPT2Config, num_labels: int, pad_token_id: int | None = None) -> None:
         super().__init__()
-        self.transformer = GPT2(config)
-        self.score = nn.Linear(config.n_embd, num_labels, bias=False)
+        self.transformer: GPT2 = GPT2(config)
+        self.score: nn.Linear = nn.Linear(config.n_embd, num_labels, bias=False)
         self.pad_token_id = pad_token_id
         nn.init.normal_(self.score.weight, std=config.initializer_range)
 

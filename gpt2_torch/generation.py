@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import bridge.generation.decoder
+from bridge import GPT2Config
 from bridge.evaluation import LabelScores
 from bridge.generation.config import GenerationConfig
 from bridge.generation.output import ENDED, INVALID, Candidates, Chunk, concatenate
@@ -79,7 +80,8 @@ class Decoder(bridge.generation.decoder.Decoder[_State, _Beams]):
     """Generates with one model, on its device and in its dtype. Does not change the model's mode or gradients."""
 
     def __init__(self, model: GPT2) -> None:
-        self.config, self.model = model.config, model
+        self.config: GPT2Config = model.config
+        self.model: GPT2 = model
 
     def score_labels(self, ids: np.ndarray, labels: np.ndarray) -> LabelScores:
         with _in_eval_mode(self.model):

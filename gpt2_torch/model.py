@@ -41,8 +41,8 @@ class Projection(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(normal_tensor(n_in, n_out, std=std))
-        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+        self.weight: nn.Parameter = nn.Parameter(normal_tensor(n_in, n_out, std=std))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(n_out)) if bias else None
 
     def forward(self, x: Float[Tensor, "*batch n_in"]) -> Float[Tensor, "*batch n_out"]:
         return F.linear(x, self.weight.T, self.bias)
@@ -60,7 +60,7 @@ class QKVProjection(Projection):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config.n_embd, 3 * config.n_embd, bias=config.bias, std=config.initializer_range)
-        self.head_shape = (config.n_head, config.head_size)
+        self.head_shape: tuple[int, int] = (config.n_head, config.head_size)
 
     def forward(  # type: ignore[override]
         self, query: Float[Tensor, "B T D"], key: Float[Tensor, "B S D"], value: Float[Tensor, "B S D"]
@@ -85,8 +85,8 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.c_attn = QKVProjection(config)
-        self.c_proj = Projection(config.n_embd, config.n_embd, bias=config.bias, std=config.residual_std)
+        self.c_attn: QKVProjection = QKVProjection(config)
+        self.c_proj: Projection = Projection(config.n_embd, config.n_embd, bias=config.bias, std=config.residual_std)
 
     def forward(
         self,
@@ -154,8 +154,8 @@ class FeedForward(nn.Module):
         super().__init__()
         D, F_ = config.n_embd, config.feed_forward_size
         self.config = config
-        self.c_fc = Projection(D, F_, bias=config.bias, std=config.initializer_range)
-        self.c_proj = Projection(F_, D, bias=config.bias, std=config.residual_std)
+        self.c_fc: Projection = Projection(D, F_, bias=config.bias, std=config.initializer_range)
+        self.c_proj: Projection = Projection(F_, D, bias=config.bias, std=config.residual_std)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return self.c_proj(ACTIVATIONS[self.config.activation_function](self.c_fc(x)))
@@ -169,11 +169,11 @@ class GPT2Layer(nn.Module):
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(config)
-        self.attn = MultiHeadAttention(config)
-        self.ln_2 = LayerNorm(config)
-        self.mlp = FeedForward(config)
-        self.drop = nn.Dropout(config.resid_pdrop)
+        self.ln_1: LayerNorm = LayerNorm(config)
+        self.attn: MultiHeadAttention = MultiHeadAttention(config)
+        self.ln_2: LayerNorm = LayerNorm(config)
+        self.mlp: FeedForward = FeedForward(config)
+        self.drop: nn.Dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
         self,
@@ -218,12 +218,14 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         V, P, D = config.vocab_size, config.n_positions, config.n_embd
-        self.wte = Embedding(V, D, config.initializer_range)
-        self.wpe = Embedding(P, D, config.initializer_range)
-        self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(GPT2Layer(config) for _ in range(config.n_layer))
-        self.ln_f = LayerNorm(config)
-        self.lm_head = None if config.tie_word_embeddings else Embedding(V, D, config.initializer_range)
+        self.wte: Embedding = Embedding(V, D, config.initializer_range)
+        self.wpe: Embedding = Embedding(P, D, config.initializer_range)
+        self.drop: nn.Dropout = nn.Dropout(config.embd_pdrop)
+        self.h: nn.ModuleList = nn.ModuleList(GPT2Layer(config) for _ in range(config.n_layer))
+        self.ln_f: LayerNorm = LayerNorm(config)
+        self.lm_head: Embedding | None = (
+            None if config.tie_word_embeddings else Embedding(V, D, config.initializer_range)
+        )
         self.register_load_state_dict_pre_hook(canonicalize_names)
 
     def forward(
@@ -274,7 +276,7 @@ class GPT2(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Return the output of the final norm, which `head` maps to the logits. Arguments as in `forward`."""
         check_inputs(self.config, input_ids, attention_mask, segment_ids, position_ids, inputs_embeds)
-        x = inputs_embeds if input_ids is None else self.wte(input_ids)
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         if position_ids is None:
             position_ids = positions(x[..., 0], attention_mask, segment_ids)

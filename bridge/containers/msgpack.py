@@ -264,7 +264,7 @@ def _concatenated(chunks: list[LazyTensor], shape: tuple[int, ...]) -> LazyTenso
 
 _SHORTEST = {(kind, value): first for first, (kind, width, value) in _HEADS.items() if not width}
 _WIDER: dict[str, list[tuple[int, int]]] = {}
-for _first, (_kind, _width, _) in _HEADS.items():
+for _first, (_kind, _width, _value) in _HEADS.items():
     if _width:
         _WIDER.setdefault(_kind, []).append((_width, _first))
 

@@ -29,7 +29,8 @@ class InvalidLogits(BridgeError):
             "removed every token; look for weights that are not finite (`gpt2 inspect` names them), compute in float32 "
             "if bfloat16 or float16 overflows, or forbid fewer tokens"
         )
-        self.row, self.step = row, step
+        self.row: int = row
+        self.step: int = step
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class LazyTensorMap(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
-        self.entries = dict(entries)
+        self.entries: dict[str, LazyTensor] = dict(entries)
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray]) -> LazyTensorMap:
@@ -138,7 +138,9 @@ def same_bytes(a: LazyTensor, b: LazyTensor) -> bool:
     return all(np.array_equal(x[i : i + block], y[i : i + block]) for i in range(0, len(x), block))
 
 
-def are_sizes(values: Any, sequence: type[list] | type[tuple], *, most: int = 2**63 - 1) -> TypeGuard[Sequence[int]]:
+def are_sizes(
+    values: Any, sequence: type[list[Any]] | type[tuple[Any, ...]], *, most: int = 2**63 - 1
+) -> TypeGuard[Sequence[int]]:
     """Whether an untrusted value is a `sequence` of at most `MOST_RANK` whole numbers from 0 to `most`."""
     return (
         type(values) is sequence

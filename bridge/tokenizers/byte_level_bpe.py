@@ -78,7 +78,10 @@ class ByteLevelBPE(Tokenizer):
         """
         super().__init__(name, added, special, source)
         self.kind = "byte-level BPE" if any(len(token) > 1 for token in ranks) else "bytes"
-        self.ranks, self.unused, self.around, self.add_prefix_space = ranks, unused or {}, around, add_prefix_space
+        self.ranks: Mapping[bytes, int] = ranks
+        self.unused: Mapping[str, int] = unused or {}
+        self.around: tuple[Sequence[int], Sequence[int]] = around
+        self.add_prefix_space: bool = add_prefix_space
         self._given, self._merges = encoding, merges
         self._passes = [
             [token.content for token in self.added.values() if token.normalized is normalized]

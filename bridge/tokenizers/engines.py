@@ -31,7 +31,7 @@ class Engines:
             stored: the content of a `tokenizer.json`. Its `truncation` and `padding` are ignored, as in transformers.
             where: the source of the tokenizer, a prefix of error messages.
         """
-        self.stored = {**stored, "truncation": None, "padding": None}
+        self.stored: dict[str, Any] = {**stored, "truncation": None, "padding": None}
         self.where = where
 
     def encode(self, text: str, match: bool, add_special_tokens: bool) -> Any:

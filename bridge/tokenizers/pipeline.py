@@ -48,9 +48,9 @@ class PipelineTokenizer(Tokenizer):
         """
         super().__init__(name, added, special, source)
         self.stored = stored
-        self.kind = "byte-level BPE" if self._is_byte_level else stored["model"]["type"]
-        self.around = around
-        self.clean_up = clean_up and self.kind not in ("BPE", "byte-level BPE")  # as in transformers
+        self.kind: str = "byte-level BPE" if self._is_byte_level else stored["model"]["type"]
+        self.around: Around = around
+        self.clean_up: bool = clean_up and self.kind not in ("BPE", "byte-level BPE")  # as in transformers
 
     @cached_property
     def _engines(self) -> Engines:

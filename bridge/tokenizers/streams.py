@@ -28,7 +28,7 @@ class StreamOfBytes(TextStream):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.decoder: codecs.IncrementalDecoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, id: int) -> str:
         known = self.tokenizer.token_of(id) is not None
@@ -47,7 +47,7 @@ class StreamOfTexts(TextStream):
 
     def __init__(self, decode: Callable[[Sequence[int]], str], context: Sequence[int]) -> None:
         self.decode = decode
-        self.before = list(context)
+        self.before: list[int] = list(context)
         self.new: list[int] = []
 
     def add(self, id: int) -> str:

@@ -98,7 +98,7 @@ class Tokenizer(ABC):
     ) -> None:
         self.name = name
         self.added: Mapping[str, AddedToken] = {token.content: token for token in added}
-        self.special = special or SpecialTokens()
+        self.special: SpecialTokens = special or SpecialTokens()
         self.source = source
 
     # What a kind implements

@@ -31,7 +31,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.began = time.perf_counter()
+        self.began: float = time.perf_counter()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         # -P keeps the script's directory off the path, because its file names would hide other modules.
         command = [sys.executable, "-P", str(WORKER), name]

@@ -94,7 +94,9 @@ class _Content(io.RawIOBase):
     """The decompressed bytes, with bounds and with one kind of error."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        self.path, self.file, self.produced = path, file, 0
+        self.path: Path = path
+        self.file: BinaryIO = file
+        self.produced: int = 0
         self._reader = _reader(path, file)
 
     def readable(self) -> bool:

@@ -21,9 +21,9 @@ class Runs:
     """What two sides compute, and how their names correspond. Side 0 is the left one, the reference."""
 
     def __init__(self, left: Side, right: Side, inputs: Inputs, names: Names, dtypes: tuple[str, ...]) -> None:
-        self.sides = (left, right)
+        self.sides: tuple[Side, Side] = (left, right)
         self.inputs = inputs
-        self.dtypes = tuple(d for d in dtypes if d in left.dtypes and d in right.dtypes)
+        self.dtypes: tuple[str, ...] = tuple(d for d in dtypes if d in left.dtypes and d in right.dtypes)
         self._names = names
         self._kept: dict[tuple[Any, ...], Any] = {}
 

@@ -105,7 +105,7 @@ class GoldenSide:
 
     def __init__(self, name: str, inputs: Inputs, forwards: Mapping[str, Forward], versions: Mapping[str, str]) -> None:
         self.name = name
-        self.dtypes = tuple(forwards)
+        self.dtypes: tuple[str, ...] = tuple(forwards)
         self.inputs = inputs
         """The inputs that the golden was made from."""
         self.versions = versions

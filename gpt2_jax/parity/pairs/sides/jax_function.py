@@ -87,7 +87,7 @@ class JaxSide:
     ) -> None:
         self.name = name
         self.dtypes = DTYPES
-        self.has_loss = loss is not None
+        self.has_loss: bool = loss is not None
         arrays = {each: np.asarray(leaf) for each, leaf in leaves.items()}
         self._floats = {each: array for each, array in arrays.items() if _is_float(array)}
         self._others = {each: array for each, array in arrays.items() if not _is_float(array)}

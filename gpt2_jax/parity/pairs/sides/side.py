@@ -34,7 +34,9 @@ class SideError(BridgeError):
 
     def __init__(self, side: str, place: str, message: str) -> None:
         super().__init__(f"{side}{' at ' + place if place else ''}: {message}")
-        self.side, self.place, self.message = side, place, message
+        self.side: str = side
+        self.place: str = place
+        self.message: str = message
 
 
 @dataclass(frozen=True)

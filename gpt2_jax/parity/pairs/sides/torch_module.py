@@ -70,7 +70,7 @@ class TorchSide:
     ) -> None:
         self.name = name
         self.dtypes = DTYPES
-        self.has_loss = loss is not None
+        self.has_loss: bool = loss is not None
         self._module, self._loss, self._kwargs = module, loss, kwargs
 
     def parameters(self) -> Arrays:
