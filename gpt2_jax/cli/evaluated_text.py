@@ -17,7 +17,7 @@ from gpt2_jax.data import open_data
 from gpt2_jax.data.documents import STDLIB, Documents, find_documents
 from gpt2_jax.data.special_tokens import SpecialTokensFlag, around_documents, blocks_to_encode, policy_of
 from gpt2_jax.data.token_files import SIDECAR
-from gpt2_jax.data.token_stream import is_token_source
+from gpt2_jax.data.token_stream import TokenStream, is_token_source
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def read_text(
         return encode_documents(find_documents(source), checkpoint.tokenizer(), special_tokens, max_tokens, advance)
     opened = open_data(source, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
     stream = opened.train if opened.validation is None else opened.validation
+    assert isinstance(stream, TokenStream)  # token files are no mixture
     stop, ends = min(max_tokens, len(stream)), stream.document_ends
     counts = None if stream.counts is None else stream.counts.read(0, stop).astype(bool)
     if ends is not None:

@@ -84,7 +84,7 @@ def type_problems(part: Any) -> Iterator[str]:
 
     A bool is not an int, an int is a float, and text must not contain NUL.
     """
-    for name, hint in _type_hints(type(part)).items():
+    for name, hint in _type_hints(part.__class__).items():
         value, allowed = getattr(part, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
         if not any(_has_type(value, one) for one in allowed):
             yield f"{name}={_shown(value)}: must be {' or '.join(_TYPE_NAMES.get(one, 'text') for one in allowed)}"
@@ -94,7 +94,7 @@ def type_problems(part: Any) -> Iterator[str]:
 
 def choice_problems(part: Any) -> Iterator[str]:
     """Yield the fields declared as `Literal` whose value is not one of the choices."""
-    for name, hint in _type_hints(type(part)).items():
+    for name, hint in _type_hints(part.__class__).items():
         if get_origin(hint) is Literal and getattr(part, name) not in get_args(hint):
             yield f"{name}={_shown(getattr(part, name))}: must be one of {', '.join(get_args(hint))}"
 
