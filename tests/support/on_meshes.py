@@ -62,7 +62,7 @@ def curves(dtype: str, which: str, num_microbatches: str = "1", lora_rank: str =
         CONFIG,
         num_microbatches=int(num_microbatches),
         optimizer=replace(CONFIG.optimizer, weight_decay=0.3),
-        lora=LoRAConfig(rank=int(lora_rank), alpha=64, targets="all-linear"),
+        lora=LoRAConfig(rank=int(lora_rank), alpha=8, targets="all-linear"),
     )
     model = make_model(config).clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
     tx = make_optimizer(config.optimizer, config.max_steps)
