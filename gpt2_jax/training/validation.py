@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -110,7 +111,7 @@ def range_problems(part: Any) -> Iterator[str]:
             yield f"{name}={value}: must be below {2**31}{reason}"
 
 
-_type_hints = functools.cache(get_type_hints)
+_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 """The hints of a class, which take a millisecond to evaluate."""
 
 
@@ -123,8 +124,10 @@ def pattern_problem(pattern: str) -> str | None:
     if len(pattern) > _LONGEST_PATTERN:
         return f"must have at most {_LONGEST_PATTERN} characters"
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # about syntax that a later version of Python reads differently
+            re.compile(pattern)
+    except (re.error, Warning, OverflowError, RecursionError) as error:
         return f"is not a regular expression: {error}"
     if re.search(r"\)[*+?{]|\(\?", pattern) or any(len(re.findall("[*+{]", p)) > 3 for p in pattern.split("|")):
         return "is too complex; use no repeated groups, and at most three of * + { between two |"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.commands import run as gpt2
 from support.models import random_checkpoint, random_state
 from support.refusals import within_budget
 from support.training_runs import RECIPE, all_weights, data_for, files, recipe, records, run_in
@@ -129,6 +130,11 @@ def test_the_adapter_is_exported_beside_the_merged_model(finished_parts: dict[st
     assert adapter_of(finished_parts["frozen"].run / "checkpoints" / "6", MODEL) is None
 
 
+def test_the_commands_read_the_run(finished_part: tuple[str, Outcome], capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpt2("inspect", finished_part[1].run) == 0
+    assert f"{bridge.num_parameters(MODEL):,}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("damage", ["another base", "no base", "a damaged base"])
 def test_a_run_with_another_base_is_refused(damage: str, finished_parts: dict[str, Outcome], tmp_path: Path) -> None:
     shutil.copytree(finished_parts["adapter"].run.parent, tmp_path, dirs_exist_ok=True)
@@ -178,6 +184,7 @@ def test_a_part_of_random_weights_is_not_trained(changes: dict[str, Any], tmp_pa
         ({"lora_rank": -1}, "lora_rank=-1: must not be negative"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0: must be at least 0 and below 1"),
         ({"freeze": "h_(0"}, "is not a regular expression"),
+        ({"freeze": "[[a]"}, "is not a regular expression"),
         ({"freeze": "(a*)*b"}, "is too complex"),
         ({"freeze": ".*.*.*.*"}, "is too complex"),
         ({"freeze": "a" * 2000}, "at most 1000 characters"),
