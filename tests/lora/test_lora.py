@@ -87,17 +87,18 @@ def test_the_scaling_is_pefts() -> None:
 
 
 def test_the_initial_adapter_changes_nothing_and_is_pefts() -> None:
-    model, params, _ = adapted()
+    model, params, _ = adapted(scan=True)
     lora = initial(model)
     ids = batch()["input_ids"]
     expected = logits(model.clone(lora=None), params, ids)
     np.testing.assert_array_equal(logits(model, params, ids, lora), expected)
-    a = lora["h_0"]["attn"]["c_attn"]["a"]
+    a, other = lora["h"]["attn"]["c_attn"]["a"]
     bound = 1 / np.sqrt(CONFIG.n_embd)
     assert a.shape == (24, 4) and 0.9 * bound < np.abs(a).max() <= bound
-    assert not np.array_equal(a, lora["h_1"]["attn"]["c_attn"]["a"])
+    assert not np.array_equal(a, other)
 
 
+@pytest.mark.thorough
 def test_the_initial_values_do_not_depend_on_the_form() -> None:
     layers, stacked = (initial(GPT2(CONFIG, scan=scan, lora=LORA)) for scan in (False, True))
     for i in range(CONFIG.n_layer):
@@ -105,7 +106,7 @@ def test_the_initial_values_do_not_depend_on_the_form() -> None:
             np.testing.assert_array_equal(own, all_layers[i])
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["loop", "scan"])
 def test_the_merged_model_equals_the_adapted_one(scan: bool) -> None:
     model, params, lora = adapted(scan)
     ids = batch()["input_ids"]
@@ -161,12 +162,14 @@ def test_dropout_scales_what_it_keeps() -> None:
     assert abs(float(y.mean()) - 400) < 3 and 5 < float(y[:, 0].std()) < 20
 
 
+@pytest.mark.thorough
 def test_dropout_needs_no_other_dropout() -> None:
     model, params, lora = adapted(config=replace(LORA, dropout=0.5))
     whole, first, second = (loss(model, params, lora, key) for key in (None, jax.random.key(1), jax.random.key(2)))
     assert len({float(whole), float(first), float(second)}) == 3
 
 
+@pytest.mark.thorough
 def test_cross_attention_has_the_same_branch() -> None:
     layer = MultiHeadAttention(CONFIG, lora=LORA)
     _, params, lora = adapted()
@@ -221,7 +224,7 @@ def test_peft_computes_the_same_logits_with_the_adapter(tmp_path: Path) -> None:
     import peft
     import torch
 
-    model, params, lora = adapted()
+    model, params, lora = adapted(scan=True)
     bridge.save_lora(adapter_from_lora(lora, LORA), tmp_path / "adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the name of the base

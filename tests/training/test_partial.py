@@ -215,6 +215,7 @@ def test_a_restart_before_the_first_checkpoint_replaces_the_base(tmp_path: Path)
     assert not run.exists()
 
 
+@pytest.mark.thorough
 def test_a_sample_of_an_adapter_is_that_of_the_merged_model(tmp_path: Path) -> None:
     data = data_for(RECIPE, tmp_path)
     config = resolve_config(recipe(**PARTS["adapter"], sample_tokens=6), data, base())
@@ -272,7 +273,7 @@ def test_the_learning_rate_decays_from_the_top_layer_down(stacked: bool) -> None
         np.testing.assert_array_equal(array, expected)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.thorough)])
 def test_layer_decay_scales_the_whole_update_and_keeps_the_state(optimizer: Any) -> None:
     params = tree(stacked=True)
     settings = OptimizerConfig(optimizer=optimizer)
