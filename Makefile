@@ -90,6 +90,7 @@ bench: $(INSTALLED)  ## measure the speeds of docs/benchmarks.md, other than che
 	$(BIN)/python -m tests.benchmarks.data
 	$(BIN)/python -m tests.benchmarks.tokenization
 	$(BIN)/gpt2 bench --preset shakespeare-char
+	$(BIN)/python -m tests.benchmarks.lora
 	$(BIN)/python -m tests.benchmarks.generate
 
 dist: $(DIST)/.installed  ## the source distribution and the wheel, in dist/
