@@ -36,7 +36,8 @@ def direction_like(params: Any) -> Any:
     return jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), params)
 
 
-@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["loop", "scan"])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True], ids=["loop", "scan"])
 def test_forward_mode_and_hessian_vector_products_of_the_loss(scan: bool, x64: None) -> None:
     model, params = jax_model(random_checkpoint(CONFIG, np.float64), scan=scan)
     direction = direction_like(params)
@@ -118,6 +119,7 @@ def test_the_outputs_of_stacked_layers_are_those_of_separate_layers() -> None:
     jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-5), scan, loop)  # float32 of order 1
 
 
+@pytest.mark.slow
 def test_the_table_of_the_model_counts_operations() -> None:
     table = GPT2(SMALLEST).tabulate(jax.random.key(0), IDS[:, :4] % 11, compute_flops=True, compute_vjp_flops=True)
     total = next(line for line in table.splitlines() if "Total Parameters" in line)
