@@ -7,9 +7,9 @@ from gpt2_jax.lazy_names import lazy_names
 if TYPE_CHECKING:
     from bridge import GPT2_SIZES, GenerationConfig, GPT2Config, __version__
     from gpt2_jax.classification import GPT2ForSequenceClassification, classifier_from_params, model_from_classifier
-    from gpt2_jax.classification_scores import ClassificationScores, score_classification
-    from gpt2_jax.dpo import DPOLoss, dpo_loss, sequence_log_probs
     from gpt2_jax.evaluation import evaluate
+    from gpt2_jax.finetuning.classification_scores import ClassificationScores, score_classification
+    from gpt2_jax.finetuning.dpo import DPOLoss, dpo_loss, sequence_log_probs
     from gpt2_jax.generation import Decoder, generate
     from gpt2_jax.loading import checkpoint_from_params, from_pretrained, model_from_checkpoint, sharded_params
     from gpt2_jax.lora.config import LoRAConfig
@@ -31,8 +31,8 @@ else:
                 "classifier_from_params",
                 "model_from_classifier",
             ),
-            "gpt2_jax.classification_scores": ("ClassificationScores", "score_classification"),
-            "gpt2_jax.dpo": ("DPOLoss", "dpo_loss", "sequence_log_probs"),
+            "gpt2_jax.finetuning.classification_scores": ("ClassificationScores", "score_classification"),
+            "gpt2_jax.finetuning.dpo": ("DPOLoss", "dpo_loss", "sequence_log_probs"),
             "gpt2_jax.evaluation": ("evaluate",),
             "gpt2_jax.generation": ("Decoder", "generate"),
             "gpt2_jax.loading": (

@@ -19,13 +19,13 @@ from bridge.generation.config import GenerationConfig
 from bridge.generation.output import Candidates, Chunk, concatenate
 from bridge.generation.processors import LogitsProcessors
 from bridge.generation.prompts import Prompts, check_ids
-from gpt2_jax.batch_invariance import SLOTS, BatchInvarianceError, SlotModel
-from gpt2_jax.decoding_state import State, add_token, first_state, next_token, prompt_history
+from gpt2_jax.decoding.batch_invariance import SLOTS, BatchInvarianceError, SlotModel
+from gpt2_jax.decoding.slots import decode_group, prefill_group
+from gpt2_jax.decoding.state import State, add_token, first_state, next_token, prompt_history
 from gpt2_jax.evaluation import label_scores
 from gpt2_jax.logits_processors import History, on_device, process_logits
 from gpt2_jax.model import GPT2, check_shape
 from gpt2_jax.ops.kv_cache import KVCache, empty_cache
-from gpt2_jax.slot_decoding import decode_group, prefill_group
 
 SMALLEST_BUCKET = 16
 """The smallest compiled cache length. Longer ones are powers of two, up to the model's positions."""

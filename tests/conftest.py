@@ -173,7 +173,7 @@ def batch_invariance() -> None:
 
     import gpt2_jax
     from bridge import GPT2Config
-    from gpt2_jax.batch_invariance import SLOTS, BatchInvarianceError
+    from gpt2_jax.decoding.batch_invariance import SLOTS, BatchInvarianceError
 
     config = GPT2Config(vocab_size=64, n_positions=32, n_embd=16, n_layer=1, n_head=2)
     with pytest.MonkeyPatch.context() as patch:

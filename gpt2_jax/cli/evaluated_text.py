@@ -14,10 +14,10 @@ from bridge.errors import quoted
 from bridge.evaluation import Progress, TokenizedText
 from bridge.tokenizers.tokenizer import Tokenizer
 from gpt2_jax.data import open_data
-from gpt2_jax.data.documents import STDLIB, Documents, find_documents
-from gpt2_jax.data.special_tokens import SpecialTokensFlag, around_documents, blocks_to_encode, policy_of
-from gpt2_jax.data.token_files import SIDECAR
-from gpt2_jax.data.token_stream import TokenStream, is_token_source
+from gpt2_jax.data.text.documents import STDLIB, Documents, find_documents
+from gpt2_jax.data.text.special_tokens import SpecialTokensFlag, around_documents, blocks_to_encode, policy_of
+from gpt2_jax.data.tokens.files import SIDECAR
+from gpt2_jax.data.tokens.stream import TokenStream, is_token_source
 
 
 @dataclass(frozen=True)

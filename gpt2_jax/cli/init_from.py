@@ -9,7 +9,7 @@ import bridge
 from bridge import BridgeError, Checkpoint, GPT2Config, NoTokenizerError, Tokenizer
 from bridge.errors import quoted
 from gpt2_jax.cli.effect import flag
-from gpt2_jax.data.tokenizers import MADE_FROM_TEXT, make_tokenizer
+from gpt2_jax.data.text.tokenizers import MADE_FROM_TEXT, make_tokenizer
 from gpt2_jax.training import TrainConfig
 from gpt2_jax.training.config import TOKENIZER_OF_INIT_FROM
 from gpt2_jax.training.run.identity import Identity

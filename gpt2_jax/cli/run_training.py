@@ -17,7 +17,7 @@ from gpt2_jax.cli.init_from import chosen_tokenizer, require_rows, require_sizes
 from gpt2_jax.console.output import json_writer, progress
 from gpt2_jax.console.terminal import Console, console, print_error
 from gpt2_jax.data import Data, RecordOptions, open_data, training_batches
-from gpt2_jax.data.special_tokens import policy_of
+from gpt2_jax.data.text.special_tokens import policy_of
 from gpt2_jax.parallel.distributed import broadcast_from_first, end, end_now, first_alone, is_first, leave
 from gpt2_jax.training import NonFiniteLoss, Outcome, TrainConfig, resolve_config, train
 from gpt2_jax.training.config import validation_sets

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from gpt2_jax.data.dataset import Data, open_data
     from gpt2_jax.data.errors import DataError
     from gpt2_jax.data.records.schema import RecordOptions
-    from gpt2_jax.data.token_cache_writer import TaskProgress
-    from gpt2_jax.data.token_stream import TokenStream
-    from gpt2_jax.data.tokenizers import make_tokenizer
+    from gpt2_jax.data.text.tokenizers import make_tokenizer
+    from gpt2_jax.data.tokens.cache_writer import TaskProgress
+    from gpt2_jax.data.tokens.stream import TokenStream
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -21,9 +21,9 @@ else:
             "gpt2_jax.data.errors": ("DataError",),
             "gpt2_jax.data.dataset": ("Data", "open_data"),
             "gpt2_jax.data.records.schema": ("RecordOptions",),
-            "gpt2_jax.data.token_cache_writer": ("TaskProgress",),
-            "gpt2_jax.data.tokenizers": ("make_tokenizer",),
-            "gpt2_jax.data.token_stream": ("TokenStream",),
+            "gpt2_jax.data.tokens.cache_writer": ("TaskProgress",),
+            "gpt2_jax.data.text.tokenizers": ("make_tokenizer",),
+            "gpt2_jax.data.tokens.stream": ("TokenStream",),
             "gpt2_jax.data.batches": ("Batch", "evaluation_batches", "training_batches"),
         },
     )

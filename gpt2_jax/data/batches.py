@@ -22,7 +22,7 @@ from bridge import IGNORE_INDEX
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.mixture import Mixture, places
 from gpt2_jax.data.packing import Packing, packed_batch, packing
-from gpt2_jax.data.token_stream import TokenStream
+from gpt2_jax.data.tokens.stream import TokenStream
 
 Batch = dict[str, Int[np.ndarray, "B T"]]
 Examples = Literal["stream", "documents", "packed"]

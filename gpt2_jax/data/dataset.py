@@ -13,7 +13,6 @@ import numpy as np
 
 from bridge.errors import quoted
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
-from gpt2_jax.data.documents import STDLIB, Documents, find_documents
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.file_kinds import is_mixture_file
 from gpt2_jax.data.mixture import Mixture
@@ -21,10 +20,11 @@ from gpt2_jax.data.mixture_file import MixtureSource, read_mixture
 from gpt2_jax.data.records.encoding import cached_records
 from gpt2_jax.data.records.files import Records, RecordSource, find_records
 from gpt2_jax.data.records.schema import RecordOptions
-from gpt2_jax.data.token_cache import CachedText, cached_text, open_cached
-from gpt2_jax.data.token_cache_writer import TaskProgress, described
-from gpt2_jax.data.token_stream import TokenStream, is_token_cache, is_token_source, open_tokens
-from gpt2_jax.data.tokenizers import Corpus, make_tokenizer
+from gpt2_jax.data.text.documents import STDLIB, Documents, find_documents
+from gpt2_jax.data.text.tokenizers import Corpus, make_tokenizer
+from gpt2_jax.data.tokens.cache import CachedText, cached_text, open_cached
+from gpt2_jax.data.tokens.cache_writer import TaskProgress, described
+from gpt2_jax.data.tokens.stream import TokenStream, is_token_cache, is_token_source, open_tokens
 
 if TYPE_CHECKING:
     from gpt2_jax.data.batches import Examples  # imports grain, which this module does not need

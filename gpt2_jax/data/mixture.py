@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.token_stream import TokenStream
+from gpt2_jax.data.tokens.stream import TokenStream
 
 BLOCK = 4096
 """Examples with exact proportions. A weight is rounded to a multiple of 1 / BLOCK of the sum of all weights."""

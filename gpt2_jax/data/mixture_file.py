@@ -22,10 +22,10 @@ from typing import Any
 
 from bridge.errors import escaped, quoted
 from bridge.storage.regular_file import read_small_file
-from gpt2_jax.data.documents import STDLIB
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.file_kinds import is_mixture_file
 from gpt2_jax.data.records.schema import RecordOptions
+from gpt2_jax.data.text.documents import STDLIB
 
 _FIELDS = ("text_field", "prompt_field", "completion_field", "messages_field")
 _NAME = re.compile(r"[A-Za-z][\w.-]{0,39}", re.ASCII)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from bridge import IGNORE_INDEX
-from gpt2_jax.data.token_stream import TokenStream
+from gpt2_jax.data.tokens.stream import TokenStream
 
 WINDOW = 2**16
 """Pieces that are packed together. Larger groups would hardly reduce padding: at this size, few rows are not full."""

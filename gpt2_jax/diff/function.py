@@ -10,10 +10,12 @@ import numpy as np
 
 import bridge
 from bridge import BridgeError, Checkpoint
-from gpt2_jax.parity import jax_gpt2, plots, tolerances
+from gpt2_jax.parity import tolerances
 from gpt2_jax.parity.activations import activation_differences, first_divergence
+from gpt2_jax.parity.backends import jax_gpt2
 from gpt2_jax.parity.inputs import Tokens, choose_tokens
 from gpt2_jax.parity.metrics import kl_divergence, next_token_losses
+from gpt2_jax.parity.reporting import plots
 from gpt2_jax.reporting.plots import Plot
 
 _RESIDUAL_STREAM = re.compile(r"drop|h\.\d+|ln_f")

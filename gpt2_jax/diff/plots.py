@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bridge.comparison import TensorComparison, TensorsComparison
-from gpt2_jax.parity.plots import by_place
+from gpt2_jax.parity.reporting.plots import by_place
 from gpt2_jax.reporting.plots import Plot, Series
 
 MOST_BARS = 100

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gpt2_jax.parity.pairs.training.result import Departure, TrainingComparison
     from gpt2_jax.parity.pairs.training.torch_trainer import torch_trainer
     from gpt2_jax.parity.pairs.training.trainers import Step, Trainer
-    from gpt2_jax.parity.report import Check, Measurement, Report
+    from gpt2_jax.parity.reporting.report import Check, Measurement, Report
     from gpt2_jax.parity.verification import verify
 else:
     __getattr__, __dir__ = lazy_names(
@@ -80,7 +80,7 @@ else:
                 "Step",
                 "Trainer",
             ),
-            "gpt2_jax.parity.report": ("Check", "Measurement", "Report"),
+            "gpt2_jax.parity.reporting.report": ("Check", "Measurement", "Report"),
             "gpt2_jax.parity.verification": ("verify",),
         },
     )

@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 import bridge
-import gpt2_jax.parity.jax_gpt2 as jax_gpt2
-import gpt2_jax.parity.plots as plots
+import gpt2_jax.parity.backends.jax_gpt2 as jax_gpt2
+import gpt2_jax.parity.backends.torch_gpt2 as torch_gpt2
+import gpt2_jax.parity.backends.transformers_gpt2 as transformers_gpt2
+import gpt2_jax.parity.reporting.plots as plots
 import gpt2_jax.parity.text_checks as text_checks
 import gpt2_jax.parity.tolerances as tolerances
-import gpt2_jax.parity.torch_gpt2 as torch_gpt2
-import gpt2_jax.parity.transformers_gpt2 as transformers_gpt2
 from bridge import Checkpoint, SequenceClassifier
 from bridge.conversion import mixed_dtypes
 from bridge.storage.tensors import LazyTensor, same_bytes
@@ -33,7 +33,7 @@ from gpt2_jax.parity.comparisons import (
 )
 from gpt2_jax.parity.inputs import CheckInputs, pad
 from gpt2_jax.parity.metrics import max_relative_difference, next_token_loss
-from gpt2_jax.parity.report import Check, Compared, Measurement
+from gpt2_jax.parity.reporting.report import Check, Compared, Measurement
 
 FP64_TRAIN_BYTES = 2 * 2**30
 """Train in float64 too if weights, gradients and both moments take at most this many bytes."""

@@ -11,14 +11,14 @@ from types import ModuleType
 
 import numpy as np
 
-import gpt2_jax.parity.jax_gpt2 as jax_gpt2
-import gpt2_jax.parity.plots as plots
+import gpt2_jax.parity.backends.jax_gpt2 as jax_gpt2
+import gpt2_jax.parity.reporting.plots as plots
 import gpt2_jax.parity.tolerances as tolerances
 from bridge import Checkpoint
 from gpt2_jax.parity.activations import activation_differences
 from gpt2_jax.parity.inputs import AdamW, CheckInputs
 from gpt2_jax.parity.metrics import kl_divergence, relative, relative_l2_difference, rms
-from gpt2_jax.parity.report import Compared, Measurement
+from gpt2_jax.parity.reporting.report import Compared, Measurement
 from gpt2_jax.parity.tolerances import SHORT_NAMES
 
 Gradients = Callable[[Checkpoint, np.ndarray, str], dict[str, np.ndarray]]

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-import gpt2_jax.parity.jax_gpt2 as jax_gpt2
-import gpt2_jax.parity.torch_gpt2 as torch_gpt2
-import gpt2_jax.parity.transformers_gpt2 as transformers_gpt2
+import gpt2_jax.parity.backends.jax_gpt2 as jax_gpt2
+import gpt2_jax.parity.backends.torch_gpt2 as torch_gpt2
+import gpt2_jax.parity.backends.transformers_gpt2 as transformers_gpt2
 from bridge import Tokenizer, TokenizerError
 from bridge.comparison.strings import difficult_strings, encodable
 from bridge.comparison.token_ids import Ids, Reader, first_difference, no_token
@@ -22,7 +22,7 @@ from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.characters import CharacterTokenizer
 from bridge.tokenizers.tokenizer import without_lone_surrogates
 from gpt2_jax.parity.inputs import CheckInputs
-from gpt2_jax.parity.report import Check, Measurement
+from gpt2_jax.parity.reporting.report import Check, Measurement
 
 OURS = "this project"
 

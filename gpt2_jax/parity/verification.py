@@ -9,7 +9,7 @@ import bridge
 from bridge import BridgeError, Checkpoint, SequenceClassifier
 from gpt2_jax.parity.checks import CHECKS, checks_for
 from gpt2_jax.parity.inputs import CheckInputs, choose_tokens, default_length
-from gpt2_jax.parity.report import SAME_CLASSIFIER, SAME_FUNCTION, Report
+from gpt2_jax.parity.reporting.report import SAME_CLASSIFIER, SAME_FUNCTION, Report
 from gpt2_jax.reporting.environment import environment
 
 

@@ -26,7 +26,7 @@ from bridge import IGNORE_INDEX
 from gpt2_jax.data import TokenStream, training_batches
 from gpt2_jax.data.batches import Examples
 from gpt2_jax.data.packing import packing
-from gpt2_jax.data.token_stream import open_tokens
+from gpt2_jax.data.tokens.stream import open_tokens
 from gpt2_jax.training import PRESETS, TrainConfig, init_state, make_optimizer, make_train_step
 from gpt2_jax.training.state import make_model
 

@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.loading import load_tokenizer, openai_tokenizer
 from bridge.tokenizers.tokenizer import Tokenizer
-from gpt2_jax.data.documents import Documents, find_documents
-from gpt2_jax.data.token_cache import cached_text
+from gpt2_jax.data.text.documents import Documents, find_documents
+from gpt2_jax.data.tokens.cache import cached_text
 
 ROWS = 8000
 DOCUMENT = 2**16

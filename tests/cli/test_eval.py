@@ -17,8 +17,8 @@ import bridge
 from bridge.tokenizers.loading import byte_tokenizer
 from gpt2_jax.cli.evaluated_text import encode_documents
 from gpt2_jax.data import open_data
-from gpt2_jax.data.documents import find_documents
-from gpt2_jax.data.token_cache import cached_text
+from gpt2_jax.data.text.documents import find_documents
+from gpt2_jax.data.tokens.cache import cached_text
 
 TEXT = "Grüße — one word\nafter another,  two spaces, and a tail that goes on for some windows more. " * 2
 

@@ -13,9 +13,9 @@ import pytest
 from bridge import IGNORE_INDEX, byte_tokenizer
 from gpt2_jax.data import Batch, DataError, TokenStream, evaluation_batches, training_batches
 from gpt2_jax.data.batches import _shuffled, _Windows
-from gpt2_jax.data.documents import find_documents
-from gpt2_jax.data.token_cache import cached_text
-from gpt2_jax.data.token_stream import open_tokens
+from gpt2_jax.data.text.documents import find_documents
+from gpt2_jax.data.tokens.cache import cached_text
+from gpt2_jax.data.tokens.stream import open_tokens
 from tests.data.token_files import llmc, nanogpt
 
 LENGTH = 7

@@ -15,7 +15,7 @@ from support.tokenizers_for_tests import CORPUS, END, TEXTS, random_texts
 import bridge
 from bridge import TokenizerError
 from bridge.tokenizers.loading import load_tokenizer
-from gpt2_jax.data.bpe_training import train_bpe
+from gpt2_jax.data.text.bpe_training import train_bpe
 
 SOURCES = [
     (Path(__file__).parents[2] / name).read_text() for name in ("bridge/parameter_table.py", "bridge/conversion.py")
@@ -75,7 +75,7 @@ import sys
 sys.path[:0] = ["tests"]
 from support.tokenizers_for_tests import random_texts
 import bridge
-from gpt2_jax.data.bpe_training import train_bpe
+from gpt2_jax.data.text.bpe_training import train_bpe
 print(bridge.tokenizer_fingerprint(train_bpe(iter(random_texts(400, seed=3)), 2000)))
 """
 

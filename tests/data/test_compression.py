@@ -18,7 +18,7 @@ from support.refusals import within_budget
 from bridge import byte_tokenizer
 from gpt2_jax.data import DataError, compression, open_data
 from gpt2_jax.data.compression import open_stream
-from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.text.documents import find_documents
 
 CONTENT = "".join(f"line {i}, naïve\n" for i in range(40_000)).encode()
 

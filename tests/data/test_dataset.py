@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from bridge import byte_tokenizer, character_tokenizer, save_tokenizer, tokenizer_fingerprint
-from gpt2_jax.data import Data, DataError, evaluation_batches, make_tokenizer, open_data, tokenizers, training_batches
+from gpt2_jax.data import Data, DataError, evaluation_batches, make_tokenizer, open_data, training_batches
 from gpt2_jax.data.dataset import split
-from gpt2_jax.data.documents import find_documents
 from gpt2_jax.data.mixture import Mixture
+from gpt2_jax.data.text import tokenizers
+from gpt2_jax.data.text.documents import find_documents
 from tests.data.token_files import llmc, nanogpt, npy
 
 TEXT = "".join(f"line {i} of the text\n" for i in range(50))

@@ -12,9 +12,9 @@ import tiktoken
 
 from bridge.tokenizers.byte_level_bpe import SPELLINGS_OF_WORDS
 from gpt2_jax.data import DataError
-from gpt2_jax.data import documents as documents_module
-from gpt2_jax.data.bpe_training import train_bpe
-from gpt2_jax.data.documents import find_documents
+from gpt2_jax.data.text import documents as documents_module
+from gpt2_jax.data.text.bpe_training import train_bpe
+from gpt2_jax.data.text.documents import find_documents
 
 # Characters of all classes of regular expressions: letters, digits, marks, all kinds of white space, and those that
 # are white space in Python but not in Rust (U+001C ... U+001F).

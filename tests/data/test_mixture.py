@@ -13,7 +13,7 @@ import pytest
 from gpt2_jax.data import DataError, training_batches
 from gpt2_jax.data.batches import Batch
 from gpt2_jax.data.mixture import BLOCK, Mixture, examples_per_block
-from gpt2_jax.data.token_stream import TokenStream, open_tokens
+from gpt2_jax.data.tokens.stream import TokenStream, open_tokens
 from tests.data.token_files import nanogpt
 
 LENGTH = 4

@@ -17,7 +17,7 @@ from bridge import IGNORE_INDEX
 from gpt2_jax.data import Batch, DataError, TokenStream, evaluation_batches, training_batches
 from gpt2_jax.data import packing as packing_module
 from gpt2_jax.data.packing import Packing, best_fit_decreasing, packing
-from gpt2_jax.data.token_stream import open_tokens
+from gpt2_jax.data.tokens.stream import open_tokens
 from tests.data.token_files import nanogpt
 
 LENGTH = 10

@@ -26,11 +26,12 @@ from bridge import (
 )
 from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.tokenizer import AddedToken, SpecialTokens, Tokenizer
-from gpt2_jax.data import DataError, TokenStream, cache_directory, open_data, token_cache
-from gpt2_jax.data import documents as documents_module
-from gpt2_jax.data.documents import find_documents
-from gpt2_jax.data.token_cache import cached_text
-from gpt2_jax.data.tokenizers import make_tokenizer
+from gpt2_jax.data import DataError, TokenStream, cache_directory, open_data
+from gpt2_jax.data.text import documents as documents_module
+from gpt2_jax.data.text.documents import find_documents
+from gpt2_jax.data.text.tokenizers import make_tokenizer
+from gpt2_jax.data.tokens import cache as token_cache
+from gpt2_jax.data.tokens.cache import cached_text
 
 LINES = "".join(f"The line {i} is like line {i // 2}.\n" for i in range(300))
 END = 256

@@ -12,8 +12,8 @@ import pytest
 from support.refusals import within_budget
 
 from gpt2_jax.data import DataError, TokenStream
-from gpt2_jax.data.token_files import token_file
-from gpt2_jax.data.token_stream import is_token_source, open_tokens
+from gpt2_jax.data.tokens.files import token_file
+from gpt2_jax.data.tokens.stream import is_token_source, open_tokens
 from tests.data.token_files import llmc, nanogpt, npy
 
 IDS = np.random.default_rng(7).integers(0, 50257, 1000)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_jax.data import DataError, TokenStream
-from gpt2_jax.data.token_files import token_file
+from gpt2_jax.data.tokens.files import token_file
 
 IDS = np.arange(40)
 PARTS = ("descr", "fortran_order", "shape", "True", "False", "'<u2'", "'|O'", "'<f8'", "(40,)", *"()-,{}")

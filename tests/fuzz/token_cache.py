@@ -12,8 +12,8 @@ import numpy as np
 from fuzz import json_damage
 
 from bridge import byte_tokenizer
-from gpt2_jax.data.documents import find_documents
-from gpt2_jax.data.token_cache import cached_text, open_cached
+from gpt2_jax.data.text.documents import find_documents
+from gpt2_jax.data.tokens.cache import cached_text, open_cached
 
 HASHES = {"sha256": "tokens.bin", "document_ends_sha256": "document_ends.bin"}
 

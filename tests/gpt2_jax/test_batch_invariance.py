@@ -19,7 +19,7 @@ from support.models import TINY, random_checkpoint, random_ids
 
 import gpt2_jax
 from bridge import GenerationConfig
-from gpt2_jax.batch_invariance import SLOTS, BatchInvarianceError
+from gpt2_jax.decoding.batch_invariance import SLOTS, BatchInvarianceError
 
 TESTS = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("batch_invariance")

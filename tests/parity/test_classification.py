@@ -22,7 +22,8 @@ import gpt2_jax
 import gpt2_torch
 from bridge import CheckpointError, ConversionError, SequenceClassifier
 from bridge.storage.tensors import LazyTensor
-from gpt2_jax.parity import Check, checks_for, jax_gpt2, transformers_gpt2, verify
+from gpt2_jax.parity import Check, checks_for, verify
+from gpt2_jax.parity.backends import jax_gpt2, transformers_gpt2
 
 ERROR = 1e-5  # of logits of about 1 in float32
 LABELS = ["negative", "neutral", "positive"]

@@ -19,7 +19,8 @@ from support.models import TINY, random_checkpoint
 
 import bridge
 import gpt2_jax.model as jax_model
-from gpt2_jax.parity import Check, checks, jax_gpt2, verify
+from gpt2_jax.parity import Check, checks, verify
+from gpt2_jax.parity.backends import jax_gpt2
 
 CONFIG = replace(TINY, n_layer=3, scale_attn_by_inverse_layer_idx=True)
 LENGTH = 12

@@ -13,7 +13,8 @@ import transformers
 
 import bridge
 from bridge import Checkpoint
-from gpt2_jax.parity import Check, jax_gpt2, tolerances, torch_gpt2, transformers_gpt2, verify
+from gpt2_jax.parity import Check, tolerances, verify
+from gpt2_jax.parity.backends import jax_gpt2, torch_gpt2, transformers_gpt2
 from gpt2_jax.parity.metrics import max_kl, rms
 
 pytestmark = pytest.mark.slow

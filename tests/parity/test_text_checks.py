@@ -21,7 +21,8 @@ from bridge.comparison.strings import difficult_strings
 from bridge.tokenizers import tokenizer as tokenizer_module
 from bridge.tokenizers.byte_level_bpe import ByteLevelBPE
 from bridge.tokenizers.readers.huggingface import Files
-from gpt2_jax.parity import Check, jax_gpt2, transformers_gpt2, verify
+from gpt2_jax.parity import Check, verify
+from gpt2_jax.parity.backends import jax_gpt2, transformers_gpt2
 from gpt2_jax.parity.inputs import CheckInputs, choose_tokens
 from gpt2_jax.parity.text_checks import tokenizer as tokenizer_check
 

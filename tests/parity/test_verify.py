@@ -21,9 +21,10 @@ import bridge
 import gpt2_torch
 from bridge import Checkpoint
 from gpt2_jax.cli import main
-from gpt2_jax.parity import CHECKS, Check, Measurement, Report, transformers_gpt2, verify
+from gpt2_jax.parity import CHECKS, Check, Measurement, Report, verify
+from gpt2_jax.parity.backends import transformers_gpt2
 from gpt2_jax.parity.inputs import BUILT_IN_TEXT, CheckInputs, choose_tokens, default_length
-from gpt2_jax.parity.report import SAME_CLASSIFIER
+from gpt2_jax.parity.reporting.report import SAME_CLASSIFIER
 from gpt2_torch.ops.cross_entropy import next_token_loss
 
 CONFIG = replace(TINY, n_layer=2, vocab_size=263)

@@ -20,7 +20,7 @@ from support.training_runs import all_weights, recipe, records, run_in, stop_at
 from bridge import IGNORE_INDEX, GPT2Config
 from gpt2_jax import cross_entropy
 from gpt2_jax.data import Batch, TokenStream, evaluation_batches
-from gpt2_jax.data.token_stream import open_tokens
+from gpt2_jax.data.tokens.stream import open_tokens
 from gpt2_jax.training import init_state, make_eval_step, make_train_step
 from tests.data.token_files import nanogpt
 

@@ -25,7 +25,7 @@ from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_lines_writer, json_writer, progress, require_torch
 from gpt2_jax.console.report_files import require_different_files
 from gpt2_jax.console.terminal import console
-from gpt2_jax.data.special_tokens import SpecialTokensFlag
+from gpt2_jax.data.text.special_tokens import SpecialTokensFlag
 
 UNSEEN_SHAKESPEARE = "(default: the part of Shakespeare that the bundled model has not seen)"
 

@@ -23,7 +23,7 @@ from gpt2_jax.cli.effect import OVERWRITE, Rule, defaults_of, require_effect
 from gpt2_jax.cli.models import jax_model
 from gpt2_jax.console.output import json_writer, require_torch
 from gpt2_jax.console.terminal import print_error
-from gpt2_jax.data.special_tokens import SpecialTokensFlag, policy_of
+from gpt2_jax.data.text.special_tokens import SpecialTokensFlag, policy_of
 
 DEFAULT_NEW_TOKENS = 50
 

@@ -170,7 +170,10 @@ def _data_of(values: Mapping[str, Any]) -> list[str]:
 
 def _require_effect_on_tokens(values: Mapping[str, Any], defaults: Mapping[str, Any], cache: Path | None) -> None:
     """Raise `BridgeError` for flags that have no effect on token files."""
-    from gpt2_jax.data.token_stream import has_validation_files, is_token_source  # not at the top: it imports jaxtyping
+    from gpt2_jax.data.tokens.stream import (  # not at the top: it imports jaxtyping
+        has_validation_files,
+        is_token_source,
+    )
 
     if not all(map(is_token_source, _data_of(values))):
         return

@@ -14,14 +14,14 @@ import numpy as np
 from bridge.errors import TokenizerError
 from bridge.tokenizers.chat.turns import Segment, UnstableTemplateError, render_turns, require_chat_template
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
-from gpt2_jax.data.blocks import Block, Tasks
-from gpt2_jax.data.documents import BLOCK_BYTES, Document
 from gpt2_jax.data.records.examples import Example, Message, example_of, texts_in, work_of
 from gpt2_jax.data.records.files import Records, rows_of
 from gpt2_jax.data.records.rows import BadRecord
-from gpt2_jax.data.special_tokens import around_documents
-from gpt2_jax.data.token_cache import CachedText, TaskProgress, cached
-from gpt2_jax.data.token_cache_writer import Encoding
+from gpt2_jax.data.text.blocks import Block, Tasks
+from gpt2_jax.data.text.documents import BLOCK_BYTES, Document
+from gpt2_jax.data.text.special_tokens import around_documents
+from gpt2_jax.data.tokens.cache import CachedText, TaskProgress, cached
+from gpt2_jax.data.tokens.cache_writer import Encoding
 
 _MOST_EXAMPLES = 4096
 """Limit on the examples of a block, so that very short ones do not fill the memory."""

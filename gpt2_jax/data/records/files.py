@@ -9,13 +9,13 @@ from pathlib import Path
 
 from bridge.errors import quoted
 from gpt2_jax.data.compression import open_stream
-from gpt2_jax.data.documents import Document, Documents, find_files
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.file_kinds import is_dataset_id, record_format
 from gpt2_jax.data.records import arrow_records, csv_records, hub_datasets, json_records, saved_datasets
 from gpt2_jax.data.records.examples import EMPTY_TEXT, Example, example_of, texts_in
 from gpt2_jax.data.records.rows import BadRecord, Row
 from gpt2_jax.data.records.schema import RecordOptions, Schema, choose_schema
+from gpt2_jax.data.text.documents import Document, Documents, find_files
 
 _SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _SPLIT = re.compile(rf"(?:^|[_.-])({'|'.join(_SPLITS)})(?=[_.-])")

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import install_command, quoted
-from gpt2_jax.data.documents import Documents, in_order
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.text.documents import Documents, in_order
 
 _VALIDATION = ("validation", "test")
 """The splits that are used for validation: the first one that is there."""

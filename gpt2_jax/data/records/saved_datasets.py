@@ -11,8 +11,8 @@ from typing import Any
 from bridge.errors import quoted
 from bridge.storage.json_text import parse_object
 from bridge.storage.regular_file import read_small_file
-from gpt2_jax.data.documents import Documents, in_order
 from gpt2_jax.data.errors import DataError
+from gpt2_jax.data.text.documents import Documents, in_order
 
 _DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 _MOST_BYTES = 2**22

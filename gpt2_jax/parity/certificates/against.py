@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 import bridge
-import gpt2_jax.parity.jax_gpt2 as jax_gpt2
-import gpt2_jax.parity.plots as plots
+import gpt2_jax.parity.backends.jax_gpt2 as jax_gpt2
+import gpt2_jax.parity.reporting.plots as plots
 import gpt2_jax.parity.tolerances as tolerances
 from bridge import Checkpoint, GPT2Config
 from bridge.config import TRAINING_ONLY
@@ -26,7 +26,7 @@ from gpt2_jax.parity.certificates.certificate import Certificate, CertificateErr
 from gpt2_jax.parity.certificates.sketch import gradient_sketch
 from gpt2_jax.parity.comparisons import measure_logits
 from gpt2_jax.parity.metrics import max_relative_difference, relative
-from gpt2_jax.parity.report import CERTIFIED, Check, Compared, Measurement, Report
+from gpt2_jax.parity.reporting.report import CERTIFIED, Check, Compared, Measurement, Report
 from gpt2_jax.reporting.environment import environment
 
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 import bridge
-import gpt2_jax.parity.torch_gpt2 as torch_gpt2
+import gpt2_jax.parity.backends.torch_gpt2 as torch_gpt2
 from bridge import BridgeError, Checkpoint
 from gpt2_jax.parity.certificates.against import verify_against
 from gpt2_jax.parity.certificates.certificate import MOST_BYTES, Certificate, certificate_bytes
 from gpt2_jax.parity.certificates.sketch import gradient_sketch
 from gpt2_jax.parity.inputs import BEYOND_HALF, CheckInputs, choose_tokens, default_length, pad
-from gpt2_jax.parity.report import Report
+from gpt2_jax.parity.reporting.report import Report
 from gpt2_jax.parity.verification import verify
 
 PACKAGES = ("torch", "jax", "jaxlib", "flax", "numpy")

@@ -25,7 +25,7 @@ from gpt2_jax.parity.pairs.parameter_checks import and_hint, listed
 from gpt2_jax.parity.pairs.runs import Runs, aligned, transformed
 from gpt2_jax.parity.pairs.sides.projection import projection_weights
 from gpt2_jax.parity.pairs.sides.side import Arrays, SideError
-from gpt2_jax.parity.report import Check, Measurement
+from gpt2_jax.parity.reporting.report import Check, Measurement
 from gpt2_jax.parity.tolerances import SHORT_NAMES
 
 

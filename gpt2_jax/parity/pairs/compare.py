@@ -13,7 +13,7 @@ from gpt2_jax.parity.pairs.matching.match import Names
 from gpt2_jax.parity.pairs.padding import Pad
 from gpt2_jax.parity.pairs.runs import Runs
 from gpt2_jax.parity.pairs.sides.side import DTYPES, Side, SideError
-from gpt2_jax.parity.report import Check, Claim, Report
+from gpt2_jax.parity.reporting.report import Check, Claim, Report
 
 SAME_PAIR = Claim(
     "the two sides compute the same function", "NOT the same function", frozenset({"names", "outputs", "gradients"})

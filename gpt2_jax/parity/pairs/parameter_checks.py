@@ -10,7 +10,7 @@ from bridge.errors import bullet_list
 from gpt2_jax.parity.pairs.explain import explain, same_as_another, where_differs
 from gpt2_jax.parity.pairs.matching.match import tied
 from gpt2_jax.parity.pairs.runs import Runs, transformed
-from gpt2_jax.parity.report import Check, Measurement
+from gpt2_jax.parity.reporting.report import Check, Measurement
 
 _MOST_EXPLAINED = 8
 """Parameters that are described one by one in a report."""

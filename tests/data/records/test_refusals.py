@@ -13,8 +13,8 @@ from support.refusals import within_budget
 
 from bridge import BridgeError
 from gpt2_jax.data import Data, DataError, RecordOptions, open_data
-from gpt2_jax.data.documents import find_documents
 from gpt2_jax.data.records import rows
+from gpt2_jax.data.text.documents import find_documents
 from tests.data.records.record_files import arrow, parquet, write
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'

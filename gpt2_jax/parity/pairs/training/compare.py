@@ -18,7 +18,7 @@ from gpt2_jax.parity.pairs.training.result import SAME_TRAINING, Departure, Prob
 from gpt2_jax.parity.pairs.training.rounding import QUANTITIES, UNIT, Bounds, Distance
 from gpt2_jax.parity.pairs.training.trainers import Step, Trainer
 from gpt2_jax.parity.pairs.training.transitions import History, aliases, pair_parameters
-from gpt2_jax.parity.report import Check, Measurement, Report
+from gpt2_jax.parity.reporting.report import Check, Measurement, Report
 
 
 @dataclass

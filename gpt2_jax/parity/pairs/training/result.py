@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gpt2_jax.parity.pairs.training.diagnosis.evidence import Diagnosis
-from gpt2_jax.parity.report import Claim, Report
+from gpt2_jax.parity.reporting.report import Claim, Report
 
 SAME_TRAINING = Claim(
     "the two trainers take the same steps", "NOT the same training", frozenset({"names", "loss", "update"})

@@ -22,11 +22,11 @@ from bridge.tokenizers.loading import (
 from bridge.tokenizers.saving import save_tokenizer
 from bridge.tokenizers.tokenizer import Tokenizer
 from gpt2_jax.console.cache import cache_directory
-from gpt2_jax.data.bpe_training import train_bpe
-from gpt2_jax.data.documents import Document
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.token_cache import cache_key
-from gpt2_jax.data.token_cache_writer import Source, TaskProgress
+from gpt2_jax.data.text.bpe_training import train_bpe
+from gpt2_jax.data.text.documents import Document
+from gpt2_jax.data.tokens.cache import cache_key
+from gpt2_jax.data.tokens.cache_writer import Source, TaskProgress
 
 MADE_FROM_TEXT = ("characters", "bpe")
 

@@ -22,10 +22,10 @@ from jaxtyping import Int
 
 from bridge import IGNORE_INDEX
 from bridge.errors import quoted
-from gpt2_jax.data.documents import STDLIB, matching_files
 from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.file_kinds import is_dataset_id
-from gpt2_jax.data.token_files import SIDECAR, TokenFile, has_magic, is_token_file, token_file
+from gpt2_jax.data.text.documents import STDLIB, matching_files
+from gpt2_jax.data.tokens.files import SIDECAR, TokenFile, has_magic, is_token_file, token_file
 
 _SPLIT = re.compile(r"(?:^|[_.-])(train|val|valid|validation)(?=[_.-])", re.IGNORECASE)
 

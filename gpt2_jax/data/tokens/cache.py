@@ -20,11 +20,11 @@ from bridge.storage.regular_file import read_small_file
 from bridge.tokenizers.byte_level_bpe import END_OF_TEXT
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
 from gpt2_jax.console.cache import cache_directory
-from gpt2_jax.data.blocks import text_blocks
-from gpt2_jax.data.documents import Documents
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.special_tokens import around_documents
-from gpt2_jax.data.token_cache_writer import (
+from gpt2_jax.data.text.blocks import text_blocks
+from gpt2_jax.data.text.documents import Documents
+from gpt2_jax.data.text.special_tokens import around_documents
+from gpt2_jax.data.tokens.cache_writer import (
     COUNTS,
     ENDS,
     FILES,
@@ -35,8 +35,8 @@ from gpt2_jax.data.token_cache_writer import (
     TaskProgress,
     write_tokens,
 )
-from gpt2_jax.data.token_files import SIDECAR, TokenFile
-from gpt2_jax.data.token_stream import TokenStream
+from gpt2_jax.data.tokens.files import SIDECAR, TokenFile
+from gpt2_jax.data.tokens.stream import TokenStream
 
 _MAX_SIDECAR_BYTES = 2**20
 _MAX_COUNT = 2**53

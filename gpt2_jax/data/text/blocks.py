@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
-from gpt2_jax.data.documents import Documents
-from gpt2_jax.data.special_tokens import around_documents, blocks_to_encode
+from gpt2_jax.data.text.documents import Documents
+from gpt2_jax.data.text.special_tokens import around_documents, blocks_to_encode
 
 NO_ENDS = np.empty(0, np.int64)
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from bridge.errors import quoted
 from bridge.tokenizers.tokenizer import Tokenizer
-from gpt2_jax.data.blocks import Block, Tasks, run_in_order
-from gpt2_jax.data.documents import Document
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.token_files import SIDECAR
+from gpt2_jax.data.text.blocks import Block, Tasks, run_in_order
+from gpt2_jax.data.text.documents import Document
+from gpt2_jax.data.tokens.files import SIDECAR
 
 TaskProgress = Callable[[str, int, int], None]
 """Called with the name of the task, the number of bytes done and their total."""

@@ -8,7 +8,7 @@ from gpt2_jax.reporting.markup import Cell, Mark, Number, Table, facts, number
 from gpt2_jax.reporting.page import Page, Section
 
 if TYPE_CHECKING:
-    from gpt2_jax.parity.report import Check, Measurement, Report
+    from gpt2_jax.parity.reporting.report import Check, Measurement, Report
 
 _COLUMNS = ("result", "measurement", "value", "tolerance", "location")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from bridge.tokenizers.tokenizer import SpecialTokenPolicy, Tokenizer
-from gpt2_jax.data.documents import Document
+from gpt2_jax.data.text.documents import Document
 
 SpecialTokensFlag = Literal["match", "as-text", "error"]
 """The values of --special-tokens, with hyphens in place of underscores."""

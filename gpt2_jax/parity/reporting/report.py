@@ -141,7 +141,7 @@ class Report:
 
     def to_html(self) -> str:
         """The report as an HTML page in one file, without scripts. The JSON has every number that it draws."""
-        from gpt2_jax.parity.html import to_page
+        from gpt2_jax.parity.reporting.html import to_page
         from gpt2_jax.reporting.page import render
 
         return render(to_page(self))

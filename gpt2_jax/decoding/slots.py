@@ -1,4 +1,4 @@
-"""Batch-invariant decoding of a group of rows: the programs of `gpt2_jax.batch_invariance`, run from the host."""
+"""Batch-invariant decoding of a group of rows: runs the programs of `gpt2_jax.decoding.batch_invariance`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from bridge.generation.config import GenerationConfig
-from gpt2_jax.batch_invariance import SLOTS, SlotModel
-from gpt2_jax.decoding_state import State, first_state, next_token
+from gpt2_jax.decoding.batch_invariance import SLOTS, SlotModel
+from gpt2_jax.decoding.state import State, first_state, next_token
 
 
 def prefill_group(

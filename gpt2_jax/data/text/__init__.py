@@ -1,0 +1,1 @@
+"""Text: documents, their blocks, and the tokenizers that encode them."""

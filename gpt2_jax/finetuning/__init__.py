@@ -1,0 +1,1 @@
+"""Losses and scores of fine-tuning beside the cross-entropy."""

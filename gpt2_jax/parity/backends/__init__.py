@@ -1,0 +1,1 @@
+"""The three implementations that `gpt2 verify` compares."""
