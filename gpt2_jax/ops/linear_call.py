@@ -36,6 +36,7 @@ def linear_call(
     >>> float(linear_call(lambda r, x: x / r, lambda r, y: y / r, two, x, like=x))
     1.5
     """
+    x = _varying_like((residuals, x, like), x)
     (known, known_tree), (given, x_tree), (outputs, out_tree) = map(jax.tree.flatten, (residuals, x, like))
     n = len(known)
 
@@ -56,6 +57,24 @@ def linear_call(
         out_avals=tuple(map(jax.typeof, outputs)),
     )
     return jax.tree.unflatten(out_tree, result)
+
+
+def _varying_like(tree: Any, x: Any) -> Any:
+    """Mark arrays as varying over the axes of a `jax.shard_map` over which some array of the tree varies.
+
+    The transpose of this mark is the sum over these axes, which the gradient of an array that all devices share needs.
+    """
+
+    def axes_of(array: Any) -> frozenset[str]:
+        return frozenset(jax.typeof(array).manual_axis_type.varying)
+
+    axes = frozenset().union(*map(axes_of, jax.tree.leaves(tree)))
+
+    def marked(array: Any) -> Any:
+        missing = tuple(sorted(axes - axes_of(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(marked, x)
 
 
 _linear_call = Primitive("linear_call_with_transpose")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from support import eight_devices
 from support.implementations import jax_model
 from support.models import SMALLEST, TINY, random_checkpoint, random_ids
 
@@ -146,3 +148,12 @@ def test_explicit_axes_are_refused_or_made_auto() -> None:
         found = jax.jit(jax.sharding.auto_axes(logits, out_sharding=PartitionSpec("data")))(params, rows)
     assert jax.typeof(found).sharding.spec[0] == "data"
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # float32 of order 1
+
+
+def test_gradients_inside_a_shard_map_are_summed_over_its_devices(tmp_path: Path) -> None:
+    results = eight_devices.run("gradients_in_shard_map", tmp_path)
+    one = {name.partition("/")[2]: x for name, x in results.items() if name.startswith("one/")}
+    assert len(one) == 2 * 16
+    for name, expected in one.items():
+        # Relative to the largest gradient of the parameter: float32 sums in another order.
+        np.testing.assert_allclose(results[f"eight/{name}"], expected, atol=1e-5 * abs(expected).max())

@@ -228,6 +228,7 @@ def test_text_and_its_end_are_those_of_transformers(tmp_path: Path, name: str, e
                 ended.add(name)
 
 
+@pytest.mark.thorough  # `make test` runs too few of these texts
 def test_some_of_these_texts_end_early(ended: set[str]) -> None:
     """An end that is never reached would prove little. The tests above have run, or none of them has."""
     assert len(ended) > 10 or not ended

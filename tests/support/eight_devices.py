@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bridge import GPT2Config
-from gpt2_jax import GPT2, summed_loss
+from gpt2_jax import GPT2, next_token_loss, summed_loss
 from gpt2_jax.ops.attention import _splash, attention
 from gpt2_jax.ops.cross_entropy import summed_cross_entropy
 from gpt2_jax.parallel.sharding import BATCH_AXES, TENSOR, shardings
@@ -132,6 +132,30 @@ def spread_packed_documents() -> dict[str, Any]:
         )
     results |= {f"mesh/{i}": x for i, x in enumerate(jax.tree.leaves(found))}
     return results | {"part": logits.addressable_shards[0].data.shape}
+
+
+def gradients_in_shard_map() -> dict[str, Any]:
+    """Return gradients of a loss on one device, and inside a `shard_map` whose devices share the parameters."""
+    config = GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 32, (8, 8)), jnp.int32)
+    params = GPT2(config).init(jax.random.key(0), ids)["params"]
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    results = {}
+    for name in ("xla", "blockwise"):
+        model = GPT2(config, attention=name)
+
+        def loss(params: Any, ids: jax.Array, model: GPT2 = model) -> jax.Array:
+            return next_token_loss(model.apply({"params": params}, ids), ids)
+
+        def gradient(params: Any, ids: jax.Array, loss: Any = loss) -> Any:
+            return jax.grad(lambda params: jax.lax.pmean(loss(params, ids), "rows"))(params)
+
+        whole, rows = PartitionSpec(), PartitionSpec("rows")
+        mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(whole, rows), out_specs=whole)
+        one, eight = jax.jit(jax.grad(loss))(params, ids), jax.jit(mapped)(params, ids)
+        results |= {f"one/{name}/{i}": x for i, x in enumerate(jax.tree.leaves(one))}
+        results |= {f"eight/{name}/{i}": x for i, x in enumerate(jax.tree.leaves(eight))}
+    return results
 
 
 if __name__ == "__main__":
