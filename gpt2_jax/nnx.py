@@ -83,9 +83,11 @@ class GPT2(nnx.Module):
         """Return the logits of the next token after each position. Arguments are those of `gpt2_jax.GPT2`.
 
         Args:
-            rngs: has the stream `dropout`, which training mode needs.
+            rngs: has the stream `dropout`, which training mode needs if a dropout rate is above 0.
         """
-        if not self.deterministic and rngs is None:
+        c = self.linen.config
+        drops = not self.deterministic and max(c.embd_pdrop, c.attn_pdrop, c.resid_pdrop) > 0
+        if drops and rngs is None:
             raise ValueError("training mode applies dropout: pass rngs=nnx.Rngs(dropout=...), or call eval()")
         logits: Any = self.linen.apply(
             {"params": self.params},
@@ -94,8 +96,8 @@ class GPT2(nnx.Module):
             segment_ids=segment_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            deterministic=self.deterministic,
-            rngs={} if self.deterministic or rngs is None else {"dropout": rngs.dropout()},
+            deterministic=not drops,
+            rngs={"dropout": rngs.dropout()} if drops and rngs is not None else {},
         )
         return logits
 

@@ -228,10 +228,10 @@ def _require_documents(stream: TokenStream, max_tokens: int) -> None:
             "these token files do not store where documents end, so documents cannot be examples; "
             "use --examples stream, or give the text"
         )
-    if stream.is_masked and (longest := int(np.diff(ends, prepend=0).max())) > max_tokens:
+    if stream.is_masked and (longest := int(np.diff(ends, prepend=0).max(initial=0))) > max_tokens:
         raise DataError(
-            f"a record has {longest} tokens, and a row has room for {max_tokens}; choose a larger seq_len, or leave "
-            "such records out with --skip-bad-records (`RecordOptions.max_tokens` and `skip_bad`)"
+            f"a record has {longest} tokens, and a row has room for {max_tokens}; choose a larger seq_len. If the data "
+            "are records, --skip-bad-records leaves such records out (`RecordOptions.max_tokens` and `skip_bad`)"
         )
 
 

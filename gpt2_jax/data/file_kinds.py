@@ -22,6 +22,7 @@ _FORMATS: dict[str, RecordFormat] = {
     ".arrow": "arrow",
 }
 _DATASET_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", re.ASCII)
+_TEXT_AND_TOKEN_SUFFIXES = frozenset({".txt", ".md", ".bin", ".npy", ".toml", *_COMPRESSIONS})
 RECORD_SUFFIXES = tuple(_FORMATS)
 
 
@@ -31,12 +32,17 @@ def is_mixture_file(source: str | Path) -> bool:
 
 
 def is_dataset_id(source: str | Path) -> bool:
-    """Whether a source is no local path, and may be a data set of the Hugging Face hub.
+    """Whether a source may be a data set of the Hugging Face hub: it looks like its name, and not like a file's.
+
+    A path in a local directory is none, so that a misspelled name of a file is not sent to the hub.
 
     >>> is_dataset_id("roneneldan/TinyStories"), is_dataset_id("Salesforce/wikitext:wikitext-2-v1")
     (True, True)
     """
-    return _DATASET_ID.fullmatch(str(source)) is not None and not Path(source).exists()
+    path = Path(source)
+    if _DATASET_ID.fullmatch(str(source)) is None or path.exists() or path.parent.is_dir():
+        return False
+    return record_format(path) is None and path.suffix.lower() not in _TEXT_AND_TOKEN_SUFFIXES
 
 
 def compression_of(path: Path) -> Compression | None:

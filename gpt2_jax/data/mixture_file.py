@@ -23,7 +23,7 @@ from typing import Any
 from bridge.errors import escaped, quoted
 from bridge.storage.regular_file import read_small_file
 from gpt2_jax.data.errors import DataError
-from gpt2_jax.data.file_kinds import is_mixture_file
+from gpt2_jax.data.file_kinds import is_dataset_id, is_mixture_file
 from gpt2_jax.data.records.schema import RecordOptions
 from gpt2_jax.data.text.documents import STDLIB
 
@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z][\w.-]{0,39}", re.ASCII)
 _NO_OPTIONS = RecordOptions()
 _MAX_BYTES = 2**20
 _MAX_SOURCES = 256
-_MAX_WEIGHT = 1e100
+_WEIGHTS = (1e-100, 1e100)
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,10 @@ def _source(where: str, name: str, table: Any, directory: Path, options: RecordO
         raise DataError(f"{where} has no path")
     if wrong := [key for key, value in texts.items() if not isinstance(value, str)]:
         raise DataError(f"{where}: {wrong[0]} must be a string")
-    if type(weight) not in (int, float) or not 0 < weight < _MAX_WEIGHT:
-        raise DataError(f"{where}: weight must be a number above 0 and below {_MAX_WEIGHT:g}")
-    source = path if path == STDLIB else str(directory / path)
+    if type(weight) not in (int, float) or not _WEIGHTS[0] <= weight <= _WEIGHTS[1]:
+        raise DataError(f"{where}: weight must be a number above 0, from {_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}")
+    is_local = path != STDLIB and ((directory / path).parent.is_dir() or not is_dataset_id(path))
+    source = str(directory / path) if is_local else path
     if is_mixture_file(source):
         raise DataError(f"{where}: {quoted(Path(path))} is a mixture itself; list its sources here")
     fields = {key: value for key, value in texts.items() if key != "path"}

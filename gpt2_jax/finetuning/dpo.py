@@ -32,7 +32,7 @@ def sequence_log_probs(
     *,
     lora: Any = None,
 ) -> Float[Array, " B"]:
-    """Return log p(answer | prompt) of each row: the sum over the labels that count.
+    """Return log p(answer | prompt) of each row: the sum over the labels that count, of all segments of the row.
 
     Args:
         batch: as in `gpt2_jax.summed_loss`. The labels of the prompt and of padding are `IGNORE_INDEX`.
@@ -44,6 +44,7 @@ def sequence_log_probs(
         variables,
         batch["input_ids"],
         batch.get("attention_mask"),
+        segment_ids=batch.get("segment_ids"),
         position_ids=batch.get("position_ids"),
         deterministic=dropout_key is None,
         rngs={} if dropout_key is None else {"dropout": dropout_key},

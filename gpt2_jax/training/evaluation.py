@@ -64,8 +64,8 @@ def validation_loss(
 def _why_nothing_counts(config: TrainConfig, data: Data) -> str:
     if require_validation(data).counts is not None:
         return (
-            f"no completion begins within the first seq_len={config.seq_len} tokens of its record; raise --seq-len, or "
-            "give more data with --validation-data"
+            f"none of its windows of seq_len={config.seq_len} tokens has a token that counts; raise --seq-len, or give "
+            "more data with --validation-data"
         )
     return (
         "each of its documents is a single token; raise --validation-fraction, or give more data with --validation-data"

@@ -51,6 +51,7 @@ def test_the_sources_of_a_file(tmp_path: Path) -> None:
         ("[a]\npath = 3\nweight = 1", r"\[a\] has no path"),
         ("[a]\npath = 'x'", r"\[a\]: weight must be a number above 0"),
         ("[a]\npath = 'x'\nweight = 0", r"\[a\]: weight must be a number above 0"),
+        ("[a]\npath = 'x'\nweight = 1e-320", r"\[a\]: weight must be a number above 0"),
         ("[a]\npath = 'x'\nweight = nan", r"\[a\]: weight must be a number above 0"),
         ("[a]\npath = 'x'\nweight = true", r"\[a\]: weight must be a number above 0"),
         ("[a]\npath = 'x'\nweight = 1" + "0" * 400, r"\[a\]: weight must be a number above 0"),

@@ -13,7 +13,7 @@ from support.models import TINY, random_ids, random_state
 
 import bridge
 from bridge import IGNORE_INDEX
-from gpt2_jax import GPT2, dpo_loss, sequence_log_probs
+from gpt2_jax import GPT2, dpo_loss, sequence_log_probs, summed_loss
 
 PAIRS = {
     "policy_chosen": [-10.0, -25.0, -3.5],
@@ -69,3 +69,12 @@ def test_the_log_probability_of_an_answer_is_that_of_its_labels_alone() -> None:
     log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
     expected = [sum(log_probs[row, t, ids[row, t + 1]] for t in range(4, 8)) for row in range(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_packed_answers_count_as_in_the_loss() -> None:
+    config = replace(TINY, n_layer=1)
+    model, params = GPT2(config), bridge.to_flax(random_state(config), config)
+    ids = random_ids(config, length=9).astype(np.int32)
+    batch = {"input_ids": ids, "labels": np.roll(ids, -1, axis=1), "segment_ids": np.array([[1] * 5 + [2] * 4] * 2)}
+    found = jax.jit(lambda batch: sequence_log_probs(model, params, batch).sum())(batch)
+    np.testing.assert_allclose(-found, jax.jit(lambda batch: summed_loss(model, params, batch))(batch), rtol=1e-5)

@@ -85,3 +85,11 @@ def test_training_mode_applies_dropout() -> None:
     assert not np.allclose(first, plain)
     twin.eval()
     np.testing.assert_array_equal(twin(IDS), plain)
+
+
+def test_training_mode_without_dropout_needs_no_random_numbers() -> None:
+    config = replace(CONFIG, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+    twin = GPT2.from_params(*jax_model(random_checkpoint(config)))
+    plain = twin(IDS)
+    twin.train()
+    np.testing.assert_array_equal(twin(IDS), plain)

@@ -40,13 +40,14 @@ def test_validation_data_without_a_label_is_an_error(tmp_path: Path) -> None:
         )
 
 
-def test_the_error_for_truncated_completions_names_the_length(tmp_path: Path) -> None:
+def test_the_error_for_windows_without_completions_names_the_length(tmp_path: Path) -> None:
     records = tmp_path / "pairs.jsonl"
-    records.write_text('{"prompt": "a prompt that is too long", "completion": "b"}\n' * 20)
-    data = open_data(records, tokenizer=RECIPE.tokenizer, cache=tmp_path / "cache")
+    records.write_text(f'{{"prompt": "{"a" * 300}", "completion": "b"}}\n' * 2)
+    data = open_data(records, tokenizer=RECIPE.tokenizer, cache=tmp_path / "cache", validation_fraction=0.5)
     state = loop.TrainState(jax.numpy.int32(0), {}, {})
-    with pytest.raises(TrainingError, match=r"no completion begins within the first seq_len=12 tokens.*--seq-len"):
-        loop.validation_loss(lambda params, batch: (0.0, 0), RECIPE, data, state, make_mesh())
+    config = recipe(examples="stream", eval_batches=1)
+    with pytest.raises(TrainingError, match=r"none of its windows of seq_len=12 tokens has a token.*--seq-len"):
+        loop.validation_loss(lambda params, batch, frozen: (0.0, 0), config, data, state, make_mesh())
 
 
 def test_an_evaluation_batch_has_the_rows_of_a_microbatch(tmp_path: Path) -> None:

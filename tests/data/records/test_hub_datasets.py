@@ -82,3 +82,16 @@ def test_a_local_path_is_no_id(tmp_path: Path, hub: dict[Any, Any]) -> None:
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").write_text("text")
     assert text_of(opened("owner/name").train) == "text|"
+
+
+@pytest.mark.parametrize("name", ["corpora/missing.jsonl.gz", "corpora/missing.bin", "here/missing"])
+def test_a_misspelled_path_is_not_sent_to_the_hub(tmp_path: Path, hub: dict[Any, Any], name: str) -> None:
+    (tmp_path / "here").mkdir()
+    with pytest.raises(DataError, match=f"{name}' does not exist; give a file"):
+        opened(name)
+
+
+def test_a_source_of_a_mixture_may_be_one(tmp_path: Path, hub: dict[Any, Any]) -> None:
+    hub["owner/stories", None] = {"train": split(tmp_path, "train")}
+    (tmp_path / "mixture.toml").write_text("[stories]\npath = 'owner/stories'\nweight = 1\n")
+    assert text_of(opened("mixture.toml").train.streams[0]) == "train|"
