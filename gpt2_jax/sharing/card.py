@@ -59,7 +59,9 @@ def _metadata(name: str, facts: ModelFacts) -> dict[str, Any]:
         )
     if facts.run is not None and facts.run.val_loss is not None:
         validation = {METRICS["loss"]: ("loss", facts.run.val_loss)}
-        results.append(_result("validation part of the training data", validation))
+        separate = bool(facts.run.config.validation_data)
+        data = "separate validation data" if separate else "validation part of the training data"
+        results.append(_result(data, validation))
     return {**metadata, "model-index": [{"name": name, "results": results}]} if results else metadata
 
 
@@ -109,10 +111,14 @@ def _training(run: RunFacts) -> str:
         [name.replace("_", " ") for name in used],
         ([_number(point[name]) if name in point else "" for name in used] for point in run.points()),
     )
-    start = "the weights of another checkpoint" if run.config.init_from is not None else "random weights"
+    known = run.config.init_from is not None or run.config.is_partial
+    start = ", from the weights of another checkpoint" if known else ""
+    part = ""
+    if run.config.is_partial:
+        part = f" Only {'an adapter' if run.config.lora.rank else 'a part of the weights'} was trained."
     loss = "" if run.val_loss is None else f" Its validation loss is {run.val_loss:.4f} nats per token."
     return (
-        f"## Training\n\nTrained with `gpt2 train` of {GENERATOR}, from {start}. This is the checkpoint of step "
+        f"## Training\n\nTrained with `gpt2 train` of {GENERATOR}{start}.{part} This is the checkpoint of step "
         f"{run.step:,}, after batches with {run.tokens_seen:,} tokens.{loss}\n\n"
         f"The tokens of the training and validation data have the SHA-256 {_code(run.data)}. The data are not part of "
         f"this repository.\n\n{_table(('setting', 'value'), ((k, _code(_number(v))) for k, v in run.recipe.items()))}"
@@ -141,7 +147,12 @@ def _certificate(repo_id: str, certificate: Certificate) -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
+
+
+def _cell(text: str) -> str:
+    """Escape `|`, as GitHub's Markdown requires in tables, also in code. It cannot have a backslash before it."""
+    return text.replace("\\|", "\\\ufffd").replace("|", "\\|")
 
 
 def _number(value: Any) -> str:
@@ -154,7 +165,7 @@ def _plain(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    return f"`{''.join(chr(0xFFFD) if c in '`|' else c for c in escaped(text, keep=''))}`"
+    return f"`{escaped(text, keep='').replace('`', chr(0xFFFD))}`"
 
 
 def _yaml(value: Any, indent: str = "") -> str:

@@ -31,7 +31,9 @@ RECIPE = (
     "batch_size",
     "seq_len",
     "max_steps",
+    "early_stopping",
     "examples",
+    "freeze",
     "dtype",
     "ema_decay",
     "resid_pdrop",
@@ -42,6 +44,10 @@ RECIPE = (
 """The fields of the configuration that are published. Paths, prompts and names of projects are not among them."""
 MUON = ("muon_learning_rate", "muon_momentum", "muon_weight_decay")
 """Fields that only Muon uses."""
+LORA = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout", "lora_rslora")
+"""Fields that only an adapter uses."""
+DECAY = {"cosine": ("decay_steps",), "wsd": ("decay_fraction",)}
+"""Schedule -> fields that only it uses."""
 MOST_POINTS = 10
 """The rows of the table of losses."""
 
@@ -61,9 +67,11 @@ class RunFacts:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The published fields of the configuration. Fields without a value are left out."""
-        values = flat(self.config)
-        names = RECIPE + (MUON if self.config.optimizer.optimizer == "muon" else ())
+        """The published fields of the configuration. Fields without a value or an effect are left out."""
+        values, optimizer = flat(self.config), self.config.optimizer
+        names = RECIPE + (MUON if optimizer.optimizer == "muon" else ()) + (LORA if self.config.lora.rank else ())
+        names += DECAY.get(optimizer.schedule, ())
+        names += ("layer_decay",) if optimizer.layer_decay != 1 else ()
         return {name: values[name] for name in names if values[name] is not None}
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.models import SMALLEST, TINY
 
+from gpt2_jax.lora.config import LoRAConfig
 from gpt2_jax.sharing import EvaluationFacts, ModelFacts, RunFacts, is_own_card, model_card
 from gpt2_jax.training import OptimizerConfig, TrainConfig
 
@@ -82,6 +83,47 @@ def test_the_recipe_and_the_losses_are_in_the_card() -> None:
     steps = [int(step) for step in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)]
     assert steps[0] == 0 and steps[-1] == 30 and len(steps) == 10
     assert "| 0 | 5 | 5.5 |" in table and "| 30 | 2 | 2.5 |" in table
+
+
+def trained_with(**changes: Any) -> str:
+    return model_card("me/mine", replace(FACTS, run=replace(RUN, config=replace(CONFIG, **changes))))
+
+
+def test_the_card_of_an_adapter_says_so() -> None:
+    card = trained_with(lora=LoRAConfig(rank=4, alpha=8.0, dropout=0.1), early_stopping=3)
+    assert ", from the weights of another checkpoint. Only an adapter was trained." in card
+    for row in ("lora_rank | `4`", "lora_alpha | `8`", "lora_targets | `c_attn`", "lora_dropout | `0.1`"):
+        assert f"| {row} |" in card
+    assert "| lora_rslora | `False` |" in card and "| early_stopping | `3` |" in card
+
+
+def test_the_card_of_a_partial_run_says_so() -> None:
+    optimizer = OptimizerConfig(schedule="wsd", decay_fraction=0.3, layer_decay=0.8)
+    card = trained_with(freeze=r"wte|h_\d+/attn", optimizer=optimizer)
+    assert "Only a part of the weights was trained." in card
+    assert r"| freeze | `wte\|h_\d+/attn` |" in card  # GitHub shows the escaped bar without its backslash
+    assert "| decay_fraction | `0.3` |" in card and "| layer_decay | `0.8` |" in card
+    assert "| decay_steps | `300` |" in trained_with(optimizer=OptimizerConfig(decay_steps=300))
+
+
+def test_settings_without_an_effect_are_left_out() -> None:
+    card = model_card("me/mine", replace(FACTS, run=RUN))
+    for name in ("lora", "freeze", "layer_decay", "early_stopping", "decay_steps", "decay_fraction", "Only a"):
+        assert name not in card
+
+
+def test_the_card_says_only_what_is_known_about_the_start() -> None:
+    """`train` takes a checkpoint that the configuration does not name."""
+    unknown = trained_with()
+    assert "of gpt2-bridge. This is the checkpoint" in unknown and "random" not in unknown
+    assert ", from the weights of another checkpoint. This is" in trained_with(init_from="/home/me/secret")
+    assert "secret" not in trained_with(init_from="/home/me/secret")
+
+
+def test_separate_validation_data_is_not_called_a_part_of_the_training_data() -> None:
+    (model,) = metadata(trained_with(validation_data=("wiki=/home/me/secret.txt",)))["model-index"]
+    assert model["results"][0]["dataset"]["name"] == "separate validation data"
+    assert "secret" not in trained_with(validation_data=("wiki=/home/me/secret.txt",))
 
 
 def test_paths_prompts_and_projects_are_not_published() -> None:
