@@ -58,6 +58,8 @@ def download(repo_id: str) -> Path:
 
 
 CARD = "README.md"
+CERTIFICATE = "parity.certificate"
+"""The names of the model card and of the certificate that `gpt2 push` uploads beside a model."""
 _GIT_ATTRIBUTES = ".gitattributes"
 """The file that the hub itself writes into a new repository."""
 _REFUSALS = {
@@ -91,8 +93,12 @@ def upload(
     private: bool = False,
     overwrite: bool = False,
     is_own_card: Callable[[str], bool] = lambda text: False,
+    replace_card: bool = False,
 ) -> str:
     """Upload a directory as one commit and return its address. A new repository is created.
+
+    Files that belong to a model, such as tokenizer.json, and are not replaced would be read with the new weights. They
+    are an error. With `overwrite`, they are deleted if the repository has an own card.
 
     Args:
         directory: the files. Its folders are uploaded too.
@@ -100,36 +106,48 @@ def upload(
         message: the first line of the commit.
         private: create a private repository. An existing one must be private.
         overwrite: files of the same names may be replaced, except a README.md that is not an own card.
-        is_own_card: whether a README.md with this text may be replaced.
+        is_own_card: whether this project wrote a README.md with this text.
+        replace_card: with `overwrite`, another README.md may be replaced too.
 
     Raises:
-        HubError: the hub refuses, or a file may not be replaced. Nothing was uploaded. No message has the token.
+        HubError: the hub refuses, or a file may not be replaced or deleted. An existing repository is unchanged. A new
+            one may have been created, and is then empty. No message has the token.
     """
     try:
-        from huggingface_hub import CommitOperationAdd, HfApi
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     except ImportError:
         raise HubError(f"to upload to the Hugging Face hub, install its extra: {install_command('hub')}") from None
     api = HfApi()
     files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     head = _asked(repo_id, lambda: _existing(api, repo_id))
+    stale: list[str] = []
     if head is None:
         _asked(repo_id, lambda: api.create_repo(repo_id, private=private))
     else:
-        _require_replaceable(head, repo_id, files, private=private, overwrite=overwrite)
-        if CARD in files and any(sibling.rfilename == CARD for sibling in head.siblings):
-            _require_own_card(_asked(repo_id, lambda: _card(api, repo_id, head.sha)), repo_id, is_own_card)
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+        stale = _require_replaceable(head, repo_id, files, private=private, overwrite=overwrite)
+        card = _asked(repo_id, lambda: _card(api, repo_id, head))
+        is_own = card is not None and is_own_card(card)
+        if stale and not is_own:
+            raise _remaining(repo_id, stale, f"the repository has no {CARD} of gpt2 push; remove them on the hub first")
+        if CARD in files and not (card is None or is_own or replace_card):
+            raise HubError(
+                f"{quoted(repo_id)} has a {CARD} that gpt2 push did not write, and nothing was uploaded; rename it on "
+                "the hub, or replace it with --replace-card"
+            )
+    operations: list[Any] = [CommitOperationDelete(path_in_repo=name, is_folder=False) for name in stale]
+    operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
     commit = _asked(
         repo_id,
         lambda: api.create_commit(
             repo_id, operations, commit_message=message, parent_commit=None if head is None else head.sha
         ),
+        "" if head is not None else "; the repository was created for this upload and may be empty",
     )
     return str(commit.commit_url)
 
 
-def _asked(repo_id: str, request: Callable[[], Any]) -> Any:
-    """Return the result of a request to the hub. Raises `HubError` with its meaning if it fails.
+def _asked(repo_id: str, request: Callable[[], Any], left_behind: str = "") -> Any:
+    """Return the result of a request to the hub. Raises `HubError` with its meaning, and what remains, if it fails.
 
     The error has no cause, because the errors of the client's libraries may refer to the request and its token.
     """
@@ -141,7 +159,7 @@ def _asked(repo_id: str, request: Callable[[], Any]) -> Any:
         status = _status(error)
         kind = f"{type(error).__name__}, HTTP {status}" if status else type(error).__name__
         why = _REFUSALS.get(status or 0, f"the request failed ({kind}); check the connection, and try again")
-        raise HubError(f"{quoted(repo_id)}: {why}") from None
+        raise HubError(f"{quoted(repo_id)}: {why}{left_behind}") from None
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -163,35 +181,47 @@ def _existing(api: Any, repo_id: str) -> Any:
         return None
 
 
-def _card(api: Any, repo_id: str, revision: str) -> str:
+def _card(api: Any, repo_id: str, head: Any) -> str | None:
+    """Return the text of a repository's README.md, or None if it has none."""
+    if not any(sibling.rfilename == CARD for sibling in head.siblings):
+        return None
     with TemporaryDirectory() as folder:
-        path = api.hf_hub_download(repo_id, CARD, revision=revision, cache_dir=folder)
+        path = api.hf_hub_download(repo_id, CARD, revision=head.sha, cache_dir=folder)
         return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def _require_replaceable(head: Any, repo_id: str, files: Iterable[str], *, private: bool, overwrite: bool) -> None:
-    """Raise `HubError` unless these files may be uploaded to an existing repository."""
+def _require_replaceable(head: Any, repo_id: str, files: Iterable[str], *, private: bool, overwrite: bool) -> list[str]:
+    """Return the files of an earlier model that these files do not replace.
+
+    Raises `HubError` if these files may not be uploaded to the existing repository.
+    """
     where, new = quoted(repo_id), {*files}
     if private and not head.private:
         raise HubError(f"{where} exists and is public; make it private on the hub, or leave --private out")
     existing = {sibling.rfilename for sibling in head.siblings} - {_GIT_ATTRIBUTES}
+    stale = _matching(existing - new, (*_COMPANIONS, CERTIFICATE))
     if not overwrite and (replaced := sorted(existing & new)):
         raise HubError(
             f"{where} has files that would be replaced; choose another repository, or replace them with --overwrite:\n"
             f"{bullet_list(map(quoted, replaced))}"
         )
-    patterns = [pattern for form in _WEIGHTS for pattern in form]
-    others = [name for name in sorted(existing - new) if any(fnmatch.fnmatch(name, p) for p in patterns)]
-    if others:
+    if stale and not overwrite:
+        raise _remaining(repo_id, stale, "remove them on the hub first, or with --overwrite if gpt2 push wrote them")
+    if others := _matching(existing - new, [pattern for form in _WEIGHTS for pattern in form]):
         raise HubError(
             f"{where} has other weights, which would remain beside the new ones; remove them on the hub first:\n"
             f"{bullet_list(map(quoted, others))}"
         )
+    return stale
 
 
-def _require_own_card(text: str, repo_id: str, is_own_card: Callable[[str], bool]) -> None:
-    if not is_own_card(text):
-        raise HubError(
-            f"{quoted(repo_id)} has a {CARD} that gpt2 push did not write, and nothing was uploaded; rename it on the "
-            "hub, or replace it with --replace-card"
-        )
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    patterns = [*patterns]
+    return [name for name in sorted(names) if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+
+
+def _remaining(repo_id: str, stale: Iterable[str], what_to_do: str) -> HubError:
+    return HubError(
+        f"{quoted(repo_id)} has files of another model, which would remain beside the new weights, and nothing was "
+        f"uploaded; {what_to_do}:\n{bullet_list(map(quoted, stale))}"
+    )

@@ -8,15 +8,12 @@ from typing import Any
 
 from bridge import __version__
 from bridge.errors import escaped
+from bridge.hub import CERTIFICATE
 from gpt2_jax.parity.certificates.certificate import Certificate
 from gpt2_jax.reporting.markup import GENERATOR
 from gpt2_jax.sharing.evaluation import METRICS, EvaluationFacts
 from gpt2_jax.sharing.facts import ModelFacts
 from gpt2_jax.sharing.run import RunFacts
-
-CARD = "README.md"
-CERTIFICATE = "parity.certificate"
-"""The names of the files beside those of the model."""
 
 _MARK = f"<!-- Written by gpt2 push of {GENERATOR} "
 

@@ -12,9 +12,9 @@ from bridge import Checkpoint
 from bridge.checkpoint import GENERATION_CONFIG
 from bridge.errors import quoted
 from bridge.formats.directory import CONFIG, write_json
-from bridge.hub import is_repo_id
+from bridge.hub import CARD, CERTIFICATE, is_repo_id
 from gpt2_jax.parity.certificates.certificate import Certificate, read_certificate
-from gpt2_jax.sharing.card import CARD, CERTIFICATE, model_card
+from gpt2_jax.sharing.card import model_card
 from gpt2_jax.sharing.errors import SharingError
 from gpt2_jax.sharing.evaluation import read_evaluation
 from gpt2_jax.sharing.facts import ModelFacts, dtypes_of, tokenizer_of

@@ -82,7 +82,7 @@ def test_a_card_of_its_owner_is_not_replaced(server: Hub, folder: Path) -> None:
     message = refusal(folder, overwrite=True)
     assert "has a README.md that gpt2 push did not write" in message and "--replace-card" in message
     assert server.repositories[REPO].files == {".gitattributes": b"", "README.md": b"hours of work"}
-    upload(folder, REPO, message="m", overwrite=True, is_own_card=lambda text: True)
+    upload(folder, REPO, message="m", overwrite=True, replace_card=True)
     assert server.repositories[REPO].files["README.md"] == FILES["README.md"]
 
 
@@ -93,6 +93,30 @@ def test_other_weights_do_not_remain_beside_the_new_ones(server: Hub, folder: Pa
     del server.repositories[REPO].files["pytorch_model.bin"]
     upload(folder, REPO, message="m")
     assert server.repositories[REPO].files["notes.txt"] == b"kept"
+
+
+STALE = {"tokenizer.json": b"t", "additional_chat_templates/a.jinja": b"c", "parity.certificate": b"p"}
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("card", [{}, {"README.md": b"hours of work"}, {"README.md": b"mine"}])
+def test_files_of_another_model_do_not_remain_beside_the_new_weights(
+    server: Hub, folder: Path, card: dict[str, bytes], overwrite: bool
+) -> None:
+    """They are deleted only with `overwrite`, and only if the repository's card is an own one."""
+    before = {".gitattributes": b"", "notes.txt": b"kept", **STALE, **card}
+    server.repositories[REPO] = Repository(False, dict(before))
+    if not overwrite:
+        (folder / "README.md").unlink()  # no file would be replaced
+    if overwrite and card == {"README.md": b"mine"}:
+        upload(folder, REPO, message="m", overwrite=True, is_own_card=is_mine)
+        assert server.repositories[REPO].files == {".gitattributes": b"", "notes.txt": b"kept", **FILES}
+        assert server.repositories[REPO].commits == ["m"]
+        return
+    message = refusal(folder, overwrite=overwrite, replace_card=True)
+    assert "files of another model" in message and ("--overwrite" in message) is not overwrite
+    assert all(repr(name) in message for name in STALE) and "notes.txt" not in message
+    assert server.repositories[REPO] == Repository(False, before)
 
 
 def test_private_weights_are_not_sent_to_a_public_repository(server: Hub, folder: Path) -> None:
@@ -115,7 +139,9 @@ REFUSALS = {
 @pytest.mark.parametrize(("path", "status"), REFUSALS)
 def test_refusals_have_a_meaning(server: Hub, folder: Path, path: str, status: int) -> None:
     server.refusals[path] = status
-    assert REFUSALS[path, status] in refusal(folder)
+    message = refusal(folder)
+    assert REFUSALS[path, status] in message
+    assert ("created for this upload and may be empty" in message) is (REPO in server.repositories)
     assert not any(repository.commits for repository in server.repositories.values())
 
 
@@ -129,9 +155,10 @@ def test_a_change_during_the_upload_is_detected(server: Hub, folder: Path, monke
     server.repositories[REPO] = Repository(private=False)
     check = hub._require_replaceable
 
-    def changed_meanwhile(*arguments: object, **options: object) -> None:
-        check(*arguments, **options)  # type: ignore[arg-type]
+    def changed_meanwhile(*arguments: object, **options: object) -> list[str]:
+        stale = check(*arguments, **options)  # type: ignore[arg-type]
         server.repositories[REPO].commits.append("another program's")
+        return stale
 
     monkeypatch.setattr(hub, "_require_replaceable", changed_meanwhile)
     assert "changed by another program" in refusal(folder)

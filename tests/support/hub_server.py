@@ -135,6 +135,9 @@ def _commit(
         return 412, {"error": "a commit has happened since"}, {}
     for line in lines[1:]:
         value = line["value"]
+        if line["key"] == "deletedFile":
+            del repository.files[value["path"]]
+            continue
         content = hub.blobs[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
         repository.files[value["path"]] = content
     repository.commits.append(header["summary"])

@@ -52,7 +52,8 @@ def push(
         certificate: a certificate of gpt2 verify --certificate for the exported weights. It is uploaded too, with the
             token ids of its text.
         private: create a private repository. An existing repository must be private.
-        overwrite: replace files of the same names in the repository, and the report of an earlier command.
+        overwrite: replace files of the same names in the repository, delete files of the model that gpt2 push wrote
+            there before, and replace the report of an earlier command.
         replace_card: with --overwrite: also replace a README.md that gpt2 push did not write.
         dry_run: print the files and the card, and send nothing.
         no_dry_run: upload, and fail without a token.
@@ -84,7 +85,8 @@ def push(
                 message=f"Upload with gpt2 push of gpt2-bridge {bridge.__version__}",
                 private=private,
                 overwrite=overwrite,
-                is_own_card=(lambda text: True) if replace_card else is_own_card,
+                is_own_card=is_own_card,
+                replace_card=replace_card,
             )
         sizes = export.sizes()
     for name, size in sizes.items():
