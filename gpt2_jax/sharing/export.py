@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import bridge
 from bridge import Checkpoint
@@ -21,7 +22,12 @@ from gpt2_jax.sharing.facts import ModelFacts, dtypes_of, tokenizer_of
 from gpt2_jax.sharing.run import run_facts
 
 _SETTINGS = (CONFIG, "tokenizer_config.json", GENERATION_CONFIG)
-_PATH_FIELDS = ("_name_or_path", "name_or_path")
+_PATH_FIELDS = frozenset({"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file"})
+"""Fields that transformers fills with paths. They are left out with any value, because `clients/bank` may be a path."""
+_TEXT_FIELDS = re.compile(r".*_tokens?|added_tokens_decoder|chat_template|stop_strings")
+"""Fields with texts of the tokenizer, in which `~` and `/` are no paths."""
+_LOCAL_PATH = re.compile(r"(~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:)", re.IGNORECASE)
+"""The start of a path on a machine."""
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -100,15 +106,26 @@ def require_license(license: str) -> None:
 
 
 def _remove_local_paths(directory: Path) -> tuple[str, ...]:
-    """Remove fields that name a directory on this machine. Return one sentence for each."""
+    """Remove fields that may name a file or a directory on this machine. Return one sentence for each."""
     removed = []
     for file in sorted(directory.glob("*.json")):
         fields = json.loads(file.read_text(encoding="utf-8")) if file.name in _SETTINGS else {}
-        names = [name for name in _PATH_FIELDS if name in fields and not is_repo_id(str(fields[name]))]
+        names = [name for name, value in fields.items() if _has_local_path(name, value)]
         if names:
             write_json(file, {name: value for name, value in fields.items() if name not in names})
-            removed += [f"{name} in {file.name}, which is a local path" for name in names]
+            removed += [f"{name} in {file.name}, which may be a local path" for name in names]
     return tuple(removed)
+
+
+def _has_local_path(name: str, value: Any) -> bool:
+    """Whether a field of the settings, or a value inside it, may be a local path."""
+    if name in _PATH_FIELDS or _TEXT_FIELDS.fullmatch(name):
+        return name in _PATH_FIELDS
+    if isinstance(value, dict):
+        return any(_has_local_path(*item) for item in value.items())
+    if isinstance(value, list):
+        return any(_has_local_path(name, item) for item in value)
+    return isinstance(value, str) and _LOCAL_PATH.match(value) is not None
 
 
 def _certificate(path: Path, exported: Checkpoint, fingerprint: str) -> Certificate:

@@ -70,20 +70,38 @@ def test_a_damaged_report_is_one_clear_error(why: str, tmp_path: Path) -> None:
 
 
 def test_local_paths_in_settings_are_left_out(tmp_path: Path) -> None:
-    checkpoint = replace(random_checkpoint(SMALLEST), extra={"_name_or_path": "/home/me/secret", "task": "x"})
+    kept = {"task": "x", "url": "https://example.org/a", "sep_token": "/", "version": "1.0", "ratio": "a/b"}
+    paths = {
+        "_name_or_path": "clients/bank",
+        "tokenizer_file": "tokenizer.json",
+        "special_tokens_map_file": None,
+        "posix": "/home/me/secret",
+        "home": "~/secret",
+        "here": "./secret",
+        "above": ["x", {"inner": "../secret"}],
+        "drive": "C:\\secret",
+        "share": "\\\\host\\secret",
+        "url of a file": "file:///secret",
+        "inner": {"name_or_path": "secret"},
+    }
+    checkpoint = replace(random_checkpoint(SMALLEST), extra={**kept, **paths})
     export = prepare(checkpoint, "me/mine", tmp_path / "out", license="mit")
-    assert export.left_out == ("_name_or_path in config.json, which is a local path",)
+    assert {*export.left_out} == {f"{name} in config.json, which may be a local path" for name in paths}
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "_name_or_path" not in fields and fields["task"] == "x"
+    assert not fields.keys() & paths.keys() and fields.items() >= kept.items()
     assert bridge.load(tmp_path / "out").config == SMALLEST
-
-
-def test_the_id_of_a_repository_in_settings_is_kept(tmp_path: Path) -> None:
-    checkpoint = replace(random_checkpoint(SMALLEST), extra={"_name_or_path": "openai-community/gpt2"})
-    export = prepare(checkpoint, "me/mine", tmp_path / "out", license="mit")
-    assert export.left_out == ()
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["_name_or_path"] == "openai-community/gpt2"
     assert {*export.sizes()} == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_local_paths_in_settings_of_the_tokenizer_are_left_out(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    bridge.save(bridge.load("bundled"), source, format="huggingface")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    paths = {"tokenizer_file": "/home/me/secret.json", "special_tokens_map_file": "secret.json", "name_or_path": "me/x"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | paths))
+    export = prepare(bridge.load(source), "me/mine", tmp_path / "out", license="mit")
+    assert len(export.left_out) == len(paths)
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
 
 
 @pytest.mark.parametrize("name", ["mine", "a/b/c", "../mine", "/me/mine", "me/", "me/mine\n", ""])
