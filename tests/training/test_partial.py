@@ -41,6 +41,7 @@ from gpt2_jax.training import (
 from gpt2_jax.training.evaluation import sample
 from gpt2_jax.training.partial import whole_params
 from gpt2_jax.training.run import directory
+from gpt2_jax.training.run.outcome import finish
 from gpt2_jax.training.state import initial_state, make_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -128,6 +129,35 @@ def test_the_adapter_is_exported_beside_the_merged_model(finished_parts: dict[st
     for name, array in merged.items():
         np.testing.assert_array_equal(exported[name], array)
     assert adapter_of(finished_parts["frozen"].run / "checkpoints" / "6", MODEL) is None
+
+
+@pytest.mark.parametrize(
+    ("init_from", "merged", "expected"),
+    [
+        ("me/my-gpt2", None, "me/my-gpt2"),
+        ("me/my-gpt2", "me/base", None),  # the base is the merged model
+        ("here/my-gpt2", None, None),  # a directory that exists
+        ("/home/me/my-gpt2", None, None),
+        ("bundled", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_exported_adapter_names_its_base_only_by_an_id_of_the_hub(
+    init_from: str | None,
+    merged: str | None,
+    expected: str | None,
+    finished_parts: dict[str, Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "here" / "my-gpt2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished_parts["adapter"].run, tmp_path / "run")
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    about["config"] |= {"init_from": init_from, "base": merged}
+    folder = finish(tmp_path / "run", about, 6, None).adapter
+    assert folder is not None
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == expected
 
 
 def test_the_commands_read_the_run(finished_part: tuple[str, Outcome], capsys: pytest.CaptureFixture[str]) -> None:

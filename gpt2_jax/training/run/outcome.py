@@ -13,6 +13,7 @@ import bridge
 from bridge.errors import quoted
 from bridge.formats.peft import write_lora
 from bridge.formats.trainers.run import CHECKPOINTS, adapter_of, best_valid_step, validation_loss
+from bridge.hub import is_repo_id
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import new_directory
 from gpt2_jax.console.report_files import is_report
@@ -72,7 +73,7 @@ def finish(
         adapter = adapter_of(run / CHECKPOINTS / str(best), checkpoint.config)
         if adapter is not None:
             with new_directory(run / ADAPTER, replaceable=replaceable_export(run, ADAPTER)) as folder:
-                write_lora(adapter, folder, about["config"]["init_from"])
+                write_lora(adapter, folder, _name_of_base(about["config"]))
                 manifest.commit(folder, {**about, "step": best, "val_loss": loss})
         if (run / PLOT).exists() and not is_report(run / PLOT):
             say(f"{quoted(run / PLOT)} was not drawn by this version of gpt2 train and is kept")
@@ -80,3 +81,15 @@ def finish(
             plot_losses(run)
     best, loss, has_adapter = broadcast_from_first((best, loss, adapter is not None))
     return Outcome(run, step, best, loss, stopped_by, run / EXPORT, run / PLOT, run / ADAPTER if has_adapter else None)
+
+
+def _name_of_base(config: Mapping[str, Any]) -> str | None:
+    """Return the id on the hub of the model that an adapter changes, or None if it is a local one.
+
+    A local path says nothing on other machines, and can be private. With `base`, the model is a merged one, which has no
+    name.
+    """
+    name = config["init_from"]
+    if name is None or config["base"] is not None or name == bridge.BUNDLED.name:
+        return None
+    return name if is_repo_id(name) and not Path(name).exists() else None
