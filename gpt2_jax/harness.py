@@ -12,6 +12,7 @@ checkpoint, up to rounding.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class HarnessLM(TemplateLM):
     Args:
         pretrained: a checkpoint in any format, a run, or a Hugging Face id.
         dtype: the dtype of the parameters and the computation, such as `bfloat16`. Default: as stored, in float32.
-        batch_size: pairs per batch, or `auto` for about 4096 tokens.
+        batch_size: pairs per batch, or `auto` for about 4096 tokens. `auto:N`, with which the harness's model `hf`
+            measures the largest batch N times, is the same as `auto`.
         max_batch_size, device: the harness passes them; they must be None. JAX chooses the device.
 
     Raises `bridge.BridgeError` for anything that is not a GPT-2 checkpoint with a tokenizer.
@@ -77,7 +79,7 @@ class HarnessLM(TemplateLM):
         TemplateLM.__init__(self)
         self.decoder, self.own_tokenizer = decoder, tokenizer
         self.max_length = decoder.config.n_positions
-        self.batch_size = None if batch_size in (None, "auto") else int(batch_size)
+        self.batch_size = _batch_size(batch_size)
 
     @property
     def eot_token_id(self) -> int:
@@ -173,6 +175,15 @@ class HarnessLM(TemplateLM):
         """Return the text up to the first stop string, without special tokens, as the model `hf` does."""
         text = self.own_tokenizer.decode(ids, skip_special_tokens=True)
         return text[: min((found for s in stop if (found := text.find(s)) >= 0), default=len(text))]
+
+
+def _batch_size(given: int | str | None) -> int | None:
+    """Return the pairs per batch, or None for `auto`."""
+    if given is None or re.fullmatch(r"auto(:[0-9.]+)?", str(given)):
+        return None
+    if not re.fullmatch(r"0*[1-9][0-9]{0,8}", str(given)):
+        raise BridgeError(f"batch_size={quoted(given)}: must be a whole number of at least 1, auto, or auto:N")
+    return int(given)
 
 
 register_model("gpt2-bridge")(HarnessLM)

@@ -164,6 +164,10 @@ from gpt2_jax.harness import HarnessLM
 
 model = HarnessLM("my-gpt2", dtype="float32", batch_size="auto")
 assert (model.batch_size, model.max_length) == (None, model.decoder.config.n_positions)
+assert [HarnessLM("my-gpt2", batch_size=size).batch_size for size in (None, "auto:4", "16", 3)] == [None, None, 16, 3]
+for size in ("auto:", "many", "0", -1, 2.5, "auto:4\\n"):
+    with pytest.raises(bridge.BridgeError, match="must be a whole number of at least 1, auto, or auto:N"):
+        HarnessLM("my-gpt2", batch_size=size)
 def ask(**settings):
     return model.generate_until([Instance("generate_until", {}, ("To be", settings), 0)], disable_tqdm=True)
 assert len(ask(max_gen_toks=5, do_sample=True, temperature=0.8, top_k=5)) == 1
