@@ -86,8 +86,8 @@ def finish(
 def _name_of_base(config: Mapping[str, Any]) -> str | None:
     """Return the id on the hub of the model that an adapter changes, or None if it is a local one.
 
-    A local path says nothing on other machines, and can be private. With `base`, the model is a merged one, which has no
-    name.
+    A local path says nothing on other machines, and can be private. With `base`, the model is a merged one without
+    a name.
     """
     name = config["init_from"]
     if name is None or config["base"] is not None or name == bridge.BUNDLED.name:
