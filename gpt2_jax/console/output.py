@@ -34,9 +34,9 @@ from gpt2_jax.console.terminal import Console
 
 
 def progress(*columns: ProgressColumn) -> Progress:
-    """A progress bar on standard error, shown only on a terminal."""
+    """A progress bar on standard error, shown only on a terminal that can move its cursor."""
     watched = Console(stderr=True)
-    return Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal)
+    return Progress(*columns, console=watched, transient=True, disable=not watched.is_interactive)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ class Report:
         terminal = Console(stderr=True)
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
         self._bar = Progress(
-            *columns, console=terminal, transient=True, disable=not (terminal.is_terminal and is_first())
+            *columns, console=terminal, transient=True, disable=not (terminal.is_interactive and is_first())
         )
         self._task = self._bar.add_task("compiling", total=config.max_steps, completed=start_step)
         self._pending: list[tuple[int, dict[str, Any]]] = []
