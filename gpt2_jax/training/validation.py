@@ -77,6 +77,13 @@ RANGES: dict[str, Range] = {
 """The ranges of all numeric fields. None, where a field allows it, is always in range."""
 
 _LONGEST_PATTERN = 1000
+_WAYS_OF_REPETITION = 25
+"""A repetition can end at any character of a path. The longest, `h_100/attn/c_attn/kernel`, has 24."""
+_MOST_STEPS = 3_000_000
+"""Limit on the product of a pattern's length and the ways in which it can match. Three repetitions in a sequence are
+below it, and four are not."""
+_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?|\)[*+?{]|[()|*+?{]", re.DOTALL)
+"""Escaped characters and classes, which the caller ignores, and the syntax of groups and repetitions."""
 _STEP_COUNTS = frozenset({"max_steps", "eval_every", "log_every", "checkpoint_every", "warmup_steps", "decay_steps"})
 
 
@@ -118,8 +125,8 @@ _type_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 def pattern_problem(pattern: str) -> str | None:
     """Return why a regular expression is not accepted, or None.
 
-    A run.json may come from somebody else, and some expressions take exponential time. Accepted are alternatives of
-    characters, classes and at most three repetitions each, none of them of a group.
+    A run.json may come from somebody else, and some expressions take exponential time. Accepted are expressions that
+    can match a path in few ways, with groups that are neither repeated nor of the kind `(?...)`.
     """
     if len(pattern) > _LONGEST_PATTERN:
         return f"must have at most {_LONGEST_PATTERN} characters"
@@ -129,9 +136,33 @@ def pattern_problem(pattern: str) -> str | None:
             re.compile(pattern)
     except (re.error, Warning, OverflowError, RecursionError) as error:
         return f"is not a regular expression: {error}"
-    if re.search(r"\)[*+?{]|\(\?", pattern) or any(len(re.findall("[*+{]", p)) > 3 for p in pattern.split("|")):
-        return "is too complex; use no repeated groups, and at most three of * + { between two |"
+    if (ways := _num_ways(pattern)) is None:
+        return "is too complex; use no repeated groups and no (?"
+    if ways * len(pattern) > _MOST_STEPS:
+        return "is too complex; use fewer of * + ? { in each alternative, and fewer alternatives in groups"
     return None
+
+
+def _num_ways(pattern: str) -> int | None:
+    """Return a bound of the ways in which a valid pattern can match a path, or None for an unsupported group.
+
+    A matcher that backtracks tries each of them in the worst case. The ways of a sequence are multiplied, and those of
+    alternatives are added.
+    """
+    groups = [[1]]  # for the pattern and each open group, the ways of every alternative so far
+    for token in _TOKENS.findall(pattern):
+        if token[0] == ")":
+            ways = sum(groups.pop())
+            groups[-1][-1] *= ways
+        if len(token) == 2 and token[0] in "()":
+            return None
+        if token == "(":
+            groups.append([1])
+        elif token == "|":
+            groups[-1].append(1)
+        elif token in "*+?{":
+            groups[-1][-1] *= 2 if token == "?" else _WAYS_OF_REPETITION
+    return sum(groups[0])
 
 
 def _has_type(value: Any, hint: Any) -> bool:

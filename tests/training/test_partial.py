@@ -216,6 +216,7 @@ def test_a_part_of_random_weights_is_not_trained(changes: dict[str, Any], tmp_pa
         ({"freeze": "h_(0"}, "is not a regular expression"),
         ({"freeze": "[[a]"}, "is not a regular expression"),
         ({"freeze": "(a*)*b"}, "is too complex"),
+        ({"freeze": "(?:a)b"}, "is too complex"),
         ({"freeze": ".*.*.*.*"}, "is too complex"),
         ({"freeze": "a" * 2000}, "at most 1000 characters"),
         ({"layer_decay": 0.0}, "layer_decay=0.0: must be above 0 and at most 1"),
@@ -289,6 +290,53 @@ def test_the_frozen_and_the_trained_part_are_joined_again(stacked: bool) -> None
 def test_a_pattern_that_cannot_freeze_is_refused(pattern: str, message: str) -> None:
     with pytest.raises(TrainingError, match=message):
         freeze_params(tree(stacked=True), pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".?" * 34 + "X",
+        ".?" * 16 + "()" * 50 + "X",
+        "(.*.*.*|b)" * 3 + "X",
+        "(.|.)" * 34 + "X",
+        "((.|.)(.|.)|b)" * 9 + "X",
+        "(.{0,9}|b)" * 4 + "X",
+        "|".join([".*.*.*X"] * 9),
+        r"(.*[\]()|*]|b)(.*\)|b)(.*|b)(.*|b)X",
+        "(.*)?(.*)?X",
+    ],
+)
+def test_a_pattern_that_takes_exponential_time_is_refused(pattern: str) -> None:
+    with within_budget(), pytest.raises(TrainingError, match="is too complex"):
+        recipe(freeze=pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "wte|wpe|h_[0-3]",
+        r"h_\d+/attn/.*",
+        ".*/bias",
+        "(h_0|h_1)/attn",
+        "h_.*/attn",
+        r"w[tp]e|h_\d+/attn",
+        "wte|wpe|h_0|.*/scale",
+        "h_(" + "|".join(map(str, range(48))) + ")/.*(bias|scale)",
+        "|".join(f"h_{i}/.*/bias" for i in range(48)),
+        r".*/c_(attn|proj)/.*|ln_f?/[*+?|()\]]+|.*.*.*",
+    ],
+)
+def test_usual_patterns_are_accepted(pattern: str) -> None:
+    assert recipe(freeze=pattern).freeze == pattern
+
+
+@pytest.mark.parametrize(
+    "pattern", [".*.*.*" + "()" * 92 + "X", "|".join([".*.*.*X"] * 4), ".?" * 16 + "X", "(.|.)" * 14 + "()" * 50 + "X"]
+)
+def test_a_slow_accepted_pattern_takes_little_time(pattern: str) -> None:
+    assert recipe(freeze=pattern).freeze == pattern
+    with within_budget(), pytest.raises(TrainingError, match="matches no parameter"):
+        freeze_params({f"h_{i}": {"attn": {"c_attn": {"kernel": 0}}} for i in range(12)}, pattern)
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["layers", "stacked"])
