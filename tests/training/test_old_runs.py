@@ -15,7 +15,7 @@ from support.training_runs import all_weights, files, records
 import bridge
 from bridge.formats.trainers.run import steps
 from gpt2_jax.training import TrainingError
-from gpt2_jax.training.config import flat
+from gpt2_jax.training.config import flat, validation_sets
 from gpt2_jax.training.run.identity import VERSION, stored_identity
 
 FILES = Path(__file__).parents[1] / "files"
@@ -53,10 +53,22 @@ def test_its_configuration_has_the_new_names(old: Path) -> None:
     assert {name: config[name] for name in same} == expected
 
 
-@pytest.mark.parametrize(("stored", "sets"), [(None, ()), ("val.txt", ("val.txt",)), (["a=b"], ("a=b",))])
+@pytest.mark.parametrize(
+    ("stored", "sets"),
+    [
+        (None, ()),
+        ("val.txt", ("val.txt",)),
+        ("lr=3/val.txt", ("./lr=3/val.txt",)),
+        ("/lr=3/val.txt", ("/lr=3/val.txt",)),
+        (["a=b"], ("a=b",)),
+    ],
+)
 def test_one_validation_set_becomes_a_list(old: Path, stored: Any, sets: tuple[str, ...]) -> None:
     change_config(old, validation_data=stored)
-    assert stored_identity(old).config.validation_data == sets
+    config = stored_identity(old).config
+    assert config.validation_data == sets
+    if isinstance(stored, str):
+        assert [*validation_sets(config.validation_data)] == [""]
 
 
 @pytest.mark.parametrize(("before", "now"), [("plain", "xla"), ("blocks", "blockwise"), ("auto", "auto")])

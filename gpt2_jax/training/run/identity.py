@@ -14,7 +14,7 @@ from bridge.errors import quoted
 from bridge.formats.trainers.run import RUN
 from bridge.storage.json_text import parse_object
 from bridge.storage.regular_file import read_small_file
-from gpt2_jax.training.config import CHANGEABLE_FIELDS, PATH_FIELDS, TrainConfig, flat, from_flat
+from gpt2_jax.training.config import CHANGEABLE_FIELDS, PATH_FIELDS, TrainConfig, flat, from_flat, validation_sets
 from gpt2_jax.training.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -146,10 +146,13 @@ def stored_identity(run: Path) -> Identity:
 
 
 def _with_validation_sets(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration with a list of validation sets. Earlier runs stored one path or null."""
+    """Return the configuration with a list of validation sets. Earlier runs stored one path or null.
+
+    A path such as `lr=3/val.txt` becomes `./lr=3/val.txt`, which does not name a set.
+    """
     one = config.get("validation_data", ())
     if one is None or isinstance(one, str):
-        config["validation_data"] = [] if one is None else [one]
+        config["validation_data"] = [] if one is None else [one if "" in validation_sets([one]) else f"./{one}"]
     return config
 
 
