@@ -179,6 +179,9 @@ class TrainConfig:
     """Also log to this Weights & Biases project (extra `wandb`)."""
 
     def __post_init__(self) -> None:
+        sets: Any = self.validation_data
+        if sets is None or isinstance(sets, str):  # as in earlier versions
+            object.__setattr__(self, "validation_data", () if sets is None else (sets,))
         if problems := list(_problems(self)):
             raise TrainingError("the training configuration is invalid:\n" + bullet_list(problems))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.training_runs import RECIPE, data_for, recipe, records, write_text
 from gpt2_jax.data import open_data
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import TrainingError, loop, resolve_config, train
-from gpt2_jax.training.config import validation_sets
+from gpt2_jax.training.config import TrainConfig, validation_sets
 
 
 def test_the_moving_average_is_evaluated(tmp_path: Path) -> None:
@@ -103,6 +104,9 @@ def test_sets_are_named_in_the_configuration() -> None:
     assert validation_sets(("dir/a=b.txt",)) == {"": "dir/a=b.txt"}
     assert validation_sets(("news=a.txt", "code=b=c.txt")) == {"news": "a.txt", "code": "b=c.txt"}
     assert recipe(validation_data=["news=a.txt"]).validation_data == ("news=a.txt",)
+    assert TrainConfig(validation_data="a.txt") == TrainConfig(validation_data=("a.txt",))  # type: ignore[arg-type]
+    assert TrainConfig(validation_data=None) == TrainConfig()  # type: ignore[arg-type]
+    assert replace(TrainConfig(), validation_data="a.txt").validation_data == ("a.txt",)
     for sets in (["a.txt", "b.txt"], ["news=a.txt", "b.txt"], ["news=a.txt", "news=b.txt"]):
         with pytest.raises(TrainingError, match="several sets need different names, as NAME=PATH"):
             recipe(validation_data=sets)
