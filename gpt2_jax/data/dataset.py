@@ -51,8 +51,9 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the training and validation tokens."""
+        """A hash of the training and validation tokens, and of the names of the validation sets in order."""
         parts = [self.train.fingerprint, self.validation.fingerprint if self.validation else "none"]
+        parts += [f"{name}={stream.fingerprint}" for name, stream in self.validation_sets.items()]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 

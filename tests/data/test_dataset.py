@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,29 @@ def test_a_fingerprint_depends_on_the_tokens_of_both_streams(text_file: Path, tm
     assert first != opened(tmp_path / "renamed.txt", tmp_path / "cache", validation_fraction=0.2).fingerprint
     (tmp_path / "renamed.txt").write_text(TEXT.replace("50", "51").replace("49", "94"))
     assert first != opened(tmp_path / "renamed.txt", tmp_path / "cache").fingerprint
+
+
+def test_a_fingerprint_depends_on_every_named_validation_set(text_file: Path, tmp_path: Path) -> None:
+    paths = [str(tmp_path / f"{letter}.txt") for letter in "abc"]
+    for path in paths:
+        Path(path).write_text(path[-5] * 50)
+    one, other, third = paths
+
+    def fingerprint(validation: str | dict[str, str]) -> str:
+        return opened(text_file, tmp_path / "cache", validation=validation).fingerprint
+
+    sets = {"one": one, "other": other}
+    different = [sets, {"one": one, "other": third}, {"other": other, "one": one}, {"one": one, "b": other}]
+    different += [{"one": one}, {"other": one}]
+    assert len({fingerprint(validation) for validation in (*different, one)}) == 7
+    assert fingerprint(dict(sets)) == fingerprint(sets)
+
+
+def test_a_fingerprint_without_named_sets_is_that_of_earlier_versions(text_file: Path, tmp_path: Path) -> None:
+    data = opened(text_file, tmp_path / "cache")
+    assert data.validation is not None
+    both = f"{data.train.fingerprint} {data.validation.fingerprint}"
+    assert data.fingerprint == hashlib.sha256(both.encode()).hexdigest()
 
 
 def test_batches_of_text_train_and_evaluate(folder: Path, tmp_path: Path) -> None:

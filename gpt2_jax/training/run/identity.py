@@ -65,7 +65,7 @@ class Identity:
 
     config: TrainConfig
     data: str
-    """Fingerprint of the tokens."""
+    """Fingerprint of the tokens and of the names of validation sets."""
     tokenizer: str | None
     """Fingerprint of the tokenizer, if there is one."""
 
@@ -82,7 +82,7 @@ class Identity:
         changed = [name for name in mine if mine[name] != theirs[name] and name not in CHANGEABLE_FIELDS]
         lines = [f"{name} was {quoted(mine[name])}, now {quoted(theirs[name])}" for name in changed]
         if self.data != other.data:
-            lines.append("data: the tokens are not the same as when the run started")
+            lines.append("data: the tokens are not the same as when the run started, or validation sets were renamed")
         if self.tokenizer != other.tokenizer:
             lines.append("tokenizer: it is not the same as when the run started")
         return lines
