@@ -279,11 +279,12 @@ class Loop:
             with self.report.not_training("evaluating" if evaluates else "saving"):
                 if evaluates:
                     with suppress(Preempted):
-                        record["val_loss"] = self.val_loss = loss = self.validate()
+                        loss = self.validate()
+                        record.update({"val_loss": loss, **self.validate_sets(loss)})
+                        self.val_loss = loss  # only now: a resume repeats an evaluation without all of its sets
                         saves, self.best = saves or loss < self.best, min(loss, self.best)
                         self.losses.append(loss)
                         saves = saves or self.stops_early
-                        record.update(self.validate_sets(loss))
                 if logs or evaluates:  # before saving: a resumed run keeps the records up to its checkpoint
                     self.report.write(step, record)
                 if saves:

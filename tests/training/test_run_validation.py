@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 from rich.console import Console
 from support.training_runs import RECIPE, data_for, recipe, records, write_text
 
-from gpt2_jax.data import open_data
+from gpt2_jax.data import Data, open_data
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import TrainingError, loop, resolve_config, train
 from gpt2_jax.training.config import TrainConfig, validation_sets
+from gpt2_jax.training.run.identity import run_arguments
 
 
 def test_the_moving_average_is_evaluated(tmp_path: Path) -> None:
@@ -69,24 +71,27 @@ def test_an_evaluation_batch_has_the_rows_of_a_microbatch(tmp_path: Path) -> Non
 # Several sets
 
 
+def data_with_sets(directory: Path) -> Data:
+    """A set of 1201 tokens and one of 1651, with the end of the text."""
+    paths = {name: str(directory / f"{name}.txt") for name in ("words", "digits")}
+    Path(paths["words"]).write_text("other words and more of them, " * 40)
+    Path(paths["digits"]).write_text("31415926535897932384626433832795 " * 50)
+    return open_data(write_text(directory), tokenizer="bytes", validation=paths, cache=directory / "cache")
+
+
+def loss_by_length(eval_step: Any, config: Any, data: Data, state: Any, mesh: Any, check: Any) -> float:
+    """A validation loss that tells the sets and the steps apart."""
+    assert data.validation is not None
+    return float(len(data.validation) - int(state.step))
+
+
 def test_each_set_is_evaluated_and_the_first_decides(
     tmp_path: Path, quick_compilation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = write_text(tmp_path)
-    paths = {name: str(tmp_path / f"{name}.txt") for name in ("words", "digits")}
-    Path(paths["words"]).write_text("other words and more of them, " * 40)
-    Path(paths["digits"]).write_text("31415926535897932384626433832795 " * 50)
-    data = open_data(text, tokenizer="bytes", validation=paths, cache=tmp_path / "cache")
+    data = data_with_sets(tmp_path)
     assert data.validation is data.validation_sets["words"]
-    assert (len(data.validation_sets["words"]), len(data.validation_sets["digits"])) == (
-        1201,
-        1651,
-    )  # with the end of the text
-    monkeypatch.setattr(
-        loop,
-        "validation_loss",
-        lambda eval_step, config, data, state, mesh, check: float(len(data.validation) - int(state.step)),
-    )
+    assert [len(stream) for stream in data.validation_sets.values()] == [1201, 1651]
+    monkeypatch.setattr(loop, "validation_loss", loss_by_length)
     config, said = recipe(max_steps=2, eval_every=2), io.StringIO()
     outcome = train(resolve_config(config, data), tmp_path / "run", data, console=Console(file=said, width=200))
     losses = [{name: r[name] for name in r if "val" in name} for r in records(tmp_path / "run")]
@@ -96,6 +101,39 @@ def test_each_set_is_evaluated_and_the_first_decides(
     ]
     assert outcome.best_val_loss == 1199.0
     assert "validation loss 1199.0000 (words 1199.0000, digits 1649.0000)" in said.getvalue()
+
+
+def test_an_evaluation_that_a_signal_ends_between_two_sets_is_repeated(
+    tmp_path: Path, quick_compilation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run = data_with_sets(tmp_path), tmp_path / "run"
+    config = resolve_config(recipe(max_steps=2, eval_every=1), data)
+
+    def interrupted(*args: Any) -> float:
+        *_, of, state, _, check = args
+        if of.validation is data.validation_sets["digits"] and int(state.step) == 1:
+            signal.raise_signal(signal.SIGTERM)
+            check()
+        return loss_by_length(*args)
+
+    monkeypatch.setattr(loop, "validation_loss", interrupted)
+    outcome = train(config, run, data, console=Console(file=io.StringIO()))
+    assert (outcome.step, outcome.stopped_by, outcome.best_val_loss) == (1, signal.SIGTERM, None)
+    assert [[name for name in r if "val" in name] for r in records(run)][1:] in ([], [[]])
+    monkeypatch.setattr(loop, "validation_loss", loss_by_length)
+    assert train(config, run, data, resume=True, console=Console(file=io.StringIO())).best_val_loss == 1199.0
+    assert [(r["step"], r["val_loss/words"], r["val_loss/digits"]) for r in records(run)] == [
+        (0, 1201.0, 1651.0),
+        (1, 1200.0, 1650.0),
+        (2, 1199.0, 1649.0),
+    ]
+
+
+def test_a_process_with_fewer_sets_is_found(tmp_path: Path) -> None:
+    data = data_with_sets(tmp_path)
+    fewer = replace(data, validation_sets={"words": data.validation_sets["words"]})
+    ours, theirs = run_arguments(RECIPE, data), run_arguments(RECIPE, fewer)
+    assert {name for name in ours if ours[name] != theirs[name]} == {"data"}
 
 
 def test_sets_are_named_in_the_configuration() -> None:
