@@ -35,7 +35,7 @@ from gpt2_jax.training.preemption import Preempted, PreemptionHandler
 from gpt2_jax.training.run import directory
 from gpt2_jax.training.run.checkpointing import Checkpoints
 from gpt2_jax.training.run.identity import description, has_run_json, run_arguments
-from gpt2_jax.training.run.metrics import require_packages
+from gpt2_jax.training.run.metrics import VALIDATION_CHANGED, require_packages
 from gpt2_jax.training.run.outcome import Outcome, finish
 from gpt2_jax.training.run.report import Report
 from gpt2_jax.training.state import (
@@ -192,9 +192,12 @@ class Loop:
         self.checkpoints, self.report, self.preemption = checkpoints, report, preemption
         self.val_loss = None if checkpoints.newest is None else checkpoints.loss(checkpoints.newest)
         """The validation loss of `state`, if it was evaluated."""
+        start = checkpoints.newest or 0
+        self.has_other_validation = start > 0 and checkpoints.has_other_validation(start)
+        """Whether the run is resumed with other validation data."""
         self.best = checkpoints.lowest_loss()
-        self.losses = report.validation_losses()
-        """The validation loss of every evaluation so far."""
+        self.losses = [] if self.has_other_validation else report.validation_losses()
+        """The loss of every evaluation on this validation data so far."""
         self.eval_step = preemption.interruptible(make_eval_step(setup.model), setup.mesh)
         train_step = make_train_step(
             setup.model,
@@ -248,8 +251,8 @@ class Loop:
         )
 
     def initial_evaluation(self, start: int) -> None:
-        """Evaluate before the first step, or repeat the evaluation that a signal interrupted before a resume."""
-        missed = start > 0 and self.is_evaluated(start) and self.val_loss is None
+        """Evaluate before the first step, and on a resume if the evaluation was interrupted or its data changed."""
+        missed = start > 0 and self.val_loss is None and (self.is_evaluated(start) or self.has_other_validation)
         if start == 0 or missed:
             try:
                 loss = self.validate()
@@ -259,12 +262,13 @@ class Loop:
                         f"{error}; remove {CHECKPOINTS}/{start} to continue from an earlier checkpoint"
                     ) from error
                 raise
-            sets = self.validate_sets(loss)
+            record = {"val_loss": loss, **self.validate_sets(loss)}
+            self.report.write(start, {**record, VALIDATION_CHANGED: 1} if self.has_other_validation else record)
+            self.losses.append(loss)
             if missed:
+                self.report.flush()  # first, because the mark of other validation data is not written again
                 self.checkpoints.add_loss(start, loss)
                 self.val_loss, self.best = loss, min(loss, self.best)
-            self.losses.append(loss)
-            self.report.write(start, {"val_loss": loss, **sets})
 
     def after_step(self, step: int) -> None:
         """Log, evaluate, save and sample if due after `step`.

@@ -16,7 +16,9 @@ from rich.console import Console
 from support.training_runs import RECIPE, all_weights, data_for, files, recipe, records, run_in, write_text
 
 import bridge
-from bridge.formats.trainers.run import steps
+from bridge.formats.trainers.run import has_other_validation, steps, validation_loss
+from bridge.storage import manifest
+from gpt2_jax.data import open_data
 from gpt2_jax.parallel.sharding import make_mesh
 from gpt2_jax.training import Outcome, TrainingError, loop, resolve_config, train
 from gpt2_jax.training.run import directory as runs
@@ -91,6 +93,56 @@ def test_a_resume_on_other_data_is_refused(copy: Path) -> None:
     write_text(copy, lines=119)
     with pytest.raises(TrainingError, match="data: the tokens are not the same"):
         run_in(copy, RECIPE, resume=True)
+
+
+def test_losses_of_other_validation_data_are_not_compared(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new losses are all higher. Neither early stopping nor the best checkpoint considers the earlier ones."""
+    losses = {6: 100.0, 7: 99.0, 8: 98.0, 9: 98.5, 10: 98.4, 11: 1.0}
+    monkeypatch.setattr(
+        loop, "validation_loss", lambda eval_step, config, data, state, mesh, check: losses[int(state.step)]
+    )
+    (copy / "val.txt").write_text("other text of the validation data, " * 20)
+    run, cache = copy / "run", copy / "cache"
+    data = open_data(copy / "text.txt", tokenizer="bytes", validation=copy / "val.txt", cache=cache)
+    console = Console(file=io.StringIO())
+    before = read_metrics(run)
+
+    config = resolve_config(recipe(max_steps=8, eval_every=1, checkpoint_every=1, early_stopping=1), data)
+    outcome = train(config, run, data, resume=True, accept_changes=True, console=console)
+    assert (outcome.step, outcome.best_step, outcome.best_val_loss) == (8, 8, 98.0)
+    found = {r["step"]: r for r in read_metrics(run)}
+    assert [found[r["step"]].get("val_loss") for r in before[:-1]] == [r.get("val_loss") for r in before[:-1]]
+    assert [(step, r["val_loss"]) for step, r in found.items() if step >= 6] == [(6, 100.0), (7, 99.0), (8, 98.0)]
+    assert [step for step, r in found.items() if "validation_changed" in r] == [6]
+
+    config = resolve_config(recipe(max_steps=12, eval_every=1, checkpoint_every=1, early_stopping=2), data)
+    outcome = train(config, run, data, resume=True, accept_changes=True, console=console)
+    assert (outcome.step, outcome.best_step, outcome.best_val_loss) == (10, 8, 98.0)
+    assert [r["step"] for r in read_metrics(run) if "validation_changed" in r] == [6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_other"),
+    [
+        ({}, False),
+        ({"data": "other"}, False),  # other training data, or another set after the first one
+        ({"validation": "other"}, False),  # the same data as that of an earlier version
+        ({"data": "other", "validation": "other"}, True),
+        ({"data": "other", "validation": None}, True),
+    ],
+    ids=str,
+)
+def test_a_loss_of_other_validation_data_is_not_that_of_a_checkpoint(
+    changes: dict[str, Any], is_other: bool, copy: Path
+) -> None:
+    run = copy / "run"
+    loss = validation_loss(run, 6)
+    assert loss is not None
+    manifest.amend(run / "checkpoints" / "6", changes, copy / "beside")
+    assert has_other_validation(run, 6) == is_other
+    assert validation_loss(run, 6) == (None if is_other else loss)
+    (run / "run.json").write_text("{")
+    assert validation_loss(run, 6) == loss
 
 
 def test_fields_of_reports_may_change(copy: Path) -> None:

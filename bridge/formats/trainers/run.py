@@ -119,10 +119,22 @@ def committed_steps(run: Path) -> list[int]:
 
 
 def validation_loss(run: Path, step: int) -> float | None:
-    """Return the validation loss recorded with this checkpoint, in nats per token, or None."""
-    loss: Any = (_about(run, step) or {}).get("val_loss")
+    """Return the validation loss recorded with this checkpoint, in nats per token.
+
+    None if it was not evaluated, or on other data than the run has now.
+    """
+    loss: Any = None if has_other_validation(run, step) else (_about(run, step) or {}).get("val_loss")
     is_number = type(loss) in (int, float) and abs(loss) <= sys.float_info.max  # False for NaN
     return float(loss) if is_number else None
+
+
+def has_other_validation(run: Path, step: int) -> bool:
+    """Whether a checkpoint was evaluated on other data than the run has now: the run was resumed with changes.
+
+    Earlier versions recorded only the fingerprint of all data. A damaged run.json tells nothing.
+    """
+    now, then = _described(run), _about(run, step) or {}
+    return bool(now) and all(then.get(name) != now.get(name) for name in ("data", "validation"))
 
 
 def verified(run: Path, step: int) -> dict[str, Any]:

@@ -26,7 +26,15 @@ import orbax.checkpoint.experimental.v1 as ocp
 from bridge import BridgeError
 from bridge.containers.ocdbt import StoredArray, open_arrays
 from bridge.errors import bullet_list, quoted
-from bridge.formats.trainers.run import CHECKPOINTS, committed_steps, first_valid, steps, steps_by_loss, validation_loss
+from bridge.formats.trainers.run import (
+    CHECKPOINTS,
+    committed_steps,
+    first_valid,
+    has_other_validation,
+    steps,
+    steps_by_loss,
+    validation_loss,
+)
 from bridge.storage import manifest
 from bridge.storage.atomic_writes import foreign_files
 from bridge.storage.fsync import flush_to_disk
@@ -142,8 +150,12 @@ class Checkpoints:
         return self._folder / str(step) / "state"
 
     def loss(self, step: int) -> float | None:
-        """Return the validation loss recorded with this checkpoint."""
+        """Return the validation loss recorded with this checkpoint, or None if it is of other data."""
         return broadcast_from_first(validation_loss(self._run, step) if is_first() else None)
+
+    def has_other_validation(self, step: int) -> bool:
+        """Whether this checkpoint was evaluated on other data than the run has now."""
+        return broadcast_from_first(is_first() and has_other_validation(self._run, step))
 
     def lowest_loss(self) -> float:
         """Return the validation loss of the best checkpoint, or infinity if none was evaluated."""
@@ -152,11 +164,12 @@ class Checkpoints:
         return float("inf") if loss is None else loss
 
     def add_loss(self, step: int, val_loss: float) -> None:
-        """Record the validation loss of a checkpoint that was saved before its evaluation."""
+        """Record the validation loss of a checkpoint that was saved before its evaluation on this data."""
         if is_first():
             temporary = self._folder / PARTIAL.format(step)
             with _with_message(f"the loss of the checkpoint of step {step} could not be written"):
-                manifest.amend(self._folder / str(step), {"val_loss": val_loss}, temporary)
+                changes = {"val_loss": val_loss, "validation": self._about.get("validation")}
+                manifest.amend(self._folder / str(step), changes, temporary)
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -102,6 +102,7 @@ def description(config: TrainConfig, data: Data) -> dict[str, Any]:
         "version": VERSION,
         "config": flat(identity.config),
         "data": identity.data,
+        "validation": None if data.validation is None else data.validation.fingerprint,
         "tokenizer": identity.tokenizer,
         "versions": {"gpt2-bridge": __version__} | {n: version(n) for n in ("jax", "jaxlib", "flax", "optax")},
         "flags": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},

@@ -22,6 +22,8 @@ METRICS = "metrics.jsonl"
 PLOT = "loss.png"
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb-id"
+VALIDATION_CHANGED = "validation_changed"
+"""The key that marks the first record with a loss of other validation data than that of the records before it."""
 _MAX_LINE_BYTES = 2**16
 """Size limit of a line. A record has a few hundred bytes."""
 _MAX_DRAWN = 1e300

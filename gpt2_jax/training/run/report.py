@@ -18,7 +18,7 @@ from gpt2_jax.hardware import flops_per_token, peak_flops
 from gpt2_jax.parallel.distributed import broadcast_from_first, is_first
 from gpt2_jax.training.config import TrainConfig
 from gpt2_jax.training.errors import NonFiniteLoss
-from gpt2_jax.training.run.metrics import Metrics, read_metrics
+from gpt2_jax.training.run.metrics import VALIDATION_CHANGED, Metrics, read_metrics
 
 MAX_SKIPPED_IN_A_ROW = 100
 """The run ends after this many consecutive steps without a finite loss and gradient: it will not recover."""
@@ -131,9 +131,10 @@ class Report:
             self.say(f"step {step:>6}  validation loss {values['val_loss']:.4f}{each}  {self._status}")
 
     def validation_losses(self) -> list[float]:
-        """Return the validation losses of the run so far, in order."""
+        """Return the losses of the run so far on its present validation data, in order."""
         records = read_metrics(self._run) if is_first() else []
-        return broadcast_from_first([record["val_loss"] for record in records if "val_loss" in record])
+        start = max((i for i, record in enumerate(records) if VALIDATION_CHANGED in record), default=0)
+        return broadcast_from_first([record["val_loss"] for record in records[start:] if "val_loss" in record])
 
     def flush(self) -> None:
         """Wait until all logged records are on the disk."""
