@@ -64,7 +64,7 @@ _GIT_ATTRIBUTES = ".gitattributes"
 """The file that the hub itself writes into a new repository."""
 _REFUSALS = {
     401: "the hub does not accept the token; log in again with `hf auth login`, or set HF_TOKEN",
-    403: "the token may not do this; use a token with write access to the owner of the repository",
+    403: "the token has no permission for this; use a token with write access to the owner's repositories",
     404: "there is no such repository or owner; check the name",
     409: "it exists and the token cannot read it, or another program is changing it; check the token, and try again",
     412: "it was changed by another program during the upload, and nothing was uploaded; try again",
@@ -97,21 +97,21 @@ def upload(
 ) -> str:
     """Upload a directory as one commit and return its address. A new repository is created.
 
-    Files that belong to a model, such as tokenizer.json, and are not replaced would be read with the new weights. They
-    are an error. With `overwrite`, they are deleted if the repository has an own card.
+    A file of an earlier model that the upload does not replace, such as tokenizer.json, would be read with the new
+    weights. Such a file is an error. With `overwrite`, it is deleted if this project wrote the repository's README.md.
 
     Args:
         directory: the files. Its folders are uploaded too.
         repo_id: owner and name, such as `me/my-gpt2`.
         message: the first line of the commit.
         private: create a private repository. An existing one must be private.
-        overwrite: files of the same names may be replaced, except a README.md that is not an own card.
+        overwrite: replace files of the same names, except a README.md that this project did not write.
         is_own_card: whether this project wrote a README.md with this text.
-        replace_card: with `overwrite`, another README.md may be replaced too.
+        replace_card: with `overwrite`, also replace a README.md that this project did not write.
 
     Raises:
         HubError: the hub refuses, or a file may not be replaced or deleted. An existing repository is unchanged. A new
-            one may have been created, and is then empty. No message has the token.
+            one may have been created, and is then empty. No message contains the token.
     """
     try:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
@@ -147,7 +147,7 @@ def upload(
 
 
 def _asked(repo_id: str, request: Callable[[], Any], left_behind: str = "") -> Any:
-    """Return the result of a request to the hub. Raises `HubError` with its meaning, and what remains, if it fails.
+    """Return the result of a request to the hub. If it fails, raise `HubError` with the reason and what it left behind.
 
     The error has no cause, because the errors of the client's libraries may refer to the request and its token.
     """
@@ -197,7 +197,7 @@ def _require_replaceable(head: Any, repo_id: str, files: Iterable[str], *, priva
     """
     where, new = quoted(repo_id), {*files}
     if private and not head.private:
-        raise HubError(f"{where} exists and is public; make it private on the hub, or leave --private out")
+        raise HubError(f"{where} exists and is public; make it private on the hub, or omit --private")
     existing = {sibling.rfilename for sibling in head.siblings} - {_GIT_ATTRIBUTES}
     stale = _matching(existing - new, (*_COMPANIONS, CERTIFICATE))
     if not overwrite and (replaced := sorted(existing & new)):

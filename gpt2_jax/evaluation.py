@@ -29,8 +29,8 @@ def evaluate(
     """Measure how well the model predicts a text, in the windows of `bridge.evaluation`. Compiles once.
 
     Args:
-        ids: the tokens of the text, on the host. May be a memory-mapped file. A `bridge.evaluation.TokenizedText` also
-            says which tokens count, and where documents end that are evaluated separately.
+        ids: the tokens of the text, on the host. May be a memory-mapped file. A `bridge.evaluation.TokenizedText` can
+            also mark the tokens that count, and the ends of documents to evaluate separately.
         context: tokens per window; by default, all of the model's positions.
         stride: tokens from the start of one window to the next; by default, half the context.
         batch_size: windows per batch; by default, about 4096 tokens.

@@ -83,7 +83,7 @@ def flops_per_token(config: GPT2Config, length: int, trained: float = 1.0) -> fl
     Source: Chowdhery et al. 2022 (PaLM), appendix B; nanoGPT reports the same figure.
 
     Args:
-        trained: the fraction of the weights that have gradients. 2 N of the 6 N compute them.
+        trained: the fraction of the weights that have gradients. Those of all weights take 2 N of the 6 N FLOPs.
 
     >>> f"{flops_per_token(bridge.GPT2_SIZES['gpt2'], 1024):.3g}"
     '8.55e+08'

@@ -6,8 +6,8 @@ registers it as `gpt2-bridge`:
     import gpt2_jax.harness
     results = lm_eval.simple_evaluate("gpt2-bridge", {"pretrained": "my-gpt2"}, tasks=["lambada_openai"])
 
-The harness's own code tokenizes pairs and cuts windows, so the results are those of its model `hf` on the same
-checkpoint, up to rounding.
+The harness's own code tokenizes pairs and splits texts into windows, so the results are those of its model `hf` on the
+same checkpoint, up to rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ except ImportError as error:
     raise ImportError(f"gpt2_jax.harness needs lm-evaluation-harness: {install_command('lm-eval')}") from error
 
 MAX_GEN_TOKS = 256
-"""Tokens to generate if a task does not say so, as in the harness's model `hf`."""
+"""The number of tokens to generate if a task does not set one, as in the harness's model `hf`."""
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 """Generation settings of a task that have the same name and meaning in `GenerationConfig`."""
@@ -83,17 +83,17 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end-of-sequence token, or the token before a text if there is none."""
+        """The end-of-sequence token or, if there is none, the prefix token."""
         return next(iter(self.own_tokenizer.eos_token_ids), self.prefix_token_id)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without a context."""
+        """The token that replaces an empty context."""
         return prefix_token_id(self.own_tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
-        """What distinguishes the harness's caches of requests."""
+        """The key of the harness's request cache."""
         return self.own_tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -107,7 +107,7 @@ class HarnessLM(TemplateLM):
         return self.own_tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return ln p of each text, in windows of all positions that do not overlap, as the model `hf` does."""
+        """Return ln p of each text, in disjoint windows of `n_positions` tokens, as in the harness's model `hf`."""
         windows: list[tuple[None, list[int], list[int]]] = []
         counts = []
         for (text,) in (request.args for request in requests):
@@ -135,7 +135,7 @@ class HarnessLM(TemplateLM):
             )
         answers = [(one.logprob, one.is_greedy) for one in found]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
-            if texts is not None:  # None for windows, whose sum is cached
+            if texts is not None:  # None for windows: their sum is cached instead
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 

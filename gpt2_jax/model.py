@@ -450,13 +450,13 @@ class GPT2(nn.Module):
 
     @nn.nowrap
     def _check_adapter(self) -> None:
-        """Raise `ValueError` if there is an adapter that the model does not apply, or the other way round."""
+        """Raise `ValueError` if only the model has `lora` set, or only the variables have an adapter."""
         if self.is_initializing() or self.has_variable(COLLECTION, STACK if self.scan else f"{STACK}_0") == bool(
             self.lora
         ):
             return
         raise ValueError(
-            "the model has lora set, and the variables have no adapter of its form; "
+            "the model has lora set, and the variables have no matching adapter; "
             'apply it to {"params": params, "lora": lora}, or merge the adapter and use model.clone(lora=None)'
             if self.lora
             else "the variables have an adapter, and the model has no lora; use GPT2(..., lora=LoRAConfig(...))"

@@ -22,9 +22,9 @@ __all__ = ["GPT2"]
 
 
 class GPT2(nnx.Module):
-    """The twin of `gpt2_jax.GPT2`, with the same names of parameters: `twin.h_0.attn.c_attn.kernel`.
+    """`gpt2_jax.GPT2` as an NNX module. Its parameters have the same names: `model.h_0.attn.c_attn.kernel`.
 
-    It is in eval mode at first: `train()` applies dropout, and `eval()` does not.
+    A new module is in eval mode: dropout is off until `train()` is called.
 
     Attributes:
         linen: the Linen model.
@@ -56,7 +56,7 @@ class GPT2(nnx.Module):
 
     @classmethod
     def from_params(cls, linen: model.GPT2, params: Mapping[str, Any]) -> GPT2:
-        """Return the twin of a Linen model with these parameters."""
+        """Return the NNX module for a Linen model and its parameters."""
         options = {f.name: getattr(linen, f.name) for f in fields(linen) if f.name not in ("config", "parent", "name")}
         return cls(linen.config, params=params, **options)
 

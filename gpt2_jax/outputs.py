@@ -15,7 +15,7 @@ from gpt2_jax.ops.attention import attention_weights, score_scale
 
 
 class ModelOutputs(NamedTuple):
-    """What a call computes on the way to the logits."""
+    """The logits of a call, and the hidden states and attention weights of every layer."""
 
     logits: Float[Array, "B T V"]
     hidden_states: tuple[Float[Array, "B T D"], ...]
@@ -35,13 +35,13 @@ def model_outputs(
     position_ids: Int[Array, "B T"] | None = None,
     inputs_embeds: Float[Array, "B T D"] | None = None,
 ) -> ModelOutputs:
-    """Call the model, and return the hidden states and attention weights of every layer too.
+    """Call the model, and also return the hidden states and attention weights of every layer.
 
     Further arguments are those of the call. The attention weights are computed again, because fast implementations of
     attention do not return them.
 
     Args:
-        params: the model's parameters, of separate or stacked layers.
+        params: the model's parameters, with stacked or unstacked layers.
     """
     logits, state = model.apply(
         {"params": params},

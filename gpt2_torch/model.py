@@ -397,7 +397,7 @@ def check_values(ids: Tensor | None, size: int, message: str) -> None:
         return
     try:
         low, high = int(ids.min()), int(ids.max())
-    except RuntimeError:  # torch.func.vmap and fake tensors do not give values; the look-up checks them under vmap
+    except RuntimeError:  # torch.func.vmap and fake tensors hide values; under vmap, the embedding lookup checks
         return
     if low < 0 or high >= size:
         raise IndexError(message.format(low, high, size - 1))

@@ -14,7 +14,7 @@ from gpt2_torch.ops.attention import attention_weights, score_scale
 
 
 class ModelOutputs(NamedTuple):
-    """What a call computes on the way to the logits."""
+    """The logits of a call, and the hidden states and attention weights of every layer."""
 
     logits: Float[Tensor, "B T V"]
     hidden_states: tuple[Float[Tensor, "B T D"], ...]
@@ -33,7 +33,7 @@ def model_outputs(
     position_ids: Int[Tensor, "B T"] | None = None,
     inputs_embeds: Float[Tensor, "B T D"] | None = None,
 ) -> ModelOutputs:
-    """Call the model, and return the hidden states and attention weights of every layer too.
+    """Call the model, and also return the hidden states and attention weights of every layer.
 
     Arguments are those of the call. The attention weights are computed again, because the model's fused attention does
     not return them.

@@ -8,7 +8,7 @@ If the stride is less than the context, every token except the first of the text
 `context - stride` tokens (at the start of the text, from all earlier tokens). If the stride equals the context, the
 first token of every window is not predicted.
 
-If documents are evaluated separately, the windows of each document start at its first token and end at its last one.
+If documents are evaluated separately, each document has its own windows, as if it were the whole text.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """The N tokens of a text, and which of them are predicted from which."""
+    """The N tokens of a text, which of them count in the loss, and where its documents end."""
 
     ids: Int[np.ndarray, " N"]
     """A memory-mapped file is read batch by batch."""
     counts: Bool[np.ndarray, " N"] | None = None
-    """Whether each token counts in the loss. By default all do."""
+    """Whether each token counts in the loss. By default, all tokens count."""
     document_ends: Int[np.ndarray, " D"] | None = None
-    """To evaluate the D documents separately: the position after the last token of each, ascending. By default, the
-    text is one document."""
+    """The position after the last token of each of D documents, ascending. The documents are evaluated separately. By
+    default, the text is one document."""
 
     def problems(self, vocab_size: int) -> list[str]:
         """Return one sentence for each reason why a model with this vocabulary cannot evaluate the text."""

@@ -96,7 +96,7 @@ def load_lora(source: str | Path) -> LoRA:
     """
     found = find(Path(source).absolute())
     if not found:
-        raise CheckpointError(f"{quoted(source)} has no LoRA adapter: {FILE} with {' or '.join(WEIGHTS)}")
+        raise CheckpointError(f"{quoted(source)} has no LoRA adapter: it needs {FILE} and {' or '.join(WEIGHTS)}")
     tensors, _ = tensors_of_file(found[0])
     return _lora(tensors, read_peft_config(found[0].parent), drop_extra_heads=False)[0]
 

@@ -88,20 +88,20 @@ def new_classifier(
     """Return a classifier with the weights of a language model and a random head, to train it.
 
     The head is drawn from a normal distribution with standard deviation `initializer_range`, as in transformers. The
-    head of the language model is left out.
+    head of the language model is dropped.
 
     Args:
         labels: the names of the labels, for `id2label` of `config.json`.
         pad_token_id: the id of padding, which a batch of several rows needs. By default, that of the checkpoint.
 
-    Raises `ConversionError` for labels that are not different, or a padding id outside the vocabulary.
+    Raises `ConversionError` if labels are missing or not unique, or the padding id is outside the vocabulary.
     """
     config = replace(checkpoint.config, tie_word_embeddings=True)
     if not labels or len({*labels}) != len(labels):
-        raise ConversionError(f"labels={quoted(list(labels))}: must be at least one label, and all different")
+        raise ConversionError(f"labels={quoted(list(labels))}: must be at least one label, without duplicates")
     if pad_token_id is not None and not 0 <= pad_token_id < config.vocab_size:
         raise ConversionError(f"pad_token_id={pad_token_id}: the vocabulary has {config.vocab_size} tokens")
-    extra = {**checkpoint.extra, "id2label": {str(k): label for k, label in enumerate(labels)}}  # as JSON has it
+    extra = {**checkpoint.extra, "id2label": {str(k): label for k, label in enumerate(labels)}}  # JSON keys are strings
     extra["label2id"] = {label: k for k, label in enumerate(labels)}
     if pad_token_id is not None:
         extra["pad_token_id"] = pad_token_id

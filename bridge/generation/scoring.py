@@ -33,9 +33,9 @@ class LogLikelihood:
     is_greedy: bool
     """Whether each token is the most likely one, so that greedy decoding would generate the continuation."""
     num_tokens: int
-    """The tokens of the continuation."""
+    """The number of tokens of the continuation."""
     num_truncated: int = 0
-    """The tokens at the start of the context that were left out, because the pair is longer than `n_positions` + 1."""
+    """The number of tokens removed from the start of the context, because the pair exceeds `n_positions` + 1 tokens."""
 
 
 def loglikelihood(
@@ -51,7 +51,7 @@ def loglikelihood(
 
     White space at the end of a context belongs to the continuation. Both texts are tokenized together and then split.
     An empty context is replaced by the tokenizer's beginning-of-sequence token or, if there is none, by its
-    end-of-sequence token. If a pair is too long, tokens at the start of the context are left out.
+    end-of-sequence token. If a pair is too long, its context is truncated on the left.
 
     Args:
         pairs: contexts and continuations, as texts or as ids.
@@ -104,13 +104,13 @@ def encode_pair(
 
 
 def encode_text(tokenizer: Tokenizer, text: str, special_tokens: SpecialTokenPolicy = "match") -> list[int]:
-    """Return the ids of a text, with those that the tokenizer puts around every text, unless it begins with them."""
+    """Return the ids of a text. Special tokens are added around it, unless it begins with the prefix token."""
     begins = bool(tokenizer.around[0]) and text.startswith(tokenizer.decode([prefix_token_id(tokenizer)]))
     return tokenizer.encode(text, special_tokens=special_tokens, add_special_tokens=not begins)
 
 
 def prefix_token_id(tokenizer: Tokenizer) -> int:
-    """Return the token before a text without a context.
+    """Return the token that replaces an empty context.
 
     It is the beginning-of-sequence token or, if there is none, the end-of-sequence token. Raises `BridgeError` if the
     tokenizer has neither.
@@ -119,8 +119,8 @@ def prefix_token_id(tokenizer: Tokenizer) -> int:
         if token is not None and (found := tokenizer.id_of(token)) is not None:
             return found
     raise BridgeError(
-        f"the tokenizer {quoted(tokenizer.name)} has no beginning-of-sequence and no end-of-sequence token, so a "
-        "text without a context has no token to be predicted from; give a context"
+        f"the tokenizer {quoted(tokenizer.name)} has no beginning-of-sequence and no end-of-sequence token to "
+        "replace an empty context; give a context"
     )
 
 
@@ -154,7 +154,7 @@ def _request(
         raise BridgeError(f"pair {k}: the {what} has no token; give at least one")
     if len(continuation) > P:
         raise BridgeError(
-            f"pair {k}: the continuation has {len(continuation)} tokens, and the model n_positions={P}; shorten it"
+            f"pair {k}: the continuation has {len(continuation)} tokens, and the model has n_positions={P}; shorten it"
         )
     whole = [*context, *continuation]
     kept = whole[-(P + 1) :]

@@ -44,7 +44,7 @@ class Text:
         """Return the ends of the documents. Raises `BridgeError` if the source does not store them."""
         if self.document_ends is None:
             raise BridgeError(
-                f"{flag}: the token files {quoted(source)} do not store where documents end; give the text"
+                f"{flag}: the token files {quoted(source)} do not store where documents end; give the text instead"
             )
         return self.document_ends
 
@@ -57,7 +57,7 @@ def read_text(
         return encode_documents(find_documents(source), checkpoint.tokenizer(), special_tokens, max_tokens, advance)
     opened = open_data(source, vocab_size=checkpoint.config.vocab_size, validation_fraction=0)
     stream = opened.train if opened.validation is None else opened.validation
-    assert isinstance(stream, TokenStream)  # token files are no mixture
+    assert isinstance(stream, TokenStream)  # token files are never a mixture
     stop, ends = min(max_tokens, len(stream)), stream.document_ends
     counts = None if stream.counts is None else stream.counts.read(0, stop).astype(bool)
     if ends is not None:

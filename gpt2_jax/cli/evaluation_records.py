@@ -30,10 +30,10 @@ def document_records(text: Text, scores: TokenScores, document_ends: Int[np.ndar
 
 
 def token_records(text: Text, scores: TokenScores, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
-    """Yield each token with its log-probability. A token that is not predicted has neither this nor a rank.
+    """Yield each token with its log-probability and rank, which are None if the token is not predicted.
 
     Args:
-        tokenizer: None gives no text.
+        tokenizer: decodes each token. If None, the records have no text.
     """
     ends = text.document_ends
     documents = None if ends is None else np.searchsorted(ends, np.arange(text.ids.size), side="right")

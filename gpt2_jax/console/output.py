@@ -86,7 +86,7 @@ def json_writer(
 def json_lines_writer(
     file: Path | None, overwrite: bool = False, inputs: Iterable[str | Path | None] = ()
 ) -> Callable[[Iterable[Mapping[str, Any]]], None]:
-    """Return a function that writes records as JSON lines, or does nothing without a file. Like `json_writer`."""
+    """Return a function that writes records as JSON lines, or does nothing without a file. Raises as `json_writer`."""
     if file is None:
         return lambda records: None
     require_report_path(file, overwrite=overwrite, inputs=inputs)

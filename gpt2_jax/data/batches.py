@@ -56,7 +56,7 @@ def training_batches(
 
     Args:
         stream: one stream, or a mixture. The epochs of a mixture's streams are independent: each stream begins its
-            next epoch when all of its own examples were used.
+            next epoch when all of its own examples have been used.
         examples: "stream": consecutive windows of seq_len + 1 tokens. Each epoch starts at another random offset, so
             that the borders between windows move; fewer than two windows of tokens are left out at the ends.
             "documents": each document is one example, truncated to `seq_len` and padded on the right.
@@ -221,7 +221,7 @@ def _training_source(stream: TokenStream | Mixture, examples: Examples, seq_len:
 
 
 def _require_documents(stream: TokenStream, max_tokens: int) -> None:
-    """Raise `DataError` if the document ends are unknown, or if a document with a completion would be cut."""
+    """Raise `DataError` if the document ends are unknown, or if a document with a completion would be truncated."""
     ends = stream.document_ends
     if ends is None:
         raise DataError(

@@ -36,13 +36,13 @@ class Data:
 
     train: TokenStream | Mixture
     validation: TokenStream | None
-    """None if validation_fraction is 0. Of a mixture, the part of its first source."""
+    """None if validation_fraction is 0. For a mixture, the validation data of its first source."""
     tokenizer: Tokenizer | None
     """None for token files without a given tokenizer."""
     description: str
     """One line to print."""
     validation_sets: Mapping[str, TokenStream] = field(default_factory=dict)
-    """The named validation sets, in order, if they have names. The first one is `validation`."""
+    """The validation sets by name, in order; empty if there are no names. The first one is `validation`."""
 
     @property
     def usual_examples(self) -> Examples:
@@ -85,7 +85,7 @@ def open_data(
         validation: another source for validation. The default is the token files with val in their names, if there are
             others too, and the split for validation of records; otherwise, the last `validation_fraction` of the
             tokens. That split is at a document boundary if one is near, and always between records with a completion;
-            a single text file is split as in nanoGPT. Several sources are a mapping from their names.
+            a single text file is split as in nanoGPT. For several sets, a mapping from name to source.
         records: how records are read.
         cache: a directory for encoded text; default `cache_directory()`.
 

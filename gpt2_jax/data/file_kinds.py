@@ -32,9 +32,9 @@ def is_mixture_file(source: str | Path) -> bool:
 
 
 def is_dataset_id(source: str | Path) -> bool:
-    """Whether a source may be a data set of the Hugging Face hub: it looks like its name, and not like a file's.
+    """Whether a source has the form of a data set's name on the Hugging Face hub, and not that of a file name.
 
-    A path in a local directory is none, so that a misspelled name of a file is not sent to the hub.
+    A path in an existing directory is not such a name, so a misspelled file name is not sent to the hub.
 
     >>> is_dataset_id("roneneldan/TinyStories"), is_dataset_id("Salesforce/wikitext:wikitext-2-v1")
     (True, True)

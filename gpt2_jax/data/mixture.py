@@ -1,8 +1,8 @@
 """Training data of several sources, mixed with fixed weights.
 
 Every `BLOCK` consecutive examples contain the same number of examples of each source, in an order drawn from the seed
-and the number of the block. So the source of an example and its number in that source depend only on the example's own
-number, and a resumed run continues with the same examples.
+and the index of the block. The source of an example, and its index in that source, depend only on the index of the
+example in the mixture. A resumed run therefore continues with the same examples.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.tokens.stream import TokenStream
 
 BLOCK = 4096
-"""Examples with exact proportions. A weight is rounded to a multiple of 1 / BLOCK of the sum of all weights."""
+"""The number of consecutive examples with exact proportions. A weight is rounded to a multiple of 1 / BLOCK of the
+sum of all weights."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Token streams and the fraction of the training examples that each gives, whatever their sizes."""
+    """Token streams, each of which gives a fixed fraction of the training examples, whatever its size."""
 
     streams: tuple[TokenStream, ...]
     examples_per_block: tuple[int, ...]
@@ -32,7 +33,7 @@ class Mixture:
 
     @classmethod
     def of(cls, streams: Sequence[TokenStream], weights: Sequence[float]) -> Mixture:
-        """Return streams mixed in proportion to positive weights, whose sum may be any number.
+        """Return streams mixed in proportion to positive weights, which need not sum to 1.
 
         Raises:
             DataError: a weight is so small that its stream would have no example in a block.
@@ -40,7 +41,7 @@ class Mixture:
         return cls(tuple(streams), examples_per_block(weights))
 
     def __len__(self) -> int:
-        """Return the number of tokens of all streams."""
+        """Return the total number of tokens in the streams."""
         return sum(map(len, self.streams))
 
     @property
@@ -56,7 +57,7 @@ class Mixture:
 
 
 def examples_per_block(weights: Sequence[float]) -> tuple[int, ...]:
-    """Return the numbers of examples in each block, in proportion to the weights, by the method of largest remainders.
+    """Return the number of examples of each source in a block, by the largest remainder method.
 
     Raises:
         DataError: a weight is below 1 / (2 * BLOCK) of their sum, or so small that rounding leaves no example.
@@ -81,11 +82,11 @@ def examples_per_block(weights: Sequence[float]) -> tuple[int, ...]:
 def places(
     numbers: Sequence[int], counts: tuple[int, ...], seed: int
 ) -> Iterator[tuple[int, Int[np.ndarray, " N"], list[int]]]:
-    """Yield, for each source of these examples: its index, the places of its examples in `numbers`, and their numbers.
+    """Yield, for each source: its index, the positions of its examples in `numbers`, and their indices in the source.
 
     Args:
-        numbers: the numbers of examples of the mixture.
-        counts: the examples of each source in a block.
+        numbers: indices of examples in the mixture.
+        counts: the number of examples of each source in a block.
     """
     located = [_located(number, counts, seed) for number in numbers]
     sources = np.array([source for source, _ in located], int)
@@ -95,7 +96,7 @@ def places(
 
 
 def _located(number: int, counts: tuple[int, ...], seed: int) -> tuple[int, int]:
-    """Return the source of an example, and its number in the source."""
+    """Return the source of an example, and the index of the example in it."""
     block, k = divmod(number, BLOCK)
     sources, ranks = _order(counts, seed, block)
     source = int(sources[k])

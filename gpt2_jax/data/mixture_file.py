@@ -41,13 +41,13 @@ class MixtureSource:
 
     name: str
     path: str
-    """A source as `open_data` takes it. Relative to the directory of the mixture's file."""
+    """A source for `open_data`. In the file, paths are relative to the directory of the file."""
     weight: float
     records: RecordOptions
 
 
 def read_mixture(path: str | Path, options: RecordOptions = _NO_OPTIONS) -> tuple[MixtureSource, ...]:
-    """Return the sources that a file describes, in its order.
+    """Return the sources that a file describes, in the order of the file.
 
     Args:
         options: options of all records. Each source names its own fields.
@@ -57,7 +57,7 @@ def read_mixture(path: str | Path, options: RecordOptions = _NO_OPTIONS) -> tupl
     """
     where = quoted(Path(path))
     if options.named():
-        raise DataError(f"{where} is a mixture; name the fields of each source in it, instead of with flags")
+        raise DataError(f"{where} is a mixture; name the fields of each source in it, not with flags")
     try:
         tables = tomllib.loads(read_small_file(Path(path), _MAX_BYTES, DataError).decode())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and TOMLDecodeError are ValueErrors
@@ -74,7 +74,7 @@ def read_mixture(path: str | Path, options: RecordOptions = _NO_OPTIONS) -> tupl
 
 def _source(where: str, name: str, table: Any, directory: Path, options: RecordOptions) -> MixtureSource:
     if not _NAME.fullmatch(name):
-        raise DataError(f"{where}: names of sources have letters, digits, '_', '.' and '-', at most 40")
+        raise DataError(f"{where}: names of sources have letters, digits, '_', '.' and '-', at most 40, a letter first")
     if not isinstance(table, Mapping):
         raise DataError(f"{where} is not a table with path and weight")
     if unknown := table.keys() - {"path", "weight", *_FIELDS}:

@@ -1,1 +1,1 @@
-"""Losses and scores of fine-tuning beside the cross-entropy."""
+"""Losses and metrics for fine-tuning, other than the cross-entropy."""

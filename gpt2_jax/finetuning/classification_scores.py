@@ -17,7 +17,7 @@ class ClassificationScores:
     macro_f1: float
     """The mean of `f1`, in which every label has the same weight."""
     labels: tuple[int, ...]
-    """The labels that occur as a prediction or as a true label."""
+    """The labels that occur among the predicted or the true labels."""
     f1: tuple[float, ...]
     """For each of `labels`: 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall."""
 
@@ -31,13 +31,13 @@ def score_classification(predicted: ArrayLike, expected: ArrayLike) -> Classific
     0.75
 
     Args:
-        predicted, expected: labels from 0 on, `[N]`. For logits, pass `logits.argmax(-1)`.
+        predicted, expected: label indices, counted from 0, `[N]`. For logits, pass `logits.argmax(-1)`.
 
-    Raises `ValueError` for arrays of different shapes, without elements, or of anything but integers.
+    Raises `ValueError` if the arrays are empty, differ in shape, or are not integers.
     """
     found, true = np.asarray(predicted), np.asarray(expected)
     if found.shape != true.shape or found.ndim != 1 or not found.size:
-        raise ValueError(f"labels must be two lists of one length, not of shapes {found.shape} and {true.shape}")
+        raise ValueError(f"labels must be two non-empty lists of equal length, not {found.shape} and {true.shape}")
     if found.dtype.kind not in "iu" or true.dtype.kind not in "iu":
         raise ValueError(f"labels must be integers, not {found.dtype} and {true.dtype}; pass logits.argmax(-1)")
     labels = np.union1d(found, true)

@@ -32,7 +32,7 @@ def sequence_log_probs(
     *,
     lora: Any = None,
 ) -> Float[Array, " B"]:
-    """Return log p(answer | prompt) of each row: the sum over the labels that count, of all segments of the row.
+    """Return log p(answer | prompt) of each row: summed over the labels that count, in all segments of the row.
 
     Args:
         batch: as in `gpt2_jax.summed_loss`. The labels of the prompt and of padding are `IGNORE_INDEX`.
@@ -64,7 +64,7 @@ def dpo_loss(
     """Return -log sigmoid(beta (log-ratio of the chosen answer - log-ratio of the rejected answer)) of each pair.
 
     A log-ratio is log(policy / reference). The arguments are the results of `sequence_log_probs`. The reference is
-    frozen: take its log-probabilities outside the function that is differentiated.
+    frozen: compute its log-probabilities outside the function that is differentiated.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.zeros(1)

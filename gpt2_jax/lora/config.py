@@ -23,10 +23,10 @@ class LoRAConfig:
     alpha: float = 16.0
     """The numerator of the scaling s = alpha / rank."""
     targets: str = "c_attn"
-    """The modules that get an update, separated by commas: c_attn, attn.c_proj, c_fc, mlp.c_proj; c_proj for both; or
-    all-linear."""
+    """The modules that get an update, separated by commas: c_attn, attn.c_proj, c_fc, mlp.c_proj; c_proj for
+    attn.c_proj and mlp.c_proj; or all-linear."""
     dropout: float = 0.0
-    """Dropout of the input of A."""
+    """The dropout rate of the input of A."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) (Kalajdzievski 2023)."""
 

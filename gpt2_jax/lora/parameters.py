@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gpt2_jax.model import GPT2
 
 LoRAParams = Mapping[str, Any]
-"""The tree of an adapter: that of the model's parameters with `a` and `b` in place of each adapted `kernel`."""
+"""The tree of an adapter: the factors `a` and `b` of each adapted `kernel`, at the path of the kernel's module."""
 
 
 def lora_init(key: PRNGKeyArray, model: GPT2) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def lora_init(key: PRNGKeyArray, model: GPT2) -> dict[str, Any]:
 def merge_lora(params: Mapping[str, Any], lora: LoRAParams, config: LoRAConfig) -> dict[str, Any]:
     """Return the parameters with the adapter merged: W + s A B. Use them with a model without `lora`.
 
-    Generation needs merged parameters: one product per projection, and no second model in memory.
+    Generation requires merged parameters, which need only one matrix product per projection.
 
     Args:
         params, lora: trees of the same form, both stacked or both per layer.

@@ -61,7 +61,7 @@ def attention(
         kind = "causal attention" if is_causal else "attention with segment_ids"
         raise ValueError(f"{kind} needs as many queries as keys, not {T} and {S}; pass a mask instead")
     length = known_size((T,))
-    # The other implementations reduce over scores, which must not be empty, and need a length that is not symbolic.
+    # The other implementations reduce over scores, which must not be empty, and do not support a symbolic length.
     if length == 0 or (length is None and implementation == "auto"):
         implementation = "xla"
     only_causal = is_causal and mask is None and dropout_rate == 0.0

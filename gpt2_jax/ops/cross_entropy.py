@@ -139,8 +139,8 @@ def _summed_jvp(
     vocab_size: int, length: int, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Any]
 ) -> tuple[Array, Array]:
     total, gradients = _summed_forward(*primals, vocab_size, length)
-    # In total's dtype, at least float32: in reverse mode, its cotangent rounded to bfloat16 would scale all gradients
-    # wrongly.
+    # The products have the dtype of `total`, at least float32. In reverse mode, rounding the cotangent of `total` to
+    # bfloat16 would scale all gradients by a wrong factor.
     products = (g.astype(total.dtype) * d.astype(total.dtype) for g, d in zip(gradients, tangents[:2], strict=True))
     return total, sum((product.sum() for product in products), jnp.zeros_like(total))
 

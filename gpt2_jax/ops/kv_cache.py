@@ -28,7 +28,7 @@ class KVCache(NamedTuple):
     length: Int[Array, ""]
     """The number of positions in use, padding included. `GPT2.decode` writes to the positions after them."""
     is_token: Bool[Array, "B S"] | None = None
-    """Whether each position has a token, if `GPT2.decode` was given a mask. Without one, all after `num_padding` do."""
+    """Whether each position has a token, if `GPT2.decode` was given a mask. Otherwise all after `num_padding` do."""
 
     @property
     def max_length(self) -> int:

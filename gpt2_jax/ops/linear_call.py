@@ -2,8 +2,8 @@
 
 A rule that returns `linear_call(tangent, backward, ...)` gives both derivatives: forward mode evaluates `tangent`, and
 reverse mode evaluates `backward`, as with `jax.custom_vjp`, which has no forward mode. Unlike
-`jax.custom_derivatives.linear_call`, it can be differentiated by its residuals, which Hessian-vector products need, and
-batched by `jax.vmap`.
+`jax.custom_derivatives.linear_call`, it can be differentiated with respect to its residuals, which Hessian-vector
+products need, and batched by `jax.vmap`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def linear_call(
 
     Args:
         fun: the function.
-        transpose: `transpose(residuals, y)` returns a tree like `x`: the transpose of `fun` in `x`, applied to `y`.
+        transpose: `transpose(residuals, y)` applies the transpose of `x -> fun(residuals, x)` to `y`; a tree like `x`.
         residuals: a tree of arrays.
         x: a tree of floating-point arrays.
         like: a tree of arrays with the shapes and dtypes of the result.
@@ -62,7 +62,7 @@ def linear_call(
 def _varying_like(tree: Any, x: Any) -> Any:
     """Mark arrays as varying over the axes of a `jax.shard_map` over which some array of the tree varies.
 
-    The transpose of this mark is the sum over these axes, which the gradient of an array that all devices share needs.
+    The transpose of this mark is a sum over these axes. The gradient of a replicated array needs that sum.
     """
 
     def axes_of(array: Any) -> frozenset[str]:
@@ -126,7 +126,7 @@ def _transposed(
         num_residuals=num_residuals,
         out_avals=tuple(each.aval if ad.is_undefined_primal(each) else jax.typeof(each) for each in x),
     )
-    # A tangent that is not a variable is the zero of a constant.
+    # Tangents of constants are zeros, not variables. Their cotangents are not needed.
     wanted = (y if ad.is_undefined_primal(each) else None for each, y in zip(x, result, strict=True))
     return [None] * num_residuals + [*wanted]
 

@@ -44,6 +44,6 @@ def _norm_backward(residuals: tuple[Array, Array, Array], dy: Array) -> tuple[Ar
 
 
 def _times_slope(d: Array, normed: Array, inverse: Array) -> Array:
-    """Multiply by the derivative of the normalized x by x, which is a symmetric matrix for each row."""
+    """Multiply by the Jacobian of the normalization, which is symmetric for each row."""
     projection = (d * normed).mean(-1, keepdims=True)
     return (d - d.mean(-1, keepdims=True) - normed * projection) * inverse

@@ -1,4 +1,4 @@
-"""Sizes of arrays, which `jax.export` may leave open."""
+"""Sizes of arrays, which may be symbolic dimensions of `jax.export`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class StateBytes:
     """Bytes on each device between steps."""
 
     parameters: int
-    """Those that are trained: all weights, those that are not frozen, or the adapter."""
+    """The trained parameters: all weights, the weights that are not frozen, or the adapter."""
     optimizer: int
     ema: int
     """The exponential moving average of the parameters; 0 without one."""

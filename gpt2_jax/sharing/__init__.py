@@ -1,4 +1,4 @@
-"""Share a checkpoint on the Hugging Face hub, with a model card written from what is known about it."""
+"""Share a checkpoint on the Hugging Face hub, with a generated model card."""
 
 from gpt2_jax.sharing.card import is_own_card, model_card
 from gpt2_jax.sharing.errors import SharingError

@@ -1,4 +1,4 @@
-"""The model card: a README.md with metadata for the hub, and what is known about the model."""
+"""The model card: a README.md with metadata for the hub, and a description of the model and its training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error for what cannot be shared."""
+"""The error of `gpt2_jax.sharing`."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from bridge import BridgeError
 
 
 class SharingError(BridgeError):
-    """A checkpoint, or what is said about it, cannot be shared."""
+    """A checkpoint cannot be shared, or a report, certificate or argument for its card is invalid."""

@@ -23,11 +23,11 @@ from gpt2_jax.sharing.run import run_facts
 
 _SETTINGS = (CONFIG, "tokenizer_config.json", GENERATION_CONFIG)
 _PATH_FIELDS = frozenset({"_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file"})
-"""Fields that transformers fills with paths. They are left out with any value, because `clients/bank` may be a path."""
+"""Fields that transformers fills with paths. They are always left out, because `clients/bank` may be a path."""
 _TEXT_FIELDS = re.compile(r".*_tokens?|added_tokens_decoder|chat_template|stop_strings")
-"""Fields with texts of the tokenizer, in which `~` and `/` are no paths."""
+"""Fields with text of the tokenizer, in which `~` and `/` do not mean paths."""
 _LOCAL_PATH = re.compile(r"(~|\.{0,2}[/\\]|[A-Za-z]:[/\\]|file:)", re.IGNORECASE)
-"""The start of a path on a machine."""
+"""The start of a local path."""
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -38,7 +38,7 @@ class Export:
     directory: Path
     card: str
     left_out: tuple[str, ...]
-    """One sentence for each part of the checkpoint that the files do not have."""
+    """One phrase for each part of the checkpoint that the files do not contain."""
 
     def sizes(self) -> dict[str, int]:
         """Return relative path -> size of each file in bytes."""

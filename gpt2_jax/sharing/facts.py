@@ -1,4 +1,4 @@
-"""What is known about a checkpoint that is shared."""
+"""The facts about a shared checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt2_jax.sharing.run import RunFacts
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model card says."""
+    """The content of a model card."""
 
     license: str
     config: GPT2Config

@@ -1,4 +1,4 @@
-"""What is known about the run that trained a checkpoint: recipe, data, and losses."""
+"""The facts about the run that trained a checkpoint: recipe, data, and losses."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ class RunFacts:
         return self.step * self.config.batch_size * self.config.seq_len
 
     def points(self) -> list[Mapping[str, Any]]:
-        """Return at most `MOST_POINTS` records, evenly spaced, among them the first and the last.
+        """Return at most `MOST_POINTS` records, evenly spaced, including the first and the last.
 
-        They are records with a validation loss, if there are any.
+        If there are records with a validation loss, only these are returned.
         """
         found = [record for record in self.losses if "val_loss" in record]
         found = found or [record for record in self.losses if "train_loss" in record]
@@ -92,7 +92,7 @@ class RunFacts:
 
 
 def run_facts(checkpoint: Checkpoint) -> RunFacts | None:
-    """Return what is known about the run of a checkpoint, or None if it was not read from a run or its export.
+    """Return the facts about the run of a checkpoint, or None if it was not read from a run or its export.
 
     Raises `BridgeError` if the run's files are damaged.
     """

@@ -290,7 +290,7 @@ def _combination_problems(c: TrainConfig) -> Iterator[str]:
 
 
 def _partial_problems(c: TrainConfig) -> Iterator[str]:
-    """Yield why these weights cannot be trained alone."""
+    """Yield the problems of the settings that train only a part of the weights."""
     if c.lora.unknown_targets:
         yield f"lora_targets={quoted(c.lora.targets)}: must name c_attn, attn.c_proj, c_fc or mlp.c_proj, or all-linear"
     if c.lora.rank and c.freeze is not None:

@@ -89,9 +89,9 @@ def scale_by_layer(decay: float, n_layer: int) -> optax.GradientTransformation:
 
 
 def _then(first: optax.GradientTransformation, scaling: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Return `first` followed by a transformation without state, with the state of `first` alone.
+    """Return `first` followed by a stateless transformation, as a transformation with the state of `first`.
 
-    The state of a run keeps its form, so that AdamW's state is found in it.
+    `optax.chain` would nest the state of `first`, and AdamW's state would not be found in it.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """Training of a part of the weights: a LoRA adapter, or the parameters that a pattern does not freeze.
 
-No gradient and no optimizer state exists for frozen weights: the trained part is a tree of its own.
+The trained part is a separate tree, so frozen weights have neither gradients nor optimizer state.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def whole_params(model: GPT2, trained: Any, frozen: Any) -> Any:
 
 
 def trained_fraction(trained: Any, frozen: Any) -> float:
-    """Return the number of trained values relative to all."""
+    """Return the fraction of all values that are trained."""
     return num_values(trained) / (num_values(trained) + num_values(frozen))
 
 

@@ -26,7 +26,7 @@ from gpt2_jax.training.errors import NonFiniteLoss, TrainingError
 from gpt2_jax.training.partial import freeze_params
 
 _LORA_STREAM = 2**31
-"""Folded into the seed's key for the adapter. Dropout folds in steps, which are below."""
+"""Folded into the seed's key to draw the adapter. Dropout folds in the step, which is always less than this."""
 
 
 class TrainState(NamedTuple):
@@ -44,7 +44,7 @@ class TrainState(NamedTuple):
     """The number of steps whose update was discarded because the loss or gradient was not finite."""
     frozen: Any = None
     """The parameters that are not trained, if there are any. With an adapter, they are the whole model, and `params`
-    is the adapter. Checkpoints do not have them."""
+    is the adapter. Checkpoints do not contain them."""
 
 
 def init_state(params: Any, tx: optax.GradientTransformation, ema: bool = False, frozen: Any = None) -> TrainState:

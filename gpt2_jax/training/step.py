@@ -46,7 +46,7 @@ def make_train_step(
 
     Args:
         model: the model, whose loss is `gpt2_jax.loss.summed_loss`. If it has `lora` set, the state's `params` are the
-            adapter, and `frozen` are the parameters.
+            adapter, and its `frozen` are the parameters of the model.
         tx: any optax transformation. Gradients are already clipped when it receives them.
         seed: the seed of dropout. Step s uses `fold_in(key(seed), s)`.
         num_microbatches: split the batch into this many parts, which run one after the other, to save memory. It must

@@ -103,7 +103,7 @@ STALE = {"tokenizer.json": b"t", "additional_chat_templates/a.jinja": b"c", "par
 def test_files_of_another_model_do_not_remain_beside_the_new_weights(
     server: Hub, folder: Path, card: dict[str, bytes], overwrite: bool
 ) -> None:
-    """They are deleted only with `overwrite`, and only if the repository's card is an own one."""
+    """They are deleted only with `overwrite`, and only if `gpt2 push` wrote the repository's card."""
     before = {".gitattributes": b"", "notes.txt": b"kept", **STALE, **card}
     server.repositories[REPO] = Repository(False, dict(before))
     if not overwrite:

@@ -1,4 +1,4 @@
-"""The NNX twin: the parameters, logits and gradients of the Linen model, in the manner of NNX."""
+"""The NNX module: it has the parameters, logits and gradients of the Linen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The NNX twin against the PyTorch model, by the comparison for any two modules."""
+"""The NNX module against the PyTorch model, by the comparison for any two modules."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The base of a run that trains a part of the weights: a LoRA adapter, or the parameters that are not frozen.
 
-The base is stored once, in `RUN/base`, and the checkpoints have the trained part alone. The manifest of each checkpoint
-records the SHA-256 of the base's weights, so a base of another run is detected.
+The base is stored once, in `RUN/base`, and the checkpoints contain only the trained part. The manifest of each
+checkpoint records the SHA-256 of the base's weights, so a base of another run is detected.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_base(run: Path, config: GPT2Config) -> LazyTensorMap:
 
 
 def is_partial(about: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint with this `about` has a part of the weights."""
+    """Whether the checkpoint with this `about` contains only a part of the weights."""
     config = about.get("config")
     return isinstance(config, dict) and bool(config.get("lora_rank") or config.get("freeze") is not None)
 
@@ -60,10 +60,10 @@ def is_partial(about: Mapping[str, Any]) -> bool:
 def with_base(
     run: Path, about: Mapping[str, Any], trained: Mapping[str, LazyTensor], config: GPT2Config
 ) -> LazyTensorMap:
-    """Return the tensors of the whole model: those of the base, with the trained part.
+    """Return the tensors of the whole model: the base, with the trained part replaced or merged in.
 
     Args:
-        about: of the checkpoint's manifest.
+        about: the field `about` of the checkpoint's manifest.
         trained: path in the Flax tree, with unstacked layers and without padding of the vocabulary -> tensor.
 
     Raises `CheckpointError` or `ConversionError` if the base is not that of the checkpoint, or the trained part does

@@ -68,8 +68,8 @@ def evaluate(
         source: a checkpoint in any format, a run, a Hugging Face id, or `bundled`.
         reading: how SRC is read.
         data: a UTF-8 text file, a directory or glob of them, stdlib, or token files. If some token files are named val
-            and others are not, those named val are used. Of records with a completion that gpt2 train encoded,
-            only the completions are scored, each record by itself.
+            and others are not, those named val are used. If gpt2 train encoded records with completions,
+            only the completions are scored, and each record is evaluated by itself.
         backend: the implementation to run.
         context: tokens per window.
         stride: tokens from one window to the next. A shorter stride is slower and gives each

@@ -35,7 +35,7 @@ def push(
     no_dry_run: FlagCreatePairsOff[bool] = False,
     json: JsonFile = None,
 ) -> None:
-    """Upload a checkpoint to the Hugging Face hub, with a model card written from what is known about it.
+    """Upload a checkpoint to the Hugging Face hub, with a generated model card.
 
     The checkpoint is written in Hugging Face format. The card states the license, the model, and what is known about
     its training: the recipe, the losses, and the fingerprint of the data. Without a token for the hub, nothing is sent:
@@ -102,7 +102,7 @@ def push(
 
 
 def _sends(dry_run: bool, no_dry_run: bool) -> bool:
-    """Whether the command uploads. Raises `BridgeError` if it must and cannot."""
+    """Whether the command uploads. Raises `BridgeError` if --no-dry-run is given and there is no token."""
     if dry_run and no_dry_run:
         raise bridge.BridgeError("--dry-run and --no-dry-run are mutually exclusive; give one")
     has_token = not dry_run and hub.has_token()

@@ -11,7 +11,7 @@ from gpt2_jax.data.errors import DataError
 from gpt2_jax.data.text.documents import Documents, in_order
 
 _VALIDATION = ("validation", "test")
-"""The splits that are used for validation: the first one that is there."""
+"""The splits that are used for validation, in order of preference."""
 
 
 def find_splits(source: str) -> tuple[Documents, Documents | None]:

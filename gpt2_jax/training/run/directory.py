@@ -152,7 +152,7 @@ def replaceable_export(run: Path, name: str = EXPORT) -> Replaceable:
 def require_base(init_from: Checkpoint | None) -> Checkpoint:
     """Return the initial checkpoint. Raises `TrainingError` if a run that trains a part of the weights has none."""
     if init_from is None:
-        raise TrainingError("an adapter (lora_rank) and frozen parameters (freeze) need a model; give it to init_from")
+        raise TrainingError("lora_rank and freeze need a model to start from; give it as init_from")
     return init_from
 
 

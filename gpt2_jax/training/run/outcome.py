@@ -84,10 +84,10 @@ def finish(
 
 
 def _name_of_base(config: Mapping[str, Any]) -> str | None:
-    """Return the id on the hub of the model that an adapter changes, or None if it is a local one.
+    """Return the Hugging Face id of the base of an adapter, or None if the base is local.
 
-    A local path says nothing on other machines, and can be private. With `base`, the model is a merged one without
-    a name.
+    A local path has no meaning on other machines, and may be private. With `base`, the run started from a merged model,
+    which has no id.
     """
     name = config["init_from"]
     if name is None or config["base"] is not None or name == bridge.BUNDLED.name:
