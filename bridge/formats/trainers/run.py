@@ -68,7 +68,7 @@ def read(path: Path) -> Checkpoint:
 def adamw_state(step: Path, config: GPT2Config) -> AdamWState | None:
     """Return AdamW's state in a checkpoint of a run, or None if AdamW does not update every parameter.
 
-    Muon updates the projections itself, and a run may train a part of the weights alone.
+    It is None for Muon, which updates the projections itself, and for a run that trains only a part of the weights.
 
     If the run keeps an average of the weights, the state belongs to the weights that are trained and not to the
     average.
