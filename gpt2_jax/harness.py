@@ -1,9 +1,11 @@
 """An adapter for EleutherAI's lm-evaluation-harness. Needs the `lm-eval` extra.
 
 The harness has no entry points for models of other packages, so the adapter is used from Python. Importing this module
-registers it as `gpt2-bridge`:
+registers it as `gpt2-bridge`::
 
     import gpt2_jax.harness
+    import lm_eval
+
     results = lm_eval.simple_evaluate("gpt2-bridge", {"pretrained": "my-gpt2"}, tasks=["lambada_openai"])
 
 The harness's own code tokenizes pairs and splits texts into windows, so the results are those of its model `hf` on the

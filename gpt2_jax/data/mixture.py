@@ -60,7 +60,7 @@ def examples_per_block(weights: Sequence[float]) -> tuple[int, ...]:
     """Return the number of examples of each source in a block, by the largest remainder method.
 
     Raises:
-        DataError: a weight is below 1 / (2 * BLOCK) of their sum, or so small that rounding leaves no example.
+        DataError: a weight is so small that its source would have no example in a block.
 
     Example:
         >>> examples_per_block([0.75, 0.25])

@@ -86,7 +86,10 @@ def adapter(about: Mapping[str, Any], trained: Mapping[str, LazyTensor], config:
     alpha, is_stabilized = (about["config"].get(name) for name in ("lora_alpha", "lora_rslora"))
     is_number = type(alpha) in (int, float) and abs(alpha) <= _MOST_ALPHA  # False for NaN
     if not is_number or type(is_stabilized) is not bool:
-        raise CheckpointError(f"lora_alpha={quoted(alpha)}, lora_rslora={quoted(is_stabilized)}: not those of a run")
+        raise CheckpointError(
+            f"lora_alpha={quoted(alpha)}, lora_rslora={quoted(is_stabilized)}: not those of a run; alpha "
+            "must be a number, and rslora true or false. Read another checkpoint of the run"
+        )
     names = {"/".join(p.flax_path[:-1]): p.torch_name for p in parameters(config) if p.is_projection}
     factors = {f"{module}/{name}": module for module in names for name in "ab"}
     problems = [f"{quoted(path)} is not a factor of an adapter" for path in trained if path not in factors]
