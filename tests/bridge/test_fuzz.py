@@ -16,7 +16,7 @@ MUTANTS = 1_000
 MUTANTS_OF_COMPANIONS = 300
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("format", [*FORMATS, *COMPANIONS])
 def test_a_damaged_checkpoint_is_refused_or_read_correctly(tmp_path: Path, format: str) -> None:
     mutants = MUTANTS if format in FORMATS else MUTANTS_OF_COMPANIONS

@@ -124,6 +124,7 @@ def test_beams_are_in_order_best_first(completions: Any) -> None:
     assert totals == sorted(totals, reverse=True)
 
 
+@pytest.mark.thorough
 @needs_torch
 def test_bfloat16_can_be_selected(completions: Any) -> None:
     for backend in BACKENDS:

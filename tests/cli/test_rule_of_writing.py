@@ -281,7 +281,7 @@ def _save(source: str, target: str, seed: int, to: str, begin: object) -> None:
             raise SystemExit(2) from None
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["out", "out.gguf"])
 def test_two_processes_that_write_one_target_leave_one_whole_result(tmp_path: Path, name: str) -> None:
     context = multiprocessing.get_context("spawn")

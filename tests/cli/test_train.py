@@ -249,6 +249,7 @@ def test_a_tokenizer_with_ids_beyond_the_vocabulary_is_refused(tmp_path: Path, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_the_checkpoints_own_tokenizer_may_be_named(tmp_path: Path) -> None:
     places = ("--data", write_text(tmp_path), "--cache", tmp_path / "cache", "--out", tmp_path / "run")
     code, _, errors = run("train", "--init-from", "bundled", *places, *QUICK, "--tokenizer", bridge.BUNDLED)

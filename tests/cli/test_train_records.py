@@ -60,6 +60,7 @@ def test_records_with_completions_may_be_a_stream(here: Path) -> None:
     assert stored_identity(Path("run")).config.examples == "stream"
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_equals_an_uninterrupted_one(here: Path) -> None:
     flags = ("--schedule", "constant")
     assert train("completion.jsonl", *flags) == 0

@@ -229,6 +229,7 @@ def test_logits_of_empty_batches_are_empty(shape: tuple[int, int], form: dict[st
     assert ours.shape == torch_logits(checkpoint, ids, mask).shape == (*shape, SMALLEST.vocab_size)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
 def test_losses_of_empty_batches_equal_those_of_torch(shape: tuple[int, int]) -> None:
     checkpoint, ids = random_checkpoint(SMALLEST), np.zeros(shape, np.int64)

@@ -100,6 +100,7 @@ def test_all_implementations_generate_the_same_greedy_tokens_at_124m() -> None:
         assert [row[0].ids for row in decoder.generate(prompts, GenerationConfig(12))] == expected, name
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "filters",
     [{"temperature": 1.0}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}, {"temperature": 1.2, "min_p": 0.05}],
@@ -245,6 +246,7 @@ def test_new_tokens_are_counted_across_slides(chunk_size: int | None, backend: s
     assert [len(row[0].ids) for row in earlier] == [46] * len(PROMPTS)
 
 
+@pytest.mark.sampled(5)
 @each_backend
 @pytest.mark.parametrize("chunk_size", [1, 3, 7])
 @pytest.mark.parametrize("name", ["several samples", "end of sequence", "slide"])

@@ -115,7 +115,7 @@ def mask_of(padding: tuple[int, ...]) -> np.ndarray:
     return (np.arange(LENGTH) >= np.array(padding)[:, None]).astype(np.int64)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_logits_equal_those_of_the_whole_sequence(variant: str, dtype: Any) -> None:

@@ -241,6 +241,7 @@ def test_clipping_acts_in_some_steps_and_not_in_others(form: str, dtype: str) ->
     assert 10 < clipped.sum() < STEPS - 10
 
 
+@pytest.mark.sampled(3)
 @each_form_and_dtype
 def test_twenty_steps_in_torch_and_twenty_in_jax_equal_forty_in_either(form: str, dtype: str) -> None:
     crossed = jax_run(form, full_run(torch_run, form, dtype).snapshots[CROSSING], AFTER_CROSSING)

@@ -80,6 +80,7 @@ def trained_names(name: str) -> set[str]:
     return {n for n in parameters if n.startswith("h.1.") and ".ln_" not in n}
 
 
+@pytest.mark.sampled(2)
 def test_only_the_trained_weights_change(finished_part: tuple[str, Outcome]) -> None:
     name, outcome = finished_part
     before, after = random_state(MODEL), all_weights(outcome.run)

@@ -131,10 +131,12 @@ def validation_loss(run: Path, step: int) -> float | None:
 def has_other_validation(run: Path, step: int) -> bool:
     """Whether a checkpoint was evaluated on other data than the run has now: the run was resumed with changes.
 
-    Earlier versions recorded only the fingerprint of all data. A damaged run.json tells nothing.
+    Earlier versions recorded only the fingerprint of all data. A damaged run.json tells nothing, and neither does a
+    checkpoint without fingerprints.
     """
     now, then = _described(run), _about(run, step) or {}
-    return bool(now) and all(then.get(name) != now.get(name) for name in ("data", "validation"))
+    recorded = [name for name in ("data", "validation") if name in then]
+    return bool(now) and bool(recorded) and all(then[name] != now.get(name) for name in recorded)
 
 
 def verified(run: Path, step: int) -> dict[str, Any]:

@@ -377,6 +377,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("content", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_file_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str

@@ -318,6 +318,7 @@ MALFORMED: dict[str, tuple[bytes, str, type[BridgeError]]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("index", "message", "error"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_index_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], index: bytes, message: str, error: type[BridgeError]

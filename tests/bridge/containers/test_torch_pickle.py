@@ -63,6 +63,7 @@ def random_value(rng: random.Random, depth: int = 0) -> Any:
 # Compared with Python's unpickler
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("make", [pickle.dumps, pickle._dumps], ids=["C", "Python"])  # type: ignore[attr-defined]
 def test_plain_values_survive_a_round_trip(protocol: int, make: Callable[..., bytes]) -> None:
@@ -79,6 +80,7 @@ def test_every_truncation_is_refused() -> None:
                 read(content[:length])
 
 
+@pytest.mark.thorough
 def test_a_damaged_pickle_is_refused_or_read_as_python_reads_it() -> None:
     loaded = 0
     for seed in range(3_000):

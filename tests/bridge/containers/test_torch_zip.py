@@ -292,7 +292,7 @@ MALFORMED: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("make", "message"), MALFORMED.values(), ids=MALFORMED)
 def test_a_hostile_file_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[], bytes], message: str

@@ -570,6 +570,7 @@ def test_openais_vocabulary_is_not_needed(tmp_path: Path, monkeypatch: pytest.Mo
     assert fields_of(path)["tokenizer.ggml.model"] == "none"
 
 
+@pytest.mark.thorough
 @needs_openai_cache
 def test_openais_vocabulary_survives_a_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))

@@ -57,6 +57,7 @@ def assert_not_exported(source: Path, name: str, message: str, capsys: pytest.Ca
 # Links
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("spelling", ["absolute", "relative", "through a directory", "through another link"])
 @pytest.mark.parametrize("name", COPIED)
 def test_a_link_out_of_the_directory_is_not_copied(

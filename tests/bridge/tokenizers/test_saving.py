@@ -283,6 +283,7 @@ def test_a_failed_write_keeps_the_old_tokenizer(tmp_path: Path) -> None:
 # OpenAI's own
 
 
+@pytest.mark.thorough
 @needs_openai_cache
 def test_openais_tokenizer_is_saved_as_openai_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(OPENAI_CACHE))

@@ -79,6 +79,7 @@ def test_a_template_that_changes_the_beginning_is_refused(tmp_path: Path, templa
     assert "chat_template.jinja': the chat template changes the beginning of a conversation" in str(found)
 
 
+@pytest.mark.thorough
 def test_one_conversation_that_is_rejected_does_not_affect_the_others(tmp_path: Path) -> None:
     tokenizer = chat_tokenizer(tmp_path, LLAMA_2)
     wrong = [CHAT[1], CHAT[1], CHAT[2]]
