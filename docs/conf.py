@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes longer than running these small models.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["COLUMNS"] = "100"
-# Notebooks set FORCE_COLOR, and with it every update of a progress bar would be a line of the page.
-os.environ["TTY_INTERACTIVE"] = "0"
+# Notebooks set FORCE_COLOR. Without this, rich would print colors, and every update of a progress bar as a line.
+os.environ["TTY_COMPATIBLE"] = "0"
 
 
 def _sources_digest() -> str:
