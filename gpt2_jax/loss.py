@@ -27,17 +27,22 @@ def summed_loss(
         dropout_key: apply dropout at the configured rates.
         lora: the adapter, for a model with `lora` set.
     """
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
-    hidden_BTD: Any = model.apply(
-        variables,
+    hidden_BTD = apply_to_batch(model, params, batch, dropout_key, lora=lora, method="last_hidden_state")
+    head = params["wte" if model.config.tie_word_embeddings else "lm_head"]["embedding"]
+    return summed_cross_entropy(hidden_BTD, head, batch["labels"], vocab_size=model.config.vocab_size)
+
+
+def apply_to_batch(
+    model: GPT2, params: Any, batch: Mapping[str, Any], dropout_key: PRNGKeyArray | None, *, lora: Any, method: str
+) -> Any:
+    """Call a method of the model, such as `__call__`, on a batch. Arguments as in `summed_loss`."""
+    return model.apply(
+        {"params": params} if lora is None else {"params": params, "lora": lora},
         batch["input_ids"],
         batch.get("attention_mask"),
         segment_ids=batch.get("segment_ids"),
         position_ids=batch.get("position_ids"),
         deterministic=dropout_key is None,
-        rngs=rngs,
-        method="last_hidden_state",
+        rngs={} if dropout_key is None else {"dropout": dropout_key},
+        method=method,
     )
-    head = params["wte" if model.config.tie_word_embeddings else "lm_head"]["embedding"]
-    return summed_cross_entropy(hidden_BTD, head, batch["labels"], vocab_size=model.config.vocab_size)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from gpt2_jax.loss import apply_to_batch
 from gpt2_jax.model import GPT2
 from gpt2_jax.ops.cross_entropy import cross_entropy
 
@@ -39,16 +40,7 @@ def sequence_log_probs(
         dropout_key: apply dropout at the configured rates.
         lora: the adapter, for a model with `lora` set. The reference is `model.clone(lora=None)` without it.
     """
-    variables = {"params": params} if lora is None else {"params": params, "lora": lora}
-    logits: Any = model.apply(
-        variables,
-        batch["input_ids"],
-        batch.get("attention_mask"),
-        segment_ids=batch.get("segment_ids"),
-        position_ids=batch.get("position_ids"),
-        deterministic=dropout_key is None,
-        rngs={} if dropout_key is None else {"dropout": dropout_key},
-    )
+    logits = apply_to_batch(model, params, batch, dropout_key, lora=lora, method="__call__")
     return -cross_entropy(logits, jnp.asarray(batch["labels"])).sum(axis=-1)
 
 
